@@ -1,0 +1,356 @@
+"""LlamaGen: a Llama-style decoder over image tokens, conditioned on a class or on the states of a text encoder.
+
+"Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv:2406.06525). The sequence is a prefix (one
+class embedding, or `caption_length` projected caption vectors) followed by the image tokens in raster order. The module tree
+carries the authors' parameter names, so their state dicts load as they are.
+
+Scope: the network, its training forward, and the two calls that cached decoding needs (`prefill`, `extend`). How tokens are
+drawn is the business of `studio.decoding`.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from studio.errors import StudioError
+from studio.models.kv_cache import KVCache
+
+PRESETS: dict[str, dict[str, int]] = {
+    "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
+    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16},
+    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20},
+    "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24},
+    "XXXL": {"dim": 2560, "num_layers": 48, "num_heads": 40},
+    "1B": {"dim": 2048, "num_layers": 22, "num_heads": 32},
+    "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
+    "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
+}
+
+
+def default_ffn_dim(dim: int) -> int:
+    """Hidden width of the feed-forward network: 2/3 of 4*dim, rounded up to a multiple of 256."""
+    hidden = int(2 * (4 * dim) / 3)
+    return -(-hidden // 256) * 256
+
+
+def rope_table(grid_size: int, head_dim: int, prefix_length: int, base: float, prefix_rope: str) -> torch.Tensor:
+    """Rotation (cos, sin) for every position: (prefix_length + grid_size**2, head_dim // 2, 2), float32.
+
+    An image token in cell (row, column) turns the first half of its pairs by row and the second half by column. Prefix
+    positions get cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation
+    ("identity").
+    """
+    half = head_dim // 2
+    frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
+    angles = torch.outer(torch.arange(grid_size).float(), frequencies)
+    rows = angles[:, None, :].expand(grid_size, grid_size, -1)
+    columns = angles[None, :, :].expand(grid_size, grid_size, -1)
+    image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
+    prefix = torch.zeros(prefix_length, half, 2)
+    if prefix_rope == "identity":
+        prefix[..., 0] = 1.0
+    return torch.cat((prefix, torch.stack((image.cos(), image.sin()), dim=-1)))
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turns the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in float32."""
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and cast back before the weight is applied."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused projection (query, key, value rows) and optional grouped key/value heads."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.wqkv = nn.Linear(dim, dim + 2 * num_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, rope, mask, cache: KVCache | None, layer: int):
+        rows, n, dim = x.shape
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.wqkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        turned = rotate(qkv[:, :, : heads + kv_heads], rope).transpose(1, 2)
+        queries, keys = turned[:, :heads], turned[:, heads:]
+        values = qkv[:, :, heads + kv_heads :].transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.update(layer, keys, values)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=kv_heads != heads
+        )
+        return self.dropout(self.wo(out.transpose(1, 2).reshape(rows, n, dim)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, hidden: int, eps: float, dropout: float):
+        super().__init__()
+        self.attention = Attention(dim, num_heads, num_kv_heads, dropout)
+        self.feed_forward = FeedForward(dim, hidden, dropout)
+        self.attention_norm = RMSNorm(dim, eps)
+        self.ffn_norm = RMSNorm(dim, eps)
+
+    def forward(self, x, rope, mask, cache, layer):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedder(nn.Module):
+    """A table of classes; its last row is the null class."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+        if drop is not None:
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)[:, None]
+
+
+class CaptionProjection(nn.Module):
+    """Two linear layers with the tanh form of GELU between them."""
+
+    def __init__(self, caption_dim: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Projected caption vectors; a dropped row becomes the fixed (never trained) null caption."""
+
+    def __init__(self, caption_dim: int, caption_length: int, dim: int):
+        super().__init__()
+        self.cap_proj = CaptionProjection(caption_dim, dim)
+        self.register_buffer("uncond_embedding", torch.randn(caption_length, caption_dim) / caption_dim**0.5)
+
+    def forward(self, captions: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+        if drop is not None:
+            captions = torch.where(drop[:, None, None], self.uncond_embedding.to(captions.dtype), captions)
+        return self.cap_proj(captions)
+
+
+def left_pad(captions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the valid vectors of captions (B, T, C) to the end, in order, and zeroes the padding.
+
+    `mask` (B, T) is true at valid vectors, wherever they are; rows that are left-padded already come back unchanged.
+    """
+    mask = mask.bool()
+    order = torch.argsort(mask.int(), dim=1, stable=True)
+    mask = mask.gather(1, order)
+    captions = captions.gather(1, order[:, :, None].expand_as(captions))
+    return captions * mask[:, :, None].to(captions.dtype), mask
+
+
+class LlamaGen(ModelMixin, ConfigMixin):
+    """The transformer. Exactly one of `num_classes` and `caption_dim` says what it is conditioned on.
+
+    Args:
+        vocab_size: number of image tokens V.
+        dim, num_layers, num_heads, num_kv_heads, ffn_dim: sizes; head_dim = dim / num_heads must be a multiple of 4.
+        grid_size: side of the token grid; the model draws grid_size**2 tokens.
+        num_classes: classes without the null class.
+        caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
+        prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
+        class_dropout: share of conditions replaced by the null condition in training.
+        dropout: after the embeddings, the attention output and the feed-forward output, in training.
+
+    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        grid_size: int = 16,
+        num_classes: int | None = None,
+        caption_dim: int | None = None,
+        caption_length: int | None = None,
+        norm_eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        prefix_rope: str = "zero",
+        class_dropout: float = 0.1,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if (num_classes is None) == (caption_dim is None):
+            raise StudioError("Give LlamaGen exactly one of num_classes and caption_dim.")
+        if caption_dim is not None and not caption_length:
+            raise StudioError("A caption-conditional LlamaGen needs caption_length, its number of prefix positions.")
+        if dim % num_heads or (dim // num_heads) % 4 or num_heads % num_kv_heads:
+            raise StudioError(
+                f"dim {dim} must split into {num_heads} heads of a width divisible by 4, "
+                f"and the heads into {num_kv_heads} key/value heads."
+            )
+        if prefix_rope not in ("zero", "identity"):
+            raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
+        if num_classes is not None:
+            self.cls_embedding = ClassEmbedder(num_classes, dim)
+        else:
+            self.cls_embedding = CaptionEmbedder(caption_dim, caption_length, dim)
+        hidden = ffn_dim or default_ffn_dim(dim)
+        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.tok_dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            Block(dim, num_heads, num_kv_heads, hidden, norm_eps, dropout) for _ in range(num_layers)
+        )
+        self.norm = RMSNorm(dim, norm_eps)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+        self._rope: torch.Tensor | None = None
+        self.apply(self._init_weights)
+        nn.init.zeros_(self.output.weight)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "LlamaGen":
+        """A published size, e.g. `LlamaGen.preset("XL", caption_dim=2048, caption_length=120)`; ImageNet classes by default."""
+        if name not in PRESETS:
+            raise StudioError(f"There is no LlamaGen size {name!r}; the sizes are {', '.join(PRESETS)}.")
+        condition = {} if "caption_dim" in overrides else {"num_classes": 1000}
+        return cls(**{**condition, **PRESETS[name], **overrides})
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions before the first image token: 1 for classes, `caption_length` for captions."""
+        return self.config.caption_length if self.config.caption_dim is not None else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens of one picture."""
+        return self.config.grid_size**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.dim // self.config.num_heads
+
+    left_pad = staticmethod(left_pad)
+
+    def rope(self) -> torch.Tensor:
+        """The rotation table (prefix + grid**2, head_dim // 2, 2), float32, built once per device."""
+        if self._rope is None or self._rope.device != self.device:
+            table = rope_table(
+                self.config.grid_size,
+                self.head_dim,
+                self.prefix_length,
+                self.config.rope_base,
+                self.config.prefix_rope,
+            )
+            self._rope = table.to(self.device)
+        return self._rope
+
+    def embed_condition(
+        self,
+        *,
+        class_labels: torch.Tensor | None = None,
+        captions: torch.Tensor | None = None,
+        caption_mask: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The prefix (B, T, dim) and the mask (B, T) of its valid positions (None: all valid).
+
+        `drop` (B,) bool marks rows that get the null condition; a dropped caption keeps its own padding mask.
+        """
+        if self.config.num_classes is not None:
+            if class_labels is None or captions is not None:
+                raise StudioError("This model is class-conditional: pass class_labels and no captions.")
+            return self.cls_embedding(class_labels, drop), None
+        if captions is None or class_labels is not None:
+            raise StudioError("This model is text-conditional: pass captions and no class_labels.")
+        expected = (self.config.caption_length, self.config.caption_dim)
+        if tuple(captions.shape[1:]) != expected:
+            raise StudioError(f"Captions must have shape (batch, {expected[0]}, {expected[1]}), got {tuple(captions.shape)}.")
+        if caption_mask is not None:
+            captions, caption_mask = left_pad(captions, caption_mask)
+        return self.cls_embedding(captions, drop), caption_mask
+
+    def prefix_mask(self, valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """Attention mask (B, 1, length, length), true where a query sees a key: causal and not padding, or itself."""
+        if valid is None:
+            return None
+        mask = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril().repeat(len(valid), 1, 1)
+        mask[:, :, : valid.shape[1]] &= valid[:, None, :length]
+        mask.diagonal(dim1=1, dim2=2).fill_(True)
+        return mask[:, None]
+
+    def run_layers(self, x, rope, mask=None, cache: KVCache | None = None) -> torch.Tensor:
+        """All blocks and the final norm over x (rows, n, dim); with a cache, x continues what it holds."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, index)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        class_labels: torch.Tensor | None = None,
+        captions: torch.Tensor | None = None,
+        caption_mask: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, n + 1, V), float32, for tokens (B, n): entry i predicts image token i.
+
+        Training feeds `tokens[:, :-1]` and compares with `tokens`. In training mode without `drop`, conditions are dropped
+        with probability `class_dropout`, drawn from the global generator.
+        """
+        batch, n = tokens.shape
+        if drop is None and self.training and self.config.class_dropout > 0:
+            drop = torch.rand(batch, device=tokens.device) < self.config.class_dropout
+        prefix, valid = self.embed_condition(
+            class_labels=class_labels, captions=captions, caption_mask=caption_mask, drop=drop
+        )
+        length = prefix.shape[1] + n
+        table = self.rope()
+        if length > len(table):
+            raise StudioError(f"The model draws {self.num_tokens} tokens; {n} were given.")
+        x = self.tok_dropout(torch.cat((prefix, self.tok_embeddings(tokens).to(prefix.dtype)), dim=1))
+        x = self.run_layers(x, table[:length], self.prefix_mask(valid, length))
+        return self.output(x[:, prefix.shape[1] - 1 :]).float()
