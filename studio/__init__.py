@@ -1,0 +1,52 @@
+"""Token-based image models on PyTorch, diffusers and transformers.
+
+The public names are flat (`from studio import LlamaGenPipeline`) and are imported when they are first used, so
+`import studio` costs nothing.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if not (Path(__file__).parent / "pipelines").is_dir():
+    # A checkout keeps the subpackages beside this folder; a wheel keeps them inside it.
+    __path__.append(str(Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from studio.checkpoints.bundled import load
+    from studio.decoding.autoregressive import Autoregressive
+    from studio.errors import StudioError
+    from studio.models.llamagen import LlamaGen
+    from studio.pipelines.llamagen import LlamaGenPipeline
+    from studio.tokenizers.vq import VQTokenizer
+
+_EXPORTS = {
+    "Autoregressive": "studio.decoding.autoregressive",
+    "LlamaGen": "studio.models.llamagen",
+    "LlamaGenPipeline": "studio.pipelines.llamagen",
+    "StudioError": "studio.errors",
+    "VQTokenizer": "studio.tokenizers.vq",
+    "load": "studio.checkpoints.bundled",
+}
+
+__all__ = [
+    "Autoregressive",
+    "LlamaGen",
+    "LlamaGenPipeline",
+    "StudioError",
+    "VQTokenizer",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

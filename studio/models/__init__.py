@@ -1,0 +1,1 @@
+"""Networks that model image tokens: no sampling loops, no images."""
