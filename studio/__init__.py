@@ -15,7 +15,7 @@ if not (Path(__file__).parent / "pipelines").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from studio.checkpoints.bundled import load
+    from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
     from studio.errors import StudioError
     from studio.models.llamagen import LlamaGen
@@ -28,7 +28,7 @@ _EXPORTS = {
     "LlamaGenPipeline": "studio.pipelines.llamagen",
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
-    "load": "studio.checkpoints.bundled",
+    "load": "studio.checkpoints.loading",
 }
 
 __all__ = [

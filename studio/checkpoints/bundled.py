@@ -1,0 +1,95 @@
+"""The models that ship with the library: what they are, where they lie, and whether they are whole."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from studio.errors import StudioError
+
+ROOT = Path(__file__).parent / "bundled"
+CHECKSUMS = ROOT / "checksums.json"
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """One bundled model.
+
+    Args:
+        kind: `"pipeline"` and `"tokenizer"` are what `studio.load` returns; a `"judge"` is only used to measure.
+        summary: one line for `studio models`.
+    """
+
+    kind: str
+    summary: str
+
+
+BUNDLED = {
+    "emoji-ar": Bundled("pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq"),
+    "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
+    "emoji-judge": Bundled("judge", "names concept, style and background of a picture; used by `studio evaluate`"),
+}
+
+
+def bundled_folder(name):
+    """Return the folder of a bundled model after checking every file of it.
+
+    Raises:
+        StudioError: no such model, a file is missing, or a file differs from the one that was released.
+    """
+    if name not in BUNDLED:
+        raise StudioError(unknown_name(name))
+    checksums = read_checksums().get(name)
+    if not checksums:
+        raise StudioError(
+            f"The weights of {name} are not in this copy of Studio: train them with `studio train {name}`."
+        )
+    for file, expected in checksums.items():
+        path = ROOT / name / file
+        if not path.is_file():
+            raise StudioError(f"{name} is incomplete ({path} is missing): install Studio again.")
+        if sha256(path) != expected:
+            raise StudioError(f"{name} is damaged or was changed ({path} has another checksum): install Studio again.")
+    return ROOT / name
+
+
+def bundled_name_of(folder):
+    """Return the name of the bundled model whose own folder this is, or `None`."""
+    folder = Path(folder).resolve()
+    return folder.name if folder.parent == ROOT.resolve() and folder.name in BUNDLED else None
+
+
+def unknown_name(name):
+    """Say in one sentence that nothing is called `name`, with the nearest bundled name."""
+    nearest = get_close_matches(name, BUNDLED, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    return f"There is no model or folder called {name!r}; bundled are {', '.join(BUNDLED)}.{hint}"
+
+
+def read_checksums():
+    """Return `{model: {file: sha256}}` of the release, empty before the first one."""
+    try:
+        return json.loads(CHECKSUMS.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise StudioError(f"{CHECKSUMS} is damaged: install Studio again.") from error
+
+
+def write_checksums():
+    """Record the checksums of the bundled files as they lie here; a release runs it (`make checksums`)."""
+    checksums = {name: files for name in sorted(BUNDLED) if (files := _files(ROOT / name))}
+    text = json.dumps(checksums, indent=1, sort_keys=True) + "\n"
+    CHECKSUMS.write_text(text, encoding="utf-8")
+
+
+def sha256(path):
+    """Return the hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder):
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}

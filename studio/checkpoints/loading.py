@@ -1,0 +1,205 @@
+"""`studio.load`: a bundled name, a folder or a Hub id becomes a pipeline or a tokenizer that is ready to run."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+
+from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, unknown_name
+from studio.checkpoints.vocabulary import read_vocabulary
+from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
+from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.tokenizers.vq import VQTokenizer
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def load(name, *, device=None, dtype=None):
+    """Load a pipeline or a tokenizer.
+
+    Args:
+        name: a bundled name (`"emoji-ar"`), a folder written by `save_pretrained` or `studio convert`, or the id of a
+            Hub repository of that form (`"owner/name"`).
+        device: where it runs; CUDA when there is one, else the CPU.
+        dtype: a `torch.dtype` or one of `"float32"`, `"bfloat16"`, `"float16"` (`"fp32"`, `"bf16"`, `"fp16"`);
+            float32 on a CPU and bfloat16 on CUDA when `None`.
+
+    Returns:
+        A `LlamaGenPipeline` or a `VQTokenizer`. A pipeline that knows only some words has them in
+        `pipe.vocabulary`, `(words, concepts)`; any other has `None` there.
+
+    Raises:
+        StudioError: unknown name, unreachable Hub, damaged weights, a folder that is no checkpoint or one of another
+            architecture, a device that is not there, or an unknown dtype.
+
+    Example:
+        >>> pipe = studio.load("emoji-ar")
+        >>> pipe("a red apple").images[0].save("apple.png")
+    """
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    model = _load_folder(_folder(name), dtype)
+    return model.to(device)
+
+
+def _folder(name):
+    name = os.fspath(name)
+    if name in BUNDLED:
+        return bundled_folder(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        bundled = bundled_name_of(path)
+        return bundled_folder(bundled) if bundled else path
+    if path.exists():
+        raise StudioError(f"{name} is a file, not a model folder: convert published checkpoints with `studio convert`.")
+    if _HUB_ID.fullmatch(name):
+        return _fetch(name)
+    raise StudioError(unknown_name(name))
+
+
+def _fetch(hub_id):
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        offline = (
+            " (HF_HUB_OFFLINE is set)"
+            if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+            else ""
+        )
+        raise StudioError(
+            f"{hub_id!r} is no folder here and could not be fetched from the Hugging Face Hub{offline}; "
+            f"bundled are {', '.join(BUNDLED)}."
+        ) from error
+
+
+def _load_folder(folder, dtype):
+    if (folder / "model_index.json").is_file():
+        return _load_pipeline(folder, dtype)
+    if (folder / "config.json").is_file():
+        return _load_model(VQTokenizer, folder, dtype)
+    raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
+
+
+def _load_pipeline(folder, dtype):
+    index = _read_config(folder / "model_index.json")
+    _check_class(index, LlamaGenPipeline, folder)
+    components = {
+        "image_tokenizer": _load_model(VQTokenizer, _tokenizer_folder(folder), dtype),
+        "transformer": _load_model(LlamaGen, folder / "transformer", dtype),
+        "text_encoder": None,
+        "tokenizer": None,
+    }
+    if (index.get("text_encoder") or [None])[0] is not None:
+        encoder, tokenizer = (_transformers_class(index, part, folder) for part in ("text_encoder", "tokenizer"))
+        components["text_encoder"] = _load_weights(encoder, folder / "text_encoder", dtype)
+        components["tokenizer"] = _load_text_tokenizer(tokenizer, folder / "tokenizer")
+    codes, vocabulary = components["image_tokenizer"].config.codebook_size, components["transformer"].config.vocab_size
+    if codes != vocabulary:
+        raise StudioError(
+            f"{folder} does not fit together: its transformer knows {vocabulary} tokens, its tokenizer {codes}."
+        )
+    pipe = LlamaGenPipeline.from_pretrained(folder, **components)
+    pipe.vocabulary = read_vocabulary(folder)
+    return pipe
+
+
+def _tokenizer_folder(folder):
+    """A pipeline without an `image_tokenizer` of its own uses the bundled one, which then need not be stored twice."""
+    own = folder / "image_tokenizer"
+    return own if own.is_dir() else bundled_folder("emoji-vq")
+
+
+def _load_model(model_class, folder, dtype):
+    _check_class(_read_config(folder / "config.json"), model_class, folder)
+    return _load_weights(model_class, folder, dtype)
+
+
+def _load_weights(model_class, folder, dtype):
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        raise StudioError(
+            f"The weights in {folder} cannot be read as {model_class.__name__}: {_first_line(error)}"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(problem) or ())):
+            what = problem.removesuffix("_keys")
+            raise StudioError(
+                f"The weights in {folder} are not those of its config.json: {len(keys)} {what}, first {keys[0]}."
+            )
+    return model.eval()
+
+
+def _transformers_class(index, part, folder):
+    library, name = index.get(part) or (None, None)
+    found = getattr(transformers, str(name), None) if library == "transformers" else None
+    if found is None:
+        raise StudioError(f"{folder} needs a {part} from transformers, but names {library}.{name}.")
+    return found
+
+
+def _load_text_tokenizer(tokenizer_class, folder):
+    try:
+        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise StudioError(f"The text tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+
+
+def _read_config(file):
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StudioError(f"{file.parent} is not a checkpoint: {file.name} is missing.") from error
+    except (OSError, ValueError) as error:
+        raise StudioError(f"{file} is not a configuration file: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise StudioError(f"{file} is not a configuration file.")
+    return config
+
+
+def _check_class(config, expected, folder):
+    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    if found != expected.__name__:
+        what = f"of another architecture ({found})" if found else "of an unknown architecture"
+        raise StudioError(f"{folder} holds a checkpoint {what}, not {expected.__name__}.")
+
+
+def _device(device):
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise StudioError(
+            f"The device {str(device)!r} is not there: use cpu, cuda, cuda:N or mps, whichever this machine has."
+        ) from error
+    return device
+
+
+def _dtype(dtype, device):
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise StudioError(f"The dtype {str(dtype)!r} is unknown: use one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,74 @@
+"""Which words of a prompt a bundled model has never seen, and what it knows that comes close."""
+
+import json
+import re
+from difflib import get_close_matches
+
+from studio.errors import StudioError
+
+CONCEPTS_FILE = "concepts.json"
+_NEAREST = 3
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+def read_vocabulary(folder):
+    """Read `concepts.json` of a pipeline folder.
+
+    Args:
+        folder: a pipeline's folder.
+
+    Returns:
+        `(words, concepts)`, two lists of strings, or `None` for a pipeline without such a file (any word may do).
+
+    Raises:
+        StudioError: the file is not of the form `{"words": [...], "concepts": [...]}`.
+    """
+    file = folder / CONCEPTS_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return list(content["words"]), list(content["concepts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudioError(f"{file} is damaged: copy the model again.") from error
+
+
+def unknown_words(prompt, words, concepts):
+    """Name the words of a prompt that a model was not trained with.
+
+    Args:
+        prompt: what the user asks for.
+        words: the words the model knows, in any case.
+        concepts: the labels of what it can draw, such as `"red apple"`.
+
+    Returns:
+        A list of `(word, nearest)`: the unknown words in order, each once, with up to three concepts that come close.
+    """
+    known = {word.lower() for word in words}
+    unknown = dict.fromkeys(word for word in _WORD.findall(prompt.lower()) if word not in known)
+    return [(word, _nearest(word, concepts)) for word in unknown]
+
+
+def prompt_warning(pipe, prompt):
+    """Name the words that a loaded pipeline does not know, in one sentence for a person.
+
+    Args:
+        pipe: what `studio.load` returned.
+        prompt: what the user asks for, or `None`.
+
+    Returns:
+        The sentence, or `None` when there is nothing to warn of.
+    """
+    vocabulary = getattr(pipe, "vocabulary", None)
+    unknown = unknown_words(prompt, *vocabulary) if vocabulary and prompt else []
+    if not unknown:
+        return None
+    parts = [f"{word!r} (nearest: {', '.join(nearest)})" if nearest else repr(word) for word, nearest in unknown]
+    return f"The model does not know {', '.join(parts)}; it will guess."
+
+
+def _nearest(word, concepts):
+    containing = sorted((label for label in concepts if word in label.lower()), key=len)
+    by_word = {part: label for label in reversed(concepts) for part in label.lower().split()}
+    similar = [by_word[part] for part in get_close_matches(word, by_word, n=_NEAREST, cutoff=0.6)]
+    return list(dict.fromkeys([*containing, *similar]))[:_NEAREST]

@@ -1,0 +1,340 @@
+"""The `studio` command. Every command parses its options, calls the public API as a user would, and prints.
+
+Heavy libraries are imported inside the commands, so that `studio --help` answers at once.
+"""
+
+import math
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio import __version__
+from studio.console import complain, emit, only_json_on_stdout, say, warn
+from studio.errors import StudioError
+
+app = typer.Typer(
+    name="studio",
+    help="Pictures from words with token-based image models.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="The Fluent Emoji set.", rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode=None)
+convert_app = typer.Typer(
+    help="Turn published checkpoints into model folders.", rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+app.add_typer(convert_app, name="convert")
+
+
+def main(argv=None):
+    """Run the command line; exits with 0, or with 2 and one sentence on stderr for a mistake the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--json" in arguments and not {"-h", "--help"} & set(arguments):
+        with only_json_on_stdout():
+            code = _run(arguments)
+    else:
+        code = _run(arguments)
+    sys.exit(code)
+
+
+def _run(arguments):
+    try:
+        return app(arguments or ["--help"], prog_name="studio", standalone_mode=False) or 0
+    except StudioError as error:
+        return _fail(str(error), 2)
+    except typer.Abort:
+        return _fail("Stopped.", 130)
+    except typer.TyperException as error:
+        return _fail(getattr(error, "format_message", error.__str__)(), 2)
+    except KeyboardInterrupt:
+        return _fail("Stopped.", 130)
+
+
+def _fail(sentence, code):
+    complain(sentence)
+    emit({"error": " ".join(sentence.split())})
+    return code
+
+
+def _finite(value: float | None):
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _version(wanted: bool):
+    if wanted:
+        say(__version__)
+        raise typer.Exit()
+
+
+def _number(*names, help, **limits):
+    return typer.Option(*names, help=help, callback=_finite, show_default=False, **limits)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.", show_default="cuda if there is one")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="by device")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help='What to draw, such as "a red apple".', show_default=False)
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
+    num_images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    class_label: Annotated[
+        int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Seed of the first picture; the next use seed+1, ...", show_default="drawn"
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, _number(help="How closely to follow the prompt (1 = off; the model's own default).")
+    ] = None,
+    cfg_interval: Annotated[int, typer.Option(min=-1, help="Last token that guidance steers (-1: all of them).")] = -1,
+    temperature: Annotated[float | None, _number(help="Randomness of each token (1 = as the model predicts).")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Draw from the k likeliest tokens (0: all).", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, _number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[
+        Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
+    ] = Path("out"),
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures as one sheet.")] = False,
+    as_json: Json = False,
+):
+    """Draw pictures from words."""
+    settings = {
+        "guidance_scale": guidance,
+        "cfg_interval": cfg_interval,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if (prompt is None) == (class_label is None):
+        raise StudioError(
+            'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
+        )
+    _generate(prompt, class_label, model, num_images, seed, settings, device, dtype, out, sheet)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="emoji-vq, emoji-ar or emoji-judge.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")] = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    init_from: Annotated[
+        str | None, typer.Option(help="Start from these weights: a bundled name or a folder.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="the recipe's")] = None,
+    minutes: Annotated[float | None, _number(help="Stop after this long instead.", min=0)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures per step.", show_default="the recipe's")
+    ] = None,
+    learning_rate: Annotated[float | None, _number(help="Peak learning rate.", min=0)] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Train a bundled model anew, or go on training one."""
+    from studio.training import run
+    from studio.training.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise StudioError(f"There is no recipe called {name!r}: choose one of {', '.join(RECIPES)}.")
+    folder = Path("runs", name) if out is None else out
+    result = run(
+        name,
+        out=folder,
+        seed=seed,
+        resume=resume,
+        init_from=init_from,
+        steps=steps,
+        minutes=minutes,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        device=device,
+    )
+    emit(result if isinstance(result, dict) else {"model": name, "out": str(folder)})
+    say(f"Trained {name}: {folder}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundled name or a model folder.")],
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many pictures to measure.", show_default="the model's own protocol")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Measure a model on pictures it was not trained with."""
+    from studio.evaluation import evaluate as measure
+
+    result = measure(model, samples=samples, seed=seed, device=device)
+    emit(result)
+    for name, value in result.items():
+        say(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
+
+
+@app.command()
+def models(as_json: Json = False):
+    """List the bundled models."""
+    from studio.doctor import list_models
+
+    rows = list_models()
+    emit({"models": rows})
+    for row in rows:
+        say(f"{row['name']:12} {row['kind']:10} {row['state']:10} {row['summary']}")
+
+
+@app.command()
+def doctor(as_json: Json = False):
+    """Check this installation: device, versions, bundled weights."""
+    from studio.doctor import examine
+
+    report = examine()
+    emit(report)
+    for name, value in {**report["versions"], "device": report["device"], "threads": report["threads"]}.items():
+        say(f"{name:24} {value}")
+    for row in report["models"]:
+        say(f"{row['name']:24} {row['state']}")
+    if not report["ok"]:
+        raise StudioError("Some bundled weights are missing or damaged: install Studio again.")
+
+
+@app.command()
+def ui(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+):
+    """Open the app in a browser."""
+    from studio.ui.app import launch
+
+    launch(host=host, port=port)
+
+
+@data_app.command("build")
+def data_build(
+    out: Annotated[Path, typer.Argument(help="The archive to write.")] = Path("studio/data/fluent-emoji.zip"),
+    source: Annotated[
+        Path | None, typer.Option(help="Folder with the npm packages instead of fetching them.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+):
+    """Make the picture archive from its npm packages."""
+    from studio.data.build import build_archive
+
+    concepts = build_archive(out, source)
+    emit({"path": str(out), "concepts": concepts})
+    say(f"{concepts} concepts: {out}")
+
+
+@bench_app.command("decoding")
+def bench_decoding(
+    random: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights of this size: dim=384,layers=8,heads=6,vocab=4096,tokens=256.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundled name or model folder instead.")] = "emoji-ar",
+    guidance: Annotated[float | None, _number(help="Guidance scale (1 = off).")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures at a time; give it again for more rows.", show_default="1")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, bfloat16, ...; give it again for more rows.", show_default="float32"),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Time drawing tokens, beside a plain textbook sampler and the bound that memory sets."""
+
+
+def _generate(prompt, class_label, model, num_images, seed, settings, device, dtype, out, sheet):
+    from studio.saving import make_sheet, plan_paths, png_writer, save_all
+
+    seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
+    paths, sheet_path = plan_paths(out, prompt or f"class {class_label}", seeds, sheet)
+
+    import torch
+
+    from studio import load
+    from studio.checkpoints.vocabulary import prompt_warning
+
+    pipe = load(model, device=device, dtype=dtype)
+    if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
+        raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
+    if warning := prompt_warning(pipe, prompt):
+        warn(warning)
+    output = pipe(
+        prompt,
+        class_labels=class_label,
+        num_images_per_prompt=num_images,
+        generator=[torch.Generator().manual_seed(each) for each in seeds],
+        **settings,
+    )
+
+    call = {"model": model, "prompt": prompt, "class_label": class_label, "num_images": num_images, **settings}
+    call |= {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    writers = {path: png_writer(image, call, each) for path, image, each in zip(paths, output.images, seeds)}
+    if sheet_path:
+        writers[sheet_path] = png_writer(make_sheet(output.images), call, seeds)
+    save_all(writers)
+
+    stats = output.stats
+    emit(
+        {
+            "model": model,
+            "decoding": "autoregressive",
+            "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
+            **({"sheet": str(sheet_path)} if sheet_path else {}),
+            "tokens": stats.tokens,
+            "target_calls": stats.target_calls,
+            "mean_accepted_length": stats.mean_accepted_length,
+            "seconds": stats.seconds,
+        }
+    )
+    for path, each in zip(paths, seeds):
+        say(f"{path}  seed {each}")
+    if sheet_path:
+        say(f"{sheet_path}  all {num_images}")
+    total, decode = stats.seconds["total"], stats.seconds["decode"]
+    say(f"{total:.1f} seconds, {stats.tokens} tokens, {stats.tokens / max(decode, 1e-9):.0f} tokens per second")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a command prints: results on stdout, everything else on stderr, one JSON document when asked for.
+
+With `--json` the file descriptor of stdout itself points to stderr while the command runs, so that no library, not even
+a compiled one, can put a word in front of the document.
+"""
+
+import json
+import math
+import os
+import sys
+from contextlib import contextmanager
+
+_document = None
+
+
+def emit(document):
+    """Set the JSON document that stdout gets when the command ends (`document` is any JSON value, NaN becomes null)."""
+    global _document
+    _document = document
+
+
+def say(text):
+    """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
+    print(text, flush=True)
+
+
+def warn(text):
+    """Print one line on stderr."""
+    print(f"Warning: {text}", file=sys.stderr, flush=True)
+
+
+def complain(sentence):
+    """Print why a command could not do its work, on stderr, as one line."""
+    print(f"Error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def only_json_on_stdout():
+    """Send what is written to stdout to stderr, and the document of `emit` to stdout at the end."""
+    global _document
+    _document = None
+    sys.stdout.flush()
+    real, stream = os.dup(1), sys.stdout
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = stream
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+        os.write(1, (json.dumps(_finite(_document), ensure_ascii=False) + "\n").encode())
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)

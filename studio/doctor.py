@@ -1,0 +1,61 @@
+"""What `studio models` and `studio doctor` tell: the bundled models and the state of this installation."""
+
+import platform
+
+from studio.checkpoints.bundled import BUNDLED, bundled_folder, read_checksums
+from studio.errors import StudioError
+from studio.saving import package_version
+
+_PACKAGES = ("torch", "diffusers", "transformers", "gradio", "accelerate", "safetensors", "numpy", "pillow")
+
+
+def list_models():
+    """Return one row per bundled model: name, kind, state (`ok`, `missing` or `damaged`), summary, checksums."""
+    return [_row(name) for name in BUNDLED]
+
+
+def examine():
+    """Return versions, device, threads and bundled models; `ok` is false when weights are missing or damaged."""
+    import torch
+
+    from studio import __version__
+
+    rows = list_models()
+    return {
+        "ok": all(row["state"] == "ok" for row in rows),
+        "versions": {
+            "studio": __version__,
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in _PACKAGES},
+        },
+        "device": _device(torch),
+        "threads": torch.get_num_threads(),
+        "models": rows,
+    }
+
+
+def _row(name):
+    checksums = read_checksums().get(name, {})
+    return {
+        "name": name,
+        "kind": BUNDLED[name].kind,
+        "state": _state(name, checksums),
+        "summary": BUNDLED[name].summary,
+        "sha256": checksums,
+    }
+
+
+def _state(name, checksums):
+    if not checksums:
+        return "missing"
+    try:
+        bundled_folder(name)
+    except StudioError:
+        return "damaged"
+    return "ok"
+
+
+def _device(torch):
+    if torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name()})"
+    return "cpu"
