@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-browser ui lint install constraints
+.PHONY: demo test test-browser ui lint install checksums constraints
 
 install: $(STAMP)
 
@@ -42,6 +42,9 @@ ui: $(STAMP)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
+
+checksums: $(STAMP)
+	$(VENV)/bin/python -c "from studio.checkpoints.bundled import write_checksums; write_checksums()"
 
 constraints: $(STAMP)
 	{ sed -n '/^#/p' constraints.txt; \

@@ -1,0 +1,161 @@
+"""`studio.load` takes what is whole and refuses the rest in one sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import studio
+from studio import StudioError
+from studio.checkpoints import bundled
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    """A copy of the tiny pipeline that may be damaged."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def draw(pipe):
+    return pipe("a red apple", generator=torch.Generator().manual_seed(0), output_type="tokens").tokens
+
+
+def test_a_saved_pipeline_draws_the_same(tiny_pipeline, tiny_folder):
+    assert torch.equal(draw(studio.load(tiny_folder, device="cpu")), draw(tiny_pipeline))
+
+
+def test_a_saved_class_pipeline_loads(tiny_class_folder):
+    pipe = studio.load(str(tiny_class_folder), device="cpu")
+    assert pipe(class_labels=1, num_images_per_prompt=2).images[1].size == (16, 16)
+
+
+def test_a_tokenizer_folder_gives_a_tokenizer(tiny_folder, tiny_vq):
+    tokenizer = studio.load(tiny_folder / "image_tokenizer", device="cpu")
+    assert isinstance(tokenizer, studio.VQTokenizer) and not tokenizer.training
+    assert torch.equal(tokenizer.codebook, tiny_vq.codebook)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
+def test_dtype_by_name_or_object(tiny_folder, dtype):
+    assert studio.load(tiny_folder, device="cpu", dtype=dtype).transformer.dtype == torch.bfloat16
+
+
+def test_float32_is_the_default_on_a_cpu(tiny_folder):
+    assert studio.load(tiny_folder, device="cpu").transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arguments", [{"dtype": "int3"}, {"device": "quantum"}, {"device": "cuda:77"}])
+def test_unknown_dtype_or_device_is_refused(tiny_folder, arguments):
+    with pytest.raises(StudioError):
+        studio.load(tiny_folder, **arguments)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(StudioError, match="emoji-vq, .*Did you mean emoji-ar"):
+        studio.load("emojiar")
+
+
+def test_a_hub_id_without_a_network_is_one_sentence():
+    with pytest.raises(StudioError, match="HF_HUB_OFFLINE"):
+        studio.load("nobody/nothing")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(StudioError, match="not a checkpoint"):
+        studio.load(tmp_path)
+
+
+def test_another_architecture_is_refused(model):
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DModel"}))
+    with pytest.raises(StudioError, match="UNet2DModel"):
+        studio.load(model)
+
+
+def test_another_pipeline_is_refused(model):
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(StudioError, match="StableDiffusionPipeline"):
+        studio.load(model)
+
+
+def test_a_configuration_that_is_no_json_is_refused(model):
+    (model / "transformer" / "config.json").write_text("{")
+    with pytest.raises(StudioError, match="config.json"):
+        studio.load(model)
+
+
+@pytest.mark.parametrize("part", ["transformer", "image_tokenizer", "text_encoder"])
+def test_cut_weights_are_refused(model, part):
+    [weights] = (model / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(StudioError, match=part):
+        studio.load(model)
+
+
+@pytest.mark.parametrize("part", ["transformer", "image_tokenizer", "text_encoder"])
+def test_lost_weights_are_refused(model, part):
+    from safetensors.torch import load_file, save_file
+
+    [weights] = (model / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors.pop(sorted(tensors)[-1])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(StudioError, match=part):
+        studio.load(model)
+
+
+def test_weights_of_another_size_are_refused(model):
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1}))
+    with pytest.raises(StudioError, match="transformer"):
+        studio.load(model)
+
+
+def test_a_tokenizer_with_other_codes_is_refused(model):
+    tokenizer = studio.VQTokenizer(**{**dict(studio.load(model / "image_tokenizer").config), "codebook_size": 32})
+    tokenizer.save_pretrained(model / "image_tokenizer")
+    with pytest.raises(StudioError, match="fit together"):
+        studio.load(model)
+
+
+@pytest.fixture
+def release(model, tmp_path, monkeypatch):
+    """The copy of the tiny pipeline as if it were the bundled emoji-ar."""
+    (tmp_path / "bundled").mkdir()
+    folder = model.rename(tmp_path / "bundled" / "emoji-ar")
+    monkeypatch.setattr(bundled, "ROOT", folder.parent)
+    monkeypatch.setattr(bundled, "CHECKSUMS", folder.parent / "checksums.json")
+    bundled.write_checksums()
+    return folder
+
+
+def test_a_bundled_model_loads_by_name(release):
+    assert isinstance(studio.load("emoji-ar"), studio.LlamaGenPipeline)
+
+
+@pytest.mark.parametrize("by", ["name", "folder"])
+def test_one_changed_byte_of_a_bundled_model_is_noticed(release, by):
+    weights = next((release / "transformer").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(StudioError, match="checksum"):
+        studio.load("emoji-ar" if by == "name" else release)
+
+
+def test_a_missing_file_of_a_bundled_model_is_noticed(release):
+    (release / "model_index.json").unlink()
+    with pytest.raises(StudioError, match="missing"):
+        studio.load("emoji-ar")
+
+
+def test_a_bundled_model_without_weights_says_how_to_get_them(release):
+    with pytest.raises(StudioError, match="studio train emoji-vq"):
+        studio.load("emoji-vq")
+
+
+def test_the_known_words_come_with_the_pipeline(release):
+    (release / "concepts.json").write_text(json.dumps({"words": ["red", "apple"], "concepts": ["red apple"]}))
+    bundled.write_checksums()
+    assert studio.load("emoji-ar").vocabulary == (["red", "apple"], ["red apple"])

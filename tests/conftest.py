@@ -1,0 +1,103 @@
+"""Shared by all tests: no network, two threads, and a tiny random pipeline of real classes."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WORDS = "a red apple green pear blue sky on flat 3d style background".split()
+
+
+@pytest.fixture(scope="session")
+def repository():
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_text_tokenizer():
+    """A Hugging Face tokenizer of a dozen words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{word: index + 3 for index, word in enumerate(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_vq():
+    """A random VQTokenizer: 16 px pictures, a 4x4 grid of 64 codes."""
+    import torch
+
+    from studio import VQTokenizer
+
+    torch.manual_seed(0)
+    return VQTokenizer(
+        base_channels=8,
+        channel_multipliers=(1, 1, 2),
+        encoder_res_blocks=1,
+        decoder_res_blocks=1,
+        z_channels=8,
+        code_dim=4,
+        codebook_size=64,
+        norm_groups=4,
+        sample_size=16,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_vq, tiny_text_tokenizer):
+    """A random text-to-picture pipeline that draws 16 px pictures."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    from studio import LlamaGen, LlamaGenPipeline
+
+    torch.manual_seed(0)
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tiny_text_tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+    transformer = LlamaGen(
+        vocab_size=64, dim=32, num_layers=2, num_heads=2, grid_size=4, caption_dim=16, caption_length=8, prefix_rope="identity"
+    )
+    torch.nn.init.normal_(transformer.output.weight, std=0.3)
+    return LlamaGenPipeline(tiny_vq, transformer.eval(), text_encoder.eval(), tiny_text_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_class_pipeline(tiny_vq):
+    """A random class-conditional pipeline of ten classes."""
+    import torch
+
+    from studio import LlamaGen, LlamaGenPipeline
+
+    torch.manual_seed(0)
+    transformer = LlamaGen(vocab_size=64, dim=32, num_layers=2, num_heads=2, grid_size=4, num_classes=10)
+    torch.nn.init.normal_(transformer.output.weight, std=0.3)
+    return LlamaGenPipeline(tiny_vq, transformer.eval())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_pipeline, tmp_path_factory):
+    """The text-to-picture pipeline as `save_pretrained` writes it; do not change the files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_class_folder(tiny_class_pipeline, tmp_path_factory):
+    """The class-conditional pipeline as `save_pretrained` writes it; do not change the files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-class"
+    tiny_class_pipeline.save_pretrained(folder)
+    return folder

@@ -1,0 +1,222 @@
+"""The command line on tiny random models: what it writes, what it prints, and how it refuses."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from studio import cli
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Run a command in an empty folder; return `(exit code, stdout, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        return stopped.value.code, *capfd.readouterr()
+
+    return call
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def refused(result, *words):
+    """Check for exit code 2 and one sentence on stderr that contains the words."""
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert code == 2, err
+    assert out == "" and len(lines) == 1 and err.rstrip().endswith(lines[0]) and "Traceback" not in err
+    for word in words:
+        assert word in lines[0]
+
+
+def test_generate_writes_one_picture_a_seed(run, tiny_folder, tmp_path):
+    code, out, err = run("generate", "a red apple", "--model", tiny_folder, "--num-images", 2, "--seed", 7)
+    assert code == 0, err
+    assert files(tmp_path) == ["out", "out/a-red-apple-7.png", "out/a-red-apple-8.png"]
+    assert "seed 7" in out and "seed 8" in out and "seconds" in out and "tokens per second" in out
+
+
+def test_generate_json_is_one_document_on_stdout(run, tiny_folder, tmp_path):
+    code, out, err = run("generate", "a red apple", "--model", tiny_folder, "--num-images", 2, "--seed", 7, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert set(document) == {
+        "model", "decoding", "images", "tokens", "target_calls", "mean_accepted_length", "seconds",
+    }  # fmt: skip
+    assert [image["seed"] for image in document["images"]] == [7, 8]
+    assert all((tmp_path / image["path"]).is_file() for image in document["images"])
+    assert document["tokens"] == 32 and document["target_calls"] == 16 and document["mean_accepted_length"] == 1.0
+    assert document["seconds"]["total"] > 0
+
+
+def test_out_with_png_names_the_file(run, tiny_folder, tmp_path):
+    code, _, err = run("generate", "a red apple", "--model", tiny_folder, "--out", "new/folder/apple.png")
+    assert code == 0, err
+    assert files(tmp_path / "new/folder") == ["apple.png"]
+
+
+def test_out_with_png_numbers_several_files(run, tiny_folder, tmp_path):
+    code, _, err = run("generate", "a red apple", "--model", tiny_folder, "--out", "apple.png", "--num-images", 2, "--sheet")
+    assert code == 0, err
+    assert files(tmp_path) == ["apple-0.png", "apple-1.png", "apple-sheet.png"]
+
+
+def test_picture_carries_call_seed_and_versions(run, tiny_folder, tmp_path):
+    run("generate", "a red apple", "--model", tiny_folder, "--seed", 3, "--top-k", 5, "--out", "apple.png")
+    record = json.loads(Image.open(tmp_path / "apple.png").text["studio"])
+    assert record["seed"] == 3
+    assert record["call"]["prompt"] == "a red apple" and record["call"]["top_k"] == 5
+    assert {"studio", "torch", "diffusers", "transformers"} <= set(record["versions"])
+
+
+def test_an_unset_seed_is_drawn_and_reproduces_the_picture(run, tiny_folder, tmp_path):
+    _, out, _ = run("generate", "a red apple", "--model", tiny_folder, "--out", "one.png", "--json")
+    [image] = json.loads(out)["images"]
+    run("generate", "a red apple", "--model", tiny_folder, "--out", "two.png", "--seed", image["seed"])
+    assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "two.png").tobytes()
+
+
+def test_second_picture_equals_a_call_with_the_next_seed(run, tiny_folder, tmp_path):
+    run("generate", "a red apple", "--model", tiny_folder, "--out", "both.png", "--num-images", 2, "--seed", 4)
+    run("generate", "a red apple", "--model", tiny_folder, "--out", "single.png", "--seed", 5)
+    assert Image.open(tmp_path / "both-1.png").tobytes() == Image.open(tmp_path / "single.png").tobytes()
+
+
+def test_sheet_holds_all_pictures(run, tiny_folder, tmp_path):
+    run("generate", "a red apple", "--model", tiny_folder, "--num-images", 4, "--seed", 0, "--sheet")
+    sheet = Image.open(tmp_path / "out/a-red-apple-0-sheet.png")
+    assert sheet.width == sheet.height == 2 * 256 + 3 * 8
+
+
+def test_class_label_draws_with_a_class_model(run, tiny_class_folder, tmp_path):
+    code, _, err = run("generate", "--class-label", 3, "--model", tiny_class_folder, "--seed", 1)
+    assert code == 0, err
+    assert files(tmp_path / "out") == ["class-3-1.png"]
+
+
+def test_every_sampling_option_is_taken(run, tiny_folder):
+    options = ["--guidance", 2, "--cfg-interval", 3, "--temperature", 0.9, "--top-k", 8, "--top-p", 0.9]
+    code, _, err = run("generate", "a pear", "--model", tiny_folder, *options, "--device", "cpu", "--dtype", "float32")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--num-images", "0"], "--num-images"),
+        (["--num-images", "two"], "--num-images"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--guidance", "inf"], "--guidance"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "-inf"], "--top-p"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--nonsense"], "--nonsense"),
+        (["--model", "emoji-ra"], "emoji-ar"),
+        (["--model", "no/such"], "no/such"),
+        (["--model", "no such"], "no such"),
+        (["--device", "quantum"], "quantum"),
+        (["--dtype", "float1"], "float1"),
+        (["--out", "/proc/nowhere/picture.png"], "/proc/nowhere"),
+        (["--out", "/dev/null/picture.png"], "/dev/null"),
+        (["--out", "/dev/null"], "/dev/null"),
+        (["--out", "x" * 300 + ".png"], "long"),
+    ],
+)
+def test_wrong_options_are_refused(run, tiny_folder, tmp_path, arguments, word):
+    result = run("generate", "a red apple", *([] if "--model" in arguments else ["--model", tiny_folder]), *arguments)
+    refused(result, word)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("prompt", [[""], ["   "], ["x" * 2001], [], ["a pear", "--class-label", "1"]])
+def test_wrong_prompts_are_refused(run, tiny_folder, tmp_path, prompt):
+    refused(run("generate", *prompt, "--model", tiny_folder))
+    assert files(tmp_path) == []
+
+
+def test_class_label_out_of_range_is_refused(run, tiny_class_folder, tmp_path):
+    refused(run("generate", "--class-label", 10, "--model", tiny_class_folder), "10")
+    assert files(tmp_path) == []
+
+
+def test_a_prompt_for_a_class_model_is_refused(run, tiny_class_folder):
+    refused(run("generate", "a red apple", "--model", tiny_class_folder))
+
+
+def test_a_tokenizer_cannot_draw(run, tiny_folder):
+    refused(run("generate", "a red apple", "--model", tiny_folder / "image_tokenizer"), "cannot draw")
+
+
+def test_a_file_is_not_a_model(run, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"no checkpoint")
+    refused(run("generate", "a red apple", "--model", "model.pt"), "model.pt")
+
+
+def test_a_folder_in_the_way_of_the_picture_is_refused(run, tiny_folder, tmp_path):
+    (tmp_path / "apple.png").mkdir()
+    refused(run("generate", "a red apple", "--model", tiny_folder, "--out", "apple.png"), "folder")
+    assert files(tmp_path) == ["apple.png"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(run, tiny_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    refused(run("generate", "a red apple", "--model", tiny_folder, "--num-images", 2, "--out", "a/b"), "No space left")
+    assert files(tmp_path) == []
+
+
+def test_errors_under_json_are_one_document_too(run, tiny_folder):
+    code, out, err = run("generate", "", "--model", tiny_folder, "--json")
+    assert code == 2 and set(json.loads(out)) == {"error"}
+    assert err.splitlines()[-1] == f"Error: {json.loads(out)['error']}"
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["bench"], ["convert"], ["data"], ["train"], ["train", "nonsense"], ["evaluate", "nonsense"]])
+def test_wrong_commands_are_refused(run, tmp_path, arguments):
+    refused(run(*arguments))
+    assert files(tmp_path) == []
+
+
+def test_models_lists_every_bundled_model(run):
+    code, out, _ = run("models", "--json")
+    assert code == 0
+    assert {row["name"] for row in json.loads(out)["models"]} == {"emoji-ar", "emoji-vq", "emoji-judge"}
+
+
+def test_doctor_reports_versions_and_weights(run):
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["ok"]
+    assert report["versions"]["torch"] and report["device"] and {row["state"] for row in report["models"]} == {"ok"}
+
+
+def test_no_command_shows_the_help(run):
+    code, out, _ = run()
+    assert code == 0 and "generate" in out
+
+
+def test_library_output_does_not_reach_stdout_under_json(run, monkeypatch):
+    from studio import doctor
+
+    def noisy():
+        print("printed")
+        os.write(1, b"written by a compiled library\n")
+        return []
+
+    monkeypatch.setattr(doctor, "list_models", noisy)
+    _, out, err = run("models", "--json")
+    assert json.loads(out) == {"models": []}
+    assert "printed" in err and "compiled" in err
