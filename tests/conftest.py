@@ -68,7 +68,14 @@ def tiny_pipeline(tiny_vq, tiny_text_tokenizer):
         T5Config(vocab_size=len(tiny_text_tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     )
     transformer = LlamaGen(
-        vocab_size=64, dim=32, num_layers=2, num_heads=2, grid_size=4, caption_dim=16, caption_length=8, prefix_rope="identity"
+        vocab_size=64,
+        dim=32,
+        num_layers=2,
+        num_heads=2,
+        grid_size=4,
+        caption_dim=16,
+        caption_length=8,
+        prefix_rope="identity",
     )
     torch.nn.init.normal_(transformer.output.weight, std=0.3)
     return LlamaGenPipeline(tiny_vq, transformer.eval(), text_encoder.eval(), tiny_text_tokenizer)

@@ -63,7 +63,9 @@ def test_out_with_png_names_the_file(run, tiny_folder, tmp_path):
 
 
 def test_out_with_png_numbers_several_files(run, tiny_folder, tmp_path):
-    code, _, err = run("generate", "a red apple", "--model", tiny_folder, "--out", "apple.png", "--num-images", 2, "--sheet")
+    code, _, err = run(
+        "generate", "a red apple", "--model", tiny_folder, "--out", "apple.png", "--num-images", 2, "--sheet"
+    )
     assert code == 0, err
     assert files(tmp_path) == ["apple-0.png", "apple-1.png", "apple-sheet.png"]
 
@@ -184,7 +186,10 @@ def test_errors_under_json_are_one_document_too(run, tiny_folder):
     assert err.splitlines()[-1] == f"Error: {json.loads(out)['error']}"
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["bench"], ["convert"], ["data"], ["train"], ["train", "nonsense"], ["evaluate", "nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["bench"], ["convert"], ["data"], ["train"], ["train", "nonsense"], ["evaluate", "nonsense"]],
+)
 def test_wrong_commands_are_refused(run, tmp_path, arguments):
     refused(run(*arguments))
     assert files(tmp_path) == []

@@ -26,7 +26,18 @@ def installed(tmp_path_factory):
             shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / part, source / part)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [wheel] = folder.glob("*.whl")
@@ -44,7 +55,7 @@ def run(installed, cwd, *arguments):
 
 
 def test_imports_come_from_the_wheel(installed, tmp_path):
-    code = "import studio, studio.pipelines.llamagen as p, tokenizers; print(studio.__file__, p.__file__, tokenizers.__file__)"
+    code = "import studio, studio.pipelines.llamagen as p, tokenizers as t; print(studio.__file__, p.__file__, t.__file__)"
     ours, pipelines, hugging_face = run(installed, tmp_path, "-c", code).split()
     assert ours.startswith(str(installed)) and pipelines.startswith(str(installed / "studio" / "pipelines"))
     assert not hugging_face.startswith(str(installed))
