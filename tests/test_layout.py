@@ -24,7 +24,7 @@ LEVELS = {
     "decoding": 1,
     "pruning": 1,
 }
-"""A package imports itself and packages of lower levels. `cli` stands for the modules right under studio/ but `saving`."""
+"""A package imports itself and packages of lower levels. `cli`: the modules right under studio/ but `saving`."""
 MAY_ALSO = {("cli", "ui"), ("cli", "data"), ("training", "data"), ("evaluation", "data"), ("training", "evaluation")}
 PUBLIC = {"studio", "studio.errors", "checkpoints", "training", "evaluation", "saving"}
 """What the surfaces may use, as a user would: `studio.__all__`, and the public modules of these packages."""

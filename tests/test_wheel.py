@@ -55,7 +55,8 @@ def run(installed, cwd, *arguments):
 
 
 def test_imports_come_from_the_wheel(installed, tmp_path):
-    code = "import studio, studio.pipelines.llamagen as p, tokenizers as t; print(studio.__file__, p.__file__, t.__file__)"
+    modules = "import studio, studio.pipelines.llamagen as p, tokenizers as t"
+    code = f"{modules}; print(studio.__file__, p.__file__, t.__file__)"
     ours, pipelines, hugging_face = run(installed, tmp_path, "-c", code).split()
     assert ours.startswith(str(installed)) and pipelines.startswith(str(installed / "studio" / "pipelines"))
     assert not hugging_face.startswith(str(installed))
