@@ -1,7 +1,7 @@
 """A preallocated key/value cache that attention reads only up to its current length.
 
-Keys and values of every layer stand in one tensor of shape (rows, kv_heads, max_length, head_dim). A step writes behind the
-last position and reads `[:length]`, so early tokens cost less than late ones and nothing is concatenated.
+Every layer has one tensor of shape (rows, 2, kv_heads, max_length, head_dim): keys, then values. A step writes behind
+the last position and reads `[:length]`, so early tokens cost less than late ones and nothing is concatenated.
 """
 
 import torch
@@ -17,6 +17,8 @@ class KVCache:
         rows: sequences decoded together (twice the images when guided: conditional rows first, null rows after).
         max_length: positions that may ever be stored (prefix + image tokens).
 
+    `valid` (rows, prefix) bool, when set, marks the prefix positions that are no padding; every later query obeys it.
+
     Errors: `StudioError` when more positions are written than fit, or rows or positions are kept that are not there.
     """
 
@@ -31,27 +33,44 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (rows, num_kv_heads, max_length, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (rows, 2, num_kv_heads, max_length, head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.max_length = max_length
         self.length = 0
+        self._bias: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
-        return self.keys[0].shape[0]
+        return self.layers[0].shape[0]
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores (rows, kv_heads, n, head_dim) behind the current length; returns views of everything stored so far.
+    def mask_prefix(self, valid: torch.Tensor) -> None:
+        """Hides the prefix positions where `valid` (rows, prefix) is false from every later query."""
+        bias = torch.zeros(self.rows, 1, 1, self.max_length, dtype=self.layers[0].dtype, device=valid.device)
+        bias[:, 0, 0, : valid.shape[1]].masked_fill_(~valid, float("-inf"))
+        self._bias = bias
+
+    def attention_mask(self, new: int) -> torch.Tensor | None:
+        """Additive mask for `new` positions about to be stored: broadcasts to (rows, 1, new, length + new), or None."""
+        end = self.length + new
+        bias = None if self._bias is None else self._bias[..., :end]
+        if new == 1:
+            return bias
+        like = self.layers[0]
+        causal = torch.full((new, end), float("-inf"), dtype=like.dtype, device=like.device).triu(self.length + 1)
+        return causal if bias is None else causal + bias
+
+    def update(self, layer: int, keys_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores (rows, 2, kv_heads, n, head_dim) behind the current length; returns views of all keys and all values.
 
         The length itself moves once per step, by `advance`, after the last layer.
         """
-        end = self.length + keys.shape[2]
+        end = self.length + keys_values.shape[3]
         if end > self.max_length:
             raise StudioError(f"The key/value cache holds {self.max_length} positions; {end} were asked for.")
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        store = self.layers[layer]
+        store[:, :, :, self.length : end] = keys_values
+        keys, values = store[:, :, :, :end].unbind(1)
+        return keys, values
 
     def advance(self, positions: int) -> None:
         """Counts `positions` new positions as stored."""
@@ -67,5 +86,6 @@ class KVCache:
         """Keeps the first `rows` rows; later steps run on those only. No copy is made."""
         if not 0 < rows <= self.rows:
             raise StudioError(f"The cache has {self.rows} rows and cannot keep {rows}.")
-        self.keys = [keys[:rows] for keys in self.keys]
-        self.values = [values[:rows] for values in self.values]
+        self.layers = [layer[:rows] for layer in self.layers]
+        if self._bias is not None:
+            self._bias = self._bias[:rows]

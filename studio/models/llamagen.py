@@ -1,11 +1,12 @@
 """LlamaGen: a Llama-style decoder over image tokens, conditioned on a class or on the states of a text encoder.
 
-"Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv:2406.06525). The sequence is a prefix (one
-class embedding, or `caption_length` projected caption vectors) followed by the image tokens in raster order. The module tree
-carries the authors' parameter names, so their state dicts load as they are.
+"Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv:2406.06525). The sequence is a prefix
+(one class embedding, or `caption_length` projected caption vectors) followed by the image tokens in raster order. The
+module tree carries the authors' parameter names, so their state dicts load as they are.
 
-Scope: the network, its training forward, and the two calls that cached decoding needs (`prefill`, `extend`). How tokens are
-drawn is the business of `studio.decoding`.
+Scope: the network, its training forward, and the calls that cached decoding needs (`new_cache`, `prefill`, `extend`).
+How tokens are drawn is the business of `studio.decoding`; `studio.models.packed` is the same network arranged for
+speed.
 """
 
 import torch
@@ -91,7 +92,7 @@ class Attention(nn.Module):
         queries, keys = turned[:, :heads], turned[:, heads:]
         values = qkv[:, :, heads + kv_heads :].transpose(1, 2)
         if cache is not None:
-            keys, values = cache.update(layer, keys, values)
+            keys, values = cache.update(layer, torch.stack((keys, values), dim=1))
         out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=kv_heads != heads
         )
@@ -250,7 +251,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "LlamaGen":
-        """A published size, e.g. `LlamaGen.preset("XL", caption_dim=2048, caption_length=120)`; ImageNet classes by default."""
+        """A published size, e.g. `preset("XL", caption_dim=2048, caption_length=120)`; ImageNet classes by default."""
         if name not in PRESETS:
             raise StudioError(f"There is no LlamaGen size {name!r}; the sizes are {', '.join(PRESETS)}.")
         condition = {} if "caption_dim" in overrides else {"num_classes": 1000}
@@ -305,7 +306,9 @@ class LlamaGen(ModelMixin, ConfigMixin):
             raise StudioError("This model is text-conditional: pass captions and no class_labels.")
         expected = (self.config.caption_length, self.config.caption_dim)
         if tuple(captions.shape[1:]) != expected:
-            raise StudioError(f"Captions must have shape (batch, {expected[0]}, {expected[1]}), got {tuple(captions.shape)}.")
+            raise StudioError(
+                f"Captions must have shape (batch, {expected[0]}, {expected[1]}), not {tuple(captions.shape)}."
+            )
         if caption_mask is not None:
             captions, caption_mask = left_pad(captions, caption_mask)
         return self.cls_embedding(captions, drop), caption_mask
@@ -338,8 +341,9 @@ class LlamaGen(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Logits (B, n + 1, V), float32, for tokens (B, n): entry i predicts image token i.
 
-        Training feeds `tokens[:, :-1]` and compares with `tokens`. In training mode without `drop`, conditions are dropped
-        with probability `class_dropout`, drawn from the global generator.
+        Training feeds `tokens[:, :-1]` and compares with `tokens`. In training mode without `drop`, conditions are
+        dropped with probability `class_dropout`, drawn from the global generator. Captions may be padded on either
+        side.
         """
         batch, n = tokens.shape
         if drop is None and self.training and self.config.class_dropout > 0:
@@ -354,3 +358,29 @@ class LlamaGen(ModelMixin, ConfigMixin):
         x = self.tok_dropout(torch.cat((prefix, self.tok_embeddings(tokens).to(prefix.dtype)), dim=1))
         x = self.run_layers(x, table[:length], self.prefix_mask(valid, length))
         return self.output(x[:, prefix.shape[1] - 1 :]).float()
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache for `rows` sequences, in the model's dtype and on its device."""
+        return KVCache(
+            num_layers=self.config.num_layers,
+            rows=rows,
+            num_kv_heads=self.config.num_kv_heads or self.config.num_heads,
+            max_length=self.prefix_length + self.num_tokens,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def prefill(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """Stores the prefix (rows, T, dim) in an empty cache; logits (rows, V), float32, of the first image token."""
+        length = prefix.shape[1]
+        x = self.run_layers(prefix, self.rope()[:length], self.prefix_mask(valid, length), cache)
+        if valid is not None:
+            cache.mask_prefix(valid)
+        return self.output(x[:, -1]).float()
+
+    def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Feeds tokens (rows, n) behind what the cache holds; float32 logits (rows, n, V) of the tokens after them."""
+        rope = self.rope()[cache.length : cache.length + tokens.shape[1]]
+        mask = cache.attention_mask(tokens.shape[1])
+        return self.output(self.run_layers(self.tok_embeddings(tokens), rope, mask, cache)).float()

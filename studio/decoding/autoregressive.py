@@ -1,0 +1,134 @@
+"""Plain autoregressive decoding: one call of the model per token.
+
+With classifier-free guidance (arXiv:2207.12598) the conditional rows and their null twins run as one batch, both fed
+the same token: `logits = null + scale * (conditional - null)`. Inside the guidance interval only (LlamaGen,
+arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the null rows leave
+the batch and the cache, and a step costs half.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from studio.decoding.sampling import Sampling
+from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
+from studio.models.packed import WEIGHTS, can_pack, packed
+
+_LARGEST_PACKED_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """Settings of the plain loop.
+
+    Args:
+        filter_order: "llamagen" (top-k before top-p) or "lantern" (top-p before top-k).
+        weights: "auto" prepacks float32 weights on a CPU when that is safe and otherwise runs the model as it is;
+            "plain" always runs the model as it is; "float32", "float16" and "int8" ask for packed CPU weights.
+    """
+
+    filter_order: str = "llamagen"
+    weights: str = "auto"
+
+    def __post_init__(self):
+        Sampling(order=self.filter_order)
+        if self.weights not in ("auto", "plain", *WEIGHTS):
+            raise StudioError(f"weights is one of auto, plain, {', '.join(WEIGHTS)}, not {self.weights!r}.")
+
+    def network(self, model: LlamaGen):
+        """What the loop calls: the model itself, or its packed view."""
+        if self.weights == "plain":
+            return model
+        if self.weights != "auto":
+            return packed(model, self.weights)
+        size = sum(weight.nbytes for weight in model.parameters())
+        return packed(model) if can_pack(model) and size <= _LARGEST_PACKED_BYTES else model
+
+
+@dataclass
+class Drawn:
+    """Tokens (B, n) int64, with n below the model's number only when the loop was stopped, and what they cost.
+
+    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode".
+    """
+
+    tokens: torch.Tensor
+    target_calls: int = 0
+    row_calls: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
+    """Whether this token is drawn with guidance; a scale of 1 (or 0) is no guidance, interval -1 has no end."""
+    inside = cfg_interval < 0 or token == 0 or token - 1 <= cfg_interval
+    return guidance_scale not in (0, 1) and inside
+
+
+def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
+    """Combines logits (2B, V), conditional rows first, into (B, V)."""
+    conditional, null = logits.chunk(2)
+    return null + scale * (conditional - null)
+
+
+def condition_rows(model: LlamaGen, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The prefix (B or 2B, T, dim) and its valid positions; a null row keeps the padding of its conditional twin."""
+    if not guided:
+        return model.embed_condition(**condition)
+    doubled = {name: torch.cat((value, value)) for name, value in condition.items() if value is not None}
+    rows = len(next(iter(doubled.values())))
+    drop = torch.arange(rows, device=model.device) >= rows // 2
+    return model.embed_condition(**doubled, drop=drop)
+
+
+@torch.no_grad()
+def autoregressive(
+    model: LlamaGen,
+    condition: dict,
+    *,
+    generators: list[torch.Generator],
+    sampling: Sampling | None = None,
+    guidance_scale: float = 1.0,
+    cfg_interval: int = -1,
+    settings: Autoregressive | None = None,
+    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+) -> Drawn:
+    """Draws all tokens of B pictures.
+
+    Args:
+        model: in evaluation mode.
+        condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
+        generators: one per picture.
+        on_token: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
+    """
+    settings = settings or Autoregressive()
+    sampling = sampling or Sampling(order=settings.filter_order)
+    began = time.perf_counter()
+    network = settings.network(model)
+    prefix, valid = condition_rows(model, condition, guided=is_guided(0, guidance_scale, cfg_interval))
+    batch, total = len(generators), model.num_tokens
+    tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)
+    drawn = Drawn(tokens)
+    cache = network.new_cache(len(prefix))
+    logits = network.prefill(prefix, valid, cache)
+    drawn.seconds["prefill"] = time.perf_counter() - began
+    for index in range(total):
+        drawn.target_calls += 1
+        drawn.row_calls += len(logits)
+        if len(logits) > batch:
+            logits = guided_logits(logits, guidance_scale)
+        tokens[:, index] = sampling.draw(logits, generators)
+        if on_token is not None and on_token(index, tokens[:, : index + 1]):
+            drawn.tokens = tokens[:, : index + 1]
+            break
+        if index + 1 == total:
+            break
+        guided = is_guided(index + 1, guidance_scale, cfg_interval)
+        if not guided and cache.rows > batch:
+            cache.keep_rows(batch)
+        fed = tokens[:, index : index + 1]
+        logits = network.extend(fed.repeat(2, 1) if guided else fed, cache)[:, -1]
+    drawn.seconds["decode"] = time.perf_counter() - began - drawn.seconds["prefill"]
+    return drawn

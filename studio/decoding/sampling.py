@@ -1,0 +1,127 @@
+"""From logits to tokens: temperature, top-k, top-p, and one random stream per row.
+
+Two filter orders exist in the field. LlamaGen (arXiv:2406.06525, its sampling code): temperature, top-k, top-p, where a
+token stays while the probability before it does not exceed p. LANTERN (arXiv:2410.03355, through transformers):
+temperature, top-p, top-k, where a token goes when the probability up to it, counted from the least likely, is at most 1
+- p.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from studio.errors import StudioError
+
+FILTER_ORDERS = ("llamagen", "lantern")
+_SMALLEST_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one token is drawn from logits.
+
+    Args:
+        temperature: 0 draws the likeliest token; otherwise logits are divided by it (at least 1e-5).
+        top_k: keep the k likeliest tokens (ties with the k-th too); 0 keeps all.
+        top_p: keep the likeliest tokens that together hold this probability, in (0, 1]; 1 keeps all.
+        order: "llamagen" (top-k first) or "lantern" (top-p first).
+
+    Errors: `StudioError` for a value outside these ranges or not a number.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    order: str = "llamagen"
+
+    def __post_init__(self):
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise StudioError(f"temperature must be a finite number of at least 0, not {self.temperature!r}.")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise StudioError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), not {self.top_k!r}.")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise StudioError(f"top_p must be above 0 and at most 1, not {self.top_p!r}.")
+        if self.order not in FILTER_ORDERS:
+            raise StudioError(f"The filter order is one of {', '.join(FILTER_ORDERS)}, not {self.order!r}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """The distribution (rows, V) a token is drawn from, float32."""
+        kept = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, order=self.order)
+        return kept.softmax(dim=-1)
+
+    def draw(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """Tokens (rows,) for logits (rows, V); row i uses generators[i] only."""
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        return sample_rows(self.probabilities(logits), generators)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def filter_logits(
+    logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, order: str = "llamagen"
+) -> torch.Tensor:
+    """Logits (rows, V) after temperature and filters; dropped tokens are -inf. The input is left alone."""
+    logits = logits.float() / max(temperature, _SMALLEST_TEMPERATURE)
+    if order == "llamagen":
+        return _top_p_from_likeliest(_top_k(logits, top_k), top_p)
+    return _top_k(_top_p_from_least_likely(logits, top_p), top_k)
+
+
+def _top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    vocab = logits.shape[-1]
+    if k <= 0 or k >= vocab:
+        return logits
+    smallest_kept = logits.kthvalue(vocab - k + 1, dim=-1, keepdim=True).values
+    return logits.masked_fill(logits < smallest_kept, float("-inf"))
+
+
+def _top_p_from_likeliest(logits: torch.Tensor, p: float) -> torch.Tensor:
+    if p >= 1:
+        return logits
+    ordered, indices = logits.sort(dim=-1, descending=True)
+    cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)
+    dropped = torch.zeros_like(cumulative, dtype=torch.bool)
+    dropped[..., 1:] = cumulative[..., :-1] > p
+    return logits.masked_fill(dropped.scatter(-1, indices, dropped), float("-inf"))
+
+
+def _top_p_from_least_likely(logits: torch.Tensor, p: float) -> torch.Tensor:
+    if p >= 1:
+        return logits
+    ordered, indices = logits.sort(dim=-1, descending=False)
+    dropped = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    dropped[..., -1] = False
+    return logits.masked_fill(dropped.scatter(-1, indices, dropped), float("-inf"))
+
+
+def exponential_noise(rows: int, vocab: int, generators: list[torch.Generator], device) -> torch.Tensor:
+    """Exp(1) noise (rows, vocab), float32; row i comes from generators[i] alone, in a batch as on its own."""
+    if len(generators) != rows:
+        raise StudioError(f"{rows} rows need {rows} generators, one each; {len(generators)} were given.")
+    if all(generator.device.type == torch.device(device).type for generator in generators):
+        noise = torch.empty(rows, vocab, device=device)
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
+        return noise
+    drawn = [torch.empty(vocab, device=g.device).exponential_(generator=g).to(device) for g in generators]
+    return torch.stack(drawn)
+
+
+def sample_rows(
+    probabilities: torch.Tensor, generators: list[torch.Generator] | None = None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One token per row of probabilities (rows, V): the winner of the exponential race argmax(p / noise).
+
+    The race has the law of `torch.multinomial`, never waits for the device, and hardly ever turns on a rounding error.
+    """
+    if noise is None:
+        noise = exponential_noise(*probabilities.shape, generators, probabilities.device)
+    return (probabilities / noise).argmax(dim=-1)
