@@ -1,0 +1,56 @@
+"""The app: one page, a tab per thing to do."""
+
+import gradio as gr
+
+from studio.ui import generate
+from studio.ui.components import header
+from studio.ui.theme import CSS, studio_theme
+
+_HOUR = 3600
+
+
+def build_app(model="emoji-ar"):
+    """Build the page without loading a model; the first drawing does.
+
+    Args:
+        model: what `studio.load` takes: a bundled name, a model folder or a Hub id.
+
+    Returns:
+        A `gr.Blocks`; launch it with `launch_settings()`, or use `launch`.
+    """
+    with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
+        header(model)
+        with gr.Tabs(elem_id="studio-tabs"):
+            with gr.Tab("Generate", id="generate"):
+                generate.build_tab(model)
+    return demo.queue(max_size=64)
+
+
+def launch_settings():
+    """What Gradio 6 takes at `demo.launch(...)`: the look, and no run history (each PNG carries its own settings)."""
+    return {
+        "theme": studio_theme(),
+        "css_paths": [CSS],
+        "footer_links": ["api", "settings"],
+        "run_history": False,
+    }
+
+
+def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", **settings):
+    """Serve the app until it is interrupted.
+
+    Args:
+        host: address to listen on; "0.0.0.0" shows the app to the whole network.
+        port: port to listen on.
+        model: what `studio.load` takes.
+        settings: passed on to Gradio's `launch`.
+
+    Raises:
+        StudioError: nothing can listen there.
+    """
+    from studio.errors import StudioError
+
+    try:
+        return build_app(model).launch(server_name=host, server_port=port, **{**launch_settings(), **settings})
+    except OSError as error:
+        raise StudioError(f"The app cannot listen on {host}:{port}: choose another with --host or --port.") from error

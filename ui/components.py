@@ -1,0 +1,78 @@
+"""Pieces that every tab shares: the header, the status line, the picture grid."""
+
+import math
+from html import escape
+
+import gradio as gr
+
+_MARK_CLASSES = ["", "", "", "", "next", "open", "open", "open", "open"]
+
+
+def _mark():
+    """The logo: a grid of tokens, the middle one being drawn."""
+    squares = "".join(
+        f'<rect x="{1 + 7.8 * (index % 3):g}" y="{1 + 7.8 * (index // 3):g}" width="6.4" height="6.4" rx="1.6" '
+        f'class="{name}"/>'
+        for index, name in enumerate(_MARK_CLASSES)
+    )
+    return f'<svg viewBox="0 0 24 24" width="26" height="26" aria-hidden="true" class="studio-mark">{squares}</svg>'
+
+
+def header(model):
+    """The head of the page: name, what it does, which model it uses."""
+    return gr.HTML(
+        f'<div class="studio-header">{_mark()}<h1>Studio</h1>'
+        "<p>Pictures from words, one token at a time</p>"
+        f'<span class="studio-model">{escape(_short(model))}</span></div>',
+        elem_id="studio-header",
+    )
+
+
+def picture_grid(**settings):
+    """A gallery of PNG pictures (never re-encoded with losses), as square as their number allows."""
+    return gr.Gallery(
+        format="png",
+        object_fit="contain",
+        height="auto",
+        buttons=["download", "fullscreen"],
+        interactive=False,
+        **settings,
+    )
+
+
+def columns_for(count):
+    """Columns of the grid for `count` pictures."""
+    return math.ceil(math.sqrt(count))
+
+
+def status_line(text, *, state="idle", fraction=None, details=()):
+    """The line below the pictures.
+
+    Args:
+        text: one sentence.
+        state: "idle", "running", "done" or "stopped".
+        fraction: how much is done, 0-1, for a progress bar.
+        details: pairs (label, value).
+    """
+    bar = ""
+    if fraction is not None:
+        percent = round(100 * min(max(fraction, 0.0), 1.0))
+        bar = (
+            f'<div class="studio-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
+            f'aria-valuenow="{percent}" aria-label="Tokens drawn"><i style="width:{percent}%"></i></div>'
+        )
+    facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in details)
+    live = "off" if state == "running" else "polite"
+    return (
+        f'<div class="studio-status {state}" role="status" aria-live="{live}">{bar}<p>{escape(text)}</p>'
+        f"{f'<dl>{facts}</dl>' if facts else ''}</div>"
+    )
+
+
+def pictures(count):
+    """`count` with its noun."""
+    return f"{count} picture{'s' * (count != 1)}"
+
+
+def _short(model):
+    return str(model).rstrip("/").rsplit("/", 1)[-1]
