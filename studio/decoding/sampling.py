@@ -36,11 +36,11 @@ class Sampling:
     order: str = "llamagen"
 
     def __post_init__(self):
-        if not _is_number(self.temperature) or self.temperature < 0:
+        if not is_finite_number(self.temperature) or self.temperature < 0:
             raise StudioError(f"temperature must be a finite number of at least 0, not {self.temperature!r}.")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise StudioError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), not {self.top_k!r}.")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
             raise StudioError(f"top_p must be above 0 and at most 1, not {self.top_p!r}.")
         if self.order not in FILTER_ORDERS:
             raise StudioError(f"The filter order is one of {', '.join(FILTER_ORDERS)}, not {self.order!r}.")
@@ -61,7 +61,7 @@ class Sampling:
         return sample_rows(self.probabilities(logits), generators)
 
 
-def _is_number(value) -> bool:
+def is_finite_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,0 +1,304 @@
+"""Words or a class to pictures with LlamaGen (arXiv:2406.06525): text encoder, token model, image tokenizer."""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
+from studio.decoding.sampling import Sampling, is_finite_number
+from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
+from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.tokenizers.vq import VQTokenizer
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
+MAX_PROMPT_CHARACTERS = 2000
+
+
+class LlamaGenPipeline(DiffusionPipeline):
+    """Draws pictures token by token.
+
+    Args:
+        image_tokenizer: decodes tokens to pixels.
+        transformer: draws tokens; class- or text-conditional.
+        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer that goes with it.
+        default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
+        lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["tokens"]
+
+    def __init__(
+        self,
+        image_tokenizer: VQTokenizer,
+        transformer: LlamaGen,
+        text_encoder=None,
+        tokenizer=None,
+        default_guidance_scale: float = 4.0,
+        default_temperature: float = 1.0,
+        default_top_k: int = 0,
+        default_top_p: float = 1.0,
+        lowercase_prompts: bool = False,
+    ):
+        super().__init__()
+        self.register_modules(
+            image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale,
+            default_temperature=default_temperature,
+            default_top_k=default_top_k,
+            default_top_p=default_top_p,
+            lowercase_prompts=lowercase_prompts,
+        )
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the current token."""
+        return self._interrupt
+
+    @property
+    def takes_text(self) -> bool:
+        return self.transformer.config.caption_dim is not None
+
+    def check_inputs(
+        self, prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
+    ) -> None:
+        """Raises a `StudioError` that names the first argument of a call that cannot be used."""
+        if self.takes_text:
+            if class_labels is not None:
+                raise StudioError("This model draws from words: pass a prompt and no class_labels.")
+            if self.text_encoder is None or self.tokenizer is None:
+                raise StudioError("This pipeline has no text encoder: load or convert it with one to use a prompt.")
+            for text in prompt if isinstance(prompt, list) and prompt else [prompt]:
+                if not isinstance(text, str) or not text.strip():
+                    raise StudioError("The prompt is empty: say in a few words what to draw.")
+                if len(text) > MAX_PROMPT_CHARACTERS:
+                    raise StudioError(
+                        f"The prompt has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read."
+                    )
+        else:
+            if prompt is not None:
+                raise StudioError("This model draws from class numbers: pass class_labels and no prompt.")
+            labels = class_labels if isinstance(class_labels, list) and class_labels else [class_labels]
+            classes = self.transformer.config.num_classes
+            if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < classes for n in labels):
+                raise StudioError(f"class_labels must be whole numbers from 0 to {classes - 1}, not {class_labels!r}.")
+        if not _is_count(num_images_per_prompt):
+            raise StudioError(f"num_images_per_prompt must be a whole number above 0, not {num_images_per_prompt!r}.")
+        if not is_finite_number(guidance_scale) or guidance_scale < 0:
+            raise StudioError(f"guidance_scale must be a finite number of at least 0, not {guidance_scale!r}.")
+        if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
+            raise StudioError(f"cfg_interval must be a whole number of at least -1 (-1: no end), not {cfg_interval!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise StudioError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
+            raise StudioError(f"Callbacks can ask for {self._callback_tensor_inputs}, not {sorted(unknown)}.")
+        codes, vocab = self.image_tokenizer.config.codebook_size, self.transformer.config.vocab_size
+        if codes != vocab:
+            raise StudioError(f"The image tokenizer has {codes} codes but the transformer draws from {vocab}.")
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens."""
+        texts = [text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        if self.config.lowercase_prompts:
+            texts = [text.lower() for text in texts]
+        length = self.transformer.config.caption_length
+        full = self.tokenizer(texts, truncation=False)["input_ids"]
+        if (longest := max(map(len, full))) > length:
+            logger.warning("The prompt is cut: %d text tokens, of which the model reads %d.", longest, length)
+        ids = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        mask = ids["attention_mask"].to(self._execution_device)
+        states = self.text_encoder(input_ids=ids["input_ids"].to(self._execution_device), attention_mask=mask)
+        return states.last_hidden_state.to(self.transformer.dtype), mask.bool()
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
+        """Tokens (B, grid**2) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
+        side = self.transformer.config.grid_size
+        pixels = self.image_tokenizer.decode(tokens.view(-1, side, side)).float()
+        if output_type == "pil":
+            values = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+            return self.bytes_to_pil(values)
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    @staticmethod
+    def bytes_to_pil(values: torch.Tensor) -> list:
+        """uint8 pictures (B, 3, H, W) to a list of PIL pictures."""
+        from PIL import Image
+
+        return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_interval: int = -1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        decoding: Autoregressive | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+    ) -> ImageTokenPipelineOutput | tuple:
+        """Draws `num_images_per_prompt` pictures for each prompt or class.
+
+        Args:
+            prompt: words, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class numbers, for a class-conditional model.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
+            temperature: 0 takes the likeliest token each time.
+            top_k, top_p: keep the k likeliest tokens (0: all), or those that hold probability p (1: all).
+            cfg_interval: index of the last token but one that is guided; -1 guides all.
+            generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
+            decoding: how tokens are drawn; `Autoregressive()` when left out.
+            output_type: "pil", "np", "pt", or "tokens" to leave out pixels.
+            callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token; may
+                return a dict with changed "tokens".
+
+        Errors: `StudioError` for a call that cannot be used.
+        """
+        config = self.config
+        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.check_inputs(
+            prompt,
+            class_labels,
+            num_images_per_prompt,
+            guidance_scale,
+            cfg_interval,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        settings = Autoregressive() if decoding is None else decoding
+        if not isinstance(settings, Autoregressive):
+            raise StudioError(f"LlamaGen draws with Autoregressive decoding, not {type(settings).__name__}.")
+        sampling = Sampling(
+            temperature=config.default_temperature if temperature is None else temperature,
+            top_k=config.default_top_k if top_k is None else top_k,
+            top_p=config.default_top_p if top_p is None else top_p,
+            order=settings.filter_order,
+        )
+        self._interrupt = False
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "total"):
+            with _timed(seconds, "text"):
+                condition = self._condition(prompt, class_labels, num_images_per_prompt)
+            batch = len(next(iter(condition.values())))
+            generators = image_generators(generator, batch, self._execution_device)
+            total = self.transformer.num_tokens
+            with self.progress_bar(total=total) as progress:
+
+                def on_token(index: int, tokens: torch.Tensor) -> bool:
+                    progress.update()
+                    if callback_on_step_end is not None:
+                        names = callback_on_step_end_tensor_inputs
+                        changed = callback_on_step_end(self, index, index, {name: tokens for name in names}) or {}
+                        if changed.get("tokens", tokens) is not tokens:
+                            tokens.copy_(changed["tokens"])
+                    return self._interrupt
+
+                drawn = autoregressive(
+                    self.transformer,
+                    condition,
+                    generators=generators,
+                    sampling=sampling,
+                    guidance_scale=guidance_scale,
+                    cfg_interval=cfg_interval,
+                    settings=settings,
+                    on_token=on_token,
+                )
+            with _timed(seconds, "pixels"):
+                images = drawn.tokens if output_type == "tokens" else self._pictures(drawn.tokens, output_type)
+        self.maybe_free_model_hooks()
+        stats = _stats(drawn, seconds)
+        if not return_dict:
+            return images, drawn.tokens, stats
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+
+    def _condition(self, prompt, class_labels, num_images_per_prompt: int) -> dict[str, torch.Tensor]:
+        """The condition of every picture; pictures of one prompt stand together."""
+        if self.takes_text:
+            captions, mask = self.encode_prompt(prompt)
+            condition = {"captions": captions, "caption_mask": mask}
+        else:
+            labels = class_labels if isinstance(class_labels, list) else [class_labels]
+            condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
+        return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
+
+    def _pictures(self, tokens: torch.Tensor, output_type: str):
+        """Pictures of complete or interrupted drawings; what is missing repeats the first token."""
+        missing = self.transformer.num_tokens - tokens.shape[1]
+        if missing:
+            tokens = torch.cat((tokens, tokens[:, :1].expand(-1, missing)), dim=1)
+        return self.decode_tokens(tokens, output_type)
+
+
+def image_generators(generator, batch: int, device) -> list[torch.Generator]:
+    """One random stream per picture.
+
+    A list is used as it is. A single generator serves the first picture itself and seeds streams for the others; `None`
+    seeds every stream from torch's global generator.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != batch:
+            raise StudioError(f"{batch} pictures need {batch} generators, one each; {len(generator)} were given.")
+        return list(generator)
+    if generator is None:
+        return [_seeded(int(seed), device) for seed in torch.randint(2**62, (batch,))]
+    if not isinstance(generator, torch.Generator):
+        raise StudioError("generator must be a torch.Generator, a list of them, or None.")
+    source = torch.Generator(generator.device)
+    source.set_state(generator.get_state())
+    seeds = torch.randint(2**62, (batch - 1,), generator=source, device=source.device).tolist()
+    return [generator, *(_seeded(seed, generator.device) for seed in seeds)]
+
+
+def _seeded(seed: int, device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str):
+    began = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - began
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _stats(drawn: Drawn, seconds: dict[str, float]) -> DecodingStats:
+    phases = {**seconds, **drawn.seconds}
+    return DecodingStats(
+        target_calls=drawn.target_calls,
+        tokens=drawn.tokens.numel(),
+        mean_accepted_length=drawn.tokens.shape[1] / drawn.target_calls,
+        seconds={name: phases[name] for name in ("text", "prefill", "decode", "pixels", "total")},
+    )

@@ -1,0 +1,39 @@
+"""What a pipeline call returns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class DecodingStats(BaseOutput):
+    """What a call cost.
+
+    Args:
+        target_calls: calls of the transformer for the whole batch.
+        tokens: image tokens drawn, over all pictures.
+        mean_accepted_length: tokens of a picture per call (1.0 for plain autoregressive decoding).
+        seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total".
+    """
+
+    target_calls: int
+    tokens: int
+    mean_accepted_length: float
+    seconds: dict[str, float]
+
+
+@dataclass
+class ImageTokenPipelineOutput(BaseOutput):
+    """Pictures and the tokens they were decoded from.
+
+    Args:
+        images: a list of PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens again.
+        tokens: (B, n) int64, raster order; n is below the grid's size only for an interrupted call.
+        stats: see `DecodingStats`.
+    """
+
+    images: Any
+    tokens: torch.Tensor
+    stats: DecodingStats
