@@ -1,0 +1,34 @@
+"""The ten named backgrounds, and putting an emoji on one."""
+
+import numpy as np
+
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (24, 24, 28),
+    "gray": (150, 152, 158),
+    "red": (214, 58, 58),
+    "orange": (244, 148, 52),
+    "yellow": (250, 218, 84),
+    "green": (74, 168, 88),
+    "blue": (62, 118, 214),
+    "purple": (136, 84, 196),
+    "pink": (246, 164, 196),
+}
+NAMES = tuple(BACKGROUNDS)
+PALETTE = np.array([BACKGROUNDS[name] for name in NAMES], dtype=np.float32) / 255
+"""RGB in [0, 1], (10, 3), in the order of `NAMES`."""
+
+
+def compose(pictures, colours):
+    """Pictures over plain colours.
+
+    Args:
+        pictures: `(n, side, side, 4)` premultiplied RGBA, uint8.
+        colours: `(n, 3)` RGB in [0, 1].
+
+    Returns:
+        `(n, 3, side, side)` float32 in [0, 1].
+    """
+    rgba = pictures.astype(np.float32) / 255
+    rgb = rgba[..., :3] + (1 - rgba[..., 3:]) * np.asarray(colours, dtype=np.float32)[:, None, None, :]
+    return np.ascontiguousarray(np.moveaxis(rgb.clip(0, 1), -1, 1))

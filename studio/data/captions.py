@@ -1,0 +1,60 @@
+"""Captions: what a person might type for a picture, made from its label, tags, style and background."""
+
+import re
+from functools import lru_cache
+
+from studio.data.archive import STYLES, load_concepts
+from studio.data.backgrounds import NAMES
+
+_WORDS = re.compile(r"[a-z][a-z -]{2,}")
+STYLE_WORDS = {"3d": "3d style", "flat": "flat style"}
+
+
+def article(noun):
+    """The noun with "a" or "an" ("an orange"); plurals and names of things that start with a digit stay bare."""
+    first = noun.split()[0]
+    if not first[0].isalpha() or (first.endswith("s") and not first.endswith(("ss", "us", "is"))):
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+@lru_cache(maxsize=1)
+def names():
+    """For every concept, the names that mean it and nothing else: its label, then tags that no other concept has."""
+    concepts = load_concepts()
+    uses = {}
+    for concept in concepts:
+        for name in {concept.label, *concept.tags}:
+            uses[name] = uses.get(name, 0) + 1
+    return tuple(
+        (concept.label, *(tag for tag in concept.tags if uses[tag] == 1 and tag != concept.label and _WORDS.fullmatch(tag)))
+        for concept in concepts
+    )
+
+
+def full_caption(concept_index, style_index, background_index):
+    """The caption that says everything: "a red apple, flat style, on a blue background"."""
+    label = load_concepts()[concept_index].label
+    return f"{article(label)}, {STYLE_WORDS[STYLES[style_index]]}, on {article(NAMES[background_index])} background"
+
+
+def random_caption(concept_index, style_index, background_index, rng):
+    """One of many ways to say it, drawn with a `numpy.random.Generator`.
+
+    The label (now and then a unique tag, or the label with a tag beside it), with or without its article; the style is
+    named three times in four and the background four times in five. What is not named is left open.
+    """
+    concept = load_concepts()[concept_index]
+    known = names()[concept_index]
+    draw = rng.random(5)
+    noun = known[rng.integers(1, len(known))] if len(known) > 1 and draw[0] < 0.2 else concept.label
+    parts = [article(noun) if draw[1] < 0.6 else noun]
+    if noun == concept.label and concept.tags and draw[0] > 0.92:
+        parts.append(concept.tags[rng.integers(len(concept.tags))])
+    if draw[2] < 0.75:
+        parts.append(STYLE_WORDS[STYLES[style_index]])
+    if draw[3] < 0.8:
+        background = NAMES[background_index]
+        phrases = (f"on {article(background)} background", f"{background} background", f"on {background}")
+        parts.append(phrases[0 if draw[4] < 0.6 else 1 if draw[4] < 0.8 else 2])
+    return ", ".join(parts)

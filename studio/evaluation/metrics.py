@@ -1,0 +1,54 @@
+"""Distances between pictures, and between sets of features. All in float32 or float64, on any device."""
+
+import torch
+import torch.nn.functional as F
+
+from studio.errors import StudioError
+
+
+def psnr(images, references):
+    """Peak signal-to-noise ratio of each picture in dB: (B, C, H, W) in [0, 1] twice -> (B,)."""
+    return -10 * (images - references).square().mean(dim=(1, 2, 3)).clamp_min(1e-12).log10()
+
+
+def ssim(images, references, sigma=1.5, size=11):
+    """Structural similarity of each picture (Wang et al. 2004, Gaussian window 11, sigma 1.5): (B, C, H, W) in [0, 1] -> (B,)."""
+    offsets = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2
+    window = torch.exp(-(offsets**2) / (2 * sigma**2))
+    window = window / window.sum()
+    channels = images.shape[1]
+    kernel = torch.outer(window, window).expand(channels, 1, size, size)
+
+    def blur(x):
+        return F.conv2d(x, kernel, groups=channels)
+
+    mean_x, mean_y = blur(images), blur(references)
+    var_x = blur(images**2) - mean_x**2
+    var_y = blur(references**2) - mean_y**2
+    covariance = blur(images * references) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    index = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return index.mean(dim=(1, 2, 3))
+
+
+def frechet_distance(features, references):
+    """Frechet distance between Gaussians fitted to two sets of features (Heusel et al., arXiv:1706.08500, eq. 6).
+
+    Args:
+        features, references: `(n, d)` and `(m, d)`, each with more rows than columns.
+
+    Returns:
+        A float; the trace of the root is taken from the symmetric product `S1^1/2 S2 S1^1/2` in float64.
+    """
+    if min(len(features), len(references)) <= features.shape[1]:
+        raise StudioError(f"A Frechet distance in {features.shape[1]} dimensions needs more pictures than that on both sides.")
+    a, b = features.double(), references.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    root_a = _symmetric_root(cov_a)
+    cross = _symmetric_root(root_a @ cov_b @ root_a)
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross.trace())
+
+
+def _symmetric_root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

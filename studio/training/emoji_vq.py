@@ -1,0 +1,114 @@
+"""Recipe of `emoji-vq`."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from vector_quantize_pytorch import VectorQuantize
+
+from studio.data.archive import load_pictures
+from studio.data.backgrounds import PALETTE, compose
+from studio.data.splits import concepts
+from studio.tokenizers.vq import VQTokenizer
+from studio.training.export import save_bf16
+from studio.training.recipe import Defaults, Recipe
+
+CONFIG = {
+    "base_channels": 96,
+    "channel_multipliers": (1, 2),
+    "encoder_res_blocks": 1,
+    "decoder_res_blocks": 2,
+    "z_channels": 192,
+    "code_dim": 8,
+    "codebook_size": 4096,
+    "pixel_unshuffle": 4,
+    "sample_size": 64,
+}
+
+
+class TrainableVQ(nn.Module):
+    """A VQTokenizer whose codebook follows the encoder by exponential averages (cosine codes, dead codes revived)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.tokenizer = VQTokenizer(**config)
+        self.tokenizer.quantize.requires_grad_(False)
+        self.quantizer = VectorQuantize(
+            dim=config["code_dim"], codebook_size=config["codebook_size"], use_cosine_sim=True, decay=0.99,
+            kmeans_init=False, threshold_ema_dead_code=1, commitment_weight=0.25, accept_image_fmap=True,
+        )  # fmt: skip
+
+    def forward(self, images):
+        """Loss of pictures (B, 3, H, W) in [-1, 1]: pixels, edges, and commitment."""
+        quantized, _, commitment = self.quantizer(self.tokenizer.encode_features(images).float())
+        restored = self.tokenizer.decode_features(quantized).float()
+        return reconstruction_loss(restored, images) + commitment.sum()
+
+
+def reconstruction_loss(restored, images):
+    """Mean absolute error, the same for differences of neighbours, and each picture's root mean squared error.
+
+    The last term weighs every picture about alike, as a mean of per-picture PSNR does.
+    """
+    error = restored - images
+    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+    rmse = (error.square().mean(dim=(1, 2, 3)) + 1e-5).sqrt().mean()
+    return 0.5 * error.abs().mean() + 0.5 * edges + rmse
+
+
+class EmojiVQ(Recipe):
+    """Turns a 64 px picture into an 8x8 grid of 4,096 codes and back."""
+
+    name = "emoji-vq"
+    data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
+    defaults = Defaults(steps=2000, batch_size=32, learning_rate=1e-3)
+
+    def build(self, device):
+        self.pictures = load_pictures(CONFIG["sample_size"])[concepts(held_out=False)].reshape(-1, *[CONFIG["sample_size"]] * 2, 4)
+        return TrainableVQ(CONFIG).to(device, memory_format=torch.channels_last)
+
+    def batch(self, rng, batch_size, device):
+        """Pictures flipped, shifted, zoomed and now and then recoloured, half on named backgrounds, half on any colour."""
+        pictures = self.pictures[rng.integers(len(self.pictures), size=batch_size)]
+        named = PALETTE[rng.integers(len(PALETTE), size=batch_size)]
+        colours = np.where(rng.random((batch_size, 1)) < 0.6, named, rng.random((batch_size, 3)))
+        images = torch.from_numpy(compose(pictures, colours))
+        return {"images": augment(images, torch.from_numpy(colours).float(), rng).to(device) * 2 - 1}
+
+    def load(self, module, folder):
+        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
+        module.quantizer.codebook = module.tokenizer.codebook
+
+    def export(self, module, folder):
+        with torch.no_grad():
+            module.tokenizer.quantize.embedding.weight.copy_(module.quantizer.codebook)
+        save_bf16(module.tokenizer, folder)
+
+    def quality(self, folder):
+        from studio.evaluation.tokenizers import evaluate_tokenizer
+
+        return evaluate_tokenizer(VQTokenizer.from_pretrained(folder))
+
+
+def augment(images, colours, rng):
+    """Random geometry and colour on half of the pictures; what comes in at the edges has the background's colour."""
+    n = len(images)
+    flip = torch.from_numpy(rng.random(n) < 0.5)
+    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    moved = torch.from_numpy(rng.random(n) < 0.5)
+    zoom = torch.from_numpy(rng.uniform(0.8, 1.6, n)).float()
+    angle = torch.from_numpy(rng.uniform(-0.3, 0.3, n)).float()
+    shift = torch.from_numpy(rng.uniform(-0.2, 0.2, (n, 2))).float()
+    matrix = torch.stack(
+        (torch.stack((angle.cos(), -angle.sin()), 1), torch.stack((angle.sin(), angle.cos()), 1)), 1
+    ) * zoom[:, None, None]  # fmt: skip
+    grid = F.affine_grid(torch.cat((matrix, shift[..., None]), dim=2), images.shape, align_corners=False)
+    background = colours[:, :, None, None]
+    warped = F.grid_sample(images - background, grid, align_corners=False) + background
+    images = torch.where(moved[:, None, None, None], warped, images)
+    recoloured = torch.from_numpy(rng.random(n) < 0.15)
+    order = torch.from_numpy(np.stack([rng.permutation(3) for _ in range(n)]))
+    shuffled = images.gather(1, order[:, :, None, None].expand_as(images))
+    return torch.where(recoloured[:, None, None, None], shuffled, images).clamp(0, 1)

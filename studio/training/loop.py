@@ -1,0 +1,183 @@
+"""The training loop of every recipe: CPU, one GPU or several through accelerate, deterministic by seed, resumable."""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from studio.errors import StudioError
+from studio.training.card import write_card
+
+SAVE_EVERY_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run was asked for; stored in the run's folder and compared on resume."""
+
+    recipe: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    init_from: str | None = None
+
+
+def mixed_precision() -> str:
+    """bf16 where the hardware multiplies it natively, else float32: emulated bf16 is far slower than float32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, a plateau, and a linear fall to zero over the last `cooldown` fraction (arXiv:2405.18392)."""
+    falling = max(1.0, cooldown * steps)
+    return min(1.0, (step + 1) / max(1, warmup), max(0.0, (steps - step) / falling))
+
+
+def train(recipe, settings: Settings, out: Path, *, resume: bool = False, command: str = "") -> dict:
+    """Run a recipe to its last step and export it.
+
+    Args:
+        recipe: the `Recipe`.
+        settings: steps, pictures a step (over all processes), learning rate, seed, weights to start from.
+        out: folder of the run; the exported model is `out/model`, the state to resume from `out/state`.
+        resume: go on from `out/state`; with the same settings the result equals an unbroken run's.
+        command: the command line for the model card.
+
+    Returns:
+        `{"folder", "steps", "seconds", "loss", "quality"}`.
+
+    Raises:
+        StudioError: there is nothing to resume, the settings differ from the stored ones, or a fresh run would overwrite
+            a state.
+    """
+    accelerator = Accelerator(mixed_precision=mixed_precision())
+    if settings.batch_size % accelerator.num_processes:
+        raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
+    state_folder = _check_state(out, settings, resume)
+    set_seed(settings.seed, device_specific=True)
+    module = recipe.build(accelerator.device)
+    if settings.init_from:
+        recipe.load(module, Path(settings.init_from))
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.defaults.ema), use_buffers=True)
+    optimizers = recipe.optimizers(module, settings.learning_rate)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    progress = Progress()
+    wrapped, *optimizers = accelerator.prepare(module, *optimizers)
+    accelerator.register_for_checkpointing(averaged, progress)
+    if resume:
+        accelerator.load_state(state_folder)
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+    bar = tqdm(
+        total=settings.steps, initial=progress.step, unit="step", desc=recipe.name, file=sys.stderr,
+        disable=not accelerator.is_main_process, mininterval=2,
+    )  # fmt: skip
+    wrapped.train()
+    saved = time.monotonic()
+    share = settings.batch_size // accelerator.num_processes
+    while progress.step < settings.steps:
+        started = time.monotonic()
+        factor = learning_rate_factor(
+            progress.step, settings.steps, 0 if settings.init_from else recipe.defaults.warmup, recipe.defaults.cooldown
+        )
+        for optimizer, bases in zip(optimizers, rates, strict=True):
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                group["lr"] = base * factor
+        rng = np.random.default_rng((settings.seed, progress.step, accelerator.process_index))
+        batch = recipe.batch(rng, share, accelerator.device)
+        with accelerator.autocast():
+            loss = recipe.loss(wrapped, batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        averaged.update_parameters(accelerator.unwrap_model(wrapped))
+        progress.advance(loss.detach(), time.monotonic() - started)
+        bar.update()
+        if progress.step % 20 == 0:
+            bar.set_postfix(loss=f"{progress.loss():.4f}", images_per_s=f"{progress.rate(settings.batch_size):.1f}")
+        due = accelerator.num_processes == 1 and time.monotonic() - saved > SAVE_EVERY_SECONDS
+        if due or progress.step == settings.steps or (accelerator.num_processes > 1 and progress.step % 500 == 0):
+            _save_state(accelerator, out / "state")
+            saved = time.monotonic()
+    bar.close()
+    result = {"folder": str(out / "model"), "steps": progress.step, "seconds": progress.seconds, "loss": progress.loss()}
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _export(recipe, averaged.module, out / "model")
+        result["quality"] = recipe.quality(out / "model")
+        write_card(recipe, settings, result, command, accelerator)
+    return result
+
+
+class Progress:
+    """Steps done, seconds spent over all resumed parts, and a running mean of the loss kept on the device."""
+
+    def __init__(self):
+        self.step, self.seconds, self.mean = 0, 0.0, torch.zeros(())
+        self.recent = 0.0
+
+    def advance(self, loss, seconds):
+        self.step += 1
+        self.seconds += seconds
+        self.recent = seconds if self.step == 1 else 0.95 * self.recent + 0.05 * seconds
+        self.mean = loss if self.step == 1 else self.mean.to(loss.device).lerp(loss, max(0.02, 1 / self.step))
+
+    def loss(self):
+        return float(self.mean)
+
+    def rate(self, batch_size):
+        return batch_size / max(self.recent, 1e-9)
+
+    def state_dict(self):
+        return {"step": self.step, "seconds": self.seconds, "mean": self.loss(), "recent": self.recent}
+
+    def load_state_dict(self, state):
+        self.step, self.seconds, self.recent = state["step"], state["seconds"], state["recent"]
+        self.mean = torch.tensor(state["mean"])
+
+
+def _check_state(out, settings, resume):
+    folder, stored = out / "state", out / "settings.json"
+    if not resume:
+        if folder.exists():
+            raise StudioError(f"{out} holds an earlier run; add --resume to go on with it, or give another --out.")
+        return folder
+    if not folder.exists() or not stored.exists():
+        raise StudioError(f"{out} holds no state to resume; start without --resume.")
+    before = json.loads(stored.read_text())
+    different = [key for key, value in asdict(settings).items() if before.get(key) != value]
+    if different:
+        raise StudioError(f"The stored run has another {', '.join(different)}; resume with the settings in {stored}.")
+    return folder
+
+
+def _save_state(accelerator, folder):
+    partial = folder.with_name("state.part")
+    accelerator.save_state(partial)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def _export(recipe, module, folder):
+    partial = folder.with_name("model.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    recipe.export(module.eval(), partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,48 @@
+"""Muon: momentum whose update for a matrix is the nearest orthogonal one ("Muon is Scalable for LLM Training",
+arXiv:2502.16982, section 2; the iteration is from Keller Jordan's description of Muon, 2024).
+
+torch.optim.Muon iterates in bfloat16, which processors without bf16 arithmetic emulate a hundred times slower; this one
+iterates in the precision it is given.
+"""
+
+import torch
+
+
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About U V^T of the singular value decomposition of a matrix (m, n), by a quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """For hidden matrices only (no embeddings, heads or vectors), at an AdamW-like learning rate.
+
+    Args:
+        params: parameters with two dimensions.
+        lr: learning rate; the update is scaled by `0.2 sqrt(max(m, n))` so that its size matches AdamW's.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled decay.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(state["momentum"], group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)

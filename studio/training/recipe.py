@@ -1,0 +1,64 @@
+"""What a recipe must say for `studio.training.loop` to train it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A recipe's settings where the caller gives none.
+
+    `steps` optimiser steps of `batch_size` pictures; `learning_rate` is held after `warmup` steps and falls linearly to
+    zero over the last `cooldown` fraction of the steps; `ema` is the decay of the averaged weights that are exported.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 100
+    cooldown: float = 0.3
+    ema: float = 0.999
+
+
+class Recipe:
+    """One bundled model's training: subclasses say what is built, what is drawn and what is lost.
+
+    A batch is a function of the seed and the step alone, so a resumed run draws what the unbroken run would have drawn.
+    """
+
+    name: str
+    data: str
+    defaults: Defaults
+
+    def build(self, device: torch.device) -> torch.nn.Module:
+        """The module whose parameters are trained; also prepares caches. Called once, after seeding."""
+        raise NotImplementedError
+
+    def optimizers(self, module: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """AdamW with decay on matrices only, unless a recipe knows better."""
+        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
+        others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))]
+
+    def batch(self, rng, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """One batch drawn with a `numpy.random.Generator`."""
+        raise NotImplementedError
+
+    def loss(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scalar to minimise; called through the (possibly distributed) module."""
+        return module(**batch)
+
+    def load(self, module: torch.nn.Module, folder: Path) -> None:
+        """Start `module` from an exported folder (`--init-from`)."""
+        raise NotImplementedError
+
+    def export(self, module: torch.nn.Module, folder: Path) -> None:
+        """Write the trained parts as bf16 safetensors, in the layout that `studio.load` reads."""
+        raise NotImplementedError
+
+    def quality(self, folder: Path) -> dict:
+        """The measured quality that the model card states, from the exported files."""
+        raise NotImplementedError
