@@ -10,11 +10,11 @@ from studio.ui.drawing import MOST_PICTURES, Drawn, Wish, draw, draw_seed
 
 EXAMPLES = [
     "a red apple",
-    "rocket, flat style, on a blue background",
-    "a smiling cat on a yellow background",
-    "hot beverage, 3d style",
-    "a rainbow on a purple background",
-    "octopus, flat style",
+    "a rocket, flat style, on a blue background",
+    "an octopus, 3d style, on a pink background",
+    "a hot beverage, 3d style",
+    "a rainbow, on a purple background",
+    "a fox, flat style",
 ]
 IDLE = status_line("Say what to draw and press Generate.")
 QUEUED = status_line("Waiting for the model …", state="running", fraction=0)

@@ -21,10 +21,6 @@ def get_pipeline(name):
                 raise studio.StudioError(
                     f"{name} turns pictures into tokens and cannot draw: choose one such as emoji-ar."
                 )
+            loaded.set_progress_bar_config(disable=True)
             _pipelines[name] = loaded
         return _pipelines[name]
-
-
-def is_loaded(name):
-    """Whether `get_pipeline(name)` answers at once."""
-    return name in _pipelines

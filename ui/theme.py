@@ -71,6 +71,8 @@ def studio_theme():
         button_cancel_text_color_dark="#fca5a5",
         button_primary_border_color="*neutral_900",
         button_primary_border_color_dark="*neutral_100",
+        button_primary_border_color_hover="*neutral_700",
+        button_primary_border_color_hover_dark="white",
         button_large_text_weight="700",
         button_border_width="1px",
         button_large_radius="*radius_lg",
