@@ -14,10 +14,8 @@ import torch
 
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
-from studio.models.llamagen import LlamaGen
-from studio.models.packed import WEIGHTS, can_pack, packed
 
-_LARGEST_PACKED_BYTES = 4 * 2**30
+WEIGHTS = ("auto", "plain", "float32", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,8 @@ class Autoregressive:
 
     def __post_init__(self):
         Sampling(order=self.filter_order)
-        if self.weights not in ("auto", "plain", *WEIGHTS):
-            raise StudioError(f"weights is one of auto, plain, {', '.join(WEIGHTS)}, not {self.weights!r}.")
-
-    def network(self, model: LlamaGen):
-        """What the loop calls: the model itself, or its packed view."""
-        if self.weights == "plain":
-            return model
-        if self.weights != "auto":
-            return packed(model, self.weights)
-        size = sum(weight.nbytes for weight in model.parameters())
-        return packed(model) if can_pack(model) and size <= _LARGEST_PACKED_BYTES else model
+        if self.weights not in WEIGHTS:
+            raise StudioError(f"weights is one of {', '.join(WEIGHTS)}, not {self.weights!r}.")
 
 
 @dataclass
@@ -73,7 +62,7 @@ def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
     return null + scale * (conditional - null)
 
 
-def condition_rows(model: LlamaGen, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The prefix (B or 2B, T, dim) and its valid positions; a null row keeps the padding of its conditional twin."""
     if not guided:
         return model.embed_condition(**condition)
@@ -85,7 +74,7 @@ def condition_rows(model: LlamaGen, condition: dict, guided: bool) -> tuple[torc
 
 @torch.no_grad()
 def autoregressive(
-    model: LlamaGen,
+    model: torch.nn.Module,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -98,7 +87,7 @@ def autoregressive(
     """Draws all tokens of B pictures.
 
     Args:
-        model: in evaluation mode.
+        model: a `LlamaGen` in evaluation mode, or a network with the same calls.
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
         generators: one per picture.
         on_token: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
@@ -106,7 +95,7 @@ def autoregressive(
     settings = settings or Autoregressive()
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    network = settings.network(model)
+    network = model.for_decoding(settings.weights)
     prefix, valid = condition_rows(model, condition, guided=is_guided(0, guidance_scale, cfg_interval))
     batch, total = len(generators), model.num_tokens
     tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)

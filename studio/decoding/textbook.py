@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from studio.decoding.sampling import Sampling
-from studio.models.llamagen import LlamaGen, rotate
+
+
+def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (2j, 2j + 1) of x (rows, n, heads, head_dim) by table (n, head_dim // 2, 2)."""
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    turned = torch.empty_like(x, dtype=torch.float32)
+    turned[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
+    turned[..., 1::2] = x[..., 1::2] * cos + x[..., 0::2] * sin
+    return turned.type_as(x)
 
 
 def _attend(attention, x, rope, past: tuple | None, mask: torch.Tensor):
@@ -19,8 +27,8 @@ def _attend(attention, x, rope, past: tuple | None, mask: torch.Tensor):
     rows, n, dim = x.shape
     heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
     queries, keys, values = attention.wqkv(x).split((dim, kv_heads * head_dim, kv_heads * head_dim), dim=-1)
-    queries = rotate(queries.view(rows, n, heads, head_dim), rope).transpose(1, 2)
-    keys = rotate(keys.view(rows, n, kv_heads, head_dim), rope).transpose(1, 2)
+    queries = _rotate(queries.view(rows, n, heads, head_dim), rope).transpose(1, 2)
+    keys = _rotate(keys.view(rows, n, kv_heads, head_dim), rope).transpose(1, 2)
     values = values.view(rows, n, kv_heads, head_dim).transpose(1, 2)
     if past is not None:
         keys, values = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
@@ -43,7 +51,7 @@ def _mask(start: int, n: int, valid: torch.Tensor | None, device) -> torch.Tenso
 
 @torch.no_grad()
 def textbook(
-    model: LlamaGen,
+    model: torch.nn.Module,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -52,7 +60,7 @@ def textbook(
     cfg_interval: int = -1,
     on_logits: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """Tokens (B, N). `on_logits(index, logits)` sees the combined logits (B, V) and may return the tokens to use."""
+    """Tokens (B, N) of a `LlamaGen`. `on_logits(index, logits (B, V))` may return the tokens to use."""
     sampling = sampling or Sampling()
     guided = guidance_scale not in (0, 1)
     prefix, valid = model.embed_condition(**condition)

@@ -29,6 +29,8 @@ PRESETS: dict[str, dict[str, int]] = {
     "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
 }
 
+_LARGEST_PACKED_BYTES = 4 * 2**30
+
 
 def default_ffn_dim(dim: int) -> int:
     """Hidden width of the feed-forward network: 2/3 of 4*dim, rounded up to a multiple of 256."""
@@ -358,6 +360,19 @@ class LlamaGen(ModelMixin, ConfigMixin):
         x = self.tok_dropout(torch.cat((prefix, self.tok_embeddings(tokens).to(prefix.dtype)), dim=1))
         x = self.run_layers(x, table[:length], self.prefix_mask(valid, length))
         return self.output(x[:, prefix.shape[1] - 1 :]).float()
+
+    def for_decoding(self, weights: str = "auto"):
+        """What a decoding loop calls: the model as it is ("plain"), or a view with packed weights
+        (`studio.models.packed`).
+
+        "auto" packs float32 weights on a CPU, unless a second copy of them would be large.
+        """
+        from studio.models.packed import can_pack, packed
+
+        if weights == "auto":
+            size = sum(weight.nbytes for weight in self.parameters())
+            weights = "float32" if can_pack(self) and size <= _LARGEST_PACKED_BYTES else "plain"
+        return self if weights == "plain" else packed(self, weights)
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` sequences, in the model's dtype and on its device."""
