@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that `studio --help` answer
 
 import math
 import secrets
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 
 from studio import __version__
-from studio.console import complain, emit, only_json_on_stdout, say, warn
+from studio.console import complain, emit, only_json_on_stdout, quiet_libraries, say, warn
 from studio.errors import StudioError
 
 app = typer.Typer(
@@ -81,7 +82,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON docum
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.", show_default="cuda if there is one")
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="by device")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16, or int8 weights on a CPU.", show_default="by device"),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]
 
 
@@ -155,35 +159,29 @@ def train(
         str | None, typer.Option(help="Start from these weights: a bundled name or a folder.", show_default=False)
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="the recipe's")] = None,
-    minutes: Annotated[float | None, _number(help="Stop after this long instead.", min=0)] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures per step.", show_default="the recipe's")
     ] = None,
     learning_rate: Annotated[float | None, _number(help="Peak learning rate.", min=0)] = None,
-    device: Device = None,
     as_json: Json = False,
 ):
     """Train a bundled model anew, or go on training one."""
-    from studio.training import run
-    from studio.training.recipes import RECIPES
+    from studio.training.recipes import run
 
-    if name not in RECIPES:
-        raise StudioError(f"There is no recipe called {name!r}: choose one of {', '.join(RECIPES)}.")
-    folder = Path("runs", name) if out is None else out
     result = run(
         name,
-        out=folder,
+        out=out,
         seed=seed,
         resume=resume,
         init_from=init_from,
         steps=steps,
-        minutes=minutes,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        device=device,
+        command=shlex.join(["studio", *sys.argv[1:]]),
     )
-    emit(result if isinstance(result, dict) else {"model": name, "out": str(folder)})
-    say(f"Trained {name}: {folder}")
+    emit(result)
+    for key, value in result.items():
+        say(f"{key:12} {value}")
 
 
 @app.command()
@@ -281,6 +279,69 @@ def bench_decoding(
     as_json: Json = False,
 ):
     """Time drawing tokens, beside a plain textbook sampler and the bound that memory sets."""
+    from studio.evaluation.bench_decoding import bench_decoding as measure
+
+    result = measure(
+        random=random,
+        model=model,
+        guidance_scale=guidance,
+        batch_sizes=batch or [1],
+        dtypes=dtype or ["float32"],
+        device=device,
+    )
+    emit(result)
+    for row in result["rows"]:
+        say(
+            "  ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="The authors' file (.pt, .pth or .safetensors).")]
+OutFolder = Annotated[Path, typer.Argument(help="The folder to make.")]
+VqFile = Annotated[Path, typer.Option("--tokenizer", help="The authors' VQ file, or a converted folder.")]
+Grid = Annotated[int | None, typer.Option("--grid-size", min=1, help="Tokens a side.", show_default="as published")]
+
+
+@convert_app.command("llamagen-vq")
+def convert_vq(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+    """LlamaGen's VQ-8 or VQ-16 tokenizer."""
+    from studio.checkpoints.llamagen import convert_llamagen_vq
+
+    _converted(convert_llamagen_vq(checkpoint, out))
+
+
+@convert_app.command("llamagen-c2i")
+def convert_c2i(
+    checkpoint: Checkpoint, out: OutFolder, tokenizer: VqFile, grid_size: Grid = None, as_json: Json = False
+):
+    """A class-conditional LlamaGen transformer and its tokenizer."""
+    from studio.checkpoints.llamagen import convert_llamagen
+
+    _converted(convert_llamagen(checkpoint, out, "c2i", tokenizer=tokenizer, grid_size=grid_size))
+
+
+@convert_app.command("llamagen-t2i")
+def convert_t2i(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    tokenizer: VqFile,
+    text_encoder: Annotated[Path, typer.Option(help="Folder of the T5 encoder (flan-t5-xl) and its tokenizer.")],
+    grid_size: Grid = None,
+    as_json: Json = False,
+):
+    """A text-conditional LlamaGen transformer, its tokenizer and its text encoder."""
+    from studio.checkpoints.llamagen import convert_llamagen
+
+    _converted(
+        convert_llamagen(checkpoint, out, "t2i", tokenizer=tokenizer, text_encoder=text_encoder, grid_size=grid_size)
+    )
+
+
+def _converted(folder):
+    emit({"path": str(folder)})
+    say(f"Converted: {folder}")
 
 
 def _generate(prompt, class_label, model, num_images, seed, settings, device, dtype, out, sheet):
@@ -291,10 +352,12 @@ def _generate(prompt, class_label, model, num_images, seed, settings, device, dt
 
     import torch
 
-    from studio import load
+    from studio import Autoregressive, load
     from studio.checkpoints.vocabulary import prompt_warning
 
-    pipe = load(model, device=device, dtype=dtype)
+    quiet_libraries()
+    packed = dtype == "int8"
+    pipe = load(model, device=device, dtype=None if packed else dtype)
     if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
         raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
     if warning := prompt_warning(pipe, prompt):
@@ -304,11 +367,15 @@ def _generate(prompt, class_label, model, num_images, seed, settings, device, dt
         class_labels=class_label,
         num_images_per_prompt=num_images,
         generator=[torch.Generator().manual_seed(each) for each in seeds],
+        decoding=Autoregressive(weights="int8" if packed else "auto"),
         **settings,
     )
 
     call = {"model": model, "prompt": prompt, "class_label": class_label, "num_images": num_images, **settings}
-    call |= {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    call |= {
+        "device": str(pipe.device),
+        "dtype": "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch."),
+    }
     writers = {path: png_writer(image, call, each) for path, image, each in zip(paths, output.images, seeds)}
     if sheet_path:
         writers[sheet_path] = png_writer(make_sheet(output.images), call, seeds)

@@ -34,6 +34,16 @@ def complain(sentence):
     print(f"Error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
 
 
+def quiet_libraries():
+    """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 @contextmanager
 def only_json_on_stdout():
     """Send what is written to stdout to stderr, and the document of `emit` to stdout at the end."""
