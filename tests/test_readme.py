@@ -33,7 +33,10 @@ def make_targets():
 def test_python_runs(snippet, tiny_folder, tmp_path, monkeypatch):
     """The tiny pipeline stands in for the bundled one: what is tested is the interface."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet.replace('"emoji-ar"', repr(str(tiny_folder))), "README.md", "exec"), {})
+    stand_ins = {'"emoji-ar"': str(tiny_folder), '"emoji-vq"': str(tiny_folder / "image_tokenizer")}
+    for name, folder in stand_ins.items():
+        snippet = snippet.replace(name, repr(folder))
+    exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "apple.png").is_file()
 
 

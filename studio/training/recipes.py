@@ -7,8 +7,6 @@ from studio.errors import StudioError
 
 RECIPES = {
     "emoji-vq": "studio.training.emoji_vq:EmojiVQ",
-    "emoji-ar": "studio.training.emoji_ar:EmojiAR",
-    "emoji-judge": "studio.training.emoji_judge:EmojiJudge",
 }
 
 
