@@ -1,0 +1,236 @@
+import asyncio
+import json
+import re
+import socket
+import time
+import warnings
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+from PIL import Image
+
+from studio import LlamaGen, StudioError
+from studio.models.packed import PackedLlamaGen
+from studio.ui import drawing, generate, models
+from studio.ui.app import build_app, launch_settings
+
+FIELDS = ["a red apple", 2, "7", "", "", "", ""]
+LIMIT = 60  # seconds
+
+
+@pytest.fixture
+def steps(tiny_pipeline, monkeypatch):
+    """The app draws with the tiny pipeline, 20 ms a step; the list grows by one with each call of the transformer."""
+    calls = []
+    for network in (LlamaGen, PackedLlamaGen):
+        for name in ("prefill", "extend"):
+            monkeypatch.setattr(network, name, _counted(getattr(network, name), calls))
+    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
+    return calls
+
+
+@pytest.fixture
+def toasts(monkeypatch):
+    shown = []
+    monkeypatch.setattr(gr, "Warning", lambda message, **_: shown.append(message))
+    return shown
+
+
+@pytest.fixture
+def client(steps):
+    app = build_app("tiny")
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
+    yield Client(url, verbose=False)
+    app.close()
+
+
+def updates(*fields):
+    async def collect():
+        return [update async for update in generate.show_drawing("tiny", *fields)]
+
+    return asyncio.run(collect())
+
+
+def test_pictures_grow_and_end_as_the_pipeline_draws_them(steps, tiny_pipeline):
+    found = updates(*FIELDS)
+    galleries = [update[0]["value"] for update in found if "value" in update[0]]
+    assert len(galleries) >= 2
+    preview, final = galleries[0][0][0], [picture for picture, _ in galleries[-1]]
+    assert preview.mode == "RGBA"
+    assert preview.getchannel("A").getextrema() == (0, 255)
+    expected = drawing.Wish("tiny", "a red apple", 2, 7)
+    again = tiny_pipeline("a red apple", num_images_per_prompt=2, generator=_generators(expected.seeds)).images
+    assert [picture.tobytes() for picture in final] == [picture.tobytes() for picture in again]
+
+
+def test_finished_pictures_say_how_they_were_made(steps):
+    (first, caption), _ = updates("a red apple", 2, "7", "2", "", "", "")[-1][0]["value"]
+    record = json.loads(first.info["studio"])
+    assert record["seed"] == 7
+    assert record["call"]["prompt"] == "a red apple"
+    assert record["call"]["guidance_scale"] == 2.0
+    assert caption == "seed 7 · a red apple"
+
+
+def test_the_status_line_gives_speed_calls_and_seeds(steps):
+    status = updates(*FIELDS)[-1][1]
+    assert "2 pictures in" in status
+    for label in ("tokens/s", "target calls", "seeds"):
+        assert label in status
+    assert "7 to 8" in status
+
+
+def test_an_empty_seed_is_drawn_anew_each_time():
+    assert len({drawing.Wish.from_fields("tiny", "x", 1, "", "", "", "", "").seed for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("position", "entry", "sentence"),
+    [
+        (0, "", "prompt is empty"),
+        (0, "x" * 2001, "2001 characters"),
+        (1, 17, "between 1 and 16"),
+        (2, "-1", "seed from 0"),
+        (2, "seven", "whole number"),
+        (3, "nan", "finite"),
+        (3, "much", "Guidance must be a number"),
+        (4, "inf", "temperature"),
+        (6, "2", "top_p"),
+    ],
+)
+def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, position, entry, sentence):
+    fields = [*FIELDS]
+    fields[position] = entry
+    found = updates(*fields)
+    assert len(toasts) == 1 and sentence in toasts[0]
+    assert all(update[0] == gr.skip() for update in found)
+    generate_button, cancel_button = found[-1][2:]
+    assert generate_button["visible"] and not cancel_button["visible"]
+    assert not steps
+
+
+def test_unknown_words_are_named_and_drawn_all_the_same(steps, toasts, tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(tiny_pipeline, "vocabulary", (["a", "red", "apple"], ["red apple"]), raising=False)
+    found = updates("a red aple", *FIELDS[1:])
+    assert len(toasts) == 1 and "'aple'" in toasts[0] and "red apple" in toasts[0]
+    assert "2 pictures in" in found[-1][1]
+
+
+def test_closing_a_drawing_stops_the_model_within_one_step(steps):
+    async def close_after_three_steps():
+        drawn = generate.show_drawing("tiny", "a red apple", 1, "7", "1", "", "", "")
+        async for _ in drawn:
+            if len(steps) >= 3:
+                break
+        await drawn.aclose()
+        return len(steps)
+
+    at_cancel = asyncio.run(close_after_three_steps())
+    time.sleep(0.2)
+    assert 3 <= at_cancel < 10
+    assert len(steps) <= at_cancel + 1
+
+
+def test_a_drawing_waiting_for_the_model_never_starts_when_cancelled(steps):
+    async def cancel_the_second():
+        first = asyncio.create_task(_drain(generate.show_drawing("tiny", *FIELDS)))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(_drain(generate.show_drawing("tiny", *FIELDS)))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        return await first
+
+    asyncio.run(cancel_the_second())
+    assert len(steps) == 16
+
+
+def test_the_endpoint_is_documented(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert list(endpoints) == ["/generate"]
+    names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
+    assert names == ["prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p"]
+    assert "previews" in endpoints["/generate"]["description"]
+
+
+def test_a_program_gets_lossless_pictures(client, tiny_pipeline):
+    pictures, details = client.predict("a red apple", 2, 7, api_name="/generate")
+    assert details["seeds"] == [7, 8] and details["target_calls"] == 16
+    again = tiny_pipeline("a red apple", num_images_per_prompt=2, generator=_generators([7, 8])).images
+    for found, expected in zip(pictures, again):
+        picture = Image.open(found["image"])
+        assert picture.format == "PNG"
+        assert picture.convert("RGB").tobytes() == expected.tobytes()
+        assert json.loads(picture.info["studio"])["call"]["prompt"] == "a red apple"
+
+
+def test_a_program_sees_progress_and_can_cancel_within_one_step(client, steps):
+    job = client.submit("a red apple", 1, 7, 1, api_name="/generate")
+    deadline = time.monotonic() + LIMIT
+    while len(steps) < 4 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    job.cancel()
+    at_cancel = len(steps)
+    time.sleep(0.5)
+    assert 4 <= at_cancel < 12
+    assert len(steps) <= at_cancel + 2  # the request to cancel takes a moment of its own
+
+
+def test_a_program_gets_a_mistake_as_an_error(client):
+    with pytest.raises(Exception, match="maximum value 16"):
+        client.predict("a red apple", 99, api_name="/generate")
+
+
+def test_a_program_gets_the_models_own_complaint(client):
+    with pytest.raises(Exception, match="prompt is empty"):
+        client.predict(" ", 1, api_name="/generate")
+
+
+def test_building_the_app_loads_nothing_and_warns_of_nothing(monkeypatch):
+    monkeypatch.setattr("studio.load", lambda *_, **__: pytest.fail("a model was loaded"), raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        app = build_app()
+    assert app.delete_cache == (3600, 3600)
+    assert not app.analytics_enabled
+    heavy = [fn for fn in app.fns.values() if fn.concurrency_id == "gpu"]
+    assert len(heavy) == 2 and all(fn.concurrency_limit == 1 for fn in heavy)
+
+
+def test_the_app_reaches_no_network(steps, monkeypatch):
+    asked = []
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: asked.append(host) or resolve(host, *rest, **more)
+    )
+    app = build_app("tiny")
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
+    app.close()
+    assert set(asked) <= {"127.0.0.1", "localhost", b"127.0.0.1", "::1", None}
+    css = launch_settings()["css_paths"][0].read_text()
+    assert not re.search(r"https?://|@import", css)
+
+
+def test_a_tokenizer_cannot_draw(tiny_vq, monkeypatch):
+    monkeypatch.setattr("studio.load", lambda name: tiny_vq, raising=False)
+    with pytest.raises(StudioError, match="cannot draw"):
+        models.get_pipeline("emoji-vq")
+
+
+def _counted(method, calls):
+    def counted(*args, **kwargs):
+        calls.append(time.monotonic())
+        time.sleep(0.02)
+        return method(*args, **kwargs)
+
+    return counted
+
+
+async def _drain(updates):
+    return [update async for update in updates]
+
+
+def _generators(seeds):
+    import torch
+
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
