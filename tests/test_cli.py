@@ -209,6 +209,30 @@ def test_doctor_reports_versions_and_weights(run):
     assert {row["state"] for row in report["models"]} <= {"ok", "missing"}
 
 
+def test_bench_prints_one_row_a_batch_size(run):
+    size = "dim=32,layers=1,heads=2,vocab=64,tokens=16"
+    code, out, err = run("bench", "decoding", "--random", size, "--guidance", 4, "--batch", 1, "--batch", 2, "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    names = {"dtype", "tokens_per_second", "bound_tokens_per_second", "reference_tokens_per_second", "speedup"}
+    assert all(names <= set(row) for row in rows)
+
+
+@pytest.mark.parametrize("size", ["dim=x", "width=3", "", "dim=32,heads=5"])
+def test_bench_refuses_wrong_sizes(run, size):
+    refused(run("bench", "decoding", "--random", size))
+
+
+@pytest.mark.parametrize("kind", ["llamagen-vq", "llamagen-c2i", "llamagen-t2i"])
+def test_convert_refuses_what_is_no_checkpoint(run, tmp_path, kind):
+    (tmp_path / "model.pt").write_bytes(b"no checkpoint")
+    options = [] if kind == "llamagen-vq" else ["--tokenizer", "model.pt"]
+    options += ["--text-encoder", tmp_path] if kind == "llamagen-t2i" else []
+    refused(run("convert", kind, "model.pt", "converted", *options), "model.pt")
+    assert files(tmp_path) == ["model.pt"]
+
+
 def test_no_command_shows_the_help(run):
     code, out, _ = run()
     assert code == 0 and "generate" in out
