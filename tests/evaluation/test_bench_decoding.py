@@ -1,0 +1,32 @@
+"""The benchmark's rows at a tiny size."""
+
+import pytest
+
+from studio import StudioError
+from studio.evaluation.bench_decoding import bench_decoding, parse_sizes
+
+TINY = "dim=32,layers=1,heads=2,vocab=32,tokens=16"
+
+
+def test_rows():
+    rows = bench_decoding(random=TINY, batch_sizes=[1, 2], dtypes=["float32"], device="cpu")["rows"]
+    assert [(row["batch"], row["dtype"]) for row in rows] == [(1, "float32"), (2, "float32")]
+    for row in rows:
+        assert row["identical_tokens"]
+        assert min(row[f"{part}tokens_per_second"] for part in ("", "bound_", "reference_")) > 0
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["reference_tokens_per_second"])
+
+
+def test_bfloat16_row():
+    assert bench_decoding(random=TINY, dtypes=["bf16"], device="cpu")["rows"][0]["dtype"] == "bfloat16"
+
+
+def test_sizes():
+    assert parse_sizes("dim=384, layers=8") == {"dim": 384, "layers": 8}
+    for wrong in ("dim", "dim=x", "width=3", "dim=0"):
+        with pytest.raises(StudioError, match="sizes"):
+            parse_sizes(wrong)
+    with pytest.raises(StudioError, match="square"):
+        bench_decoding(random="dim=32,heads=2,tokens=15", device="cpu")
+    with pytest.raises(StudioError, match="dtype"):
+        bench_decoding(random=TINY, dtypes=["float8"], device="cpu")
