@@ -1,6 +1,7 @@
 import asyncio
 import json
 import re
+import runpy
 import socket
 import time
 import warnings
@@ -13,7 +14,7 @@ from PIL import Image
 from studio import LlamaGen, StudioError
 from studio.models.packed import PackedLlamaGen
 from studio.ui import drawing, generate, models
-from studio.ui.app import build_app, launch_settings
+from studio.ui.app import build_app, launch, launch_settings
 
 FIELDS = ["a red apple", 2, "7", "", "", "", ""]
 LIMIT = 60  # seconds
@@ -209,6 +210,20 @@ def test_the_app_reaches_no_network(steps, monkeypatch):
     assert set(asked) <= {"127.0.0.1", "localhost", b"127.0.0.1", "::1", None}
     css = launch_settings()["css_paths"][0].read_text()
     assert not re.search(r"https?://|@import", css)
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StudioError, match=f"{port}"):
+            launch(port=port, quiet=True, prevent_thread_lock=True)
+
+
+def test_the_space_entry_builds_the_app(repository):
+    entry = runpy.run_path(str(repository / "app.py"))
+    assert isinstance(entry["demo"], gr.Blocks)
 
 
 def test_a_tokenizer_cannot_draw(tiny_vq, monkeypatch):
