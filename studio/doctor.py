@@ -10,7 +10,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "gradio", "accelerate", "safe
 
 
 def list_models():
-    """Return one row per bundled model: name, kind, state (`ok`, `missing` from this copy, or `damaged`), summary, checksums."""
+    """Return a row per bundled model: name, kind, state (`ok`, `missing` here, or `damaged`), summary, checksums."""
     return [_row(name) for name in BUNDLED]
 
 

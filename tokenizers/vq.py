@@ -189,7 +189,9 @@ class Level(nn.Module):
 
 
 def _middle(width: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList((ResBlock(width, width, groups), AttentionBlock(width, groups), ResBlock(width, width, groups)))
+    return nn.ModuleList(
+        (ResBlock(width, width, groups), AttentionBlock(width, groups), ResBlock(width, width, groups))
+    )
 
 
 class Encoder(nn.Module):

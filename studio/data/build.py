@@ -54,7 +54,9 @@ def build_archive(out, source=None):
         raise StudioError("Rasterising the flat style needs resvg: pip install 'resvg-py==0.5.0'.") from error
 
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {key: _unpack(name, version, source, Path(scratch) / key) for key, (name, version) in PACKAGES.items()}
+        folders = {
+            key: _unpack(name, version, source, Path(scratch) / key) for key, (name, version) in PACKAGES.items()
+        }
         groups = json.loads((folders["labels"] / "meta/groups.json").read_text())["groups"]
         entries = json.loads((folders["labels"] / "en/data.json").read_text())
         concepts, pictures = [], []
@@ -83,7 +85,9 @@ def _unpack(name, version, source, into):
     wanted = f"{name.replace('@', '').replace('/', '-')}-{version}.tgz"
     if source is None:
         if shutil.which("npm") is None:
-            raise StudioError("Building the data needs npm; install Node.js, or pass --source with the packed packages.")
+            raise StudioError(
+                "Building the data needs npm; install Node.js, or pass --source with the packed packages."
+            )
         into.mkdir(parents=True)
         command = ["npm", "pack", "--silent", f"{name}@{version}"]
         if subprocess.run(command, cwd=into, stdout=subprocess.DEVNULL, check=False).returncode:
@@ -104,7 +108,13 @@ def _neutral(entries):
     for entry in entries:
         label = entry["label"]
         rest = _GENDERED.sub("", label)
-        twins = {rest, f"person {rest}", f"people {rest}", f"person: {rest}", "older person" if label.startswith("old ") else ""}
+        twins = {
+            rest,
+            f"person {rest}",
+            f"people {rest}",
+            f"person: {rest}",
+            "older person" if label.startswith("old ") else "",
+        }
         if not _VARIANT.search(label) and not (rest != label and twins & labels) and entry["group"] != 2:
             yield entry
 

@@ -27,7 +27,10 @@ def names():
         for name in {concept.label, *concept.tags}:
             uses[name] = uses.get(name, 0) + 1
     return tuple(
-        (concept.label, *(tag for tag in concept.tags if uses[tag] == 1 and tag != concept.label and _WORDS.fullmatch(tag)))
+        (
+            concept.label,
+            *(tag for tag in concept.tags if uses[tag] == 1 and tag != concept.label and _WORDS.fullmatch(tag)),
+        )
         for concept in concepts
     )
 

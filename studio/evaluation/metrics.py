@@ -12,7 +12,7 @@ def psnr(images, references):
 
 
 def ssim(images, references, sigma=1.5, size=11):
-    """Structural similarity of each picture (Wang et al. 2004, Gaussian window 11, sigma 1.5): (B, C, H, W) in [0, 1] -> (B,)."""
+    """Structural similarity (Wang et al. 2004, Gaussian window 11, sigma 1.5): (B, C, H, W) in [0, 1] twice -> (B,)."""
     offsets = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
     window = window / window.sum()
@@ -41,7 +41,9 @@ def frechet_distance(features, references):
         A float; the trace of the root is taken from the symmetric product `S1^1/2 S2 S1^1/2` in float64.
     """
     if min(len(features), len(references)) <= features.shape[1]:
-        raise StudioError(f"A Frechet distance in {features.shape[1]} dimensions needs more pictures than that on both sides.")
+        raise StudioError(
+            f"A Frechet distance in {features.shape[1]} dimensions needs more pictures than that on both sides."
+        )
     a, b = features.double(), references.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     root_a = _symmetric_root(cov_a)

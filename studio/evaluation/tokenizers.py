@@ -19,7 +19,12 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
     device = next(tokenizer.parameters()).device
     dtype = next(tokenizer.parameters()).dtype
     pictures = load_pictures(resolution)[concepts(held_out=True)]
-    cases = [(i, style, background) for i in range(len(pictures)) for style in range(len(STYLES)) for background in range(len(PALETTE))]
+    cases = [
+        (i, style, background)
+        for i in range(len(pictures))
+        for style in range(len(STYLES))
+        for background in range(len(PALETTE))
+    ]
     noise, likeness, tokens_per_image = [], [], 0
     for start in range(0, len(cases), batch_size):
         index, style, background = map(list, zip(*cases[start : start + batch_size], strict=True))

@@ -36,7 +36,10 @@ Quality, as `studio evaluate {name} --json` measures it:
 
 def write_card(recipe, settings, result, command, accelerator):
     """Write `README.md` into the exported folder."""
-    quality = "\n".join(f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in result["quality"].items())
+    quality = "\n".join(
+        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in result["quality"].items()
+    )
     text = CARD.format(
         name=recipe.name,
         purpose=recipe.__doc__.strip().split("\n\n")[0].replace("\n", " "),

@@ -65,11 +65,13 @@ class EmojiVQ(Recipe):
     defaults = Defaults(steps=2000, batch_size=32, learning_rate=1e-3)
 
     def build(self, device):
-        self.pictures = load_pictures(CONFIG["sample_size"])[concepts(held_out=False)].reshape(-1, *[CONFIG["sample_size"]] * 2, 4)
+        self.pictures = load_pictures(CONFIG["sample_size"])[concepts(held_out=False)].reshape(
+            -1, *[CONFIG["sample_size"]] * 2, 4
+        )
         return TrainableVQ(CONFIG).to(device, memory_format=torch.channels_last)
 
     def batch(self, rng, batch_size, device):
-        """Pictures flipped, shifted, zoomed and now and then recoloured, half on named backgrounds, half on any colour."""
+        """Pictures flipped, moved, zoomed, now and then recoloured; 60 % on named backgrounds, the rest on any colour."""
         pictures = self.pictures[rng.integers(len(self.pictures), size=batch_size)]
         named = PALETTE[rng.integers(len(PALETTE), size=batch_size)]
         colours = np.where(rng.random((batch_size, 1)) < 0.6, named, rng.random((batch_size, 3)))

@@ -59,8 +59,8 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
         `{"folder", "steps", "seconds", "loss", "quality"}`.
 
     Raises:
-        StudioError: there is nothing to resume, the settings differ from the stored ones, or a fresh run would overwrite
-            a state.
+        StudioError: there is nothing to resume, the settings differ from the stored ones, or a fresh run would
+            overwrite a state.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision())
     if settings.batch_size % accelerator.num_processes:
@@ -115,7 +115,12 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
             _save_state(accelerator, out / "state")
             saved = time.monotonic()
     bar.close()
-    result = {"folder": str(out / "model"), "steps": progress.step, "seconds": progress.seconds, "loss": progress.loss()}
+    result = {
+        "folder": str(out / "model"),
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "loss": progress.loss(),
+    }
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _export(recipe, averaged.module, out / "model")

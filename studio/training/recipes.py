@@ -10,7 +10,9 @@ RECIPES = {
 }
 
 
-def run(name, *, out=None, seed=0, resume=False, init_from=None, steps=None, batch_size=None, learning_rate=None, command=""):
+def run(
+    name, *, out=None, seed=0, resume=False, init_from=None, steps=None, batch_size=None, learning_rate=None, command=""
+):
     """Train a recipe.
 
     Args:

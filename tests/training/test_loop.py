@@ -38,7 +38,9 @@ class Regression(Recipe):
 
 
 def settings(**changes):
-    return loop.Settings(**{"recipe": "regression", "steps": 6, "batch_size": 4, "learning_rate": 0.1, "seed": 3, **changes})
+    return loop.Settings(
+        **{"recipe": "regression", "steps": 6, "batch_size": 4, "learning_rate": 0.1, "seed": 3, **changes}
+    )
 
 
 def weights(out):
