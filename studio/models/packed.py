@@ -12,6 +12,7 @@ per output, activations quantised per call).
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,21 @@ def _signature(model: LlamaGen) -> tuple:
     return tuple((weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))
 
 
+@cache
+def _has_blocked_products() -> bool:
+    """Whether this build of torch has oneDNN's prepacked products for this processor, tried on a small one."""
+    try:
+        x, weight = torch.ones(2, 16), torch.ones(8, 16)
+        blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        product = torch.ops.mkldnn._linear_pointwise.binary(x, torch.ones(2, 8), blocks, None, "add")
+        return torch.backends.mkldnn.is_available() and bool((product == 17).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
 def _float32_product(weight: torch.Tensor) -> Product:
     """x, residual -> x @ weight.T (+ residual), with the weight stored in blocks."""
-    if not torch.backends.mkldnn.is_available():
+    if not _has_blocked_products():
         return _plain_product(weight)
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
     plain, added = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary

@@ -114,3 +114,17 @@ def test_conditions_that_do_not_fit():
         text(tokens, captions=torch.zeros(1, 4, 16))
     with pytest.raises(StudioError, match="16 tokens"):
         tiny()(torch.zeros(1, 17, dtype=torch.long), class_labels=torch.zeros(1, dtype=torch.long))
+
+
+def test_packed_view_without_blocked_products(monkeypatch):
+    from studio.models import packed
+
+    monkeypatch.setattr(packed, "_has_blocked_products", lambda: False)
+    model, tokens, labels = tiny(), torch.randint(48, (2, 9)), torch.tensor([3, 4])
+    network = packed.PackedLlamaGen(model)
+    cache = network.new_cache(2)
+    with torch.no_grad():
+        network.prefill(*model.embed_condition(class_labels=labels), cache)
+        logits = network.extend(tokens, cache)
+        expected = model(tokens, class_labels=labels)[:, 1:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
