@@ -71,7 +71,7 @@ class EmojiVQ(Recipe):
         return TrainableVQ(CONFIG).to(device, memory_format=torch.channels_last)
 
     def batch(self, rng, batch_size, device):
-        """Pictures flipped, moved, zoomed, now and then recoloured; 60 % on named backgrounds, the rest on any colour."""
+        """Pictures flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""
         pictures = self.pictures[rng.integers(len(self.pictures), size=batch_size)]
         named = PALETTE[rng.integers(len(PALETTE), size=batch_size)]
         colours = np.where(rng.random((batch_size, 1)) < 0.6, named, rng.random((batch_size, 3)))
