@@ -112,6 +112,12 @@ def _int8_product(weight: torch.Tensor) -> Product:
 _PRODUCTS = {"float32": _float32_product, "float16": _float16_product, "int8": _int8_product}
 
 
+def _behind_norm(norm, *weights: torch.Tensor) -> torch.Tensor:
+    """Weights joined along their outputs, times the RMS norm's weight and root of dim before them."""
+    joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+    return joined.detach() * (norm.weight.detach() * joined.shape[1] ** 0.5)
+
+
 class PackedLlamaGen:
     """The cached-decoding calls of `LlamaGen` (`new_cache`, `prefill`, `extend`) over prepacked weights.
 
@@ -132,23 +138,21 @@ class PackedLlamaGen:
             raise StudioError(f"This build of torch has no {weights} weights for the CPU; use float32.")
         make = _PRODUCTS[weights]
         self._model = weakref.ref(model)
-        self.heads, self.head_dim, self.eps = model.config.num_heads, model.head_dim, model.config.norm_eps
+        self.heads, self.head_dim = model.config.num_heads, model.head_dim
         self.prefix_length, self.num_tokens = model.prefix_length, model.num_tokens
         self.embedding = model.tok_embeddings.weight.detach()
         self.turns = torch.view_as_complex(model.rope().contiguous())
         self.layers = [
             (
-                layer.attention_norm.weight.detach(),
-                make(layer.attention.wqkv.weight.detach()),
+                make(_behind_norm(layer.attention_norm, layer.attention.wqkv.weight)),
                 make(layer.attention.wo.weight.detach()),
-                layer.ffn_norm.weight.detach(),
-                make(torch.cat((layer.feed_forward.w1.weight, layer.feed_forward.w3.weight)).detach()),
+                make(_behind_norm(layer.ffn_norm, layer.feed_forward.w1.weight, layer.feed_forward.w3.weight)),
                 make(layer.feed_forward.w2.weight.detach()),
             )
             for layer in model.layers
         ]
-        self.norm = model.norm.weight.detach()
-        self.output = make(model.output.weight.detach())
+        self.output = make(_behind_norm(model.norm, model.output.weight))
+        self.floor = torch.tensor(model.config.dim * model.config.norm_eps)
 
     @property
     def model(self) -> LlamaGen:
@@ -173,18 +177,23 @@ class PackedLlamaGen:
 
     def _run_layers(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:
         rows, n, dim = x.shape
-        heads, head_dim, eps, start = self.heads, self.head_dim, self.eps, cache.length
+        heads, head_dim, start = self.heads, self.head_dim, cache.length
         turns = self.turns[start : start + n, None]
         causal = causal and mask is None
         x = x.reshape(rows * n, dim)
-        for index, (norm1, wqkv, wo, norm2, w13, w2) in enumerate(self.layers):
-            qkv = wqkv(F.rms_norm(x, (dim,), norm1, eps))
+        for index, (wqkv, wo, w13, w2) in enumerate(self.layers):
+            qkv = wqkv(self._unit(x))
             torch.view_as_complex(qkv[:, : 2 * dim].view(rows, n, 2 * heads, head_dim // 2, 2)).mul_(turns)
             parts = qkv.view(rows, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
             keys, values = cache.update(index, parts[1:].transpose(0, 1))
             attended = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=mask, is_causal=causal)
             x = wo(attended.transpose(1, 2).reshape(rows * n, dim), x)
-            gate, up = w13(F.rms_norm(x, (dim,), norm2, eps)).chunk(2, dim=-1)
+            gate, up = w13(self._unit(x)).chunk(2, dim=-1)
             x = w2(F.silu(gate).mul_(up), x)
         cache.advance(n)
-        return F.rms_norm(x, (dim,), self.norm, eps)
+        return self._unit(x)
+
+    def _unit(self, x: torch.Tensor) -> torch.Tensor:
+        """x over the root of (its squared length + dim * eps): the norm short of the factor `_behind_norm` folds in."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.floor, length, length).rsqrt_()
