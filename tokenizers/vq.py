@@ -1,8 +1,8 @@
 """VQ tokenizer: a convolutional autoencoder whose bottleneck is a grid of codes from one table of unit vectors.
 
-The architecture of LlamaGen's VQ-8 and VQ-16 ("Autoregressive Model Beats Diffusion", arXiv:2406.06525, section 3.1; after
-VQGAN, arXiv:2012.09841). Parameters carry the authors' names. Scope: encoding and decoding; how a codebook is trained is the
-recipe's business.
+The architecture of LlamaGen's VQ-8 and VQ-16 ("Autoregressive Model Beats Diffusion", arXiv:2406.06525, section 3.1;
+after VQGAN, arXiv:2012.09841). Parameters carry the authors' names. Scope: encoding and decoding; how a codebook is
+trained is the recipe's business.
 """
 
 import torch
@@ -20,7 +20,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     Args:
         in_channels: colour channels.
         base_channels: width of the first level.
-        channel_multipliers: width of each level as a multiple of `base_channels`; each level after the first halves the grid.
+        channel_multipliers: width of each level over `base_channels`; each level after the first halves the grid.
         encoder_res_blocks, decoder_res_blocks: residual blocks a level.
         z_channels: width at the bottleneck, before the projection to `code_dim`.
         code_dim: length of a code vector.
