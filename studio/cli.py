@@ -190,7 +190,9 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=1, help="How many pictures to measure.", show_default="the model's own protocol")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and draws the pictures.", show_default="0")
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ):

@@ -50,7 +50,7 @@ def load(name, *, device=None, dtype=None):
         >>> pipe = studio.load("emoji-ar")
         >>> pipe("a red apple").images[0].save("apple.png")
     """
-    device = _device(device)
+    device = pick_device(device)
     dtype = _dtype(dtype, device)
     model = _load_folder(_folder(name), dtype)
     return model.to(device)
@@ -59,6 +59,8 @@ def load(name, *, device=None, dtype=None):
 def _folder(name):
     name = os.fspath(name)
     if name in BUNDLED:
+        if BUNDLED[name].kind == "judge":
+            raise StudioError(f"{name} draws nothing, it only measures: `studio evaluate` uses it.")
         return bundled_folder(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -178,7 +180,8 @@ def _check_class(config, expected, folder):
         raise StudioError(f"{folder} holds a checkpoint {what}, not {expected.__name__}.")
 
 
-def _device(device):
+def pick_device(device):
+    """The device by its name, or CUDA when there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

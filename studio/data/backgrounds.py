@@ -1,6 +1,7 @@
 """The ten named backgrounds, and putting an emoji on one."""
 
 import numpy as np
+import torch
 
 BACKGROUNDS = {
     "white": (255, 255, 255),
@@ -32,3 +33,11 @@ def compose(pictures, colours):
     rgba = pictures.astype(np.float32) / 255
     rgb = rgba[..., :3] + (1 - rgba[..., 3:]) * np.asarray(colours, dtype=np.float32)[:, None, None, :]
     return np.ascontiguousarray(np.moveaxis(rgb.clip(0, 1), -1, 1))
+
+
+def render(pictures, drawn):
+    """Pictures (n, 3, side, side), a float32 tensor in [0, 1], of (concept, style, background) rows `drawn` (n, 3).
+
+    `pictures` is what `load_pictures` returns.
+    """
+    return torch.from_numpy(compose(pictures[drawn[:, 0], drawn[:, 1]], PALETTE[drawn[:, 2]]))

@@ -3,24 +3,37 @@
 from studio.errors import StudioError
 
 
-def evaluate(model, *, samples=None, seed=0, device=None):
-    """Measure a model on pictures it was not trained with.
+def evaluate(model, *, samples=None, seed=None, device=None):
+    """Measure a model on what its training did not see.
 
     Args:
-        model: a bundled name or model folder; tokenizers only, so far.
-        samples, seed: for models that draw pictures; a tokenizer is always measured on every held-out picture.
+        model: a bundled name or model folder. A pipeline draws held-out combinations for the judge, the judge looks
+            at true pictures of them, a tokenizer restores held-out concepts.
+        samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) and which (0); not for a
+            tokenizer, which is always measured on every held-out picture.
         device: where it runs; CUDA where there is one when `None`.
 
     Returns:
-        What `evaluate_tokenizer` returns.
+        What `evaluate_generator`, `evaluate_judge` or `evaluate_tokenizer` returns.
+
+    Raises:
+        StudioError: an option that would change nothing, or a pipeline that cannot draw from words.
     """
     from studio.checkpoints.loading import load
+    from studio.evaluation.generators import evaluate_generator
+    from studio.evaluation.judge import evaluate_judge, is_judge, load_judge
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.tokenizers.vq import VQTokenizer
 
+    chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
+    if is_judge(model):
+        return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
-    if not isinstance(loaded, VQTokenizer):
-        raise StudioError(f"Only tokenizers can be evaluated so far, and {model} is none.")
-    if samples is not None:
-        raise StudioError("A tokenizer is measured on every held-out picture: leave out the number of samples.")
-    return evaluate_tokenizer(loaded)
+    if isinstance(loaded, VQTokenizer):
+        if chosen:
+            raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
+        return evaluate_tokenizer(loaded)
+    if not loaded.takes_text:
+        raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
+    loaded.set_progress_bar_config(disable=True)
+    return evaluate_generator(loaded, **chosen)

@@ -2,23 +2,24 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from studio.data.archive import load_pictures
+from studio.data.augmentation import move
 from studio.data.backgrounds import PALETTE, compose
 from studio.data.splits import concepts
 from studio.tokenizers.vq import VQTokenizer
 from studio.training.export import save_bf16
+from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 
 CONFIG = {
     "base_channels": 96,
-    "channel_multipliers": (1, 2),
-    "encoder_res_blocks": 1,
-    "decoder_res_blocks": 2,
+    "channel_multipliers": (1, 1),
+    "encoder_res_blocks": 2,
+    "decoder_res_blocks": 3,
     "z_channels": 192,
     "code_dim": 8,
     "codebook_size": 4096,
@@ -36,7 +37,7 @@ class TrainableVQ(nn.Module):
         self.tokenizer.quantize.requires_grad_(False)
         self.quantizer = VectorQuantize(
             dim=config["code_dim"], codebook_size=config["codebook_size"], use_cosine_sim=True, decay=0.99,
-            kmeans_init=False, threshold_ema_dead_code=1, commitment_weight=0.25, accept_image_fmap=True,
+            kmeans_init=False, threshold_ema_dead_code=0.2, commitment_weight=0.25, accept_image_fmap=True,
         )  # fmt: skip
 
     def forward(self, images):
@@ -62,7 +63,7 @@ class EmojiVQ(Recipe):
 
     name = "emoji-vq"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
-    defaults = Defaults(steps=2000, batch_size=32, learning_rate=1e-3)
+    defaults = Defaults(steps=2200, batch_size=32, learning_rate=3e-3)
 
     def build(self, device):
         self.pictures = load_pictures(CONFIG["sample_size"])[concepts(held_out=False)].reshape(
@@ -70,13 +71,18 @@ class EmojiVQ(Recipe):
         )
         return TrainableVQ(CONFIG).to(device, memory_format=torch.channels_last)
 
+    def optimizers(self, module, learning_rate):
+        matrices = hidden_matrices(module.tokenizer.encoder, module.tokenizer.decoder)
+        return muon_and_adamw(module, matrices, learning_rate)
+
     def batch(self, rng, batch_size, device):
         """Pictures flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""
         pictures = self.pictures[rng.integers(len(self.pictures), size=batch_size)]
         named = PALETTE[rng.integers(len(PALETTE), size=batch_size)]
         colours = np.where(rng.random((batch_size, 1)) < 0.6, named, rng.random((batch_size, 3)))
         images = torch.from_numpy(compose(pictures, colours))
-        return {"images": augment(images, torch.from_numpy(colours).float(), rng).to(device) * 2 - 1}
+        images = augment(images, torch.from_numpy(colours).float(), rng) * 2 - 1
+        return {"images": images.to(device, memory_format=torch.channels_last)}
 
     def load(self, module, folder):
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -99,17 +105,7 @@ def augment(images, colours, rng):
     n = len(images)
     flip = torch.from_numpy(rng.random(n) < 0.5)
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    moved = torch.from_numpy(rng.random(n) < 0.5)
-    zoom = torch.from_numpy(rng.uniform(0.8, 1.6, n)).float()
-    angle = torch.from_numpy(rng.uniform(-0.3, 0.3, n)).float()
-    shift = torch.from_numpy(rng.uniform(-0.2, 0.2, (n, 2))).float()
-    matrix = torch.stack(
-        (torch.stack((angle.cos(), -angle.sin()), 1), torch.stack((angle.sin(), angle.cos()), 1)), 1
-    ) * zoom[:, None, None]  # fmt: skip
-    grid = F.affine_grid(torch.cat((matrix, shift[..., None]), dim=2), images.shape, align_corners=False)
-    background = colours[:, :, None, None]
-    warped = F.grid_sample(images - background, grid, align_corners=False) + background
-    images = torch.where(moved[:, None, None, None], warped, images)
+    images = move(images, colours, rng, share=0.5, zoom=(0.8, 1.6), angle=0.3, shift=0.2)
     recoloured = torch.from_numpy(rng.random(n) < 0.15)
     order = torch.from_numpy(np.stack([rng.permutation(3) for _ in range(n)]))
     shuffled = images.gather(1, order[:, :, None, None].expand_as(images))

@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     """For hidden matrices only (no embeddings, heads or vectors), at an AdamW-like learning rate.
 
     Args:
-        params: parameters with two dimensions.
+        params: parameters with two or more dimensions; a convolution counts as (outputs, everything else).
         lr: learning rate; the update is scaled by `0.2 sqrt(max(m, n))` so that its size matches AdamW's.
         momentum: Nesterov momentum.
         weight_decay: decoupled decay.
@@ -43,6 +43,38 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(state["momentum"], group["momentum"]))
+                direction = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                update = orthogonalize(direction).view(p.shape)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
+
+
+def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_decay=0.05):
+    """Muon for the given hidden matrices of a module, and AdamW at a share of its rate for all other parameters.
+
+    Args:
+        module: whose parameters are trained.
+        matrices: the parameters for Muon, such as `hidden_matrices` of its inner part.
+        learning_rate: Muon's.
+        adamw_share: AdamW's learning rate over Muon's.
+        weight_decay: decoupled decay of every matrix; vectors have none.
+
+    Returns:
+        `[Muon, AdamW]`.
+    """
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [
+        Muon(matrices, lr=learning_rate, weight_decay=weight_decay),
+        torch.optim.AdamW(groups, lr=learning_rate * adamw_share, betas=(0.9, 0.95)),
+    ]
+
+
+def hidden_matrices(*modules):
+    """Weights of every linear layer and convolution inside the modules."""
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    return [part.weight for module in modules for part in module.modules() if isinstance(part, layers)]

@@ -3,9 +3,12 @@
 from importlib import import_module
 from pathlib import Path
 
+from studio.checkpoints.bundled import BUNDLED, bundled_folder
 from studio.errors import StudioError
 
 RECIPES = {
+    "emoji-ar": "studio.training.emoji_ar:EmojiAR",
+    "emoji-judge": "studio.training.emoji_judge:EmojiJudge",
     "emoji-vq": "studio.training.emoji_vq:EmojiVQ",
 }
 
@@ -20,7 +23,7 @@ def run(
         out: folder of the run, `runs/NAME` when `None`; the model is written to its `model` folder.
         seed: everything random follows from it.
         resume: go on from the state in `out`.
-        init_from: exported folder whose weights to start from.
+        init_from: bundled name or exported folder whose weights to start from.
         steps, batch_size, learning_rate: the recipe's defaults when `None`.
         command: the command line, for the model card.
 
@@ -36,7 +39,9 @@ def run(
     for option, value in {"steps": steps, "batch size": batch_size, "learning rate": learning_rate}.items():
         if value is not None and not 0 < value < float("inf"):
             raise StudioError(f"The {option} must be a positive number; got {value}.")
-    if init_from is not None and not Path(init_from).is_dir():
+    if init_from in BUNDLED:
+        init_from = bundled_folder(init_from)
+    elif init_from is not None and not Path(init_from).is_dir():
         raise StudioError(f"There is no folder {init_from} to start from.")
     settings = Settings(
         recipe=name,

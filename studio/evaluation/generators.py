@@ -1,0 +1,44 @@
+"""How well a text-to-picture pipeline draws combinations that it has never seen."""
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from studio.data.archive import load_pictures
+from studio.data.backgrounds import render
+from studio.data.captions import full_caption
+from studio.data.splits import combinations
+from studio.evaluation.judge import draw_combinations, load_judge, scores, verdicts
+from studio.evaluation.metrics import frechet_distance
+
+
+def evaluate_generator(pipe, samples=500, seed=0, batch_size=50):
+    """Draw held-out combinations from their full captions, and let the judge look.
+
+    Args:
+        pipe: a text-conditional pipeline; its own default guidance and sampling are used.
+        samples: how many combinations, one picture each; more than the judge's features (64).
+        seed: chooses the combinations, and seeds picture i with seed + i.
+        batch_size: pictures drawn at a time; the result does not depend on it.
+
+    Returns:
+        `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples"}`:
+        fractions, and the Frechet distance in the judge's features to the true pictures of all held-out combinations.
+    """
+    judge = load_judge(device=pipe.device)
+    drawn = draw_combinations(samples, np.random.default_rng(seed))
+    captions = [full_caption(*row) for row in drawn.tolist()]
+    pictures = []
+    for start in tqdm(range(0, samples, batch_size), desc="drawing", unit="batch"):
+        prompts = captions[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
+        pictures.append(pipe(prompts, generator=generators, output_type="pt").images.cpu())
+    pictures = torch.cat(pictures)
+    verdict = verdicts(judge, pictures)
+    truth = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
+    return {
+        **scores(verdict, drawn),
+        "frechet": frechet_distance(verdict.features, verdicts(judge, truth).features),
+        "resolution": pictures.shape[-1],
+        "samples": samples,
+    }

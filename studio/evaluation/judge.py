@@ -1,0 +1,172 @@
+"""The judge: a small network that names concept, style and background of a picture. It only measures.
+
+No generator or tokenizer is trained against it, so its verdict on their pictures stays honest. Its feature layer is
+narrow enough for a Frechet distance from a few hundred pictures.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from studio.checkpoints.bundled import BUNDLED, bundled_folder
+from studio.checkpoints.loading import pick_device
+from studio.data.archive import load_pictures
+from studio.data.augmentation import distort
+from studio.data.backgrounds import PALETTE, render
+from studio.data.splits import combinations
+from studio.errors import StudioError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Logits over concepts (B, C), styles (B, S) and backgrounds (B, G), and the features (B, D) behind them."""
+
+    concepts: torch.Tensor
+    styles: torch.Tensor
+    backgrounds: torch.Tensor
+    features: torch.Tensor
+
+
+class Residual(nn.Module):
+    """norm, swish, 3x3 twice, added to the input."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width)
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class Judge(ModelMixin, ConfigMixin):
+    """Convolutional classifier with three heads over one feature vector.
+
+    Args:
+        num_concepts, num_styles, num_backgrounds: classes of each head.
+        widths: channels at a half, a quarter and an eighth of the resolution.
+        feature_dim: length D of the feature vector.
+        norm_groups: groups of every GroupNorm.
+        sample_size: side in pixels at which pictures are read; others are resized to it.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_concepts: int,
+        num_styles: int = 2,
+        num_backgrounds: int = 10,
+        widths: tuple[int, int, int] = (32, 64, 128),
+        feature_dim: int = 64,
+        norm_groups: int = 8,
+        sample_size: int = 64,
+    ):
+        super().__init__()
+        half, quarter, eighth = widths
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, half, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(half, quarter, 3, stride=2, padding=1),
+            Residual(quarter, norm_groups),
+            nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
+            Residual(eighth, norm_groups),
+            Residual(eighth, norm_groups),
+            nn.GroupNorm(norm_groups, eighth),
+            nn.SiLU(),
+            nn.Conv2d(eighth, 2 * eighth, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+        )
+        cells = (sample_size // 16) ** 2
+        self.features = nn.Linear(2 * eighth * cells, feature_dim)
+        self.feature_norm = nn.LayerNorm(feature_dim)
+        self.concept_head = nn.Linear(feature_dim, num_concepts)
+        self.style_head = nn.Linear(feature_dim, num_styles)
+        self.background_head = nn.Linear(feature_dim, num_backgrounds)
+
+    def forward(self, images: torch.Tensor) -> Verdict:
+        """The verdict on pictures (B, 3, H, W) in [-1, 1]."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise StudioError(f"The judge reads pictures (B, 3, H, W); got {tuple(images.shape)}.")
+        side = self.config.sample_size
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        features = self.feature_norm(self.features(self.body(images)))
+        return Verdict(
+            self.concept_head(features), self.style_head(features), self.background_head(features), features
+        )
+
+
+def is_judge(name):
+    """Whether a bundled name or a folder is a judge."""
+    if name in BUNDLED:
+        return BUNDLED[name].kind == "judge"
+    try:
+        return json.loads((Path(name) / "config.json").read_text())["_class_name"] == Judge.__name__
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_judge(name="emoji-judge", device=None):
+    """A judge by bundled name or folder, ready to measure, in float32."""
+    folder = bundled_folder(name) if name in BUNDLED else Path(name)
+    return Judge.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device(device))
+
+
+@torch.inference_mode()
+def verdicts(judge, images, batch_size=100):
+    """The verdict on any number of pictures (n, 3, H, W) in [0, 1], float32 on the CPU."""
+    device, dtype = judge.device, judge.dtype
+    parts = [judge((chunk * 2 - 1).to(device, dtype)) for chunk in images.split(batch_size)]
+    names = ("concepts", "styles", "backgrounds", "features")
+    return Verdict(**{name: torch.cat([getattr(part, name).float().cpu() for part in parts]) for name in names})
+
+
+def scores(verdict, truth):
+    """Shares of right answers of a verdict, against (concept, style, background) rows (n, 3).
+
+    Returns:
+        `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy"}`, fractions.
+    """
+    concepts, styles, backgrounds = torch.as_tensor(truth).unbind(1)
+    best = verdict.concepts.topk(5, dim=1).indices == concepts[:, None]
+    return {
+        "judge_top1": float(best[:, 0].float().mean()),
+        "judge_top5": float(best.any(dim=1).float().mean()),
+        "style_accuracy": float((verdict.styles.argmax(1) == styles).float().mean()),
+        "background_accuracy": float((verdict.backgrounds.argmax(1) == backgrounds).float().mean()),
+    }
+
+
+def evaluate_judge(judge, samples=1000, seed=0):
+    """The judge on true pictures of combinations it was not trained with, distorted as in its training.
+
+    Returns:
+        What `scores` returns, with `"resolution"` and `"samples"`.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = draw_combinations(samples, rng)
+    pictures = load_pictures(judge.config.sample_size)
+    images = distort(render(pictures, drawn), PALETTE[drawn[:, 2]], rng)
+    return {
+        **scores(verdicts(judge, images), drawn),
+        "resolution": judge.config.sample_size,
+        "samples": samples,
+    }
+
+
+def draw_combinations(samples, rng):
+    """Distinct held-out (concept, style, background) rows (samples, 3), drawn with a `numpy.random.Generator`."""
+    held_out = np.array(combinations(held_out=True))
+    if not 1 <= samples <= len(held_out):
+        raise StudioError(f"There are {len(held_out)} held-out combinations; {samples} cannot be drawn.")
+    return held_out[rng.permutation(len(held_out))[:samples]]

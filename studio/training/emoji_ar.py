@@ -1,0 +1,109 @@
+"""Recipe of `emoji-ar`."""
+
+import copy
+import json
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from studio.checkpoints.bundled import bundled_folder
+from studio.checkpoints.vocabulary import CONCEPTS_FILE
+from studio.data.archive import load_concepts
+from studio.data.captions import random_caption
+from studio.models.llamagen import LlamaGen
+from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.tokenizers.vq import VQTokenizer
+from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
+from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.recipe import Defaults, Recipe
+from studio.training.token_cache import training_tokens
+
+CAPTION_LENGTH = 16
+TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
+TRANSFORMER = {"dim": 256, "num_layers": 8, "num_heads": 4, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
+SAMPLING = {"default_guidance_scale": 3.0}
+
+
+class TrainableGenerator(nn.Module):
+    """A text encoder and a token model, trained together."""
+
+    def __init__(self, text_encoder, transformer):
+        super().__init__()
+        self.text_encoder, self.transformer = text_encoder, transformer
+
+    def forward(self, input_ids, attention_mask, tokens):
+        """Mean cross-entropy of tokens (B, n) behind captions (B, T), some of which are dropped."""
+        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.transformer(tokens[:, :-1], captions=states, caption_mask=attention_mask)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+class EmojiAR(Recipe):
+    """Draws an emoji from words: a small T5 encoder and a LlamaGen transformer over the tokens of `emoji-vq`."""
+
+    name = "emoji-ar"
+    data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-vq"
+    defaults = Defaults(steps=3200, batch_size=32, learning_rate=3e-3)
+
+    def build(self, device):
+        folder = bundled_folder("emoji-vq")
+        self.image_tokenizer = VQTokenizer.from_pretrained(folder).to(device).eval()
+        self.drawn, self.tokens = training_tokens(
+            self.image_tokenizer, folder / "diffusion_pytorch_model.safetensors"
+        )
+        self.tokenizer = train_caption_tokenizer(CAPTION_LENGTH)
+        text = T5Config(
+            vocab_size=len(self.tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0,
+            eos_token_id=1, **TEXT,
+        )  # fmt: skip
+        transformer = LlamaGen(
+            vocab_size=self.image_tokenizer.config.codebook_size,
+            grid_size=int(self.tokens.shape[1] ** 0.5),
+            caption_dim=text.d_model,
+            caption_length=CAPTION_LENGTH,
+            **TRANSFORMER,
+        )
+        return TrainableGenerator(T5EncoderModel(text), transformer).to(device)
+
+    def optimizers(self, module, learning_rate):
+        matrices = hidden_matrices(module.text_encoder.encoder, module.transformer.layers)
+        return muon_and_adamw(module, matrices, learning_rate)
+
+    def batch(self, rng, batch_size, device):
+        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))
+        captions = [random_caption(*row, rng) for row in self.drawn[chosen].tolist()]
+        text = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=CAPTION_LENGTH, return_tensors="pt"
+        )
+        return {
+            "input_ids": text["input_ids"].to(device),
+            "attention_mask": text["attention_mask"].to(device),
+            "tokens": self.tokens[chosen].to(device),
+        }
+
+    def load(self, module, folder):
+        for part, name in ((module.text_encoder, "text_encoder"), (module.transformer, "transformer")):
+            weights = type(part).from_pretrained(folder / name, dtype=torch.float32)
+            part.load_state_dict(weights.state_dict())
+
+    def export(self, module, folder):
+        text_encoder, transformer = (
+            copy.deepcopy(part).to(torch.bfloat16).eval() for part in (module.text_encoder, module.transformer)
+        )
+        pipe = LlamaGenPipeline(
+            self.image_tokenizer, transformer, text_encoder, self.tokenizer, lowercase_prompts=True, **SAMPLING
+        )
+        pipe.save_pretrained(folder)
+        shutil.rmtree(folder / "image_tokenizer")
+        labels = [concept.label for concept in load_concepts()]
+        content = json.dumps({"words": known_words(), "concepts": labels}, ensure_ascii=False, indent=0)
+        (folder / CONCEPTS_FILE).write_text(content + "\n", encoding="utf-8")
+
+    def quality(self, folder):
+        from studio.checkpoints.loading import load
+        from studio.evaluation.generators import evaluate_generator
+
+        return evaluate_generator(load(folder))

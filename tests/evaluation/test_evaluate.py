@@ -1,0 +1,50 @@
+"""`studio.evaluation.evaluate`: what it measures for each kind of model, and what it refuses."""
+
+import pytest
+
+from studio.errors import StudioError
+from studio.evaluation import evaluate
+from studio.evaluation.generators import evaluate_generator
+
+
+def test_the_bundled_tokenizer_restores_concepts_it_has_not_seen():
+    quality = evaluate("emoji-vq")
+    assert set(quality) == {"psnr", "ssim", "bits_per_pixel", "resolution", "samples"}
+    assert quality["samples"] == 68 * 2 * 10
+    assert quality["psnr"] >= 24
+
+
+def test_the_bundled_pipeline_draws_what_the_captions_say():
+    """100 held-out combinations (seed 0); a picture of something else is right once in 1,391, 2 and 10."""
+    quality = evaluate("emoji-ar", samples=100)
+    assert set(quality) == {
+        "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples",
+    }  # fmt: skip
+    assert quality["samples"] == 100
+    assert quality["background_accuracy"] >= 0.9 and quality["style_accuracy"] >= 0.9
+    assert quality["judge_top5"] >= quality["judge_top1"] >= 0.5
+
+
+def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
+    """The negative control: random weights must not be judged right."""
+    tiny_pipeline.set_progress_bar_config(disable=True)
+    quality = evaluate_generator(tiny_pipeline, samples=70)
+    assert quality["judge_top1"] < 0.1 and quality["background_accuracy"] < 0.5
+
+
+def test_the_result_does_not_depend_on_the_batch_size(tiny_pipeline):
+    tiny_pipeline.set_progress_bar_config(disable=True)
+    whole, parts = (evaluate_generator(tiny_pipeline, samples=70, batch_size=size) for size in (70, 32))
+    assert whole["frechet"] == pytest.approx(parts["frechet"], rel=1e-3)
+    assert {k: v for k, v in whole.items() if k != "frechet"} == {k: v for k, v in parts.items() if k != "frechet"}
+
+
+@pytest.mark.parametrize("option", [{"samples": 5}, {"seed": 1}])
+def test_options_that_change_nothing_are_refused(option):
+    with pytest.raises(StudioError, match="leave out"):
+        evaluate("emoji-vq", **option)
+
+
+def test_class_pipelines_are_refused(tiny_class_folder):
+    with pytest.raises(StudioError, match="class numbers"):
+        evaluate(tiny_class_folder)

@@ -1,0 +1,77 @@
+"""Every recipe at a tiny size: it runs, its weights load as the product loads them, and training goes on from them."""
+
+import pytest
+import torch
+
+from studio.checkpoints.loading import load
+from studio.data.splits import combinations
+from studio.evaluation.judge import Judge, load_judge
+from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.tokenizers.vq import VQTokenizer
+from studio.training import emoji_ar, emoji_judge, emoji_vq, token_cache
+from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
+from studio.training.recipes import RECIPES, run
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Tiny networks, forty pictures, and no measuring."""
+    few = combinations(held_out=False)[:40]
+    monkeypatch.setattr(emoji_judge, "combinations", lambda held_out: few)
+    monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(emoji_vq.CONFIG, "base_channels", 32)
+    monkeypatch.setitem(emoji_vq.CONFIG, "codebook_size", 64)
+    monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, "dim": 32, "num_layers": 1, "ffn_dim": 64})
+    for recipe in (emoji_ar.EmojiAR, emoji_judge.EmojiJudge, emoji_vq.EmojiVQ):
+        monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_trains_exports_and_goes_on(name, small, tmp_path):
+    result = run(name, out=tmp_path / "run", steps=2, batch_size=4)
+    assert result["steps"] == 2 and result["loss"] > 0
+    read = load_judge if name == "emoji-judge" else load
+    model = read(result["folder"], device="cpu")
+    assert isinstance(model, {"emoji-ar": LlamaGenPipeline, "emoji-judge": Judge, "emoji-vq": VQTokenizer}[name])
+    start = {"init_from": result["folder"], "learning_rate": 1e-12}
+    further = run(name, out=tmp_path / "further", steps=1, batch_size=4, **start)
+    again = read(further["folder"], device="cpu")
+    before, after = (
+        part.transformer.state_dict() if name == "emoji-ar" else part.state_dict() for part in (model, again)
+    )
+    for key in before:
+        assert torch.allclose(before[key], after[key], atol=1e-2), key
+
+
+def test_the_exported_pipeline_shares_the_bundled_tokenizer_and_names_its_words(small, tmp_path):
+    folder = tmp_path / "run" / "model"
+    run("emoji-ar", out=tmp_path / "run", steps=1, batch_size=2)
+    assert not (folder / "image_tokenizer").exists() and (folder / "README.md").is_file()
+    words, concepts = load(folder, device="cpu").vocabulary
+    assert {"apple", "red", "flat", "background"} <= set(words) and "red apple" in concepts
+
+
+def test_tokens_are_cached_by_weights(small, tiny_vq, tmp_path, monkeypatch):
+    tiny_vq.save_pretrained(tmp_path / "vq")
+    weights = tmp_path / "vq" / "diffusion_pytorch_model.safetensors"
+    drawn, tokens = token_cache.training_tokens(tiny_vq, weights)
+    assert drawn.shape == (40, 3) and tokens.shape == (40, 16)
+    monkeypatch.setattr(token_cache, "_encode", None)
+    assert torch.equal(token_cache.training_tokens(tiny_vq, weights)[1], tokens)
+    weights.write_bytes(b"other weights")
+    with pytest.raises(TypeError):
+        token_cache.training_tokens(tiny_vq, weights)
+
+
+def test_every_full_caption_fits_and_is_told_apart():
+    from studio.data.archive import load_concepts
+    from studio.data.captions import full_caption
+
+    tokenizer = train_caption_tokenizer(emoji_ar.CAPTION_LENGTH)
+    captions = [full_caption(concept.index, 0, 5) for concept in load_concepts()]
+    ids = tokenizer(captions)["input_ids"]
+    assert max(map(len, ids)) <= emoji_ar.CAPTION_LENGTH
+    assert len({tuple(row) for row in ids}) == len({caption.lower() for caption in captions})
+    assert tokenizer("A Red APPLE!")["input_ids"] == tokenizer("a red apple")["input_ids"]
+    assert {"apple", "heart", "eyes", "heart-eyes"} <= set(known_words())
