@@ -15,7 +15,7 @@ import torch
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 
-WEIGHTS = ("auto", "plain", "float32", "float16", "int8")
+WEIGHTS = ("auto", "plain", "native", "float32", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Autoregressive:
 
     Args:
         filter_order: "llamagen" (top-k before top-p) or "lantern" (top-p before top-k).
-        weights: "auto" prepacks float32 weights on a CPU when that is safe and otherwise runs the model as it is;
-            "plain" always runs the model as it is; "float32", "float16" and "int8" ask for packed CPU weights.
+        weights: "auto" runs float32 models on a CPU in the fastest exact way that works there, and others as they are;
+            "plain" always runs the model as it is; "native" asks for the step compiled from C, "float32", "float16" and
+            "int8" for packed CPU weights.
     """
 
     filter_order: str = "llamagen"

@@ -5,7 +5,7 @@
 module tree carries the authors' parameter names, so their state dicts load as they are.
 
 Scope: the network, its training forward, and the calls that cached decoding needs (`new_cache`, `prefill`, `extend`).
-How tokens are drawn is the business of `studio.decoding`; `studio.models.packed` is the same network arranged for
+How tokens are drawn is the business of `studio.decoding`; `studio.models.views` has the same network arranged for
 speed.
 """
 
@@ -28,8 +28,6 @@ PRESETS: dict[str, dict[str, int]] = {
     "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
     "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
 }
-
-_LARGEST_PACKED_BYTES = 4 * 2**30
 
 
 def default_ffn_dim(dim: int) -> int:
@@ -362,17 +360,10 @@ class LlamaGen(ModelMixin, ConfigMixin):
         return self.output(x[:, prefix.shape[1] - 1 :]).float()
 
     def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the model as it is ("plain"), or a view with packed weights
-        (`studio.models.packed`).
+        """What a decoding loop calls: the model as it is, or a faster view of it (`studio.models.views`)."""
+        from studio.models.views import view_of
 
-        "auto" packs float32 weights on a CPU, unless a second copy of them would be large.
-        """
-        from studio.models.packed import can_pack, packed
-
-        if weights == "auto":
-            size = sum(weight.nbytes for weight in self.parameters())
-            weights = "float32" if can_pack(self) and size <= _LARGEST_PACKED_BYTES else "plain"
-        return self if weights == "plain" else packed(self, weights)
+        return view_of(self, weights)
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` sequences, in the model's dtype and on its device."""

@@ -23,7 +23,6 @@ from studio.models.llamagen import LlamaGen
 
 WEIGHTS = ("float32", "float16", "int8")
 _ROWS_HINT = 2
-_packed: "weakref.WeakKeyDictionary[LlamaGen, dict[str, tuple]]" = weakref.WeakKeyDictionary()
 
 Product = Callable[..., torch.Tensor]
 
@@ -32,23 +31,6 @@ def can_pack(model: LlamaGen) -> bool:
     """True for a float32 model on a CPU with as many key/value heads as heads."""
     grouped = model.config.num_kv_heads not in (None, model.config.num_heads)
     return model.device.type == "cpu" and model.dtype == torch.float32 and not grouped
-
-
-def packed(model: LlamaGen, weights: str = "float32") -> "PackedLlamaGen":
-    """The packed view of `model`, kept and reused until one of its weights changes, moves or disappears."""
-    signature = _signature(model)
-    views = _packed.setdefault(model, {})
-    if weights not in views or views[weights][0] != signature:
-        views[weights] = (signature, PackedLlamaGen(model, weights))
-    return views[weights][1]
-
-
-def _signature(model: LlamaGen) -> tuple:
-    """Identity and content of all weights: storage address plus sum (writes through `.data` leave no other trace)."""
-    with torch.no_grad():
-        weights = list(model.parameters())
-        sums = torch.stack([weight.sum(dtype=torch.float64) for weight in weights]).tolist()
-    return tuple((weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))
 
 
 @cache
@@ -121,8 +103,7 @@ def _behind_norm(norm, *weights: torch.Tensor) -> torch.Tensor:
 class PackedLlamaGen:
     """The cached-decoding calls of `LlamaGen` (`new_cache`, `prefill`, `extend`) over prepacked weights.
 
-    Results differ from the model's own by rounding only (float32), or by the weights' precision. Make one with
-    `packed`.
+    Results differ from the model's own by rounding only (float32), or by the weights' precision.
 
     Errors: `StudioError` for unknown weights, for a model `can_pack` refuses, and for smaller weights on a processor
     whose torch build has no kernels for them.

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from studio.checkpoints.bundled import sha256
 from studio.data.archive import ARCHIVE, load_pictures
 from studio.data.backgrounds import render
 from studio.data.splits import combinations
+from studio.files import cache_folder
 
 
 def training_tokens(tokenizer, weights, batch_size=256):
@@ -35,12 +35,6 @@ def training_tokens(tokenizer, weights, batch_size=256):
             np.save(stream, _encode(tokenizer, drawn, batch_size).astype(np.uint16))
         partial.replace(file)
     return torch.from_numpy(drawn), torch.from_numpy(np.load(file).astype(np.int64))
-
-
-def cache_folder():
-    """`STUDIO_CACHE`, else `studio` in the user's cache folder."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "studio"
-    return Path(os.environ.get("STUDIO_CACHE") or fallback)
 
 
 @torch.inference_mode()

@@ -157,10 +157,11 @@ class Steps:
 def slow_steps(monkeypatch):
     """Counts the calls of the model and makes each as slow as `delay` says, in seconds."""
     from studio import LlamaGen
+    from studio.models.native import NativeLlamaGen
     from studio.models.packed import PackedLlamaGen
 
     steps = Steps()
-    for network in (LlamaGen, PackedLlamaGen):
+    for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
         monkeypatch.setattr(network, "extend", _slowed(network.extend, steps))
     return steps
 

@@ -42,7 +42,7 @@ def conditions(captions):
 
 @pytest.mark.parametrize("captions", [False, True], ids=["classes", "captions"])
 @pytest.mark.parametrize("prefix_rope", ["zero", "identity"])
-@pytest.mark.parametrize("weights", ["plain", "auto"])
+@pytest.mark.parametrize("weights", ["plain", "native", "float32"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "plain", "filtered", "lantern"])
 def test_equals_the_textbook(captions, prefix_rope, weights, sampling):
     model, condition = tiny(captions, prefix_rope=prefix_rope), conditions(captions)

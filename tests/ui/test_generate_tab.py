@@ -12,6 +12,7 @@ from gradio_client import Client
 from PIL import Image
 
 from studio import LlamaGen, StudioError
+from studio.models.native import NativeLlamaGen
 from studio.models.packed import PackedLlamaGen
 from studio.ui import drawing, generate, models
 from studio.ui.app import build_app, launch, launch_settings
@@ -24,7 +25,7 @@ LIMIT = 60  # seconds
 def steps(tiny_pipeline, monkeypatch):
     """The app draws with the tiny pipeline, 20 ms a step; the list grows by one with each call of the transformer."""
     calls = []
-    for network in (LlamaGen, PackedLlamaGen):
+    for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
         for name in ("prefill", "extend"):
             monkeypatch.setattr(network, name, _counted(getattr(network, name), calls))
     monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
@@ -249,3 +250,14 @@ def _generators(seeds):
     import torch
 
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_empty_fields_show_the_models_own_settings(tiny_pipeline, tmp_path):
+    from studio.ui.app import build_app
+    from studio.ui.models import own_settings
+
+    tiny_pipeline.save_pretrained(tmp_path)
+    assert own_settings(tmp_path) == {"guidance": "4", "temperature": "1", "top-k": "0", "top-p": "1"}
+    fields = {c["props"].get("elem_id"): c["props"] for c in build_app(str(tmp_path)).config["components"]}
+    assert fields["guidance"]["placeholder"] == "4" and fields["top-k"]["placeholder"] == "0"
+    assert own_settings("owner/on-the-hub") == {}

@@ -1,0 +1,102 @@
+"""The step in C against the network in torch: same numbers for any number of rows, and a way without a compiler."""
+
+import pytest
+import torch
+
+from studio.errors import StudioError
+from studio.models import native, views
+from studio.models.llamagen import LlamaGen
+from studio.models.native import NativeLlamaGen
+from studio.models.packed import PackedLlamaGen
+
+CLASSES = {"vocab_size": 64, "dim": 64, "num_heads": 4, "num_layers": 2, "grid_size": 4, "num_classes": 10}
+CAPTIONS = {
+    "vocab_size": 128, "dim": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 104, "num_layers": 3, "grid_size": 5,
+    "caption_dim": 16, "caption_length": 5, "prefix_rope": "identity",
+}  # fmt: skip
+
+
+def model_of(sizes, halves=False):
+    torch.manual_seed(0)
+    model = LlamaGen(**sizes).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model.bfloat16().float() if halves else model
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 11, 16, 17])
+@pytest.mark.parametrize("sizes", [CLASSES, CAPTIONS], ids=["classes", "captions"])
+@pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
+def test_every_step_equals_the_models_own(rows, sizes, halves):
+    model = model_of(sizes, halves)
+    network = NativeLlamaGen(model)
+    assert bool(network.network.bf16) == halves
+    condition = {"class_labels": torch.arange(rows) % 10}
+    if "caption_dim" in sizes:
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool().repeat(rows, 1)[:rows]
+        condition = {"captions": torch.randn(rows, 5, 16), "caption_mask": mask}
+    prefix, valid = model.embed_condition(**condition)
+    ours, own = network.new_cache(rows), model.new_cache(rows)
+    network.prefill(prefix, valid, ours)
+    model.prefill(prefix, valid, own)
+    tokens = torch.randint(64, (rows, 12))
+    for place in range(12):
+        step = tokens[:, place : place + 1]
+        expected = model.extend(step, own)
+        torch.testing.assert_close(network.extend(step, ours), expected, atol=2e-5, rtol=2e-5)
+        if place == 8 and rows > 2:
+            rows = rows // 2
+            tokens = tokens[:rows]
+            ours.keep_rows(rows)
+            own.keep_rows(rows)
+
+
+@torch.no_grad()
+def test_a_full_cache_is_refused():
+    model = model_of(CLASSES)
+    network = NativeLlamaGen(model)
+    cache = network.new_cache(1)
+    network.prefill(*model.embed_condition(class_labels=torch.tensor([1])), cache)
+    for _ in range(16):
+        network.extend(torch.tensor([[3]]), cache)
+    with pytest.raises(StudioError, match="full"):
+        network.extend(torch.tensor([[3]]), cache)
+
+
+def test_the_fastest_view_that_works_is_taken(monkeypatch):
+    model = model_of(CLASSES)
+    assert isinstance(model.for_decoding(), NativeLlamaGen)
+    assert model.for_decoding() is model.for_decoding()
+    assert model.for_decoding("plain") is model
+    assert isinstance(model.for_decoding("float32"), PackedLlamaGen)
+    assert isinstance(model_of({**CLASSES, "vocab_size": 60}).for_decoding(), PackedLlamaGen)
+    monkeypatch.setattr(views, "_LARGEST_COPY_BYTES", 1)
+    assert model.for_decoding() is model
+
+
+def test_changed_weights_make_a_new_view():
+    model = model_of(CLASSES, halves=True)
+    before = model.for_decoding()
+    model.output.weight.data[0, 0] += 1
+    assert model.for_decoding() is not before
+
+
+def test_without_a_compiler_the_next_best_is_taken(no_compiler):
+    model = model_of(CLASSES)
+    assert isinstance(model.for_decoding(), PackedLlamaGen)
+    with pytest.raises(StudioError, match="compiler"):
+        model.for_decoding("native")
+
+
+@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
+def test_a_compiler_that_fails_is_no_compiler(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
+    assert native._library.__wrapped__() is None
+    assert not list(tmp_path.glob("*.so"))
