@@ -228,7 +228,7 @@ def doctor(as_json: Json = False):
     for row in report["models"]:
         say(f"{row['name']:24} {row['state']}")
     if not report["ok"]:
-        raise StudioError("Some bundled weights are damaged: install Studio again.")
+        raise StudioError("Some bundled weights are missing or damaged: install Studio again.")
 
 
 @app.command()

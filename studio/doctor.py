@@ -15,14 +15,14 @@ def list_models():
 
 
 def examine():
-    """Return versions, device, threads and bundled models; `ok` is false when released weights are damaged."""
+    """Return versions, device, threads and bundled models; `ok` is false when weights are missing or damaged."""
     import torch
 
     from studio import __version__
 
     rows = list_models()
     return {
-        "ok": all(row["state"] != "damaged" for row in rows),
+        "ok": all(row["state"] == "ok" for row in rows),
         "versions": {
             "studio": __version__,
             "python": platform.python_version(),

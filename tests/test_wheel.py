@@ -76,8 +76,9 @@ def test_version(installed, tmp_path):
     assert run(installed, tmp_path, "-m", "studio", "--version").strip() == studio.__version__
 
 
-def test_generates_from_another_folder(installed, tiny_folder, tmp_path):
-    call = ("generate", "a red apple", "--model", str(tiny_folder), "--seed", "1", "--json")
-    [image] = json.loads(run(installed, tmp_path, "-m", "studio", *call))["images"]
-    picture = Image.open(tmp_path / image["path"])
-    assert picture.size == (16, 16) and image["seed"] == 1
+def test_generates_with_the_bundled_model_from_another_folder(installed, tmp_path):
+    call = ("generate", "a red apple", "--seed", "1", "--json")
+    document = json.loads(run(installed, tmp_path, "-m", "studio", *call))
+    [image] = document["images"]
+    assert document["model"] == "emoji-ar" and image["seed"] == 1
+    assert Image.open(tmp_path / image["path"]).size == (64, 64)

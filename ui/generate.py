@@ -7,6 +7,7 @@ import gradio as gr
 from studio.errors import StudioError
 from studio.ui.components import columns_for, picture_grid, pictures, status_line
 from studio.ui.drawing import MOST_PICTURES, Drawn, Wish, draw, draw_seed
+from studio.ui.models import own_settings
 
 EXAMPLES = [
     "a red apple",
@@ -56,13 +57,14 @@ def build_tab(model):
                 seed = _field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="dice", size="sm", scale=0, min_width=0)
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                gr.Markdown("Empty fields take the model's own setting.", elem_classes="studio-hint")
+                gr.Markdown("Empty fields take the model's own setting, shown in grey.", elem_classes="studio-hint")
+                own = own_settings(model)
                 with gr.Row():
-                    guidance = _field("Guidance", "How closely to follow the words; 1 is off.", "guidance")
-                    temperature = _field("Temperature", "Below 1 calmer, above 1 wilder.", "temperature")
+                    guidance = _setting("Guidance", "How closely to follow the words; 1 is off.", own)
+                    temperature = _setting("Temperature", "Below 1 calmer, above 1 wilder.", own)
                 with gr.Row():
-                    top_k = _field("Top-k", "Only the k likeliest tokens; 0 is all.", "top-k")
-                    top_p = _field("Top-p", "Only this share of likelihood, 0 to 1.", "top-p")
+                    top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
+                    top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
 
     wish = [prompt, count, seed, guidance, temperature, top_k, top_p]
     outputs = [gallery, status, generate, cancel]
@@ -182,7 +184,12 @@ def summary(drawn, wish):
     )
 
 
-def _field(label, info, elem_id, placeholder="model's own"):
+def _setting(label, info, own):
+    name = label.lower()
+    return _field(label, info, name, own.get(name, "model's own"))
+
+
+def _field(label, info, elem_id, placeholder):
     """A field for a number that may stay empty (Gradio's number field cannot: it turns an empty one into 0)."""
     return gr.Textbox(
         label=label,

@@ -1,7 +1,12 @@
 """The pipelines this process has loaded: each once, on first use, shared by every visitor."""
 
+import json
 import threading
+from pathlib import Path
 
+from studio.checkpoints.bundled import BUNDLED, ROOT
+
+_SETTINGS = {"guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
 _pipelines = {}
 _lock = threading.Lock()
 
@@ -24,3 +29,18 @@ def get_pipeline(name):
             loaded.set_progress_bar_config(disable=True)
             _pipelines[name] = loaded
         return _pipelines[name]
+
+
+def own_settings(name):
+    """What a pipeline uses where a field stays empty, read without loading it.
+
+    Returns:
+        A text by field ("guidance", "temperature", "top-k", "top-p"); none for what is not on this machine.
+    """
+    folder = ROOT / name if name in BUNDLED else Path(name)
+    try:
+        config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    own = {field: config.get(f"default_{setting}") for field, setting in _SETTINGS.items()}
+    return {field: f"{value:g}" for field, value in own.items() if value is not None}
