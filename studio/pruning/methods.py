@@ -1,0 +1,31 @@
+"""The methods by name, and what each needs."""
+
+from collections.abc import Callable
+
+from studio.errors import StudioError
+from studio.pruning.divprune import divprune
+from studio.pruning.globalcom2 import globalcom2
+from studio.pruning.hired import hired
+from studio.pruning.random import random
+from studio.pruning.uniform import uniform
+
+METHODS: dict[str, Callable] = {
+    "divprune": divprune,
+    "hired": hired,
+    "globalcom2": globalcom2,
+    "random": random,
+    "uniform": uniform,
+}
+
+SCORES: dict[str, tuple[str, ...]] = {"hired": ("first", "last"), "globalcom2": ("logits",)}
+"""The fields of `Attention` a method needs; none when it is not named."""
+
+WITH_REFERENCE = ("divprune", "hired", "globalcom2")
+"""Methods with authors' code, whose numbers `reference=True` reproduces."""
+
+
+def method_named(name: str) -> Callable:
+    """Errors: `StudioError` for an unknown name."""
+    if name not in METHODS:
+        raise StudioError(f"The pruning method is one of {', '.join(METHODS)}, not {name!r}.")
+    return METHODS[name]
