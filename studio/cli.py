@@ -281,15 +281,16 @@ def bench_decoding(
     as_json: Json = False,
 ):
     """Time drawing tokens, beside a plain textbook sampler and the bound that memory sets."""
-    from studio.evaluation.bench_decoding import bench_model, bench_random_decoding
+    from studio.evaluation.bench_decoding import bench_decoding as measure
 
-    options = {"guidance": 4.0 if guidance is None else guidance, "batch": batch or [1], "dtype": dtype or ["float32"]}
-    if random is not None:
-        result = bench_random_decoding(**_sizes(random), device=device or "cpu", **options)
-    else:
-        from studio import load
-
-        result = bench_model(load(model, device=device, dtype="float32").transformer, **options)
+    result = measure(
+        random=random,
+        model=model,
+        guidance_scale=guidance,
+        batch_sizes=batch or [1],
+        dtypes=dtype or ["float32"],
+        device=device,
+    )
     emit(result)
     for row in result["rows"]:
         say(
@@ -297,14 +298,6 @@ def bench_decoding(
                 f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
         )
-
-
-def _sizes(text):
-    names = ("dim", "layers", "heads", "vocab", "tokens")
-    pairs = [pair.strip().partition("=") for pair in text.split(",")]
-    if any(name not in names or not value.isdecimal() or int(value) < 1 for name, _, value in pairs):
-        raise StudioError(f"--random takes {','.join(f'{name}=N' for name in names)}, not {text!r}.")
-    return {name: int(value) for name, _, value in pairs}
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="The authors' file (.pt, .pth or .safetensors).")]

@@ -150,11 +150,13 @@ def _row(model, guidance, pictures, name, top_k, repeats, bandwidth) -> dict:
         seconds, plain = _timed(model.device, lambda: draw(textbook, model))
         reference.append(seconds)
     drawn = pictures * model.num_tokens
+    view = tested.for_decoding(settings.weights)
+    step_bytes = getattr(view, "weight_bytes", None) or _step_weights(model) * _BYTES[precision]
     return {
         "batch": pictures,
         "dtype": precision,
         "tokens_per_second": drawn / min(ours),
-        "bound_tokens_per_second": pictures * bandwidth / (_step_weights(model) * _BYTES[precision]),
+        "bound_tokens_per_second": pictures * bandwidth / step_bytes,
         "reference_tokens_per_second": drawn / min(reference),
         "speedup": min(reference) / min(ours),
         "identical_tokens": bool(torch.equal(fast, plain)),

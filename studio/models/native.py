@@ -1,8 +1,8 @@
 """LlamaGen's decoding step in C, compiled on first use: on a processor its time is the time to read the weights.
 
 `native.c` holds the step; this module builds it with the machine's C compiler, keeps the library in the cache folder,
-and calls it with the model's own weights. Weights that are bfloat16 numbers, as those of every bundled model, are read as
-such: half the bytes, and not a bit of difference. Where there is no compiler, `is_available` is false, and
+and calls it with the model's own weights. Weights that are bfloat16 numbers, as those of every bundled model, are read
+as such: half the bytes, and not a bit of difference. Where there is no compiler, `is_available` is false, and
 `studio.models.packed` is the next best.
 """
 
