@@ -1,0 +1,427 @@
+"""Pruning on real transformers classes at tiny size, every family."""
+
+import functools
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_models  # noqa: E402
+
+from studio.pruning.binding import prune, prune_inputs  # noqa: E402
+from studio.pruning.methods import METHODS  # noqa: E402
+
+ROWS = ((0,), (1, 2))
+TOLERANCE = dict(atol=2e-5, rtol=1e-4)
+every_family = pytest.mark.parametrize("family", tiny_models.FAMILIES)
+one_axis = pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if not f.startswith("qwen")])
+with_attention = pytest.mark.parametrize("method", ["hired", "globalcom2"])
+reads_attention = pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+)
+
+
+@functools.cache
+def tiny(family, attention="sdpa"):
+    return tiny_models.FAMILIES[family](attention)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def answer(model, inputs, tokens=4, **options):
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+def new_tokens(out, inputs):
+    return out.sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def dropped_mask(model, inputs, info):
+    """The attention mask of the whole prompt with a 0 on every token that was pruned."""
+    mask, image = inputs["attention_mask"].clone(), inputs["input_ids"] == model.config.image_token_id
+    stays = [torch.isin(torch.arange(before), kept).long() for before, kept in zip(info.tokens_before, info.kept)]
+    mask[image] = torch.cat(stays)
+    return mask
+
+
+def hooks_of(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def whole_positions(model, inputs):
+    if "image_grid_thw" in inputs:
+        return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    mask = inputs["attention_mask"]
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+@every_family
+def test_keeping_all_is_bitwise_the_plain_model(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    plain, plain_logits = answer(model, inputs), model(**inputs).logits
+    with prune(model, "divprune", keep=1.0) as record:
+        pruned, logits = answer(model, inputs), model(**inputs).logits
+    assert record.info.tokens_before == record.info.tokens_after
+    assert torch.equal(plain.sequences, pruned.sequences)
+    assert all(map(torch.equal, plain.logits, pruned.logits))
+    assert torch.equal(plain_logits, logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_all_with_every_method(method):
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt(ROWS)
+    plain = model(**inputs).logits
+    with prune(model, method, keep=1.0):
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+@every_family
+def test_original_positions_are_those_of_masked_tokens(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    pruned, info = prune_inputs(model, inputs, "divprune", keep=0.4)
+    mask, positions = dropped_mask(model, inputs, info), whole_positions(model, inputs)
+    expected = model(**{**inputs, "attention_mask": mask}, position_ids=positions).logits
+    found = model(**pruned).logits
+    for row, logits, before in zip(range(len(mask)), found, expected):
+        torch.testing.assert_close(logits[pruned["attention_mask"][row].bool()], before[mask[row].bool()], **TOLERANCE)
+    masked = answer(model, {**inputs, "attention_mask": mask}, position_ids=positions)
+    with prune(model, "divprune", keep=0.4):
+        short = answer(model, inputs)
+    assert torch.equal(masked.sequences, short.sequences)
+    for ours, theirs in zip(short.logits, masked.logits):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@one_axis
+def test_compact_positions_are_those_of_a_short_prompt(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(((1,),))
+    pruned, _ = prune_inputs(model, inputs, "divprune", keep=0.4, positions="compact")
+    assert torch.equal(pruned["position_ids"], torch.arange(pruned["input_ids"].shape[1])[None])
+    positions = pruned.pop("position_ids")
+    torch.testing.assert_close(model(**pruned).logits, model(**pruned, position_ids=positions).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_compact_positions_on_three_axes(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    pruned, info = prune_inputs(model, inputs, "divprune", keep=0.4, positions="compact")
+    assert (pruned["position_ids"] == pruned["position_ids"][0]).all()
+    assert torch.equal(info.next_positions, pruned["attention_mask"].sum(1))
+    with prune(model, "divprune", keep=0.4, positions="compact"):
+        assert torch.isfinite(answer(model, inputs).logits[-1]).all()
+
+
+@every_family
+def test_the_cache_shrinks_and_the_prompt_comes_back(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    length = inputs["input_ids"].shape[1]
+    with prune(model, "divprune", keep=0.25) as record:
+        out = answer(model, inputs)
+    assert out.past_key_values.get_seq_length() == length - record.info.removed + 4 - 1
+    assert record.info.removed > length // 4
+    assert torch.equal(out.sequences[:, :length], inputs["input_ids"]) and out.sequences.shape[1] == length + 4
+    assert record.info.tokens_after == [max(1, round(0.25 * tokens)) for tokens in record.info.tokens_before]
+    with prune(model, "divprune", keep=0.25, restore_prompt=False):
+        short = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert short.shape[1] == length - record.info.removed + 4
+    assert torch.equal(short[:, -4:], new_tokens(out, inputs))
+
+
+@every_family
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_equals_its_rows(family, beams):
+    rows = ((0,), (1, 2), (2,))
+    model, options = tiny(family).model, dict(num_beams=beams, num_return_sequences=beams)
+    whole = tiny(family).prompt(rows)
+    with prune(model, "divprune", keep=0.4):
+        batch = new_tokens(answer(model, whole, **options), whole).view(len(rows), beams, -1)
+        for row, together in enumerate(batch):
+            alone = one_row(tiny(family), whole, rows, row)
+            out = answer(model, alone, **options)
+            assert torch.equal(new_tokens(out, alone), together)
+            assert torch.equal(out.sequences[:, : alone["input_ids"].shape[1]], alone["input_ids"].expand(beams, -1))
+
+
+def one_row(made, inputs, rows, row):
+    """Row `row` of a batch as a prompt of its own, without padding."""
+    alone = made.prompt((rows[row],))
+    real = inputs["attention_mask"][row].bool()
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in inputs:
+            alone[name] = inputs[name][row, real][None]
+    return alone
+
+
+@every_family
+def test_static_cache(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    with prune(model, "divprune", keep=0.4):
+        dynamic, static = answer(model, inputs), answer(model, inputs, cache_implementation="static")
+    assert torch.equal(dynamic.sequences, static.sequences)
+
+
+@every_family
+def test_your_own_loop(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    with prune(model, "divprune", keep=0.4):
+        expected = new_tokens(answer(model, inputs), inputs)
+    pruned, info = prune_inputs(model, inputs, "divprune", keep=0.4)
+    out, mask, tokens = model(**pruned, use_cache=True), pruned["attention_mask"], []
+    for step in range(4):
+        tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        positions = (info.next_positions + step)[:, None]
+        if "image_grid_thw" in inputs:
+            positions = positions.expand(3, -1, -1)
+        out = model(
+            input_ids=tokens[-1],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_three_axis_models_count_on_by_themselves(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(((0,),))
+    with prune(model, "divprune", keep=0.4):
+        expected = new_tokens(answer(model, inputs), inputs)
+    pruned, _ = prune_inputs(model, inputs, "divprune", keep=0.4)
+    out, tokens = model(**pruned, use_cache=True), []
+    for _ in range(4):
+        tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
+        out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+@every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels(family, side):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS, labels=True, side=side)
+    pruned, info = prune_inputs(model, inputs, "divprune", keep=0.3)
+    assert pruned["labels"].shape == pruned["input_ids"].shape
+    for ours, before in zip(pruned["labels"], inputs["labels"]):
+        assert torch.equal(ours[ours >= 0], before[before >= 0])
+    edge = -1 if side == "left" else 0
+    assert pruned["attention_mask"][:, edge].all()
+    assert torch.isfinite(model(**pruned).loss)
+    with prune(model, "divprune", keep=0.3):
+        assert model(**inputs).loss == model(**pruned).loss
+    assert info.removed == inputs["input_ids"].shape[1] - pruned["input_ids"].shape[1]
+
+
+def test_gradients_reach_the_projector():
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt(labels=True)
+    with torch.enable_grad(), prune(model, "divprune", keep=0.3):
+        model(**inputs).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+@every_family
+def test_text_alone_passes_through(family):
+    model = tiny(family).model
+    inputs = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    plain = answer(model, inputs)
+    with prune(model, "divprune", keep=0.3) as record:
+        assert torch.equal(answer(model, inputs).sequences, plain.sequences)
+    assert record.info is None
+    same, info = prune_inputs(model, inputs, "divprune")
+    assert same == inputs and info.tokens_before == []
+
+
+@every_family
+def test_nothing_is_left_behind(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    plain, before = answer(model, inputs), set(model.__dict__)
+    hooks = hooks_of(model)
+    with pytest.raises(RuntimeError, match="mine"), prune(model, "divprune", keep=0.3):
+        answer(model, inputs)
+        raise RuntimeError("mine")
+    assert set(model.__dict__) == before
+    assert hooks_of(model) == hooks
+    again = answer(model, inputs)
+    assert torch.equal(plain.sequences, again.sequences) and all(map(torch.equal, plain.logits, again.logits))
+
+
+@reads_attention
+def test_hooks_go_when_the_tower_fails(family):
+    model, inputs = tiny(family).model, tiny(family).prompt()
+    model(**inputs)
+    before = hooks_of(model)
+    with pytest.raises((RuntimeError, ValueError)):
+        prune_inputs(model, {**inputs, "pixel_values": inputs["pixel_values"][..., :3]}, "hired")
+    assert hooks_of(model) == before
+
+
+def test_a_forward_on_the_instance_is_chained_and_restored():
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    calls, original = [], model.forward
+
+    @functools.wraps(original)
+    def counted(*arguments, **keywords):
+        calls.append(keywords["input_ids"].shape[1])
+        return original(*arguments, **keywords)
+
+    model.forward = counted
+    try:
+        with prune(model, "divprune", keep=0.5):
+            assert "pixel_values" in inspect.signature(model.forward).parameters
+            answer(model, inputs, tokens=2)
+        assert model.forward is counted and calls[0] == inputs["input_ids"].shape[1] - 18
+    finally:
+        del model.forward
+
+
+def test_blocks_may_be_nested():
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    with prune(model, "divprune", keep=0.5) as outer:
+        with prune(model, "divprune", keep=0.25) as inner:
+            model.generate(**inputs, max_new_tokens=1)
+        assert outer.info is None and inner.info.tokens_after == [9]
+        model(**inputs)
+        assert outer.info.tokens_after == [18]
+    assert "forward" not in model.__dict__
+
+
+def test_positional_arguments():
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    ids, rest = inputs["input_ids"], {name: value for name, value in inputs.items() if name != "input_ids"}
+    with prune(model, "divprune", keep=0.5):
+        assert torch.equal(model(ids, **rest).logits, model(**inputs).logits)
+        assert torch.equal(model.generate(ids, **rest, max_new_tokens=3), model.generate(**inputs, max_new_tokens=3))
+
+
+def test_the_base_model_alone():
+    model, inputs = tiny("llava_next").model.model, tiny("llava_next").prompt()
+    with prune(model, "divprune", keep=0.5) as record:
+        assert model(**inputs).last_hidden_state.shape[1] == inputs["input_ids"].shape[1] - record.info.removed
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_limits_count_the_whole_prompt(as_config):
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    limits = dict(max_length=inputs["input_ids"].shape[1] + 6)
+    if as_config:
+        from transformers import GenerationConfig
+
+        limits = dict(generation_config=GenerationConfig(**limits, pad_token_id=0))
+    with prune(model, "divprune", keep=0.25):
+        assert model.generate(**inputs, **limits).shape[1] == inputs["input_ids"].shape[1] + 6
+
+
+def test_a_streamer_gets_the_answer():
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen.append(value)
+
+        def end(self):
+            pass
+
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    streamer = Streamer()
+    with prune(model, "divprune", keep=0.25):
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False, streamer=streamer)
+    assert torch.equal(torch.cat(streamer.seen[1:]), out[0, -3:])
+
+
+def test_sampling_is_decided_by_the_seed():
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    with prune(model, "random", keep=0.25):
+        torch.manual_seed(1)
+        first = model.generate(**inputs, max_new_tokens=5, do_sample=True)
+        torch.manual_seed(1)
+        assert torch.equal(first, model.generate(**inputs, max_new_tokens=5, do_sample=True))
+
+
+def test_methods_keep_the_same_number():
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt(((0, 1, 2, 3),))
+    for keep in (0.5, 0.2, 0.1):
+        for method in METHODS:
+            _, info = prune_inputs(model, inputs, method, keep=keep)
+            assert info.tokens_after == [round(keep * tokens) for tokens in info.tokens_before], method
+            assert [len(kept) for kept in info.kept] == info.tokens_after
+
+
+def test_a_number_of_tokens():
+    model, inputs = tiny("llava").model, tiny("llava").prompt(ROWS)
+    assert prune_inputs(model, inputs, "divprune", keep=7)[1].tokens_after == [7, 7, 7]
+
+
+@pytest.mark.parametrize("newline", ["row", "keep", "drop", "compete"])
+def test_newlines(newline):
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt(((0,),))
+    _, info = prune_inputs(model, inputs, "divprune", keep=0.3, newline=newline)
+    layout, kept = info.layouts[0], info.kept[0]
+    newlines = kept[layout.partition[kept] < 0]
+    rows = layout.newline_of[kept].unique()
+    if newline == "keep":
+        assert torch.equal(newlines, layout.newlines)
+    elif newline == "drop":
+        assert not len(newlines)
+    elif newline == "row":
+        assert torch.equal(newlines, rows[rows >= 0])
+    else:
+        assert len(newlines) <= 1
+
+
+@pytest.mark.parametrize("method", ["divprune", "hired", "globalcom2"])
+def test_reference_has_compact_positions(method):
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt(((0,),))
+    pruned, info = prune_inputs(model, inputs, method, keep=0.3, reference=True)
+    assert torch.equal(pruned["position_ids"][0], torch.arange(pruned["input_ids"].shape[1]))
+    newlines = (info.layouts[0].partition[info.kept[0]] < 0).sum()
+    assert newlines == {"hired": 0, "globalcom2": len(info.layouts[0].newlines)}.get(method, newlines)
+    pruned, _ = prune_inputs(model, inputs, method, keep=0.3, reference=True, positions="original")
+    assert pruned["position_ids"].max() == inputs["input_ids"].shape[1] - 1
+
+
+def test_settings_of_a_method():
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt(((0,),))
+    thumbnail = [
+        int((info.layouts[0].partition[info.kept[0]] == 0).sum())
+        for info in (prune_inputs(model, inputs, "hired", keep=0.2, alpha=alpha)[1] for alpha in (0.0, 0.9))
+    ]
+    assert thumbnail[0] == 0 and thumbnail[1] > 20
+
+
+@with_attention
+@reads_attention
+def test_the_backend_of_attention_does_not_matter(family, method):
+    inputs = tiny(family).prompt(ROWS)
+    sdpa, eager = (
+        prune_inputs(tiny(family, name).model, inputs, method, keep=0.3)[1].kept for name in ("sdpa", "eager")
+    )
+    assert all(map(torch.equal, sdpa, eager))
+
+
+@with_attention
+@reads_attention
+def test_attention_methods_generate(family, method):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    with prune(model, method, keep=0.3) as record:
+        out = answer(model, inputs)
+    assert torch.isfinite(out.logits[-1]).all()
+    assert record.info.tokens_after == [round(0.3 * tokens) for tokens in record.info.tokens_before]
+    assert set(record.info.seconds) == {"encode", "select"}
