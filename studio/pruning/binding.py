@@ -66,7 +66,7 @@ class _Settings:
     positions: str
     newline: str
     reference: bool
-    generator: torch.Generator | None
+    generator: torch.Generator
     options: dict
 
 
@@ -99,7 +99,7 @@ def prune_inputs(
             for `reference` and "original" otherwise.
         newline: "row", "keep", "drop" or "compete"; see `studio.pruning.newlines`.
         reference: the authors' selection, with its own count.
-        generator: for "random"; seed 0 when `None`.
+        generator: for "random"; when `None`, one of seed 0 that a block of `prune` draws on from call to call.
         options: settings of the method, such as `alpha` of hired or `tau` of globalcom2.
 
     Returns:
@@ -175,6 +175,8 @@ def _settings(method, keep, positions, newline, reference, generator, options) -
     positions = positions or ("compact" if reference else "original")
     if positions not in POSITIONS:
         raise StudioError(f"positions is one of {', '.join(POSITIONS)}, not {positions!r}.")
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
     return _Settings(method, keep, positions, newline, reference, generator, options)
 
 
@@ -187,41 +189,31 @@ def _prune(family: Family, inputs: dict, settings: _Settings) -> tuple[dict, Pru
         return inputs, PruneInfo(settings.method, settings.keep)
     _check_inputs(inputs)
     ids = inputs["input_ids"]
-    encode = family.base.get_image_features
-    encoder_inputs = {
-        name: inputs[name] for name in inspect.signature(encode).parameters if name != "kwargs" and name in inputs
-    }
-    started = time.perf_counter()
+    encoder_inputs = _encoder_inputs(family, inputs)
+    started = _now(ids.device)
     with family.tap(SCORES.get(settings.method, ()), inputs) as tap:
-        encoded = encode(**encoder_inputs, return_dict=True)
+        encoded = family.base.get_image_features(**encoder_inputs, return_dict=True)
     features = family.features(encoded, inputs)
-    _wait(ids.device)
-    chosen_from = time.perf_counter()
     image = ids == family.model.config.image_token_id
-    total = sum(len(part) for part in features)
-    if int(image.sum()) != total:
-        raise StudioError(mismatch(int(image.sum()), total))
+    if int(image.sum()) != sum(map(len, features)):
+        raise StudioError(mismatch(int(image.sum()), sum(map(len, features))))
+    encoded_at = _now(ids.device)
     layouts = family.layouts(features, inputs)
     kept = _choose(family, tap, inputs, features, layouts, settings)
-    _wait(ids.device)
-    ended = time.perf_counter()
+    selected_at = _now(ids.device)
 
     stays = torch.cat([torch.isin(torch.arange(len(part)), places) for part, places in zip(features, kept)])
     keep = torch.ones_like(image)
     keep[image] = stays.to(ids.device)
-    whole = bool(stays.all())
+    positions = _positions(family, inputs)
     out = {name: value for name, value in inputs.items() if name not in encoder_inputs}
-    if whole and "image_grid_thw" in inputs:
+    if not stays.all():
+        out |= _shorter(family, out, keep, positions, settings.positions)
+        positions = out["position_ids"]
+    elif family.mrope:
         out["image_grid_thw"] = inputs["image_grid_thw"]
-    out["attention_mask"] = attention_mask_of(inputs)
-    full_positions = _positions(family, inputs, out["attention_mask"])
-    if not whole:
-        out |= _shorter(family, out, keep, full_positions, settings.positions)
-    elif inputs.get("attention_mask") is None:
-        del out["attention_mask"]
     row_tokens = (keep & image).sum(dim=1).tolist()
     out["mm_encoder_outputs"] = {"image": _encoder_output(family, encoded, features, kept, row_tokens)}
-    last = out["position_ids"] if not whole else full_positions
     info = PruneInfo(
         method=settings.method,
         keep=settings.keep,
@@ -230,10 +222,15 @@ def _prune(family: Family, inputs: dict, settings: _Settings) -> tuple[dict, Pru
         kept=kept,
         layouts=layouts,
         removed=ids.shape[1] - out["input_ids"].shape[1],
-        next_positions=(last[-3:] if family.mrope else last[None]).amax(dim=(0, 2)) + 1,
-        seconds={"encode": chosen_from - started, "select": ended - chosen_from},
+        next_positions=(positions[-3:] if family.mrope else positions[None]).amax(dim=(0, 2)) + 1,
+        seconds={"encode": encoded_at - started, "select": selected_at - encoded_at},
     )
     return out, info
+
+
+def _encoder_inputs(family: Family, inputs: dict) -> dict:
+    names = inspect.signature(family.base.get_image_features).parameters
+    return {name: inputs[name] for name in names if name != "kwargs" and name in inputs}
 
 
 def _check_inputs(inputs: dict) -> None:
@@ -246,9 +243,10 @@ def _check_inputs(inputs: dict) -> None:
         raise StudioError("Give all pictures with the first prompt: new ones cannot be pruned behind a filled cache.")
 
 
-def _wait(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _choose(family, tap, inputs, features, layouts, settings: _Settings) -> list[torch.Tensor]:
@@ -259,21 +257,18 @@ def _choose(family, tap, inputs, features, layouts, settings: _Settings) -> list
     given = {"newline": settings.newline, **settings.options}
     if settings.reference:
         given["reference"] = True
-    generator = settings.generator
-    if settings.method == "random" and generator is None:
-        generator = torch.Generator().manual_seed(0)
     select = method_named(settings.method)
     return [
-        select(part, settings.keep, attention=score, layout=layout, generator=generator, **given).cpu()
+        select(part, settings.keep, attention=score, layout=layout, generator=settings.generator, **given).cpu()
         if len(part)
         else torch.arange(0)
         for part, score, layout in zip(features, scores, layouts)
     ]
 
 
-def _positions(family: Family, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
+def _positions(family: Family, inputs: dict) -> torch.Tensor:
     """Positions of the whole prompt: (B, L), or (3, B, L) with three axes."""
-    given = inputs.get("position_ids")
+    given, mask = inputs.get("position_ids"), attention_mask_of(inputs)
     if given is not None:
         return given[-3:] if family.mrope else given.expand(mask.shape)
     if not family.mrope:
@@ -291,8 +286,9 @@ def _shorter(family: Family, inputs: dict, keep, positions, kind: str) -> dict:
     """The inputs without the tokens that go. The mask is always there: without one, transformers takes a gap in the
     positions for the start of another sequence."""
     pad = family.model.config.get_text_config().pad_token_id
-    keep = keep & inputs["attention_mask"].bool()
-    out = cut({**inputs, "position_ids": positions}, keep, 0 if pad is None or pad < 0 else pad)
+    mask, image = attention_mask_of(inputs), inputs["input_ids"] == family.model.config.image_token_id
+    keep = keep & (mask.bool() | image)
+    out = cut({**inputs, "attention_mask": mask, "position_ids": positions}, keep, 0 if pad is None or pad < 0 else pad)
     text = positions_from(out["attention_mask"])
     if kind == "compact":
         out["position_ids"] = text.expand(3, *text.shape) if family.mrope else text

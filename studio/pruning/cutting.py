@@ -27,7 +27,7 @@ def cut(inputs: dict, keep: torch.Tensor, pad_token_id: int) -> dict:
 
     Args:
         inputs: `input_ids` and `attention_mask`, both (B, L), and whatever else goes with them.
-        keep: bool, false for padding.
+        keep: bool, false for padding; a masked image token that stays keeps its mask.
         pad_token_id: the id in the padding.
 
     Returns:

@@ -348,11 +348,45 @@ def test_a_streamer_gets_the_answer():
 
 def test_sampling_is_decided_by_the_seed():
     model, inputs = tiny("llava").model, tiny("llava").prompt()
-    with prune(model, "random", keep=0.25):
+    with prune(model, "divprune", keep=0.25):
         torch.manual_seed(1)
         first = model.generate(**inputs, max_new_tokens=5, do_sample=True)
         torch.manual_seed(1)
         assert torch.equal(first, model.generate(**inputs, max_new_tokens=5, do_sample=True))
+
+
+def test_random_goes_on_from_call_to_call():
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    blocks = []
+    for _ in range(2):
+        with prune(model, "random", keep=0.25) as record:
+            blocks.append([model(**inputs) is not None and record.info.kept[0] for _ in range(2)])
+    assert all(map(torch.equal, *blocks)) and not torch.equal(*blocks[0])
+    own = [prune_inputs(model, inputs, "random", generator=torch.Generator().manual_seed(3))[1].kept for _ in range(2)]
+    assert torch.equal(own[0][0], own[1][0])
+
+
+def test_a_masked_image_token_stays_masked():
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    inputs["attention_mask"][0, 10] = 0
+    pruned, info = prune_inputs(model, inputs, "divprune", keep=0.9)
+    assert (pruned["attention_mask"] == 0).sum() == 1 and pruned["input_ids"].shape[1] == inputs["input_ids"].shape[
+        1
+    ] - 4
+    mask = dropped_mask(model, inputs, info) * inputs["attention_mask"]
+    positions = whole_positions(model, inputs)
+    expected = model(**{**inputs, "attention_mask": mask}, position_ids=positions).logits[:, -1]
+    torch.testing.assert_close(model(**pruned).logits[:, -1], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_kinds_of_tokens_are_found_without_their_ids(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    pruned, _ = prune_inputs(model, inputs, "divprune", keep=0.4)
+    bare = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    assert torch.equal(prune_inputs(model, bare, "divprune", keep=0.4)[0]["position_ids"], pruned["position_ids"])
+    given = {**inputs, "position_ids": whole_positions(model, inputs)}
+    assert torch.equal(prune_inputs(model, given, "divprune", keep=0.4)[0]["position_ids"], pruned["position_ids"])
 
 
 def test_methods_keep_the_same_number():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from studio.pruning import divprune as module
 from studio.pruning import textbook
@@ -94,6 +95,16 @@ def test_at_least_half_of_the_best_chord_distance():
 def test_half_precision_is_computed_in_float32():
     features = rows(300, 32).bfloat16()
     assert torch.equal(diverse_order(features, 40), diverse_order(features.float(), 40))
+
+
+@pytest.mark.parametrize("largest", [16384, 10])
+def test_no_pick_waits_for_the_device(monkeypatch, largest):
+    """A tensor without values refuses whatever would have to read one, which is what makes a host wait on CUDA."""
+    monkeypatch.setattr(module, "_LARGEST_MATRIX", largest)
+    with FakeTensorMode():
+        assert diverse_order(torch.empty(300, 8), 20).shape == (20,)
+        with pytest.raises(DataDependentOutputException):
+            torch.empty(3).argmax().item()
 
 
 def test_gradients_are_not_followed():
