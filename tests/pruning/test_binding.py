@@ -314,6 +314,20 @@ def test_the_base_model_alone():
         assert model(**inputs).last_hidden_state.shape[1] == inputs["input_ids"].shape[1] - record.info.removed
 
 
+@one_axis
+def test_a_conversation_goes_on_behind_the_short_prompt(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(((0,),))
+    question = torch.tensor([[5, 6, 7]])
+    with prune(model, "divprune", keep=0.3, positions="compact", restore_prompt=False):
+        first = answer(model, inputs)
+        ids = torch.cat((first.sequences, question), dim=1)
+        second = model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False)
+    pruned, _ = prune_inputs(model, inputs, "divprune", keep=0.3, positions="compact")
+    pruned |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    pruned.pop("position_ids"), pruned.pop("mm_token_type_ids", None)
+    assert torch.equal(second, model.generate(**pruned, max_new_tokens=3, do_sample=False))
+
+
 @pytest.mark.parametrize("as_config", [False, True])
 def test_limits_count_the_whole_prompt(as_config):
     model, inputs = tiny("llava").model, tiny("llava").prompt()
