@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from studio.errors import StudioError
     from studio.models.llamagen import LlamaGen
     from studio.pipelines.llamagen import LlamaGenPipeline
+    from studio.pruning.binding import prune, prune_inputs
     from studio.tokenizers.vq import VQTokenizer
 
 _EXPORTS = {
@@ -29,6 +30,8 @@ _EXPORTS = {
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
     "load": "studio.checkpoints.loading",
+    "prune": "studio.pruning.binding",
+    "prune_inputs": "studio.pruning.binding",
 }
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "VQTokenizer",
     "__version__",
     "load",
+    "prune",
+    "prune_inputs",
 ]
 
 

@@ -177,7 +177,7 @@ def train(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        command=shlex.join(["studio", *sys.argv[1:]]),
+        command=shlex.join(["studio", *(word for word in sys.argv[1:] if word != "--resume")]),
     )
     emit(result)
     for key, value in result.items():
@@ -292,10 +292,31 @@ def bench_decoding(
         device=device,
     )
     emit(result)
-    for row in result["rows"]:
+    _say_rows(result["rows"])
+
+
+@bench_app.command("pruning")
+def bench_pruning(
+    method: Annotated[
+        list[str] | None, typer.Option(help="A pruning method; give it again for more.", show_default="all")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Time how visual tokens are chosen, beside a plain textbook of each method."""
+    from studio.evaluation.bench_pruning import bench_pruning as measure
+
+    chosen = {"methods": method} if method else {}
+    result = measure(device=device or "cpu", **chosen)
+    emit(result)
+    _say_rows(result["rows"])
+
+
+def _say_rows(rows):
+    for row in rows:
         say(
             "  ".join(
-                f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
         )
 

@@ -219,6 +219,10 @@ def test_bench_prints_one_row_a_batch_size(run):
     assert all(names <= set(row) for row in rows)
 
 
+def test_bench_pruning_names_what_it_does_not_know(run):
+    refused(run("bench", "pruning", "--method", "nonsense"), "nonsense", "divprune")
+
+
 @pytest.mark.parametrize("size", ["dim=x", "width=3", "", "dim=32,heads=5"])
 def test_bench_refuses_wrong_sizes(run, size):
     refused(run("bench", "decoding", "--random", size))

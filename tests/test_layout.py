@@ -46,7 +46,9 @@ def package_of(path):
         return "ui"
     if len(parts) > 2:
         return parts[1]
-    return {"errors.py": "errors", "files.py": "files", "saving.py": "saving", "__init__.py": "studio"}.get(parts[1], "cli")
+    if parts[1] == "__init__.py":
+        return "studio"
+    return path.stem if path.stem in {"errors", "files", "saving"} else "cli"
 
 
 def target_of(module):

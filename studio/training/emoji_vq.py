@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
@@ -26,6 +27,7 @@ CONFIG = {
     "pixel_unshuffle": 4,
     "sample_size": 64,
 }
+CONTEXT_WEIGHT = 4
 
 
 class TrainableVQ(nn.Module):
@@ -40,11 +42,25 @@ class TrainableVQ(nn.Module):
             kmeans_init=False, threshold_ema_dead_code=0.2, commitment_weight=0.25, accept_image_fmap=True,
         )  # fmt: skip
 
-    def forward(self, images):
-        """Loss of pictures (B, 3, H, W) in [-1, 1]: pixels, edges, and commitment."""
-        quantized, _, commitment = self.quantizer(self.tokenizer.encode_features(images).float())
+    def forward(self, images, cells):
+        """Loss of pictures (B, 3, H, W) in [-1, 1]: restoration, commitment, and tokens that depend on their own cell.
+
+        The first n pictures are also encoded with some cells exchanged for their neighbour's, where `cells` (n, h, w)
+        is false. What a cell becomes should not change with its surroundings: a token that tells of other cells makes
+        the restoration better, but is a riddle for a model that has to predict it.
+        """
+        own = images[: len(cells)]
+        shown = cells.repeat_interleave(self.tokenizer.downsample_factor, 1)
+        shown = shown.repeat_interleave(self.tokenizer.downsample_factor, 2)[:, None]
+        mixed = torch.where(shown, own, own.roll(1, 0)).contiguous(memory_format=torch.channels_last)
+        features = self.tokenizer.encode_features(torch.cat((images, mixed))).float()
+        features, of_mixed = features[: len(images)], features[len(images) :]
+        of_own = features[: len(cells)]
+        expected = torch.where(cells[:, None], of_own, of_own.roll(1, 0))
+        quantized, _, commitment = self.quantizer(features)
         restored = self.tokenizer.decode_features(quantized).float()
-        return reconstruction_loss(restored, images) + commitment.sum()
+        context = 1 - F.cosine_similarity(of_mixed, expected, dim=1).mean()
+        return reconstruction_loss(restored, images) + commitment.sum() + CONTEXT_WEIGHT * context
 
 
 def reconstruction_loss(restored, images):
@@ -69,7 +85,9 @@ class EmojiVQ(Recipe):
         self.pictures = load_pictures(CONFIG["sample_size"])[concepts(held_out=False)].reshape(
             -1, *[CONFIG["sample_size"]] * 2, 4
         )
-        return TrainableVQ(CONFIG).to(device, memory_format=torch.channels_last)
+        module = TrainableVQ(CONFIG)
+        self.grid = CONFIG["sample_size"] // module.tokenizer.downsample_factor
+        return module.to(device, memory_format=torch.channels_last)
 
     def optimizers(self, module, learning_rate):
         matrices = hidden_matrices(module.tokenizer.encoder, module.tokenizer.decoder)
@@ -82,12 +100,18 @@ class EmojiVQ(Recipe):
         colours = np.where(rng.random((batch_size, 1)) < 0.6, named, rng.random((batch_size, 3)))
         images = torch.from_numpy(compose(pictures, colours))
         images = augment(images, torch.from_numpy(colours).float(), rng) * 2 - 1
-        return {"images": images.to(device, memory_format=torch.channels_last)}
+        return {
+            "images": images.to(device, memory_format=torch.channels_last),
+            "cells": torch.from_numpy(rectangles(rng, batch_size // 2, self.grid)).to(device),
+        }
 
     def load(self, module, folder):
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")
         module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
-        module.quantizer.codebook = module.tokenizer.codebook
+        codes = module.quantizer._codebook
+        codes.embed.copy_(module.tokenizer.codebook)
+        codes.embed_avg.copy_(codes.embed)
+        codes.cluster_size.fill_(1)  # as after a step that used each code once: none of them is dead
 
     def export(self, module, folder):
         with torch.no_grad():
@@ -98,6 +122,17 @@ class EmojiVQ(Recipe):
         from studio.evaluation.tokenizers import evaluate_tokenizer
 
         return evaluate_tokenizer(VQTokenizer.from_pretrained(folder))
+
+
+def rectangles(rng, n, side):
+    """Masks (n, side, side), bool, of a random rectangle each, at least one cell and never all of them."""
+    height, width = rng.integers(1, side + 1, size=(2, n))
+    height = np.where((height == side) & (width == side), side - 1, height)
+    top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+    place = np.arange(side)
+    rows = (place >= top[:, None]) & (place < (top + height)[:, None])
+    columns = (place >= left[:, None]) & (place < (left + width)[:, None])
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def augment(images, colours, rng):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from studio.errors import StudioError
@@ -40,7 +39,10 @@ def mixed_precision() -> str:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, a plateau, and a linear fall to zero over the last `cooldown` fraction (arXiv:2405.18392)."""
+    """Linear warm-up, a plateau, and a linear fall to zero over the last `cooldown` fraction (arXiv:2405.18392).
+
+    The fall does what an average of the weights would do, so none is kept.
+    """
     falling = max(1.0, cooldown * steps)
     return min(1.0, (step + 1) / max(1, warmup), max(0.0, (steps - step) / falling))
 
@@ -70,12 +72,11 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     module = recipe.build(accelerator.device)
     if settings.init_from:
         recipe.load(module, Path(settings.init_from))
-    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.defaults.ema), use_buffers=True)
     optimizers = recipe.optimizers(module, settings.learning_rate)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     progress = Progress()
     wrapped, *optimizers = accelerator.prepare(module, *optimizers)
-    accelerator.register_for_checkpointing(averaged, progress)
+    accelerator.register_for_checkpointing(progress)
     if resume:
         accelerator.load_state(state_folder)
 
@@ -105,7 +106,6 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        averaged.update_parameters(accelerator.unwrap_model(wrapped))
         progress.advance(loss.detach(), time.monotonic() - started)
         bar.update()
         if progress.step % 20 == 0:
@@ -123,7 +123,7 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     }
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _export(recipe, averaged.module, out / "model")
+        _export(recipe, module, out / "model")
         result["quality"] = recipe.quality(out / "model")
         write_card(recipe, settings, result, command, accelerator)
     return result

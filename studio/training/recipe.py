@@ -11,7 +11,7 @@ class Defaults:
     """A recipe's settings where the caller gives none.
 
     `steps` optimiser steps of `batch_size` pictures; `learning_rate` is held after `warmup` steps and falls linearly to
-    zero over the last `cooldown` fraction of the steps; `ema` is the decay of the averaged weights that are exported.
+    zero over the last `cooldown` fraction of the steps.
     """
 
     steps: int
@@ -19,7 +19,6 @@ class Defaults:
     learning_rate: float
     warmup: int = 100
     cooldown: float = 0.3
-    ema: float = 0.999
 
 
 class Recipe:

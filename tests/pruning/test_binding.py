@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -473,3 +474,14 @@ def test_attention_methods_generate(family, method):
     assert torch.isfinite(out.logits[-1]).all()
     assert record.info.tokens_after == [round(0.3 * tokens) for tokens in record.info.tokens_before]
     assert set(record.info.seconds) == {"encode", "select"}
+
+
+def test_the_example_in_the_readme_runs():
+    import studio
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"^```py\n(.*?)^```", readme, re.M | re.S)
+    case = tiny_models.FAMILIES["llava_next"]()
+    names = {"studio": studio, "model": case.model, "inputs": case.prompt()}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["record"].info.tokens_after[0] < names["record"].info.tokens_before[0]
