@@ -1,0 +1,249 @@
+"""The map of Distilled Decoding (arXiv:2412.17153) from Gaussian noise to a token of a given distribution.
+
+A categorical draw becomes a function of a Gaussian vector e: along x_t = (1 - t) e + t q (t = 0 noise, t = 1 data) the
+flow-matching ODE dx/dt = (D(x, t) - x) / (1 - t) carries e to a code vector c_j, and token j comes out with exactly
+probability p_j. D is the posterior mean: weights softmax_j(log p_j - |x - t c_j|^2 / (2 (1 - t)^2)) over the codebook.
+
+The authors released neither this map nor its solver, so the solver is ours. In z = x / t and sigma = (1 - t) / t the
+ODE is dz/dlog(sigma) = z - D, and a step with frozen D is exact: z' = D + (sigma' / sigma) (z - D). `multistep` starts
+from the expansion z = sigma e + mean + covariance e / (2 sigma) of the flow at large sigma, steps evenly in log sigma
+with D extrapolated from two points, and follows rows that have not settled on one code until they have. `euler` is the
+plain uniform grid in t, `rk4` a dense float64 reference. The map does not change when the codebook is shifted, scaled
+or turned; the codebook is centred for precision.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from studio.errors import StudioError
+
+METHODS = ("multistep", "euler", "rk4")
+BLOCK = 4096
+_SETTLED = 0.99
+_TAIL_FACTOR = 0.75
+_TAIL_CANDIDATES = 256
+_FLOOR = 1e-4
+
+
+class Posterior(NamedTuple):
+    """Of each row: `mean` (B, C) of the codes, the likeliest `token` (B,), and its `weight` (B,) in (0, 1]."""
+
+    mean: torch.Tensor
+    token: torch.Tensor
+    weight: torch.Tensor
+
+
+class Flow:
+    """The posterior over a codebook (V, C) with prior log_probs (B, V), computed in blocks of codes."""
+
+    def __init__(self, log_probs: torch.Tensor, codebook: torch.Tensor, block: int = BLOCK):
+        self.log_probs, self.codebook, self.block = log_probs, codebook, block
+        self.half_norms = codebook.square().sum(dim=-1) / 2
+
+    def at_time(self, x: torch.Tensor, t: float) -> Posterior:
+        """At x (B, C) and time t in [0, 1)."""
+        return self._posterior(x * (t / (1 - t) ** 2), (t / (1 - t)) ** 2)
+
+    def at_sigma(self, z: torch.Tensor, sigma: float) -> Posterior:
+        """At z = x / t (B, C) and sigma = (1 - t) / t above 0."""
+        return self._posterior(z / sigma**2, 1 / sigma**2)
+
+    def _posterior(self, query: torch.Tensor, precision: float) -> Posterior:
+        """Weights softmax_j(log p_j + <query, c_j> - precision |c_j|^2 / 2), in one pass over the codes."""
+        rows = len(query)
+        best = query.new_full((rows,), torch.finfo(query.dtype).min)
+        total, mean = query.new_zeros(rows), torch.zeros_like(query)
+        token = torch.zeros(rows, dtype=torch.long, device=query.device)
+        for start in range(0, len(self.codebook), self.block):
+            part = slice(start, start + self.block)
+            codes = self.codebook[part]
+            logits = torch.addmm(self.log_probs[:, part] - precision * self.half_norms[part], query, codes.T)
+            top, index = logits.max(dim=-1)
+            token = torch.where(top > best, index + start, token)
+            above = torch.maximum(best, top)
+            weights, shrink = (logits - above[:, None]).exp_(), (best - above).exp()
+            total = total * shrink + weights.sum(dim=-1)
+            mean = torch.addmm(mean * shrink[:, None], weights, codes)
+            best = above
+        return Posterior(mean / total[:, None], token, 1 / total)
+
+
+def velocity(flow: Flow, x: torch.Tensor, t: float) -> torch.Tensor:
+    """dx/dt (B, C) at x (B, C) and t in [0, 1); for checks only: solvers step exactly instead."""
+    return (flow.at_time(x, t).mean - x) / (1 - t)
+
+
+def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch.Tensor]:
+    """Steps of 1 / steps in t; the posterior at the last of them, and x_1 (B, C), which is its mean."""
+    x, found = noise, None
+    for step in range(steps):
+        t, following = step / steps, (step + 1) / steps
+        found = flow.at_time(x, t)
+        x = ((1 - following) / (1 - t)) * x + ((following - t) / (1 - t)) * found.mean
+    return found, x
+
+
+def start(flow: Flow, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+    """z (B, C) at a large sigma, from the expansion of the flow up to terms of order sigma^-2."""
+    probs = flow.log_probs.exp()
+    mean = probs @ flow.codebook
+    spread = (probs * (noise @ flow.codebook.T)) @ flow.codebook - mean * (mean * noise).sum(dim=-1, keepdim=True)
+    return sigma * noise + mean + spread / (2 * sigma)
+
+
+def multistep(flow: Flow, noise: torch.Tensor, sigmas: list[float], floor: float) -> torch.Tensor:
+    """Tokens (B,) by two-point steps over falling, log-spaced sigmas; unsettled rows go on to `floor` at most."""
+    z, before = start(flow, noise, sigmas[0]), None
+    for sigma, following in pairwise(sigmas):
+        mean = flow.at_sigma(z, sigma).mean
+        ahead = mean if before is None else mean + (mean - before) / 2
+        z, before = ahead + (following / sigma) * (z - ahead), mean
+    found = flow.at_sigma(z, sigmas[-1])
+    unsettled = (found.weight < _SETTLED).nonzero()[:, 0]
+    if len(unsettled) == 0:
+        return found.token
+    ratio = math.log(1 / _TAIL_FACTOR) / math.log(sigmas[-2] / sigmas[-1])
+    tokens = found.token.clone()
+    tokens[unsettled] = _tail(flow, unsettled, z[unsettled], before[unsettled], ratio, sigmas[-1], floor)
+    return tokens
+
+
+def _tail(flow: Flow, rows, z, before, ratio: float, sigma: float, floor: float) -> torch.Tensor:
+    """Tokens of the rows that were still between codes: smaller and smaller steps among their likeliest codes.
+
+    Differences to the codes are taken directly, so that near-duplicates are told apart in float32. Exact duplicates
+    never settle; the floor ends them, and either token has the same code.
+    """
+    log_probs = flow.log_probs[rows]
+    logits = log_probs + (z @ flow.codebook.T - flow.half_norms) / sigma**2
+    candidates = logits.topk(min(_TAIL_CANDIDATES, logits.shape[-1]), dim=-1).indices.sort(dim=-1).values
+    codes, log_probs = flow.codebook[candidates], log_probs.gather(-1, candidates)
+    while True:
+        weights = (log_probs - (z[:, None] - codes).square().sum(dim=-1) / (2 * sigma**2)).softmax(dim=-1)
+        weight, index = weights.max(dim=-1)
+        if sigma < floor or bool((weight >= _SETTLED).all()):
+            return candidates.gather(-1, index[:, None])[:, 0]
+        mean = (weights[:, :, None] * codes).sum(dim=1)
+        ahead = mean + (ratio / 2) * (mean - before)
+        z, before, ratio = ahead + _TAIL_FACTOR * (z - ahead), mean, 1.0
+        sigma *= _TAIL_FACTOR
+
+
+def rk4(flow: Flow, noise: torch.Tensor, sigmas: list[float]) -> tuple[Posterior, torch.Tensor]:
+    """Classical Runge-Kutta steps in log sigma; the posterior at the last sigma and z (B, C) there."""
+
+    def slope(z, log_sigma):
+        return z - flow.at_sigma(z, math.exp(log_sigma)).mean
+
+    z = start(flow, noise, sigmas[0])
+    for here, there in pairwise(math.log(sigma) for sigma in sigmas):
+        step, middle = there - here, (here + there) / 2
+        first = slope(z, here)
+        second = slope(z + step / 2 * first, middle)
+        third = slope(z + step / 2 * second, middle)
+        fourth = slope(z + step * third, there)
+        z = z + step / 6 * (first + 2 * second + 2 * third + fourth)
+    return flow.at_sigma(z, sigmas[-1]), z
+
+
+def log_spaced(first: float, last: float, count: int) -> list[float]:
+    """`count` numbers from `first` to `last` with a constant ratio."""
+    return torch.logspace(math.log10(first), math.log10(last), count, dtype=torch.float64).tolist()
+
+
+def codebook_scales(codebook: torch.Tensor) -> tuple[float, float]:
+    """Root-mean-square distance of the codes (V, C) from their mean, and the median distance to the nearest other code.
+
+    Repeated codes do not count as neighbours; both are 1 where all codes are equal.
+    """
+    codes = codebook.detach().to("cpu", torch.float64)
+    codes = codes - codes.mean(dim=0)
+    norms = codes.square().sum(dim=-1)
+    radius2 = float(norms.mean())
+    if radius2 == 0:
+        return 1.0, 1.0
+    nearest = []
+    for part in codes.split(1024):
+        squared = (part.square().sum(dim=-1, keepdim=True) + norms - 2 * part @ codes.T).clamp_(min=0)
+        nearest.append(squared.masked_fill_(squared <= 1e-12 * radius2, math.inf).amin(dim=-1))
+    return math.sqrt(radius2), float(torch.cat(nearest).median().sqrt())
+
+
+class NoiseMap:
+    """The map for one codebook, whose scales are measured once.
+
+    Args:
+        codebook: code vectors (V, C); for LlamaGen the unit vectors of the image tokenizer.
+        steps: evaluations of the posterior, at least 2; rows between two codes take a few more.
+        method: "multistep", "euler" (steps uniform in t), or "rk4" (dense, float64, four evaluations a step: a
+            reference; give it hundreds of steps).
+        sigma_max, sigma_min: ends of the grid; by default 5 radii of the codebook and 0.15 of its spacing, for "rk4"
+            100 radii and 1e-4 of the spacing. "euler" has no such grid and refuses them.
+        block: codes treated at a time.
+
+    Errors: `StudioError` for values outside these ranges and a codebook that is no table of vectors.
+    """
+
+    def __init__(
+        self,
+        codebook: torch.Tensor,
+        steps: int = 24,
+        *,
+        method: str = "multistep",
+        sigma_max: float | None = None,
+        sigma_min: float | None = None,
+        block: int = BLOCK,
+    ):
+        if codebook.ndim != 2 or not codebook.is_floating_point():
+            raise StudioError(f"The codebook must be a table (V, C) of code vectors, not {tuple(codebook.shape)}.")
+        if method not in METHODS:
+            raise StudioError(f"The method is one of {', '.join(METHODS)}, not {method!r}.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+            raise StudioError(f"steps must be a whole number of at least 2, not {steps!r}.")
+        if method == "euler" and not sigma_max is sigma_min is None:
+            raise StudioError("euler steps in t from 0 to 1: leave out sigma_max and sigma_min.")
+        self.steps, self.method, self.block = steps, method, block
+        self.dtype = torch.float64 if method == "rk4" or codebook.dtype == torch.float64 else torch.float32
+        codes = codebook.detach().to(self.dtype)
+        self.codebook = codes - codes.mean(dim=0)
+        if method == "euler":
+            return
+        radius, spacing = codebook_scales(codebook)
+        first, last = (100 * radius, _FLOOR * spacing) if method == "rk4" else (5 * radius, 0.15 * spacing)
+        first, last = first if sigma_max is None else sigma_max, last if sigma_min is None else sigma_min
+        if not 0 < last < first < math.inf:
+            raise StudioError(f"sigma must fall from sigma_max to sigma_min above 0, not from {first} to {last}.")
+        self.sigmas, self.floor = log_spaced(first, last, steps), _FLOOR * spacing
+
+    def __call__(self, noise: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """Tokens (B,), int64, for standard Gaussian noise (B, C) and probabilities (B, V) of sum 1.
+
+        A token of probability 0 never comes out. A row's token does not depend on the other rows.
+        """
+        codes, width = self.codebook.shape
+        if noise.shape != (len(probs), width) or probs.shape != (len(noise), codes):
+            raise StudioError(
+                f"The map takes noise (B, {width}) and probabilities (B, {codes}), "
+                f"not {tuple(noise.shape)} and {tuple(probs.shape)}."
+            )
+        noise, flow = noise.to(self.dtype), Flow(probs.to(self.dtype).log(), self.codebook, self.block)
+        if self.method == "euler":
+            return euler(flow, noise, self.steps)[0].token
+        if self.method == "rk4":
+            return rk4(flow, noise, self.sigmas)[0].token
+        return multistep(flow, noise, self.sigmas, self.floor)
+
+
+@torch.no_grad()
+def noise_to_token(
+    noise: torch.Tensor, probs: torch.Tensor, codebook: torch.Tensor, steps: int = 24, **settings
+) -> torch.Tensor:
+    """Tokens (B,) with the law `probs` (B, V), as a deterministic function of Gaussian noise (B, C).
+
+    One call of a `NoiseMap`, which takes the same settings; keep a `NoiseMap` where the codebook stays the same, since
+    measuring the codebook costs V^2 distances.
+    """
+    return NoiseMap(codebook, steps, **settings)(noise, probs)
