@@ -1,0 +1,383 @@
+"""Distilled Decoding (arXiv:2412.17153): a picture in one call of a student, in a few, or together with the teacher.
+
+The student sees a point X_t of the trajectory from noise to tokens, code vectors of the first t steps in front of
+noise, and returns its end. `few_step` goes from e to an end, then from (first t steps of that, rest of the same e) to a
+better end, for rising t. `hybrid` is the paper's "pre-trained-n-m": the student draws up to step n, the teacher steps n to
+m - 1, the student the rest. Positions of the first `split` steps take the code of the largest logit; those behind it
+keep the vector of the regression head. A student needs one conditional call: guidance and filters are what it was
+taught.
+
+Deviations from the authors' code: code numbers are carried along, so that nearest codes are sought for regressed
+vectors only; heads run on the positions where they are used; the call before the teacher runs on the prefix alone,
+which is all it depends on; prefixes go to the teacher with any guidance scale; noise has one stream per picture; the
+teacher's steps can be drawn with the noise map, which makes the whole picture a function of its noise
+(`teacher_draw="map"`).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from studio.decoding.autoregressive import WEIGHTS, Drawn, condition_rows, guided_logits, is_guided
+from studio.decoding.noise_map import NoiseMap
+from studio.decoding.sampling import Sampling
+from studio.errors import StudioError
+
+SNAPS = ("none", "nearest")
+TEACHER_DRAWS = ("sample", "map")
+_NEAREST_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Settings of Distilled Decoding.
+
+    Args:
+        steps: calls of the student.
+        teacher_steps: `(n, m)` counted from 1: the teacher draws steps n to m - 1 ("pre-trained-n-m"); None: no step.
+        times: the numbers of known steps at the calls, rising from 0, in place of those that belong to `steps`.
+        split: steps that take their code from the logits; None: the student's own number.
+        snap: "none" hands regressed vectors to the image decoder as they are (as published), "nearest" as codes.
+        teacher_draw: "sample" draws the teacher's steps at random (as published), "map" from the picture's noise.
+        filter_order, weights: of the teacher's steps, as in `Autoregressive`.
+
+    Errors: `StudioError` for a value outside these ranges, and for settings that exclude each other.
+    """
+
+    steps: int = 1
+    teacher_steps: tuple[int, int] | None = None
+    times: tuple[int, ...] | None = None
+    split: int | None = None
+    snap: str = "none"
+    teacher_draw: str = "sample"
+    filter_order: str = "llamagen"
+    weights: str = "auto"
+
+    def __post_init__(self):
+        Sampling(order=self.filter_order)
+        if not _is_whole(self.steps) or self.steps < 1:
+            raise StudioError(f"steps must be a whole number of at least 1, not {self.steps!r}.")
+        if self.times is not None:
+            object.__setattr__(self, "times", tuple(self.times))
+            if not self.times or self.times[0] != 0 or not _rises(self.times):
+                raise StudioError(f"times must be whole numbers that rise from 0, not {self.times!r}.")
+            if self.steps not in (1, len(self.times)):
+                raise StudioError(f"{len(self.times)} times are {len(self.times)} steps, not {self.steps}.")
+        if self.teacher_steps is not None:
+            object.__setattr__(self, "teacher_steps", tuple(self.teacher_steps))
+            if len(self.teacher_steps) != 2 or not _rises((0, *self.teacher_steps)):
+                raise StudioError(f"teacher_steps must be (n, m) with 1 <= n < m, not {self.teacher_steps!r}.")
+            if self.steps != 1 or self.times is not None:
+                raise StudioError("Steps of the teacher go with one call of the student: leave out steps and times.")
+        if self.split is not None and (not _is_whole(self.split) or self.split < 0):
+            raise StudioError(f"split must be a whole number of at least 0, not {self.split!r}.")
+        for name, value, allowed in (
+            ("snap", self.snap, SNAPS), ("teacher_draw", self.teacher_draw, TEACHER_DRAWS),
+            ("weights", self.weights, WEIGHTS),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise StudioError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
+
+    def times_for(self, student: torch.nn.Module) -> tuple[int, ...]:
+        """Known steps at each call: `times`, or evenly spread over the first part of the steps (`student.horizon`)."""
+        total = len(student.bounds) - 1
+        times = self.times or spread_times(self.steps, total, student.horizon)
+        if not _rises(times) or times[-1] > total:
+            raise StudioError(f"The student draws {total} steps, too few for calls at {', '.join(map(str, times))}.")
+        return times
+
+    def split_for(self, student: torch.nn.Module) -> int:
+        """Steps that take their code from the logits."""
+        total = len(student.bounds) - 1
+        split = student.config.split if self.split is None else self.split
+        if split is not None and split > total:
+            raise StudioError(f"split must be at most {total}, the steps of the student, not {split}.")
+        return total if split is None else split
+
+
+@dataclass
+class DistilledDrawn(Drawn):
+    """What `distilled` returns: `tokens` and costs as of `Drawn`, and
+
+    `latents` (B, n, C), the vectors for the image decoder; `noise` (B, n, C); `student_calls`, which are counted in
+    `target_calls` too. Tokens behind the split are the codes nearest to the vectors.
+    """
+
+    latents: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    student_calls: int = 0
+
+
+def spread_times(calls: int, total: int, horizon: float) -> tuple[int, ...]:
+    """Numbers of known steps for so many calls, evenly spread over the first `horizon` of `total` steps."""
+    return tuple(round(horizon * total * call / calls) for call in range(calls))
+
+
+def draw_noise(generators: list[torch.Generator], n: int, width: int, device) -> torch.Tensor:
+    """Gaussian noise (B, n, width), float32; picture i uses generators[i] alone."""
+    drawn = [torch.randn(n, width, generator=g, device=g.device).to(device) for g in generators]
+    return torch.stack(drawn)
+
+
+def trajectory(noise: torch.Tensor, vectors: torch.Tensor, known: int | torch.Tensor) -> torch.Tensor:
+    """The point X of the trajectory (B, n, C): `vectors` at the first `known` positions (a number, or one per row)."""
+    known = torch.as_tensor(known, device=noise.device).reshape(-1, 1, 1)
+    return torch.where(torch.arange(noise.shape[1], device=noise.device)[:, None] < known, vectors, noise)
+
+
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Numbers (B, n) of the codes (V, C) closest to vectors (B, n, C)."""
+    half_norms = codebook.square().sum(dim=-1) / 2
+    parts = vectors.flatten(0, 1).split(_NEAREST_ROWS)
+    found = [(part @ codebook.T - half_norms).argmax(dim=-1) for part in parts]
+    return torch.cat(found).view(vectors.shape[:2]) if found else vectors.new_zeros(vectors.shape[:2], dtype=torch.long)
+
+
+def mix(
+    student: torch.nn.Module,
+    codebook: torch.Tensor,
+    vectors: torch.Tensor,
+    tokens: torch.Tensor,
+    known: int,
+    split: int,
+    condition: dict,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call of the student; the new vectors (B, n, C) and tokens (B, n).
+
+    Steps before `known` stay as they are, those before `split` take a code by logits, the others a regressed vector.
+    """
+    n = vectors.shape[1]
+    first, last = (min(student.bounds[step], n) for step in (known, max(known, split)))
+    hidden, context = student.hidden_states(vectors, known, **condition)
+    by_logits = student.classify(hidden[:, first:last], context).argmax(dim=-1)
+    regressed = student.regress(hidden[:, last:], context)
+    tokens = torch.cat((tokens[:, :first], by_logits, nearest(regressed, codebook)), dim=1)
+    return torch.cat((vectors[:, :first], codebook[by_logits], regressed), dim=1), tokens
+
+
+def few_step(
+    student: torch.nn.Module,
+    codebook: torch.Tensor,
+    noise: torch.Tensor,
+    condition: dict,
+    *,
+    times: tuple[int, ...],
+    split: int,
+    on_call: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (B, n, C) and tokens (B, n) after one call for each of `times` (numbers of known steps, from 0).
+
+    The same noise (B, n, C) stands behind the known steps at every call. `on_call(vectors, tokens)` returns the vectors
+    to go on with, and whether to stop.
+    """
+    vectors, tokens = noise, torch.zeros(noise.shape[:2], dtype=torch.long, device=noise.device)
+    for known in times:
+        point = trajectory(noise, vectors, student.bounds[known])
+        vectors, tokens = mix(student, codebook, point, tokens, known, split, condition)
+        if on_call is not None:
+            vectors, stopped = on_call(vectors, tokens)
+            if stopped:
+                break
+    return vectors, tokens
+
+
+def hybrid(
+    student: torch.nn.Module,
+    codebook: torch.Tensor,
+    noise: torch.Tensor,
+    condition: dict,
+    teacher_draws: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    begin: int,
+    end: int,
+    split: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (B, n, C) and tokens (B, n) when the teacher draws the steps from `begin` to `end`, counted from 0.
+
+    `teacher_draws(prefix)` takes the tokens of the first `begin` steps and returns those of the first `end` steps, or
+    fewer when it was stopped. Calls of the student: one if begin > 0, and one if the teacher leaves steps over.
+    """
+    ahead = noise[:, : student.bounds[begin]]
+    tokens = torch.zeros(ahead.shape[:2], dtype=torch.long, device=noise.device)
+    if begin:
+        _, tokens = mix(student, codebook, ahead, tokens, 0, split, condition)
+    tokens = teacher_draws(tokens)
+    vectors, drawn = codebook[tokens], tokens.shape[1]
+    if drawn < student.bounds[end] or drawn == noise.shape[1]:
+        return vectors, tokens
+    vectors = torch.cat((vectors, noise[:, drawn:]), dim=1)
+    return mix(student, codebook, vectors, tokens, end, split, condition)
+
+
+@torch.no_grad()
+def teacher_tokens(
+    teacher: torch.nn.Module,
+    condition: dict,
+    prefix: torch.Tensor,
+    end: int,
+    draw: Callable[[int, torch.Tensor], torch.Tensor],
+    *,
+    guidance_scale: float = 1.0,
+    cfg_interval: int = -1,
+    weights: str = "auto",
+    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    cost: Drawn | None = None,
+) -> torch.Tensor:
+    """Tokens (B, end) of an autoregressive teacher that goes on from the prefix (B, begin).
+
+    Args:
+        teacher: a `LlamaGen` in evaluation mode.
+        draw: called as (index, guided logits (B, V)), returns tokens (B,).
+        guidance_scale, cfg_interval, weights, on_token: as of `autoregressive`; a stopped loop returns fewer tokens.
+        cost: has its calls counted, if given.
+    """
+    batch, begin = prefix.shape
+    network = teacher.for_decoding(weights)
+    rows, valid = condition_rows(teacher, condition, guided=is_guided(begin, guidance_scale, cfg_interval))
+    tokens = torch.cat((prefix, prefix.new_zeros(batch, end - begin)), dim=1)
+    cache = network.new_cache(len(rows))
+    logits = network.prefill(rows, valid, cache)
+    if begin:
+        logits = network.extend(prefix.repeat(len(rows) // batch, 1), cache)[:, -1]
+    for index in range(begin, end):
+        if cost is not None:
+            cost.target_calls += 1
+            cost.row_calls += len(logits)
+        tokens[:, index] = draw(index, guided_logits(logits, guidance_scale) if len(logits) > batch else logits)
+        if on_token is not None and on_token(index, tokens[:, : index + 1]):
+            return tokens[:, : index + 1]
+        if index + 1 < end:
+            if not is_guided(index + 1, guidance_scale, cfg_interval) and cache.rows > batch:
+                cache.keep_rows(batch)
+            logits = network.extend(tokens[:, index : index + 1].repeat(cache.rows // batch, 1), cache)[:, -1]
+    return tokens
+
+
+def map_draw(noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling):
+    """A `draw` of `teacher_tokens` that maps noise (B, n, C): token i is a function of its distribution and noise i."""
+    return lambda index, logits: noise_map(noise[:, index], sampling.probabilities(logits))
+
+
+def draw_pairs(
+    teacher: torch.nn.Module,
+    condition: dict,
+    noise: torch.Tensor,
+    noise_map: NoiseMap,
+    *,
+    sampling: Sampling,
+    guidance_scale: float,
+    weights: str = "auto",
+) -> torch.Tensor:
+    """The tokens (B, n) to which noise (B, n, C) leads: the training pairs of a student, drawn without pictures."""
+    prefix = torch.zeros(len(noise), 0, dtype=torch.long, device=noise.device)
+    draw = map_draw(noise, noise_map, sampling)
+    return teacher_tokens(
+        teacher, condition, prefix, noise.shape[1], draw, guidance_scale=guidance_scale, weights=weights
+    )
+
+
+@torch.no_grad()
+def distilled(
+    model: torch.nn.Module | None,
+    condition: dict,
+    *,
+    student: torch.nn.Module,
+    codebook: torch.Tensor,
+    generators: list[torch.Generator],
+    sampling: Sampling | None = None,
+    guidance_scale: float = 1.0,
+    cfg_interval: int = -1,
+    settings: Distilled | None = None,
+    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    noise: torch.Tensor | None = None,
+) -> DistilledDrawn:
+    """Draws all tokens of B pictures.
+
+    Args:
+        model: the teacher, a `LlamaGen`; needed for `teacher_steps` only.
+        condition: as of `autoregressive`; student and teacher take the same.
+        student: a `DistilledStudent` in evaluation mode.
+        codebook: code vectors (V, C), unit vectors for LlamaGen.
+        generators: one per picture: its noise, then the teacher's random draws.
+        sampling, guidance_scale, cfg_interval: of the teacher's steps; the student knows neither.
+        on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
+            teacher and, with index n - 1, after each call of the student; True stops the loop.
+        noise: (B, n, C) in place of what the generators would draw.
+
+    Errors: `StudioError` for settings that the student cannot serve, and for teacher's steps without a teacher.
+    """
+    settings = settings or Distilled()
+    sampling = sampling or Sampling(order=settings.filter_order)
+    split, times, n = settings.split_for(student), settings.times_for(student), student.bounds[-1]
+    began = time.perf_counter()
+    codebook = codebook.to(student.device, torch.float32)
+    if noise is None:
+        noise = draw_noise(generators, n, codebook.shape[1], student.device)
+    drawn = DistilledDrawn(torch.zeros(len(noise), 0, dtype=torch.long), noise=noise)
+    call = _Counted(student, drawn)
+
+    def after_call(vectors, tokens):
+        if on_token is None:
+            return vectors, False
+        before = tokens.clone()
+        stopped = on_token(n - 1, tokens)
+        return torch.where((tokens != before)[:, :, None], codebook[tokens], vectors), bool(stopped)
+
+    if settings.teacher_steps is None:
+        drawn.latents, drawn.tokens = few_step(
+            call, codebook, noise, condition, times=times, split=split, on_call=after_call
+        )
+    else:
+        begin, end = (step - 1 for step in settings.teacher_steps)
+        if model is None:
+            raise StudioError("teacher_steps needs the teacher: give the model that the student was distilled from.")
+        if end > n:
+            raise StudioError(f"The teacher draws {n} steps: teacher_steps must end at {n + 1} or before.")
+        draw = partial(_sampled, sampling, generators)
+        if settings.teacher_draw == "map":
+            draw = map_draw(noise, NoiseMap(codebook), sampling)
+        options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "weights": settings.weights}
+
+        def teacher_draws(prefix):
+            return teacher_tokens(model, condition, prefix, end, draw, on_token=on_token, cost=drawn, **options)
+
+        drawn.latents, drawn.tokens = hybrid(
+            call, codebook, noise, condition, teacher_draws, begin=begin, end=end, split=split
+        )
+        if drawn.tokens.shape[1] == n and end < n:
+            drawn.latents, _ = after_call(drawn.latents, drawn.tokens)
+    if settings.snap == "nearest":
+        drawn.latents = codebook[drawn.tokens]
+    drawn.seconds = {"prefill": 0.0, "decode": time.perf_counter() - began}
+    return drawn
+
+
+class _Counted:
+    """A student whose calls are counted."""
+
+    def __init__(self, student, drawn: DistilledDrawn):
+        self.student, self.drawn = student, drawn
+
+    def __getattr__(self, name):
+        return getattr(self.student, name)
+
+    def hidden_states(self, vectors, known, **condition):
+        self.drawn.student_calls += 1
+        self.drawn.target_calls += 1
+        self.drawn.row_calls += len(vectors)
+        return self.student.hidden_states(vectors, known, **condition)
+
+
+def _sampled(sampling: Sampling, generators: list[torch.Generator], index: int, logits: torch.Tensor) -> torch.Tensor:
+    return sampling.draw(logits, generators)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _rises(numbers) -> bool:
+    return all(map(_is_whole, numbers)) and all(a < b for a, b in zip(numbers, numbers[1:]))

@@ -1,0 +1,173 @@
+"""The student of Distilled Decoding (arXiv:2412.17153) for LlamaGen: from noise to all tokens in one call.
+
+The teacher's transformer reads a continuous vector at each position: Gaussian noise, or the code vector of a token that
+is known already. A two-row embedding marks which (row 0 noise, row 1 data; the condition counts as data), attention is
+the teacher's causal one, and two heads read token i at position i: logits over the codes, and a code vector by
+regression. The module tree carries the names of the authors' release, so their state dicts load as they are.
+
+Deviations from the authors' code: a student made from a teacher starts with the least-squares line from code vectors to
+the teacher's token embeddings, not with random numbers; heads are applied to the positions that are asked for, not to
+all; captions may condition it too (the released code is for classes): the regression head is then modulated by the mean
+of the valid caption vectors.
+
+Scope: the network. The calls in which a picture is drawn are in `studio.decoding.distilled`.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from studio.errors import StudioError
+from studio.models.llamagen import Block, CaptionEmbedder, ClassEmbedder, LlamaGen, RMSNorm, default_ffn_dim
+
+
+class RegressionHead(nn.Module):
+    """A code vector from the last hidden state: LayerNorm, shift and scale by a table plus the condition, a linear."""
+
+    def __init__(self, dim: int, code_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, code_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+
+    def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Vectors (B, n, code_dim) from hidden (B, n, dim) and one condition vector (B, dim) per row."""
+        shift, scale = (self.scale_shift_table + context[:, None]).chunk(2, dim=1)
+        return self.linear(F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class DistilledStudent(ModelMixin, ConfigMixin):
+    """Reads noise or code vectors (B, n, C), returns code vectors and logits of the same positions.
+
+    Args:
+        vocab_size, code_dim: size V and width C of the codebook.
+        dim, num_layers, num_heads, num_kv_heads, ffn_dim, grid_size, num_classes, caption_dim, caption_length,
+            norm_eps, rope_base, prefix_rope: as of the teacher, a `LlamaGen`.
+        split: tokens taken from the logits by default; those behind it are left to the regression head (None: none).
+
+    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    """
+
+    horizon = 5 / 8
+    """Share of the tokens over which several calls are spread: two start at 0 and 5/16, as published (80 of 256)."""
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        code_dim: int = 8,
+        dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        grid_size: int = 16,
+        num_classes: int | None = None,
+        caption_dim: int | None = None,
+        caption_length: int | None = None,
+        norm_eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        prefix_rope: str = "zero",
+        split: int | None = None,
+    ):
+        super().__init__()
+        if (num_classes is None) == (caption_dim is None):
+            raise StudioError("Give DistilledStudent exactly one of num_classes and caption_dim.")
+        if split is not None and not 0 <= split <= grid_size**2:
+            raise StudioError(f"split must be from 0 to {grid_size**2} tokens, not {split!r}.")
+        if num_classes is not None:
+            self.cls_embedding = ClassEmbedder(num_classes, dim)
+        else:
+            self.cls_embedding = CaptionEmbedder(caption_dim, caption_length, dim)
+        hidden = ffn_dim or default_ffn_dim(dim)
+        self.tok_embeddings = nn.Linear(code_dim, dim)
+        self.n_d_embed = nn.Embedding(2, dim)
+        self.layers = nn.ModuleList(
+            Block(dim, num_heads, num_kv_heads or num_heads, hidden, norm_eps, 0.0) for _ in range(num_layers)
+        )
+        self.norm = RMSNorm(dim, norm_eps)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+        self.final_layer_conti = RegressionHead(dim, code_dim)
+        self._rope: torch.Tensor | None = None
+        self.apply(LlamaGen._init_weights)
+
+    @classmethod
+    def from_teacher(cls, teacher: LlamaGen, codebook: torch.Tensor, split: int | None = None) -> "DistilledStudent":
+        """A student in float32 that starts from the teacher's weights.
+
+        Args:
+            teacher: the model whose draws it will learn.
+            codebook: code vectors (V, C) of the teacher's tokens, as the noise map takes them.
+            split: see the class.
+
+        Condition, blocks, final norm and logits are copied. The vectors enter by the least-squares line from code
+        vectors to the teacher's token embeddings; the noise/data embedding and the regression head are random.
+        """
+        vocab, code_dim = codebook.shape
+        if vocab != teacher.config.vocab_size:
+            raise StudioError(f"The codebook has {vocab} codes but the teacher draws from {teacher.config.vocab_size}.")
+        shared = {name: teacher.config[name] for name in inspect.signature(cls).parameters if name in teacher.config}
+        student = cls(**shared, code_dim=code_dim, split=split)
+        weights = {name: weight.float() for name, weight in teacher.state_dict().items()}
+        codes = torch.cat((codebook.float(), codebook.new_ones(vocab, 1, dtype=torch.float32)), dim=1)
+        line = torch.linalg.lstsq(codes.cpu(), weights.pop("tok_embeddings.weight").cpu()).solution
+        weights |= {"tok_embeddings.weight": line[:-1].T, "tok_embeddings.bias": line[-1]}
+        student.load_state_dict(student.state_dict() | weights)
+        return student.to(teacher.device)
+
+    embed_condition = LlamaGen.embed_condition
+    prefix_mask = LlamaGen.prefix_mask
+    prefix_length = LlamaGen.prefix_length
+    num_tokens = LlamaGen.num_tokens
+    head_dim = LlamaGen.head_dim
+    rope = LlamaGen.rope
+
+    @property
+    def bounds(self) -> range:
+        """How many positions are known after 0, 1, ... steps of the teacher: a step is one token."""
+        return range(self.num_tokens + 1)
+
+    def hidden_states(
+        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states (B, n, dim) of the positions of vectors (B, n, C), and the condition vector (B, dim).
+
+        Args:
+            vectors: code vectors at the first `known` positions, noise behind; n may be below the number of tokens.
+            known: one number, or one per row (B,), from 0 to n.
+            condition: `class_labels` (B,), or `captions` (B, T, caption_dim) and `caption_mask` (B, T).
+        """
+        prefix, valid = self.embed_condition(**condition)
+        length, n = prefix.shape[1], vectors.shape[1]
+        if n > self.num_tokens:
+            raise StudioError(f"The model draws {self.num_tokens} tokens; {n} vectors were given.")
+        if valid is None:
+            context = prefix.mean(dim=1)
+        else:
+            shown = valid[:, :, None].to(prefix.dtype)
+            context = (prefix * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)
+        known = torch.as_tensor(known, device=prefix.device).reshape(-1, 1)
+        is_data = torch.arange(length + n, device=prefix.device) < length + known
+        x = torch.cat((prefix, self.tok_embeddings(vectors.to(prefix.dtype))), dim=1) + self.n_d_embed(is_data.long())
+        rope, mask = self.rope()[: length + n], self.prefix_mask(valid, length + n)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, None, index)
+        return x[:, length:], context
+
+    def classify(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Logits (B, n, V), float32, of hidden states (B, n, dim); they do not look at the condition vector."""
+        return self.output(self.norm(hidden)).float()
+
+    def regress(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Code vectors (B, n, C), float32, of hidden states (B, n, dim) and the condition vector (B, dim)."""
+        return self.final_layer_conti(hidden, context).float()
+
+    def forward(
+        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Code vectors (B, n, C) and logits (B, n, V), both float32; arguments as of `hidden_states`."""
+        hidden, context = self.hidden_states(vectors, known, **condition)
+        return self.regress(hidden, context), self.classify(hidden, context)
