@@ -168,6 +168,7 @@ def train(
     """Train a bundled model anew, or go on training one."""
     from studio.training.recipes import run
 
+    quiet_libraries()
     result = run(
         name,
         out=out,
@@ -199,6 +200,7 @@ def evaluate(
     """Measure a model on pictures it was not trained with."""
     from studio.evaluation import evaluate as measure
 
+    quiet_libraries()
     result = measure(model, samples=samples, seed=seed, device=device)
     emit(result)
     for name, value in result.items():

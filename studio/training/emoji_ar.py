@@ -23,7 +23,7 @@ from studio.training.token_cache import training_tokens
 
 CAPTION_LENGTH = 16
 TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
-TRANSFORMER = {"dim": 256, "num_layers": 8, "num_heads": 4, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
+TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
 SAMPLING = {"default_guidance_scale": 3.0}
 
 
@@ -46,7 +46,7 @@ class EmojiAR(Recipe):
 
     name = "emoji-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-vq"
-    defaults = Defaults(steps=3200, batch_size=32, learning_rate=3e-3)
+    defaults = Defaults(steps=2800, batch_size=32, learning_rate=4e-3)
 
     def build(self, device):
         folder = bundled_folder("emoji-vq")

@@ -38,7 +38,7 @@ class EmojiJudge(Recipe):
 
     name = "emoji-judge"
     data = "Fluent Emoji, without the combinations held out for generators; moved, blurred, brightened, with noise"
-    defaults = Defaults(steps=2400, batch_size=64, learning_rate=4e-3)
+    defaults = Defaults(steps=1600, batch_size=64, learning_rate=4e-3)
 
     def build(self, device):
         judge = Judge(len(load_concepts()), len(STYLES), len(PALETTE))

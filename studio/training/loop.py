@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
+from studio.checkpoints.bundled import BUNDLED, bundled_folder
 from studio.errors import StudioError
 from studio.training.card import write_card
 
@@ -21,7 +22,10 @@ SAVE_EVERY_SECONDS = 120
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run was asked for; stored in the run's folder and compared on resume."""
+    """What one run was asked for; stored in the run's folder and compared on resume.
+
+    `init_from` is a bundled name, a folder, or `None` for random weights.
+    """
 
     recipe: str
     steps: int
@@ -71,7 +75,8 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     set_seed(settings.seed, device_specific=True)
     module = recipe.build(accelerator.device)
     if settings.init_from:
-        recipe.load(module, Path(settings.init_from))
+        start = settings.init_from
+        recipe.load(module, bundled_folder(start) if start in BUNDLED else Path(start))
     optimizers = recipe.optimizers(module, settings.learning_rate)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     progress = Progress()

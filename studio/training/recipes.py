@@ -3,7 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
-from studio.checkpoints.bundled import BUNDLED, bundled_folder
+from studio.checkpoints.bundled import BUNDLED
 from studio.errors import StudioError
 
 RECIPES = {
@@ -39,9 +39,7 @@ def run(
     for option, value in {"steps": steps, "batch size": batch_size, "learning rate": learning_rate}.items():
         if value is not None and not 0 < value < float("inf"):
             raise StudioError(f"The {option} must be a positive number; got {value}.")
-    if init_from in BUNDLED:
-        init_from = bundled_folder(init_from)
-    elif init_from is not None and not Path(init_from).is_dir():
+    if init_from is not None and init_from not in BUNDLED and not Path(init_from).is_dir():
         raise StudioError(f"There is no folder {init_from} to start from.")
     settings = Settings(
         recipe=name,
