@@ -1,11 +1,11 @@
 """Distilled Decoding (arXiv:2412.17153): a picture in one call of a student, in a few, or together with the teacher.
 
 The student sees a point X_t of the trajectory from noise to tokens, code vectors of the first t steps in front of
-noise, and returns its end. `few_step` goes from e to an end, then from (first t steps of that, rest of the same e) to a
-better end, for rising t. `hybrid` is the paper's "pre-trained-n-m": the student draws up to step n, the teacher steps n to
-m - 1, the student the rest. Positions of the first `split` steps take the code of the largest logit; those behind it
-keep the vector of the regression head. A student needs one conditional call: guidance and filters are what it was
-taught.
+noise, and returns its end. `few_step` goes from e to an end, then from (first t steps of that, rest of the same e) to
+a better end, for rising t. `hybrid` is the paper's "pre-trained-n-m": the student draws up to step n, the teacher
+steps n to m - 1, the student the rest. Positions of the first `split` steps take the code of the largest logit; those
+behind it keep the vector of the regression head. A student needs one conditional call: guidance and filters are what
+it was taught.
 
 Deviations from the authors' code: code numbers are carried along, so that nearest codes are sought for regressed
 vectors only; heads run on the positions where they are used; the call before the teacher runs on the prefix alone,

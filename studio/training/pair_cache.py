@@ -1,8 +1,8 @@
 """Pairs of noise and tokens for Distilled Decoding (arXiv:2412.17153), drawn from a teacher and kept on disk.
 
 Pair i is decided by its number: a training combination, a caption for it, Gaussian noise, and the tokens to which the
-teacher and the noise map lead. Only the tokens are stored, in files of `CHUNK` pairs, so that an interrupted run goes on
-where it stopped.
+teacher and the noise map lead. Only the tokens are stored, in files of `CHUNK` pairs, so that an interrupted run goes
+on where it stopped.
 """
 
 import hashlib
