@@ -8,6 +8,8 @@ import torch
 from studio import LlamaGen, StudioError
 from studio.checkpoints.distilled import convert_distilled, student_from_state_dict
 from studio.models.distilled import DistilledStudent
+from studio.models.distilled_var import DistilledVAR
+from studio.models.var import VAR
 
 
 @pytest.fixture
@@ -27,6 +29,18 @@ def test_the_averaged_weights_become_a_folder(student, tmp_path):
         assert torch.equal(loaded.state_dict()[name], weight), name
     with pytest.raises(StudioError, match="exists"):
         convert_distilled(tmp_path / "file.pt", folder)
+
+
+def test_a_student_of_var_becomes_a_folder(tmp_path):
+    teacher = VAR(vocab_size=24, code_dim=4, depth=1, dim=32, num_heads=2, num_classes=5)
+    student = DistilledVAR.from_teacher(teacher)
+    computed = {"lvl_1L": torch.zeros(1, 681), "blocks.0.attn.zero_k_bias": torch.zeros(32)}
+    content = {"trainer": {"ema_parameters": student.state_dict() | computed, "var_wo_ddp": {"a": torch.zeros(1)}}}
+    torch.save(content, tmp_path / "file.pt")
+    loaded = DistilledVAR.from_pretrained(convert_distilled(tmp_path / "file.pt", tmp_path / "out"))
+    assert loaded.bounds[-1] == 680 and loaded.config.num_heads == 2
+    for name, weight in student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
 
 
 def test_refuses_other_files(student, tmp_path):

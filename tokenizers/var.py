@@ -1,0 +1,247 @@
+"""VAR's tokenizer: a picture as code grids of rising size, each of which corrects the sum of those before.
+
+"Visual Autoregressive Modeling" (arXiv:2404.02905), algorithms 1 and 2. The features of a picture are the sum over
+scales of phi_k(enlarged code vectors); phi is half the identity and half a 3x3 convolution, and neighbouring scales
+share one. Codes are not normalised. Parameters carry the authors' names. Tokens of all scales stand in one row, coarse
+to fine, raster order in each.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from studio.errors import StudioError
+from studio.tokenizers.vq import Downsample, ResBlock, Upsample
+
+
+class VARTokenizer(ModelMixin, ConfigMixin):
+    """Pictures to code numbers of all scales and back.
+
+    Args:
+        base_channels, channel_multipliers, res_blocks: as in VQGAN; each level after the first halves the grid.
+        code_dim, codebook_size: width C and number V of code vectors.
+        scales: side of the grid at each scale; the last is the grid of the features.
+        phis: number of shared convolutions.
+        phi_share: share of the convolution in phi, the rest is the identity.
+        norm_groups: groups of every GroupNorm.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        base_channels: int = 160,
+        channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        res_blocks: int = 2,
+        code_dim: int = 32,
+        codebook_size: int = 4096,
+        scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        phis: int = 4,
+        phi_share: float = 0.5,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        if any(width % norm_groups for width in widths):
+            raise StudioError(f"Every level's width must be a multiple of norm_groups={norm_groups}; got {widths}.")
+        self.encoder = Encoder(widths, base_channels, res_blocks, code_dim, norm_groups)
+        self.decoder = Decoder(widths, res_blocks, code_dim, norm_groups)
+        self.quantize = MultiScaleCodebook(codebook_size, code_dim, phis, phi_share)
+        self.quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """Code vectors (V, code_dim), as they are."""
+        return self.quantize.embedding.weight
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to code numbers (B, n), int64."""
+        return self.encode_features(self.quant_conv(self.encoder(images)))
+
+    def encode_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, h, w) to code numbers (B, n): the nearest code of what is left, scale by scale."""
+        rest, found = features, []
+        for step, side in enumerate(self.config.scales):
+            shrunk = F.interpolate(rest, size=(side, side), mode="area").permute(0, 2, 3, 1).flatten(1, 2)
+            distance = self.codebook.square().sum(dim=-1) - 2 * shrunk @ self.codebook.T
+            found.append(distance.argmin(dim=-1))
+            rest = rest - self.correction(self.codebook[found[-1]], step)
+        return torch.cat(found, dim=1)
+
+    def correction(self, vectors: torch.Tensor, step: int) -> torch.Tensor:
+        """What code vectors (B, side^2, C) of one scale add to the features: (B, C, h, w)."""
+        side, last = self.config.scales[step], self.config.scales[-1]
+        grid = vectors.transpose(1, 2).unflatten(2, (side, side))
+        if side != last:
+            grid = F.interpolate(grid, size=(last, last), mode="bicubic")
+        return self.quantize.phi(step, len(self.config.scales))(grid)
+
+    def features(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, h, w) of code vectors (B, n, C) of all scales, or of the first of them."""
+        return self._sums(vectors)[-1]
+
+    def inputs(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What VAR reads at the scales behind the first, for code vectors (B, n, C) of the scales before them.
+
+        The features so far, shrunk to each next scale: (B, m, C).
+        """
+        scales = self.config.scales
+        shrunk = [
+            F.interpolate(features, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+            for features, side in zip(self._sums(vectors), scales[1:])
+        ]
+        return torch.cat(shrunk, dim=1) if shrunk else vectors[:, :0]
+
+    def _sums(self, vectors):
+        """Features after each of the scales that the vectors hold."""
+        sums, start = [], 0
+        for step, side in enumerate(self.config.scales):
+            if start == vectors.shape[1]:
+                break
+            added = self.correction(vectors[:, start : start + side * side], step)
+            sums.append(sums[-1] + added if sums else added)
+            start += side * side
+        return sums
+
+    def decode_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, h, w) to pictures (B, 3, H, W) in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(features)).clamp(-1, 1)
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Code numbers (B, n) to pictures (B, 3, H, W) in [-1, 1]."""
+        return self.decode_features(self.features(self.codebook[tokens]))
+
+
+class MultiScaleCodebook(nn.Module):
+    """The code vectors, and the convolutions that scales share."""
+
+    def __init__(self, codebook_size: int, code_dim: int, phis: int, phi_share: float):
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, code_dim)
+        self.quant_resi = SharedPhis(code_dim, phis, phi_share)
+
+    def phi(self, step: int, steps: int) -> "Phi":
+        """The convolution of a scale: the one whose place on the line from 0 to 1 is nearest."""
+        layers = self.quant_resi.qresi_ls
+        share = 3 if len(layers) == 4 else 2
+        edge = 1 / (share * len(layers))
+        places = torch.linspace(edge, 1 - edge, len(layers), dtype=torch.float64)
+        return layers[int((places - step / max(1, steps - 1)).abs().argmin())]
+
+
+class SharedPhis(nn.Module):
+    """The list of convolutions, under the authors' name."""
+
+    def __init__(self, code_dim: int, phis: int, phi_share: float):
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(Phi(code_dim, phi_share) for _ in range(phis))
+
+
+class Phi(nn.Conv2d):
+    """A 3x3 convolution mixed with its input."""
+
+    def __init__(self, width: int, share: float):
+        super().__init__(width, width, 3, padding=1)
+        self.share = share
+
+    def forward(self, x):
+        return (1 - self.share) * x + self.share * super().forward(x)
+
+
+class AttentionBlock(nn.Module):
+    """One head of attention over all cells of the grid, with one fused projection and a residual."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.qkv, self.proj_out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(mixed)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention on the coarsest level."""
+
+    def __init__(self, width_in: int, width_out: int, blocks: int, attention: bool, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResBlock(width_in if index == 0 else width_out, width_out, groups) for index in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x):
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Two residual blocks with attention between them."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.block_1, self.block_2 = ResBlock(width, width, groups), ResBlock(width, width, groups)
+        self.attn_1 = AttentionBlock(width, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) to features (B, code_dim, h, w)."""
+
+    def __init__(self, widths: list[int], base: int, blocks: int, code_dim: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
+        self.down, width = nn.ModuleList(), base
+        for index, wanted in enumerate(widths):
+            level = Level(width, wanted, blocks, index + 1 == len(widths), groups)
+            if index + 1 < len(widths):
+                level.downsample = Downsample(wanted)
+            self.down.append(level)
+            width = wanted
+        self.mid = Middle(width, groups)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, code_dim, h, w) to pictures (B, 3, H, W); levels are numbered from fine to coarse."""
+
+    def __init__(self, widths: list[int], blocks: int, code_dim: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(code_dim, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        levels, width = [], widths[-1]
+        for index, wanted in reversed([*enumerate(widths)]):
+            level = Level(width, wanted, blocks + 1, index + 1 == len(widths), groups)
+            if index:
+                level.upsample = Upsample(wanted)
+            levels.insert(0, level)
+            width = wanted
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
