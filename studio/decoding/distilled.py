@@ -133,7 +133,7 @@ def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     half_norms = codebook.square().sum(dim=-1) / 2
     parts = vectors.flatten(0, 1).split(_NEAREST_ROWS)
     found = [(part @ codebook.T - half_norms).argmax(dim=-1) for part in parts]
-    return torch.cat(found).view(vectors.shape[:2]) if found else vectors.new_zeros(vectors.shape[:2], dtype=torch.long)
+    return torch.cat(found).view(vectors.shape[:2])
 
 
 def mix(

@@ -26,13 +26,18 @@ _SETTLED = 0.99
 _TAIL_FACTOR = 0.75
 _TAIL_CANDIDATES = 256
 _FLOOR = 1e-4
+_SMALLEST_LOG_WEIGHT = -80.0
+"""Far below any rounding, and above the subnormal numbers that processors treat slowly."""
 
 
 class Posterior(NamedTuple):
-    """Of each row: `mean` (B, C) of the codes, the likeliest `token` (B,), and its `weight` (B,) in (0, 1]."""
+    """Of each row: `mean` (B, C) of the codes, the likeliest `token` (B,) and its `weight` (B,) in (0, 1].
+
+    `token` is None where only the mean was asked for.
+    """
 
     mean: torch.Tensor
-    token: torch.Tensor
+    token: torch.Tensor | None
     weight: torch.Tensor
 
 
@@ -42,38 +47,42 @@ class Flow:
     def __init__(self, log_probs: torch.Tensor, codebook: torch.Tensor, block: int = BLOCK):
         self.log_probs, self.codebook, self.block = log_probs, codebook, block
         self.half_norms = codebook.square().sum(dim=-1) / 2
+        self._in = torch.cat((codebook, -self.half_norms[:, None]), dim=1)
+        self._out = torch.cat((codebook, torch.ones_like(self.half_norms[:, None])), dim=1)
 
-    def at_time(self, x: torch.Tensor, t: float) -> Posterior:
-        """At x (B, C) and time t in [0, 1)."""
-        return self._posterior(x * (t / (1 - t) ** 2), (t / (1 - t)) ** 2)
+    def at_time(self, x: torch.Tensor, t: float, pick: bool = True) -> Posterior:
+        """At x (B, C) and time t in [0, 1); `pick` asks for the token too."""
+        return self._posterior(x * (t / (1 - t) ** 2), (t / (1 - t)) ** 2, pick)
 
-    def at_sigma(self, z: torch.Tensor, sigma: float) -> Posterior:
-        """At z = x / t (B, C) and sigma = (1 - t) / t above 0."""
-        return self._posterior(z / sigma**2, 1 / sigma**2)
+    def at_sigma(self, z: torch.Tensor, sigma: float, pick: bool = True) -> Posterior:
+        """At z = x / t (B, C) and sigma = (1 - t) / t above 0; `pick` asks for the token too."""
+        return self._posterior(z / sigma**2, 1 / sigma**2, pick)
 
-    def _posterior(self, query: torch.Tensor, precision: float) -> Posterior:
-        """Weights softmax_j(log p_j + <query, c_j> - precision |c_j|^2 / 2), in one pass over the codes."""
+    def _posterior(self, query: torch.Tensor, precision: float, pick: bool) -> Posterior:
+        """Weights softmax_j(log p_j + <query, c_j> - precision |c_j|^2 / 2), in one pass over the codes.
+
+        One more column in the products carries the norms in and the sum of the weights out.
+        """
         rows = len(query)
-        best = query.new_full((rows,), torch.finfo(query.dtype).min)
-        total, mean = query.new_zeros(rows), torch.zeros_like(query)
-        token = torch.zeros(rows, dtype=torch.long, device=query.device)
+        best = query.new_full((rows, 1), torch.finfo(query.dtype).min)
+        sums = query.new_zeros(rows, self._out.shape[1])
+        token = torch.zeros(rows, 1, dtype=torch.long, device=query.device) if pick else None
+        query = torch.cat((query, query.new_full((rows, 1), precision)), dim=1)
         for start in range(0, len(self.codebook), self.block):
             part = slice(start, start + self.block)
-            codes = self.codebook[part]
-            logits = torch.addmm(self.log_probs[:, part] - precision * self.half_norms[part], query, codes.T)
-            top, index = logits.max(dim=-1)
-            token = torch.where(top > best, index + start, token)
-            above = torch.maximum(best, top)
-            weights, shrink = (logits - above[:, None]).exp_(), (best - above).exp()
-            total = total * shrink + weights.sum(dim=-1)
-            mean = torch.addmm(mean * shrink[:, None], weights, codes)
+            logits = torch.addmm(self.log_probs[:, part], query, self._in[part].T)
+            above = torch.maximum(best, logits.amax(dim=-1, keepdim=True))
+            if pick:
+                token = torch.where(above > best, logits.argmax(dim=-1, keepdim=True) + start, token)
+            weights = logits.sub_(above).clamp_(min=_SMALLEST_LOG_WEIGHT).exp_()
+            sums = torch.addmm(sums * (best - above).exp(), weights, self._out[part])
             best = above
-        return Posterior(mean / total[:, None], token, 1 / total)
+        return Posterior(sums[:, :-1] / sums[:, -1:], token[:, 0] if pick else None, 1 / sums[:, -1])
 
 
 def velocity(flow: Flow, x: torch.Tensor, t: float) -> torch.Tensor:
     """dx/dt (B, C) at x (B, C) and t in [0, 1); for checks only: solvers step exactly instead."""
-    return (flow.at_time(x, t).mean - x) / (1 - t)
+    return (flow.at_time(x, t, pick=False).mean - x) / (1 - t)
 
 
 def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch.Tensor]:
@@ -81,7 +90,7 @@ def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch
     x, found = noise, None
     for step in range(steps):
         t, following = step / steps, (step + 1) / steps
-        found = flow.at_time(x, t)
+        found = flow.at_time(x, t, pick=step + 1 == steps)
         x = ((1 - following) / (1 - t)) * x + ((following - t) / (1 - t)) * found.mean
     return found, x
 
@@ -98,7 +107,7 @@ def multistep(flow: Flow, noise: torch.Tensor, sigmas: list[float], floor: float
     """Tokens (B,) by two-point steps over falling, log-spaced sigmas; unsettled rows go on to `floor` at most."""
     z, before = start(flow, noise, sigmas[0]), None
     for sigma, following in pairwise(sigmas):
-        mean = flow.at_sigma(z, sigma).mean
+        mean = flow.at_sigma(z, sigma, pick=False).mean
         ahead = mean if before is None else mean + (mean - before) / 2
         z, before = ahead + (following / sigma) * (z - ahead), mean
     found = flow.at_sigma(z, sigmas[-1])
@@ -136,7 +145,7 @@ def rk4(flow: Flow, noise: torch.Tensor, sigmas: list[float]) -> tuple[Posterior
     """Classical Runge-Kutta steps in log sigma; the posterior at the last sigma and z (B, C) there."""
 
     def slope(z, log_sigma):
-        return z - flow.at_sigma(z, math.exp(log_sigma)).mean
+        return z - flow.at_sigma(z, math.exp(log_sigma), pick=False).mean
 
     z = start(flow, noise, sigmas[0])
     for here, there in pairwise(math.log(sigma) for sigma in sigmas):

@@ -19,7 +19,7 @@ from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
 from studio.files import cache_folder
 
-CHUNK = 64
+CHUNK = 128
 _SEED = 2412
 
 
