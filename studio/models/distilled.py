@@ -5,10 +5,10 @@ is known already. A two-row embedding marks which (row 0 noise, row 1 data; the 
 the teacher's causal one, and two heads read token i at position i: logits over the codes, and a code vector by
 regression. The module tree carries the names of the authors' release, so their state dicts load as they are.
 
-Deviations from the authors' code: a student made from a teacher starts with the least-squares line from code vectors to
-the teacher's token embeddings, not with random numbers; heads are applied to the positions that are asked for, not to
-all; captions may condition it too (the released code is for classes): the regression head is then modulated by the mean
-of the valid caption vectors.
+Deviations from the authors' code: a student made from a teacher starts with the least-squares line from code vectors
+to the teacher's token embeddings, not with random numbers, and may keep fewer layers; heads are applied to the
+positions that are asked for, not to all; captions may condition it too (the released code is for classes): the
+regression head is then modulated by the mean of the valid caption vectors.
 
 Scope: the network. The calls in which a picture is drawn are in `studio.decoding.distilled`.
 """
@@ -95,13 +95,16 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.apply(LlamaGen._init_weights)
 
     @classmethod
-    def from_teacher(cls, teacher: LlamaGen, codebook: torch.Tensor, split: int | None = None) -> "DistilledStudent":
+    def from_teacher(
+        cls, teacher: LlamaGen, codebook: torch.Tensor, *, split: int | None = None, num_layers: int | None = None
+    ) -> "DistilledStudent":
         """A student in float32 that starts from the teacher's weights.
 
         Args:
             teacher: the model whose draws it will learn.
             codebook: code vectors (V, C) of the teacher's tokens, as the noise map takes them.
             split: see the class.
+            num_layers: how many of the teacher's layers to keep, evenly spread from first to last; None: all.
 
         Condition, blocks, final norm and logits are copied. The vectors enter by the least-squares line from code
         vectors to the teacher's token embeddings; the noise/data embedding and the regression head are random.
@@ -110,10 +113,17 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         if vocab != teacher.config.vocab_size:
             raise StudioError(f"The codebook has {vocab} codes but the teacher draws from {teacher.config.vocab_size}.")
         shared = {name: teacher.config[name] for name in inspect.signature(cls).parameters if name in teacher.config}
-        student = cls(**shared, code_dim=code_dim, split=split)
-        weights = {name: weight.float() for name, weight in teacher.state_dict().items()}
-        codes = torch.cat((codebook.float(), codebook.new_ones(vocab, 1, dtype=torch.float32)), dim=1)
-        line = torch.linalg.lstsq(codes.cpu(), weights.pop("tok_embeddings.weight").cpu()).solution
+        layers = teacher.config.num_layers
+        if num_layers is not None and not 1 <= num_layers <= layers:
+            raise StudioError(f"num_layers must be from 1 to {layers}, the layers of the teacher, not {num_layers!r}.")
+        kept = torch.linspace(0, layers - 1, num_layers or layers).round().int().tolist()
+        student = cls(**{**shared, "num_layers": len(kept)}, code_dim=code_dim, split=split)
+        given = teacher.state_dict()
+        codes = torch.cat((codebook, codebook.new_ones(vocab, 1)), dim=1).float().cpu()
+        line = torch.linalg.lstsq(codes, given["tok_embeddings.weight"].float().cpu()).solution
+        weights = {name: given[name] for name in given if not name.startswith(("tok_embeddings.", "layers."))}
+        for new, old in enumerate(kept):
+            weights |= {f"layers.{new}.{name}": weight for name, weight in teacher.layers[old].state_dict().items()}
         weights |= {"tok_embeddings.weight": line[:-1].T, "tok_embeddings.bias": line[-1]}
         student.load_state_dict(student.state_dict() | weights)
         return student.to(teacher.device)

@@ -25,6 +25,8 @@ TEACHER = "emoji-ar"
 PAIRS, HELD_OUT_PAIRS = 16_384, 128
 CALLS = 4
 REGRESSION_WEIGHT = 1.0
+NUM_LAYERS = None
+"""Layers that the student keeps of its teacher (None: all); a call costs in proportion."""
 
 
 class TrainableStudent(nn.Module):
@@ -62,7 +64,7 @@ class EmojiDistilled(Recipe):
         self.pairs = Pairs(load(TEACHER, device=device))
         self.tokens = self.pairs.tokens(PAIRS)
         codebook = self.pairs.codebook.to(device)
-        student = DistilledStudent.from_teacher(self.pairs.pipe.transformer, codebook)
+        student = DistilledStudent.from_teacher(self.pairs.pipe.transformer, codebook, num_layers=NUM_LAYERS)
         return TrainableStudent(student, codebook).to(device)
 
     def optimizers(self, module, learning_rate):

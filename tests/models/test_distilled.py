@@ -50,6 +50,18 @@ def test_starts_from_the_teacher():
     torch.testing.assert_close(made.tok_embeddings(codebook), model.tok_embeddings.weight, atol=1e-4, rtol=1e-4)
 
 
+def test_may_keep_fewer_layers():
+    model = teacher(num_layers=5)
+    for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (4, [0, 1, 3, 4])):
+        made = DistilledStudent.from_teacher(model, random(48, 5), num_layers=count)
+        assert made.config.num_layers == count
+        for new, old in zip(made.layers, kept, strict=True):
+            for mine, theirs in zip(new.parameters(), model.layers[old].parameters()):
+                assert torch.equal(mine, theirs)
+    with pytest.raises(StudioError, match="from 1 to 5"):
+        DistilledStudent.from_teacher(model, random(48, 5), num_layers=6)
+
+
 def test_a_position_sees_itself_and_what_is_before():
     model, x = student(), random(3, 16, 5)
     before = model(x, 4, **labels())
