@@ -46,7 +46,7 @@ class EmojiAR(Recipe):
 
     name = "emoji-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-vq"
-    defaults = Defaults(steps=2800, batch_size=32, learning_rate=4e-3)
+    defaults = Defaults(steps=1500, batch_size=64, learning_rate=5e-3)
 
     def build(self, device):
         folder = bundled_folder("emoji-vq")
