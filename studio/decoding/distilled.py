@@ -293,6 +293,7 @@ def distilled(
     settings: Distilled | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     noise: torch.Tensor | None = None,
+    noise_map: NoiseMap | None = None,
 ) -> DistilledDrawn:
     """Draws all tokens of B pictures.
 
@@ -306,6 +307,7 @@ def distilled(
         on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
             teacher and, with index n - 1, after each call of the student; True stops the loop.
         noise: (B, n, C) in place of what the generators would draw.
+        noise_map: for `teacher_draw="map"`, to spare measuring the codebook anew.
 
     Errors: `StudioError` for settings that the student cannot serve, and for teacher's steps without a teacher.
     """
@@ -338,7 +340,7 @@ def distilled(
             raise StudioError(f"The teacher draws {n} steps: teacher_steps must end at {n + 1} or before.")
         draw = partial(_sampled, sampling, generators)
         if settings.teacher_draw == "map":
-            draw = map_draw(noise, NoiseMap(codebook), sampling)
+            draw = map_draw(noise, noise_map or NoiseMap(codebook), sampling)
         options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "weights": settings.weights}
 
         def teacher_draws(prefix):

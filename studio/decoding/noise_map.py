@@ -26,6 +26,7 @@ _SETTLED = 0.99
 _TAIL_FACTOR = 0.75
 _TAIL_CANDIDATES = 256
 _FLOOR = 1e-4
+_MEASURED_CODES = 2048
 _SMALLEST_LOG_WEIGHT = -80.0
 """Far below any rounding, and above the subnormal numbers that processors treat slowly."""
 
@@ -166,7 +167,8 @@ def log_spaced(first: float, last: float, count: int) -> list[float]:
 def codebook_scales(codebook: torch.Tensor) -> tuple[float, float]:
     """Root-mean-square distance of the codes (V, C) from their mean, and the median distance to the nearest other code.
 
-    Repeated codes do not count as neighbours; both are 1 where all codes are equal.
+    Repeated codes do not count as neighbours; both are 1 where all codes are equal. The median is taken over about 2048
+    codes of a large codebook, since it only places the solver's grid.
     """
     codes = codebook.detach().to("cpu", torch.float64)
     codes = codes - codes.mean(dim=0)
@@ -175,7 +177,7 @@ def codebook_scales(codebook: torch.Tensor) -> tuple[float, float]:
     if radius2 == 0:
         return 1.0, 1.0
     nearest = []
-    for part in codes.split(1024):
+    for part in codes[:: max(1, len(codes) // _MEASURED_CODES)].split(1024):
         squared = (part.square().sum(dim=-1, keepdim=True) + norms - 2 * part @ codes.T).clamp_(min=0)
         nearest.append(squared.masked_fill_(squared <= 1e-12 * radius2, math.inf).amin(dim=-1))
     return math.sqrt(radius2), float(torch.cat(nearest).median().sqrt())
@@ -228,9 +230,10 @@ class NoiseMap:
         self.sigmas, self.floor = log_spaced(first, last, steps), _FLOOR * spacing
 
     def __call__(self, noise: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        """Tokens (B,), int64, for standard Gaussian noise (B, C) and probabilities (B, V) of sum 1.
+        """Tokens (B,), int64, for standard Gaussian noise (B, C) and probabilities (B, V).
 
-        A token of probability 0 never comes out. A row's token does not depend on the other rows.
+        Rows of probabilities are scaled to sum 1; that none is negative or empty is not checked. A token of probability
+        0 never comes out. A row's token does not depend on the other rows.
         """
         codes, width = self.codebook.shape
         if noise.shape != (len(probs), width) or probs.shape != (len(noise), codes):
@@ -238,7 +241,8 @@ class NoiseMap:
                 f"The map takes noise (B, {width}) and probabilities (B, {codes}), "
                 f"not {tuple(noise.shape)} and {tuple(probs.shape)}."
             )
-        noise, flow = noise.to(self.dtype), Flow(probs.to(self.dtype).log(), self.codebook, self.block)
+        noise, probs = noise.to(self.dtype), probs.to(self.dtype)
+        flow = Flow((probs / probs.sum(dim=-1, keepdim=True)).log(), self.codebook, self.block)
         if self.method == "euler":
             return euler(flow, noise, self.steps)[0].token
         if self.method == "rk4":
@@ -253,6 +257,6 @@ def noise_to_token(
     """Tokens (B,) with the law `probs` (B, V), as a deterministic function of Gaussian noise (B, C).
 
     One call of a `NoiseMap`, which takes the same settings; keep a `NoiseMap` where the codebook stays the same, since
-    measuring the codebook costs V^2 distances.
+    measuring the codebook costs up to 2048 V distances.
     """
     return NoiseMap(codebook, steps, **settings)(noise, probs)

@@ -92,7 +92,9 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.final_layer_conti = RegressionHead(dim, code_dim)
         self._rope: torch.Tensor | None = None
-        self.apply(LlamaGen._init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
 
     @classmethod
     def from_teacher(

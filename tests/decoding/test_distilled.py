@@ -211,6 +211,17 @@ def test_a_callback_changes_and_stops(teacher, student, codebook):
     assert halfway.tokens.shape == (BATCH, 7) and halfway.latents.shape == (BATCH, 7, 5)
 
 
+def test_the_image_decoder_takes_the_latents(tiny_vq):
+    student = DistilledStudent(vocab_size=64, code_dim=4, dim=32, num_layers=1, num_heads=2, grid_size=4, num_classes=9)
+    drawn = distilled(
+        None, CONDITION, student=student.eval(), codebook=tiny_vq.codebook, generators=streams(),
+        settings=Distilled(split=3, snap="nearest"),
+    )  # fmt: skip
+    with torch.no_grad():
+        pictures = tiny_vq.decode_features(drawn.latents.transpose(1, 2).unflatten(2, (4, 4)))
+        torch.testing.assert_close(pictures, tiny_vq.decode(drawn.tokens.view(-1, 4, 4)))
+
+
 def test_known_steps_and_the_rest_of_the_noise_stay(codebook, noise, drawing, student):
     vectors = codebook[drawing]
     for known in (0, 5, N):

@@ -135,6 +135,7 @@ def test_only_possible_tokens_come_out():
     for method in ("multistep", "euler"):
         tokens = noise_to_token(noise, probs, codebook, 4, method=method)
         assert (probs.gather(1, tokens[:, None]) > 0).all()
+        assert torch.equal(noise_to_token(noise, 3 * probs, codebook, 4, method=method), tokens)
         chosen = torch.nn.functional.one_hot(torch.arange(64) % 32, 32).double()
         assert torch.equal(noise_to_token(noise, chosen, codebook, 4, method=method), torch.arange(64) % 32)
 
