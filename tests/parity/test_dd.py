@@ -154,7 +154,8 @@ def test_pairs(path):
 
     teacher_tokens(case.teacher, case.condition, recorded[:, :0], recorded.shape[1], draw, guidance_scale=scale)
     close(torch.stack(probs, dim=1), case["pair.probs"])
-    tokens = noise_to_token(case["pair.noise"].flatten(0, 1), torch.cat(list(torch.stack(probs, 1))), case.codebook)
+    probs = torch.stack(probs, dim=1).flatten(0, 1)
+    tokens = noise_to_token(case["pair.noise"].flatten(0, 1), probs, case.codebook, 64)
     robust = case["pair.robust"]
     assert torch.equal(tokens.view_as(recorded)[robust], recorded[robust])
 

@@ -117,7 +117,7 @@ def test_pairs(path):
     case.teach(tokens, lambda logits: probs.append(scale_probabilities(logits, **filters)))
     probs = torch.cat(probs, dim=1)
     close(probs, case["pair.probs"])
-    mapped = noise_to_token(case["pair.noise"].flatten(0, 1), probs.flatten(0, 1), case.codebook)
+    mapped = noise_to_token(case["pair.noise"].flatten(0, 1), probs.flatten(0, 1), case.codebook, 64)
     assert torch.equal(mapped.view_as(tokens)[robust], tokens[robust])
     close(case.picture(case.tokenizer.features(case.codebook[tokens])), case["pair.img"])
 
