@@ -1,0 +1,87 @@
+"""Verification as LANTERN's authors write it (arXiv:2410.03355): the slow, plain reference of tests and benchmarks.
+
+Logits are gathered along every path from the root to a leaf; candidates are tried in Python, each with a number fetched
+from the device, and the law is renormalised after each failure. Deterministic drafts, `reference` rule or lossless; the
+results are those of `studio.decoding.verification.verify`.
+"""
+
+import torch
+
+from studio.decoding.acceptance import Relaxation
+from studio.decoding.sampling import Sampling
+from studio.decoding.trees import Tree
+
+
+def leaf_paths(tree: Tree) -> torch.Tensor:
+    """The first picture's paths (leaves, levels + 1) from the root to each leaf, then -1, elder siblings first."""
+    parents = tree.parents[0].tolist()
+    paths = []
+    for leaf in sorted(set(range(len(parents))) - {parent for parent in parents if parent >= 0}):
+        path, node = [], leaf
+        while node >= 0:
+            path.append(node)
+            node = parents[node]
+        if path[-1] == 0:
+            paths.append(path[::-1])
+    longest = max(map(len, paths))
+    return torch.tensor([path + [-1] * (longest - len(path)) for path in sorted(paths)])
+
+
+def textbook_verify(
+    paths: torch.Tensor,
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    uniforms: list[float],
+    sampling: Sampling,
+    relaxation: Relaxation | None = None,
+) -> tuple[list[int], torch.Tensor]:
+    """The accepted tokens behind the root, and the law (V,) of the next one.
+
+    Args:
+        paths: as of `leaf_paths`.
+        tokens: of the nodes (n,).
+        logits: the target's (n, V) at every node.
+        uniforms: used in order, one for each test.
+    """
+    along = logits[paths]
+    candidates = torch.where(paths >= 0, tokens[paths], -1)
+    accepted, used, failed = [int(tokens[0])], 0, False
+    path = 0
+    for level in range(1, paths.shape[1]):
+        if level != len(accepted):
+            break
+        failed = False
+        fits = (candidates[:, :level] == torch.tensor(accepted)).all(dim=1)
+        path = int(torch.nonzero(fits)[0, 0])
+        law = sampling.probabilities(along[path, level - 1][None])[0]
+        seen = set()
+        for row in range(len(paths)):
+            x = candidates[row, level].item()
+            if not fits[row] or x in seen or x == -1:
+                continue
+            seen.add(x)
+            near, count, ratio = None, 0, law[x]
+            if relaxation is not None:
+                near = relaxation.neighbours[x].long()
+                sums = law[near[: relaxation.k]].cumsum(dim=0)
+                bound = relaxation.tv_budget
+                if bound is None:
+                    bound = (relaxation.ratio_budget - 1) * law[x]
+                count = int((sums <= bound).sum()) if bound != 1 else relaxation.k
+                if count:
+                    ratio = ratio + sums[count - 1]
+            number, used = uniforms[used], used + 1
+            if number <= ratio:
+                accepted.append(x)
+                path = row
+                break
+            law[x] = 0
+            if count:
+                law[near[: relaxation.k + 1]] = 0
+            if law.sum() == 0:
+                law = torch.ones_like(law)
+            law = law / law.sum()
+            failed = True
+    if not failed or len(accepted) == paths.shape[1]:
+        law = sampling.probabilities(along[path, len(accepted) - 1][None])[0]
+    return accepted[1:], law

@@ -1,0 +1,208 @@
+"""Draft trees: which drafted token follows which, and the two shapes that a drafter fills.
+
+Node 0 is the root, a token that is drawn already and that the target has not read. Every other node proposes the token
+behind its parent. Nodes stand in level order, siblings in the order in which they are tried.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from studio.errors import StudioError
+
+
+@dataclass
+class Tree:
+    """Trees of B pictures, filled up to one size n.
+
+    Args:
+        tokens: (B, n) int64; 0 where there is no node.
+        parents: (B, n) int64, smaller than the node's own number; -1 at the root and where there is no node.
+        proposals: laws (B, e, V) that children were drawn from without replacement; None for deterministic drafts.
+        proposal_rows: (n,) which of the e laws belongs to a node's children; -1 for a leaf.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    proposals: torch.Tensor | None = None
+    proposal_rows: torch.Tensor | None = None
+
+    @cached_property
+    def ancestors(self) -> torch.Tensor:
+        """(B, n, n) bool: whether node j is node i or above it."""
+        batch, n = self.parents.shape
+        seen = torch.eye(n, dtype=torch.bool, device=self.parents.device).repeat(batch, 1, 1)
+        above = self.parents
+        while (above >= 0).any():
+            seen |= torch.zeros_like(seen).scatter_(2, above.clamp(min=0)[:, :, None], (above >= 0)[:, :, None])
+            above = torch.where(above >= 0, self.parents.gather(1, above.clamp(min=0)), -1)
+        return seen
+
+    @cached_property
+    def depths(self) -> torch.Tensor:
+        """(B, n) int64: steps from the root; 0 where there is no node."""
+        return self.ancestors.sum(dim=2) - 1
+
+    @cached_property
+    def children(self) -> torch.Tensor:
+        """(B, n, c) int64: numbers of each node's children in order, then -1."""
+        batch, n = self.parents.shape
+        same = (self.parents[:, :, None] == self.parents[:, None, :]) & (self.parents >= 0)[:, :, None]
+        rank = same.tril(-1).sum(dim=2)
+        table = torch.full((batch, n, n), -1, dtype=torch.long, device=self.parents.device)
+        rows, nodes = torch.nonzero(self.parents >= 0, as_tuple=True)
+        table[rows, self.parents[rows, nodes], rank[rows, nodes]] = nodes
+        return table[:, :, : max(1, int((table >= 0).sum(dim=2).max()))]
+
+
+def trees_of(rows: list[tuple[list[int], list[int]]], device) -> Tree:
+    """Trees from lists (tokens, parents) of each picture, the root included."""
+    n = max(len(tokens) for tokens, _ in rows)
+    tokens = [one + [0] * (n - len(one)) for one, _ in rows]
+    parents = [one + [-1] * (n - len(one)) for _, one in rows]
+    return Tree(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """A tree of one shape: paths of ranks, `(0, 1)` being the second child of the first child of the root.
+
+    Args:
+        paths: the nodes without the root, in any order; a node's parent and its elder siblings must be there too.
+
+    Errors: `StudioError` for paths that are no tree.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        paths = tuple(sorted((tuple(path) for path in self.paths), key=lambda path: (len(path), path)))
+        object.__setattr__(self, "paths", paths)
+        known = {()}
+        for path in paths:
+            elder = (*path[:-1], path[-1] - 1) if path and path[-1] else ()
+            if not path or path in known or path[:-1] not in known or elder not in known:
+                raise StudioError(f"{path} has no place in the tree: each path needs its parent and elder siblings.")
+            known.add(path)
+        if not paths:
+            raise StudioError("A draft tree needs at least one path, for example (0,).")
+
+    @property
+    def nodes(self) -> int:
+        """Nodes with the root."""
+        return len(self.paths) + 1
+
+    @property
+    def levels(self) -> int:
+        return len(self.paths[-1])
+
+    @property
+    def width(self) -> int:
+        """Most children of a node."""
+        return max(path[-1] for path in self.paths) + 1
+
+    @cached_property
+    def parents(self) -> list[int]:
+        """Number of each node's parent, -1 for the root."""
+        number = {(): 0, **{path: place + 1 for place, path in enumerate(self.paths)}}
+        return [-1, *(number[path[:-1]] for path in self.paths)]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Place of each node among its siblings; 0 for the root."""
+        return [0, *(path[-1] for path in self.paths)]
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Level of each node; 0 for the root."""
+        return [0, *(len(path) for path in self.paths)]
+
+    @cached_property
+    def expanded(self) -> list[int]:
+        """Nodes with children, in level order."""
+        return sorted(set(self.parents[1:]))
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree that grows where the drafter is sure (EAGLE-2, arXiv:2406.16858, section 4).
+
+    Args:
+        nodes: most nodes, with the root (the authors' 59).
+        levels: most levels below the root; each but the first costs a call of the drafter (the authors' depth 4 makes
+            5).
+        width: children that a node may get, and nodes of a level that get any (the authors' 10).
+
+    Errors: `StudioError` for numbers below 1, and for fewer than two nodes.
+    """
+
+    nodes: int = 59
+    levels: int = 5
+    width: int = 10
+
+    def __post_init__(self):
+        for name, least in (("nodes", 2), ("levels", 1), ("width", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise StudioError(f"{name} of a draft tree must be a whole number of at least {least}, not {value!r}.")
+
+
+def grow(
+    shape: DynamicTree,
+    roots: torch.Tensor,
+    first: torch.Tensor,
+    expand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    room: torch.Tensor,
+) -> Tree:
+    """Grows trees below the roots (B,).
+
+    Args:
+        first: the drafter's log-probabilities (B, V) behind the roots.
+        expand: called once a level as (tokens (B, w), which of the w nodes of the level before is the parent (B, w)),
+            returns log-probabilities (B, w, V) behind each.
+        room: levels (B,) that a picture has left.
+
+    A node's score is its path's log-probability; the best `nodes` - 1 of all scores stay. Deviation from the authors'
+    code: among equal scores (a log-probability that rounds to 0) the elder level comes first, so that no node stays
+    without its parent; nodes of no probability are left out.
+    """
+    batch, width = len(roots), min(shape.width, first.shape[-1])
+    deepest = min(shape.levels, int(room.max()))
+    if deepest < 1:
+        return Tree(roots[:, None], torch.full_like(roots[:, None], -1))
+    scores, tokens = first.topk(width, dim=-1)
+    scores = scores.masked_fill(room[:, None] < 1, float("-inf"))
+    parents = torch.full_like(tokens, -1)
+    pool = [(scores, tokens, parents)]
+    beam, beam_scores, beam_tokens = torch.arange(width, device=roots.device).repeat(batch, 1), scores, tokens
+    came_from, size = torch.zeros_like(tokens), width
+    for level in range(2, deepest + 1):
+        below, new = expand(beam_tokens, came_from).topk(width, dim=-1)
+        scores = (beam_scores[:, :, None] + below).flatten(1).masked_fill(room[:, None] < level, float("-inf"))
+        new = new.flatten(1)
+        pool.append((scores, new, beam.repeat_interleave(width, dim=1)))
+        beam_scores, best = scores.topk(width, dim=-1)
+        came_from, beam_tokens, beam = best // width, new.gather(1, best), size + best
+        size += width * width
+    scores, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*pool))
+    return _best(shape.nodes - 1, roots, scores, tokens, parents)
+
+
+def _best(count: int, roots, scores, tokens, parents) -> Tree:
+    """The tree of the `count` best of a pool (B, size); `parents` are places in the pool, -1 for the root."""
+    count = min(count, scores.shape[1])
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    exists = scores.gather(1, order) > float("-inf")
+    order = order.gather(1, exists.int().sort(dim=1, descending=True, stable=True).indices)
+    exists = scores.gather(1, order) > float("-inf")
+    number = torch.zeros_like(scores, dtype=torch.long)
+    number.scatter_(1, order, torch.arange(1, count + 1, device=roots.device).expand_as(order).contiguous())
+    above = parents.gather(1, order)
+    above = torch.where(above < 0, 0, number.gather(1, above.clamp(min=0)))
+    start = torch.full_like(roots[:, None], -1)
+    return Tree(
+        torch.cat((roots[:, None], tokens.gather(1, order) * exists), dim=1),
+        torch.cat((start, above.masked_fill(~exists, -1)), dim=1),
+    )

@@ -1,0 +1,243 @@
+"""Walks down a tree: joint laws of two and three tokens by enumeration, the plain reference, greedy paths."""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from laws import distance, without_replacement  # noqa: E402
+
+from studio import StudioError  # noqa: E402
+from studio.decoding.acceptance import Relaxation  # noqa: E402
+from studio.decoding.neighbours import neighbour_table  # noqa: E402
+from studio.decoding.sampling import Sampling  # noqa: E402
+from studio.decoding.textbook_verification import leaf_paths, textbook_verify  # noqa: E402
+from studio.decoding.trees import DynamicTree, StaticTree, Tree, grow, trees_of  # noqa: E402
+from studio.decoding.verification import verify, verify_greedy  # noqa: E402
+from studio.evaluation.bench_verify import bench_verify  # noqa: E402
+
+V, LENGTH = 4, 3
+PASS, FAIL = -1.0, 2.0
+
+
+class Language:
+    """A random law of three tokens: `logits[prefix]` (V,) are those of the token behind a prefix."""
+
+    def __init__(self, seed, temperature=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = {
+            prefix: 2 * torch.randn(V, generator=generator)
+            for length in range(LENGTH)
+            for prefix in product(range(V), repeat=length)
+        }
+        self.sampling = Sampling(temperature=temperature, top_k=3)
+
+    def law(self, prefix):
+        return self.sampling.probabilities(self.logits[prefix][None])[0]
+
+    def joint(self):
+        law = torch.ones(V**LENGTH, dtype=torch.float64)
+        for index, sequence in enumerate(product(range(V), repeat=LENGTH)):
+            for length in range(LENGTH):
+                law[index] *= float(self.law(sequence[:length])[sequence[length]])
+        return law
+
+
+def prefixes_of(tree):
+    """What stands behind the root at each node; the root is an unseen token before the first."""
+    paths = {0: ()}
+    for node, (token, parent) in enumerate(zip(tree.tokens[0].tolist(), tree.parents[0].tolist())):
+        if parent >= 0:
+            paths[node] = (*paths[parent], token)
+    return [paths[node] for node in range(len(paths))]
+
+
+def outcomes(tree, language, *, spoil=False):
+    """`[(tokens, law of the next token, probability)]` over all ends of the tests of one tree."""
+    logits = torch.stack([language.logits[prefix] for prefix in prefixes_of(tree)])[None]
+    found, pending = [], [([], 1.0)]
+    while pending:
+        forced, probability = pending.pop()
+        numbers = torch.full((1, tree.tokens.shape[1]), FAIL)
+        numbers[0, : len(forced)] = torch.tensor(forced)
+        verdict = verify(tree, logits, numbers, language.sampling)
+        ratios = verdict.ratios[0][~verdict.ratios[0].isnan()].clamp(max=1).tolist()
+        for place in range(len(forced), len(ratios)):
+            chance = probability * ratios[place]
+            if chance > 0:
+                pending.append(([*forced, *[FAIL] * (place - len(forced)), PASS], chance))
+            probability *= 1 - ratios[place]
+        tokens = tuple(tree.tokens[0, verdict.path[0, 1 : 1 + int(verdict.accepted)]].tolist())
+        law = language.law(tokens) if spoil else verdict.law[0]
+        found.append((tokens, law, probability))
+    return found
+
+
+def joint_law(trees, language, **how):
+    """The joint law of three tokens when each round verifies one of `trees` (with probabilities), then plain draws."""
+    law = torch.zeros(V**LENGTH, dtype=torch.float64)
+    for tree, chance in trees:
+        for tokens, following, probability in outcomes(tree, language, **how):
+            for last in range(V):
+                spread(law, language, (*tokens, last), chance * probability * float(following[last]))
+    return law
+
+
+def spread(law, language, tokens, probability):
+    if probability == 0:
+        return
+    if len(tokens) == LENGTH:
+        index = sum(token * V ** (LENGTH - 1 - place) for place, token in enumerate(tokens))
+        law[index] += probability
+        return
+    for token, share in enumerate(language.law(tokens).tolist()):
+        spread(law, language, (*tokens, token), probability * share)
+
+
+def test_the_joint_law_of_deterministic_drafts():
+    wrong = 0.0
+    for seed, rows in enumerate((
+        ([0, 1, 2, 3, 0], [-1, 0, 0, 1, 1]),
+        ([0, 2, 0, 1, 1, 3], [-1, 0, 0, 0, 1, 2]),
+        ([0, 3, 3], [-1, 0, 1]),
+        ([0], [-1]),
+    )):  # fmt: skip
+        language, tree = Language(seed), trees_of([rows], "cpu")
+        assert distance(joint_law([(tree, 1.0)], language), language.joint()) < 1e-6
+        wrong = max(wrong, distance(joint_law([(tree, 1.0)], language, spoil=True), language.joint()))
+    assert wrong > 0.02, "a next token from the law itself in place of the rest must be seen"
+
+
+def test_the_joint_law_of_drawn_drafts():
+    language, generator = Language(7), torch.Generator().manual_seed(3)
+    shape = StaticTree(((0,), (1,), (0, 0), (0, 1)))
+    first, second = torch.randn(2, V, generator=generator).softmax(dim=-1)
+    first[2], second[0] = 0, 0
+    first, second = first / first.sum(), second / second.sum()
+    rows = torch.tensor([0, 1, -1, -1, -1])
+    trees = []
+    for above, chance in without_replacement(first, 2):
+        for below, share in without_replacement(second, 2):
+            tokens = torch.tensor([[0, *above, *below]])
+            proposals = torch.stack((first, second))[None]
+            trees.append((Tree(tokens, torch.tensor([shape.parents]), proposals, rows), chance * share))
+    assert sum(chance for _, chance in trees) == pytest.approx(1)
+    assert distance(joint_law(trees, language), language.joint()) < 1e-6
+    assert distance(joint_law(trees, language, spoil=True), language.joint()) > 0.02
+
+
+def random_tree(generator, shape, vocab, batch=1):
+    def behind(*size):
+        return (4 * torch.randn(*size, vocab, generator=generator)).log_softmax(dim=-1)
+
+    roots, room = torch.zeros(batch, dtype=torch.long), torch.full((batch,), shape.levels)
+    return grow(shape, roots, behind(batch), lambda tokens, _: behind(*tokens.shape), room)
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_equals_the_textbook(relaxed):
+    generator = torch.Generator().manual_seed(0)
+    table = neighbour_table(torch.randn(40, 3, generator=generator), 12)
+    for budget in ({"tv_budget": 0.2}, {"ratio_budget": 3.0}, {"tv_budget": 1.0}):
+        relaxation = Relaxation(table, 8, reference=True, **budget) if relaxed else None
+        lengths = set()
+        for _ in range(20):
+            tree = random_tree(generator, DynamicTree(nodes=16, levels=3, width=4), 40)
+            n = tree.tokens.shape[1]
+            logits, numbers = 4 * torch.randn(n, 40, generator=generator), torch.rand(1, n, generator=generator)
+            logits[torch.arange(n - 1), tree.tokens[0, 1:]] += 4
+            verdict = verify(tree, logits[None], numbers, Sampling(top_k=30), relaxation)
+            accepted, law = textbook_verify(
+                leaf_paths(tree), tree.tokens[0], logits, numbers[0].tolist(), Sampling(top_k=30), relaxation
+            )
+            path = verdict.path[0, 1 : 1 + int(verdict.accepted)]
+            assert tree.tokens[0, path].tolist() == accepted
+            torch.testing.assert_close(verdict.law[0], law, atol=1e-6, rtol=1e-5)
+            lengths.add(len(accepted))
+        assert len(lengths) > 1
+
+
+def test_a_batch_equals_its_single_trees():
+    generator = torch.Generator().manual_seed(1)
+    table = neighbour_table(torch.randn(40, 3, generator=generator), 12)
+    trees = random_tree(generator, DynamicTree(nodes=12, levels=3, width=3), 40, batch=6)
+    logits, numbers = 3 * torch.randn(6, 12, 40, generator=generator), torch.rand(6, 12, generator=generator)
+    numbers *= 0.3
+    for relaxation in (None, Relaxation(table, 8, tv_budget=0.3)):
+        for greedy in (False, True):
+
+            def call(tree, logits, numbers, greedy=greedy, relaxation=relaxation):
+                if greedy:
+                    return verify_greedy(tree, logits, relaxation)
+                return verify(tree, logits, numbers, Sampling(), relaxation)
+
+            together = call(trees, logits, numbers)
+            assert len(set(together.accepted.tolist())) > 1
+            for row in range(6):
+                one = slice(row, row + 1)
+                alone = call(Tree(trees.tokens[one], trees.parents[one]), logits[one], numbers[one])
+                length = int(alone.accepted)
+                assert length == int(together.accepted[row])
+                assert torch.equal(alone.path[0, : length + 1], together.path[row, : length + 1])
+                assert alone.law is None or torch.equal(alone.law[0], together.law[row])
+
+
+def test_the_greedy_path_is_the_likeliest():
+    generator = torch.Generator().manual_seed(2)
+    lengths = set()
+    for _ in range(20):
+        tree = random_tree(generator, DynamicTree(nodes=20, levels=4, width=4), 8)
+        logits = torch.randn(1, tree.tokens.shape[1], 8, generator=generator)
+        logits[0, tree.parents[0, 1:], tree.tokens[0, 1:]] += 1.5
+        node, path = 0, [0]
+        while True:
+            below = [n for n in range(tree.tokens.shape[1]) if tree.parents[0, n] == node]
+            node = next((n for n in below if tree.tokens[0, n] == logits[0, node].argmax()), None)
+            if node is None:
+                break
+            path.append(node)
+        verdict = verify_greedy(tree, logits)
+        assert verdict.path[0, : int(verdict.accepted) + 1].tolist() == path
+        assert int(verdict.last) == path[-1]
+        lengths.add(len(path))
+    assert len(lengths) > 2
+
+
+def test_no_node_without_its_parent():
+    """Log-probabilities that round to 0 tie a child with its parent."""
+    generator = torch.Generator().manual_seed(3)
+    roots, room = torch.zeros(2, dtype=torch.long), torch.tensor([4, 2])
+
+    def sure(*size):
+        return (400 * torch.randn(*size, 12, generator=generator)).log_softmax(dim=-1)
+
+    for _ in range(30):
+        tree = grow(DynamicTree(9, 4, 3), roots, sure(2), lambda tokens, _: sure(*tokens.shape), room)
+        rising = torch.arange(tree.parents.shape[1])
+        assert (tree.parents < rising).all() and (tree.parents[:, 0] == -1).all()
+        existing = tree.parents[:, 1:] >= 0
+        above = tree.parents[:, 1:].clamp(min=0)
+        assert ((above == 0) | (tree.parents.gather(1, above) >= 0))[existing].all()
+        assert tree.depths[1].max() <= 2 and tree.depths[0].max() <= 4
+
+
+def test_static_trees_are_checked():
+    shape = StaticTree(((0, 0), (1,), (0,), (0, 1)))
+    assert shape.paths == ((0,), (1,), (0, 0), (0, 1))
+    assert (shape.parents, shape.levels, shape.width, shape.expanded) == ([-1, 0, 0, 1, 1], 2, 2, [0, 1])
+    for paths in ((), ((1,),), ((0,), (0,)), ((0,), (1, 0)), ((),)):
+        with pytest.raises(StudioError):
+            StaticTree(paths)
+    for wrong in ({"nodes": 1}, {"levels": 0}, {"width": True}):
+        with pytest.raises(StudioError):
+            DynamicTree(**wrong)
+
+
+def test_benchmark():
+    times = bench_verify(vocab=64, nodes=12, k=8, trees=2, repeats=1)
+    assert set(times) == {"ms", "reference_ms"} and min(times.values()) > 0
+    with pytest.raises(StudioError, match="1 to 63"):
+        bench_verify(vocab=64, nodes=12, k=64, trees=1)
