@@ -305,7 +305,7 @@ def distilled(
         generators: one per picture: its noise, then the teacher's random draws.
         sampling, guidance_scale, cfg_interval: of the teacher's steps; the student knows neither.
         on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
-            teacher and, with index n - 1, after each call of the student; True stops the loop.
+            teacher and, with index n - 1, after each call of the student for all tokens; True stops the loop.
         noise: (B, n, C) in place of what the generators would draw.
         noise_map: for `teacher_draw="map"`, to spare measuring the codebook anew.
 
