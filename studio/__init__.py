@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from studio.errors import StudioError
     from studio.models.llamagen import LlamaGen
     from studio.pipelines.llamagen import LlamaGenPipeline
+    from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
     from studio.tokenizers.vq import VQTokenizer
 
@@ -29,6 +30,7 @@ _EXPORTS = {
     "LlamaGenPipeline": "studio.pipelines.llamagen",
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
+    "VisualQuestionPipeline": "studio.pipelines.visual_question",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.binding",
     "prune_inputs": "studio.pruning.binding",
@@ -40,6 +42,7 @@ __all__ = [
     "LlamaGenPipeline",
     "StudioError",
     "VQTokenizer",
+    "VisualQuestionPipeline",
     "__version__",
     "load",
     "prune",

@@ -14,6 +14,7 @@ NAMESPACES = ("pipelines", "tokenizers", "ui")
 LEVELS = {
     "ui": 5,
     "cli": 5,
+    "pictures": 4,
     "saving": 4,
     "training": 4,
     "evaluation": 4,
@@ -24,9 +25,9 @@ LEVELS = {
     "decoding": 1,
     "pruning": 1,
 }
-"""A package imports itself and packages of lower levels. `cli`: the modules right under studio/ but `saving`."""
+"""A package imports itself and packages of lower levels. `cli`: the other modules right under studio/."""
 MAY_ALSO = {("cli", "ui"), ("cli", "data"), ("training", "data"), ("evaluation", "data"), ("training", "evaluation")}
-PUBLIC = {"studio", "studio.errors", "checkpoints", "training", "evaluation", "saving"}
+PUBLIC = {"studio", "studio.errors", "checkpoints", "training", "evaluation", "pictures", "saving"}
 """What the surfaces may use, as a user would: `studio.__all__`, and the public modules of these packages."""
 
 
@@ -48,7 +49,7 @@ def package_of(path):
         return parts[1]
     if parts[1] == "__init__.py":
         return "studio"
-    return path.stem if path.stem in {"errors", "files", "saving"} else "cli"
+    return path.stem if path.stem in {"errors", "files", "pictures", "saving"} else "cli"
 
 
 def target_of(module):

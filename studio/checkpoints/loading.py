@@ -1,4 +1,7 @@
-"""`studio.load`: a bundled name, a folder or a Hub id becomes a pipeline or a tokenizer that is ready to run."""
+"""`studio.load`: a bundled name, a folder or a Hub id becomes a pipeline or a tokenizer that is ready to run.
+
+Folders of diffusers' form hold our pipelines and tokenizers; those of transformers' form a vision-language model.
+"""
 
 import json
 import os
@@ -8,12 +11,14 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, unknown_name
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.vq import VQTokenizer
 
 DTYPES = {
@@ -25,7 +30,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def load(name, *, device=None, dtype=None):
@@ -33,14 +38,14 @@ def load(name, *, device=None, dtype=None):
 
     Args:
         name: a bundled name (`"emoji-ar"`), a folder written by `save_pretrained` or `studio convert`, or the id of a
-            Hub repository of that form (`"owner/name"`).
+            Hub repository of that form (`"owner/name"`); also a vision-language model of transformers.
         device: where it runs; CUDA when there is one, else the CPU.
         dtype: a `torch.dtype` or one of `"float32"`, `"bfloat16"`, `"float16"` (`"fp32"`, `"bf16"`, `"fp16"`);
             float32 on a CPU and bfloat16 on CUDA when `None`.
 
     Returns:
-        A `LlamaGenPipeline` or a `VQTokenizer`. A pipeline that knows only some words has them in
-        `pipe.vocabulary`, `(words, concepts)`; any other has `None` there.
+        A `LlamaGenPipeline`, a `VQTokenizer` or a `VisualQuestionPipeline`. A pipeline that draws and knows only some
+        words has them in `pipe.vocabulary`, `(words, concepts)`; any other has `None` there.
 
     Raises:
         StudioError: unknown name, unreachable Hub, damaged weights, a folder that is no checkpoint or one of another
@@ -92,6 +97,8 @@ def _load_folder(folder, dtype):
     if (folder / "model_index.json").is_file():
         return _load_pipeline(folder, dtype)
     if (folder / "config.json").is_file():
+        if "architectures" in _read_config(folder / "config.json"):
+            return _load_visual_question(folder, dtype)
         return _load_model(VQTokenizer, folder, dtype)
     raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
 
@@ -117,6 +124,18 @@ def _load_pipeline(folder, dtype):
     pipe = LlamaGenPipeline.from_pretrained(folder, **components)
     pipe.vocabulary = read_vocabulary(folder)
     return pipe
+
+
+def _load_visual_question(folder, dtype):
+    config = _read_config(folder / "config.json")
+    if config.get("model_type") not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise StudioError(f"{folder} holds {config['architectures'][0]}, which reads no pictures.")
+    model = _load_weights(transformers.AutoModelForImageTextToText, folder, dtype)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise StudioError(f"The processor in {folder} cannot be read: {_first_line(error)}") from error
+    return VisualQuestionPipeline(model, processor)
 
 
 def _tokenizer_folder(folder):

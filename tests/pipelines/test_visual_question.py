@@ -1,0 +1,137 @@
+"""Questions about pictures, on a tiny random LLaVA-NeXT with its real processor: counts, clocks, pruning, refusals."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from studio import VisualQuestionPipeline, cli, load
+from studio.errors import StudioError
+
+SIDE, PATCH, PINPOINTS = 24, 4, [[48, 48], [24, 48], [48, 24]]
+WORDS = "what is at the left right how many of a which colour there".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model and its processor as `save_pretrained` writes them."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4}
+    words |= {word: index + 5 for index, word in enumerate(WORDS)}
+    text = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    pixels = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
+    )
+    processor = LlavaNextProcessor(
+        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_id=4, image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    path = tmp_path_factory.mktemp("vlm") / "tiny"
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    loaded = load(folder, device="cpu")
+    assert isinstance(loaded, VisualQuestionPipeline)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+
+
+def test_everything_is_read_without_a_method(pipe, picture):
+    answer = pipe(picture, "what is at the left", max_new_tokens=5)
+    inputs = pipe.processor(images=picture, text="<image>\nwhat is at the left", return_tensors="pt")
+    expected = pipe.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer.answer == pipe.processor.decode(expected, skip_special_tokens=True).strip()
+    assert answer.visual_tokens == answer.kept_tokens == int((inputs["input_ids"] == 4).sum())
+
+
+@pytest.mark.parametrize("method", ["divprune", "hired", "globalcom2", "random", "uniform"])
+def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
+    whole = pipe(picture, "how many", max_new_tokens=3)
+    part = pipe(picture, "how many", prune=method, keep=0.25, max_new_tokens=3)
+    assert part.visual_tokens == whole.visual_tokens
+    assert abs(part.kept_tokens - 0.25 * whole.visual_tokens) <= 1
+    each = whole.cache_bytes / (whole.visual_tokens + 2 + 2)
+    assert part.cache_bytes == pytest.approx(whole.cache_bytes - each * (whole.visual_tokens - part.kept_tokens))
+    assert set(part.seconds) == {"encode", "select", "prefill", "decode"}
+    assert all(seconds >= 0 for seconds in part.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        ({"question": " "}, "empty"),
+        ({"question": "x" * 2001}, "2001"),
+        ({"prune": "nonsense"}, "divprune"),
+        ({"prune": "divprune", "keep": 0.0}, "keep"),
+        ({"prune": "divprune", "keep": 1.5}, "keep"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_wrong_calls_are_refused(pipe, picture, call, word):
+    with pytest.raises(StudioError, match=word):
+        pipe(picture, **{"question": "what", **call})
+
+
+def run(capfd, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    return stopped.value.code, *capfd.readouterr()
+
+
+def test_ask_prints_answer_and_counts(folder, picture, tmp_path, capfd):
+    picture.save(tmp_path / "scene.png")
+    call = ("ask", tmp_path / "scene.png", "how many", "--model", folder, "--max-new-tokens", 3)
+    code, out, err = run(capfd, *call, "--prune", "divprune", "--keep", 0.2, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert set(document) == {"answer", "visual_tokens", "kept_tokens", "seconds", "cache_bytes"}
+    assert document["kept_tokens"] < document["visual_tokens"]
+    code, out, err = run(capfd, *call)
+    assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out
+
+
+def test_ask_refuses_what_changes_nothing_and_what_cannot_read(folder, tiny_folder, picture, tmp_path, capfd):
+    picture.save(tmp_path / "scene.png")
+    for model, extra, word in (
+        (folder, ("--keep", 0.2), "--prune"),
+        (tiny_folder, (), "reads no pictures"),
+        (tiny_folder / "text_encoder", (), "reads no pictures"),
+    ):
+        code, out, err = run(capfd, "ask", tmp_path / "scene.png", "what", "--model", model, *extra)
+        assert code == 2 and out == "" and word in err and "Traceback" not in err
