@@ -120,16 +120,21 @@ def _deterministic(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation
 def _move_neighbours(p, x, tried, relaxation: Relaxation) -> tuple[torch.Tensor, torch.Tensor]:
     """Masses (R, c) that siblings hold after borrowing in turn, and the law (R, V) of what is left without them."""
     rest, gains = p.clone(), []
+    around = torch.cat((x[:, :, None], relaxation.neighbours[:, : relaxation.k][x].long()), dim=2)
     left = None if relaxation.tv_budget is None else p.new_full((len(p), 1), relaxation.tv_budget)
-    for token, exists in zip(x.split(1, 1), tried.split(1, 1)):
-        own = rest.gather(1, token) * exists
-        bound = _smaller(left, None if relaxation.ratio_budget is None else (relaxation.ratio_budget - 1) * own)
-        near, masses, taken = _borrow(rest, token, bound.masked_fill(~exists, -1), relaxation)
+    for codes, exists in zip(around.unbind(1), tried.split(1, 1)):
+        masses = rest.gather(1, codes)
+        own = masses[:, :1]
+        bound = _smaller(
+            None if left is None else own + left,
+            None if relaxation.ratio_budget is None else relaxation.ratio_budget * own,
+        )
+        taken = (masses.cumsum(1) <= bound) & exists
         moved = masses * taken
-        credit = moved.sum(1, keepdim=True)
-        rest.scatter_(1, near, masses - moved).scatter_add_(1, token, -own)
-        left = None if left is None else left - credit
-        gains.append(own + credit)
+        gain = moved.sum(1, keepdim=True)
+        rest.scatter_(1, codes, masses - moved)
+        left = None if left is None else left + own - gain
+        gains.append(gain)
     return torch.cat(gains, dim=1), rest
 
 

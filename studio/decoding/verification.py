@@ -4,7 +4,7 @@ Target logits of all nodes are there already; only nodes that the walk visits ar
 for the device once a level, never for a single draft.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,13 +19,17 @@ class Verdict:
 
     `path` (B, d) holds the root's and the accepted nodes' numbers, then -1; `accepted` (B,) counts without the root;
     `law` (B, V) is what the next token comes from, None when greedy: the likeliest behind the last node of the path;
-    `ratios` (B, n) are the tests in the order in which they were made, then nan.
+    `tests` holds (trees (R,), which siblings were tried (R, c), ratios (R, c)) for each level of the walk.
     """
 
     path: torch.Tensor
     accepted: torch.Tensor
     law: torch.Tensor | None = None
-    ratios: torch.Tensor | None = None
+    tests: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def ratios(self, row: int) -> list[float]:
+        """The ratios of one tree's tests, in the order in which they were made."""
+        return [float(x) for rows, made, ratios in self.tests for x in ratios[rows == row][made[rows == row]]]
 
     @property
     def last(self) -> torch.Tensor:
@@ -48,12 +52,12 @@ def verify(
         uniforms: numbers (B, at least n - 1) from [0, 1), used in order, one for each test.
         sampling: temperature and filters; not greedy.
     """
-    batch, n, vocab = logits.shape
+    batch, _, vocab = logits.shape
     rows = torch.arange(batch, device=logits.device)
     nodes, used = torch.zeros_like(rows), torch.zeros_like(rows)
     accepted, path = torch.zeros_like(rows), [nodes]
     law = logits.new_empty(batch, vocab, dtype=torch.float32)
-    ratios = torch.full((batch, n + 1), float("nan"), dtype=torch.float64, device=logits.device)
+    tests = []
     while len(rows):
         p = sampling.probabilities(logits[rows, nodes])
         children = tree.children[rows, nodes]
@@ -68,15 +72,15 @@ def verify(
         passed = weighed.tried & (uniforms[rows].gather(1, place.clamp(min=0)) <= weighed.ratios)
         found, first = passed.any(dim=1), passed.int().argmax(dim=1)
         made = weighed.tried & ((passed.cumsum(dim=1) - passed.int()) == 0)
-        ratios[rows] = ratios[rows].scatter(1, torch.where(made, place, n), weighed.ratios.double())
+        tests.append((rows, made, weighed.ratios))
         used[rows] += made.sum(dim=1)
-        law[rows] = weighed.rest / weighed.rest.sum(dim=1, keepdim=True)
+        law[rows[~found]] = weighed.rest[~found]
         step = torch.full((batch,), -1, dtype=torch.long, device=logits.device)
         nodes, rows = children.gather(1, first[:, None])[found, 0], rows[found]
         step[rows] = nodes
         accepted[rows] += 1
         path.append(step)
-    return Verdict(torch.stack(path, dim=1), accepted, law, ratios[:, :n])
+    return Verdict(torch.stack(path, dim=1), accepted, law / law.sum(dim=1, keepdim=True), tests)
 
 
 def verify_greedy(tree: Tree, logits: torch.Tensor, relaxation: Relaxation | None = None) -> Verdict:

@@ -64,7 +64,7 @@ def outcomes(tree, language, *, spoil=False):
         numbers = torch.full((1, tree.tokens.shape[1]), FAIL)
         numbers[0, : len(forced)] = torch.tensor(forced)
         verdict = verify(tree, logits, numbers, language.sampling)
-        ratios = verdict.ratios[0][~verdict.ratios[0].isnan()].clamp(max=1).tolist()
+        ratios = [min(1.0, ratio) for ratio in verdict.ratios(0)]
         for place in range(len(forced), len(ratios)):
             chance = probability * ratios[place]
             if chance > 0:
