@@ -98,8 +98,8 @@ def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
         ({"question": " "}, "empty"),
         ({"question": "x" * 2001}, "2001"),
         ({"prune": "nonsense"}, "divprune"),
-        ({"prune": "divprune", "keep": 0.0}, "keep"),
-        ({"prune": "divprune", "keep": 1.5}, "keep"),
+        ({"prune": "divprune", "keep": 0.0}, "fraction"),
+        ({"prune": "divprune", "keep": 1.5}, "fraction|tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )

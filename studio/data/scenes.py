@@ -1,0 +1,165 @@
+"""Scenes with questions: emoji and words on a grid, drawn without end and decided by a seed.
+
+A tile is what a vision tower sees at once (96 px); it has 2 x 2 cells. A scene of 2 x 2 tiles has 16 cells, one of
+4 x 4 tiles 64. An emoji takes about two thirds of its cell, so that on a thumbnail of 2 x 2 tiles it is 17 px wide:
+what it is, and what a word says, has to be read from the crops.
+
+Every question has one right answer, which the picture alone decides.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from studio.data.archive import STYLES, load_concepts, load_pictures
+from studio.data.backgrounds import BACKGROUNDS, NAMES
+from studio.data.captions import article
+
+TILE = 96
+CELL = 48
+MOST_EMOJI = 16
+KINDS = ("place", "count", "background", "word", "presence")
+WORDS = tuple(
+    "ant arm axe bag bat bay bed bee box bus cap car cat cup day dog ear egg eye fan fig fly fox gem gum hat hen hut "
+    "ice ink jar jet key kid leg lid log map mat mud net nut oak oil owl pan peg pen pie pig pin pot rat rug saw sea "
+    "sky sun tap tea toe top toy van web wig zip".split()
+)
+_SUBJECTS = 160
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of one of `KINDS`, and its answer in lower case."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A picture (H, W, 3), uint8, and questions about it."""
+
+    picture: np.ndarray
+    questions: tuple[Question, ...]
+
+
+@lru_cache(maxsize=1)
+def subjects():
+    """The concepts that scenes show: the first 160 whose label is one word, in the archive's order."""
+    named = [concept for concept in load_concepts() if concept.label.isalpha() and concept.label not in WORDS]
+    return tuple(named[:: max(1, len(named) // _SUBJECTS)][:_SUBJECTS])
+
+
+def draw_scene(rng, tiles=(2, 2), questions=12):
+    """One scene.
+
+    Args:
+        rng: a `numpy.random.Generator`.
+        tiles: rows and columns of tiles, each 1 to 4.
+        questions: how many; their kinds are drawn evenly from those that the scene allows.
+
+    Returns:
+        A `Scene` of 96 px a tile.
+    """
+    rows, columns = 2 * tiles[0], 2 * tiles[1]
+    cells = rng.permutation(rows * columns)
+    emoji = int(rng.integers(1, min(MOST_EMOJI, len(cells)) + 1))
+    words = int(rng.integers(0, min(4, len(cells) - emoji) + 1))
+    kinds = rng.choice(len(subjects()), size=max(1, int(np.ceil(emoji * rng.uniform(0.4, 1)))), replace=False)
+    behind = rng.integers(len(NAMES))
+    things = {
+        int(cell): (int(rng.choice(kinds)), int(rng.integers(len(STYLES))), _own_background(rng, behind))
+        for cell in cells[:emoji]
+    }
+    written = {int(cell): str(rng.choice(WORDS)) for cell in cells[emoji : emoji + words]}
+    picture = _paint(rng, (rows, columns), behind, things, written)
+    facts = _Facts((rows, columns), things, written)
+    return Scene(picture, tuple(facts.ask(rng) for _ in range(questions)))
+
+
+def _own_background(rng, behind):
+    return int(rng.integers(len(NAMES))) if rng.random() < 0.6 else int(behind)
+
+
+def _paint(rng, grid, behind, things, written):
+    rows, columns = grid
+    canvas = Image.new("RGB", (columns * CELL, rows * CELL), BACKGROUNDS[NAMES[behind]])
+    for cell, (subject, style, background) in things.items():
+        left, top = cell % columns * CELL, cell // columns * CELL
+        canvas.paste(BACKGROUNDS[NAMES[background]], (left, top, left + CELL, top + CELL))
+        side = int(rng.integers(28, 41))
+        at = left + int(rng.integers(2, CELL - side - 1)), top + int(rng.integers(2, CELL - side - 1))
+        emoji = _emoji(subject, style).resize((side, side), Image.Resampling.BOX)
+        under = np.asarray(canvas.crop((*at, at[0] + side, at[1] + side)), dtype=np.float32)
+        over = np.asarray(emoji, dtype=np.float32)
+        mixed = over[..., :3] + under * (1 - over[..., 3:] / 255)
+        canvas.paste(Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8)), at)
+    brush = ImageDraw.Draw(canvas)
+    ink = "black" if sum(BACKGROUNDS[NAMES[behind]]) > 330 else "white"
+    for cell, word in written.items():
+        centre = (cell % columns + 0.5) * CELL, (cell // columns + 0.5) * CELL
+        brush.text(centre, word, fill=ink, font=_font(int(rng.integers(17, 22))), anchor="mm")
+    return np.asarray(canvas)
+
+
+@cache
+def _emoji(subject, style):
+    """Premultiplied RGBA at 64 px."""
+    picture = load_pictures(64)[subjects()[subject].index, style]
+    return Image.frombytes("RGBa", picture.shape[:2], picture.tobytes())
+
+
+@cache
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+class _Facts:
+    """What is true of a scene, as questions."""
+
+    def __init__(self, grid, things, written):
+        self.rows, self.columns = grid
+        self.things, self.written = things, written
+        self.names = [subject.label for subject in subjects()]
+        shown = [subject for subject, _, _ in things.values()]
+        self.counts = {subject: shown.count(subject) for subject in dict.fromkeys(shown)}
+        self.single = [cell for cell, (subject, _, _) in things.items() if self.counts[subject] == 1]
+
+    def ask(self, rng):
+        """A question of a kind that this scene allows."""
+        kinds = [kind for kind in KINDS if kind != "word" or self.written]
+        kinds = [kind for kind in kinds if kind != "background" or self.single]
+        return getattr(self, f"_{rng.choice(kinds)}")(rng)
+
+    def _place(self, rng):
+        free = sorted(set(range(self.rows * self.columns)) - set(self.things) - set(self.written))
+        if free and rng.random() < 0.15:
+            return Question("place", f"What is in {self._where(int(rng.choice(free)))}?", "nothing")
+        cell = int(rng.choice(list(self.things)))
+        return Question("place", f"What is in {self._where(cell)}?", self.names[self.things[cell][0]])
+
+    def _count(self, rng):
+        subject = int(rng.choice(list(self.counts)))
+        return Question(
+            "count", f"How many times is there {article(self.names[subject])}?", str(self.counts[subject])
+        )
+
+    def _background(self, rng):
+        subject, _, background = self.things[int(rng.choice(self.single))]
+        return Question("background", f"What colour is behind the {self.names[subject]}?", NAMES[background])
+
+    def _word(self, rng):
+        cell = int(rng.choice(list(self.written)))
+        return Question("word", f"Which word is in {self._where(cell)}?", self.written[cell])
+
+    def _presence(self, rng):
+        there = rng.random() < 0.5
+        absent = [subject for subject in range(len(self.names)) if subject not in self.counts]
+        subject = int(rng.choice(list(self.counts) if there else absent))
+        return Question("presence", f"Is there {article(self.names[subject])}?", "yes" if there else "no")
+
+    def _where(self, cell):
+        return f"row {cell // self.columns + 1}, column {cell % self.columns + 1}"

@@ -1,0 +1,51 @@
+"""Scenes: decided by the seed, of the size that was asked for, and every answer true and short."""
+
+import numpy as np
+import pytest
+
+from studio.data.backgrounds import BACKGROUNDS, NAMES
+from studio.data.scenes import CELL, KINDS, TILE, WORDS, draw_scene, subjects
+
+
+def test_the_seed_decides_everything():
+    first, again, other = (draw_scene(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first.picture, again.picture) and first.questions == again.questions
+    assert first.questions != other.questions
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 2), (3, 2), (4, 4)])
+def test_size_and_number(tiles):
+    scene = draw_scene(np.random.default_rng(0), tiles, questions=7)
+    assert scene.picture.shape == (tiles[0] * TILE, tiles[1] * TILE, 3) and scene.picture.dtype == np.uint8
+    assert len(scene.questions) == 7
+
+
+def test_answers_are_of_the_right_sort():
+    names = {subject.label for subject in subjects()}
+    answers = {
+        "place": names | {"nothing"}, "count": set(map(str, range(1, 17))), "background": set(NAMES),
+        "word": set(WORDS), "presence": {"yes", "no"},
+    }  # fmt: skip
+    seen = {kind: set() for kind in KINDS}
+    for seed in range(200):
+        for question in draw_scene(np.random.default_rng(seed)).questions:
+            assert question.answer in answers[question.kind] and question.text.endswith("?")
+            seen[question.kind].add(question.answer)
+    assert {"yes", "no"} == seen["presence"] and seen["background"] == set(NAMES) and len(seen["place"]) > 100
+
+
+def test_the_colour_behind_is_the_one_painted():
+    """Corners of a cell show its background: an emoji is never wider than 40 of 48 px and keeps 2 px of margin."""
+    checked = 0
+    for seed in range(300):
+        scene = draw_scene(np.random.default_rng(seed), (1, 1), questions=12)
+        places = {q.answer: q.text for q in scene.questions if q.kind == "place"}
+        for question in scene.questions:
+            name = question.text.removeprefix("What colour is behind the ").removesuffix("?")
+            if question.kind != "background" or name not in places:
+                continue
+            row, column = (int(part.strip("?,")) - 1 for part in places[name].split() if part.strip("?,").isdigit())
+            corner = scene.picture[row * CELL, column * CELL]
+            assert tuple(corner) == BACKGROUNDS[question.answer]
+            checked += 1
+    assert checked > 20
