@@ -8,13 +8,13 @@ def evaluate(model, *, samples=None, seed=None, device=None):
 
     Args:
         model: a bundled name or model folder. A pipeline draws held-out combinations for the judge, the judge looks
-            at true pictures of them, a tokenizer restores held-out concepts.
-        samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) and which (0); not for a
-            tokenizer, which is always measured on every held-out picture.
+            at true pictures of them, a tokenizer restores held-out concepts, a vision-language model reads scenes.
+        samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
+            not for a tokenizer, which is always measured on every held-out picture.
         device: where it runs; CUDA where there is one when `None`.
 
     Returns:
-        What `evaluate_generator`, `evaluate_judge` or `evaluate_tokenizer` returns.
+        What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns.
 
     Raises:
         StudioError: an option that would change nothing, or a pipeline that cannot draw from words.
@@ -22,7 +22,9 @@ def evaluate(model, *, samples=None, seed=None, device=None):
     from studio.checkpoints.loading import load
     from studio.evaluation.generators import evaluate_generator
     from studio.evaluation.judge import evaluate_judge, is_judge, load_judge
+    from studio.evaluation.scenes import evaluate_reader
     from studio.evaluation.tokenizers import evaluate_tokenizer
+    from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.tokenizers.vq import VQTokenizer
 
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
@@ -33,6 +35,9 @@ def evaluate(model, *, samples=None, seed=None, device=None):
         if chosen:
             raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
         return evaluate_tokenizer(loaded)
+    if isinstance(loaded, VisualQuestionPipeline):
+        scenes = {"scenes": chosen.pop("samples")} if samples is not None else {}
+        return evaluate_reader(loaded.model, loaded.processor, **scenes, **chosen)
     if not loaded.takes_text:
         raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
     loaded.set_progress_bar_config(disable=True)

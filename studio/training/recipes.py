@@ -8,6 +8,8 @@ from studio.errors import StudioError
 
 RECIPES = {
     "emoji-ar": "studio.training.emoji_ar:EmojiAR",
+    "emoji-tower": "studio.training.emoji_tower:EmojiTower",
+    "emoji-vlm": "studio.training.emoji_vlm:EmojiVLM",
     "emoji-judge": "studio.training.emoji_judge:EmojiJudge",
     "emoji-vq": "studio.training.emoji_vq:EmojiVQ",
 }

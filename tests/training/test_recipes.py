@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from transformers import CLIPVisionModel
 
 from studio.checkpoints.loading import load
 from studio.data.splits import combinations
 from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.vq import VQTokenizer
-from studio.training import emoji_ar, emoji_judge, emoji_vq, token_cache
+from studio.training import emoji_ar, emoji_judge, emoji_tower, emoji_vlm, emoji_vq, token_cache
 from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
 from studio.training.recipes import RECIPES, run
 
@@ -23,23 +25,43 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(emoji_vq.CONFIG, "base_channels", 32)
     monkeypatch.setitem(emoji_vq.CONFIG, "codebook_size", 64)
     monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, "dim": 32, "num_layers": 1, "ffn_dim": 64})
-    for recipe in (emoji_ar.EmojiAR, emoji_judge.EmojiJudge, emoji_vq.EmojiVQ):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
+    monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
+    monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
+    recipes = (emoji_ar.EmojiAR, emoji_judge.EmojiJudge, emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ)
+    for recipe in recipes:
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
+
+
+KINDS = {
+    "emoji-ar": LlamaGenPipeline,
+    "emoji-judge": Judge,
+    "emoji-tower": CLIPVisionModel,
+    "emoji-vlm": VisualQuestionPipeline,
+    "emoji-vq": VQTokenizer,
+}
+
+
+def read(name, folder):
+    if name == "emoji-tower":
+        return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    return load_judge(folder, "cpu") if name == "emoji-judge" else load(folder, device="cpu")
+
+
+def network(model):
+    return getattr(model, "transformer", None) or getattr(model, "model", model)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_exports_and_goes_on(name, small, tmp_path):
     result = run(name, out=tmp_path / "run", steps=2, batch_size=4)
     assert result["steps"] == 2 and result["loss"] > 0
-    read = load_judge if name == "emoji-judge" else load
-    model = read(result["folder"], device="cpu")
-    assert isinstance(model, {"emoji-ar": LlamaGenPipeline, "emoji-judge": Judge, "emoji-vq": VQTokenizer}[name])
+    model = read(name, result["folder"])
+    assert isinstance(model, KINDS[name])
     start = {"init_from": result["folder"], "learning_rate": 1e-12}
     further = run(name, out=tmp_path / "further", steps=1, batch_size=4, **start)
-    again = read(further["folder"], device="cpu")
-    before, after = (
-        part.transformer.state_dict() if name == "emoji-ar" else part.state_dict() for part in (model, again)
-    )
+    before, after = (network(part).state_dict() for part in (model, read(name, further["folder"])))
     for key in before:
         assert torch.allclose(before[key], after[key], atol=1e-2), key
 
@@ -75,3 +97,12 @@ def test_every_full_caption_fits_and_is_told_apart():
     assert len({tuple(row) for row in ids}) == len({caption.lower() for caption in captions})
     assert tokenizer("A Red APPLE!")["input_ids"] == tokenizer("a red apple")["input_ids"]
     assert {"apple", "heart", "eyes", "heart-eyes"} <= set(known_words())
+
+
+def test_a_reader_starts_from_the_tower(small, tmp_path):
+    run("emoji-tower", out=tmp_path / "tower", steps=1, batch_size=2)
+    start = str(tmp_path / "tower" / "model")
+    run("emoji-vlm", out=tmp_path / "run", steps=1, batch_size=2, learning_rate=1e-12, init_from=start)
+    tower = load(tmp_path / "run" / "model", device="cpu").model.model.vision_tower.state_dict()
+    for key, weight in read("emoji-tower", start).state_dict().items():
+        assert torch.allclose(tower[key], weight, atol=1e-2), key

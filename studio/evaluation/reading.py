@@ -1,0 +1,87 @@
+"""Many questions about one picture in one pass of a vision-language model.
+
+The tokens of a picture are nearly all the cost, so they are read once: behind them stand the questions with their
+answers, each of which sees the picture and itself, at the positions it would have alone. What comes out for a question
+is what the model says when it is asked nothing else.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class PackedQuestions:
+    """Questions and answers of B pictures, L tokens each.
+
+    Args:
+        ids: (B, L) text tokens, padded at the end.
+        question: (B, L) number of the question a token belongs to, -1 for padding.
+        place: (B, L) place within its question.
+        targets: (B, L) the token that should follow where that is part of an answer, else -100.
+    """
+
+    ids: torch.Tensor
+    question: torch.Tensor
+    place: torch.Tensor
+    targets: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(self.__dict__)
+
+
+def pack_questions(tokenizer, pictures) -> PackedQuestions:
+    """Packs lists of (question, answer) texts, one list for each picture; answers end with the tokenizer's eos."""
+    rows = []
+    for questions in pictures:
+        row = []
+        for number, (question, answer) in enumerate(questions):
+            asked = tokenizer(question, add_special_tokens=False)["input_ids"]
+            said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            tokens = [*asked, *said[:-1]]
+            targets = [IGNORED] * (len(asked) - 1) + said
+            row += [(token, number, place, targets[place]) for place, token in enumerate(tokens)]
+        rows.append(row)
+    longest = max(map(len, rows))
+    padding = (tokenizer.pad_token_id, -1, 0, IGNORED)
+    packed = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
+    return PackedQuestions(*(part.contiguous() for part in packed.unbind(-1)))
+
+
+def packed_logits(model, features, positions, next_position, packed: PackedQuestions) -> torch.Tensor:
+    """Logits (B, L, V) of all text tokens.
+
+    Args:
+        model: a LLaVA-like model of transformers whose prompt is bos, picture, question.
+        features: (B, T, D) what the language model receives for each picture.
+        positions: (T,) position of each feature; bos has position 0.
+        next_position: position of the first token of each question.
+        packed: the questions.
+    """
+    embed = model.get_input_embeddings()
+    batch, image = len(features), features.shape[1] + 1
+    bos = torch.full((batch, 1), model.config.get_text_config().bos_token_id, device=features.device)
+    x = torch.cat((embed(bos), features.to(embed.weight.dtype), embed(packed.ids)), dim=1)
+    before = torch.cat((positions.new_zeros(1), positions)).expand(batch, -1)
+    places = torch.cat((before, next_position + packed.place), dim=1)
+    owner = torch.cat((packed.question.new_full((batch, image), -2), packed.question), dim=1)
+    mask = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -2)
+    mask &= torch.ones(mask.shape[1:], dtype=torch.bool, device=mask.device).tril()
+    hidden = model.model.language_model(
+        inputs_embeds=x, attention_mask=mask[:, None], position_ids=places, use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden[:, image:])
+
+
+def exact_answers(logits, packed: PackedQuestions) -> list[torch.Tensor]:
+    """For each picture, whether greedy decoding would give each whole answer: (questions,) bool.
+
+    Greedy decoding gives an answer if and only if its every token, eos too, is the likeliest behind the right ones.
+    """
+    right = (logits.argmax(dim=-1) == packed.targets) | (packed.targets == IGNORED)
+    return [
+        torch.stack([hits[question == number].all() for number in range(int(question.max()) + 1)])
+        for hits, question in zip(right, packed.question)
+    ]

@@ -1,0 +1,60 @@
+"""How well a vision-language model reads scenes, whole and with pruned tokens: every method at the same counts."""
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from studio.data.scenes import draw_scene
+from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
+from studio.pruning.binding import prune_inputs
+from studio.pruning.methods import METHODS
+
+KEEPS = (0.5, 0.2, 0.1, 0.05)
+_STREAM = 1_000_000_007
+"""First number of the seeds of evaluation; training's seeds are small, so no scene is seen twice."""
+
+
+@torch.inference_mode()
+def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS), keeps=KEEPS, tiles=(2, 2)):
+    """Exact answers on scenes that training has not seen.
+
+    Args:
+        model, processor: of the LLaVA-NeXT form of `emoji-vlm`.
+        scenes: how many, with twelve questions each; the same for every method.
+        seed: which scenes.
+        methods: pruning methods; without any only the whole picture is read.
+        keeps: fractions of the tokens to keep, newlines included.
+        tiles: rows and columns of tiles of each scene.
+
+    Returns:
+        `{"accuracy": {method: {keep: fraction}}, "by_question": {method: {keep: {kind: fraction}}}, "scenes",
+        "questions", "visual_tokens"}`; method "none" has keep "1.0". Positions of kept tokens are the original ones.
+    """
+    settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
+    right = {setting: {} for setting in settings}
+    tokens = 0
+    for number in tqdm(range(scenes), desc="scenes", unit="scene"):
+        scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
+        texts = [(question.text, question.answer) for question in scene.questions]
+        packed = pack_questions(processor.tokenizer, [texts])
+        inputs = processor(images=Image.fromarray(scene.picture), text=f"<image>\n{texts[0][0]}", return_tensors="pt")
+        for method, keep in settings:
+            pruned, info = prune_inputs(model, inputs, "uniform" if method == "none" else method, keep)
+            features = pruned["mm_encoder_outputs"]["image"].pooler_output[0]
+            tokens = info.tokens_before[0]
+            logits = packed_logits(model, features[None], 1 + info.kept[0], 1 + tokens, packed)
+            for question, hit in zip(scene.questions, exact_answers(logits, packed)[0].tolist(), strict=True):
+                right[method, keep].setdefault(question.kind, []).append(hit)
+    accuracy, by_question = {}, {}
+    for (method, keep), kinds in right.items():
+        accuracy.setdefault(method, {})[str(keep)] = float(np.mean([hit for hits in kinds.values() for hit in hits]))
+        shares = {kind: float(np.mean(hits)) for kind, hits in sorted(kinds.items())}
+        by_question.setdefault(method, {})[str(keep)] = shares
+    return {
+        "accuracy": accuracy,
+        "by_question": by_question,
+        "scenes": scenes,
+        "questions": 12 * scenes,
+        "visual_tokens": tokens,
+    }
