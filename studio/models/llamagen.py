@@ -4,9 +4,9 @@
 (one class embedding, or `caption_length` projected caption vectors) followed by the image tokens in raster order. The
 module tree carries the authors' parameter names, so their state dicts load as they are.
 
-Scope: the network, its training forward, and the calls that cached decoding needs (`new_cache`, `prefill`, `extend`).
-How tokens are drawn is the business of `studio.decoding`; `studio.models.views` has the same network arranged for
-speed.
+Scope: the network, its training forward, and the calls that cached decoding needs: `new_cache`, `prefill`, `extend`,
+and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. How tokens are drawn is the
+business of `studio.decoding`; `studio.models.views` has the same network arranged for speed.
 """
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache
+from studio.models.tree_cache import TreeCache
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
@@ -56,8 +57,11 @@ def rope_table(grid_size: int, head_dim: int, prefix_length: int, base: float, p
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in float32."""
-    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    """Turns the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in float32.
+
+    A table (rows, n, head_dim // 2, 2) turns each row by its own.
+    """
+    cos, sin = table[..., None, :, 0], table[..., None, :, 1]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).type_as(x)
 
@@ -367,26 +371,53 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` sequences, in the model's dtype and on its device."""
-        return KVCache(
-            num_layers=self.config.num_layers,
-            rows=rows,
-            num_kv_heads=self.config.num_kv_heads or self.config.num_heads,
-            max_length=self.prefix_length + self.num_tokens,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return KVCache(**self._cache_sizes(rows))
+
+    def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
+        """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""
+        sizes = self._cache_sizes(rows)
+        return TreeCache(**{**sizes, "max_length": sizes["max_length"] + pending})
+
+    def _cache_sizes(self, rows: int) -> dict:
+        return {
+            "num_layers": self.config.num_layers,
+            "rows": rows,
+            "num_kv_heads": self.config.num_kv_heads or self.config.num_heads,
+            "max_length": self.prefix_length + self.num_tokens,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
 
     def prefill(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Stores the prefix (rows, T, dim) in an empty cache; logits (rows, V), float32, of the first image token."""
+        return self.logits(self.prefill_states(prefix, valid, cache)[:, -1])
+
+    def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """`prefill`, but the states (rows, T, dim) of all prefix positions, from which `logits` are read."""
         length = prefix.shape[1]
-        x = self.run_layers(prefix, self.rope()[:length], self.prefix_mask(valid, length), cache)
+        states = self.run_layers(prefix, self.rope()[:length], self.prefix_mask(valid, length), cache)
         if valid is not None:
             cache.mask_prefix(valid)
-        return self.output(x[:, -1]).float()
+        return states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V), float32, of the token behind the position of each state (..., dim)."""
+        return self.output(states).float()
 
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Feeds tokens (rows, n) behind what the cache holds; float32 logits (rows, n, V) of the tokens after them."""
         rope = self.rope()[cache.length : cache.length + tokens.shape[1]]
         mask = cache.attention_mask(tokens.shape[1])
-        return self.output(self.run_layers(self.tok_embeddings(tokens), rope, mask, cache)).float()
+        return self.logits(self.run_layers(self.tok_embeddings(tokens), rope, mask, cache))
+
+    def extend_tree(
+        self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """Feeds trees of tokens (rows, n) behind what each row of the cache keeps; states (rows, n, dim).
+
+        `positions` (rows, n) count from the start of the prefix; `visible` is as of `TreeCache.tree_mask`. The new
+        positions are pending in the cache.
+        """
+        mask = cache.tree_mask(visible)
+        return self.run_layers(self.tok_embeddings(tokens), self.rope()[positions], mask, cache)

@@ -1,0 +1,137 @@
+"""A small network that guesses what a LlamaGen will draw next: EAGLE's drafter, as LANTERN uses it.
+
+"EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv:2401.15077, section 4.1), for image tokens
+in LANTERN (arXiv:2410.03355). Position i reads the target's state i (behind its final norm) and the embedding of token
+i + 1, and returns a guess at state i + 1, from which the target's own head reads logits. Blocks are those of the
+target, with no norm before the first attention. Position i is turned like the cell of the token that it reads.
+
+Deviations from the authors' code: padding of captions is hidden from attention, as in the target.
+
+Scope: the network. How drafts are made with it is in `studio.decoding.drafter_drafts`.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from studio.errors import StudioError
+from studio.models.llamagen import Block, LlamaGen, default_ffn_dim, rope_table
+from studio.models.tree_cache import TreeCache
+
+
+class Drafter(ModelMixin, ConfigMixin):
+    """Guesses states of a `LlamaGen`.
+
+    Args:
+        vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, rope_base, prefix_rope: as of the target.
+        prefix_length: the target's number of prefix positions.
+        num_layers: blocks; published drafters have one.
+        norm_eps: of the norms, 1e-6 in published drafters.
+
+    Errors: `StudioError` for sizes that do not fit together.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        dim: int = 1280,
+        num_layers: int = 1,
+        num_heads: int = 20,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        grid_size: int = 16,
+        prefix_length: int = 120,
+        norm_eps: float = 1e-6,
+        rope_base: float = 10000.0,
+        prefix_rope: str = "zero",
+    ):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if dim % num_heads or (dim // num_heads) % 4 or num_heads % num_kv_heads:
+            raise StudioError(
+                f"dim {dim} must split into {num_heads} heads of a width divisible by 4, "
+                f"and the heads into {num_kv_heads} key/value heads."
+            )
+        self.embed_tokens = nn.Embedding(vocab_size, dim)
+        self.fc = nn.Linear(2 * dim, dim)
+        self.layers = nn.ModuleList(
+            Block(dim, num_heads, num_kv_heads, ffn_dim or default_ffn_dim(dim), norm_eps, 0.0)
+            for _ in range(num_layers)
+        )
+        self.layers[0].attention_norm = nn.Identity()
+        self._rope: torch.Tensor | None = None
+        self.apply(LlamaGen._init_weights)
+        nn.init.zeros_(self.fc.bias)
+
+    @classmethod
+    def for_target(cls, target: LlamaGen, **config) -> "Drafter":
+        """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""
+        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size", "rope_base", "prefix_rope")
+        sizes = {name: target.config[name] for name in names}
+        drafter = cls(**{**sizes, "prefix_length": target.prefix_length, **config})
+        drafter.embed_tokens.load_state_dict(target.tok_embeddings.state_dict())
+        return drafter.to(target.device, target.dtype)
+
+    def rope(self) -> torch.Tensor:
+        """The rotation table (prefix - 1 + grid**2, head_dim // 2, 2), float32, built once per device."""
+        if self._rope is None or self._rope.device != self.device:
+            sizes = self.config
+            head_dim = sizes.dim // sizes.num_heads
+            table = rope_table(
+                sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope
+            )
+            self._rope = table.to(self.device)
+        return self._rope
+
+    def forward(self, tokens: torch.Tensor, states: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Guesses (rows, n, dim) at states 1 to n, from states (rows, n, dim) 0 to n - 1 and tokens (rows, n) 1 to n.
+
+        Tokens of prefix positions are 0; `valid` (rows, T) is false at padding.
+        """
+        rows, n = tokens.shape
+        mask = None
+        if valid is not None:
+            mask = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril().repeat(rows, 1, 1)
+            mask[:, :, : valid.shape[1]] &= valid[:, None, :n]
+            mask.diagonal(dim1=1, dim2=2).fill_(True)
+            mask = mask[:, None]
+        return self._run(tokens, states, self.rope()[:n], mask, None)
+
+    def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
+        """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""
+        sizes = self.config
+        return TreeCache(
+            num_layers=sizes.num_layers,
+            rows=rows,
+            num_kv_heads=sizes.num_kv_heads or sizes.num_heads,
+            max_length=len(self.rope()) + pending,
+            head_dim=sizes.dim // sizes.num_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def extend_tree(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        cache: TreeCache,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` behind what each row of the cache keeps; the new positions (rows, n) are pending there.
+
+        `visible` is as of `TreeCache.tree_mask`; positions behind the grid are turned like its last cell.
+        """
+        table = self.rope()
+        out = self._run(tokens, states, table[positions.clamp(max=len(table) - 1)], cache.tree_mask(visible), cache)
+        cache.advance(tokens.shape[1])
+        return out
+
+    def _run(self, tokens, states, rope, mask, cache) -> torch.Tensor:
+        embedded = self.embed_tokens(tokens).to(states.dtype)
+        x = self.fc(torch.cat((embedded, states), dim=-1))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, index)
+        return x
