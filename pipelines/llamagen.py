@@ -10,6 +10,7 @@ from diffusers.utils import logging
 
 from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
 from studio.decoding.sampling import Sampling, is_finite_number
+from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
@@ -161,7 +162,7 @@ class LlamaGenPipeline(DiffusionPipeline):
         top_p: float | None = None,
         cfg_interval: int = -1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        decoding: Autoregressive | None = None,
+        decoding: Autoregressive | Speculative | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
@@ -177,10 +178,10 @@ class LlamaGenPipeline(DiffusionPipeline):
             top_k, top_p: keep the k likeliest tokens (0: all), or those that hold probability p (1: all).
             cfg_interval: index of the last token but one that is guided; -1 guides all.
             generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
-            decoding: how tokens are drawn; `Autoregressive()` when left out.
+            decoding: how tokens are drawn, `Autoregressive()`, `Speculative()` or `Lantern()`; the first when left out.
             output_type: "pil", "np", "pt", or "tokens" to leave out pixels.
-            callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token; may
-                return a dict with changed "tokens".
+            callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token that all
+                pictures have; may return a dict with a changed last token in "tokens", from which drawing goes on.
 
         Errors: `StudioError` for a call that cannot be used.
         """
@@ -196,8 +197,10 @@ class LlamaGenPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
         settings = Autoregressive() if decoding is None else decoding
-        if not isinstance(settings, Autoregressive):
-            raise StudioError(f"LlamaGen draws with Autoregressive decoding, not {type(settings).__name__}.")
+        if not isinstance(settings, (Autoregressive, Speculative)):
+            raise StudioError(
+                f"LlamaGen draws with Autoregressive, Speculative or Lantern decoding, not {type(settings).__name__}."
+            )
         sampling = Sampling(
             temperature=config.default_temperature if temperature is None else temperature,
             top_k=config.default_top_k if top_k is None else top_k,
@@ -223,16 +226,20 @@ class LlamaGenPipeline(DiffusionPipeline):
                             tokens.copy_(changed["tokens"])
                     return self._interrupt
 
-                drawn = autoregressive(
-                    self.transformer,
-                    condition,
-                    generators=generators,
-                    sampling=sampling,
-                    guidance_scale=guidance_scale,
-                    cfg_interval=cfg_interval,
-                    settings=settings,
-                    on_token=on_token,
-                )
+                call = {
+                    "generators": generators,
+                    "sampling": sampling,
+                    "guidance_scale": guidance_scale,
+                    "cfg_interval": cfg_interval,
+                    "settings": settings,
+                    "on_token": on_token,
+                }
+                if isinstance(settings, Speculative):
+                    call["codebook"] = self.image_tokenizer.quantize.embedding.weight
+                    call["editable"] = callback_on_step_end is not None
+                    drawn = speculative(self.transformer, condition, **call)
+                else:
+                    drawn = autoregressive(self.transformer, condition, **call)
             with _timed(seconds, "pixels"):
                 images = drawn.tokens if output_type == "tokens" else self._pictures(drawn.tokens, output_type)
         self.maybe_free_model_hooks()
@@ -299,6 +306,6 @@ def _stats(drawn: Drawn, seconds: dict[str, float]) -> DecodingStats:
     return DecodingStats(
         target_calls=drawn.target_calls,
         tokens=drawn.tokens.numel(),
-        mean_accepted_length=drawn.tokens.shape[1] / drawn.target_calls,
+        mean_accepted_length=drawn.mean_accepted_length,
         seconds={name: phases[name] for name in ("text", "prefill", "decode", "pixels", "total")},
     )

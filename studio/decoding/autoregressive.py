@@ -50,6 +50,11 @@ class Drawn:
     row_calls: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens of a picture per call of the model."""
+        return self.tokens.shape[1] / self.target_calls
+
 
 def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
     """Whether this token is drawn with guidance; a scale of 1 (or 0) is no guidance, interval -1 has no end."""

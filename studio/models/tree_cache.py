@@ -47,11 +47,10 @@ class TreeCache(KVCache):
         named = rising < counts[:, None]
         if counts.max() > most or ((nodes < 0) | (nodes >= pending))[named].any():
             raise StudioError(f"The cache holds {pending} pending positions; keep some of those.")
-        source = self.base + nodes.clamp(min=0)
-        target = self.row_lengths[:, None] + rising
-        if ((source != target) & named).any():
-            target = torch.where(named, target, source)
-            rows = torch.arange(self.rows, device=nodes.device)[:, None]
+        source, target = self.base + nodes, self.row_lengths[:, None] + rising
+        rows, places = torch.nonzero(named & (source != target), as_tuple=True)
+        if len(rows):
+            source, target = source[rows, places], target[rows, places]
             for layer in self.layers:
                 by_position = layer.movedim(3, 1)
                 by_position[rows, target] = by_position[rows, source]

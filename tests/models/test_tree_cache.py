@@ -38,7 +38,7 @@ def test_every_node_sees_its_path_only(kind):
     model.prefill_states(prefix, valid, cache)
     cache.keep_all()
     drawn = [[], []]
-    for kept in ([[0, 1, 4], [0]], [[0, 2], [0, 1, 2]], [[0], [0]]):
+    for kept in ([[0, 1, 4], [0]], [[0], [0, 1, 2]], [[0, 1, 3], [0, 1]], [[0], [0]]):
         tree = trees_of(ROWS, "cpu")
         before = torch.tensor([length + len(tokens) for tokens in drawn])
         assert torch.equal(cache.row_lengths, before)
@@ -50,7 +50,7 @@ def test_every_node_sees_its_path_only(kind):
                 path = [*drawn[row], *(tokens[step] for step in path_to(node, parents))]
                 expected = model(torch.tensor([path]), **one)[0, -1]
                 torch.testing.assert_close(logits[row, node], expected, atol=1e-5, rtol=1e-5)
-        nodes = torch.tensor([path + [-1] * (3 - len(path)) for path in kept])
+        nodes = torch.tensor([path + [-1] * (4 - len(path)) for path in kept])
         cache.keep(nodes, torch.tensor([len(path) for path in kept]))
         for row, path in enumerate(kept):
             drawn[row] += [ROWS[row][0][node] for node in path]

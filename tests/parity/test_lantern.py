@@ -9,12 +9,19 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem  # noqa: E402
+from recordings import Recording, find, stem  # noqa: E402
 
+from studio.checkpoints.drafter import drafter_from_state_dict  # noqa: E402
+from studio.checkpoints.llamagen import gpt_from_state_dict  # noqa: E402
 from studio.decoding.acceptance import Relaxation, weigh  # noqa: E402
+from studio.decoding.drafter_drafts import DrafterDrafts  # noqa: E402
+from studio.decoding.drafts import Progress, Setting  # noqa: E402
+from studio.decoding.guidance import Guidance  # noqa: E402
+from studio.decoding.lantern import Lantern  # noqa: E402
 from studio.decoding.neighbours import neighbour_table  # noqa: E402
 from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.decoding.trees import StaticTree, Tree  # noqa: E402
+from studio.decoding.speculative import Speculative, speculative  # noqa: E402
+from studio.decoding.trees import DynamicTree, StaticTree, Tree  # noqa: E402
 from studio.decoding.verification import verify, verify_greedy  # noqa: E402
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
@@ -123,3 +130,154 @@ def test_exact_laws(path):
         torch.testing.assert_close(law, arrays["law"], **CLOSE)
         distance = float((law - p.double()).clamp(min=0).sum())
         assert distance == pytest.approx(case["tv_from_target"], abs=CLOSE["atol"])
+
+
+DRAFTERS, RUNS = find("lantern_drafter"), find("lantern_e2e_greedy")
+
+
+class Head(torch.nn.Module):
+    """What a drafter uses of its target."""
+
+    def __init__(self, weight, prefix_length, **config):
+        super().__init__()
+        self.weight, self.prefix_length = weight, prefix_length
+        self.config = type("Config", (dict,), {"__getattr__": dict.__getitem__})(config)
+
+    def logits(self, states):
+        return states @ self.weight.T
+
+
+class Drafted:
+    """A recorded drafter, its target's head, and the authors' trees."""
+
+    def __init__(self, path):
+        recording = Recording(path)
+        self.info, self.io, config = recording.info, recording.io, recording.info["config"]
+        self.prefix = config["rope_zero_prefix"] + 1
+        self.drafter = drafter_from_state_dict(
+            recording.state,
+            num_heads=config["heads"],
+            grid_size=config["grid"],
+            prefix_length=self.prefix,
+            norm_eps=config["rms_norm_eps"],
+            rope_base=float(config["rope_base"]),
+        )
+        sizes = {name: self.drafter.config[name] for name in ("vocab_size", "dim", "grid_size")}
+        self.head = Head(recording.state["lm_head.weight"], self.prefix, **sizes)
+        self.scale, self.vocab = config["cfg_scale"], config["vocab"]
+        self.dynamic = DynamicTree(config["total_tokens_arg"], config["depth"] + 1, config["top_k"])
+
+    def begin(self, tree, sampling):
+        source = DrafterDrafts(self.drafter, tree)
+        return source.begin(Setting(self.head, None, 1, sampling, Guidance(self.scale, -1, 2)))
+
+    def progress(self, ids, states):
+        """`ids` (2, T + drawn tokens) and the states of all positions before the last one."""
+        tokens = torch.zeros(1, self.drafter.config.grid_size**2, dtype=torch.long)
+        length = ids.shape[1] - self.prefix
+        tokens[0, :length] = ids[0, self.prefix :]
+        room = torch.tensor([tokens.shape[1] - length - 1])
+        return Progress(tokens, torch.tensor([length]), room, [torch.Generator()], states)
+
+
+@pytest.mark.parametrize("path", DRAFTERS, ids=stem)
+@torch.no_grad()
+def test_drafter_forward(path):
+    case = Drafted(path)
+    tokens, states = case.io["fwd.input_ids"], case.io["fwd.hidden_states"]
+    out = case.drafter(tokens, states)
+    torch.testing.assert_close(out, case.io["fwd.output"], atol=1e-4, rtol=0)
+    logits = Guidance(case.scale, -1, 2).combine(case.head.logits(out), torch.zeros(1, out.shape[1]))
+    torch.testing.assert_close(logits[0], case.io["fwd.cfg_logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("path", DRAFTERS, ids=stem)
+@torch.no_grad()
+def test_dynamic_trees(path):
+    case = Drafted(path)
+    modes = {name.split(".")[0] for name in case.io if name.endswith(".draft_tokens")}
+    assert modes
+    for mode in modes:
+        sampling = Sampling(temperature=0)
+        if mode == "sampling":
+            sampling = Sampling(temperature=0.9, top_k=case.vocab // 2, order="lantern")
+        drafting, states = case.begin(case.dynamic, sampling), None
+        calls = sorted({int(name.split(".")[1]) for name in case.io if name.startswith(f"{mode}.")})
+        for call in calls:
+            io = {name: case.io[f"{mode}.{call}.{name}"] for name in ("input_ids", "hidden_states")}
+            new = io["hidden_states"]
+            states = new if states is None else torch.cat((states, new), dim=1)
+            tree = drafting.propose(case.progress(io["input_ids"], states))
+            expected = {name: case.io[f"{mode}.{call}.{name}"] for name in ("draft_tokens", "tree_mask")}
+            assert torch.equal(tree.tokens, expected["draft_tokens"])
+            assert torch.equal(tree.ancestors[0].float(), expected["tree_mask"][0, 0])
+            assert torch.equal(tree.depths[0], case.io[f"{mode}.{call}.tree_position_ids"])
+
+
+@pytest.mark.parametrize("path", DRAFTERS, ids=stem)
+@torch.no_grad()
+def test_static_trees(path):
+    case = Drafted(path)
+    names = {name.split(".")[0] for name in case.io if name.endswith(".top_tokens")}
+    assert names
+    for name in names:
+        shape = StaticTree(tuple(map(tuple, case.info["static_tree_choices"])))
+        top = case.io[f"{name}.top_tokens"]
+        drafting = case.begin(shape, Sampling(temperature=0))
+        tree = drafting.propose(case.progress(case.io[f"{name}.input_ids"], case.io[f"{name}.hidden_states"]))
+        assert len(top) == len(shape.expanded)
+        for node in range(1, shape.nodes):
+            row = shape.expanded.index(shape.parents[node])
+            assert tree.tokens[0, node] == top[row, shape.ranks[node]]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=stem)
+def test_whole_greedy_runs(path):
+    from safetensors.torch import load_file
+
+    info = json.loads(path.read_text())
+    arrays = load_file(path.with_suffix(".safetensors"))
+
+    def weights(part):
+        found = {name.removeprefix(f"{part}."): array for name, array in arrays.items() if name.startswith(f"{part}.")}
+        return {name: array for name, array in found.items() if "kv_cache" not in name}
+
+    sizes, drafting = info["target"], info["drafter"]
+    model = gpt_from_state_dict(
+        weights("target"), num_heads=sizes["n_head"], grid_size=drafting["grid"], norm_eps=sizes["norm_eps"]
+    )
+    drafter = drafter_from_state_dict(
+        weights("drafter"),
+        num_heads=sizes["n_head"],
+        grid_size=drafting["grid"],
+        prefix_length=drafting["rope_zero_prefix"] + 1,
+        norm_eps=drafting["rms_norm_eps"],
+    )
+    condition = {"captions": arrays["io.text_emb_rightpad"], "caption_mask": arrays["io.text_mask_rightpad"].bool()}
+    tree = DynamicTree(drafting["total_tokens_arg"], drafting["depth"] + 1, drafting["top_k"])
+    plain, length = arrays["io.plain_greedy"], info["length"]
+    assert info["runs"]
+    for number, run in enumerate(info["runs"]):
+        settings = Speculative(drafts=DrafterDrafts(drafter, tree))
+        if run["lantern"]:
+            delta, more = run["lantern_delta"], {}
+            if delta > 1:
+                delta, more = None, {"ratio_budget": delta}
+            settings = Lantern(
+                run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more
+            )
+        drawn = speculative(
+            model,
+            condition,
+            generators=[torch.Generator()],
+            sampling=Sampling(temperature=0),
+            guidance_scale=info["cfg_scale"],
+            settings=settings,
+            codebook=arrays["io.codebook"],
+            on_token=lambda index, tokens: index + 1 == length,
+            editable=False,
+        )
+        assert torch.equal(drawn.tokens, arrays[f"io.run{number}.tokens"]), run
+        assert torch.equal(drawn.tokens, plain) == run["equals_plain_greedy"]
+        known = 1 + (arrays[f"io.run{number}.accept_lengths"] + 1).cumsum(dim=0)
+        assert drawn.target_calls - 1 == 1 + int((known < length).sum())

@@ -1,0 +1,59 @@
+"""LANTERN: speculative decoding in which a draft may stand in for codes that look like it.
+
+"LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative Decoding" (arXiv:2410.03355) and
+"LANTERN++" (arXiv:2502.06352: trees of fixed shape, a bound on the ratio). The loop is that of `speculative`, the tests
+and what they guarantee are described in `acceptance`, and deviations from the authors' code in both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from studio.decoding.acceptance import Relaxation, check_budgets
+from studio.decoding.neighbours import neighbour_table
+from studio.decoding.speculative import Speculative
+from studio.errors import StudioError
+
+
+@dataclass(frozen=True)
+class Lantern(Speculative):
+    """Settings of relaxed speculative decoding.
+
+    Args:
+        k: nearest codes that count, at most the number of codes less one.
+        delta: the total-variation distance in [0, 1] between the law of a drawn token and the target's, at most; 0 is
+            lossless. None: no bound of this kind.
+        ratio_budget: LANTERN++'s lambda: no token becomes likelier than lambda times its probability, lambda >= 1.
+            None: no bound of this kind; with both, both hold.
+        reference: the authors' rule, with stored code vectors compared as they are; it takes one of the bounds, and
+            keeps neither.
+        drafts, filter_order: as of `Speculative`.
+
+    Greedy decoding has no law; a draft then counts with all that it may borrow, each draft on its own.
+
+    Errors: `StudioError` for a value outside these ranges.
+    """
+
+    k: int = 1000
+    delta: float | None = 0.1
+    ratio_budget: float | None = None
+    reference: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise StudioError(f"k must be a whole number above 0, not {self.k!r}.")
+        check_budgets(self.delta, self.ratio_budget, self.reference)
+
+    def relaxation(self, codebook: torch.Tensor | None) -> Relaxation:
+        """The rule, given the stored code vectors (V, C).
+
+        Errors: `StudioError` without a codebook, and for one of too few codes.
+        """
+        if codebook is None:
+            raise StudioError("Lantern needs a codebook with distances between its codes: use a VQ tokenizer.")
+        if self.k >= len(codebook):
+            raise StudioError(f"This codebook has {len(codebook)} codes: k must be below that, not {self.k}.")
+        width = min(self.k + self.reference, len(codebook) - 1)
+        table = neighbour_table(codebook, width, normalise=not self.reference)
+        return Relaxation(table, self.k, self.delta, self.ratio_budget, self.reference)

@@ -1,0 +1,251 @@
+"""The loop on a real tiny model: greedy equals plain, batches equal singles, 200,000 pictures have the exact law."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from studio import LlamaGen, StudioError
+from studio.decoding import speculative as loop
+from studio.decoding.autoregressive import Autoregressive, autoregressive
+from studio.decoding.drafter_drafts import DrafterDrafts
+from studio.decoding.lantern import Lantern
+from studio.decoding.ngram import NGram, continuations
+from studio.decoding.recycling import Recycling
+from studio.decoding.sampling import Sampling
+from studio.decoding.speculative import Speculative, speculative
+from studio.decoding.trees import DynamicTree, StaticTree
+from studio.models.drafter import Drafter
+
+GREEDY = Sampling(temperature=0)
+STATIC = StaticTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
+
+
+def streams(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def tiny(captions=False, seed=0, **sizes):
+    torch.manual_seed(seed)
+    condition = {"caption_dim": 16, "caption_length": 5, "prefix_rope": "identity"} if captions else {"num_classes": 9}
+    model = LlamaGen(
+        **{"vocab_size": 32, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4, **condition, **sizes}
+    )
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.3)
+    return model.eval()
+
+
+def conditions(captions):
+    if not captions:
+        return {"class_labels": torch.tensor([1, 7, 3])}
+    vectors = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    return {"captions": vectors, "caption_mask": mask}
+
+
+def sources(model):
+    torch.manual_seed(1)
+    drafter = Drafter.for_target(model).eval()
+    for weight in drafter.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return {
+        "recycling": Recycling(STATIC),
+        "ngram": NGram(longest=2, branches=3, levels=3),
+        "dynamic": DrafterDrafts(drafter, DynamicTree(nodes=9, levels=3, width=3)),
+        "static": DrafterDrafts(drafter, STATIC),
+    }
+
+
+NAMES = ["recycling", "ngram", "dynamic", "static"]
+
+
+@pytest.mark.parametrize("captions", [False, True], ids=["classes", "captions"])
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_equals_plain(captions, name):
+    model, condition, shorter = tiny(captions), conditions(captions), 0
+    settings = Speculative(drafts=sources(model)[name])
+    for scale, interval in ((1.0, -1), (3.0, -1), (3.0, 4)):
+        call = {"sampling": GREEDY, "guidance_scale": scale, "cfg_interval": interval}
+        plain = autoregressive(model, condition, generators=streams(1, 2, 3), settings=Autoregressive(weights="plain"),
+                               **call)  # fmt: skip
+        drawn = speculative(model, condition, generators=streams(1, 2, 3), settings=settings, **call)
+        assert torch.equal(drawn.tokens, plain.tokens)
+        assert drawn.picture_tokens == 48 and drawn.picture_calls <= 48 and drawn.target_calls <= 16
+        shorter += 48 - drawn.picture_calls
+    assert shorter > 0 or name in ("dynamic", "static"), "some draft must be accepted"
+
+
+def test_a_wrong_test_is_seen(monkeypatch):
+    """Negative control of the greedy equality: tests that accept the first draft."""
+    model = tiny()
+    verify = loop.verify_greedy
+
+    def credulous(tree, logits, relaxation):
+        first = tree.tokens[:, 1:2].clamp(min=0)
+        if first.shape[1]:
+            logits[:, 0].scatter_(1, first, 1e9)
+        return verify(tree, logits, relaxation)
+
+    monkeypatch.setattr(loop, "verify_greedy", credulous)
+    call = {"sampling": GREEDY, "generators": streams(1, 2, 3)}
+    plain = autoregressive(model, conditions(False), **call).tokens
+    assert not torch.equal(speculative(model, conditions(False), **call).tokens, plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("captions", [False, True], ids=["classes", "captions"])
+@pytest.mark.parametrize("relaxed", [False, True], ids=["lossless", "relaxed"])
+def test_a_batch_equals_its_single_calls(name, captions, relaxed):
+    model, condition = tiny(captions), conditions(captions)
+    drafts = sources(model)[name]
+    settings = Lantern(20, 0.3, drafts=drafts) if relaxed else Speculative(drafts=drafts)
+    codebook = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
+    calls = {}
+    for interval in (-1, 3):
+        call = {"settings": settings, "guidance_scale": 2.0, "cfg_interval": interval, "codebook": codebook}
+        together = speculative(model, condition, generators=streams(1, 2, 3), **call)
+        for row in range(3):
+            one = {key: value[row : row + 1] for key, value in condition.items()}
+            alone = speculative(model, one, generators=streams(row + 1), **call)
+            assert torch.equal(alone.tokens[0], together.tokens[row])
+            calls[row] = alone.target_calls
+        assert together.target_calls == max(calls.values())
+        assert together.picture_calls == sum(calls.values())
+        assert together.mean_accepted_length == 48 / sum(calls.values())
+
+
+def test_relaxed_tests_accept_more():
+    model, condition = tiny(), conditions(False)
+    codebook = model.tok_embeddings.weight.detach()
+    accepted = [
+        speculative(model, condition, generators=streams(1, 2, 3), codebook=codebook, settings=settings)
+        for settings in (Speculative(), Lantern(31, 0.0), Lantern(31, 0.9), Lantern(31, None, ratio_budget=1.0))
+    ]
+    exact, nothing, much, ratio = accepted
+    assert torch.equal(exact.tokens, nothing.tokens) and torch.equal(exact.tokens, ratio.tokens)
+    assert much.mean_accepted_length > exact.mean_accepted_length > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_token_is_gone_on_from(name):
+    model = tiny()
+    settings = Speculative(drafts=sources(model)[name])
+    call = {"sampling": GREEDY, "guidance_scale": 2.0, "cfg_interval": 9}
+
+    def write(index, tokens):
+        if index % 3 == 1:
+            tokens[1:, index] = (5 * index + tokens[1:, index] + 1) % 32
+
+    plain = autoregressive(model, conditions(False), generators=streams(1, 2, 3), on_token=write, **call)
+    drawn = speculative(
+        model, conditions(False), generators=streams(1, 2, 3), settings=settings, on_token=write, **call
+    )
+    assert torch.equal(drawn.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_on_token_sees_and_stops(editable):
+    seen = []
+
+    def stop_after_five(index, tokens):
+        seen.append(tokens.clone())
+        return index == 4
+
+    call = {"generators": streams(1, 2, 3), "on_token": stop_after_five, "editable": editable}
+    drawn = speculative(tiny(), conditions(False), **call)
+    assert [tokens.shape[1] for tokens in seen] == [1, 2, 3, 4, 5]
+    assert torch.equal(seen[-1], drawn.tokens) and drawn.target_calls <= 5
+
+
+def test_continuations():
+    settings = NGram(longest=2, branches=2, levels=2)
+    assert continuations([1, 2, 3, 1, 2, 4, 9, 1, 2], settings, 2) == [[4, 9], [3, 1]]
+    assert continuations([1, 2, 3], settings, 2) == []
+    assert continuations([7, 7], settings, 2) == [[7]]
+    assert continuations([7, 7, 7], settings, 0) == []
+
+
+def test_settings_are_checked():
+    for wrong in (
+        lambda: Speculative(drafts="eagle"), lambda: Speculative(filter_order="other"), lambda: Lantern(0),
+        lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio_budget=0.5),
+        lambda: Lantern(10, 0.1, 2.0, reference=True), lambda: NGram(branches=0),
+        lambda: DrafterDrafts(None, "tree"),
+    ):  # fmt: skip
+        with pytest.raises(StudioError):
+            wrong()
+    call = {"generators": streams(1, 2, 3)}
+    with pytest.raises(StudioError, match="codebook"):
+        speculative(tiny(), conditions(False), settings=Lantern(10), **call)
+    with pytest.raises(StudioError, match="32 codes"):
+        speculative(tiny(), conditions(False), settings=Lantern(32), codebook=torch.randn(32, 3), **call)
+    other = DrafterDrafts(Drafter.for_target(tiny(captions=True)))
+    with pytest.raises(StudioError, match="prefixes of 5"):
+        speculative(tiny(), conditions(False), settings=Speculative(drafts=other), **call)
+
+
+SEED, SEQUENCES, LEVEL = 5, 200_000, 1e-3
+BATCH, GUIDANCE, FILTERS = 10_000, 2.0, Sampling(temperature=0.9, top_k=4)
+
+
+def exact_law(model, label):
+    """The joint law (V**4,) of a picture of 2 x 2 tokens, from the training forward."""
+    vocab, n = model.config.vocab_size, model.num_tokens
+    sequences = torch.tensor(list(product(range(vocab), repeat=n)))
+    law, labels = torch.ones(len(sequences), dtype=torch.float64), torch.full((len(sequences),), label)
+    with torch.no_grad():
+        conditional, null = (
+            model(sequences[:, :-1], class_labels=labels, drop=torch.full_like(labels, drop, dtype=torch.bool))
+            for drop in (False, True)
+        )
+    for place in range(n):
+        logits = null[:, place] + GUIDANCE * (conditional[:, place] - null[:, place])
+        law *= FILTERS.probabilities(logits).double().gather(1, sequences[:, place, None])[:, 0]
+    return law
+
+
+def counts_of(model, settings, label):
+    """How often each sequence is drawn; all random streams come from one generator, seeded with SEED."""
+    vocab, n = model.config.vocab_size, model.num_tokens
+    counts, weights = torch.zeros(vocab**n), vocab ** torch.arange(n - 1, -1, -1)
+    shared = torch.Generator().manual_seed(SEED)
+    condition = {"class_labels": torch.full((BATCH,), label)}
+    for _ in range(SEQUENCES // BATCH):
+        drawn = speculative(
+            model, condition, generators=[shared] * BATCH, sampling=FILTERS, guidance_scale=GUIDANCE, settings=settings
+        )
+        counts += torch.bincount((drawn.tokens * weights).sum(dim=1), minlength=len(counts))
+    assert drawn.mean_accepted_length > 1.02
+    return counts.double()
+
+
+def p_value(counts, law):
+    """Of Pearson's chi-square, with cells of fewer than 5 expected joined into one."""
+    expected = law * counts.sum()
+    assert counts[law == 0].sum() == 0
+    rare = expected < 5
+    observed = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic, freedom = ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
+    return float(torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_law_of_200000_pictures(name, monkeypatch):
+    """Seed 5, 200,000 pictures of four tokens, level 0.001; without the residual the same test must reject."""
+    model = tiny(vocab_size=6, grid_size=2, seed=3)
+    settings, law = Speculative(drafts=sources(model)[name]), exact_law(model, 4)
+    assert p_value(counts_of(model, settings, 4), law) > LEVEL
+    verify = loop.verify
+
+    def without_residual(tree, logits, uniforms, sampling, relaxation):
+        verdict = verify(tree, logits, uniforms, sampling, relaxation)
+        rows = torch.arange(len(logits))
+        verdict.law = sampling.probabilities(logits[rows, verdict.last])
+        return verdict
+
+    monkeypatch.setattr(loop, "verify", without_residual)
+    assert p_value(counts_of(model, settings, 4), law) < LEVEL
