@@ -17,6 +17,8 @@ if not (Path(__file__).parent / "pipelines").is_dir():
 if TYPE_CHECKING:
     from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
+    from studio.decoding.lantern import Lantern
+    from studio.decoding.speculative import Speculative
     from studio.errors import StudioError
     from studio.models.llamagen import LlamaGen
     from studio.pipelines.llamagen import LlamaGenPipeline
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
+    "Lantern": "studio.decoding.lantern",
     "LlamaGen": "studio.models.llamagen",
     "LlamaGenPipeline": "studio.pipelines.llamagen",
+    "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
@@ -38,8 +42,10 @@ _EXPORTS = {
 
 __all__ = [
     "Autoregressive",
+    "Lantern",
     "LlamaGen",
     "LlamaGenPipeline",
+    "Speculative",
     "StudioError",
     "VQTokenizer",
     "VisualQuestionPipeline",

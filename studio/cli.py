@@ -125,6 +125,15 @@ def generate(
     top_p: Annotated[
         float | None, _number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
     ] = None,
+    decoding: Annotated[
+        str, typer.Option(help="How tokens are drawn: ar, speculative (same law) or lantern (relaxed).")
+    ] = "ar",
+    delta: Annotated[
+        float | None, _number(help="Lantern: largest total variation a token, 0 to 1.", show_default="0.1")
+    ] = None,
+    neighbours: Annotated[
+        int | None, typer.Option(min=1, help="Lantern: how many similar codes count.", show_default="1000")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
@@ -146,7 +155,13 @@ def generate(
         raise StudioError(
             'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
-    _generate(prompt, class_label, model, num_images, seed, settings, device, dtype, out, sheet)
+    chosen = {"delta": delta, "neighbours": neighbours}
+    chosen = {"name": decoding, **{name: value for name, value in chosen.items() if value is not None}}
+    if chosen.keys() & {"delta", "neighbours"} and decoding != "lantern":
+        raise StudioError("--delta and --neighbours belong to --decoding lantern: add it, or leave them out.")
+    if dtype == "int8" and decoding != "ar":
+        raise StudioError("--dtype int8 goes with --decoding ar only.")
+    _generate(prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, sheet)
 
 
 @app.command()
@@ -412,7 +427,19 @@ def _converted(folder):
     say(f"Converted: {folder}")
 
 
-def _generate(prompt, class_label, model, num_images, seed, settings, device, dtype, out, sheet):
+def _decoding(name, dtype, delta=0.1, neighbours=1000):
+    from studio import Autoregressive, Lantern, Speculative
+
+    if name == "ar":
+        return Autoregressive(weights="int8" if dtype == "int8" else "auto")
+    if name == "speculative":
+        return Speculative()
+    if name == "lantern":
+        return Lantern(k=neighbours, delta=delta)
+    raise StudioError(f"--decoding is ar, speculative or lantern, not {name!r}.")
+
+
+def _generate(prompt, class_label, model, num_images, seed, settings, decoding, device, dtype, out, sheet):
     from studio.saving import make_sheet, plan_paths, png_writer, save_all
 
     seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
@@ -420,9 +447,10 @@ def _generate(prompt, class_label, model, num_images, seed, settings, device, dt
 
     import torch
 
-    from studio import Autoregressive, load
+    from studio import load
     from studio.checkpoints.vocabulary import prompt_warning
 
+    how = _decoding(dtype=dtype, **decoding)
     quiet_libraries()
     packed = dtype == "int8"
     pipe = load(model, device=device, dtype=None if packed else dtype)
@@ -435,12 +463,13 @@ def _generate(prompt, class_label, model, num_images, seed, settings, device, dt
         class_labels=class_label,
         num_images_per_prompt=num_images,
         generator=[torch.Generator().manual_seed(each) for each in seeds],
-        decoding=Autoregressive(weights="int8" if packed else "auto"),
+        decoding=how,
         **settings,
     )
 
     call = {"model": model, "prompt": prompt, "class_label": class_label, "num_images": num_images, **settings}
     call |= {
+        "decoding": decoding,
         "device": str(pipe.device),
         "dtype": "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch."),
     }
@@ -453,7 +482,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, device, dt
     emit(
         {
             "model": model,
-            "decoding": "autoregressive",
+            "decoding": decoding["name"],
             "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
             **({"sheet": str(sheet_path)} if sheet_path else {}),
             "tokens": stats.tokens,

@@ -109,9 +109,26 @@ def test_every_sampling_option_is_taken(run, tiny_folder):
     assert code == 0, err
 
 
+@pytest.mark.parametrize("decoding", ["ar", "speculative", "lantern"])
+def test_every_decoding_is_taken(run, tiny_folder, tmp_path, decoding):
+    options = ["--delta", 0.2, "--neighbours", 8] if decoding == "lantern" else []
+    call = ("generate", "a red apple", "--model", tiny_folder, "--seed", 1, "--decoding", decoding, *options, "--json")
+    code, out, err = run(*call)
+    document = json.loads(out)
+    assert code == 0 and document["decoding"] == decoding, err
+    assert document["tokens"] == 16 and 1 <= document["target_calls"] <= 16
+    record = json.loads(Image.open(tmp_path / document["images"][0]["path"]).text["studio"])
+    assert record["call"]["decoding"]["name"] == decoding
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
+        (["--decoding", "fast"], "speculative"),
+        (["--delta", "0.1"], "lantern"),
+        (["--decoding", "speculative", "--neighbours", "5"], "lantern"),
+        (["--decoding", "speculative", "--dtype", "int8"], "int8"),
+        (["--decoding", "lantern", "--delta", "2"], "delta"),
         (["--num-images", "0"], "--num-images"),
         (["--num-images", "two"], "--num-images"),
         (["--seed", "-1"], "--seed"),

@@ -70,7 +70,7 @@ def check_budgets(tv_budget: float | None, ratio_budget: float | None, reference
     if reference and tv_budget is not None and ratio_budget is not None:
         raise StudioError("The authors' rule knows one bound: give the mass that may move or the ratio, not both.")
     if tv_budget is not None and not 0 <= tv_budget <= 1:
-        raise StudioError(f"The mass that may move at a token must be from 0 to 1, not {tv_budget!r}.")
+        raise StudioError(f"delta, the probability that may move at a token, must be from 0 to 1, not {tv_budget!r}.")
     if ratio_budget is not None and not 1 <= ratio_budget < float("inf"):
         raise StudioError(f"The ratio that bounds a token must be a finite number of at least 1, not {ratio_budget!r}.")
 
