@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from recordings import Recording, find, stem  # noqa: E402
 
 from studio.checkpoints.drafter import drafter_from_state_dict  # noqa: E402
 from studio.checkpoints.llamagen import gpt_from_state_dict  # noqa: E402
+from studio.decoding import trees  # noqa: E402
 from studio.decoding.acceptance import Relaxation, weigh  # noqa: E402
 from studio.decoding.drafter_drafts import DrafterDrafts  # noqa: E402
 from studio.decoding.drafts import Progress, Setting  # noqa: E402
@@ -231,10 +233,18 @@ def test_static_trees(path):
             assert tree.tokens[0, node] == top[row, shape.ranks[node]]
 
 
-@pytest.mark.parametrize("path", RUNS, ids=stem)
-def test_whole_greedy_runs(path):
-    from safetensors.torch import load_file
+def authors_selection(count, roots, scores, tokens, parents):
+    """The authors' choice out of the pool: of equal scores any, so that a child can lose its parent to another's."""
+    order = scores.topk(count, dim=1).indices.sort(dim=1).values
+    above = parents.gather(1, order)
+    above = torch.where(above < 0, 0, torch.searchsorted(order, above) + 1)
+    start = torch.full_like(roots[:, None], -1)
+    return Tree(torch.cat((roots[:, None], tokens.gather(1, order)), dim=1), torch.cat((start, above), dim=1))
 
+
+@pytest.mark.parametrize("path", RUNS, ids=stem)
+def test_whole_greedy_runs(path, monkeypatch):
+    """With the authors' trees, corrupt where scores tie; ours must draw the same where acceptance is lossless."""
     info = json.loads(path.read_text())
     arrays = load_file(path.with_suffix(".safetensors"))
 
@@ -257,16 +267,9 @@ def test_whole_greedy_runs(path):
     tree = DynamicTree(drafting["total_tokens_arg"], drafting["depth"] + 1, drafting["top_k"])
     plain, length = arrays["io.plain_greedy"], info["length"]
     assert info["runs"]
-    for number, run in enumerate(info["runs"]):
-        settings = Speculative(drafts=DrafterDrafts(drafter, tree))
-        if run["lantern"]:
-            delta, more = run["lantern_delta"], {}
-            if delta > 1:
-                delta, more = None, {"ratio_budget": delta}
-            settings = Lantern(
-                run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more
-            )
-        drawn = speculative(
+
+    def draw(settings):
+        return speculative(
             model,
             condition,
             generators=[torch.Generator()],
@@ -277,6 +280,19 @@ def test_whole_greedy_runs(path):
             on_token=lambda index, tokens: index + 1 == length,
             editable=False,
         )
+
+    assert torch.equal(draw(Speculative(drafts=DrafterDrafts(drafter, tree))).tokens, plain)
+    monkeypatch.setattr(trees, "_best", authors_selection)
+    for number, run in enumerate(info["runs"]):
+        settings = Speculative(drafts=DrafterDrafts(drafter, tree))
+        if run["lantern"]:
+            delta, more = run["lantern_delta"], {}
+            if delta > 1:
+                delta, more = None, {"ratio_budget": delta}
+            settings = Lantern(
+                run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more
+            )
+        drawn = draw(settings)
         assert torch.equal(drawn.tokens, arrays[f"io.run{number}.tokens"]), run
         assert torch.equal(drawn.tokens, plain) == run["equals_plain_greedy"]
         known = 1 + (arrays[f"io.run{number}.accept_lengths"] + 1).cumsum(dim=0)
