@@ -23,9 +23,10 @@ the mass of its i nearest codes, it borrows the largest c_m within a budget. The
 - `ratio_budget` (LANTERN++'s lambda): x borrows at most (lambda - 1) p(x), so that no token comes out with more than
   lambda p(x), and what p excludes never comes out. The distance is at most lambda - 1.
 
-Deviations from the authors' code, all undone by `reference=True`: a failure removes only what was borrowed, not the
-k + 1 nearest codes; budgets hold across siblings, not for each alone; an emptied law falls back to the one before, not
-to all tokens alike. The authors' single number `delta` is two options here, since it changes meaning at 1.
+Deviations from the authors' code, undone by `reference=True`: a failure removes only what was borrowed, not the k + 1
+nearest codes; budgets hold across siblings, not for each alone; an emptied law falls back to the one before, not to all
+tokens alike. In both modes what is left of q is summed, not taken from 1, which would lose the tail of a sharp q. The
+authors' single number `delta` is two options here, since it changes meaning at 1.
 """
 
 from dataclasses import dataclass
@@ -154,11 +155,10 @@ def _deterministic_reference(p: torch.Tensor, tokens: torch.Tensor, relaxation: 
 def _drawn(p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor, relaxation: Relaxation | None) -> Weighed:
     reference = relaxation is not None and relaxation.reference
     ratios, tests = [], []
-    q, left = q.clone(), q.new_ones(len(q), 1)
     weight, spent = p.new_ones(len(p), 1), p.new_zeros(len(p), 1)
     for token in tokens.split(1, 1):
         exists, token = token >= 0, token.clamp(min=0)
-        mass = q.gather(1, token)
+        mass, left = q.gather(1, token), q.sum(1, keepdim=True)
         share = (mass / left).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * exists
         tested = share > 0
         own, law = p.gather(1, token), (q / left).nan_to_num(0.0, 0.0, 0.0)
@@ -181,7 +181,6 @@ def _drawn(p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor, relaxation: R
         after = (p - law).clamp(min=0)
         after = _normalised_or_uniform(after) if reference else _normalised(_or_else(after, p))
         p = torch.where(tested, after, p)
-        left = torch.where(exists, left - mass, left)
         q = q.scatter_add(1, token, -mass * exists)
         ratios.append(ratio)
         tests.append(tested)

@@ -26,9 +26,9 @@ def without_replacement(q, count):
     for _ in range(count):
         longer = []
         for drawn, probability in draws:
-            left = 1 - sum(float(q[token]) for token in drawn)
+            left = sum(float(q[token]) for token in range(len(q)) if token not in drawn)
             for token in range(len(q)):
-                if token not in drawn and float(q[token]) > 0 and left > 1e-12:
+                if token not in drawn and float(q[token]) > 0:
                     longer.append(((*drawn, token), probability * float(q[token]) / left))
         draws = longer
     return draws

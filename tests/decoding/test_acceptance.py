@@ -146,6 +146,12 @@ def test_many_drafts_that_share_one_neighbour():
     assert distance(drawn_law(p, q, 2, Relaxation(table, 1, ratio_budget=3.0)), p) < ROUNDING
 
 
+def test_drafts_of_a_law_sharper_than_rounding():
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    q = torch.tensor([1 - 2**-24, 1e-9, 3e-9, 2e-9])
+    assert distance(drawn_law(p, q, 3), p) < ROUNDING
+
+
 def test_siblings_in_any_order_and_padding():
     p, _, _ = next(cases(1, 24, seed=6))
     for tokens in ([3, 9, 4], [4, 3, 9], [3, 9, 4, -1, -1]):

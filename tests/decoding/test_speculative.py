@@ -48,7 +48,7 @@ def sources(model):
     torch.manual_seed(1)
     drafter = Drafter.for_target(model).eval()
     for weight in drafter.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
+        torch.nn.init.normal_(weight, std=0.1)
     return {
         "recycling": Recycling(STATIC),
         "ngram": NGram(longest=2, branches=3, levels=3),
