@@ -24,6 +24,8 @@ from studio.training.token_cache import training_tokens
 CAPTION_LENGTH = 16
 TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
+HIDING = 0.6
+"""Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
 WORDS_RATE = 10
 """The words' learning rate over Muon's: a word is seen in one batch of many, and its vector has to move then."""
 SAMPLING = {"default_guidance_scale": 3.0}
@@ -36,10 +38,19 @@ class TrainableGenerator(nn.Module):
         super().__init__()
         self.text_encoder, self.transformer = text_encoder, transformer
 
-    def forward(self, input_ids, attention_mask, tokens):
-        """Mean cross-entropy of tokens (B, n) behind captions (B, T), some of which are dropped."""
+    def forward(self, input_ids, attention_mask, tokens, seen):
+        """Mean cross-entropy of tokens (B, n) behind captions (B, T), some of which are dropped.
+
+        Of the tokens that are fed only those in `seen` (B, n - 1) are visible. A model that sees all earlier tokens
+        can read the subject off them and hardly needs the words; one that does not has to learn what the words mean.
+        """
         states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.transformer(tokens[:, :-1], captions=states, caption_mask=attention_mask)
+        model = self.transformer
+        drop = torch.rand(len(tokens), device=tokens.device) < model.config.class_dropout
+        prefix, valid = model.embed_condition(captions=states, caption_mask=attention_mask, drop=drop)
+        x = torch.cat((prefix, model.tok_embeddings(tokens[:, :-1]) * seen[..., None]), dim=1)
+        x = model.run_layers(x, model.rope()[: x.shape[1]], model.prefix_mask(valid, x.shape[1]))
+        logits = model.output(x[:, prefix.shape[1] - 1 :]).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
@@ -85,10 +96,13 @@ class EmojiAR(Recipe):
         text = self.tokenizer(
             captions, padding="max_length", truncation=True, max_length=CAPTION_LENGTH, return_tensors="pt"
         )
+        hidden = rng.random((batch_size, 1)) * (rng.random((batch_size, 1)) < HIDING)
+        seen = rng.random((batch_size, self.tokens.shape[1] - 1)) >= hidden
         return {
             "input_ids": text["input_ids"].to(device),
             "attention_mask": text["attention_mask"].to(device),
             "tokens": self.tokens[chosen].to(device),
+            "seen": torch.from_numpy(seen).to(device),
         }
 
     def load(self, module, folder):
