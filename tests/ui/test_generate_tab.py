@@ -23,7 +23,7 @@ LIMIT = 60  # seconds
 
 @pytest.fixture
 def steps(tiny_pipeline, monkeypatch):
-    """The app draws with the tiny pipeline, 20 ms a step; the list grows by one with each call of the transformer."""
+    """The app draws with the tiny pipeline, 60 ms a step; the list grows by one with each call of the transformer."""
     calls = []
     for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
         monkeypatch.setattr(network, "extend", _counted(network.extend, calls))
@@ -237,7 +237,7 @@ def test_a_tokenizer_cannot_draw(tiny_vq, monkeypatch):
 def _counted(method, calls):
     def counted(*args, **kwargs):
         calls.append(time.monotonic())
-        time.sleep(0.02)
+        time.sleep(0.06)
         return method(*args, **kwargs)
 
     return counted
