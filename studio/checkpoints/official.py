@@ -1,0 +1,157 @@
+"""What all converters of the authors' checkpoints share: reading them safely, naming, filling, and writing the folder.
+
+Files are read with `weights_only`; an unknown or missing weight is an error, never skipped.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from studio.errors import StudioError
+from studio.models.llamagen import PRESETS, default_ffn_dim
+
+State = dict[str, torch.Tensor]
+
+_HF_LLAMA_NAMES = {
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
+    """The first state dict that a checkpoint file holds at one of `places`, paths of keys; `()` is the file itself.
+
+    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StudioError(f"{path} is not a file: give the checkpoint's file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise StudioError(f"{path} is not a checkpoint of weights that can be read safely.") from error
+    for place in places:
+        found = content
+        for name in place:
+            found = found.get(name) if isinstance(found, dict) else None
+        if isinstance(found, dict) and found and all(isinstance(weight, torch.Tensor) for weight in found.values()):
+            return found
+    named = ", ".join(".".join(place) for place in places if place)
+    top = ", and none at its top either" if () in places else ""
+    raise StudioError(f"{path} holds no state dict: it has no weights under {named}{top}.")
+
+
+def shape_of(state: State, name: str, what: str) -> tuple[int, ...]:
+    """The shape of a weight. Errors: `StudioError` when it is not there."""
+    if name not in state:
+        raise StudioError(f"This is not the checkpoint of a {what}: it has no {name}.")
+    return tuple(state[name].shape)
+
+
+def count_of(state: State, pattern: str) -> int:
+    """How many different first groups of a pattern the names begin with: blocks, levels, layers."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+def llama_sizes(state: State, dim: int, what: str) -> dict:
+    """dim, num_layers, num_heads and ffn_dim of a network of LlamaGen's blocks."""
+    hidden = shape_of(state, "layers.0.feed_forward.w1.weight", what)[0]
+    return {
+        "dim": dim,
+        "num_layers": count_of(state, r"layers\.(\d+)\."),
+        "num_heads": next((p["num_heads"] for p in PRESETS.values() if p["dim"] == dim), max(1, dim // 64)),
+        "ffn_dim": None if hidden == default_ffn_dim(dim) else hidden,
+    }
+
+
+def from_transformers_names(state: State, prefix: str = "") -> State:
+    """Renames `{prefix}layers.N` from transformers' Llama names to LlamaGen's, and joins queries, keys and values.
+
+    Errors: `StudioError` for a layer of which a part of these three is missing.
+    """
+    renamed = {}
+    for name, weight in state.items():
+        match = re.fullmatch(rf"{re.escape(prefix)}layers\.(\d+)\.(.+)\.weight", name)
+        if match is None:
+            renamed[name] = weight
+            continue
+        layer, part = match.groups()
+        if part in ("self_attn.k_proj", "self_attn.v_proj"):
+            continue
+        if part == "self_attn.q_proj":
+            others = [state.get(name.replace("q_proj", other)) for other in ("k_proj", "v_proj")]
+            if any(other is None for other in others):
+                raise StudioError(f"{name} has no k_proj and v_proj beside it: the checkpoint is not whole.")
+            renamed[f"layers.{layer}.attention.wqkv.weight"] = torch.cat((weight, *others))
+        else:
+            renamed[f"layers.{layer}.{_HF_LLAMA_NAMES.get(part, part)}.weight"] = weight
+    return renamed
+
+
+def build(model_class, config: dict, state: State, what: str):
+    """A model in evaluation mode, float32, with these weights, after every name and shape was found right.
+
+    Errors: `StudioError` that names the first weights that are unknown, missing or misshapen.
+    """
+    with torch.device("meta"):
+        model = model_class(**config)
+    expected = model.state_dict()
+    problems = {
+        "unknown": sorted(set(state) - set(expected)),
+        "missing": sorted(set(expected) - set(state)),
+        "misshapen": sorted(n for n in set(state) & set(expected) if state[n].shape != expected[n].shape),
+    }
+    for kind, names in problems.items():
+        if names:
+            raise StudioError(
+                f"This is not a {what} as its authors publish it: {len(names)} {kind} weights, {', '.join(names[:3])}."
+            )
+    model.load_state_dict({name: weight.float() for name, weight in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def save_new(model, out) -> Path:
+    """Writes a model or pipeline with `save_pretrained` as a folder that was not there. Errors: as of `new_folder`."""
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+    return Path(out)
+
+
+@contextmanager
+def new_folder(out):
+    """A temporary folder beside `out` that takes its name at the end, or vanishes on an error.
+
+    Errors: `StudioError` when `out` is there and not empty, or cannot be written.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StudioError(f"{out} exists already: choose another folder.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise StudioError(f"{out} cannot be written ({error.strerror}): choose another folder.") from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
