@@ -236,6 +236,12 @@ def test_bench_prints_one_row_a_batch_size(run):
     assert all(names <= set(row) for row in rows)
 
 
+def test_bench_verify_prints_both_times(run):
+    code, out, err = run("bench", "verify", "--vocab", 64, "--nodes", 8, "--k", 5, "--json")
+    assert code == 0, err
+    assert set(json.loads(out)) == {"ms", "reference_ms"} and min(json.loads(out).values()) > 0
+
+
 def test_bench_pruning_names_what_it_does_not_know(run):
     refused(run("bench", "pruning", "--method", "nonsense"), "nonsense", "divprune")
 
@@ -245,10 +251,10 @@ def test_bench_refuses_wrong_sizes(run, size):
     refused(run("bench", "decoding", "--random", size))
 
 
-@pytest.mark.parametrize("kind", ["llamagen-vq", "llamagen-c2i", "llamagen-t2i"])
+@pytest.mark.parametrize("kind", ["llamagen-vq", "llamagen-c2i", "llamagen-t2i", "lantern-drafter", "distilled"])
 def test_convert_refuses_what_is_no_checkpoint(run, tmp_path, kind):
     (tmp_path / "model.pt").write_bytes(b"no checkpoint")
-    options = [] if kind == "llamagen-vq" else ["--tokenizer", "model.pt"]
+    options = ["--tokenizer", "model.pt"] if kind in ("llamagen-c2i", "llamagen-t2i") else []
     options += ["--text-encoder", tmp_path] if kind == "llamagen-t2i" else []
     refused(run("convert", kind, "model.pt", "converted", *options), "model.pt")
     assert files(tmp_path) == ["model.pt"]

@@ -39,8 +39,8 @@ class Family:
         self.model, self.base = model, base_of(model)
 
     def refusal(self, method: str) -> str | None:
-        """Why a method that needs attention cannot be used, as the end of a sentence."""
-        raise NotImplementedError
+        """Why a method that needs attention cannot be used, as the end of a sentence; `None` where it can."""
+        return "no scores are read off this family"
 
     def features(self, encoded, inputs: dict) -> list[torch.Tensor]:
         """The features (T, D) of each picture, in the order of the prompt."""
@@ -54,8 +54,8 @@ class Family:
         return nullcontext()
 
     def scores(self, tap, inputs: dict, pictures: int) -> list[Attention]:
-        """The scores of each picture, from what `tap` recorded."""
-        raise NotImplementedError
+        """The scores of each picture, from what `tap` recorded; asked of families that refuse no method."""
+        return []
 
     def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]):
         """Features as the model takes them: `kept` for each picture, `row_tokens` for each row of the prompt."""

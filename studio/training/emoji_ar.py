@@ -24,7 +24,7 @@ from studio.training.token_cache import training_tokens
 CAPTION_LENGTH = 16
 TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
-HIDING = 0.6
+HIDING = 0.1
 """Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
 WORDS_RATE = 10
 """The words' learning rate over Muon's: a word is seen in one batch of many, and its vector has to move then."""

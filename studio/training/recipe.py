@@ -1,5 +1,6 @@
 """What a recipe must say for `studio.training.loop` to train it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Defaults:
     cooldown: float = 0.3
 
 
-class Recipe:
+class Recipe(ABC):
     """One bundled model's training: subclasses say what is built, what is drawn and what is lost.
 
     A batch is a function of the seed and the step alone, so a resumed run draws what the unbroken run would have drawn.
@@ -31,9 +32,9 @@ class Recipe:
     data: str
     defaults: Defaults
 
+    @abstractmethod
     def build(self, device: torch.device) -> torch.nn.Module:
         """The module whose parameters are trained; also prepares caches. Called once, after seeding."""
-        raise NotImplementedError
 
     def optimizers(self, module: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
         """AdamW with decay on matrices only, unless a recipe knows better."""
@@ -42,22 +43,22 @@ class Recipe:
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))]
 
+    @abstractmethod
     def batch(self, rng, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
         """One batch drawn with a `numpy.random.Generator`."""
-        raise NotImplementedError
 
     def loss(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Scalar to minimise; called through the (possibly distributed) module."""
         return module(**batch)
 
+    @abstractmethod
     def load(self, module: torch.nn.Module, folder: Path) -> None:
         """Start `module` from an exported folder (`--init-from`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, module: torch.nn.Module, folder: Path) -> None:
         """Write the trained parts as bf16 safetensors, in the layout that `studio.load` reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quality(self, folder: Path) -> dict:
         """The measured quality that the model card states, from the exported files."""
-        raise NotImplementedError

@@ -1,0 +1,52 @@
+"""`studio ask`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Device, Dtype, Json, number
+from studio.console import emit, quiet_libraries, say
+from studio.errors import StudioError
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[str, typer.Option(help="A vision-language model of transformers: a folder or Hub id.")],
+    prune: Annotated[
+        str | None, typer.Option(help="divprune, hired, globalcom2, random or uniform.", show_default="keep all tokens")
+    ] = None,
+    keep: Annotated[
+        float | None, number(help="Share of the picture's tokens to keep, with --prune.", show_default="0.2")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+):
+    """Ask about a picture, with as few visual tokens as you like."""
+    from studio import load
+    from studio.pictures import open_picture
+
+    if keep is not None and prune is None:
+        raise StudioError("--keep needs a method: add --prune divprune, or leave it out.")
+    picture = open_picture(image)
+    quiet_libraries()
+    pipe = load(model, device=device, dtype=dtype)
+    if not hasattr(pipe, "processor"):
+        raise StudioError(f"{model} reads no pictures: name a vision-language model of transformers.")
+    share = 0.2 if keep is None else keep
+    answer = pipe(picture, question, prune=prune, keep=share, max_new_tokens=max_new_tokens)
+    emit(
+        {
+            "answer": answer.answer,
+            "visual_tokens": answer.visual_tokens,
+            "kept_tokens": answer.kept_tokens,
+            "seconds": answer.seconds,
+            "cache_bytes": answer.cache_bytes,
+        }
+    )
+    say(answer.answer)
+    spent = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in answer.seconds.items())
+    say(f"{answer.kept_tokens} of {answer.visual_tokens} visual tokens; seconds: {spent}")

@@ -1,0 +1,81 @@
+"""`studio bench`."""
+
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Device, Json, number
+from studio.console import emit, say
+
+
+def decoding(
+    random: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights of this size: dim=384,layers=8,heads=6,vocab=4096,tokens=256.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundled name or model folder instead.")] = "emoji-ar",
+    guidance: Annotated[float | None, number(help="Guidance scale (1 = off).")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures at a time; give it again for more rows.", show_default="1")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32, bfloat16, ...; give it again for more rows.", show_default="float32"),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Time drawing tokens, beside a plain textbook sampler and the bound that memory sets."""
+    from studio.evaluation.bench_decoding import bench_decoding as measure
+
+    result = measure(
+        random=random,
+        model=model,
+        guidance_scale=guidance,
+        batch_sizes=batch or [1],
+        dtypes=dtype or ["float32"],
+        device=device,
+    )
+    emit(result)
+    _say_rows(result["rows"])
+
+
+def pruning(
+    method: Annotated[
+        list[str] | None, typer.Option(help="A pruning method; give it again for more.", show_default="all")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Time how visual tokens are chosen, beside a plain textbook of each method."""
+    from studio.evaluation.bench_pruning import bench_pruning as measure
+
+    chosen = {"methods": method} if method else {}
+    result = measure(device=device or "cpu", **chosen)
+    emit(result)
+    _say_rows(result["rows"])
+
+
+def verify(
+    vocab: Annotated[int, typer.Option(min=2, help="Codes.")] = 16384,
+    nodes: Annotated[int, typer.Option(min=2, help="Nodes of the draft tree.")] = 59,
+    k: Annotated[int, typer.Option(min=1, help="Similar codes that count.")] = 1000,
+    as_json: Json = False,
+):
+    """Time LANTERN's verification of a draft tree, beside a plain textbook loop."""
+    from studio.evaluation.bench_verify import bench_verify
+
+    result = bench_verify(vocab=vocab, nodes=nodes, k=k)
+    emit(result)
+    _say_rows([result])
+
+
+def _say_rows(rows):
+    for row in rows:
+        say(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )

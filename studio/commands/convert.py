@@ -1,0 +1,71 @@
+"""`studio convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Json
+from studio.console import emit, say
+
+Checkpoint = Annotated[Path, typer.Argument(help="The authors' file (.pt, .pth or .safetensors).")]
+OutFolder = Annotated[Path, typer.Argument(help="The folder to make.")]
+VqFile = Annotated[Path, typer.Option("--tokenizer", help="The authors' VQ file, or a converted folder.")]
+Grid = Annotated[int | None, typer.Option("--grid-size", min=1, help="Tokens a side.", show_default="as published")]
+
+
+def llamagen_vq(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+    """LlamaGen's VQ-8 or VQ-16 tokenizer."""
+    from studio.checkpoints.llamagen import convert_llamagen_vq
+
+    _converted(convert_llamagen_vq(checkpoint, out))
+
+
+def llamagen_c2i(
+    checkpoint: Checkpoint, out: OutFolder, tokenizer: VqFile, grid_size: Grid = None, as_json: Json = False
+):
+    """A class-conditional LlamaGen transformer and its tokenizer."""
+    from studio.checkpoints.llamagen import convert_llamagen
+
+    _converted(convert_llamagen(checkpoint, out, "c2i", tokenizer=tokenizer, grid_size=grid_size))
+
+
+def llamagen_t2i(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    tokenizer: VqFile,
+    text_encoder: Annotated[Path, typer.Option(help="Folder of the T5 encoder (flan-t5-xl) and its tokenizer.")],
+    grid_size: Grid = None,
+    as_json: Json = False,
+):
+    """A text-conditional LlamaGen transformer, its tokenizer and its text encoder."""
+    from studio.checkpoints.llamagen import convert_llamagen
+
+    _converted(
+        convert_llamagen(checkpoint, out, "t2i", tokenizer=tokenizer, text_encoder=text_encoder, grid_size=grid_size)
+    )
+
+
+def lantern_drafter(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    grid_size: Annotated[int, typer.Option(min=1, help="Tokens a side of the target.")] = 16,
+    prefix_length: Annotated[int, typer.Option(min=1, help="Prefix of the target: 120 for text, 1 for classes.")] = 120,
+    as_json: Json = False,
+):
+    """LANTERN's drafter for a LlamaGen transformer."""
+    from studio.checkpoints.drafter import convert_drafter
+
+    _converted(convert_drafter(checkpoint, out, grid_size=grid_size, prefix_length=prefix_length))
+
+
+def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+    """A student of Distilled Decoding, of LlamaGen or of VAR."""
+    from studio.checkpoints.distilled import convert_distilled
+
+    _converted(convert_distilled(checkpoint, out))
+
+
+def _converted(folder):
+    emit({"path": str(folder)})
+    say(f"Converted: {folder}")

@@ -1,0 +1,148 @@
+"""`studio generate`."""
+
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Device, Dtype, Json, number
+from studio.console import emit, quiet_libraries, say, warn
+from studio.errors import StudioError
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help='What to draw, such as "a red apple".', show_default=False)
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
+    num_images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    class_label: Annotated[
+        int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Seed of the first picture; the next use seed+1, ...", show_default="drawn"
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, number(help="How closely to follow the prompt (1 = off; the model's own default).")
+    ] = None,
+    cfg_interval: Annotated[int, typer.Option(min=-1, help="Last token that guidance steers (-1: all of them).")] = -1,
+    temperature: Annotated[float | None, number(help="Randomness of each token (1 = as the model predicts).")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Draw from the k likeliest tokens (0: all).", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
+    ] = None,
+    decoding: Annotated[
+        str, typer.Option(help="How tokens are drawn: ar, speculative (same law) or lantern (relaxed).")
+    ] = "ar",
+    delta: Annotated[
+        float | None, number(help="Lantern: largest total variation a token, 0 to 1.", show_default="0.1")
+    ] = None,
+    neighbours: Annotated[
+        int | None, typer.Option(min=1, help="Lantern: how many similar codes count.", show_default="1000")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[
+        Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
+    ] = Path("out"),
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures as one sheet.")] = False,
+    as_json: Json = False,
+):
+    """Draw pictures from words."""
+    settings = {
+        "guidance_scale": guidance,
+        "cfg_interval": cfg_interval,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if (prompt is None) == (class_label is None):
+        raise StudioError(
+            'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
+        )
+    chosen = {"delta": delta, "neighbours": neighbours}
+    chosen = {"name": decoding, **{name: value for name, value in chosen.items() if value is not None}}
+    if chosen.keys() & {"delta", "neighbours"} and decoding != "lantern":
+        raise StudioError("--delta and --neighbours belong to --decoding lantern: add it, or leave them out.")
+    if dtype == "int8" and decoding != "ar":
+        raise StudioError("--dtype int8 goes with --decoding ar only.")
+    _generate(prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, sheet)
+
+
+def _decoding(name, dtype, delta=0.1, neighbours=1000):
+    from studio import Autoregressive, Lantern, Speculative
+
+    if name == "ar":
+        return Autoregressive(weights="int8" if dtype == "int8" else "auto")
+    if name == "speculative":
+        return Speculative()
+    if name == "lantern":
+        return Lantern(k=neighbours, delta=delta)
+    raise StudioError(f"--decoding is ar, speculative or lantern, not {name!r}.")
+
+
+def _generate(prompt, class_label, model, num_images, seed, settings, decoding, device, dtype, out, sheet):
+    from studio.saving import make_sheet, plan_paths, png_writer, save_all
+
+    seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
+    paths, sheet_path = plan_paths(out, prompt or f"class {class_label}", seeds, sheet)
+
+    import torch
+
+    from studio import load
+    from studio.checkpoints.vocabulary import prompt_warning
+
+    how = _decoding(dtype=dtype, **decoding)
+    quiet_libraries()
+    packed = dtype == "int8"
+    pipe = load(model, device=device, dtype=None if packed else dtype)
+    if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
+        raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
+    if warning := prompt_warning(pipe, prompt):
+        warn(warning)
+    output = pipe(
+        prompt,
+        class_labels=class_label,
+        num_images_per_prompt=num_images,
+        generator=[torch.Generator().manual_seed(each) for each in seeds],
+        decoding=how,
+        **settings,
+    )
+
+    call = {"model": model, "prompt": prompt, "class_label": class_label, "num_images": num_images, **settings}
+    call |= {
+        "decoding": decoding,
+        "device": str(pipe.device),
+        "dtype": "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch."),
+    }
+    writers = {path: png_writer(image, call, each) for path, image, each in zip(paths, output.images, seeds)}
+    if sheet_path:
+        writers[sheet_path] = png_writer(make_sheet(output.images), call, seeds)
+    save_all(writers)
+
+    stats = output.stats
+    emit(
+        {
+            "model": model,
+            "decoding": decoding["name"],
+            "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
+            **({"sheet": str(sheet_path)} if sheet_path else {}),
+            "tokens": stats.tokens,
+            "target_calls": stats.target_calls,
+            "mean_accepted_length": stats.mean_accepted_length,
+            "seconds": stats.seconds,
+        }
+    )
+    for path, each in zip(paths, seeds):
+        say(f"{path}  seed {each}")
+    if sheet_path:
+        say(f"{sheet_path}  all {num_images}")
+    total, decode = stats.seconds["total"], stats.seconds["decode"]
+    say(f"{total:.1f} seconds, {stats.tokens} tokens, {stats.tokens / max(decode, 1e-9):.0f} tokens per second")

@@ -1,0 +1,45 @@
+"""`studio models`, `studio doctor` and `studio ui`."""
+
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Json
+from studio.console import emit, say
+from studio.errors import StudioError
+
+
+def models(as_json: Json = False):
+    """List the bundled models."""
+    from studio.doctor import list_models
+
+    rows = list_models()
+    emit({"models": rows})
+    for row in rows:
+        say(f"{row['name']:12} {row['kind']:10} {row['state']:10} {row['summary']}")
+
+
+def doctor(as_json: Json = False):
+    """Check this installation: device, versions, bundled weights."""
+    from studio.doctor import examine
+
+    report = examine()
+    emit(report)
+    for name, value in {**report["versions"], "device": report["device"], "threads": report["threads"]}.items():
+        say(f"{name:24} {value}")
+    for row in report["models"]:
+        say(f"{row['name']:24} {row['state']}")
+    if not report["ok"]:
+        raise StudioError("Some bundled weights are missing or damaged: install Studio again.")
+
+
+def ui(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+):
+    """Open the app in a browser."""
+    from studio.ui.app import launch
+
+    launch(host=host, port=port)

@@ -1,0 +1,28 @@
+"""Options that several commands share."""
+
+import math
+from typing import Annotated
+
+import typer
+
+
+def finite(value: float | None):
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def number(*names, help, show_default=False, **limits):
+    """An option for a finite number."""
+    return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.", show_default="cuda if there is one")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16, or int8 weights on a CPU.", show_default="by device"),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]

@@ -1,0 +1,67 @@
+"""`studio train` and `studio evaluate`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Device, Json, Seed, number
+from studio.console import emit, quiet_libraries, say
+
+
+def train(
+    name: Annotated[str, typer.Argument(help="emoji-vq, emoji-ar or emoji-judge.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")] = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    init_from: Annotated[
+        str | None, typer.Option(help="Start from these weights: a bundled name or a folder.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="the recipe's")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures per step.", show_default="the recipe's")
+    ] = None,
+    learning_rate: Annotated[float | None, number(help="Peak learning rate.", min=0)] = None,
+    as_json: Json = False,
+):
+    """Train a bundled model anew, or go on training one."""
+    from studio.training.recipes import run
+
+    quiet_libraries()
+    result = run(
+        name,
+        out=out,
+        seed=seed,
+        resume=resume,
+        init_from=init_from,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        command=shlex.join(["studio", *(word for word in sys.argv[1:] if word != "--resume")]),
+    )
+    emit(result)
+    for key, value in result.items():
+        say(f"{key:12} {value}")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundled name or a model folder.")],
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many pictures to measure.", show_default="the model's own protocol")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and draws the pictures.", show_default="0")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Measure a model on pictures it was not trained with."""
+    from studio.evaluation import evaluate as measure
+
+    quiet_libraries()
+    result = measure(model, samples=samples, seed=seed, device=device)
+    emit(result)
+    for name, value in result.items():
+        say(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
