@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.decoding.autoregressive import guided_logits
+
 
 @dataclass
 class Guidance:
@@ -17,12 +19,11 @@ class Guidance:
         """Logits (B, n, V) out of those of all rows (B or 2B, n, V); `index` (B, n) is of the token they predict."""
         if self.streams == 1:
             return logits
-        conditional, null = logits.chunk(2)
-        guided = null + self.scale * (conditional - null)
+        guided = guided_logits(logits, self.scale)
         if self.interval < 0:
             return guided
         inside = (index == 0) | (index - 1 <= self.interval)
-        return torch.where(inside[:, :, None], guided, conditional)
+        return torch.where(inside[:, :, None], guided, logits[: len(guided)])
 
     def rows(self, per_picture: torch.Tensor) -> torch.Tensor:
         """What belongs to pictures (B, ...), for all rows."""

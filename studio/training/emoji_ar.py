@@ -26,8 +26,6 @@ TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
 HIDING = 0.1
 """Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
-WORDS_RATE = 10
-"""The words' learning rate over Muon's: a word is seen in one batch of many, and its vector has to move then."""
 SAMPLING = {"default_guidance_scale": 3.0}
 
 
@@ -83,12 +81,7 @@ class EmojiAR(Recipe):
 
     def optimizers(self, module, learning_rate):
         matrices = hidden_matrices(module.text_encoder.encoder, module.transformer.layers)
-        muon, adamw = muon_and_adamw(module, matrices, learning_rate)
-        words = module.text_encoder.shared.weight
-        for group in adamw.param_groups:
-            group["params"] = [p for p in group["params"] if p is not words]
-        adamw.add_param_group({"params": [words], "lr": WORDS_RATE * learning_rate, "weight_decay": 0.0})
-        return [muon, adamw]
+        return muon_and_adamw(module, matrices, learning_rate, tables=[module.text_encoder.shared.weight])
 
     def batch(self, rng, batch_size, device):
         chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))

@@ -49,7 +49,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
 
 
-def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_decay=0.05):
+def muon_and_adamw(
+    module, matrices, learning_rate, adamw_share=0.3, weight_decay=0.05, tables=(), tables_share=10.0
+):
     """Muon for the given hidden matrices of a module, and AdamW at a share of its rate for all other parameters.
 
     Args:
@@ -57,17 +59,21 @@ def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_deca
         matrices: the parameters for Muon, such as `hidden_matrices` of its inner part.
         learning_rate: Muon's.
         adamw_share: AdamW's learning rate over Muon's.
-        weight_decay: decoupled decay of every matrix; vectors have none.
+        weight_decay: decoupled decay of every matrix; vectors and tables have none.
+        tables: embeddings of which a batch reads few rows, which have to move when they are read.
+        tables_share: their learning rate, by AdamW, over Muon's.
 
     Returns:
         `[Muon, AdamW]`.
     """
-    chosen = {id(p) for p in matrices}
+    chosen = {id(p) for p in (*matrices, *tables)}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if tables:
+        groups.append({"params": list(tables), "weight_decay": 0.0, "lr": learning_rate * tables_share})
     return [
         Muon(matrices, lr=learning_rate, weight_decay=weight_decay),
         torch.optim.AdamW(groups, lr=learning_rate * adamw_share, betas=(0.9, 0.95)),

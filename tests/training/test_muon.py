@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studio.training.muon import Muon, orthogonalize
+from studio.training.muon import Muon, hidden_matrices, muon_and_adamw, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
@@ -22,3 +22,23 @@ def test_minimises_a_quadratic():
         (weight - target).square().mean().backward()
         optimizer.step()
     assert (weight - target).square().mean() < 0.01 * target.square().mean()
+
+
+def test_a_convolution_counts_as_outputs_by_everything_else():
+    flat, deep = (torch.nn.Parameter(torch.ones(shape)) for shape in ((6, 36), (6, 4, 3, 3)))
+    gradient = torch.randn(6, 36, generator=torch.Generator().manual_seed(2))
+    for weight in (flat, deep):
+        weight.grad = gradient.view_as(weight)
+        Muon([weight], lr=0.1).step()
+    assert torch.equal(flat, deep.flatten(1)) and not torch.equal(flat, torch.ones(6, 36))
+
+
+def test_every_parameter_is_trained_once_at_its_own_rate():
+    module = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9))
+    table, hidden = module[0].weight, hidden_matrices(module[1])
+    muon, adamw = muon_and_adamw(module, hidden, 1e-2, tables=[table])
+    rates = {id(p): group["lr"] for o in (muon, adamw) for group in o.param_groups for p in group["params"]}
+    count = sum(len(group["params"]) for o in (muon, adamw) for group in o.param_groups)
+    assert count == len(rates) == len(list(module.parameters()))
+    assert rates[id(hidden[0])] == 1e-2 and rates[id(table)] == 1e-1
+    assert rates[id(module[2].weight)] == rates[id(module[1].bias)] == pytest.approx(3e-3)
