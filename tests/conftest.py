@@ -108,3 +108,24 @@ def tiny_class_folder(tiny_class_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-class"
     tiny_class_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reader():
+    """A random LLaVA-NeXT of tiny width and its real processor, as `emoji-vlm` has them; it never ends early."""
+    import torch
+
+    from studio.training import emoji_vlm
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji_vlm, "TOWER", sizes)
+        patch.setattr(emoji_vlm, "TEXT", sizes)
+        torch.manual_seed(0)
+        processor = emoji_vlm.build_processor()
+        model = emoji_vlm.build_model(len(processor.tokenizer)).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id = None
+    return model, processor

@@ -33,6 +33,11 @@ def read_vocabulary(folder):
         raise StudioError(f"{file} is damaged: copy the model again.") from error
 
 
+def words_of(text):
+    """The words of a text in lower case, those with hyphens and apostrophes whole."""
+    return _WORD.findall(text.lower())
+
+
 def unknown_words(prompt, words, concepts):
     """Name the words of a prompt that a model was not trained with.
 
@@ -45,7 +50,7 @@ def unknown_words(prompt, words, concepts):
         A list of `(word, nearest)`: the unknown words in order, each once, with up to three concepts that come close.
     """
     known = {word.lower() for word in words}
-    unknown = dict.fromkeys(word for word in _WORD.findall(prompt.lower()) if word not in known)
+    unknown = dict.fromkeys(word for word in words_of(prompt) if word not in known)
     return [(word, _nearest(word, concepts)) for word in unknown]
 
 

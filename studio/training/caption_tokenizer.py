@@ -5,12 +5,12 @@ import re
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from studio.checkpoints.vocabulary import words_of
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
 from studio.data.captions import full_caption, names
 
 VOCABULARY = 4096
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 def caption_texts():
@@ -24,7 +24,7 @@ def caption_texts():
 
 def known_words():
     """Every word of the captions in lower case, hyphenated words also in parts, sorted."""
-    whole = {word for text in caption_texts() for word in _WORD.findall(text.lower())}
+    whole = {word for text in caption_texts() for word in words_of(text)}
     return sorted(whole | {part for word in whole for part in re.split(r"['’-]", word)})
 
 

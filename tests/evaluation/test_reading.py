@@ -9,28 +9,12 @@ from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, exact_answers, pack_questions, packed_logits
 from studio.evaluation.scenes import evaluate_reader
 from studio.pruning.binding import prune_inputs
-from studio.training import emoji_vlm
-
-
-@pytest.fixture(scope="module")
-def reader():
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emoji_vlm, "TOWER", sizes)
-        patch.setattr(emoji_vlm, "TEXT", sizes)
-        torch.manual_seed(0)
-        processor = emoji_vlm.build_processor()
-        model = emoji_vlm.build_model(len(processor.tokenizer)).eval()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-    return model, processor
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("keep", [1.0, 0.3])
-def test_every_question_is_answered_as_if_alone(reader, keep):
-    model, processor = reader
+def test_every_question_is_answered_as_if_alone(tiny_reader, keep):
+    model, processor = tiny_reader
     scene = draw_scene(np.random.default_rng(0), (1, 2), questions=5)
     texts = [(question.text, question.answer) for question in scene.questions]
     packed = pack_questions(processor.tokenizer, [texts])
@@ -46,8 +30,8 @@ def test_every_question_is_answered_as_if_alone(reader, keep):
         torch.testing.assert_close(mine, expected[1 + len(features) :], atol=2e-4, rtol=2e-4)
 
 
-def test_exact_means_every_token_and_the_end(reader):
-    tokenizer = reader[1].tokenizer
+def test_exact_means_every_token_and_the_end(tiny_reader):
+    tokenizer = tiny_reader[1].tokenizer
     packed = pack_questions(tokenizer, [[("Is there a fox?", "yes"), ("Which word is in row 1, column 1?", "ant")]])
     logits = torch.nn.functional.one_hot(packed.targets.clamp(min=0), len(tokenizer)).float()
     assert exact_answers(logits, packed)[0].tolist() == [True, True]
@@ -56,7 +40,7 @@ def test_exact_means_every_token_and_the_end(reader):
     assert exact_answers(logits, packed)[0].tolist() == [True, False]
 
 
-def test_a_random_reader_is_hardly_ever_right(reader):
-    result = evaluate_reader(*reader, scenes=2, methods=("divprune",), keeps=(0.5,), tiles=(1, 1))
+def test_a_random_reader_is_hardly_ever_right(tiny_reader):
+    result = evaluate_reader(*tiny_reader, scenes=2, methods=("divprune",), keeps=(0.5,), tiles=(1, 1))
     assert set(result["accuracy"]) == {"none", "divprune"} and set(result["accuracy"]["divprune"]) == {"0.5"}
     assert result["accuracy"]["none"]["1.0"] < 0.3 and result["questions"] == 24

@@ -3,60 +3,18 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from studio import VisualQuestionPipeline, cli, load
 from studio.errors import StudioError
 
-SIDE, PATCH, PINPOINTS = 24, 4, [[48, 48], [24, 48], [48, 24]]
-WORDS = "what is at the left right how many of a which colour there".split()
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny_reader, tmp_path_factory):
     """The model and its processor as `save_pretrained` writes them."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4}
-    words |= {word: index + 5 for index, word in enumerate(WORDS)}
-    text = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    text.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-    pixels = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
-    )
-    processor = LlavaNextProcessor(
-        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE,
-            patch_size=PATCH,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        image_token_id=4, image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id = None
     path = tmp_path_factory.mktemp("vlm") / "tiny"
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
+    for part in tiny_reader:
+        part.save_pretrained(path)
     return path
 
 
@@ -86,7 +44,7 @@ def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
     part = pipe(picture, "how many", prune=method, keep=0.25, max_new_tokens=3)
     assert part.visual_tokens == whole.visual_tokens
     assert abs(part.kept_tokens - 0.25 * whole.visual_tokens) <= 1
-    each = whole.cache_bytes / (whole.visual_tokens + 2 + 2)
+    each = whole.cache_bytes / (1 + whole.visual_tokens + 2 + 2)
     assert part.cache_bytes == pytest.approx(whole.cache_bytes - each * (whole.visual_tokens - part.kept_tokens))
     assert set(part.seconds) == {"encode", "select", "prefill", "decode"}
     assert all(seconds >= 0 for seconds in part.seconds.values())
