@@ -20,21 +20,24 @@ from studio.training.caption_tokenizer import known_words, train_caption_tokeniz
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 from studio.training.token_cache import training_tokens
+from studio.training.words import teach_words
 
 CAPTION_LENGTH = 16
 TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
-HIDING = 0.1
+WORDS_SHARE = 1 / 3
+"""Steps of the text encoder before, over steps of the token model."""
+HIDING = 0.25
 """Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
 SAMPLING = {"default_guidance_scale": 3.0}
 
 
 class TrainableGenerator(nn.Module):
-    """A text encoder and a token model, trained together."""
+    """A frozen text encoder, and the token model that is trained on its states."""
 
     def __init__(self, text_encoder, transformer):
         super().__init__()
-        self.text_encoder, self.transformer = text_encoder, transformer
+        self.text_encoder, self.transformer = text_encoder.requires_grad_(False), transformer
 
     def forward(self, input_ids, attention_mask, tokens, seen):
         """Mean cross-entropy of tokens (B, n) behind captions (B, T), some of which are dropped.
@@ -53,7 +56,10 @@ class TrainableGenerator(nn.Module):
 
 
 class EmojiAR(Recipe):
-    """Draws an emoji from words: a small T5 encoder and a LlamaGen transformer over the tokens of `emoji-vq`."""
+    """Draws an emoji from words: a small T5 encoder and a LlamaGen transformer over the tokens of `emoji-vq`.
+
+    Without `--init-from` the encoder learns first to guess pictures from their captions; then it stays as it is.
+    """
 
     name = "emoji-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-vq"
@@ -62,9 +68,7 @@ class EmojiAR(Recipe):
     def build(self, device):
         folder = bundled_folder("emoji-vq")
         self.image_tokenizer = VQTokenizer.from_pretrained(folder).to(device).eval()
-        self.drawn, self.tokens = training_tokens(
-            self.image_tokenizer, folder / "diffusion_pytorch_model.safetensors"
-        )
+        self.drawn, self.tokens = training_tokens(self.image_tokenizer, folder / "diffusion_pytorch_model.safetensors")
         self.tokenizer = train_caption_tokenizer(CAPTION_LENGTH)
         text = T5Config(
             vocab_size=len(self.tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0,
@@ -79,22 +83,31 @@ class EmojiAR(Recipe):
         )
         return TrainableGenerator(T5EncoderModel(text), transformer).to(device)
 
-    def optimizers(self, module, learning_rate):
-        matrices = hidden_matrices(module.text_encoder.encoder, module.transformer.layers)
-        return muon_and_adamw(module, matrices, learning_rate, tables=[module.text_encoder.shared.weight])
+    def prepare(self, module, settings):
+        text_encoder, steps = module.text_encoder.requires_grad_(True), int(settings.steps * WORDS_SHARE)
+        teach_words(text_encoder, self.image_tokenizer.codebook, self.captioned, steps, settings.seed)
+        text_encoder.requires_grad_(False)
 
-    def batch(self, rng, batch_size, device):
-        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))
+    def optimizers(self, module, learning_rate):
+        return muon_and_adamw(module, hidden_matrices(module.transformer.layers), learning_rate)
+
+    def captioned(self, rng, number):
+        """`(input_ids, attention_mask, tokens)` of training pictures with random captions."""
+        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=number))
         captions = [random_caption(*row, rng) for row in self.drawn[chosen].tolist()]
         text = self.tokenizer(
             captions, padding="max_length", truncation=True, max_length=CAPTION_LENGTH, return_tensors="pt"
         )
+        return text["input_ids"], text["attention_mask"], self.tokens[chosen]
+
+    def batch(self, rng, batch_size, device):
+        input_ids, attention_mask, tokens = self.captioned(rng, batch_size)
         hidden = rng.random((batch_size, 1)) * (rng.random((batch_size, 1)) < HIDING)
         seen = rng.random((batch_size, self.tokens.shape[1] - 1)) >= hidden
         return {
-            "input_ids": text["input_ids"].to(device),
-            "attention_mask": text["attention_mask"].to(device),
-            "tokens": self.tokens[chosen].to(device),
+            "input_ids": input_ids.to(device),
+            "attention_mask": attention_mask.to(device),
+            "tokens": tokens.to(device),
             "seen": torch.from_numpy(seen).to(device),
         }
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from studio.checkpoints.bundled import BUNDLED, bundled_folder
 from studio.errors import StudioError
 from studio.training.card import write_card
+from studio.training.schedule import Rates, learning_rate_factor
 
 SAVE_EVERY_SECONDS = 120
 
@@ -40,15 +41,6 @@ def mixed_precision() -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, a plateau, and a linear fall to zero over the last `cooldown` fraction (arXiv:2405.18392).
-
-    The fall does what an average of the weights would do, so none is kept.
-    """
-    falling = max(1.0, cooldown * steps)
-    return min(1.0, (step + 1) / max(1, warmup), max(0.0, (steps - step) / falling))
 
 
 def train(recipe, settings: Settings, out: Path, *, resume: bool = False, command: str = "") -> dict:
@@ -77,10 +69,12 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     if settings.init_from:
         start = settings.init_from
         recipe.load(module, bundled_folder(start) if start in BUNDLED else Path(start))
+    elif not resume:
+        recipe.prepare(module, settings)
     optimizers = recipe.optimizers(module, settings.learning_rate)
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     progress = Progress()
     wrapped, *optimizers = accelerator.prepare(module, *optimizers)
+    rates = Rates(optimizers)
     accelerator.register_for_checkpointing(progress)
     if resume:
         accelerator.load_state(state_folder)
@@ -92,16 +86,12 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
         disable=not accelerator.is_main_process, mininterval=2,
     )  # fmt: skip
     wrapped.train()
+    warmup = 0 if settings.init_from else recipe.defaults.warmup
     saved = time.monotonic()
     share = settings.batch_size // accelerator.num_processes
     while progress.step < settings.steps:
         started = time.monotonic()
-        factor = learning_rate_factor(
-            progress.step, settings.steps, 0 if settings.init_from else recipe.defaults.warmup, recipe.defaults.cooldown
-        )
-        for optimizer, bases in zip(optimizers, rates, strict=True):
-            for group, base in zip(optimizer.param_groups, bases, strict=True):
-                group["lr"] = base * factor
+        rates.scale(learning_rate_factor(progress.step, settings.steps, warmup, recipe.defaults.cooldown))
         rng = np.random.default_rng((settings.seed, progress.step, accelerator.process_index))
         batch = recipe.batch(rng, share, accelerator.device)
         with accelerator.autocast():

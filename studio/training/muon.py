@@ -49,9 +49,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
 
 
-def muon_and_adamw(
-    module, matrices, learning_rate, adamw_share=0.3, weight_decay=0.05, tables=(), tables_share=10.0
-):
+def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_decay=0.05, tables=(), tables_share=10.0):
     """Muon for the given hidden matrices of a module, and AdamW at a share of its rate for all other parameters.
 
     Args:

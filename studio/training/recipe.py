@@ -36,6 +36,9 @@ class Recipe(ABC):
     def build(self, device: torch.device) -> torch.nn.Module:
         """The module whose parameters are trained; also prepares caches. Called once, after seeding."""
 
+    def prepare(self, module: torch.nn.Module, settings) -> None:  # noqa: B027
+        """What comes before the first step of a run from random weights, by its `Settings`; by default nothing."""
+
     def optimizers(self, module: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
         """AdamW with decay on matrices only, unless a recipe knows better."""
         matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from studio.errors import StudioError
 from studio.training import loop
 from studio.training.recipe import Defaults, Recipe
+from studio.training.schedule import learning_rate_factor
 
 
 class Regression(Recipe):
@@ -90,5 +91,5 @@ def test_earlier_runs_are_not_overwritten_and_resume_needs_the_same_settings(tmp
 
 
 def test_learning_rate_warms_up_holds_and_falls():
-    factors = [loop.learning_rate_factor(step, 100, 10, 0.3) for step in range(100)]
+    factors = [learning_rate_factor(step, 100, 10, 0.3) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:70] == [1.0] * 61 and factors[-1] == pytest.approx(1 / 30)
