@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from studio.decoding.speculative import Speculative
     from studio.errors import StudioError
     from studio.models.llamagen import LlamaGen
+    from studio.pipelines.decodings import DECODINGS, decoding_named
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
+    from studio.pruning.methods import pruning_methods
     from studio.tokenizers.vq import VQTokenizer
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
+    "DECODINGS": "studio.pipelines.decodings",
     "Lantern": "studio.decoding.lantern",
     "LlamaGen": "studio.models.llamagen",
     "LlamaGenPipeline": "studio.pipelines.llamagen",
@@ -35,13 +38,16 @@ _EXPORTS = {
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
+    "decoding_named": "studio.pipelines.decodings",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.binding",
     "prune_inputs": "studio.pruning.binding",
+    "pruning_methods": "studio.pruning.methods",
 }
 
 __all__ = [
     "Autoregressive",
+    "DECODINGS",
     "Lantern",
     "LlamaGen",
     "LlamaGenPipeline",
@@ -50,9 +56,11 @@ __all__ = [
     "VQTokenizer",
     "VisualQuestionPipeline",
     "__version__",
+    "decoding_named",
     "load",
     "prune",
     "prune_inputs",
+    "pruning_methods",
 ]
 
 

@@ -76,16 +76,11 @@ def generate(
     _generate(prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, sheet)
 
 
-def _decoding(name, dtype, delta=0.1, neighbours=1000):
-    from studio import Autoregressive, Lantern, Speculative
+def _decoding(name, dtype, **options):
+    from studio import decoding_named
 
-    if name == "ar":
-        return Autoregressive(weights="int8" if dtype == "int8" else "auto")
-    if name == "speculative":
-        return Speculative()
-    if name == "lantern":
-        return Lantern(k=neighbours, delta=delta)
-    raise StudioError(f"--decoding is ar, speculative or lantern, not {name!r}.")
+    choice = decoding_named(name)
+    return choice.make(weights="int8") if dtype == "int8" else choice.settings(**options)
 
 
 def _generate(prompt, class_label, model, num_images, seed, settings, decoding, device, dtype, out, sheet):

@@ -24,6 +24,11 @@ WITH_REFERENCE = ("divprune", "hired", "globalcom2")
 """Methods with authors' code, whose numbers `reference=True` reproduces."""
 
 
+def pruning_methods() -> dict[str, str]:
+    """The methods by name, each with the first line of its description."""
+    return {name: method.__doc__.strip().splitlines()[0] for name, method in METHODS.items()}
+
+
 def method_named(name: str) -> Callable:
     """Errors: `StudioError` for an unknown name."""
     if name not in METHODS:
