@@ -43,6 +43,10 @@ class DrafterDrafts:
     def nodes(self) -> int:
         return self.tree.nodes
 
+    @property
+    def drawn(self) -> bool:
+        return isinstance(self.tree, StaticTree)
+
     def begin(self, setting: Setting) -> "DrafterDrafting":
         target, ours = setting.model, self.drafter.config
         for name in ("vocab_size", "dim", "grid_size"):

@@ -70,11 +70,13 @@ class Drafting(Protocol):
 class DraftSource(Protocol):
     """Settings of a source.
 
-    `nodes` bounds the nodes of its trees with the root; `uses_states` says whether it reads the target's states.
+    `nodes` bounds the nodes of its trees with the root; `uses_states` says whether it reads the target's states;
+    `drawn` whether it draws siblings at random, from laws that its trees carry, where the target is not greedy.
     """
 
     nodes: int
     uses_states: bool
+    drawn: bool
 
     def begin(self, setting: Setting) -> Drafting:
         """Fresh state for a call.

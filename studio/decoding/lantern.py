@@ -3,6 +3,9 @@
 "LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative Decoding" (arXiv:2410.03355) and
 "LANTERN++" (arXiv:2502.06352: trees of fixed shape, a bound on the ratio). The loop is that of `speculative`, the tests
 and what they guarantee are described in `acceptance`, and deviations from the authors' code in both.
+
+LANTERN++ is the combination that suits drafts drawn at random: a fixed tree, and a bound on the ratio, under which a
+token that the target excludes is never accepted, whatever its neighbours hold.
 """
 
 from dataclasses import dataclass
@@ -10,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from studio.decoding.acceptance import Relaxation, check_budgets
+from studio.decoding.drafts import DraftSource
 from studio.decoding.neighbours import neighbour_table
+from studio.decoding.recycling import Recycling
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 
@@ -57,3 +62,31 @@ class Lantern(Speculative):
         width = min(self.k + self.reference, len(codebook) - 1)
         table = neighbour_table(codebook, width, normalise=not self.reference)
         return Relaxation(table, self.k, self.delta, self.ratio_budget, self.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanternPlusPlus(Lantern):
+    """Settings of LANTERN++: drawn drafts in a tree of fixed shape, and a bound on the ratio.
+
+    Args:
+        k, ratio_budget: as of `Lantern`; the defaults are a setting of the authors.
+        drafts: `Recycling(drawn=True)`, which needs no training, or `DrafterDrafts(drafter, StaticTree(...))`.
+        delta, reference, filter_order: as of `Lantern`.
+
+    Errors: `StudioError` for a value outside these ranges, without a ratio, and for drafts that are not drawn.
+    """
+
+    k: int = 10
+    delta: float | None = None
+    ratio_budget: float | None = 5.0
+    drafts: DraftSource = Recycling(drawn=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio_budget is None:
+            raise StudioError("LANTERN++ bounds the ratio to the target's law: give ratio_budget, or use Lantern.")
+        if not self.drafts.drawn:
+            raise StudioError(
+                "LANTERN++ tests drafts that are drawn in a tree of fixed shape: use Recycling(drawn=True) or "
+                f"DrafterDrafts(drafter, StaticTree(...)), not likeliest drafts of {type(self.drafts).__name__}."
+            )

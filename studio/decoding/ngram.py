@@ -26,7 +26,7 @@ class NGram:
     branches: int = 2
     levels: int = 3
 
-    uses_states = False
+    uses_states = drawn = False
 
     def __post_init__(self):
         for name in ("longest", "branches", "levels"):
@@ -80,4 +80,3 @@ def _tree(tokens: list[int], paths: list[list[int]]) -> tuple[list[int], list[in
 def _order(node: tuple[int, ...], paths: list[list[int]]) -> tuple[int, int]:
     """Level by level, and within a level as the paths come."""
     return len(node), next(place for place, path in enumerate(paths) if tuple(path[: len(node)]) == node)
-

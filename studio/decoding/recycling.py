@@ -2,8 +2,9 @@
 
 Token recycling ("Turning Trash into Treasure", arXiv:2408.08696): a table keeps, for each token, the likeliest tokens
 behind it when the target saw it last, in the picture or in a draft. A tree of fixed shape is filled from that table.
-Deviation from the authors' code: every picture begins with an empty table of its own, so that a batch equals its single
-calls; drafts that have no entry are left out.
+Deviations from the authors' code: every picture begins with an empty table of its own, so that a batch equals its
+single calls; drafts that have no entry are left out; drafts can be drawn from the probabilities that the candidates had
+then, as LANTERN++ wants them, and not only be the likeliest.
 """
 
 from dataclasses import dataclass
@@ -11,29 +12,51 @@ from dataclasses import dataclass
 import torch
 
 from studio.decoding.drafts import Memoryless, Progress, Setting
+from studio.decoding.sampling import exponential_noise
 from studio.decoding.trees import StaticTree, Tree
+from studio.errors import StudioError
 
 
 @dataclass(frozen=True)
 class Recycling:
-    """Settings: the shape of the trees; the default is for a CPU, where every node costs."""
+    """Settings.
+
+    Args:
+        tree: the shape of the trees; the default is for a CPU, where every node costs.
+        drawn: whether siblings are drawn without replacement from the candidates' probabilities; else, and when the
+            target is greedy, they are the likeliest.
+        candidates: how many the table keeps for a token that drafts are drawn for, at least the width of the tree.
+
+    Errors: `StudioError` for a number of candidates below 1.
+    """
 
     tree: StaticTree = StaticTree(((0,), (1,), (0, 0), (0, 0, 0)))
+    drawn: bool = False
+    candidates: int = 8
 
     uses_states = False
+
+    def __post_init__(self):
+        count = self.candidates
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise StudioError(f"candidates of recycled drafts must be a whole number above 0, not {count!r}.")
 
     @property
     def nodes(self) -> int:
         return self.tree.nodes
 
-    def begin(self, setting: Setting) -> "_RecyclingDrafting":
-        return _RecyclingDrafting(self.tree, setting)
+    def begin(self, setting: Setting) -> "_Recycled":
+        if self.drawn and not setting.sampling.greedy:
+            return _RecycledDraws(self.tree, max(self.candidates, self.tree.width), setting)
+        return _Recycled(self.tree, self.tree.width, setting)
 
 
-class _RecyclingDrafting(Memoryless):
-    def __init__(self, shape: StaticTree, setting: Setting):
-        self.shape = shape
-        size = (setting.batch, setting.model.config.vocab_size, shape.width)
+class _Recycled(Memoryless):
+    """The table of likeliest tokens (B, V, kept), -1 where there is none, and trees filled in its order."""
+
+    def __init__(self, shape: StaticTree, kept: int, setting: Setting):
+        self.shape, self.kept = shape, kept
+        size = (setting.batch, setting.model.config.vocab_size, kept)
         self.candidates = torch.full(size, -1, dtype=torch.int32, device=setting.model.device)
 
     def propose(self, progress: Progress) -> Tree:
@@ -44,21 +67,68 @@ class _RecyclingDrafting(Memoryless):
             above = tokens[parent]
             drafted = self.candidates[rows, above.clamp(min=0), rank].long()
             tokens.append(torch.where((above >= 0) & (progress.room >= depth), drafted, -1))
-        tokens = torch.stack(tokens, dim=1)
-        parents = torch.tensor(shape.parents, device=roots.device).expand_as(tokens)
+        return self._tree(torch.stack(tokens, dim=1))
+
+    def _tree(self, tokens: torch.Tensor, laws=None, proposal_rows=None) -> Tree:
+        """The tree of the tokens (B, n), -1 where there is none, without columns behind the last one."""
+        parents = torch.tensor(self.shape.parents, device=tokens.device).expand_as(tokens)
         exists = tokens >= 0
         size = 1 + int(torch.nonzero(exists.any(dim=0))[-1])
-        return Tree(tokens.clamp(min=0)[:, :size], parents.masked_fill(~exists, -1)[:, :size])
+        parents = parents.masked_fill(~exists, -1)[:, :size]
+        return Tree(tokens.clamp(min=0)[:, :size], parents, laws, proposal_rows)
 
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
-        best = logits.topk(min(self.shape.width, logits.shape[-1]), dim=-1).indices.int()
+        self._remember(tree, self.candidates, logits.topk(min(self.kept, logits.shape[-1]), dim=-1).indices.int())
+
+    def _remember(self, tree: Tree, table: torch.Tensor, seen: torch.Tensor) -> None:
+        """Writes what was seen (B, n, w) at the nodes into a table (B, V, kept), later nodes over earlier ones."""
         exists = tree.parents >= 0
         exists[:, 0] = True
-        rows = torch.arange(len(best), device=best.device)
-        for node in range(best.shape[1]):
-            token, width = tree.tokens[:, node], best.shape[2]
-            known = self.candidates[rows, token, :width]
-            self.candidates[rows, token, :width] = torch.where(exists[:, node, None], best[:, node], known)
+        rows, width = torch.arange(len(seen), device=seen.device), seen.shape[2]
+        for node in range(seen.shape[1]):
+            token = tree.tokens[:, node]
+            known = table[rows, token, :width]
+            table[rows, token, :width] = torch.where(exists[:, node, None], seen[:, node], known)
 
     def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
         self.candidates = self.candidates[pictures]
+
+
+class _RecycledDraws(_Recycled):
+    """The table with the probabilities (B, V, kept) that filters left, and trees drawn from them."""
+
+    def __init__(self, shape: StaticTree, kept: int, setting: Setting):
+        super().__init__(shape, kept, setting)
+        self.sampling = setting.sampling
+        self.masses = torch.zeros(self.candidates.shape, device=self.candidates.device)
+
+    def propose(self, progress: Progress) -> Tree:
+        roots, shape = progress.roots, self.shape
+        (batch, vocab, kept), count = self.candidates.shape, len(shape.expanded)
+        rows = torch.arange(batch, device=roots.device)
+        races = [exponential_noise(count, kept, [one] * count, roots.device) for one in progress.generators]
+        tokens = torch.full((batch, shape.nodes), -1, device=roots.device)
+        tokens[:, 0] = roots
+        laws = torch.zeros(batch, count, vocab, device=roots.device)
+        proposal_rows = torch.full((shape.nodes,), -1, device=roots.device)
+        for place, (node, race) in enumerate(zip(shape.expanded, torch.stack(races, dim=1))):
+            above = tokens[:, node].clamp(min=0)
+            codes = self.candidates[rows, above].clamp(min=0).long()
+            masses = self.masses[rows, above] * (tokens[:, node, None] >= 0)
+            laws[:, place].scatter_add_(1, codes, masses)
+            proposal_rows[node] = place
+            children = [child for child, parent in enumerate(shape.parents) if parent == node]
+            won = (masses / race).topk(len(children), dim=1)
+            exists = (won.values > 0) & (progress.room[:, None] > shape.depths[node])
+            tokens[:, children] = torch.where(exists, codes.gather(1, won.indices), -1)
+        return self._tree(tokens, laws, proposal_rows)
+
+    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+        laws = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+        best = laws.topk(min(self.kept, laws.shape[-1]), dim=-1)
+        self._remember(tree, self.candidates, best.indices.int())
+        self._remember(tree, self.masses, best.values)
+
+    def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
+        super().select(pictures, rows)
+        self.masses = self.masses[pictures]

@@ -51,13 +51,14 @@ def sources(model):
         torch.nn.init.normal_(weight, std=0.1)
     return {
         "recycling": Recycling(STATIC),
+        "recycled-draws": Recycling(STATIC, drawn=True, candidates=6),
         "ngram": NGram(longest=2, branches=3, levels=3),
         "dynamic": DrafterDrafts(drafter, DynamicTree(nodes=9, levels=3, width=3)),
         "static": DrafterDrafts(drafter, STATIC),
     }
 
 
-NAMES = ["recycling", "ngram", "dynamic", "static"]
+NAMES = ["recycling", "recycled-draws", "ngram", "dynamic", "static"]
 
 
 @pytest.mark.parametrize("captions", [False, True], ids=["classes", "captions"])
@@ -171,7 +172,7 @@ def test_settings_are_checked():
         lambda: Speculative(drafts="eagle"), lambda: Speculative(filter_order="other"), lambda: Lantern(0),
         lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio_budget=0.5),
         lambda: Lantern(10, 0.1, 2.0, reference=True), lambda: NGram(branches=0),
-        lambda: DrafterDrafts(None, "tree"),
+        lambda: DrafterDrafts(None, "tree"), lambda: Recycling(candidates=0),
     ):  # fmt: skip
         with pytest.raises(StudioError):
             wrong()

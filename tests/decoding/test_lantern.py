@@ -1,0 +1,111 @@
+"""LANTERN++: what its drafts must be, and the law of a token by enumeration over all drafts of its tree."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from laws import distance, law_of_node, without_replacement  # noqa: E402
+
+from studio import Lantern, LanternPlusPlus, LlamaGen, StudioError  # noqa: E402
+from studio.decoding.acceptance import weigh  # noqa: E402
+from studio.decoding.drafter_drafts import DrafterDrafts  # noqa: E402
+from studio.decoding.ngram import NGram  # noqa: E402
+from studio.decoding.recycling import Recycling  # noqa: E402
+from studio.decoding.sampling import Sampling  # noqa: E402
+from studio.decoding.speculative import Speculative, speculative  # noqa: E402
+from studio.decoding.trees import DynamicTree, StaticTree  # noqa: E402
+
+ROUNDING = 1e-6
+VOCAB = 6
+
+
+def problems(count, seed):
+    """`count` times: a target's law of which one code is excluded, a drafter's law, a codebook."""
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        p, q = (2 * torch.randn(2, VOCAB, generator=generator, dtype=torch.float64)).softmax(dim=1)
+        p[index % VOCAB] = 0
+        yield p / p.sum(), q, torch.randn(VOCAB, 3, generator=generator)
+
+
+def laws(settings, codebook, p, q, siblings):
+    """The law of a token, and the part of it that comes from accepted drafts, over all draws of siblings."""
+    relaxation = settings.relaxation(codebook)
+    law, accepted = torch.zeros_like(p), torch.zeros_like(p)
+    for drawn, probability in without_replacement(q, siblings):
+        tokens = torch.tensor(drawn)
+        weighed = weigh(p[None], tokens[None], q[None], relaxation)
+        law += probability * law_of_node(weighed, tokens)
+        reached = probability
+        for token, ratio in zip(drawn, weighed.ratios[0].clamp(max=1).tolist()):
+            accepted[token] += reached * ratio
+            reached *= 1 - ratio
+    return law, accepted
+
+
+@pytest.mark.parametrize("siblings", [1, 2, 3])
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0])
+def test_no_token_passes_the_ratio(siblings, ratio):
+    largest = 0.0
+    for p, q, codebook in problems(12, seed=0):
+        law, accepted = laws(LanternPlusPlus(k=5, ratio_budget=ratio), codebook, p, q, siblings)
+        assert float(law.sum()) == pytest.approx(1)
+        assert (accepted <= ratio * p + ROUNDING).all() and (law <= ratio * p + ROUNDING).all()
+        assert distance(law, p) <= ratio - 1 + ROUNDING
+        assert siblings > 1 or distance(law, p) <= distance(p, q) + ROUNDING
+        largest = max(largest, float((law / p).nan_to_num(0.0).max()))
+    assert ratio == 1 or largest > 1 + (ratio - 1) / 2
+
+
+def test_a_bound_on_moved_mass_lets_what_is_excluded_through():
+    """The negative control: the authors' other bound, on the same drafts, breaks what the ratio guarantees."""
+    excluded, farthest = 0.0, 0.0
+    for p, q, codebook in problems(12, seed=0):
+        law, accepted = laws(Lantern(5, 0.3, reference=True, drafts=Recycling(drawn=True)), codebook, p, q, 2)
+        excluded, farthest = max(excluded, float(accepted[p == 0].sum())), max(farthest, distance(law, p))
+    assert excluded > 0.05 and farthest > 0.3
+
+
+def target():
+    torch.manual_seed(0)
+    model = LlamaGen(vocab_size=32, dim=32, num_layers=2, num_heads=2, grid_size=4, num_classes=9)
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.3)
+    return model.eval()
+
+
+def draw(settings, **sampling):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    codebook = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
+    labels = {"class_labels": torch.arange(8)}
+    call = {"settings": settings, "sampling": Sampling(top_k=20, **sampling)}
+    return speculative(target(), labels, generators=generators, codebook=codebook, **call)
+
+
+def test_a_larger_ratio_accepts_more_and_one_accepts_what_is_lossless():
+    lossless = draw(Speculative(drafts=Recycling(drawn=True)))
+    assert torch.equal(draw(LanternPlusPlus(ratio_budget=1.0)).tokens, lossless.tokens)
+    relaxed = draw(LanternPlusPlus(k=31, ratio_budget=20.0))
+    assert relaxed.mean_accepted_length > lossless.mean_accepted_length > 1
+
+
+def test_greedy_drafts_are_the_likeliest():
+    drawn, likeliest = (draw(Speculative(drafts=Recycling(drawn=drawn)), temperature=0) for drawn in (True, False))
+    assert torch.equal(drawn.tokens, likeliest.tokens) and drawn.target_calls == likeliest.target_calls
+
+
+def test_drafts_must_be_drawn():
+    fixed = DrafterDrafts(None, StaticTree(((0,), (1,))))
+    assert LanternPlusPlus(drafts=fixed).drafts is fixed
+    for drafts in (Recycling(), NGram(), DrafterDrafts(None, DynamicTree())):
+        with pytest.raises(StudioError, match="drawn"):
+            LanternPlusPlus(drafts=drafts)
+
+
+@pytest.mark.parametrize("wrong", [{"ratio_budget": None}, {"ratio_budget": 0.9}, {"k": 0}, {"delta": 2.0}], ids=str)
+def test_settings_are_checked(wrong):
+    with pytest.raises(StudioError):
+        LanternPlusPlus(**wrong)
