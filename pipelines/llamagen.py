@@ -9,9 +9,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
+from studio.decoding.distilled import Distilled, DistilledDrawn, distilled
 from studio.decoding.sampling import Sampling, is_finite_number
 from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
+from studio.models.distilled import DistilledStudent
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.vq import VQTokenizer
@@ -30,12 +32,13 @@ class LlamaGenPipeline(DiffusionPipeline):
         transformer: draws tokens; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
+        student: draws all tokens in few calls; only for `Distilled` decoding. It was distilled from the transformer.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
-    _optional_components = ["text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
+    _optional_components = ["text_encoder", "tokenizer", "student"]
     _callback_tensor_inputs = ["tokens"]
 
     def __init__(
@@ -44,6 +47,7 @@ class LlamaGenPipeline(DiffusionPipeline):
         transformer: LlamaGen,
         text_encoder=None,
         tokenizer=None,
+        student: DistilledStudent | None = None,
         default_guidance_scale: float = 4.0,
         default_temperature: float = 1.0,
         default_top_k: int = 0,
@@ -52,7 +56,11 @@ class LlamaGenPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(
-            image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
+            image_tokenizer=image_tokenizer,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            student=student,
         )
         self.register_to_config(
             default_guidance_scale=default_guidance_scale,
@@ -109,6 +117,32 @@ class LlamaGenPipeline(DiffusionPipeline):
         if codes != vocab:
             raise StudioError(f"The image tokenizer has {codes} codes but the transformer draws from {vocab}.")
 
+    def check_distilled(self, settings: Distilled, given: list[str]) -> None:
+        """Raises a `StudioError` where there is no student that fits, or for arguments that it cannot follow.
+
+        Args:
+            given: names of the arguments of a call that say how the transformer's tokens are drawn.
+        """
+        if self.student is None:
+            raise StudioError(
+                "Distilled decoding needs a student and this pipeline has none: use the folder that "
+                "`studio train emoji-distilled` makes, or build the pipeline with student=, a DistilledStudent."
+            )
+        ours, teacher = self.student.config, self.transformer.config
+        for name in ("vocab_size", "grid_size", "num_classes", "caption_dim", "caption_length"):
+            if ours[name] != teacher[name]:
+                raise StudioError(f"The student has {name} {ours[name]}, the transformer {teacher[name]}: use its own.")
+        if ours.code_dim != self.image_tokenizer.config.code_dim:
+            raise StudioError(
+                f"The student draws vectors of {ours.code_dim} numbers, "
+                f"the image tokenizer reads {self.image_tokenizer.config.code_dim}: use the one it was made with."
+            )
+        if given and settings.teacher_steps is None:
+            raise StudioError(
+                f"Distilled decoding knows no {', no '.join(given)}: "
+                "a student draws as it was taught, so leave that out, or let the teacher draw some tokens."
+            )
+
     @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens."""
@@ -135,7 +169,18 @@ class LlamaGenPipeline(DiffusionPipeline):
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
         """Tokens (B, grid**2) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
         side = self.transformer.config.grid_size
-        pixels = self.image_tokenizer.decode(tokens.view(-1, side, side)).float()
+        return self._finished(self.image_tokenizer.decode(tokens.view(-1, side, side)), output_type)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
+        """Code vectors (B, grid**2, code_dim) to pictures; `output_type` as of `decode_tokens`."""
+        side = self.transformer.config.grid_size
+        codes = latents.to(self.image_tokenizer.dtype).transpose(1, 2).unflatten(2, (side, side))
+        return self._finished(self.image_tokenizer.decode_features(codes), output_type)
+
+    def _finished(self, pixels: torch.Tensor, output_type: str):
+        """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""
+        pixels = pixels.float()
         if output_type == "pil":
             values = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
             return self.bytes_to_pil(values)
@@ -162,7 +207,7 @@ class LlamaGenPipeline(DiffusionPipeline):
         top_p: float | None = None,
         cfg_interval: int = -1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        decoding: Autoregressive | Speculative | None = None,
+        decoding: Autoregressive | Speculative | Distilled | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
@@ -178,14 +223,19 @@ class LlamaGenPipeline(DiffusionPipeline):
             top_k, top_p: keep the k likeliest tokens (0: all), or those that hold probability p (1: all).
             cfg_interval: index of the last token but one that is guided; -1 guides all.
             generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
-            decoding: how tokens are drawn, `Autoregressive()`, `Speculative()` or `Lantern()`; the first when left out.
+            decoding: how tokens are drawn, `Autoregressive()` (when left out), `Speculative()`, `Lantern()`,
+                `LanternPlusPlus()` or `Distilled()`. The last takes guidance and filters with `teacher_steps` only, for
+                those steps.
             output_type: "pil", "np", "pt", or "tokens" to leave out pixels.
             callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token that all
                 pictures have; may return a dict with a changed last token in "tokens", from which drawing goes on.
+                A student's call draws all tokens at once, of which any may be changed: index is that of the last.
 
         Errors: `StudioError` for a call that cannot be used.
         """
         config = self.config
+        steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        steering["cfg_interval"] = None if cfg_interval == -1 else cfg_interval
         guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
         self.check_inputs(
             prompt,
@@ -197,9 +247,12 @@ class LlamaGenPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
         settings = Autoregressive() if decoding is None else decoding
-        if not isinstance(settings, (Autoregressive, Speculative)):
+        if isinstance(settings, Distilled):
+            self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
+        elif not isinstance(settings, (Autoregressive, Speculative)):
             raise StudioError(
-                f"LlamaGen draws with Autoregressive, Speculative or Lantern decoding, not {type(settings).__name__}."
+                "LlamaGen draws with Autoregressive, Speculative, Lantern, LanternPlusPlus or Distilled decoding, "
+                f"not {type(settings).__name__}."
             )
         sampling = Sampling(
             temperature=config.default_temperature if temperature is None else temperature,
@@ -214,7 +267,8 @@ class LlamaGenPipeline(DiffusionPipeline):
                 condition = self._condition(prompt, class_labels, num_images_per_prompt)
             batch = len(next(iter(condition.values())))
             generators = image_generators(generator, batch, self._execution_device)
-            total = self.transformer.num_tokens
+            is_distilled = isinstance(settings, Distilled)
+            total = settings.reports_for(self.student) if is_distilled else self.transformer.num_tokens
             with self.progress_bar(total=total) as progress:
 
                 def on_token(index: int, tokens: torch.Tensor) -> bool:
@@ -226,22 +280,18 @@ class LlamaGenPipeline(DiffusionPipeline):
                             tokens.copy_(changed["tokens"])
                     return self._interrupt
 
-                call = {
-                    "generators": generators,
-                    "sampling": sampling,
-                    "guidance_scale": guidance_scale,
-                    "cfg_interval": cfg_interval,
-                    "settings": settings,
-                    "on_token": on_token,
-                }
-                if isinstance(settings, Speculative):
-                    call["codebook"] = self.image_tokenizer.quantize.embedding.weight
-                    call["editable"] = callback_on_step_end is not None
-                    drawn = speculative(self.transformer, condition, **call)
-                else:
-                    drawn = autoregressive(self.transformer, condition, **call)
+                drawn = self._draw(
+                    condition,
+                    generators=generators,
+                    sampling=sampling,
+                    guidance_scale=guidance_scale,
+                    cfg_interval=cfg_interval,
+                    settings=settings,
+                    on_token=on_token,
+                    editable=callback_on_step_end is not None,
+                )
             with _timed(seconds, "pixels"):
-                images = drawn.tokens if output_type == "tokens" else self._pictures(drawn.tokens, output_type)
+                images = drawn.tokens if output_type == "tokens" else self._pictures(drawn, output_type)
         self.maybe_free_model_hooks()
         stats = _stats(drawn, seconds)
         if not return_dict:
@@ -258,12 +308,24 @@ class LlamaGenPipeline(DiffusionPipeline):
             condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
-    def _pictures(self, tokens: torch.Tensor, output_type: str):
+    def _draw(self, condition: dict, *, settings, editable: bool, **call) -> Drawn:
+        """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""
+        call["settings"] = settings
+        if isinstance(settings, Speculative):
+            codebook = self.image_tokenizer.quantize.embedding.weight
+            return speculative(self.transformer, condition, codebook=codebook, editable=editable, **call)
+        if isinstance(settings, Distilled):
+            codebook = self.image_tokenizer.codebook
+            return distilled(self.transformer, condition, student=self.student, codebook=codebook, **call)
+        return autoregressive(self.transformer, condition, **call)
+
+    def _pictures(self, drawn: Drawn, output_type: str):
         """Pictures of complete or interrupted drawings; what is missing repeats the first token."""
-        missing = self.transformer.num_tokens - tokens.shape[1]
-        if missing:
-            tokens = torch.cat((tokens, tokens[:, :1].expand(-1, missing)), dim=1)
-        return self.decode_tokens(tokens, output_type)
+        decode, drawing = self.decode_tokens, drawn.tokens
+        if isinstance(drawn, DistilledDrawn):
+            decode, drawing = self.decode_latents, drawn.latents
+        missing = self.transformer.num_tokens - drawing.shape[1]
+        return decode(torch.cat((drawing, drawing[:, :1].repeat_interleave(missing, dim=1)), dim=1), output_type)
 
 
 def image_generators(generator, batch: int, device) -> list[torch.Generator]:

@@ -12,7 +12,7 @@ class DecodingStats(BaseOutput):
     """What a call cost.
 
     Args:
-        target_calls: calls of the transformer for the whole batch.
+        target_calls: calls of the transformer, and of a student, for the whole batch.
         tokens: image tokens drawn, over all pictures.
         mean_accepted_length: tokens of a picture per call (1.0 for plain autoregressive decoding).
         seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total".

@@ -17,9 +17,11 @@ if not (Path(__file__).parent / "pipelines").is_dir():
 if TYPE_CHECKING:
     from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
-    from studio.decoding.lantern import Lantern
+    from studio.decoding.distilled import Distilled
+    from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.speculative import Speculative
     from studio.errors import StudioError
+    from studio.models.distilled import DistilledStudent
     from studio.models.llamagen import LlamaGen
     from studio.pipelines.decodings import DECODINGS, decoding_named
     from studio.pipelines.llamagen import LlamaGenPipeline
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
     "DECODINGS": "studio.pipelines.decodings",
+    "Distilled": "studio.decoding.distilled",
+    "DistilledStudent": "studio.models.distilled",
     "Lantern": "studio.decoding.lantern",
+    "LanternPlusPlus": "studio.decoding.lantern",
     "LlamaGen": "studio.models.llamagen",
     "LlamaGenPipeline": "studio.pipelines.llamagen",
     "Speculative": "studio.decoding.speculative",
@@ -48,7 +53,10 @@ _EXPORTS = {
 __all__ = [
     "Autoregressive",
     "DECODINGS",
+    "Distilled",
+    "DistilledStudent",
     "Lantern",
+    "LanternPlusPlus",
     "LlamaGen",
     "LlamaGenPipeline",
     "Speculative",

@@ -97,6 +97,13 @@ class Distilled:
             raise StudioError(f"split must be at most {total}, the steps of the student, not {split}.")
         return total if split is None else split
 
+    def reports_for(self, student: torch.nn.Module) -> int:
+        """How often `distilled` calls `on_token`."""
+        if self.teacher_steps is None:
+            return len(self.times_for(student))
+        begin, end = self.teacher_steps
+        return end - begin + (end < len(student.bounds))
+
 
 @dataclass
 class DistilledDrawn(Drawn):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.lantern import Lantern
+from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.ngram import NGram
 from studio.decoding.speculative import Speculative
 
-DECODINGS = [Speculative(), Speculative(drafts=NGram()), Lantern(40, 0.2), Lantern(40, None, ratio_budget=2.0)]
+DECODINGS = [Speculative(), Speculative(drafts=NGram()), Lantern(40, 0.2), LanternPlusPlus(k=40)]
 
 
 def streams(*seeds):
@@ -60,5 +60,5 @@ def test_callback_sees_changes_and_interrupts(pipe):
 def test_what_does_not_fit_is_refused(pipe):
     with pytest.raises(StudioError, match="64 codes"):
         pipe("a red apple", decoding=Lantern(1000, 0.1))
-    with pytest.raises(StudioError, match="Lantern decoding, not str"):
+    with pytest.raises(StudioError, match="Lantern, .* not str"):
         pipe("a red apple", decoding="lantern")
