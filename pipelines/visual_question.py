@@ -1,16 +1,20 @@
 """A picture and a question to an answer: a vision-language model of transformers, with any token pruner."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from studio.errors import StudioError
 from studio.pruning.binding import prune_inputs
+from studio.pruning.patches import PatchView, patch_views
 from studio.pruning.shortening import PruneInfo
 
 MAX_QUESTION_CHARACTERS = 2000
+_CROPS_IN_PLACE = ("llava_next", "llava_onevision")
+"""Families whose layouts tell where crops lie."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,12 @@ class Answer:
     """What the model said, and what it cost.
 
     Args:
-        answer: the text.
+        answer: the text, so far or whole.
         visual_tokens, kept_tokens: tokens of the picture before and after pruning, newlines included.
         seconds: "encode" (vision tower), "select" (choice of tokens), "prefill" (prompt to first token), "decode".
         cache_bytes: keys and values that the language model holds at the end.
-        info: which tokens were kept, and where they lie.
+        info: which tokens were kept.
+        views: where those lie in the picture: the whole, and crops where their places are known.
     """
 
     answer: str
@@ -31,6 +36,7 @@ class Answer:
     seconds: dict[str, float]
     cache_bytes: int
     info: PruneInfo
+    views: tuple[PatchView, ...]
 
 
 class VisualQuestionPipeline:
@@ -62,7 +68,7 @@ class VisualQuestionPipeline:
         prune: str | None = None,
         keep: float = 0.2,
         max_new_tokens: int = 64,
-        streamer=None,
+        on_step: Callable[[Answer], bool | None] | None = None,
         **options,
     ) -> Answer:
         """Answers greedily.
@@ -73,7 +79,8 @@ class VisualQuestionPipeline:
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
             keep: the fraction of the picture's tokens to keep, in (0, 1].
             max_new_tokens: longest answer.
-            streamer: follows the answer, as in transformers (`TextIteratorStreamer`).
+            on_step: called with the answer so far when the tokens are chosen, and after each token of the answer; True
+                stops there.
             options: more settings of `studio.prune_inputs`.
 
         Errors: `StudioError` for an empty or too long question, a setting out of range, an unknown method, and a
@@ -90,24 +97,31 @@ class VisualQuestionPipeline:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         method, share = (prune, keep) if prune else ("uniform", 1.0)
         pruned, info = prune_inputs(self.model, inputs, method, share, **options)
-        clock = _FirstToken(self.device)
+        chosen = self._without_text(info, image.size)
+        if on_step is not None and on_step(chosen):
+            return chosen
+        steps = _Steps(self, chosen, pruned["input_ids"].shape[1], on_step)
         out = self.model.generate(
             **pruned,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([steps]),
         )
-        ended = _now(self.device)
-        answer = out.sequences[0, pruned["input_ids"].shape[1] :]
+        return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
+
+    def _without_text(self, info: PruneInfo, image_size: tuple[int, int]) -> Answer:
+        family = self.model.config.model_type
+        centred = family == "llava" and getattr(self.processor.image_processor, "do_center_crop", False)
+        crops = family in _CROPS_IN_PLACE
         return Answer(
-            answer=self.processor.decode(answer, skip_special_tokens=True).strip(),
+            answer="",
             visual_tokens=sum(info.tokens_before),
             kept_tokens=sum(info.tokens_after),
-            seconds={**info.seconds, "prefill": clock.first - clock.began, "decode": ended - clock.first},
-            cache_bytes=_cache_bytes(out.past_key_values),
+            seconds={**info.seconds, "prefill": 0.0, "decode": 0.0},
+            cache_bytes=0,
             info=info,
+            views=patch_views(info.layouts[0], info.kept[0], image_size, centred=centred, crops=crops),
         )
 
     def _prompt(self, question: str) -> str:
@@ -119,16 +133,24 @@ class VisualQuestionPipeline:
         )
 
 
-class _FirstToken(StoppingCriteria):
-    """Stops nothing; notes when the first token was there."""
+class _Steps(StoppingCriteria):
+    """Keeps the time of an answer, tells `on_step` of it, and stops when that says so."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.began, self.first = device, _now(device), None
+    def __init__(self, pipe: VisualQuestionPipeline, chosen: Answer, prompt_length: int, on_step):
+        self.pipe, self.chosen, self.prompt_length, self.on_step = pipe, chosen, prompt_length, on_step
+        self.began, self.first = _now(pipe.device), None
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.first is None:
-            self.first = _now(self.device)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            self.first = _now(self.pipe.device)
+        stop = self.on_step is not None and bool(self.on_step(self.answer(input_ids)))
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+
+    def answer(self, sequences: torch.Tensor) -> Answer:
+        """The answer at the end of the first sequence, with the seconds until now."""
+        seconds = {"prefill": self.first - self.began, "decode": _now(self.pipe.device) - self.first}
+        text = self.pipe.processor.decode(sequences[0, self.prompt_length :], skip_special_tokens=True).strip()
+        return replace(self.chosen, answer=text, seconds={**self.chosen.seconds, **seconds})
 
 
 def _now(device: torch.device) -> float:

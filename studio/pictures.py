@@ -10,12 +10,13 @@ SMALLEST_SIDE = 8
 LONGEST_RATIO = 100
 
 
-def open_picture(path):
+def open_picture(path, name=None):
     """Read a picture as a person sees it.
 
     Args:
         path: a file that Pillow reads. Of an animation the first frame counts, transparency is put on white, 16-bit and
             CMYK colours become 8-bit RGB, and a camera's rotation is applied.
+        name: what messages call it; its path when `None`.
 
     Returns:
         A PIL image in mode RGB.
@@ -27,31 +28,32 @@ def open_picture(path):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(path).expanduser()
+    name = name or path
     if not path.is_file():
-        raise StudioError(f"There is no picture {path}.")
+        raise StudioError(f"There is no picture {name}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(path)
-        _check_size(path, *picture.size)
+        _check_size(name, *picture.size)
         picture.seek(0)
         picture.load()
         return _rgb(ImageOps.exif_transpose(picture))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         big = isinstance(error, Image.DecompressionBombError)
         reason = "is too large: give one of at most 64 million pixels" if big else "is not a picture that can be read"
-        raise StudioError(f"{path} {reason}.") from error
+        raise StudioError(f"{name} {reason}.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise StudioError(f"{path} is damaged and cannot be read whole: {error}.") from error
+        raise StudioError(f"{name} is damaged and cannot be read whole: {error}.") from error
 
 
-def _check_size(path, width, height):
+def _check_size(name, width, height):
     if width * height > MOST_PIXELS:
-        raise StudioError(f"{path} has {width} x {height} pixels: give a picture of at most 64 million.")
+        raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at most 64 million.")
     if min(width, height) < SMALLEST_SIDE:
-        raise StudioError(f"{path} has {width} x {height} pixels: give a picture of at least {SMALLEST_SIDE} a side.")
+        raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise StudioError(f"{path} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
+        raise StudioError(f"{name} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
 
 
 def _rgb(picture):

@@ -61,3 +61,9 @@ def test_what_is_no_whole_picture_is_refused(tmp_path):
     for name, word in {"cut.png": "damaged", "text.png": "not a picture", "absent.png": "no picture"}.items():
         with pytest.raises(StudioError, match=word):
             open_picture(tmp_path / name)
+
+
+def test_messages_call_a_picture_by_its_name(tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    with pytest.raises(StudioError, match="^my notes is not a picture"):
+        open_picture(tmp_path / "notes.png", "my notes")

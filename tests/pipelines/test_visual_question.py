@@ -50,6 +50,33 @@ def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
     assert all(seconds >= 0 for seconds in part.seconds.values())
 
 
+def test_the_answer_grows_token_by_token_and_can_be_stopped(pipe, picture):
+    whole = pipe(picture, "how many", max_new_tokens=4)
+    seen = []
+    again = pipe(picture, "how many", max_new_tokens=4, on_step=seen.append)
+    assert again.answer == whole.answer == seen[-1].answer
+    assert seen[0].answer == "" and seen[0].views and len(seen) == 5
+    assert all(later.answer.startswith(earlier.answer) for earlier, later in zip(seen, seen[1:]))
+    few = []
+    stopped = pipe(picture, "how many", max_new_tokens=4, on_step=lambda answer: few.append(answer) or len(few) == 3)
+    assert len(few) == 3 and stopped.answer == seen[2].answer
+    unread = pipe(picture, "how many", on_step=lambda answer: True)
+    assert unread.answer == "" and unread.cache_bytes == 0 and unread.seconds["encode"] > 0
+
+
+@pytest.mark.parametrize("size", [(96, 96), (192, 100), (60, 180)])
+def test_kept_tokens_have_their_places_in_the_picture(pipe, picture, size):
+    answer = pipe(picture.resize(size), "how many", prune="divprune", keep=0.3, max_new_tokens=1)
+    contents = len(answer.info.layouts[0].content)
+    whole, crops = answer.views
+    assert (whole.name, crops.name) == ("whole", "crops") and whole.box == (0, 0, 1, 1)
+    assert int(whole.read.sum()) == whole.read.numel() == 144
+    assert int(whole.read.sum() + crops.read.sum()) == contents
+    newlines = int((answer.info.layouts[0].partition[answer.info.kept[0]] < 0).sum())
+    assert int(whole.kept.sum() + crops.kept.sum()) == answer.kept_tokens - newlines
+    assert not (crops.kept & ~crops.read).any()
+
+
 @pytest.mark.parametrize(
     ("call", "word"),
     [
