@@ -28,11 +28,15 @@ def known_words():
     return sorted(whole | {part for word in whole for part in re.split(r"['’-]", word)})
 
 
-def train_caption_tokenizer(max_length):
-    """A byte-pair tokenizer over lower-case words without punctuation, ending each text with `</s>`.
+def train_caption_tokenizer(max_length, plan_length=0):
+    """A byte-pair tokenizer over lower-case words without punctuation.
+
+    Each text ends with `</s>` and `plan_length` tokens `<plan0>`, `<plan1>`, ... that mean nothing by themselves: a
+    text encoder can write there.
 
     Args:
-        max_length: longest text in tokens, `</s>` included.
+        max_length: longest text in tokens, everything included.
+        plan_length: tokens behind `</s>`.
 
     Returns:
         A `PreTrainedTokenizerFast` that pads on the right with `<pad>`, number 0.
@@ -47,10 +51,14 @@ def train_caption_tokenizer(max_length):
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = ["<pad>", "</s>", "<unk>"]
+    plan = [f"<plan{i}>" for i in range(plan_length)]
+    special = ["<pad>", "</s>", "<unk>", *plan]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(caption_texts(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(("$A", "</s>", *plan)),
+        special_tokens=[(token, special.index(token)) for token in ("</s>", *plan)],
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -22,8 +22,9 @@ from studio.training.recipe import Defaults, Recipe
 from studio.training.token_cache import training_tokens
 from studio.training.words import teach_words
 
-CAPTION_LENGTH = 16
-TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 8}
+PLAN_SIZE = 4
+CAPTION_LENGTH = 16 + PLAN_SIZE**2
+TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 768, "num_layers": 2, "num_heads": 8}
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
 WORDS_SHARE = 1 / 3
 """Steps of the text encoder before, over steps of the token model."""
@@ -58,7 +59,7 @@ class TrainableGenerator(nn.Module):
 class EmojiAR(Recipe):
     """Draws an emoji from words: a small T5 encoder and a LlamaGen transformer over the tokens of `emoji-vq`.
 
-    Without `--init-from` the encoder learns first to guess pictures from their captions; then it stays as it is.
+    Without `--init-from` the encoder learns first to plan pictures from their captions; then it stays as it is.
     """
 
     name = "emoji-ar"
@@ -69,7 +70,7 @@ class EmojiAR(Recipe):
         folder = bundled_folder("emoji-vq")
         self.image_tokenizer = VQTokenizer.from_pretrained(folder).to(device).eval()
         self.drawn, self.tokens = training_tokens(self.image_tokenizer, folder / "diffusion_pytorch_model.safetensors")
-        self.tokenizer = train_caption_tokenizer(CAPTION_LENGTH)
+        self.tokenizer = train_caption_tokenizer(CAPTION_LENGTH, PLAN_SIZE**2)
         text = T5Config(
             vocab_size=len(self.tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0,
             eos_token_id=1, **TEXT,
@@ -85,7 +86,7 @@ class EmojiAR(Recipe):
 
     def prepare(self, module, settings):
         text_encoder, steps = module.text_encoder.requires_grad_(True), int(settings.steps * WORDS_SHARE)
-        teach_words(text_encoder, self.image_tokenizer.codebook, self.captioned, steps, settings.seed)
+        teach_words(text_encoder, self.image_tokenizer.codebook, self.captioned, PLAN_SIZE, steps, settings.seed)
         text_encoder.requires_grad_(False)
 
     def optimizers(self, module, learning_rate):

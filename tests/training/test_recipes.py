@@ -10,13 +10,22 @@ from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.vq import VQTokenizer
-from studio.training import emoji_ar, emoji_judge, emoji_tower, emoji_vlm, emoji_vq, token_cache
+from studio.training import (
+    emoji_ar,
+    emoji_distilled,
+    emoji_judge,
+    emoji_tower,
+    emoji_vlm,
+    emoji_vq,
+    pair_cache,
+    token_cache,
+)
 from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
 from studio.training.recipes import RECIPES, run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path, tiny_folder):
     """Tiny networks, forty pictures, and no measuring."""
     few = combinations(held_out=False)[:40]
     monkeypatch.setattr(emoji_judge, "combinations", lambda held_out: few)
@@ -30,13 +39,19 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
     monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
     monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
-    recipes = (emoji_ar.EmojiAR, emoji_judge.EmojiJudge, emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ)
-    for recipe in recipes:
+    monkeypatch.setattr(emoji_distilled, "TEACHER", str(tiny_folder))
+    monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
+    monkeypatch.setattr(pair_cache, "CHUNK", 4)
+    for recipe in (
+        emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_judge.EmojiJudge, emoji_tower.EmojiTower,
+        emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
+    ):  # fmt: skip
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
 
 
 KINDS = {
     "emoji-ar": LlamaGenPipeline,
+    "emoji-distilled": LlamaGenPipeline,
     "emoji-judge": Judge,
     "emoji-tower": CLIPVisionModel,
     "emoji-vlm": VisualQuestionPipeline,
@@ -51,7 +66,9 @@ def read(name, folder):
 
 
 def network(model):
-    return getattr(model, "transformer", None) or getattr(model, "model", model)
+    """The part that was trained."""
+    parts = (getattr(model, name, None) for name in ("student", "transformer", "model"))
+    return next((part for part in parts if part is not None), model)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -91,7 +108,7 @@ def test_every_full_caption_fits_and_is_told_apart():
     from studio.data.archive import load_concepts
     from studio.data.captions import full_caption
 
-    tokenizer = train_caption_tokenizer(emoji_ar.CAPTION_LENGTH)
+    tokenizer = train_caption_tokenizer(emoji_ar.CAPTION_LENGTH, emoji_ar.PLAN_SIZE**2)
     captions = [full_caption(concept.index, 0, 5) for concept in load_concepts()]
     ids = tokenizer(captions)["input_ids"]
     assert max(map(len, ids)) <= emoji_ar.CAPTION_LENGTH

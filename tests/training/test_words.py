@@ -1,5 +1,8 @@
 """A text encoder that guesses pictures from captions."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
@@ -7,7 +10,8 @@ from transformers import T5Config, T5EncoderModel
 from studio.training import words
 
 CODEBOOK = torch.eye(4)
-PICTURES = torch.tensor([[0, 1, 2], [3, 3, 0], [1, 0, 2]])
+PICTURES = torch.tensor([range(16), range(16, 0, -1), [0] * 16]) % 4
+PLAN = torch.tensor([3, 4, 5, 6])
 
 
 @pytest.fixture(autouse=True)
@@ -18,19 +22,24 @@ def few_captions(monkeypatch):
 
 def text_encoder():
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return T5EncoderModel(T5Config(vocab_size=8, dropout_rate=0.0, **sizes))
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=10, dropout_rate=0.0, **sizes))
 
 
 def captioned(rng, number):
-    """Picture i is called by word i + 2, then comes the end; some captions are padded."""
+    """Picture i of 4 x 4 codes is called by word i + 7; behind it come the end and the plan, then one padding."""
     chosen = torch.from_numpy(rng.integers(3, size=number))
-    ids = torch.stack((chosen + 2, torch.ones_like(chosen), torch.zeros_like(chosen)), dim=1)
+    one = torch.ones_like(chosen)
+    ids = torch.cat((chosen[:, None] + 7, one[:, None], PLAN.expand(number, 4), 0 * one[:, None]), dim=1)
     return ids, (ids > 0).long(), PICTURES[chosen]
 
 
+def teach(encoder, draw, steps, seed=0):
+    return words.teach_words(encoder, CODEBOOK, draw, 2, steps, seed)
+
+
 def test_words_learn_what_they_look_like():
-    first, later = (words.teach_words(text_encoder(), CODEBOOK, captioned, steps, seed=0) for steps in (1, 60))
+    first, later = (teach(text_encoder(), captioned, steps) for steps in (1, 80))
     assert later < 0.1 < 0.5 < first
 
 
@@ -39,22 +48,44 @@ def test_a_caption_without_meaning_teaches_nothing():
         ids, mask, _ = captioned(rng, number)
         return ids, mask, PICTURES[torch.from_numpy(rng.integers(3, size=number))]
 
-    assert words.teach_words(text_encoder(), CODEBOOK, unrelated, 60, seed=0) > 0.4
+    assert teach(text_encoder(), unrelated, 80) > 0.4
 
 
 def test_the_seed_decides_the_weights():
     def taught(seed):
         encoder = text_encoder()
         torch.manual_seed(1)
-        words.teach_words(encoder, CODEBOOK, captioned, 3, seed)
+        teach(encoder, captioned, 3, seed)
         return encoder.shared.weight
 
     assert torch.equal(taught(0), taught(0)) and not torch.equal(taught(0), taught(1))
 
 
+def test_each_plan_token_guesses_its_own_region():
+    guess = words.Guess(text_encoder(), 4, 2, 1).eval()
+    guess.head.weight.data.zero_()
+    guess.head.bias.data.copy_(torch.arange(4.0))
+    ids, mask, _ = captioned(np.random.default_rng(0), 1)
+    cells = guess(ids, mask)[0, :, 0].tolist()
+    assert cells == [0, 1, 0, 1, 2, 3, 2, 3] * 2
+
+    class States(torch.nn.Module):
+        config = text_encoder().config
+
+        def forward(self, input_ids, attention_mask):
+            states = torch.zeros(*input_ids.shape, 32)
+            states[..., 0] = input_ids
+            return SimpleNamespace(last_hidden_state=states)
+
+    guess = words.Guess(States(), 4, 2, 1)
+    guess.head.weight.data.zero_()
+    guess.head.weight.data[:, 0] = 1
+    guess.head.bias.data.zero_()
+    assert guess(ids, mask)[0, :, 0].tolist() == [3, 3, 4, 4, 3, 3, 4, 4, 5, 5, 6, 6, 5, 5, 6, 6]
+
+
 def test_padding_does_not_change_the_guess():
-    guess = words.Guess(text_encoder(), 3, 4).eval()
-    ids = torch.tensor([[2, 1]])
-    padded = torch.tensor([[2, 1, 0, 0]])
+    guess = words.Guess(text_encoder(), 4, 2, 4).eval()
+    ids, mask, _ = captioned(np.random.default_rng(0), 2)
     with torch.no_grad():
-        assert torch.allclose(guess(ids, (ids > 0).long()), guess(padded, (padded > 0).long()), atol=1e-5)
+        assert torch.allclose(guess(ids, mask), guess(ids[:, :-1], mask[:, :-1]), atol=1e-5)
