@@ -26,7 +26,7 @@ tags: [token-based-image-generation, emoji]
 | Precision | {precision} |
 | torch | {torch} |
 
-Quality, as `studio evaluate {name} --json` measures it:
+Quality of these weights, as `studio evaluate` measures it:
 
 | measure | value |
 |---|---|

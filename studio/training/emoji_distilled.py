@@ -1,7 +1,8 @@
 """Recipe of `emoji-distilled`, the student of `emoji-ar` in Distilled Decoding (arXiv:2412.17153).
 
 Pairs of noise and tokens come from the teacher through the noise map, no pictures are read. The student sees a point of
-the trajectory, some tokens in front of noise, and learns its end.
+the trajectory, some tokens in front of noise, and learns its end. What is exported is the teacher's pipeline with the
+student in it.
 
 Deviations from what the authors say of their training, whose code they did not release: both heads learn at all unknown
 positions, so that the split between them can be chosen by measuring afterwards; the regression head learns squared
@@ -9,12 +10,17 @@ distance between code vectors, since a perceptual loss would need the weights of
 weights is kept, since the learning rate falls to zero.
 """
 
+import json
+import shutil
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from studio.checkpoints.loading import load
-from studio.decoding.distilled import spread_times, trajectory
+from studio.decoding.distilled import Distilled, spread_times, trajectory
+from studio.errors import StudioError
+from studio.evaluation.generators import evaluate_generator
 from studio.models.distilled import DistilledStudent
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
@@ -83,21 +89,33 @@ class EmojiDistilled(Recipe):
         return {"noise": noise, **self.pairs.condition(list(captions))}
 
     def load(self, module, folder):
-        student = DistilledStudent.from_pretrained(folder, dtype=torch.float32)
+        if not (folder / "student").is_dir():
+            raise StudioError(f"{folder} has no student to start from: start without --init-from.")
+        student = DistilledStudent.from_pretrained(folder / "student", dtype=torch.float32)
         module.student.load_state_dict(student.state_dict())
 
     def export(self, module, folder):
-        save_bf16(module.student, folder)
+        teacher = self.pairs.pipe.name_or_path
+        shutil.copytree(teacher, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", "student"))
+        save_bf16(module.student, folder / "student")
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index["student"] = [DistilledStudent.__module__, DistilledStudent.__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def quality(self, folder):
+        """What `evaluate_generator` says of pictures drawn in one call, and what `agreement` says."""
+        pipe = load(folder, device=self.pairs.pipe.device)
+        pipe.set_progress_bar_config(disable=True)
+        return {**evaluate_generator(pipe, decoding=Distilled(steps=1)), **self.agreement(pipe.student)}
 
     @torch.no_grad()
-    def quality(self, folder):
-        """How well one call agrees with pairs that were never trained on.
+    def agreement(self, student):
+        """How well one call of a student agrees with pairs that were never trained on.
 
         `token_agreement` is the share of tokens that the logits get right, `code_distance` the mean squared distance
         of the regressed vectors.
         """
-        device = self.pairs.pipe.transformer.device
-        student = DistilledStudent.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        device = student.device
         numbers = range(PAIRS, PAIRS + HELD_OUT_PAIRS)
         expected = self.pairs.tokens(PAIRS + HELD_OUT_PAIRS)[PAIRS:]
         right, distance = 0, 0.0

@@ -8,6 +8,7 @@ from studio.errors import StudioError
 
 RECIPES = {
     "emoji-ar": "studio.training.emoji_ar:EmojiAR",
+    "emoji-distilled": "studio.training.emoji_distilled:EmojiDistilled",
     "emoji-tower": "studio.training.emoji_tower:EmojiTower",
     "emoji-vlm": "studio.training.emoji_vlm:EmojiVLM",
     "emoji-judge": "studio.training.emoji_judge:EmojiJudge",

@@ -1,42 +1,68 @@
 """The student's recipe at a tiny size, its pairs, and a student that learns what independent tokens cannot know."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from studio import LlamaGen
+import studio
+from studio import Distilled, LlamaGen, StudioError
 from studio.decoding.distilled import draw_pairs
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
+from studio.evaluation.generators import evaluate_generator
 from studio.models.distilled import DistilledStudent
 from studio.training import emoji_distilled, pair_cache
-from studio.training.emoji_distilled import EmojiDistilled, TrainableStudent
-from studio.training.loop import Settings, train
+from studio.training.emoji_distilled import TrainableStudent
 from studio.training.pair_cache import Pairs
+from studio.training.recipes import run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tiny_pipeline):
-    """A tiny teacher and a dozen pairs."""
+def small(monkeypatch, tmp_path, tiny_pipeline, tiny_folder):
+    """A tiny teacher, a dozen pairs, and few pictures for the judge."""
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(emoji_distilled, "load", lambda name, device: tiny_pipeline.to(device))
+    monkeypatch.setattr(emoji_distilled, "TEACHER", str(tiny_folder))
+    monkeypatch.setattr(emoji_distilled, "evaluate_generator", partial(evaluate_generator, samples=70))
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
     monkeypatch.setattr(emoji_distilled, "HELD_OUT_PAIRS", 3)
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
     return tiny_pipeline
 
 
-def test_trains_exports_and_goes_on(small, tmp_path):
-    settings = Settings("emoji-distilled", steps=2, batch_size=4, learning_rate=1e-3, seed=0)
-    result = train(EmojiDistilled(), settings, tmp_path / "run")
-    assert result["loss"] > 0 and 0 <= result["quality"]["token_agreement"] <= 1
-    student = DistilledStudent.from_pretrained(result["folder"])
-    further = Settings(
-        "emoji-distilled", steps=1, batch_size=2, learning_rate=1e-12, seed=0, init_from=result["folder"]
-    )
-    again = DistilledStudent.from_pretrained(train(EmojiDistilled(), further, tmp_path / "further")["folder"])
-    for name, weight in student.state_dict().items():
-        assert torch.allclose(weight, again.state_dict()[name], atol=1e-2), name
+def draw(folder):
+    pipe = studio.load(folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red apple", generator=generator, decoding=Distilled(), output_type="tokens").tokens
+
+
+def test_what_is_exported_draws_and_is_measured_in_one_call(small, tiny_folder, tmp_path):
+    result = run("emoji-distilled", out=tmp_path / "run", steps=2, batch_size=4, learning_rate=1e-3)
+    assert result["loss"] > 0
+    quality = result["quality"]
+    assert 0 <= quality["token_agreement"] <= 1 and quality["code_distance"] > 0
+    pipe = studio.load(result["folder"], device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    again = evaluate_generator(pipe, samples=70, decoding=Distilled(steps=1))
+    assert again == {name: quality[name] for name in again}
+    for name, weight in studio.load(tiny_folder, device="cpu").transformer.state_dict().items():
+        assert torch.equal(weight, pipe.transformer.state_dict()[name]), name
+    assert pipe.student.config.num_layers == pipe.transformer.config.num_layers
+
+
+def test_goes_on_from_a_student_and_resumes(small, tmp_path):
+    start = run("emoji-distilled", out=tmp_path / "run", steps=1, batch_size=2)["folder"]
+    further = run("emoji-distilled", out=tmp_path / "on", steps=1, batch_size=2, learning_rate=1e-12, init_from=start)
+    assert torch.equal(draw(start), draw(further["folder"]))
+    resumed = run("emoji-distilled", out=tmp_path / "run", steps=1, batch_size=2, resume=True)
+    assert resumed["steps"] == 1 and torch.equal(draw(resumed["folder"]), draw(start))
+
+
+def test_a_folder_without_a_student_is_no_start(small, tiny_folder, tmp_path):
+    with pytest.raises(StudioError, match="no student"):
+        run("emoji-distilled", out=tmp_path / "run", steps=1, batch_size=2, init_from=str(tiny_folder))
 
 
 def test_pairs_are_kept_and_decided_by_their_number(small, monkeypatch):
