@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from studio.decoding.autoregressive import Autoregressive
-from studio.decoding.lantern import Lantern
+from studio.decoding.distilled import Distilled
+from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 
@@ -63,6 +64,24 @@ DECODINGS = {
         (
             Option("delta", float, 0.1, "How far a token's law may move, 0 to 1; 0 is lossless."),
             Option("neighbours", int, 1000, "How many similar codes count."),
+        ),
+    ),
+    "lantern++": DecodingChoice(
+        "Lantern++",
+        "As Lantern, with drafts drawn at random, and no token much likelier than the model has it.",
+        lambda neighbours, ratio: LanternPlusPlus(k=neighbours, ratio_budget=ratio),
+        (
+            Option("ratio", float, 5.0, "How many times likelier a token may become, 1 or more; 1 is lossless."),
+            Option("neighbours", int, 10, "How many similar codes count."),
+        ),
+    ),
+    "distilled": DecodingChoice(
+        "Distilled",
+        "A student draws all tokens in a call or a few, without guidance; for pipelines that have one.",
+        lambda steps, teacher_steps: Distilled(steps, (1, teacher_steps + 1) if teacher_steps else None),
+        (
+            Option("steps", int, 1, "Calls of the student."),
+            Option("teacher_steps", int, 0, "How many tokens the model itself draws first, with its guidance."),
         ),
     ),
 }

@@ -109,10 +109,33 @@ def test_every_sampling_option_is_taken(run, tiny_folder):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("decoding", ["ar", "speculative", "lantern"])
-def test_every_decoding_is_taken(run, tiny_folder, tmp_path, decoding):
-    options = ["--delta", 0.2, "--neighbours", 8] if decoding == "lantern" else []
-    call = ("generate", "a red apple", "--model", tiny_folder, "--seed", 1, "--decoding", decoding, *options, "--json")
+@pytest.fixture
+def student_folder(tiny_pipeline, tmp_path_factory):
+    """The tiny pipeline with a student of random weights."""
+    from studio import DistilledStudent, LlamaGenPipeline
+
+    student = DistilledStudent.from_teacher(tiny_pipeline.transformer, tiny_pipeline.image_tokenizer.codebook)
+    folder = tmp_path_factory.mktemp("models") / "student"
+    LlamaGenPipeline(**{**tiny_pipeline.components, "student": student}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("decoding", "options"),
+    [
+        ("ar", []),
+        ("speculative", []),
+        ("lantern", ["--delta", 0.2, "--neighbours", 8]),
+        ("lantern++", []),
+        ("lantern++", ["--ratio", 2, "--neighbours", 8]),
+        ("distilled", []),
+        ("distilled", ["--steps", 2]),
+        ("distilled", ["--steps", 1, "--teacher-steps", 3, "--guidance", 2]),
+    ],
+)
+def test_every_decoding_is_taken(run, student_folder, tmp_path, decoding, options):
+    model = ("--model", student_folder)
+    call = ("generate", "a red apple", *model, "--seed", 1, "--decoding", decoding, *options, "--json")
     code, out, err = run(*call)
     document = json.loads(out)
     assert code == 0 and document["decoding"] == decoding, err
@@ -121,11 +144,46 @@ def test_every_decoding_is_taken(run, tiny_folder, tmp_path, decoding):
     assert record["call"]["decoding"]["name"] == decoding
 
 
+def test_a_student_needs_few_calls(run, student_folder):
+    for options, calls in (([], 1), (["--steps", 3], 3), (["--teacher-steps", 4], 5)):
+        call = ("generate", "a red apple", "--model", student_folder, "--decoding", "distilled", *options, "--json")
+        assert json.loads(run(*call)[1])["target_calls"] == calls
+
+
+def test_evaluate_draws_as_it_is_told(run, student_folder):
+    plain, student = (
+        json.loads(run("evaluate", student_folder, "--samples", 70, *options, "--json")[1])
+        for options in ([], ["--decoding", "distilled"])
+    )
+    assert plain.keys() == student.keys() and plain["frechet"] != student["frechet"]
+    refused(run("evaluate", student_folder, "--steps", 2), "--decoding distilled")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [(["--guidance", 2], "guidance"), (["--top-k", 3], "top_k"), (["--steps", 2, "--teacher-steps", 3], "steps"),
+     (["--teacher-steps", 17], "teacher_steps"), (["--steps", 40], "16 steps")],
+    ids=str,
+)  # fmt: skip
+def test_what_a_student_cannot_do_is_refused(run, student_folder, options, word):
+    refused(run("generate", "a red apple", "--model", student_folder, "--decoding", "distilled", *options), word)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["--decoding", "fast"], "speculative"),
         (["--delta", "0.1"], "lantern"),
+        (["--ratio", "2"], "lantern++"),
+        (["--decoding", "lantern", "--ratio", "2"], "lantern++"),
+        (["--decoding", "lantern++", "--delta", "0.1"], "--delta"),
+        (["--decoding", "lantern++", "--ratio", "0.5"], "ratio"),
+        (["--decoding", "lantern++", "--ratio", "nan"], "--ratio"),
+        (["--steps", "2"], "distilled"),
+        (["--decoding", "speculative", "--teacher-steps", "2"], "--teacher-steps"),
+        (["--decoding", "distilled", "--steps", "0"], "--steps"),
+        (["--decoding", "distilled", "--dtype", "int8"], "int8"),
+        (["--decoding", "distilled"], "studio train emoji-distilled"),
         (["--decoding", "speculative", "--neighbours", "5"], "lantern"),
         (["--decoding", "speculative", "--dtype", "int8"], "int8"),
         (["--decoding", "lantern", "--delta", "2"], "delta"),

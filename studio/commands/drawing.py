@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from studio.commands.decodings import Decoding, Delta, Neighbours, Ratio, Steps, TeacherSteps, decoding_of, given
 from studio.commands.options import Device, Dtype, Json, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -37,15 +38,12 @@ def generate(
     top_p: Annotated[
         float | None, number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
     ] = None,
-    decoding: Annotated[
-        str, typer.Option(help="How tokens are drawn: ar, speculative (same law) or lantern (relaxed).")
-    ] = "ar",
-    delta: Annotated[
-        float | None, number(help="Lantern: largest total variation a token, 0 to 1.", show_default="0.1")
-    ] = None,
-    neighbours: Annotated[
-        int | None, typer.Option(min=1, help="Lantern: how many similar codes count.", show_default="1000")
-    ] = None,
+    decoding: Decoding = None,
+    delta: Delta = None,
+    neighbours: Neighbours = None,
+    ratio: Ratio = None,
+    steps: Steps = None,
+    teacher_steps: TeacherSteps = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
@@ -67,20 +65,10 @@ def generate(
         raise StudioError(
             'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
-    chosen = {"delta": delta, "neighbours": neighbours}
-    chosen = {"name": decoding, **{name: value for name, value in chosen.items() if value is not None}}
-    if chosen.keys() & {"delta", "neighbours"} and decoding != "lantern":
-        raise StudioError("--delta and --neighbours belong to --decoding lantern: add it, or leave them out.")
-    if dtype == "int8" and decoding != "ar":
+    chosen = given(decoding, delta=delta, neighbours=neighbours, ratio=ratio, steps=steps, teacher_steps=teacher_steps)
+    if dtype == "int8" and chosen["name"] != "ar":
         raise StudioError("--dtype int8 goes with --decoding ar only.")
     _generate(prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, sheet)
-
-
-def _decoding(name, dtype, **options):
-    from studio import decoding_named
-
-    choice = decoding_named(name)
-    return choice.make(weights="int8") if dtype == "int8" else choice.settings(**options)
 
 
 def _generate(prompt, class_label, model, num_images, seed, settings, decoding, device, dtype, out, sheet):
@@ -91,12 +79,13 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
 
     import torch
 
-    from studio import load
+    from studio import Autoregressive, load
     from studio.checkpoints.vocabulary import prompt_warning
 
-    how = _decoding(dtype=dtype, **decoding)
+    how, packed = decoding_of(**decoding), dtype == "int8"
+    if packed:
+        how = Autoregressive(weights="int8")
     quiet_libraries()
-    packed = dtype == "int8"
     pipe = load(model, device=device, dtype=None if packed else dtype)
     if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
         raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from studio.commands.decodings import Decoding, Delta, Neighbours, Ratio, Steps, TeacherSteps, decoding_of, given
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
+from studio.training.recipes import RECIPES, run
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="emoji-vq, emoji-ar or emoji-judge.")],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(RECIPES)}.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")] = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
@@ -27,8 +29,6 @@ def train(
     as_json: Json = False,
 ):
     """Train a bundled model anew, or go on training one."""
-    from studio.training.recipes import run
-
     quiet_libraries()
     result = run(
         name,
@@ -54,6 +54,12 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and draws the pictures.", show_default="0")
     ] = None,
+    decoding: Decoding = None,
+    delta: Delta = None,
+    neighbours: Neighbours = None,
+    ratio: Ratio = None,
+    steps: Steps = None,
+    teacher_steps: TeacherSteps = None,
     device: Device = None,
     as_json: Json = False,
 ):
@@ -61,7 +67,9 @@ def evaluate(
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()
-    result = measure(model, samples=samples, seed=seed, device=device)
+    chosen = given(decoding, delta=delta, neighbours=neighbours, ratio=ratio, steps=steps, teacher_steps=teacher_steps)
+    how = decoding_of(**chosen) if decoding or len(chosen) > 1 else None
+    result = measure(model, samples=samples, seed=seed, device=device, decoding=how)
     emit(result)
     for name, value in result.items():
         say(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")

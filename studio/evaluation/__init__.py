@@ -3,7 +3,7 @@
 from studio.errors import StudioError
 
 
-def evaluate(model, *, samples=None, seed=None, device=None):
+def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
     """Measure a model on what its training did not see.
 
     Args:
@@ -12,6 +12,7 @@ def evaluate(model, *, samples=None, seed=None, device=None):
         samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
             not for a tokenizer, which is always measured on every held-out picture.
         device: where it runs; CUDA where there is one when `None`.
+        decoding: how a pipeline draws, as in a call of it; only for pipelines.
 
     Returns:
         What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns.
@@ -29,8 +30,11 @@ def evaluate(model, *, samples=None, seed=None, device=None):
 
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
     if is_judge(model):
+        _refuse(decoding)
         return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
+    if isinstance(loaded, (VQTokenizer, VisualQuestionPipeline)):
+        _refuse(decoding)
     if isinstance(loaded, VQTokenizer):
         if chosen:
             raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
@@ -41,4 +45,9 @@ def evaluate(model, *, samples=None, seed=None, device=None):
     if not loaded.takes_text:
         raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
     loaded.set_progress_bar_config(disable=True)
-    return evaluate_generator(loaded, **chosen)
+    return evaluate_generator(loaded, decoding=decoding, **chosen)
+
+
+def _refuse(decoding):
+    if decoding is not None:
+        raise StudioError("Only pipelines that draw have a decoding: leave it out.")

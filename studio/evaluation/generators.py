@@ -12,7 +12,7 @@ from studio.evaluation.judge import draw_combinations, load_judge, scores, verdi
 from studio.evaluation.metrics import frechet_distance
 
 
-def evaluate_generator(pipe, samples=500, seed=0, batch_size=50):
+def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None):
     """Draw held-out combinations from their full captions, and let the judge look.
 
     Args:
@@ -20,6 +20,7 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50):
         samples: how many combinations, one picture each; more than the judge's features (64).
         seed: chooses the combinations, and seeds picture i with seed + i.
         batch_size: pictures drawn at a time; the result does not depend on it.
+        decoding: how tokens are drawn, as of the pipeline.
 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples"}`:
@@ -32,7 +33,8 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50):
     for start in tqdm(range(0, samples, batch_size), desc="drawing", unit="batch"):
         prompts = captions[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
-        pictures.append(pipe(prompts, generator=generators, output_type="pt").images.cpu())
+        drawing = pipe(prompts, generator=generators, decoding=decoding, output_type="pt")
+        pictures.append(drawing.images.cpu())
     pictures = torch.cat(pictures)
     verdict = verdicts(judge, pictures)
     truth = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studio.errors import StudioError
+from studio import Autoregressive, StudioError
 from studio.evaluation import evaluate
 from studio.evaluation.generators import evaluate_generator
 
@@ -43,6 +43,12 @@ def test_the_result_does_not_depend_on_the_batch_size(tiny_pipeline):
 def test_options_that_change_nothing_are_refused(option):
     with pytest.raises(StudioError, match="leave out"):
         evaluate("emoji-vq", **option)
+
+
+@pytest.mark.parametrize("model", ["emoji-vq", "emoji-judge"])
+def test_a_decoding_of_what_does_not_draw_is_refused(model):
+    with pytest.raises(StudioError, match="decoding"):
+        evaluate(model, decoding=Autoregressive())
 
 
 def test_class_pipelines_are_refused(tiny_class_folder):
