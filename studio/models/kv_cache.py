@@ -1,6 +1,6 @@
 """A preallocated key/value cache that attention reads only up to its current length.
 
-Every layer has one tensor of shape (rows, 2, kv_heads, max_length, head_dim): keys, then values. A step writes behind
+One tensor, `store`, of shape (layers, rows, 2, kv_heads, max_length, head_dim): keys, then values. A step writes behind
 the last position and reads `[:length]`, so early tokens cost less than late ones and nothing is concatenated.
 """
 
@@ -17,7 +17,7 @@ class KVCache:
         rows: sequences decoded together (twice the images when guided: conditional rows first, null rows after).
         max_length: positions that may ever be stored (prefix + image tokens).
 
-    `valid` (rows, prefix) bool, when set, marks the prefix positions that are no padding; every later query obeys it.
+    `bias` (rows, 1, 1, max_length), when set by `mask_prefix`, is 0 or -inf for every later query.
 
     Errors: `StudioError` when more positions are written than fit, or rows or positions are kept that are not there.
     """
@@ -33,29 +33,29 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (rows, 2, num_kv_heads, max_length, head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (num_layers, rows, 2, num_kv_heads, max_length, head_dim)
+        self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.max_length = max_length
         self.length = 0
-        self._bias: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
-        return self.layers[0].shape[0]
+        return self.store.shape[1]
 
     def mask_prefix(self, valid: torch.Tensor) -> None:
         """Hides the prefix positions where `valid` (rows, prefix) is false from every later query."""
-        bias = torch.zeros(self.rows, 1, 1, self.max_length, dtype=self.layers[0].dtype, device=valid.device)
+        bias = torch.zeros(self.rows, 1, 1, self.max_length, dtype=self.store.dtype, device=valid.device)
         bias[:, 0, 0, : valid.shape[1]].masked_fill_(~valid, float("-inf"))
-        self._bias = bias
+        self.bias = bias
 
     def attention_mask(self, new: int) -> torch.Tensor | None:
         """Additive mask for `new` positions about to be stored: broadcasts to (rows, 1, new, length + new), or None."""
         end = self.length + new
-        bias = None if self._bias is None else self._bias[..., :end]
+        bias = None if self.bias is None else self.bias[..., :end]
         if new == 1:
             return bias
-        like = self.layers[0]
+        like = self.store
         causal = torch.full((new, end), float("-inf"), dtype=like.dtype, device=like.device).triu(self.length + 1)
         return causal if bias is None else causal + bias
 
@@ -64,13 +64,23 @@ class KVCache:
 
         The length itself moves once per step, by `advance`, after the last layer.
         """
-        end = self.length + keys_values.shape[3]
-        if end > self.max_length:
-            raise StudioError(f"The key/value cache holds {self.max_length} positions; {end} were asked for.")
-        store = self.layers[layer]
-        store[:, :, :, self.length : end] = keys_values
-        keys, values = store[:, :, :, :end].unbind(1)
+        new = keys_values.shape[3]
+        self.check_room(new)
+        stored = self.store[layer, :, :, :, : self.length + new]
+        stored[:, :, :, self.length :] = keys_values
+        keys, values = stored.unbind(1)
         return keys, values
+
+    def check_room(self, new: int) -> None:
+        """Raises a `StudioError` when `new` positions do not fit any more."""
+        if self.length + new > self.max_length:
+            raise StudioError(
+                f"The key/value cache holds {self.max_length} positions; {self.length + new} were asked for."
+            )
+
+    def kept(self) -> tuple[int, torch.Tensor]:
+        """Positions of the longest row that later queries see, and of each row (rows,) int64."""
+        return self.length, torch.full((self.rows,), self.length, device=self.store.device)
 
     def advance(self, positions: int) -> None:
         """Counts `positions` new positions as stored."""
@@ -86,6 +96,6 @@ class KVCache:
         """Keeps the first `rows` rows; later steps run on those only. No copy is made."""
         if not 0 < rows <= self.rows:
             raise StudioError(f"The cache has {self.rows} rows and cannot keep {rows}.")
-        self.layers = [layer[:rows] for layer in self.layers]
-        if self._bias is not None:
-            self._bias = self._bias[:rows]
+        self.store = self.store[:, :rows]
+        if self.bias is not None:
+            self.bias = self.bias[:rows]

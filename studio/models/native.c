@@ -1,10 +1,18 @@
-/* One decoding step of a Llama-style network over a few rows, on a CPU.
+/* The blocks of a Llama-style network over a few positions of a few rows, on a CPU.
 
-   A step reads every weight once and does little with it, so its time is the time to stream the weights. Here that
-   stream is all there is: one parallel region for the whole network, each thread with its share of every matrix's
-   outputs, and a barrier where the next matrix needs them all. Weights are float32, or bfloat16 where that loses nothing;
-   arithmetic is float32. Compiled on first use by native.py, which documents the layout of the arguments. */
+   One parallel region for the whole network, each thread with its share of every matrix's outputs, and a barrier where
+   the next matrix needs them all. Matrices are packed: for each block of 16 outputs (the last one filled up with zeros)
+   and each input, the 16 weights side by side, so that inputs are multiplied by whole vectors and nothing is left to
+   sum up. Weights are float32, or bfloat16 where that loses nothing; arithmetic is float32.
 
+   Every sum is taken in an order of its own that depends neither on the number of rows or positions nor on what else is
+   pending: a tree of tokens gets, bit by bit, the numbers of its paths taken one token at a time.
+
+   Compiled on first use by native_library.py; native_blocks.py makes the arguments. */
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -13,20 +21,71 @@
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(16), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 #define LANES 8
+#define BLOCK 16
+#define QUERIES 4
+#define MOST_TOGETHER 6
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
 
 typedef struct {
-    int32_t dim, heads, kv_heads, head_dim, hidden, layers, vocab, max_length, bf16, threads;
+    int32_t dim, heads, kv_heads, head_dim, hidden, layers, bf16, positions;
     float eps;
-    const void **wqkv, **wo, **w1, **w3, **w2, *output;
-    const float **attention_norm, **ffn_norm, *norm;
+    const void **wqkv, **wo, **w1, **w3, **w2;
+    const float **attention_norm, **ffn_norm, *norm, *turns; /* a norm may be missing; turns: (positions, head_dim) */
 } Network;
 
+/* `nodes` new positions of each row, stored behind `base` + `pending`. Each sees its row's first `kept` positions, of the
+   pending and new ones those that `visible` (rows, nodes, pending + nodes) says (missing: all before it), and itself; a
+   `bias` below 0 hides a position from all others. `cache` holds keys and values (layers, rows, 2, kv_heads, max_length, head_dim). */
+typedef struct {
+    int32_t rows, nodes, base, pending, max_length, threads;
+    int64_t cache_layer, cache_row, bias_row;
+    float *cache;
+    const int64_t *kept, *positions;
+    const uint8_t *visible;
+    const float *bias;
+} Call;
+
+/* a * b + c, rounded once where the processor can: said outright, as compilers fuse some of such sums and not others. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    vec sum;
+    for (int i = 0; i < LANES; i++) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return sum;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vec all(float number) {
+    return (vec){number, number, number, number, number, number, number, number};
+}
+
 INLINE float total(vec v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    return ((v[0] + v[2]) + (v[1] + v[3])) + ((v[4] + v[6]) + (v[5] + v[7]));
+}
+
+/* The totals of eight vectors, each summed in the order of `total`. */
+INLINE vec totals(const vec *v) {
+    vec pairs[4], fours[2];
+    UNROLL for (int i = 0; i < 4; i++)
+        pairs[i] = SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+                   SHUFFLE(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    UNROLL for (int i = 0; i < 2; i++)
+        fours[i] = SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                   SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 /* e**x within 2 units in the last place for x <= 0, and 0 below -87. */
@@ -54,83 +113,91 @@ INLINE vec silu(vec x) {
     return top / (1.0f + e);
 }
 
-INLINE vec weights_at(const void *matrix, int64_t index, const int bf16) {
-    if (!bf16) return *(const vec *)((const float *)matrix + index);
-    halves h = *(const halves *)((const uint16_t *)matrix + index);
-    return (vec)(__builtin_convertvector(h, words) << 16);
-}
-
-/* `outputs` consecutive outputs of a matrix (out, in) for `rows` inputs (rows, in): products[output][row]. */
-INLINE void products(const void *matrix, int64_t first, int in, const float *x, const int rows, const int outputs,
-                     const int bf16, float *result) {
-    vec sums[8] = {0};
-    for (int i = 0; i < in; i += LANES)
-        for (int o = 0; o < outputs; o++) {
-            vec w = weights_at(matrix, (first + o) * in + i, bf16);
-            for (int r = 0; r < rows; r++) sums[o * rows + r] += w * *(const vec *)(x + (int64_t)r * in + i);
-        }
-    for (int i = 0; i < outputs * rows; i++) result[i] = total(sums[i]);
-}
-
-/* Eight outputs from `first` on for some rows: y[row * stride + output], added to what is there where `add`. */
-INLINE void tile(const void *matrix, int64_t first, int in, const float *x, const int rows, const int bf16, float *y,
-                 int64_t stride, int add) {
-    const int outputs = rows == 8 ? 1 : rows == 4 ? 2 : 4;
-    float result[8];
-    for (int64_t o = first; o < first + 8; o += outputs) {
-        products(matrix, o, in, x, rows, outputs, bf16, result);
-        for (int i = 0; i < outputs; i++)
-            for (int r = 0; r < rows; r++) {
-                float *to = y + r * stride + o + i;
-                *to = (add ? *to : 0) + result[i * rows + r];
+/* `blocks` blocks of outputs for `rows` inputs (rows, in): y (rows, out), added to what is there where `add`. */
+INLINE void products(const void *matrix, int64_t first, int in, int out, const float *x, const int rows,
+                     const int blocks, const int bf16, float *y, int add) {
+    vec sums[2 * MOST_TOGETHER] = {0};
+    for (int i = 0; i < in; i++)
+        UNROLL for (int b = 0; b < blocks; b++) {
+            const int64_t place = ((first + b) * in + i) * BLOCK;
+            vec low, high;
+            if (bf16) {
+                words pairs = *(const words *)((const uint16_t *)matrix + place);
+                low = (vec)(pairs << 16);
+                high = (vec)(pairs & 0xffff0000u);
+            } else {
+                low = *(const vec *)((const float *)matrix + place);
+                high = *(const vec *)((const float *)matrix + place + LANES);
             }
+            UNROLL for (int r = 0; r < rows; r++) {
+                vec number = all(x[(int64_t)r * in + i]), *sum = sums + 2 * (b * rows + r);
+                sum[0] = fused(number, low, sum[0]);
+                sum[1] = fused(number, high, sum[1]);
+            }
+        }
+    UNROLL for (int b = 0; b < blocks; b++)
+        UNROLL for (int r = 0; r < rows; r++)
+            for (int half = 0; half < 2; half++) {
+                const int64_t output = (first + b) * BLOCK + half * LANES;
+                if (output >= out) continue;
+                vec *to = (vec *)(y + (int64_t)r * out + output), sum = sums[2 * (b * rows + r) + half];
+                *to = add ? (vec)(*to + sum) : sum;
+            }
+}
+
+/* Block by block, as many at once as keep a core busy: more blocks for fewer rows. */
+INLINE void all_products(const void *matrix, int begin, int end, int in, int out, const float *x, int rows,
+                         const int bf16, float *y, int add) {
+    const int together = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+    for (int b = begin, blocks; b < end; b += blocks) {
+        blocks = end - b < together ? 1 : together;
+        for (int done = 0, groups = (rows + MOST_TOGETHER - 1) / MOST_TOGETHER, n; done < rows; done += n, groups--) {
+            const float *from = x + (int64_t)done * in;
+            float *to = y + (int64_t)done * out;
+            n = (rows - done + groups - 1) / groups;
+            if (n == 6) products(matrix, b, in, out, from, 6, 1, bf16, to, add);
+            else if (n == 5) products(matrix, b, in, out, from, 5, 1, bf16, to, add);
+            else if (n == 4) products(matrix, b, in, out, from, 4, 1, bf16, to, add);
+            else if (n == 3) products(matrix, b, in, out, from, 3, 1, bf16, to, add);
+            else if (n == 2 && blocks == 2) products(matrix, b, in, out, from, 2, 2, bf16, to, add);
+            else if (n == 2) products(matrix, b, in, out, from, 2, 1, bf16, to, add);
+            else if (blocks == 4) products(matrix, b, in, out, from, 1, 4, bf16, to, add);
+            else products(matrix, b, in, out, from, 1, 1, bf16, to, add);
+        }
     }
 }
 
-INLINE void tiles(const void *matrix, int begin, int end, int in, const float *x, int rows, const int bf16, float *y,
-                  int64_t stride, int add) {
-    for (int o = begin; o < end; o += 8)
-        for (int done = 0, n; done < rows; done += n) {
-            const float *from = x + (int64_t)done * in;
-            float *to = y + done * stride;
-            n = rows - done;
-            if (n >= 8) n = 8, tile(matrix, o, in, from, 8, bf16, to, stride, add);
-            else if (n >= 4) n = 4, tile(matrix, o, in, from, 4, bf16, to, stride, add);
-            else if (n >= 2) n = 2, tile(matrix, o, in, from, 2, bf16, to, stride, add);
-            else tile(matrix, o, in, from, 1, bf16, to, stride, add);
-        }
-}
-
+/* A thread's part of `count` things. */
 typedef struct {
     int begin, end;
 } Share;
 
-/* A thread's part of `count` things, in blocks of eight. */
 INLINE Share share_of(int count, int thread, int threads) {
-    int blocks = count / 8, begin = 8 * (int)((int64_t)blocks * thread / threads);
-    return (Share){begin, 8 * (int)((int64_t)blocks * (thread + 1) / threads)};
+    return (Share){(int)((int64_t)count * thread / threads), (int)((int64_t)count * (thread + 1) / threads)};
 }
 
-/* This thread's outputs of y = x W^T. */
-INLINE void multiply(const void *matrix, Share share, int in, const float *x, int rows, int bf16, float *y,
-                     int64_t stride, int add) {
-    if (bf16) tiles(matrix, share.begin, share.end, in, x, rows, 1, y, stride, add);
-    else tiles(matrix, share.begin, share.end, in, x, rows, 0, y, stride, add);
+/* This thread's part of y = x W^T, or of y += x W^T where `add`; the outputs that it made. */
+static Share multiply(const void *matrix, int in, int out, int bf16, const float *x, int rows, float *y, int add) {
+    const Share blocks = share_of((out + BLOCK - 1) / BLOCK, omp_get_thread_num(), omp_get_num_threads());
+    if (bf16) all_products(matrix, blocks.begin, blocks.end, in, out, x, rows, 1, y, add);
+    else all_products(matrix, blocks.begin, blocks.end, in, out, x, rows, 0, y, add);
+    const int end = blocks.end * BLOCK;
+    return (Share){blocks.begin * BLOCK, end < out ? end : out};
 }
 
-INLINE void normalise(const float *x, const float *weight, int rows, int dim, float eps, float *y) {
-    for (int r = 0; r < rows; r++) {
-        const float *from = x + (int64_t)r * dim;
-        float *to = y + (int64_t)r * dim;
-        vec squares = {0};
-        for (int i = 0; i < dim; i += LANES) {
-            vec v = *(const vec *)(from + i);
-            squares += v * v;
-        }
-        float scale = 1.0f / sqrtf(total(squares) / dim + eps);
-        for (int i = 0; i < dim; i += LANES)
-            *(vec *)(to + i) = *(const vec *)(from + i) * scale * *(const vec *)(weight + i);
+/* The norm of one position; without a weight, a copy. */
+INLINE void normalise(const float *x, const float *weight, int dim, float eps, float *y) {
+    if (!weight) {
+        memcpy(y, x, sizeof(float) * dim);
+        return;
     }
+    vec squares = {0};
+    for (int i = 0; i < dim; i += LANES) {
+        vec v = *(const vec *)(x + i);
+        squares = fused(v, v, squares);
+    }
+    const float scale = 1.0f / sqrtf(total(squares) / dim + eps);
+    for (int i = 0; i < dim; i += LANES) *(vec *)(y + i) = *(const vec *)(x + i) * scale * *(const vec *)(weight + i);
 }
 
 INLINE void turn(float *x, const float *cos_sin, int head_dim) {
@@ -141,84 +208,187 @@ INLINE void turn(float *x, const float *cos_sin, int head_dim) {
     }
 }
 
-/* One head of one row over `length` stored positions. */
-INLINE void attend(const float *query, const float *keys, const float *values, const float *bias, int length,
-                   int head_dim, float *scores, float *out) {
+/* Scores of up to QUERIES queries, `stride` numbers apart, against `kept` stored keys; room for 7 more is needed. */
+INLINE void score_kept(const float *queries, int64_t stride, int n, const float *keys, int kept, const float *bias,
+                       int head_dim, float *scores, int64_t width) {
     const float scale = 1.0f / sqrtf((float)head_dim);
-    float largest = -INFINITY;
-    for (int t = 0; t < length; t++) {
-        vec sum = {0};
-        for (int i = 0; i < head_dim; i += LANES)
-            sum += *(const vec *)(query + i) * *(const vec *)(keys + (int64_t)t * head_dim + i);
-        scores[t] = total(sum) * scale + (bias ? bias[t] : 0);
-        if (scores[t] > largest) largest = scores[t];
-    }
-    for (int t = length; t % LANES; t++) scores[t] = -INFINITY;
-    vec sums = {0};
-    for (int t = 0; t < length; t += LANES) {
-        vec e = exponential(*(vec *)(scores + t) - largest);
-        e = (vec)((ints)e & (*(vec *)(scores + t) > -INFINITY));
-        *(vec *)(scores + t) = e;
-        sums += e;
-    }
-    float inverse = 1.0f / total(sums);
-    memset(out, 0, sizeof(float) * head_dim);
-    for (int t = 0; t < length; t++) {
-        float p = scores[t] * inverse;
-        if (p == 0) continue;
-        for (int i = 0; i < head_dim; i += LANES)
-            *(vec *)(out + i) += p * *(const vec *)(values + (int64_t)t * head_dim + i);
+    for (int t = 0; t < kept; t += LANES) {
+        const float *key[LANES];
+        for (int j = 0; j < LANES; j++) key[j] = keys + (int64_t)(t + j < kept ? t + j : kept - 1) * head_dim;
+        for (int q = 0; q < n; q++) {
+            vec sums[LANES] = {0};
+            for (int i = 0; i < head_dim; i += LANES) {
+                vec query = *(const vec *)(queries + q * stride + i);
+                UNROLL for (int j = 0; j < LANES; j++) sums[j] = fused(query, *(const vec *)(key[j] + i), sums[j]);
+            }
+            *(vec *)(scores + q * width + t) = totals(sums) * scale;
+        }
+        if (bias)
+            for (int q = 0; q < n; q++)
+                for (int j = 0; j < LANES && t + j < kept; j++) scores[q * width + t + j] += bias[t + j];
     }
 }
 
-void studio_step(const Network *net, int32_t rows, int32_t position, float **caches, int64_t cache_row,
-                 const float *bias, int64_t bias_row, const float *cos_sin, float *x, float *scratch, float *logits) {
-    const int dim = net->dim, head_dim = net->head_dim, heads = net->heads, kv = net->kv_heads, hidden = net->hidden;
-    const int width = (heads + 2 * kv) * head_dim, length = position + 1;
-    const int64_t head_size = (int64_t)net->max_length * head_dim;
-    float *qkv = scratch, *mixed = qkv + (int64_t)rows * width, *gates = mixed + (int64_t)rows * heads * head_dim;
-    float *ups = gates + (int64_t)rows * hidden, *own = ups + (int64_t)rows * hidden;
-    const int64_t own_size = (int64_t)rows * dim + net->max_length + LANES;
+/* Scores to weights, short of the factor that is returned. */
+INLINE float soften(float *scores, int length) {
+    float largest = -INFINITY;
+    for (int t = 0; t < length; t++)
+        if (scores[t] > largest) largest = scores[t];
+    for (int t = length; t % LANES; t++) scores[t] = -INFINITY;
+    vec sums = {0};
+    for (int t = 0; t < length; t += LANES) {
+        vec score = *(vec *)(scores + t), e = exponential(score - largest);
+        e = (vec)((ints)e & (score > -INFINITY));
+        *(vec *)(scores + t) = e;
+        sums += e;
+    }
+    return 1.0f / total(sums);
+}
 
-#pragma omp parallel num_threads(net->threads)
+/* `chunk` vectors of the weighed sums of values for n queries: kept positions first, then those in each one's list. */
+INLINE void mix(const float *weights, int64_t width, const int n, const float *values, int kept, const int *seen,
+                const int *counts, int head_dim, const int chunk, const float *factors, float *out, int64_t stride) {
+    vec sums[3 * QUERIES] = {0};
+    for (int t = 0; t < kept; t++) {
+        const float *value = values + (int64_t)t * head_dim;
+        UNROLL for (int c = 0; c < chunk; c++) {
+            vec v = *(const vec *)(value + c * LANES);
+            UNROLL for (int q = 0; q < n; q++)
+                sums[q * chunk + c] = fused(all(weights[q * width + t]), v, sums[q * chunk + c]);
+        }
+    }
+    UNROLL for (int q = 0; q < n; q++) {
+        for (int k = 0; k < counts[q]; k++) {
+            const float *value = values + (int64_t)seen[q * width + k] * head_dim;
+            const vec weight = all(weights[q * width + kept + k]);
+            UNROLL for (int c = 0; c < chunk; c++)
+                sums[q * chunk + c] = fused(weight, *(const vec *)(value + c * LANES), sums[q * chunk + c]);
+        }
+        UNROLL for (int c = 0; c < chunk; c++)
+            *(vec *)(out + q * stride + c * LANES) = sums[q * chunk + c] * factors[q];
+    }
+}
+
+/* All of a head, as many vectors at once as fit the registers. */
+INLINE void mix_all(const float *weights, int64_t width, const int n, const float *values, int kept, const int *seen,
+                    const int *counts, int head_dim, const float *factors, float *out, int64_t stride) {
+    for (int i = 0, left; (left = (head_dim - i) / LANES) > 0;) {
+        if (left >= 6 && n <= 2) {
+            mix(weights, width, n, values + i, kept, seen, counts, head_dim, 6, factors, out + i, stride);
+            i += 6 * LANES;
+        } else if (left >= 3) {
+            mix(weights, width, n, values + i, kept, seen, counts, head_dim, 3, factors, out + i, stride);
+            i += 3 * LANES;
+        } else {
+            mix(weights, width, n, values + i, kept, seen, counts, head_dim, 1, factors, out + i, stride);
+            i += LANES;
+        }
+    }
+}
+
+/* One head of n of a row's new positions from `first` on. `scores` and `seen` have `width` numbers for each. */
+static void attend(const Call *call, int row, int first, int n, const float *queries, int64_t stride,
+                   const float *keys, const float *values, int head_dim, float *scores, int *seen, int64_t width,
+                   float *out, int64_t out_stride) {
+    const int kept = (int)call->kept[row], all = call->pending + call->nodes;
+    const float scale = 1.0f / sqrtf((float)head_dim), *bias = call->bias ? call->bias + row * call->bias_row : 0;
+    int counts[QUERIES];
+    float factors[QUERIES];
+    score_kept(queries, stride, n, keys, kept, bias, head_dim, scores, width);
+    for (int q = 0; q < n; q++) {
+        const uint8_t *visible = call->visible ? call->visible + ((int64_t)row * call->nodes + first + q) * all : 0;
+        const int self = call->pending + first + q;
+        counts[q] = 0;
+        for (int j = 0; j < all; j++) {
+            const int place = call->base + j;
+            if (j != self && (!(visible ? visible[j] : j < self) || (bias && bias[place] < 0))) continue;
+            vec sum = {0};
+            for (int i = 0; i < head_dim; i += LANES)
+                sum = fused(*(const vec *)(queries + q * stride + i),
+                            *(const vec *)(keys + (int64_t)place * head_dim + i), sum);
+            seen[q * width + counts[q]] = place;
+            scores[q * width + kept + counts[q]++] = total(sum) * scale;
+        }
+        factors[q] = soften(scores + q * width, kept + counts[q]);
+    }
+    if (n == 4) mix_all(scores, width, 4, values, kept, seen, counts, head_dim, factors, out, out_stride);
+    else if (n == 3) mix_all(scores, width, 3, values, kept, seen, counts, head_dim, factors, out, out_stride);
+    else if (n == 2) mix_all(scores, width, 2, values, kept, seen, counts, head_dim, factors, out, out_stride);
+    else mix_all(scores, width, 1, values, kept, seen, counts, head_dim, factors, out, out_stride);
+}
+
+/* Stores the keys and values of a row's new positions for one group of heads, and attends with all queries of it. */
+static void attend_group(const Network *net, const Call *call, int layer, int row, int group, float *qkv, float *mixed,
+                         float *scores, int *seen) {
+    const int head_dim = net->head_dim, heads = net->heads, kv = net->kv_heads, queries = heads / kv;
+    const int nodes = call->nodes, stride = (heads + 2 * kv) * head_dim, width = call->max_length + LANES;
+    float *keys = call->cache + layer * call->cache_layer + row * call->cache_row;
+    keys += (int64_t)group * call->max_length * head_dim;
+    float *values = keys + (int64_t)kv * call->max_length * head_dim;
+    float *from = qkv + (int64_t)row * nodes * stride, *to = mixed + (int64_t)row * nodes * heads * head_dim;
+    for (int node = 0; node < nodes; node++) {
+        const int64_t asked = call->positions[(int64_t)row * nodes + node], last = net->positions - 1;
+        const float *cos_sin = net->turns + (asked < last ? asked : last) * head_dim;
+        const int64_t place = (int64_t)(call->base + call->pending + node) * head_dim;
+        float *head = from + (int64_t)node * stride, *key = head + (heads + group) * head_dim;
+        turn(key, cos_sin, head_dim);
+        memcpy(keys + place, key, sizeof(float) * head_dim);
+        memcpy(values + place, key + kv * head_dim, sizeof(float) * head_dim);
+        for (int h = group * queries; h < (group + 1) * queries; h++) turn(head + h * head_dim, cos_sin, head_dim);
+    }
+    for (int h = group * queries; h < (group + 1) * queries; h++)
+        for (int first = 0; first < nodes; first += QUERIES)
+            attend(call, row, first, nodes - first < QUERIES ? nodes - first : QUERIES,
+                   from + (int64_t)first * stride + h * head_dim, stride, keys, values, head_dim, scores, seen, width,
+                   to + ((int64_t)first * heads + h) * head_dim, heads * head_dim);
+}
+
+/* All blocks and the last norm over x (rows * nodes, dim), in place. `scratch` holds rows * nodes times (the outputs of
+   wqkv, heads * head_dim and twice hidden) numbers, then for each thread rows * nodes * dim and 2 * QUERIES *
+   (max_length + LANES). */
+void studio_blocks(const Network *net, const Call *call, float *x, float *scratch) {
+    const int dim = net->dim, inner = net->heads * net->head_dim, kv = net->kv_heads, hidden = net->hidden;
+    const int width = inner + 2 * kv * net->head_dim, rows = call->rows * call->nodes, bf16 = net->bf16;
+    const int64_t scores_size = (int64_t)QUERIES * (call->max_length + LANES);
+    float *qkv = scratch, *mixed = qkv + (int64_t)rows * width, *gates = mixed + (int64_t)rows * inner;
+    float *ups = gates + (int64_t)rows * hidden, *own = ups + (int64_t)rows * hidden;
+
+#pragma omp parallel num_threads(call->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *unit = own + thread * own_size, *scores = unit + (int64_t)rows * dim;
-        const Share of_qkv = share_of(width, thread, threads), of_dim = share_of(dim, thread, threads);
-        const Share of_hidden = share_of(hidden, thread, threads), of_vocab = share_of(net->vocab, thread, threads);
+        float *unit = own + thread * ((int64_t)rows * dim + 2 * scores_size), *scores = unit + (int64_t)rows * dim;
+        int *seen = (int *)(scores + scores_size);
         for (int layer = 0; layer < net->layers; layer++) {
-            normalise(x, net->attention_norm[layer], rows, dim, net->eps, unit);
-            multiply(net->wqkv[layer], of_qkv, dim, unit, rows, net->bf16, qkv, width, 0);
+            for (int r = 0; r < rows; r++)
+                normalise(x + (int64_t)r * dim, net->attention_norm[layer], dim, net->eps, unit + (int64_t)r * dim);
+            multiply(net->wqkv[layer], dim, width, bf16, unit, rows, qkv, 0);
 #pragma omp barrier
-            for (int item = thread; item < rows * kv; item += threads) {
-                const int row = item / kv, group = item % kv, queries = heads / kv;
-                float *from = qkv + (int64_t)row * width, *key = from + (heads + group) * head_dim;
-                float *keys = caches[layer] + row * cache_row + group * head_size, *values = keys + kv * head_size;
-                turn(key, cos_sin, head_dim);
-                memcpy(keys + (int64_t)position * head_dim, key, sizeof(float) * head_dim);
-                memcpy(values + (int64_t)position * head_dim, key + kv * head_dim, sizeof(float) * head_dim);
-                for (int head = group * queries; head < (group + 1) * queries; head++) {
-                    turn(from + head * head_dim, cos_sin, head_dim);
-                    attend(from + head * head_dim, keys, values, bias ? bias + row * bias_row : 0, length, head_dim,
-                           scores, mixed + ((int64_t)row * heads + head) * head_dim);
-                }
-            }
+            for (int item = thread; item < call->rows * kv; item += threads)
+                attend_group(net, call, layer, item / kv, item % kv, qkv, mixed, scores, seen);
 #pragma omp barrier
-            multiply(net->wo[layer], of_dim, heads * head_dim, mixed, rows, net->bf16, x, dim, 1);
+            multiply(net->wo[layer], inner, dim, bf16, mixed, rows, x, 1);
 #pragma omp barrier
-            normalise(x, net->ffn_norm[layer], rows, dim, net->eps, unit);
-            multiply(net->w1[layer], of_hidden, dim, unit, rows, net->bf16, gates, hidden, 0);
-            multiply(net->w3[layer], of_hidden, dim, unit, rows, net->bf16, ups, hidden, 0);
-            for (int row = 0; row < rows; row++)
-                for (int i = of_hidden.begin; i < of_hidden.end; i += LANES) {
-                    vec *gate = (vec *)(gates + (int64_t)row * hidden + i);
-                    *gate = silu(*gate) * *(vec *)(ups + (int64_t)row * hidden + i);
+            for (int r = 0; r < rows; r++)
+                normalise(x + (int64_t)r * dim, net->ffn_norm[layer], dim, net->eps, unit + (int64_t)r * dim);
+            multiply(net->w1[layer], dim, hidden, bf16, unit, rows, gates, 0);
+            const Share made = multiply(net->w3[layer], dim, hidden, bf16, unit, rows, ups, 0);
+            for (int r = 0; r < rows; r++)
+                for (int i = made.begin; i < made.end; i += LANES) {
+                    vec *gate = (vec *)(gates + (int64_t)r * hidden + i);
+                    *gate = silu(*gate) * *(vec *)(ups + (int64_t)r * hidden + i);
                 }
 #pragma omp barrier
-            multiply(net->w2[layer], of_dim, hidden, gates, rows, net->bf16, x, dim, 1);
+            multiply(net->w2[layer], hidden, dim, bf16, gates, rows, x, 1);
 #pragma omp barrier
         }
-        normalise(x, net->norm, rows, dim, net->eps, unit);
-        multiply(net->output, of_vocab, dim, unit, rows, net->bf16, logits, net->vocab, 0);
+        for (int r = thread; r < rows; r += threads)
+            if (net->norm) normalise(x + (int64_t)r * dim, net->norm, dim, net->eps, x + (int64_t)r * dim);
     }
+}
+
+/* y = x W^T for x (rows, in). */
+void studio_product(const void *matrix, int32_t in, int32_t out, int32_t bf16, int32_t threads, int32_t rows,
+                    const float *x, float *y) {
+#pragma omp parallel num_threads(threads)
+    multiply(matrix, in, out, bf16, x, rows, y, 0);
 }

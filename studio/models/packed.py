@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache
 from studio.models.llamagen import LlamaGen
+from studio.models.tree_cache import TreeCache
 
 WEIGHTS = ("float32", "float16", "int8")
 _ROWS_HINT = 2
@@ -101,7 +102,7 @@ def _behind_norm(norm, *weights: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLlamaGen:
-    """The cached-decoding calls of `LlamaGen` (`new_cache`, `prefill`, `extend`) over prepacked weights.
+    """The cached-decoding calls of `LlamaGen`, for single tokens, several, and trees, over prepacked weights.
 
     Results differ from the model's own by rounding only (float32), or by the weights' precision.
 
@@ -120,7 +121,8 @@ class PackedLlamaGen:
         make = _PRODUCTS[weights]
         self._model = weakref.ref(model)
         self.heads, self.head_dim = model.config.num_heads, model.head_dim
-        self.prefix_length, self.num_tokens = model.prefix_length, model.num_tokens
+        self.prefix_length, self.num_tokens, self.config = model.prefix_length, model.num_tokens, model.config
+        self.device = model.device
         self.embedding = model.tok_embeddings.weight.detach()
         self.turns = torch.view_as_complex(model.rope().contiguous())
         self.layers = [
@@ -132,7 +134,8 @@ class PackedLlamaGen:
             )
             for layer in model.layers
         ]
-        self.output = make(_behind_norm(model.norm, model.output.weight))
+        self.output = make(model.output.weight.detach())
+        self.norm = model.norm.weight.detach() * model.config.dim**0.5
         self.floor = torch.tensor(model.config.dim * model.config.norm_eps)
 
     @property
@@ -143,23 +146,44 @@ class PackedLlamaGen:
         """An empty cache for `rows` sequences."""
         return self.model.new_cache(rows)
 
+    def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
+        """As of `LlamaGen`."""
+        return self.model.new_tree_cache(rows, pending)
+
     def prefill(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Stores the prefix (rows, T, dim) in an empty cache; logits (rows, V) of the first image token."""
-        x = self._run_layers(prefix, self.model.prefix_mask(valid, prefix.shape[1]), cache, prefix.shape[1] > 1)
+        return self.logits(self.prefill_states(prefix, valid, cache)[:, -1])
+
+    def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """`prefill`, but the states (rows, T, dim) of all prefix positions."""
+        length = prefix.shape[1]
+        mask, turns = self.model.prefix_mask(valid, length), self.turns[:length]
+        states = self._run_layers(prefix, turns, mask, cache, length > 1)
         if valid is not None:
             cache.mask_prefix(valid)
-        return self.output(x.view(*prefix.shape)[:, -1])
+        return states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of the token behind the position of each state (..., dim)."""
+        return self.output(states.reshape(-1, states.shape[-1])).view(*states.shape[:-1], -1)
 
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
-        rows, n = tokens.shape
-        x = self._run_layers(F.embedding(tokens, self.embedding), cache.attention_mask(n), cache, False)
-        return self.output(x).view(rows, n, -1)
+        n = tokens.shape[1]
+        x, turns = F.embedding(tokens, self.embedding), self.turns[cache.length : cache.length + n]
+        return self.logits(self._run_layers(x, turns, cache.attention_mask(n), cache, False))
 
-    def _run_layers(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:
+    def extend_tree(
+        self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
+        x, mask = F.embedding(tokens, self.embedding), cache.tree_mask(visible)
+        return self._run_layers(x, self.turns[positions], mask, cache, False)
+
+    def _run_layers(self, x, turns, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:
         rows, n, dim = x.shape
-        heads, head_dim, start = self.heads, self.head_dim, cache.length
-        turns = self.turns[start : start + n, None]
+        heads, head_dim = self.heads, self.head_dim
+        turns = turns[..., None, :]
         causal = causal and mask is None
         x = x.reshape(rows * n, dim)
         for index, (wqkv, wo, w13, w2) in enumerate(self.layers):
@@ -172,7 +196,7 @@ class PackedLlamaGen:
             gate, up = w13(self._unit(x)).chunk(2, dim=-1)
             x = w2(F.silu(gate).mul_(up), x)
         cache.advance(n)
-        return self._unit(x)
+        return (self._unit(x) * self.norm).view(rows, n, dim)
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
         """x over the root of (its squared length + dim * eps): the norm short of the factor `_behind_norm` folds in."""

@@ -20,7 +20,10 @@ class TreeCache(KVCache):
     def __init__(self, **sizes):
         super().__init__(**sizes)
         self.base = 0
-        self.row_lengths = torch.zeros(self.rows, dtype=torch.long, device=self.layers[0].device)
+        self.row_lengths = torch.zeros(self.rows, dtype=torch.long, device=self.store.device)
+
+    def kept(self) -> tuple[int, torch.Tensor]:
+        return self.base, self.row_lengths
 
     def tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """Additive mask (rows, 1, n, length + n) for n positions about to be stored.
@@ -31,10 +34,10 @@ class TreeCache(KVCache):
         rows, new, _ = visible.shape
         kept = torch.arange(self.base, device=visible.device) < self.row_lengths[:, None]
         seen = torch.cat((kept[:, None].expand(rows, new, self.base), visible), dim=2)
-        if self._bias is not None:
-            seen = seen & (self._bias[:, 0, :, : seen.shape[2]] == 0)
+        if self.bias is not None:
+            seen = seen & (self.bias[:, 0, :, : seen.shape[2]] == 0)
         seen[:, :, self.length :].diagonal(dim1=1, dim2=2).fill_(True)
-        like = self.layers[0]
+        like = self.store
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[:, None]
 
     def keep(self, nodes: torch.Tensor, counts: torch.Tensor) -> None:
@@ -51,9 +54,8 @@ class TreeCache(KVCache):
         rows, places = torch.nonzero(named & (source != target), as_tuple=True)
         if len(rows):
             source, target = source[rows, places], target[rows, places]
-            for layer in self.layers:
-                by_position = layer.movedim(3, 1)
-                by_position[rows, target] = by_position[rows, source]
+            by_position = self.store.permute(1, 4, 0, 2, 3, 5)
+            by_position[rows, target] = by_position[rows, source]
         self.row_lengths = self.row_lengths + counts
         self.base = self.length = int(self.row_lengths.max())
 
@@ -73,10 +75,10 @@ class TreeCache(KVCache):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Goes on with these rows (m,) only, in this order."""
-        self.layers = [layer[rows] for layer in self.layers]
+        self.store = self.store[:, rows]
         self.row_lengths = self.row_lengths[rows]
-        if self._bias is not None:
-            self._bias = self._bias[rows]
+        if self.bias is not None:
+            self.bias = self.bias[rows]
         self.crop_rows(self.row_lengths)
 
     def keep_rows(self, rows: int) -> None:

@@ -1,6 +1,6 @@
 """Which arrangement of a LlamaGen a decoding loop runs: the model itself, or a faster view of the same weights.
 
-"native" (`studio.models.native`) runs single tokens in C; "float32", "float16" and "int8" (`studio.models.packed`) need
+"native" (`studio.models.native`) runs in C; "float32", "float16" and "int8" (`studio.models.packed`) need
 no compiler. A view is kept and reused until one of the model's weights changes, moves or disappears.
 """
 

@@ -1,10 +1,11 @@
-"""The step in C against the network in torch: same numbers for any number of rows, and a way without a compiler."""
+"""The network in C against that in torch: same numbers for any number of rows, trees, and a way without a compiler."""
 
 import pytest
 import torch
 
+from studio.decoding.trees import Tree
 from studio.errors import StudioError
-from studio.models import native, views
+from studio.models import native_blocks, native_library, views
 from studio.models.llamagen import LlamaGen
 from studio.models.native import NativeLlamaGen
 from studio.models.packed import PackedLlamaGen
@@ -26,7 +27,7 @@ def model_of(sizes, halves=False):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native_blocks, "library", lambda: None)
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def no_compiler(monkeypatch):
 def test_every_step_equals_the_models_own(rows, sizes, halves):
     model = model_of(sizes, halves)
     network = NativeLlamaGen(model)
-    assert bool(network.network.bf16) == halves
+    assert bool(network._blocks.network.bf16) == halves
     condition = {"class_labels": torch.arange(rows) % 10}
     if "caption_dim" in sizes:
         mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool().repeat(rows, 1)[:rows]
@@ -58,6 +59,44 @@ def test_every_step_equals_the_models_own(rows, sizes, halves):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sizes", [CLASSES, CAPTIONS], ids=["classes", "captions"])
+@pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
+def test_trees_and_batches_change_no_bit(sizes, halves):
+    """Trees of up to 13 nodes over rows of different lengths, some with padding, beside every path token by token."""
+    model, rows = model_of({**sizes, "grid_size": 6}, halves), 3
+    network = NativeLlamaGen(model)
+    condition = {"class_labels": torch.arange(rows)}
+    if "caption_dim" in sizes:
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
+        condition = {"captions": torch.randn(rows, 5, 16), "caption_mask": mask}
+    prefix, valid = model.embed_condition(**condition)
+    length, cache = network.prefix_length, network.new_tree_cache(rows, 13)
+    network.prefill_states(prefix, valid, cache)
+    cache.keep_all()
+    drawn = [[] for _ in range(rows)]
+    for nodes in (5, 13, 2, 8):
+        parents = [[-1, *(int(torch.randint(node, (1,))) for node in range(1, nodes))] for _ in range(rows)]
+        tree = Tree(torch.randint(64, (rows, nodes)), torch.tensor(parents))
+        places = cache.row_lengths[:, None] + tree.depths
+        states = network.extend_tree(tree.tokens, cache, places, tree.ancestors)
+        ends = [nodes - 1 - row % 2 for row in range(rows)]
+        paths = [torch.nonzero(tree.ancestors[row, end])[:, 0].tolist() for row, end in enumerate(ends)]
+        for row, path in enumerate(paths):
+            alone = network.new_cache(1)
+            network.prefill_states(prefix[row : row + 1], None if valid is None else valid[row : row + 1], alone)
+            for token in drawn[row]:
+                network.extend(torch.tensor([[token]]), alone)
+            for node in path:
+                token = tree.tokens[row, node].view(1, 1)
+                assert torch.equal(network.extend(token, alone)[0, 0], network.logits(states[row, node]))
+            drawn[row] += tree.tokens[row, path].tolist()
+        longest = max(map(len, paths))
+        kept = torch.tensor([path + [-1] * (longest - len(path)) for path in paths])
+        cache.keep(kept, torch.tensor([len(path) for path in paths]))
+    assert cache.row_lengths.tolist() == [length + len(tokens) for tokens in drawn] and len(set(map(len, drawn))) > 1
+
+
+@torch.no_grad()
 def test_a_full_cache_is_refused():
     model = model_of(CLASSES)
     network = NativeLlamaGen(model)
@@ -65,7 +104,7 @@ def test_a_full_cache_is_refused():
     network.prefill(*model.embed_condition(class_labels=torch.tensor([1])), cache)
     for _ in range(16):
         network.extend(torch.tensor([[3]]), cache)
-    with pytest.raises(StudioError, match="full"):
+    with pytest.raises(StudioError, match="17 positions; 18"):
         network.extend(torch.tensor([[3]]), cache)
 
 
@@ -98,5 +137,5 @@ def test_without_a_compiler_the_next_best_is_taken(no_compiler):
 def test_a_compiler_that_fails_is_no_compiler(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
-    assert native._library.__wrapped__() is None
+    assert native_library.library.__wrapped__() is None
     assert not list(tmp_path.glob("*.so"))

@@ -27,7 +27,6 @@ def steps(tiny_pipeline, monkeypatch):
     calls = []
     for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
         monkeypatch.setattr(network, "extend", _counted(network.extend, calls))
-    for network in (LlamaGen, PackedLlamaGen):  # the native view's prefill is the model's
         monkeypatch.setattr(network, "prefill", _counted(network.prefill, calls))
     monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
     return calls
