@@ -1,0 +1,101 @@
+"""How a diffusion-loss head turns conditions into tokens: DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance
+(arXiv:2406.11838, section 3 and its sampling code).
+
+The noise is guided, `null + scale * (conditional - null)`, and the variance is the conditional one; both conditions see
+one state. What a step reads besides the state is known before the first step: times are embedded once for all calls,
+conditions once for all steps, and the shifts, scales and gates of many steps are one product.
+"""
+
+from collections.abc import Iterator
+from copy import copy
+
+import torch
+
+_PREPARED_NUMBERS = 2**22
+
+
+class TimedHead:
+    """A `DiffusionLoss` with a schedule of `steps` steps, its times embedded."""
+
+    def __init__(self, head: torch.nn.Module, steps: int):
+        self.network, self.diffusion = head.net, head.schedule(steps)
+        network = self.network
+        self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
+        modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
+        self.numbers = sum(layer.out_features for layer in modulations)
+
+
+class Kernels:
+    """The Gaussian reverse kernels of n tokens.
+
+    Args:
+        head: whose steps are T.
+        conditions: (S, n, C): the conditional vectors, and with S = 2 the null ones behind them.
+        scale: of guidance, a number or (n, 1); without meaning when S = 1.
+    """
+
+    def __init__(self, head: TimedHead, conditions: torch.Tensor, scale: float | torch.Tensor):
+        self.head, self.scale, self.steps = head, scale, head.diffusion.steps
+        self.embedded = head.network.cond_embed(conditions)
+        self.span = max(1, _PREPARED_NUMBERS // max(1, self.embedded[..., 0].numel() * head.numbers))
+        self.first, self.prepared = self.steps, []
+
+    def at(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log of the standard deviation (m, D) of the state before x (m, D), of the first m tokens.
+
+        What a step shares with those below it is prepared when it is first asked for: ask from the last step down.
+        """
+        if step < self.first:
+            self._prepare(max(0, step + 1 - self.span), step + 1)
+        modulated = [part[step - self.first, :, : len(x)] for part in self.prepared]
+        return self._guided(self.head.network.denoise(self._state(x), modulated), x, step)
+
+    def along(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`at` for states (t, n, D) of the steps first to first + t - 1, all in one call of the network."""
+        means, log_stds = [], []
+        for begin in range(0, len(states), self.span):
+            part = states[begin : begin + self.span]
+            steps = slice(first + begin, first + begin + len(part))
+            self._prepare(steps.start, steps.stop)
+            outputs = self.head.network.denoise(self._state(part)[:, None], self.prepared)
+            mean, log_std = self._guided(outputs.transpose(0, 1), part, steps)
+            means.append(mean)
+            log_stds.append(log_std)
+        return torch.cat(means), torch.cat(log_stds)
+
+    def take(self, rows: torch.Tensor) -> "Kernels":
+        """Those of some of the tokens."""
+        taken = copy(self)
+        taken.embedded = self.embedded[:, rows]
+        taken.prepared = [part[:, :, rows] for part in self.prepared]
+        taken.scale = self.scale[rows] if isinstance(self.scale, torch.Tensor) else self.scale
+        return taken
+
+    def _prepare(self, first: int, end: int) -> None:
+        self.first = first
+        self.prepared = self.head.network.modulations(self.head.times[first:end, None, None] + self.embedded)
+
+    def _state(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.embedded.dtype)
+
+    def _guided(self, outputs: torch.Tensor, x: torch.Tensor, steps: int | slice):
+        noise, logit = outputs[0].to(x.dtype).chunk(2, dim=-1)
+        if len(outputs) == 2:
+            null = outputs[1, ..., : x.shape[-1]].to(x.dtype)
+            scale = self.scale[: x.shape[-2]] if isinstance(self.scale, torch.Tensor) else self.scale
+            noise = null + scale * (noise - null)
+        return self.head.diffusion.reverse(x, noise, logit, steps)
+
+
+def descend(
+    kernels: Kernels, x: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The reverse steps from x_T (n, D): `(step, state, mean, log_std)` for steps T - 1 to 0.
+
+    The last mean is the token. The standard deviation of a step is multiplied by the temperature; `log_std` is without
+    it. `noise` (T, n, D) is indexed by the step.
+    """
+    for step in reversed(range(kernels.steps)):
+        mean, log_std = kernels.at(x, step)
+        yield step, x, mean, log_std
+        x = mean + temperature * log_std.exp() * noise[step]

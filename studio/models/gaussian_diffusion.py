@@ -1,0 +1,141 @@
+"""Gaussian diffusion with the cosine schedule, respaced to few steps, with learned variances.
+
+"Improved Denoising Diffusion Probabilistic Models" (arXiv:2102.09672): the schedule is equation 17, the learned
+variance equation 15, the loss equation 16; reverse steps are those of DDPM (arXiv:2006.11239, equations 6 and 7).
+Scope: tables and formulas, as MAR (arXiv:2406.11838) uses them; which network is asked, and when, is not known here.
+"""
+
+import math
+
+import torch
+
+from studio.errors import StudioError
+
+_PIXEL = 1 / 255
+
+
+def cosine_betas(train_steps: int, max_beta: float) -> torch.Tensor:
+    """Variances (train_steps,), float64, of the noise that each step adds."""
+
+    def kept(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    ratios = [kept((step + 1) / train_steps) / kept(step / train_steps) for step in range(train_steps)]
+    return torch.tensor([min(1 - ratio, max_beta) for ratio in ratios], dtype=torch.float64)
+
+
+def respaced_times(steps: int, train_steps: int) -> list[int]:
+    """The original times that are kept, spread evenly from 0 to train_steps - 1; halves are rounded to even."""
+    stride = (train_steps - 1) / (steps - 1) if steps > 1 else 1.0
+    times, at = [], 0.0
+    for _ in range(steps):
+        times.append(round(at))
+        at += stride
+    return times
+
+
+class GaussianDiffusion:
+    """Tables (steps,), float64, of a diffusion of `train_steps` steps respaced to `steps`, and what is read from them.
+
+    Args:
+        steps: denoising steps T, 1 to train_steps.
+        train_steps: steps of the schedule that the network learned.
+        max_beta: the largest variance of a step.
+
+    Attributes, named as in the authors' code: `timestep_map` (T,) int64, the network's time at each step; `betas`,
+    `alphas_cumprod`, `alphas_cumprod_prev`, `posterior_variance`, `posterior_log_variance_clipped`,
+    `posterior_mean_coef1`, `posterior_mean_coef2`, `sqrt_recip_alphas_cumprod`, `sqrt_recipm1_alphas_cumprod`.
+
+    Errors: `StudioError` for a number of steps out of range.
+    """
+
+    def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999):
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= train_steps:
+            raise StudioError(f"Denoising steps must be a whole number from 1 to {train_steps}, not {steps!r}.")
+        self.steps = steps
+        self.timestep_map = torch.tensor(respaced_times(steps, train_steps))
+        kept = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0)[self.timestep_map]
+        self.betas = betas = 1 - kept / torch.cat((kept.new_ones(1), kept[:-1]))
+        self.alphas_cumprod = after = torch.cumprod(1 - betas, dim=0)
+        self.alphas_cumprod_prev = before = torch.cat((after.new_ones(1), after[:-1]))
+        self.posterior_variance = betas * (1 - before) / (1 - after)
+        variance = self.posterior_variance.clone()
+        variance[0] = variance[1] if steps > 1 else betas[0]
+        self.posterior_log_variance_clipped = variance.log()
+        self.posterior_mean_coef1 = betas * before.sqrt() / (1 - after)
+        self.posterior_mean_coef2 = (1 - before) * (1 - betas).sqrt() / (1 - after)
+        self.sqrt_recip_alphas_cumprod = after.rsqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / after - 1).sqrt()
+        self._reverse = torch.stack(
+            (
+                self.posterior_mean_coef1 * self.sqrt_recip_alphas_cumprod + self.posterior_mean_coef2,
+                self.posterior_mean_coef1 * self.sqrt_recipm1_alphas_cumprod,
+                (self.posterior_log_variance_clipped + betas.log()) / 4,
+                (betas.log() - self.posterior_log_variance_clipped) / 4,
+            )
+        )
+
+    def reverse(
+        self, x: torch.Tensor, noise: torch.Tensor, logit: torch.Tensor, step: int | slice | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log of the standard deviation, like x, of the state before `x`.
+
+        Args:
+            x: states (..., D) at this step.
+            noise, logit: predicted noise and variance logit, like x.
+            step: one step from 0 to T - 1; or a slice or indices of steps, of which x has one for each entry of its
+                first axis.
+        """
+        table = self._reverse[:, step]
+        if table.ndim == 1:
+            keep, remove, middle, half = table.tolist()
+        else:
+            keep, remove, middle, half = table.to(x).reshape(4, -1, *[1] * (x.ndim - 1))
+        return keep * x - remove * noise, middle + half * logit
+
+    def diffuse(self, x: torch.Tensor, step: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Data x (N, D) with noise as of `step` (N,)."""
+        kept = self.alphas_cumprod[step.cpu()].to(x)[:, None]
+        return kept.sqrt() * x + (1 - kept).sqrt() * noise
+
+    def losses(
+        self, x: torch.Tensor, step: torch.Tensor, noise: torch.Tensor, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two losses (N,): the mean squared error of the noise, and the variational bound in bits a number.
+
+        Args:
+            x: data (N, D).
+            step: (N,) int64, 0 to T - 1.
+            noise: (N, D), which made `diffuse(x, step, noise)`.
+            output: what the network says to that, (N, 2D); the bound teaches only its second half, the logits.
+        """
+        predicted, logit = output.chunk(2, dim=-1)
+        at = step.cpu()
+        noised = self.diffuse(x, step, noise)
+        mean, log_std = self.reverse(noised, predicted.detach(), logit, at)
+        true_mean, true_log_std = self._posterior(x, noised, at)
+        apart = ((true_mean - mean) * (-log_std).exp()).square()
+        widths = 2 * (true_log_std - log_std)
+        divergence = 0.5 * (widths.exp() - 1 - widths + apart)
+        likelihood = _log_likelihood_of_pixels(x, mean, log_std)
+        bound = torch.where(step[:, None] == 0, -likelihood, divergence).mean(dim=1) / math.log(2)
+        return (noise - predicted).square().mean(dim=1), bound
+
+    def _posterior(self, x, noised, at):
+        first, second, log_variance = (
+            table[at].to(x)[:, None]
+            for table in (self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_log_variance_clipped)
+        )
+        return first * x + second * noised, log_variance / 2
+
+
+def _log_likelihood_of_pixels(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """Log probability of the bin of width 2/255 around x under a Gaussian, by the tanh form of its distribution."""
+
+    def below(at):
+        scaled = (at - mean) * (-log_std).exp()
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (scaled + 0.044715 * scaled**3)))
+
+    upper, lower = below(x + _PIXEL), below(x - _PIXEL)
+    inside = torch.where(x > 0.999, 1 - lower, upper - lower)
+    return torch.where(x < -0.999, upper, inside).clamp(min=1e-12).log()
