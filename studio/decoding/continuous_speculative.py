@@ -1,0 +1,278 @@
+"""Continuous speculative decoding: a small MAR drafts tokens, the large one verifies them.
+
+"Continuous Speculative Decoding for Autoregressive Image Generation" (arXiv:2411.11925). Two modes:
+
+- "exact" keeps the target's law. The draft draws the tokens of one step; the target scores the whole denoising paths in
+  one call of its head (`path_verification`), instead of walking them step by step. The token is the target's last mean
+  of a verified path, so what the next step is conditioned on is known only when this step is done: nothing is drafted
+  past a token that is not verified, and each step needs one call of the target's transformer.
+- "relaxed" is the authors' scheme (`aligned_acceptance`): the draft runs ahead for `draft_steps` steps, and the target
+  draws all their tokens at once, with the same noise, to compare the ends of the paths. It is approximate: pictures do
+  not follow the target's law.
+
+In both, the target draws the first tokens itself (section 3.3), and both models use the same noise at a position.
+
+Deviations from the authors' code in "relaxed", undone by `reference=True`: the target judges a token with the guidance
+of the step that drafted it, where the authors take that of the block's last step; and those of `aligned_acceptance`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from studio.decoding.aligned_acceptance import Ends, log_ratio, redraw, redraw_reference
+from studio.decoding.denoising import descend
+from studio.decoding.masked_autoregressive import (
+    MaskedAutoregressive,
+    MaskedDrawn,
+    Painter,
+    Step,
+    check_temperature,
+    put,
+)
+from studio.decoding.path_verification import trace, verify_path
+from studio.decoding.position_noise import Places, PositionNoise
+from studio.decoding.sampling import is_finite_number
+from studio.errors import StudioError
+
+MODES = ("exact", "relaxed")
+_RELAXED = {"draft_steps": 4, "inner_temperature": 42.0, "max_rounds": 100}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousSpeculative(MaskedAutoregressive):
+    """Settings of continuous speculative decoding; those of `MaskedAutoregressive`, and
+
+    Args:
+        mode: "exact", or "relaxed", which is approximate.
+        prefill: share of the steps that the target draws itself, 0 to 1; the first step always is.
+        reference: the authors' scheme to the letter, for their published numbers; "relaxed" only.
+        draft_steps: steps that the draft runs ahead; 4 if None; "relaxed" only.
+        inner_temperature: flattens the last step's densities in the test, above 0; 42 if None; "relaxed" only.
+        max_rounds: trials for a rejected token, at least 1; 100 if None; "relaxed" only.
+
+    Errors: `StudioError` for a value outside these, and for a setting of "relaxed" in "exact" mode.
+    """
+
+    mode: str = "exact"
+    prefill: float = 0.05
+    reference: bool = False
+    draft_steps: int | None = None
+    inner_temperature: float | None = None
+    max_rounds: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise StudioError(f"mode is one of {', '.join(MODES)}, not {self.mode!r}.")
+        if not is_finite_number(self.prefill) or not 0 <= self.prefill <= 1:
+            raise StudioError(f"prefill must be a number from 0 to 1, not {self.prefill!r}.")
+        if self.mode == "exact":
+            given = [name for name in _RELAXED if getattr(self, name) is not None]
+            if given or self.reference:
+                raise StudioError(f'{", ".join(given or ["reference"])} goes with mode="relaxed" only: leave it out.')
+            return
+        for name, default in _RELAXED.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("draft_steps", "max_rounds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise StudioError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if not is_finite_number(self.inner_temperature) or self.inner_temperature <= 0:
+            raise StudioError(f"inner_temperature must be a finite number above 0, not {self.inner_temperature!r}.")
+
+
+@dataclass
+class ContinuousDrawn(MaskedDrawn):
+    """As of `MaskedDrawn`, but `seconds` holds "target" and "draft".
+
+    `from_draft` (B, L) bool marks the tokens whose draft was accepted. `tested` and `accepted` count tokens, `trials`
+    rounds (relaxed) or single trials (exact) of drawing anew, and `fallbacks` tokens that no trial accepted.
+    """
+
+    from_draft: torch.Tensor | None = None
+    draft_calls: int = 0
+    tested: int = 0
+    accepted: int = 0
+    trials: int = 0
+    fallbacks: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were accepted."""
+        return self.accepted / max(1, self.tested)
+
+
+@torch.no_grad()
+def continuous_speculative(
+    model: torch.nn.Module,
+    condition: dict,
+    *,
+    draft: torch.nn.Module,
+    generators: list[torch.Generator] | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    settings: ContinuousSpeculative | None = None,
+    on_call: Callable[[str, torch.Tensor, torch.Tensor], bool | None] | None = None,
+    noise: PositionNoise | None = None,
+) -> ContinuousDrawn:
+    """Draws all tokens of B pictures.
+
+    Args:
+        model: the target, a `MAR` in evaluation mode.
+        condition, generators, guidance_scale, noise: as of `masked_autoregressive`, of both models.
+        draft: a `MAR` over the same tokens.
+        temperature: as of `masked_autoregressive`, above 0.
+        on_call: called as (what, positions (B, k), tokens (B, L, D)) after the target drew tokens ("target"), the draft
+            drew some ("draft"), and the target replaced those it rejected ("verify"); True stops the loop.
+
+    Errors: `StudioError` for models over different tokens, more steps than tokens, fewer than two denoising steps, and
+    a temperature of 0.
+    """
+    settings = settings or ContinuousSpeculative()
+    _check(model, draft, settings, temperature)
+    noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
+    return _Run(model, draft, condition, noise, guidance_scale, temperature, settings, on_call).draw()
+
+
+def _check(model, draft, settings: ContinuousSpeculative, temperature: float) -> None:
+    check_temperature(temperature)
+    if temperature == 0:
+        raise StudioError("A temperature of 0 leaves nothing to verify: draw with MaskedAutoregressive instead.")
+    if settings.diffusion_steps < 2:
+        raise StudioError("A single denoising step leaves nothing to verify: take two diffusion_steps at least.")
+    ours, theirs = ((m.num_tokens, m.config.token_dim, m.config.patch_size) for m in (model, draft))
+    if ours != theirs:
+        raise StudioError(
+            f"Draft and target must draw the same tokens; the target has {ours[0]} of {ours[1]} numbers in patches of "
+            f"{ours[2]}, the draft {theirs[0]} of {theirs[1]} in patches of {theirs[2]}."
+        )
+
+
+class _Run:
+    """The pictures of one call: order, tokens, both models, and in "relaxed" the ends of drafts not yet verified."""
+
+    def __init__(self, model, draft, condition, noise, guidance_scale, temperature, settings, on_call):
+        self.settings, self.temperature, self.guidance_scale = settings, temperature, guidance_scale
+        self.noise, self.on_call = noise, on_call
+        self.plan = settings.plan(model.num_tokens)
+        self.began = time.perf_counter()
+        guided, steps = guidance_scale != 1, settings.diffusion_steps
+        self.target, self.draft = (Painter(m, condition, guided, steps) for m in (model, draft))
+        self.order = noise.order(model.num_tokens)
+        shape = (*self.order.shape, model.config.token_dim)
+        self.tokens = torch.zeros(shape, device=model.device)
+        self.ends = Ends(*(torch.zeros(shape, device=model.device) for _ in range(3)))
+        self.scales = torch.zeros(*self.order.shape, 1, device=model.device)
+        self.verified = model.num_tokens
+        self.drafting = 0.0
+        from_draft = torch.zeros(self.order.shape, dtype=torch.bool, device=model.device)
+        self.drawn = ContinuousDrawn(self.tokens, from_draft=from_draft)
+
+    def draw(self) -> ContinuousDrawn:
+        verify = {"exact": self._exact_step, "relaxed": self._relaxed_step}[self.settings.mode]
+        for number, step in enumerate(self.plan):
+            if number <= self.settings.steps * self.settings.prefill:
+                stopped = self._target_step(step)
+            else:
+                stopped = verify(number, step)
+            if stopped:
+                break
+        drawn, seconds = self.drawn, time.perf_counter() - self.began
+        drawn.target_calls, drawn.row_calls = self.target.calls, self.target.rows
+        drawn.draft_calls = self.draft.calls
+        drawn.seconds = {"target": seconds - self.drafting, "draft": self.drafting}
+        return drawn
+
+    def _target_step(self, step: Step) -> bool:
+        places, steps = self._descend(self.target, step)
+        put(self.tokens, places, [mean for _, _, mean, _ in steps][-1])
+        self.verified = step.first
+        return self._told("target", step)
+
+    def _exact_step(self, number: int, step: Step) -> bool:
+        entered = time.perf_counter()
+        kernels = self._kernels(self.draft, step)
+        places = self._places(step)
+        path = trace(kernels, self.noise.start(places), self._step_noise(places), self.temperature)
+        put(self.tokens, places, path.means[0])
+        self.drafting += time.perf_counter() - entered
+        if self._told("draft", step):
+            return True
+        verdict = verify_path(path, self._kernels(self.target, step), places, self.noise, self.temperature)
+        put(self.tokens, places, verdict.tokens)
+        self._count(places, verdict.accepted)
+        self.drawn.trials += verdict.trials
+        return self._told("verify", step)
+
+    def _relaxed_step(self, number: int, step: Step) -> bool:
+        entered = time.perf_counter()
+        places, steps = self._descend(self.draft, step)
+        ends = Ends.of(steps, self.temperature)
+        for kept, new in ((self.tokens, ends.mean), (self.ends.mean, ends.mean), (self.ends.std, ends.std),
+                          (self.ends.widths, ends.widths)):  # fmt: skip
+            put(kept, places, new)
+        self.scales[places.pictures, places.positions] = self.settings.scale_at(step, self.guidance_scale)
+        self.drafting += time.perf_counter() - entered
+        stopped = self._told("draft", step)
+        if stopped or (number % self.settings.draft_steps and number + 1 < len(self.plan)):
+            return stopped
+        return self._verify_block(Step(step.first, self.verified, step.progress))
+
+    def _verify_block(self, block: Step) -> bool:
+        """Tests all tokens that the draft drew since the last test, together."""
+        reference = self.settings.reference
+        places = self._places(block)
+        scales = None if reference else self.scales[places.pictures, places.positions]
+        _, steps = self._descend(self.target, block, scales)
+        target = Ends.of(steps, self.temperature)
+        at = (places.pictures, places.positions)
+        draft = self.ends.take(at)
+        ratio = log_ratio(self.tokens[at], target, draft, self.settings.inner_temperature, reference)
+        accepted = ratio > self.noise.test(places).double().log()
+        self._count(places, accepted)
+        if not accepted.all():
+            self._replace(places, target, draft, torch.nonzero(~accepted)[:, 0])
+        self.verified = block.first
+        return self._told("verify", block)
+
+    def _replace(self, places: Places, target: Ends, draft: Ends, rejected: torch.Tensor) -> None:
+        if self.settings.reference:
+            redrawn = redraw_reference(target, draft, places, self.noise, self.settings.max_rounds)
+            tokens = redrawn.tokens[rejected]
+        else:
+            redrawn = redraw(
+                target.take(rejected), draft.take(rejected), places.take(rejected), self.noise, self.settings.max_rounds
+            )
+            tokens = redrawn.tokens
+        put(self.tokens, places.take(rejected), tokens)
+        self.drawn.trials += redrawn.rounds
+        self.drawn.fallbacks += redrawn.fallbacks
+
+    def _descend(self, painter: Painter, step: Step, scales: torch.Tensor | None = None):
+        """Places of a step and the denoising steps of its tokens, lazily."""
+        kernels, places = self._kernels(painter, step, scales), self._places(step)
+        return places, descend(kernels, self.noise.start(places), self._step_noise(places), self.temperature)
+
+    def _kernels(self, painter: Painter, step: Step, scales: torch.Tensor | None = None):
+        scale = self.settings.scale_at(step, self.guidance_scale) if scales is None else scales
+        return painter.kernels(self.tokens, self.order, step, scale)
+
+    def _step_noise(self, places: Places) -> torch.Tensor:
+        return self.noise.steps(places, self.settings.diffusion_steps)
+
+    def _places(self, step: Step) -> Places:
+        return Places.of(self.order[:, step.first : step.last])
+
+    def _count(self, places: Places, accepted: torch.Tensor) -> None:
+        self.drawn.from_draft[places.pictures, places.positions] = accepted
+        self.drawn.tested += len(accepted)
+        self.drawn.accepted += int(accepted.sum())
+
+    def _told(self, what: str, step: Step) -> bool:
+        if self.on_call is None:
+            return False
+        return bool(self.on_call(what, self.order[:, step.first : step.last], self.tokens))

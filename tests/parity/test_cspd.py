@@ -1,0 +1,166 @@
+"""The authors' continuous speculative decoding, recorded: acceptance, what replaces rejected tokens, and whole runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from arrays import Arrays, mar_sizes  # noqa: E402
+from noises import RecordedNoise  # noqa: E402
+from recordings import find  # noqa: E402
+
+from studio.checkpoints.mar import mar_from_state_dict  # noqa: E402
+from studio.decoding.aligned_acceptance import Ends, log_ratio, redraw, redraw_reference, trial_chance  # noqa: E402
+from studio.decoding.continuous_speculative import ContinuousSpeculative, continuous_speculative  # noqa: E402
+from studio.decoding.position_noise import Places  # noqa: E402
+from studio.models.mar import unpatchify  # noqa: E402
+
+MARGIN = 1e-4
+
+
+def close(ours, recorded, atol=1e-5, rtol=1e-3):
+    torch.testing.assert_close(ours, recorded, atol=atol, rtol=rtol)
+
+
+def each_case(form):
+    """Every case of every recording of a form; none is a failure."""
+    found = [
+        pytest.param(path, name, id=f"{path.stem}-{name}")
+        for path in find(form)
+        for name in json.loads(path.read_text())["cases"]
+    ]
+    return pytest.mark.parametrize(("path", "name"), found)
+
+
+def ends(io, side):
+    return Ends(io[f"{side}_mean"], io[f"{side}_std"], io[f"{side}_logsd"])
+
+
+def check_decisions(ours, io):
+    """Those of the recording, except where the uniform number is too close to tell; exact where products underflow."""
+    uniform = io["u"].double()
+    right = torch.where(ours.exp().isfinite(), (ours.exp() - uniform).abs(), torch.inf) >= MARGIN
+    if "accept" in io:
+        assert torch.equal((ours > uniform.log())[right], io["accept"][right])
+
+
+@each_case("cspd_processor")
+def test_acceptance(path, name):
+    recording = Arrays(path)
+    io, tau = recording.under(name + "."), recording.info["cases"][name]["inner_temperature"]
+    target, draft = ends(io, "p"), ends(io, "q")
+    ratio = log_ratio(io["x"], target, draft, tau, reference=True)
+    close(ratio, io["log_ratio64"], atol=1e-4, rtol=1e-6)
+    if "sign_corrected_log_ratio64" in io:
+        close(log_ratio(io["x"], target, draft, tau), io["sign_corrected_log_ratio64"], atol=1e-4, rtol=1e-6)
+    if "accept" in io:
+        close(ratio.exp().float(), io["ratio"])
+    check_decisions(ratio, io)
+
+
+def trials(io, count):
+    """The recorded trials of one picture's `count` rows, as noise."""
+    noise = RecordedNoise(torch.arange(count)[None], io["x"].shape[1], 1)
+    places = Places.of(noise.orders)
+    noise.put_test(places, io["u"], io["prop_eps"], io["prop_u"])
+    return places, noise
+
+
+@each_case("cspd_processor")
+def test_replacements(path, name):
+    recording = Arrays(path)
+    io, tau = recording.under(name + "."), recording.info["cases"][name]["inner_temperature"]
+    target, draft = ends(io, "p"), ends(io, "q")
+    if "prop_eps" not in io:
+        redrawn = redraw_reference(target, draft, *generated(io), 100)
+        assert redrawn.tokens.isfinite().all()
+        return
+    places, noise = trials(io, len(io["x"]))
+    first = target.mean + target.std * io["prop_eps"][0]
+    close(trial_chance(first, target, draft, reference=True).float(), io["res_alpha"], atol=1e-4)
+    redrawn = redraw_reference(target, draft, places, noise, 100)
+    assert redrawn.rounds == int(io["rounds"])
+    assert redrawn.fallbacks == recording.info["cases"][name]["zero_rows_emitted"]
+    close(redrawn.tokens, io["residual"])
+    accepted = log_ratio(io["x"], target, draft, tau, reference=True) > io["u"].double().log()
+    out = io["x"] if accepted.all() else torch.where(accepted[:, None], io["x"], redrawn.tokens)
+    close(out, io["out"])
+
+
+def generated(io):
+    """Places and random numbers of our own for a case without recorded trials."""
+    from studio.decoding.position_noise import PositionNoise
+
+    places = Places.of(torch.arange(len(io["x"]))[None])
+    return places, PositionNoise(torch.tensor([7]), io["x"].shape[1])
+
+
+@each_case("cspd_processor")
+def test_ours_never_leaves_zeros(path, name):
+    recording = Arrays(path)
+    io = recording.under(name + ".")
+    redrawn = redraw(ends(io, "p"), ends(io, "q"), *generated(io), 3)
+    assert redrawn.tokens.isfinite().all() and (redrawn.tokens != 0).any(dim=1).all()
+
+
+@each_case("cspd_run")
+@torch.no_grad()
+def test_whole_run(path, name):
+    recording = Arrays(path)
+    config, case, io = recording.info["config"], recording.info["cases"][name], recording.under(name + ".")
+    target, draft = (
+        mar_from_state_dict(recording.state(f"{side}_sd."), **mar_sizes(config[side])) for side in ("target", "draft")
+    )
+    steps = int(config["target"]["num_sampling_steps"])
+    settings = ContinuousSpeculative(
+        mode="relaxed",
+        reference=True,
+        steps=case["num_iter"],
+        diffusion_steps=steps,
+        guidance_schedule=case["cfg_schedule"],
+        prefill=case["ratio"],
+        draft_steps=case["num_draft"],
+        inner_temperature=float(case["inner"]),
+    )
+    noise = RecordedNoise(io["orders"], target.config.token_dim, steps)
+    everywhere = Places.of(torch.arange(target.num_tokens).expand(len(io["orders"]), -1))
+    noise.put(everywhere, io["noise"].flatten(0, 1), io["inter_noise"].flatten(0, 1).transpose(0, 1))
+    blocks = [number for number, (what, _) in enumerate(case["calls"]) if what == "target:verify"]
+    for verify, number in enumerate(blocks):
+        places = Places(*io[f"call{number}.index"].long())
+        made = io.get(f"verify{verify}.prop_eps"), io.get(f"verify{verify}.prop_u")
+        if made[0] is None:
+            made = torch.zeros(0, len(places.pictures), target.config.token_dim), torch.zeros(0, len(places.pictures))
+        noise.put_test(places, io[f"verify{verify}.u"], *made)
+    calls = []
+
+    def on_call(what, positions, tokens):
+        number = len(calls)
+        calls.append([{"target": "target:step", "draft": "draft:step", "verify": "target:verify"}[what],
+                      positions.numel()])  # fmt: skip
+        places = Places.of(positions.sort().values)
+        assert torch.equal(torch.stack(places), io[f"call{number}.index"].long())
+        if what == "verify":
+            drawn = tokens[places.pictures, places.positions]
+            close(drawn, io[f"verify{blocks.index(number)}.out"], atol=tolerance)
+        else:
+            close(tokens, io[f"call{number}.tokens"], atol=tolerance)
+
+    tolerance = 2e-3 * float(io["latent"].abs().max())
+    drawn = continuous_speculative(
+        target,
+        {"class_labels": io["labels"]},
+        draft=draft,
+        guidance_scale=case["cfg"],
+        temperature=case["temperature"],
+        settings=settings,
+        on_call=on_call,
+        noise=noise,
+    )
+    assert calls == case["calls"]
+    close(unpatchify(drawn.tokens, config["target"]["patch_size"]), io["latent"], atol=tolerance)
+    accepted = sum(round(verify["n"] * verify["accept"]) for verify in case["verifies"])
+    assert (drawn.tested, drawn.accepted) == (sum(verify["n"] for verify in case["verifies"]), accepted)
