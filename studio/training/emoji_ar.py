@@ -34,11 +34,28 @@ SAMPLING = {"default_guidance_scale": 3.0}
 
 
 class TrainableGenerator(nn.Module):
-    """A frozen text encoder, and the token model that is trained on its states."""
+    """A frozen text encoder, and the token model that is trained on its states.
 
-    def __init__(self, text_encoder, transformer):
+    While it is trained, a code's embedding and its row of the output layer are a vector of its own plus a linear map of
+    its code vector. The maps are learned from all codes at once, so that a model that knows about what belongs into a
+    cell gives weight to every code that looks like that; `merged` adds them to the tables.
+    """
+
+    def __init__(self, text_encoder, transformer, codebook):
         super().__init__()
         self.text_encoder, self.transformer = text_encoder.requires_grad_(False), transformer
+        self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
+        dim, code_dim = transformer.config.dim, codebook.shape[1]
+        self.code_embedding = nn.Parameter(torch.zeros(code_dim, dim))
+        self.code_output = nn.Parameter(torch.zeros(code_dim, dim))
+
+    @torch.no_grad()
+    def merged(self):
+        """A copy of the token model that gives the same logits by its own tables."""
+        transformer = copy.deepcopy(self.transformer)
+        transformer.tok_embeddings.weight += self.codebook @ self.code_embedding
+        transformer.output.weight += self.codebook @ self.code_output
+        return transformer
 
     def forward(self, input_ids, attention_mask, tokens, seen):
         """Mean cross-entropy of tokens (B, n) behind captions (B, T), some of which are dropped.
@@ -50,9 +67,11 @@ class TrainableGenerator(nn.Module):
         model = self.transformer
         drop = torch.rand(len(tokens), device=tokens.device) < model.config.class_dropout
         prefix, valid = model.embed_condition(captions=states, caption_mask=attention_mask, drop=drop)
-        x = torch.cat((prefix, model.tok_embeddings(tokens[:, :-1]) * seen[..., None]), dim=1)
+        embedded = model.tok_embeddings(tokens[:, :-1]) + self.codebook[tokens[:, :-1]] @ self.code_embedding
+        x = torch.cat((prefix, embedded * seen[..., None]), dim=1)
         x = model.run_layers(x, model.rope()[: x.shape[1]], model.prefix_mask(valid, x.shape[1]))
-        logits = model.output(x[:, prefix.shape[1] - 1 :]).float()
+        output = model.output.weight + self.codebook @ self.code_output
+        logits = F.linear(x[:, prefix.shape[1] - 1 :], output).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
@@ -64,7 +83,7 @@ class EmojiAR(Recipe):
 
     name = "emoji-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-vq"
-    defaults = Defaults(steps=1500, batch_size=64, learning_rate=5e-3)
+    defaults = Defaults(steps=3000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
 
     def build(self, device):
         folder = bundled_folder("emoji-vq")
@@ -82,7 +101,7 @@ class EmojiAR(Recipe):
             caption_length=CAPTION_LENGTH,
             **TRANSFORMER,
         )
-        return TrainableGenerator(T5EncoderModel(text), transformer).to(device)
+        return TrainableGenerator(T5EncoderModel(text), transformer, self.image_tokenizer.codebook).to(device)
 
     def prepare(self, module, settings):
         text_encoder, steps = module.text_encoder.requires_grad_(True), int(settings.steps * WORDS_SHARE)
@@ -90,7 +109,9 @@ class EmojiAR(Recipe):
         text_encoder.requires_grad_(False)
 
     def optimizers(self, module, learning_rate):
-        return muon_and_adamw(module, hidden_matrices(module.transformer.layers), learning_rate)
+        maps = [module.code_embedding, module.code_output]
+        matrices = hidden_matrices(module.transformer.layers)
+        return muon_and_adamw(module, matrices, learning_rate, tables=maps, tables_share=1.0)
 
     def captioned(self, rng, number):
         """`(input_ids, attention_mask, tokens)` of training pictures with random captions."""
@@ -119,7 +140,7 @@ class EmojiAR(Recipe):
 
     def export(self, module, folder):
         text_encoder, transformer = (
-            copy.deepcopy(part).to(torch.bfloat16).eval() for part in (module.text_encoder, module.transformer)
+            part.to(torch.bfloat16).eval() for part in (copy.deepcopy(module.text_encoder), module.merged())
         )
         pipe = LlamaGenPipeline(
             self.image_tokenizer, transformer, text_encoder, self.tokenizer, lowercase_prompts=True, **SAMPLING
