@@ -17,12 +17,15 @@ if not (Path(__file__).parent / "pipelines").is_dir():
 if TYPE_CHECKING:
     from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
+    from studio.decoding.continuous_speculative import ContinuousSpeculative
     from studio.decoding.distilled import Distilled
     from studio.decoding.lantern import Lantern, LanternPlusPlus
+    from studio.decoding.masked_autoregressive import MaskedAutoregressive
     from studio.decoding.speculative import Speculative
     from studio.errors import StudioError
     from studio.models.distilled import DistilledStudent
     from studio.models.llamagen import LlamaGen
+    from studio.models.mar import MAR
     from studio.pipelines.decodings import DECODINGS, decoding_named
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
+    "ContinuousSpeculative": "studio.decoding.continuous_speculative",
     "DECODINGS": "studio.pipelines.decodings",
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
@@ -39,6 +43,8 @@ _EXPORTS = {
     "LanternPlusPlus": "studio.decoding.lantern",
     "LlamaGen": "studio.models.llamagen",
     "LlamaGenPipeline": "studio.pipelines.llamagen",
+    "MAR": "studio.models.mar",
+    "MaskedAutoregressive": "studio.decoding.masked_autoregressive",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
@@ -52,6 +58,7 @@ _EXPORTS = {
 
 __all__ = [
     "Autoregressive",
+    "ContinuousSpeculative",
     "DECODINGS",
     "Distilled",
     "DistilledStudent",
@@ -59,6 +66,8 @@ __all__ = [
     "LanternPlusPlus",
     "LlamaGen",
     "LlamaGenPipeline",
+    "MAR",
+    "MaskedAutoregressive",
     "Speculative",
     "StudioError",
     "VQTokenizer",

@@ -82,7 +82,7 @@ def _root(
 for command in (generate, ask, train, evaluate, models, doctor, ui):
     app.command()(command)
 data_app.command()(data.build)
-for command in (bench.decoding, bench.pruning, bench.verify):
+for command in (bench.decoding, bench.pruning, bench.verify, bench.mar):
     bench_app.command()(command)
 for command in (
     convert.llamagen_vq,
@@ -90,6 +90,8 @@ for command in (
     convert.llamagen_t2i,
     convert.lantern_drafter,
     convert.distilled,
+    convert.mar,
+    convert.mar_vae,
 ):
     convert_app.command()(command)
 

@@ -72,6 +72,27 @@ def verify(
     _say_rows([result])
 
 
+def mar(
+    random: Annotated[
+        str,
+        typer.Option(
+            help="Random weights of this size: dim=256,depth=6,heads=8,head_width=512,head_depth=4,tokens=64,steps=16,"
+            "diffusion_steps=25, or some of these."
+        ),
+    ] = "",
+    guidance: Annotated[float, number(help="Guidance scale (1 = off).", show_default=True)] = 3.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 2,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Time masked autoregressive drawing of continuous tokens, beside a plain textbook sampler."""
+    from studio.evaluation.bench_mar import bench_mar as measure
+
+    result = measure(random=random, guidance_scale=guidance, batch=batch, device=device or "cpu")
+    emit(result)
+    _say_rows([result])
+
+
 def _say_rows(rows):
     for row in rows:
         say(

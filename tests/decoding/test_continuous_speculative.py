@@ -1,0 +1,130 @@
+"""Continuous speculative decoding at toy size: equal models, rows of their own, relaxed blocks, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_mar import generators, tiny_mar  # noqa: E402
+
+from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError  # noqa: E402
+from studio.decoding.aligned_acceptance import Ends, redraw  # noqa: E402
+from studio.decoding.continuous_speculative import continuous_speculative  # noqa: E402
+from studio.decoding.masked_autoregressive import masked_autoregressive  # noqa: E402
+from studio.decoding.path_verification import draw_rest  # noqa: E402
+from studio.decoding.position_noise import Places, PositionNoise  # noqa: E402
+
+TARGET, DRAFT = tiny_mar(0), tiny_mar(1, depth=1)
+SIZES = {"steps": 6, "diffusion_steps": 5}
+MODES = [{"mode": "exact"}, {"mode": "relaxed"}, {"mode": "relaxed", "reference": True}]
+each_mode = pytest.mark.parametrize("mode", MODES, ids=["exact", "relaxed", "reference"])
+
+
+def draw(mode, draft=DRAFT, labels=(0, 1, 2), first=0, sizes=SIZES, **options):
+    condition = {"class_labels": torch.tensor(labels)}
+    settings = ContinuousSpeculative(**{"prefill": 0.2, **mode, **sizes})
+    given = {"generators": generators(len(labels), first), "guidance_scale": 2.0, **options}
+    return continuous_speculative(TARGET, condition, draft=draft, settings=settings, **given)
+
+
+def test_exact_with_the_target_as_draft_is_plain_sampling():
+    drawn = draw({"mode": "exact"}, draft=TARGET)
+    plain = masked_autoregressive(
+        TARGET,
+        {"class_labels": torch.tensor([0, 1, 2])},
+        generators=generators(3),
+        guidance_scale=2.0,
+        settings=MaskedAutoregressive(**SIZES),
+    )
+    assert drawn.acceptance == 1 and drawn.trials == 0 and drawn.tested == int(drawn.from_draft.sum())
+    torch.testing.assert_close(drawn.tokens, plain.tokens, atol=5e-3, rtol=0)
+
+
+def test_exact_accepts_some_and_mends_the_rest():
+    drawn = draw({"mode": "exact"}, labels=tuple([0] * 8))
+    assert 0 < drawn.acceptance < 1 and drawn.trials > 0 and drawn.fallbacks == 0
+    assert drawn.target_calls == 6 and drawn.draft_calls == 4
+    assert drawn.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["exact", "relaxed"])
+def test_a_batch_equals_its_single_calls(mode):
+    together = draw({"mode": mode})
+    for row in range(2):
+        alone = draw({"mode": mode}, labels=(row,), first=row)
+        torch.testing.assert_close(together.tokens[row], alone.tokens[0], atol=5e-3, rtol=0)
+        assert torch.equal(together.from_draft[row], alone.from_draft[0])
+
+
+@each_mode
+def test_calls_are_told_and_counted(mode):
+    calls = []
+    drawn = draw(mode, on_call=lambda what, positions, tokens: calls.append((what, positions.shape[1])))
+    kinds = [what for what, _ in calls]
+    drafted = sum(count for what, count in calls if what == "draft")
+    assert kinds[:2] == ["target", "target"]
+    assert drafted == sum(count for what, count in calls if what == "verify")
+    assert 3 * drafted == drawn.tested and 3 * 16 == drawn.tested + 3 * sum(n for w, n in calls if w == "target")
+    assert drawn.target_calls == 6 - kinds.count("draft") + kinds.count("verify")
+    assert drawn.draft_calls == kinds.count("draft") and set(drawn.seconds) == {"target", "draft"}
+    if mode["mode"] == "relaxed":
+        assert kinds == ["target", "target", "draft", "draft", "draft", "verify", "draft", "verify"]
+
+
+@each_mode
+@pytest.mark.parametrize("when", ["draft", "verify"])
+def test_on_call_stops(mode, when):
+    drawn = draw(mode, on_call=lambda what, positions, tokens: what == when)
+    assert (drawn.tokens == 0).any() and drawn.draft_calls >= 1
+
+
+def test_all_prefilled_is_plain_sampling():
+    drawn = draw({"mode": "exact", "prefill": 1.0})
+    assert drawn.draft_calls == 0 and drawn.acceptance == 0 and drawn.target_calls == 6
+
+
+def ends(mean, count):
+    return Ends(*(torch.full((count, 2), value) for value in (mean, 1.0, 0.0)))
+
+
+def test_relaxed_falls_back_to_the_target_within_its_rounds():
+    pictures = torch.arange(50)
+    noise = PositionNoise(pictures, 2)
+    redrawn = redraw(ends(0.0, 50), ends(0.0, 50), Places(pictures, pictures * 0), noise, 3)
+    assert (redrawn.rounds, redrawn.fallbacks) == (3, 50)
+    assert (redrawn.tokens != 0).all() and abs(float(redrawn.tokens.mean())) < 0.5
+
+
+def test_exact_refuses_to_draw_from_nothing(monkeypatch):
+    monkeypatch.setattr("studio.decoding.path_verification._MOST_TRIALS", 10)
+    law = (torch.zeros(1, 2), torch.zeros(1, 2))
+    with pytest.raises(StudioError, match="rounding"):
+        draw_rest(law, law, Places(torch.tensor([0]), torch.tensor([0])), PositionNoise(torch.tensor([1]), 2), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "lossless"}, "exact, relaxed"),
+        ({"prefill": 1.5}, "prefill"),
+        ({"draft_steps": 4}, "draft_steps goes with"),
+        ({"reference": True}, "reference goes with"),
+        ({"mode": "relaxed", "draft_steps": 0}, "draft_steps"),
+        ({"mode": "relaxed", "inner_temperature": 0.0}, "inner_temperature"),
+        ({"mode": "relaxed", "max_rounds": 1.5}, "max_rounds"),
+    ],
+)
+def test_refused_settings(settings, words):
+    with pytest.raises(StudioError, match=words):
+        ContinuousSpeculative(**settings)
+
+
+def test_refused_calls():
+    with pytest.raises(StudioError, match="temperature of 0"):
+        draw({}, temperature=0.0)
+    with pytest.raises(StudioError, match="two diffusion_steps"):
+        draw({}, sizes={"steps": 4, "diffusion_steps": 1})
+    with pytest.raises(StudioError, match="same tokens"):
+        draw({}, draft=tiny_mar(0, grid_size=2))

@@ -1,0 +1,33 @@
+"""The benchmark of masked autoregressive drawing at a tiny size."""
+
+import json
+
+import pytest
+
+from studio import StudioError, cli
+from studio.evaluation.bench_mar import SIZES, bench_mar, parse_sizes
+
+TINY = "dim=16,depth=1,heads=2,head_width=16,head_depth=1,tokens=4,steps=2,diffusion_steps=3"
+
+
+def test_command_prints_both_times(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "mar", "--random", TINY, "--guidance", "3", "--batch", "2", "--json"])
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 0, err
+    result = json.loads(out)
+    assert set(result) == {"seconds", "reference_seconds", "head_share"}
+    assert result["seconds"] > 0 and result["reference_seconds"] > 0 and 0 < result["head_share"] < 1
+
+
+def test_sizes():
+    assert parse_sizes("dim=32, tokens=16") == {**SIZES, "dim": 32, "tokens": 16}
+    for wrong in ("width=3", "dim", "dim=0", "dim=x"):
+        with pytest.raises(StudioError, match="whole numbers"):
+            parse_sizes(wrong)
+    with pytest.raises(StudioError, match="square"):
+        bench_mar(random="tokens=15")
+    with pytest.raises(StudioError, match="tokens"):
+        bench_mar(random=TINY.replace("steps=2", "steps=5", 1))
+    with pytest.raises(StudioError, match="batch"):
+        bench_mar(random=TINY, batch=0)
