@@ -12,8 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from studio.errors import StudioError
-from studio.tokenizers.vq import Downsample, ResBlock, Upsample
+from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
 
 
 class VARTokenizer(ModelMixin, ConfigMixin):
@@ -42,11 +41,10 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         norm_groups: int = 32,
     ):
         super().__init__()
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        if any(width % norm_groups for width in widths):
-            raise StudioError(f"Every level's width must be a multiple of norm_groups={norm_groups}; got {widths}.")
-        self.encoder = Encoder(widths, base_channels, res_blocks, code_dim, norm_groups)
-        self.decoder = Decoder(widths, res_blocks, code_dim, norm_groups)
+        widths = level_widths(base_channels, channel_multipliers, norm_groups)
+        sizes = (widths, res_blocks, code_dim, norm_groups, (len(widths) - 1,), AttentionBlock)
+        self.encoder = Encoder(3, base_channels, *sizes)
+        self.decoder = Decoder(3, *sizes)
         self.quantize = MultiScaleCodebook(codebook_size, code_dim, phis, phi_share)
         self.quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
@@ -162,86 +160,3 @@ class AttentionBlock(nn.Module):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(mixed)
-
-
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention on the coarsest level."""
-
-    def __init__(self, width_in: int, width_out: int, blocks: int, attention: bool, groups: int):
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResBlock(width_in if index == 0 else width_out, width_out, groups) for index in range(blocks)
-        )
-        self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0))
-
-    def forward(self, x):
-        for index, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[index](x)
-        return x
-
-
-class Middle(nn.Module):
-    """Two residual blocks with attention between them."""
-
-    def __init__(self, width: int, groups: int):
-        super().__init__()
-        self.block_1, self.block_2 = ResBlock(width, width, groups), ResBlock(width, width, groups)
-        self.attn_1 = AttentionBlock(width, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) to features (B, code_dim, h, w)."""
-
-    def __init__(self, widths: list[int], base: int, blocks: int, code_dim: int, groups: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
-        self.down, width = nn.ModuleList(), base
-        for index, wanted in enumerate(widths):
-            level = Level(width, wanted, blocks, index + 1 == len(widths), groups)
-            if index + 1 < len(widths):
-                level.downsample = Downsample(wanted)
-            self.down.append(level)
-            width = wanted
-        self.mid = Middle(width, groups)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """Features (B, code_dim, h, w) to pictures (B, 3, H, W); levels are numbered from fine to coarse."""
-
-    def __init__(self, widths: list[int], blocks: int, code_dim: int, groups: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(code_dim, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
-        levels, width = [], widths[-1]
-        for index, wanted in reversed([*enumerate(widths)]):
-            level = Level(width, wanted, blocks + 1, index + 1 == len(widths), groups)
-            if index:
-                level.upsample = Upsample(wanted)
-            levels.insert(0, level)
-            width = wanted
-        self.up = nn.ModuleList(levels)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,131 @@
+"""Converters of the checkpoints of RQ-VAE and RQ-Transformer (arXiv:2203.01941) to folders for `from_pretrained`.
+
+Sizes come from the shapes of the weights. The averaged weights are taken where a file has them.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
+from studio.errors import StudioError
+from studio.models.rq_transformer import RQTransformer
+from studio.tokenizers.rvq import RVQTokenizer
+
+_PLACES = (("state_dict_ema",), ("state_dict",))
+_AVERAGES = (".cluster_size_ema", ".embed_ema")
+
+
+def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
+    """An `RVQTokenizer` with these weights. Sizes are inferred; `config` overrides them.
+
+    What is not in the file: `sample_size`, `norm_groups`, and `cell`, a square when left out.
+    """
+    state, codebooks = residual_codebooks(state, "quantizer.")
+    return build(RVQTokenizer, _rvq_config(state) | codebooks | config, state, "RQ-VAE")
+
+
+def rq_transformer_from_state_dict(state: State, **config) -> RQTransformer:
+    """An `RQTransformer` with these weights. Sizes are inferred; `config` overrides them.
+
+    What is not in the file: heads (of 64 numbers each when left out), `grid` (a square), `vocab_size` of levels of
+    different size, `depth_reads_sums` and `activation`.
+    """
+    state = {name: weight for name, weight in state.items() if name != "tok_emb.offsets"}
+    return build(RQTransformer, _transformer_config(state) | config, state, "RQ-Transformer")
+
+
+def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
+    """The weights with the codebooks under `prefix` as we keep them, and what an `RVQTokenizer` calls their sizes.
+
+    Each codebook loses its padding row and the averages of its training; of equal ones a single one is left.
+
+    Errors: `StudioError` for a codebook that is missing or whose last row is no padding.
+    """
+    depth = max(1, count_of(state, rf"{re.escape(prefix)}codebooks\.(\d+)\."))
+    tables = {name: _unpadded(state, name) for name in (f"{prefix}codebooks.{n}.weight" for n in range(depth))}
+    first, *others = tables.values()
+    shared = all(_equal(first, other) for other in others)
+    sizes = tuple(len(table) for table in tables.values())
+    rest = {name: weight for name, weight in state.items() if name not in tables and not name.endswith(_AVERAGES)}
+    kept = dict([*tables.items()][:1] if shared else tables)
+    one_size = len(set(sizes)) == 1
+    return rest | kept, {
+        "depth": depth,
+        "codebook_size": sizes[0] if one_size else sizes,
+        "shared_codebook": shared,
+    }
+
+
+def convert_rq_vae(path, out) -> Path:
+    """Writes the authors' RQ-VAE file as an `RVQTokenizer` folder.
+
+    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    """
+    return save_new(rvq_from_state_dict(read_weights(path, _PLACES)), out)
+
+
+def convert_rq_transformer(path, out) -> Path:
+    """Writes the authors' RQ-Transformer file as an `RQTransformer` folder. Errors: as of `convert_rq_vae`."""
+    return save_new(rq_transformer_from_state_dict(read_weights(path, _PLACES)), out)
+
+
+def _unpadded(state: State, name: str) -> torch.Tensor:
+    shape_of(state, name, "RQ-VAE")
+    table, padding = state[name][:-1], state[name][-1]
+    if not padding.is_meta and padding.any():
+        raise StudioError(f"This is not an RQ-VAE as its authors publish it: the last row of {name} is no padding.")
+    return table
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two codebooks are one; without their numbers, whether they could be."""
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
+
+
+def _rvq_config(state: State) -> dict:
+    what = "RQ-VAE"
+    base, channels = shape_of(state, "encoder.conv_in.weight", what)[:2]
+    levels = count_of(state, r"encoder\.down\.(\d+)\.")
+    widths = [shape_of(state, f"encoder.down.{n}.block.0.conv1.weight", what)[0] for n in range(levels)]
+    feature_dim, z_channels = shape_of(state, "quant_conv.weight", what)[:2]
+    side = math.isqrt(shape_of(state, "quantizer.codebooks.0.weight", what)[1] // feature_dim)
+    return {
+        "in_channels": channels,
+        "base_channels": base,
+        "channel_multipliers": tuple(width // base for width in widths),
+        "res_blocks": count_of(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        "attention_levels": tuple(n for n in range(levels) if f"encoder.down.{n}.attn.0.q.weight" in state),
+        "z_channels": z_channels,
+        "feature_dim": feature_dim,
+        "cell": (side, side),
+    }
+
+
+def _transformer_config(state: State) -> dict:
+    what = "RQ-Transformer"
+    _, cells, dim = shape_of(state, "pos_emb_hw", what)
+    depth, side = shape_of(state, "pos_emb_d", what)[1], math.isqrt(cells)
+    codes = next((state[name].shape[1] for name in ("input_mlp.weight", "head_mlp.weight") if name in state), 1)
+    classifier = shape_of(state, "classifier.linear.weight", what)
+    embedding = state.get("tok_emb.weight")
+    vocab = classifier[-1] if len(classifier) == 3 else classifier[0]
+    return {
+        "grid": (side, cells // side),
+        "depth": depth,
+        "vocab_size": vocab,
+        "code_dim": codes,
+        "dim": dim,
+        "spatial_layers": count_of(state, r"body_transformer\.blocks\.(\d+)\."),
+        "depth_layers": count_of(state, r"head_transformer\.blocks\.(\d+)\."),
+        "spatial_heads": max(1, dim // 64),
+        "depth_heads": max(1, dim // 64),
+        "condition_size": shape_of(state, "cond_emb.weight", what)[0],
+        "condition_length": shape_of(state, "pos_emb_cond", what)[1],
+        "spatial_reads_codes": "input_mlp.weight" in state,
+        "depth_reads_codes": "head_mlp.weight" in state,
+        "shared_embedding": embedding is None or len(embedding) == vocab,
+        "shared_classifier": len(classifier) == 2,
+    }

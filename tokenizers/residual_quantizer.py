@@ -1,0 +1,129 @@
+"""Residual quantisation: a vector as a sum of codes, each of which names what those before it left over.
+
+"Autoregressive Image Generation using Residual Quantization" (arXiv:2203.01941), section 3.1: level d takes the code
+nearest to the residual r_(d-1) and leaves r_d = r_(d-1) - e_d(code). Codes are not normalised. The chain may start at
+any level, and at another one for every vector: that is how ResGen (arXiv:2412.10208) turns a predicted sum of hidden
+levels into their codes.
+
+Scope: finding codes and adding them up. How codebooks are learned is in `studio.tokenizers.codebook_averages`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from studio.errors import StudioError
+
+_DISTANCES_AT_ONCE = 1 << 24
+
+
+class Quantized(NamedTuple):
+    """What the training forward of the quantiser gives.
+
+    Attributes:
+        vectors: sums of all levels (..., C), through which gradients pass unchanged.
+        codes: (..., D) int64.
+        commitment: mean over levels d of mean((z - S_d)^2), S_d the constant sum of levels 1 to d (equation 8).
+    """
+
+    vectors: torch.Tensor
+    codes: torch.Tensor
+    commitment: torch.Tensor
+
+
+def straight_through(vectors: torch.Tensor, levels: torch.Tensor, codes: torch.Tensor) -> Quantized:
+    """`Quantized` from vectors (..., C), the code vectors (..., D, C) of their levels, and the codes (..., D)."""
+    sums = levels.detach().cumsum(dim=-2)
+    commitment = (vectors[..., None, :] - sums).square().mean()
+    return Quantized(vectors + (sums[..., -1, :] - vectors).detach(), codes, commitment)
+
+
+def distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Squared distances (n, K), float32, of vectors (n, C) to codes (K, C)."""
+    vectors, codebook = vectors.float(), codebook.float()
+    norms = vectors.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
+    return torch.addmm(norms, vectors, codebook.T, alpha=-2)
+
+
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Numbers (...,) of the codes (K, C) nearest to vectors (..., C); the first of equally near ones."""
+    rows = vectors.flatten(0, -2).split(max(1, _DISTANCES_AT_ONCE // len(codebook)))
+    return torch.cat([distances(some, codebook).argmin(dim=1) for some in rows]).view(vectors.shape[:-1])
+
+
+class ResidualQuantizer(nn.Module):
+    """D codebooks, or one that serves all D levels.
+
+    Args:
+        codebook_sizes: number of codes K_d at each level.
+        code_dim: length C of a code vector.
+        shared: one codebook for all levels, which then are equally large.
+    """
+
+    def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, shared: bool):
+        super().__init__()
+        if shared and len(set(codebook_sizes)) > 1:
+            raise StudioError(f"A shared codebook has one size, not {list(codebook_sizes)}.")
+        self.depth = len(codebook_sizes)
+        sizes = codebook_sizes[:1] if shared else codebook_sizes
+        self.codebooks = nn.ModuleList(nn.Embedding(size, code_dim) for size in sizes)
+        self.codebooks.requires_grad_(False)
+
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """Code vectors (K_d, C) of each level, coarse to fine; a shared codebook stands there D times."""
+        tables = [codebook.weight for codebook in self.codebooks]
+        return tables * self.depth if len(tables) == 1 else tables
+
+    def encode(self, vectors: torch.Tensor, first: int | torch.Tensor = 0) -> torch.Tensor:
+        """Codes (..., D) of vectors (..., C), found in float32.
+
+        `first`, a number or (...), is the level that the vector is the residual of: levels before it get -1, and the
+        chain starts there.
+        """
+        rest, codes = vectors.float(), []
+        first = torch.as_tensor(first, device=vectors.device).expand(vectors.shape[:-1])
+        for level, table in enumerate(self.tables):
+            started = first <= level
+            code = nearest(rest, table)
+            rest = torch.where(started[..., None], rest - table[code].float(), rest)
+            codes.append(torch.where(started, code, -1))
+        return torch.stack(codes, dim=-1)
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Code vectors (..., d, C) of the first d levels, for codes (..., d); -1 stands for the zero vector.
+
+        Errors: `StudioError` for more levels than there are.
+        """
+        if codes.shape[-1] > self.depth:
+            raise StudioError(f"The quantiser has {self.depth} levels; codes of {codes.shape[-1]} were given.")
+        found = [F.embedding(code.clamp(min=0), table) for code, table in zip(codes.unbind(-1), self.tables)]
+        return torch.stack(found, dim=-2).masked_fill((codes < 0)[..., None], 0)
+
+    def soft_codes(
+        self, vectors: torch.Tensor, temperature: float, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft targets of the second stage (section 3.2.3): probabilities (..., D, K) and the codes (..., D) passed.
+
+        softmax(-squared distance / temperature) at each level, along the nearest codes, or, with a generator, along
+        codes drawn from these probabilities. Levels must be equally large.
+        """
+        rest, laws, codes = vectors.float().flatten(0, -2), [], []
+        for table in self.tables:
+            laws.append((-distances(rest, table) / temperature).softmax(dim=-1))
+            drawn = laws[-1].argmax(dim=-1) if generator is None else _draw(laws[-1], generator)
+            codes.append(drawn)
+            rest = rest - table[drawn].float()
+        shape = vectors.shape[:-1]
+        return torch.stack(laws, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)
+
+    def forward(self, vectors: torch.Tensor) -> Quantized:
+        """Quantises vectors (..., C) for training the network around it."""
+        codes = self.encode(vectors.detach())
+        return straight_through(vectors, self.lookup(codes), codes)
+
+
+def _draw(law: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.multinomial(law, 1, generator=generator)[:, 0]
