@@ -126,15 +126,12 @@ def _move_neighbours(p, x, tried, relaxation: Relaxation) -> tuple[torch.Tensor,
     for codes, exists in zip(around.unbind(1), tried.split(1, 1)):
         masses = rest.gather(1, codes)
         own = masses[:, :1]
-        bound = _smaller(
-            None if left is None else own + left,
-            None if relaxation.ratio_budget is None else relaxation.ratio_budget * own,
-        )
-        taken = (masses.cumsum(1) <= bound) & exists
-        moved = masses * taken
-        gain = moved.sum(1, keepdim=True)
-        rest.scatter_(1, codes, masses - moved)
-        left = None if left is None else left + own - gain
+        most = None if left is None else own + left
+        bound = _smaller(most, None if relaxation.ratio_budget is None else relaxation.ratio_budget * own)
+        staying = masses.masked_fill((masses.cumsum(1) <= bound) & exists, 0.0)
+        gain = (masses - staying).sum(1, keepdim=True)
+        rest.scatter_(1, codes, staying)
+        left = None if left is None else most - gain
         gains.append(gain)
     return torch.cat(gains, dim=1), rest
 

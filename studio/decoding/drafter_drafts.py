@@ -33,15 +33,9 @@ class DrafterDrafts:
     drafter: torch.nn.Module
     tree: DynamicTree | StaticTree = DynamicTree()
 
-    uses_states = True
-
     def __post_init__(self):
         if not isinstance(self.tree, (DynamicTree, StaticTree)):
             raise StudioError(f"tree is a DynamicTree or a StaticTree, not {type(self.tree).__name__}.")
-
-    @property
-    def nodes(self) -> int:
-        return self.tree.nodes
 
     @property
     def drawn(self) -> bool:
@@ -62,13 +56,16 @@ class DrafterDrafts:
 class DrafterDrafting:
     """The drafter's cache during one call; row i of it belongs to row i of the target."""
 
+    uses_states = True
+
     def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, setting: Setting):
-        self.drafter, self.shape, self.setting = drafter, shape, setting
+        self.nodes = shape.nodes
+        self.drafter, self.shape, self.setting = drafter.for_decoding(setting.weights), shape, setting
         self.before = setting.model.prefix_length - 1
         self.guidance = setting.guidance
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
         rows = setting.batch * self.guidance.streams
-        self.cache = drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
+        self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
         if setting.valid is not None:
             self.cache.mask_prefix(setting.valid)
 
@@ -82,28 +79,29 @@ class DrafterDrafting:
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
         pass
 
-    def rewind(self, lengths: torch.Tensor) -> None:
-        self.cache.crop_rows(self.guidance.rows(self.before + lengths - 1))
+    def rewind(self, lengths: list[int]) -> None:
+        self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
 
-    def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
+    def select(self, pictures: list[int], rows: list[int]) -> None:
         self.cache.select_rows(rows)
 
     def _catch_up(self, progress: Progress) -> torch.Tensor:
         """Feeds the target's states up to the root; the guesses (rows, 1, dim) behind the roots."""
         batch = len(progress.lengths)
-        starts = self.cache.row_lengths[:batch]
-        counts = self.before + progress.lengths - starts
-        new = torch.arange(int(counts.max()), device=starts.device)
-        positions = torch.minimum(starts[:, None] + new, (self.before + progress.lengths - 1)[:, None])
-        known = torch.cat((progress.tokens.new_zeros(batch, self.before), progress.tokens), dim=1)
+        starts, ends = self.cache.lengths[:batch], [self.before + length for length in progress.lengths.tolist()]
+        counts = [end - start for start, end in zip(starts, ends)]
+        new = range(max(counts))
+        positions = [[min(start + step, end - 1) for step in new] for start, end in zip(starts, ends)]
+        positions = torch.tensor(positions, device=progress.tokens.device)
         rows = self.guidance.rows(positions)
         states = progress.states.gather(1, rows[:, :, None].expand(-1, -1, progress.states.shape[2]))
-        visible = torch.ones(len(new), len(new), dtype=torch.bool, device=new.device).tril().expand(len(rows), -1, -1)
-        tokens = self.guidance.rows(known.gather(1, positions))
+        visible = torch.ones(len(new), len(new), dtype=torch.bool, device=rows.device).tril().expand(len(rows), -1, -1)
+        tokens = progress.tokens.gather(1, (positions - self.before).clamp(min=0))
+        tokens = self.guidance.rows(tokens.masked_fill(positions < self.before, 0))
         out = self.drafter.extend_tree(tokens, states, self.cache, rows, visible)
-        self.cache.keep(new.expand(len(rows), -1), self.guidance.rows(counts))
-        last = self.guidance.rows((counts - 1).clamp(min=0))
-        return out.gather(1, last[:, None, None].expand(-1, 1, out.shape[2]))
+        self.cache.keep([range(count) for count in counts] * self.guidance.streams)
+        last = [max(count - 1, 0) for count in counts] * self.guidance.streams
+        return out[list(range(len(rows))), last][:, None]
 
     def _logits(self, states: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
         """Guided logits (B, n, V) behind nodes of one depth, from guesses (rows, n, dim) at their states."""

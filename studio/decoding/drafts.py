@@ -19,7 +19,8 @@ from studio.decoding.trees import Tree
 class Setting:
     """What a call is about: the target, valid prefix positions (rows, T) or None, and how its tokens are drawn.
 
-    `guidance` follows the loop: its number of streams drops when null rows leave.
+    `guidance` follows the loop: its number of streams drops when null rows leave. `drafter` is the `Drafter` that
+    belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`.
     """
 
     model: torch.nn.Module
@@ -27,6 +28,8 @@ class Setting:
     batch: int
     sampling: Sampling
     guidance: Guidance
+    drafter: torch.nn.Module | None = None
+    weights: str = "plain"
 
 
 @dataclass
@@ -52,7 +55,13 @@ class Progress:
 
 
 class Drafting(Protocol):
-    """The state of a source during one call."""
+    """The state of a source during one call.
+
+    `nodes` bounds the nodes of its trees with the root; `uses_states` says whether it reads the target's states.
+    """
+
+    nodes: int
+    uses_states: bool
 
     def propose(self, progress: Progress) -> Tree:
         """Trees below the roots, siblings distinct, at most `room` levels."""
@@ -60,22 +69,19 @@ class Drafting(Protocol):
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
         """Sees the target's guided logits (B, n, V) at the nodes of its trees."""
 
-    def rewind(self, lengths: torch.Tensor) -> None:
-        """Some pictures go back to their first `lengths` (B,) tokens, of which the last one has changed."""
+    def rewind(self, lengths: list[int]) -> None:
+        """Some pictures go back to their first `lengths` tokens, of which the last one has changed."""
 
-    def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
+    def select(self, pictures: list[int], rows: list[int]) -> None:
         """Goes on with these pictures, and these rows of the batch, only."""
 
 
 class DraftSource(Protocol):
     """Settings of a source.
 
-    `nodes` bounds the nodes of its trees with the root; `uses_states` says whether it reads the target's states;
-    `drawn` whether it draws siblings at random, from laws that its trees carry, where the target is not greedy.
+    `drawn` says whether it draws siblings at random, from laws that its trees carry, where the target is not greedy.
     """
 
-    nodes: int
-    uses_states: bool
     drawn: bool
 
     def begin(self, setting: Setting) -> Drafting:
@@ -86,13 +92,15 @@ class DraftSource(Protocol):
 
 
 class Memoryless:
-    """A `Drafting` that keeps nothing from call to call; `propose` is left to its subclasses."""
+    """A `Drafting` that keeps nothing from call to call; `nodes` and `propose` are left to its subclasses."""
+
+    uses_states = False
 
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
         pass
 
-    def rewind(self, lengths: torch.Tensor) -> None:
+    def rewind(self, lengths: list[int]) -> None:
         pass
 
-    def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
+    def select(self, pictures: list[int], rows: list[int]) -> None:
         pass

@@ -26,7 +26,7 @@ class NGram:
     branches: int = 2
     levels: int = 3
 
-    uses_states = drawn = False
+    drawn = False
 
     def __post_init__(self):
         for name in ("longest", "branches", "levels"):
@@ -34,17 +34,13 @@ class NGram:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise StudioError(f"{name} of n-gram drafts must be a whole number above 0, not {value!r}.")
 
-    @property
-    def nodes(self) -> int:
-        return 1 + self.branches * self.levels
-
     def begin(self, setting: Setting) -> "_NGramDrafting":
         return _NGramDrafting(self)
 
 
 class _NGramDrafting(Memoryless):
     def __init__(self, settings: NGram):
-        self.settings = settings
+        self.settings, self.nodes = settings, 1 + settings.branches * settings.levels
 
     def propose(self, progress: Progress) -> Tree:
         lengths, rooms = progress.lengths.tolist(), progress.room.tolist()

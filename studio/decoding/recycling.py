@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.decoding.drafts import Memoryless, Progress, Setting
+from studio.decoding.drafts import Drafting, Memoryless, Progress, Setting
 from studio.decoding.sampling import exponential_noise
-from studio.decoding.trees import StaticTree, Tree
+from studio.decoding.trees import StaticTree, Tree, trees_of
 from studio.errors import StudioError
 
 
@@ -34,73 +34,61 @@ class Recycling:
     drawn: bool = False
     candidates: int = 8
 
-    uses_states = False
-
     def __post_init__(self):
         count = self.candidates
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise StudioError(f"candidates of recycled drafts must be a whole number above 0, not {count!r}.")
 
-    @property
-    def nodes(self) -> int:
-        return self.tree.nodes
-
-    def begin(self, setting: Setting) -> "_Recycled":
+    def begin(self, setting: Setting) -> Drafting:
         if self.drawn and not setting.sampling.greedy:
             return _RecycledDraws(self.tree, max(self.candidates, self.tree.width), setting)
-        return _Recycled(self.tree, self.tree.width, setting)
+        return _Recycled(self.tree, setting)
 
 
 class _Recycled(Memoryless):
-    """The table of likeliest tokens (B, V, kept), -1 where there is none, and trees filled in its order."""
+    """For each picture the likeliest tokens behind each token that was seen, and trees filled in their order."""
 
-    def __init__(self, shape: StaticTree, kept: int, setting: Setting):
-        self.shape, self.kept = shape, kept
-        size = (setting.batch, setting.model.config.vocab_size, kept)
-        self.candidates = torch.full(size, -1, dtype=torch.int32, device=setting.model.device)
+    def __init__(self, shape: StaticTree, setting: Setting):
+        self.shape, self.nodes = shape, shape.nodes
+        self.likeliest: list[dict[int, list[int]]] = [{} for _ in range(setting.batch)]
 
     def propose(self, progress: Progress) -> Tree:
-        roots, shape = progress.roots, self.shape
-        rows = torch.arange(len(roots), device=roots.device)
-        tokens = [roots]
-        for parent, rank, depth in list(zip(shape.parents, shape.ranks, shape.depths))[1:]:
-            above = tokens[parent]
-            drafted = self.candidates[rows, above.clamp(min=0), rank].long()
-            tokens.append(torch.where((above >= 0) & (progress.room >= depth), drafted, -1))
-        return self._tree(torch.stack(tokens, dim=1))
+        rows = zip(self.likeliest, progress.roots.tolist(), progress.room.tolist())
+        return trees_of([self._filled(*row) for row in rows], progress.tokens.device)
 
-    def _tree(self, tokens: torch.Tensor, laws=None, proposal_rows=None) -> Tree:
-        """The tree of the tokens (B, n), -1 where there is none, without columns behind the last one."""
-        parents = torch.tensor(self.shape.parents, device=tokens.device).expand_as(tokens)
-        exists = tokens >= 0
-        size = 1 + int(torch.nonzero(exists.any(dim=0))[-1])
-        parents = parents.masked_fill(~exists, -1)[:, :size]
-        return Tree(tokens.clamp(min=0)[:, :size], parents, laws, proposal_rows)
+    def _filled(self, likeliest: dict[int, list[int]], root: int, room: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of one tree; drafts without an entry are left out."""
+        shape, tokens, parents, number = self.shape, [root], [-1], {0: 0}
+        for node in range(1, shape.nodes):
+            above, rank = number.get(shape.parents[node]), shape.ranks[node]
+            if above is None or shape.depths[node] > room:
+                continue
+            candidates = likeliest.get(tokens[above], ())
+            if rank < len(candidates):
+                number[node] = len(tokens)
+                tokens.append(candidates[rank])
+                parents.append(above)
+        return tokens, parents
 
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
-        self._remember(tree, self.candidates, logits.topk(min(self.kept, logits.shape[-1]), dim=-1).indices.int())
+        best = logits.topk(min(self.shape.width, logits.shape[-1]), dim=-1).indices.tolist()
+        for likeliest, tokens, parents, seen in zip(self.likeliest, tree.token_lists, tree.parents.tolist(), best):
+            likeliest.update(
+                (tokens[node], seen[node]) for node in range(len(tokens)) if node == 0 or parents[node] >= 0
+            )
 
-    def _remember(self, tree: Tree, table: torch.Tensor, seen: torch.Tensor) -> None:
-        """Writes what was seen (B, n, w) at the nodes into a table (B, V, kept), later nodes over earlier ones."""
-        exists = tree.parents >= 0
-        exists[:, 0] = True
-        rows, width = torch.arange(len(seen), device=seen.device), seen.shape[2]
-        for node in range(seen.shape[1]):
-            token = tree.tokens[:, node]
-            known = table[rows, token, :width]
-            table[rows, token, :width] = torch.where(exists[:, node, None], seen[:, node], known)
-
-    def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
-        self.candidates = self.candidates[pictures]
+    def select(self, pictures: list[int], rows: list[int]) -> None:
+        self.likeliest = [self.likeliest[picture] for picture in pictures]
 
 
-class _RecycledDraws(_Recycled):
-    """The table with the probabilities (B, V, kept) that filters left, and trees drawn from them."""
+class _RecycledDraws(Memoryless):
+    """Candidates (B, V, kept), -1 where there is none, their probabilities after filters, and trees drawn of them."""
 
     def __init__(self, shape: StaticTree, kept: int, setting: Setting):
-        super().__init__(shape, kept, setting)
-        self.sampling = setting.sampling
-        self.masses = torch.zeros(self.candidates.shape, device=self.candidates.device)
+        self.shape, self.kept, self.nodes, self.sampling = shape, kept, shape.nodes, setting.sampling
+        size, device = (setting.batch, setting.model.config.vocab_size, kept), setting.model.device
+        self.candidates = torch.full(size, -1, dtype=torch.int32, device=device)
+        self.masses = torch.zeros(size, device=device)
 
     def propose(self, progress: Progress) -> Tree:
         roots, shape = progress.roots, self.shape
@@ -121,7 +109,11 @@ class _RecycledDraws(_Recycled):
             won = (masses / race).topk(len(children), dim=1)
             exists = (won.values > 0) & (progress.room[:, None] > shape.depths[node])
             tokens[:, children] = torch.where(exists, codes.gather(1, won.indices), -1)
-        return self._tree(tokens, laws, proposal_rows)
+        parents = torch.tensor(shape.parents, device=tokens.device).expand_as(tokens)
+        exists = tokens >= 0
+        size = 1 + int(torch.nonzero(exists.any(dim=0))[-1])
+        parents = parents.masked_fill(~exists, -1)[:, :size]
+        return Tree(tokens.clamp(min=0)[:, :size], parents, laws, proposal_rows)
 
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
         laws = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
@@ -129,6 +121,15 @@ class _RecycledDraws(_Recycled):
         self._remember(tree, self.candidates, best.indices.int())
         self._remember(tree, self.masses, best.values)
 
-    def select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
-        super().select(pictures, rows)
-        self.masses = self.masses[pictures]
+    def _remember(self, tree: Tree, table: torch.Tensor, seen: torch.Tensor) -> None:
+        """Writes what was seen (B, n, w) at the nodes into a table (B, V, kept), later nodes over earlier ones."""
+        exists = tree.parents >= 0
+        exists[:, 0] = True
+        rows, width = torch.arange(len(seen), device=seen.device), seen.shape[2]
+        for node in range(seen.shape[1]):
+            token = tree.tokens[:, node]
+            known = table[rows, token, :width]
+            table[rows, token, :width] = torch.where(exists[:, node, None], seen[:, node], known)
+
+    def select(self, pictures: list[int], rows: list[int]) -> None:
+        self.candidates, self.masses = self.candidates[pictures], self.masses[pictures]

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from studio.decoding.acceptance import Relaxation
-from studio.decoding.autoregressive import Drawn, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, Drawn, condition_rows, is_guided
 from studio.decoding.drafts import DraftSource, Progress, Setting
 from studio.decoding.guidance import Guidance
-from studio.decoding.recycling import Recycling
+from studio.decoding.own_drafts import OwnDrafts
 from studio.decoding.sampling import Sampling, sample_rows
 from studio.decoding.trees import Tree
 from studio.decoding.verification import Verdict, verify, verify_greedy
@@ -35,17 +35,20 @@ class Speculative:
     """Settings of lossless speculative decoding.
 
     Args:
-        drafts: where drafts come from: `Recycling()` and `NGram()` need no training, `DrafterDrafts(drafter)` does.
+        drafts: where drafts come from: `Recycling()` and `NGram()` need no training, `DrafterDrafts(drafter)` does;
+            `OwnDrafts()` takes the drafter that belongs to the model, or recycles.
         filter_order: as of `Autoregressive`; of target and drafter alike.
+        weights: how the target is run, as of `Autoregressive`.
 
     Errors: `StudioError` for what is no source of drafts.
     """
 
-    drafts: DraftSource = Recycling()
+    drafts: DraftSource = OwnDrafts()
     filter_order: str = "llamagen"
+    weights: str = "auto"
 
     def __post_init__(self):
-        Sampling(order=self.filter_order)
+        Autoregressive(self.filter_order, self.weights)
         if not callable(getattr(self.drafts, "begin", None)):
             raise StudioError(
                 f"drafts is a source such as Recycling(), NGram() or DrafterDrafts(drafter), not {self.drafts!r}."
@@ -79,6 +82,7 @@ def speculative(
     cfg_interval: int = -1,
     settings: Speculative | None = None,
     codebook: torch.Tensor | None = None,
+    drafter: torch.nn.Module | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     editable: bool = True,
 ) -> SpeculativeDrawn:
@@ -87,6 +91,7 @@ def speculative(
     Args:
         model, condition, generators, sampling, guidance_scale, cfg_interval: as of `autoregressive`.
         codebook: stored code vectors (V, C); needed by relaxed settings.
+        drafter: the `Drafter` that belongs to the model, for `OwnDrafts`.
         on_token: called as (index, tokens (B, index + 1)) for each token that all pictures have reached; True stops.
         editable: whether `on_token` may write to the last of those tokens. A picture goes back to a token that it
             changes, so pictures that are whole stay in the batch until the others are.
@@ -94,7 +99,7 @@ def speculative(
     settings = settings or Speculative()
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    run = _Run(model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook)
+    run = _Run(model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter)
     run.drawn.seconds["prefill"] = time.perf_counter() - began
     reporter = _Reporter(run, on_token, editable and on_token is not None)
     while not reporter.stopped() and not run.is_done:
@@ -107,108 +112,123 @@ def speculative(
 
 
 class _Run:
-    """The pictures of one call: tokens, lengths, caches. `pictures` are the numbers of those still in the batch."""
+    """The pictures of one call: tokens, `lengths` drawn, caches. `pictures` are the numbers of those in the batch."""
 
-    def __init__(self, model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook):
-        self.model, self.sampling, self.generators = model, sampling, generators
+    def __init__(
+        self, model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter
+    ):
+        self.model, self.sampling, self.generators = model.for_decoding(settings.weights), sampling, generators
         guided = is_guided(0, guidance_scale, cfg_interval)
         prefix, valid = condition_rows(model, condition, guided=guided)
-        self.source, self.relaxation = settings.drafts, settings.relaxation(codebook)
+        self.relaxation = settings.relaxation(codebook)
         self.guidance = Guidance(guidance_scale, cfg_interval, 2 if guided else 1)
         batch, self.total, self.before = len(generators), model.num_tokens, prefix.shape[1]
-        self.pictures = torch.arange(batch, device=prefix.device)
+        self.pictures, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
-        self.lengths = torch.ones_like(self.pictures)
-        self.cache = model.new_tree_cache(len(prefix), self.source.nodes)
-        states = model.prefill_states(prefix, valid, self.cache)
+        setting = Setting(self.model, valid, batch, sampling, self.guidance, drafter, settings.weights)
+        self.drafting = settings.drafts.begin(setting)
+        self.cache = self.model.new_tree_cache(len(prefix), self.drafting.nodes)
+        states = self.model.prefill_states(prefix, valid, self.cache)
         self.cache.keep_all()
         self.states = None
-        if self.source.uses_states:
+        if self.drafting.uses_states:
             self.states = states.new_zeros(len(prefix), self.before + self.total, states.shape[2])
             self.states[:, : self.before] = states
-        logits = self.guidance.combine(model.logits(states[:, -1:]), torch.zeros_like(self.lengths)[:, None])
+        logits = self.guidance.combine(self.model.logits(states[:, -1:]), self.tokens[:, :1])
         self.tokens[:, 0] = sampling.draw(logits[:, 0], generators)
         self.drawn = SpeculativeDrawn(self.tokens, 1, len(prefix), picture_calls=batch, picture_tokens=batch)
-        self.drafting = self.source.begin(Setting(model, valid, batch, sampling, self.guidance))
 
     @property
     def is_done(self) -> bool:
-        return bool((self.lengths >= self.total).all())
+        return min(self.lengths) >= self.total
 
     def round(self) -> None:
         """One tree of drafts and one call of the target for each picture in the batch."""
-        lengths = self.lengths[self.pictures]
-        if self.guidance.is_over(int(self.lengths.min())):
+        if self.guidance.is_over(min(self.lengths)):
             self._drop_null_rows()
-        generators = [self.generators[picture] for picture in self.pictures.tolist()]
-        room = (self.total - lengths - 1).clamp(min=0)
-        tree = self.drafting.propose(Progress(self.tokens[self.pictures], lengths, room, generators, self.states))
-        rows = self.guidance.rows
-        positions = rows(self.before + lengths[:, None] - 1 + tree.depths)
-        states = self.model.extend_tree(rows(tree.tokens), self.cache, positions, rows(tree.ancestors))
-        logits = self.guidance.combine(self.model.logits(states), lengths[:, None] + tree.depths)
-        verdict, following = self._verify(tree, logits, generators)
-        counts = torch.where(lengths < self.total, verdict.accepted + 1, 0)
-        self._write(tree, verdict, following, lengths, counts)
+        progress = self._progress()
+        tree = self.drafting.propose(progress)
+        rows, behind = self.guidance.rows, progress.lengths[:, None] + tree.depths
+        ancestors = rows(tree.ancestors)
+        states = self.model.extend_tree(rows(tree.tokens), self.cache, rows(self.before - 1 + behind), ancestors)
+        logits = self.guidance.combine(self.model.logits(states), behind)
+        verdict, following = self._verify(tree, logits, progress.generators)
+        lengths = [self.lengths[picture] for picture in self.pictures]
+        kept = [path if length < self.total else [] for path, length in zip(verdict.paths, lengths)]
+        self._write(tree, kept, following.tolist())
         if self.states is not None:
-            self._keep_states(states, verdict, lengths, counts)
-        self.cache.keep(rows(verdict.path), rows(counts))
+            self._keep_states(states, kept, lengths)
+        self.cache.keep(kept * self.guidance.streams)
         self.drafting.observe(tree, logits)
         self.drawn.target_calls += 1
         self.drawn.row_calls += len(states)
-        self.drawn.picture_calls += int((counts > 0).sum())
-        self.drawn.picture_tokens += int(counts.sum())
+        self.drawn.picture_calls += sum(map(bool, kept))
+        self.drawn.picture_tokens += sum(map(len, kept))
+
+    def _progress(self) -> Progress:
+        lengths = [self.lengths[picture] for picture in self.pictures]
+        room = [max(0, self.total - length - 1) for length in lengths]
+        tokens = self.tokens if len(self.pictures) == len(self.tokens) else self.tokens[self.pictures]
+        generators = [self.generators[picture] for picture in self.pictures]
+        return Progress(tokens, self._tensor(lengths), self._tensor(room), generators, self.states)
+
+    def _tensor(self, numbers: list) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.tokens.device)
 
     def _verify(self, tree: Tree, logits: torch.Tensor, generators) -> tuple[Verdict, torch.Tensor]:
         """What is accepted, and the token (B,) behind it. A picture's random numbers do not depend on the others."""
         if self.sampling.greedy:
             verdict = verify_greedy(tree, logits, self.relaxation)
-            last = verdict.last[:, None, None].expand(-1, 1, logits.shape[2])
-            return verdict, logits.gather(1, last)[:, 0].argmax(dim=-1)
-        uniforms = [torch.rand(self.source.nodes, generator=g, device=g.device) for g in generators]
-        verdict = verify(tree, logits, torch.stack(uniforms).to(logits.device), self.sampling, self.relaxation)
+            return verdict, logits[list(range(len(logits))), verdict.last].argmax(dim=-1)
+        uniforms = [torch.rand(self.drafting.nodes, generator=g, device=g.device) for g in generators]
+        verdict = verify(tree, logits, torch.stack(uniforms), self.sampling, self.relaxation)
         return verdict, sample_rows(verdict.law, generators)
 
-    def _write(self, tree: Tree, verdict: Verdict, following, lengths, counts) -> None:
-        """Puts the accepted drafts and the token behind them in their places."""
-        drafts = tree.tokens.gather(1, verdict.path[:, 1:].clamp(min=0))
-        block = torch.cat((drafts, following[:, None]), dim=1).scatter(1, verdict.accepted[:, None], following[:, None])
-        steps = torch.arange(block.shape[1], device=block.device)
-        pictures, places = torch.nonzero(steps < counts[:, None], as_tuple=True)
-        self.tokens[self.pictures[pictures], lengths[pictures] + places] = block[pictures, places]
-        self.lengths[self.pictures] = lengths + counts
+    def _write(self, tree: Tree, kept: list[list[int]], following: list[int]) -> None:
+        """Puts the accepted drafts and the tokens behind them in their places."""
+        pictures, places, tokens = [], [], []
+        for picture, path, drafted, last in zip(self.pictures, kept, tree.token_lists, following):
+            if path:
+                start, self.lengths[picture] = self.lengths[picture], self.lengths[picture] + len(path)
+                pictures += [picture] * len(path)
+                places += range(start, start + len(path))
+                tokens += [*(drafted[node] for node in path[1:]), last]
+        pictures, places, tokens = self._tensor([pictures, places, tokens])
+        self.tokens[pictures, places] = tokens
 
-    def _keep_states(self, states, verdict: Verdict, lengths, counts) -> None:
+    def _keep_states(self, states: torch.Tensor, kept: list[list[int]], lengths: list[int]) -> None:
         """Stores the target's states at the roots and the accepted drafts."""
-        steps = torch.arange(verdict.path.shape[1], device=states.device)
-        kept = self.guidance.rows(steps < counts[:, None])
-        rows, places = torch.nonzero(kept, as_tuple=True)
-        path, positions = self.guidance.rows(verdict.path), self.guidance.rows(self.before + lengths - 1)
-        self.states[rows, positions[rows] + places] = states[rows, path[rows, places]]
+        rows, nodes, places = [], [], []
+        for row, (path, length) in enumerate(zip(kept * self.guidance.streams, lengths * self.guidance.streams)):
+            start = self.before + length - 1
+            rows += [row] * len(path)
+            nodes += path
+            places += range(start, start + len(path))
+        rows, nodes, places = self._tensor([rows, nodes, places])
+        self.states[rows, places] = states[rows, nodes]
 
     def retire(self) -> None:
         """Goes on without the pictures that are whole."""
-        stay = torch.nonzero(self.lengths[self.pictures] < self.total)[:, 0]
-        if len(stay) == len(self.pictures):
-            return
-        rows = stay if self.guidance.streams == 1 else torch.cat((stay, stay + len(self.pictures)))
-        self.pictures = self.pictures[stay]
-        self._select(stay, rows)
+        stay = [place for place, picture in enumerate(self.pictures) if self.lengths[picture] < self.total]
+        count = len(self.pictures)
+        if len(stay) < count:
+            self.pictures = [self.pictures[place] for place in stay]
+            self._select(stay, [stream * count + place for stream in range(self.guidance.streams) for place in stay])
 
     def _drop_null_rows(self) -> None:
         self.guidance.streams = 1
-        rows = torch.arange(len(self.pictures), device=self.pictures.device)
+        rows = list(range(len(self.pictures)))
         self._select(rows, rows)
 
-    def _select(self, pictures: torch.Tensor, rows: torch.Tensor) -> None:
+    def _select(self, pictures: list[int], rows: list[int]) -> None:
         self.cache.select_rows(rows)
         self.states = None if self.states is None else self.states[rows]
         self.drafting.select(pictures, rows)
 
-    def rewind(self, lengths: torch.Tensor) -> None:
-        """Goes back to the first `lengths` (B,) tokens of each picture; all are still in the batch."""
+    def rewind(self, lengths: list[int]) -> None:
+        """Goes back to the first `lengths` tokens of each picture; all are still in the batch."""
         self.lengths = lengths
-        self.cache.crop_rows(self.guidance.rows(self.before + lengths - 1))
+        self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
         self.drafting.rewind(lengths)
 
 
@@ -221,12 +241,13 @@ class _Reporter:
     def stopped(self) -> bool:
         """Reports what is new; whether to stop."""
         run = self.run
-        while self.on_token is not None and self.reported < int(run.lengths.min()):
+        while self.on_token is not None and self.reported < min(run.lengths):
             index, self.reported = self.reported, self.reported + 1
             before = run.tokens[:, index].clone()
             if self.on_token(index, run.tokens[:, : index + 1]):
                 return True
-            changed = (run.tokens[:, index] != before) & (run.lengths > index + 1)
-            if self.editable and changed.any():
-                run.rewind(torch.where(changed, index + 1, run.lengths))
+            changed = (run.tokens[:, index] != before).tolist()
+            lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
+            if self.editable and lengths != run.lengths:
+                run.rewind(lengths)
         return False

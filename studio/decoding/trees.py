@@ -6,7 +6,7 @@ behind its parent. Nodes stand in level order, siblings in the order in which th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -32,29 +32,51 @@ class Tree:
     @cached_property
     def ancestors(self) -> torch.Tensor:
         """(B, n, n) bool: whether node j is node i or above it."""
-        batch, n = self.parents.shape
-        seen = torch.eye(n, dtype=torch.bool, device=self.parents.device).repeat(batch, 1, 1)
-        above = self.parents
-        while (above >= 0).any():
-            seen |= torch.zeros_like(seen).scatter_(2, above.clamp(min=0)[:, :, None], (above >= 0)[:, :, None])
-            above = torch.where(above >= 0, self.parents.gather(1, above.clamp(min=0)), -1)
-        return seen
+        return self._stacked("ancestors")
 
     @cached_property
     def depths(self) -> torch.Tensor:
         """(B, n) int64: steps from the root; 0 where there is no node."""
-        return self.ancestors.sum(dim=2) - 1
+        return self._stacked("depths")
 
     @cached_property
-    def children(self) -> torch.Tensor:
-        """(B, n, c) int64: numbers of each node's children in order, then -1."""
-        batch, n = self.parents.shape
-        same = (self.parents[:, :, None] == self.parents[:, None, :]) & (self.parents >= 0)[:, :, None]
-        rank = same.tril(-1).sum(dim=2)
-        table = torch.full((batch, n, n), -1, dtype=torch.long, device=self.parents.device)
-        rows, nodes = torch.nonzero(self.parents >= 0, as_tuple=True)
-        table[rows, self.parents[rows, nodes], rank[rows, nodes]] = nodes
-        return table[:, :, : max(1, int((table >= 0).sum(dim=2).max()))]
+    def children(self) -> list[list[list[int]]]:
+        """Numbers of each node's children, in order, for each picture."""
+        return [shape.children for shape in self._shapes]
+
+    @cached_property
+    def token_lists(self) -> list[list[int]]:
+        return self.tokens.tolist()
+
+    @cached_property
+    def _shapes(self) -> list["_Shape"]:
+        return [_shape_of(tuple(parents)) for parents in self.parents.tolist()]
+
+    def _stacked(self, name: str) -> torch.Tensor:
+        return torch.stack([getattr(shape, name) for shape in self._shapes]).to(self.parents.device)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What follows from the parents of one tree."""
+
+    ancestors: torch.Tensor
+    depths: torch.Tensor
+    children: list[list[int]]
+
+
+@lru_cache(maxsize=4096)
+def _shape_of(parents: tuple[int, ...]) -> _Shape:
+    """Kept, as small trees come again and again."""
+    lines, children = [], [[] for _ in parents]
+    for node, parent in enumerate(parents):
+        lines.append([*lines[parent], node] if parent >= 0 else [node])
+        if parent >= 0:
+            children[parent].append(node)
+    ancestors = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for node, line in enumerate(lines):
+        ancestors[node, line] = True
+    return _Shape(ancestors, torch.tensor([len(line) - 1 for line in lines]), children)
 
 
 def trees_of(rows: list[tuple[list[int], list[int]]], device) -> Tree:

@@ -17,24 +17,19 @@ from studio.decoding.trees import Tree
 class Verdict:
     """What was accepted in each of B trees.
 
-    `path` (B, d) holds the root's and the accepted nodes' numbers, then -1; `accepted` (B,) counts without the root;
-    `law` (B, V) is what the next token comes from, None when greedy: the likeliest behind the last node of the path;
-    `tests` holds (trees (R,), which siblings were tried (R, c), ratios (R, c)) for each level of the walk.
+    `paths` (B lists) hold the root's and the accepted nodes' numbers; `law` (B, V) is what the next token comes from,
+    None when greedy: the likeliest behind the last node of the path; `ratios` (B lists) are those of the tests, in the
+    order in which they were made.
     """
 
-    path: torch.Tensor
-    accepted: torch.Tensor
+    paths: list[list[int]]
     law: torch.Tensor | None = None
-    tests: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def ratios(self, row: int) -> list[float]:
-        """The ratios of one tree's tests, in the order in which they were made."""
-        return [float(x) for rows, made, ratios in self.tests for x in ratios[rows == row][made[rows == row]]]
+    ratios: list[list[float]] = field(default_factory=list)
 
     @property
-    def last(self) -> torch.Tensor:
-        """The last accepted node (B,)."""
-        return self.path.gather(1, self.accepted[:, None])[:, 0]
+    def last(self) -> list[int]:
+        """The last accepted node of each tree."""
+        return [path[-1] for path in self.paths]
 
 
 def verify(
@@ -53,34 +48,38 @@ def verify(
         sampling: temperature and filters; not greedy.
     """
     batch, _, vocab = logits.shape
-    rows = torch.arange(batch, device=logits.device)
-    nodes, used = torch.zeros_like(rows), torch.zeros_like(rows)
-    accepted, path = torch.zeros_like(rows), [nodes]
+    paths, ratios = [[0] for _ in range(batch)], [[] for _ in range(batch)]
     law = logits.new_empty(batch, vocab, dtype=torch.float32)
-    tests = []
-    while len(rows):
-        p = sampling.probabilities(logits[rows, nodes])
-        children = tree.children[rows, nodes]
-        children = children[:, : int((children >= 0).sum(dim=1).max())]
-        if not children.shape[1]:
-            law[rows] = p
+    numbers, walking = [iter(row) for row in uniforms.tolist()], list(range(batch))
+    while walking:
+        nodes = [paths[row][-1] for row in walking]
+        p = sampling.probabilities(_at(logits, walking, nodes))
+        children = [tree.children[row][node] for row, node in zip(walking, nodes)]
+        if not any(children):
+            _put(law, walking, p)
             break
-        tokens = tree.tokens[rows].gather(1, children.clamp(min=0)).masked_fill(children < 0, -1)
-        q = None if tree.proposals is None else tree.proposals[rows, tree.proposal_rows[nodes].clamp(min=0)]
-        weighed = weigh(p, tokens, q, relaxation)
-        place = used[rows, None] + weighed.tried.cumsum(dim=1) - 1
-        passed = weighed.tried & (uniforms[rows].gather(1, place.clamp(min=0)) <= weighed.ratios)
-        found, first = passed.any(dim=1), passed.int().argmax(dim=1)
-        made = weighed.tried & ((passed.cumsum(dim=1) - passed.int()) == 0)
-        tests.append((rows, made, weighed.ratios))
-        used[rows] += made.sum(dim=1)
-        law[rows[~found]] = weighed.rest[~found]
-        step = torch.full((batch,), -1, dtype=torch.long, device=logits.device)
-        nodes, rows = children.gather(1, first[:, None])[found, 0], rows[found]
-        step[rows] = nodes
-        accepted[rows] += 1
-        path.append(step)
-    return Verdict(torch.stack(path, dim=1), accepted, law / law.sum(dim=1, keepdim=True), tests)
+        q = None
+        if tree.proposals is not None:
+            q = _at(tree.proposals, walking, tree.proposal_rows[nodes].clamp(min=0).tolist())
+        weighed = weigh(p, _tokens(tree, walking, children), q, relaxation)
+        ended, onward = [], []
+        for place, (row, tried, chances) in enumerate(zip(walking, weighed.tried.tolist(), weighed.ratios.tolist())):
+            passed = None
+            for child, chance in [pair for pair, made in zip(zip(children[place], chances), tried) if made]:
+                ratios[row].append(chance)
+                if next(numbers[row]) <= chance:
+                    passed = child
+                    break
+            if passed is None:
+                ended.append(place)
+            else:
+                paths[row].append(passed)
+                onward.append(row)
+        if ended:
+            rest = weighed.rest if len(ended) == len(walking) else weighed.rest[ended]
+            _put(law, [walking[place] for place in ended], rest)
+        walking = onward
+    return Verdict(paths, law / law.sum(dim=1, keepdim=True), ratios)
 
 
 def verify_greedy(tree: Tree, logits: torch.Tensor, relaxation: Relaxation | None = None) -> Verdict:
@@ -89,46 +88,76 @@ def verify_greedy(tree: Tree, logits: torch.Tensor, relaxation: Relaxation | Non
     Relaxed, a draft counts with what it may borrow (each on its own), and its neighbours keep what they have, so
     several siblings may pass; of equally long paths the one with the first leaf wins. Arguments as of `verify`.
     """
-    batch, n, _ = logits.shape
-    rows = torch.arange(batch, device=logits.device)
-    nodes = torch.zeros_like(rows)
-    best, length = torch.zeros_like(rows), torch.zeros_like(rows)
-    first_leaf = None if relaxation is None else _first_leaf(tree)
-    while len(rows):
-        children = tree.children[rows, nodes]
-        tokens = tree.tokens[rows].gather(1, children.clamp(min=0))
-        passed = _is_likeliest(logits[rows, nodes], tokens, relaxation) & (children >= 0)
-        parents, ranks = torch.nonzero(passed, as_tuple=True)
-        nodes, rows = children[parents, ranks], rows[parents]
-        if relaxation is None:
-            best[rows] = nodes
-        else:
-            ends = torch.full((batch,), n, dtype=torch.long, device=logits.device)
-            ends.scatter_reduce_(0, rows, first_leaf[rows, nodes], "amin")
-            chosen = first_leaf[rows, nodes] == ends[rows]
-            best[rows[chosen]] = nodes[chosen]
-        length[rows] = tree.depths[rows, nodes]
-    above = tree.ancestors[torch.arange(batch, device=logits.device), best]
-    order = torch.where(above, torch.arange(n, device=logits.device), n).sort(dim=1).values
-    path = order[:, : int(length.max()) + 1]
-    return Verdict(path.masked_fill(path == n, -1), length)
+    batch = len(logits)
+    best, accepted = [0] * batch, [(row, 0) for row in range(batch)]
+    leaves = [_first_leaves(children) for children in tree.children]
+    while accepted := [(row, node) for row, node in accepted if tree.children[row][node]]:
+        rows, nodes = zip(*accepted)
+        children = [tree.children[row][node] for row, node in accepted]
+        passed = _is_likeliest(_at(logits, rows, nodes), _tokens(tree, rows, children), relaxation).tolist()
+        accepted = [
+            (row, child)
+            for row, below, marks in zip(rows, children, passed)
+            for child, mark in zip(below, marks)
+            if mark
+        ]
+        longest = {}
+        for row, node in accepted:
+            if row not in longest or leaves[row][node] < leaves[row][longest[row]]:
+                longest[row] = node
+        for row, node in longest.items():
+            best[row] = node
+    parents = tree.parents.tolist()
+    return Verdict([_path_to(node, parents[row]) for row, node in enumerate(best)])
+
+
+def _at(values: torch.Tensor, rows, nodes) -> torch.Tensor:
+    """values[rows, nodes] of a tensor (B, n, V)."""
+    if len(values) == len(rows) == 1:
+        return values[:, nodes[0]]
+    return values[torch.tensor(rows, device=values.device), torch.tensor(nodes, device=values.device)]
+
+
+def _put(law: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
+    if len(rows) == len(law):
+        law.copy_(values)
+    else:
+        law[torch.tensor(rows, device=law.device)] = values
+
+
+def _tokens(tree: Tree, rows, children: list[list[int]]) -> torch.Tensor:
+    """Tokens (R, c) of some nodes' children, in order, then -1."""
+    width, drafted = max(map(len, children)), tree.token_lists
+    table = [
+        [drafted[row][child] for child in below] + [-1] * (width - len(below)) for row, below in zip(rows, children)
+    ]
+    return torch.tensor(table, device=tree.tokens.device)
 
 
 def _is_likeliest(logits: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation | None) -> torch.Tensor:
-    """Which tokens (R, c) would be drawn behind R nodes if they held what they may borrow."""
+    """Which tokens (R, c), -1 where there is none, would be drawn behind R nodes if they held what they may borrow."""
+    likeliest = tokens == logits.argmax(dim=-1)[:, None]
     if relaxation is None:
-        return tokens == logits.argmax(dim=-1)[:, None]
+        return likeliest
     p = logits.float().softmax(dim=-1)
     top, places = p.topk(2, dim=-1)
     others = torch.where(tokens == places[:, :1], top[:, 1:], top[:, :1])
     flat = p.repeat_interleave(tokens.shape[1], dim=0)
-    held = relaxed_mass(flat, tokens.flatten(), relaxation).view_as(others)
-    return (held > others) | (tokens == logits.argmax(dim=-1)[:, None])
+    held = relaxed_mass(flat, tokens.clamp(min=0).flatten(), relaxation).view_as(others)
+    return ((held > others) | likeliest) & (tokens >= 0)
 
 
-def _first_leaf(tree: Tree) -> torch.Tensor:
-    """Number (B, n) of the first leaf at or below each node."""
-    n = tree.parents.shape[1]
-    leaves = (tree.children < 0).all(dim=2)
-    places = torch.where(tree.ancestors & leaves[:, :, None], torch.arange(n, device=leaves.device)[:, None], n)
-    return places.amin(dim=1)
+def _first_leaves(children: list[list[int]]) -> list[int]:
+    """Number of the first leaf at or below each node."""
+    first = list(range(len(children)))
+    for node in reversed(first):
+        if children[node]:
+            first[node] = min(first[child] for child in children[node])
+    return first
+
+
+def _path_to(node: int, parents: list[int]) -> list[int]:
+    path = [node]
+    while parents[path[-1]] >= 0:
+        path.append(parents[path[-1]])
+    return path[::-1]

@@ -75,6 +75,6 @@ def _random_case(vocab: int, nodes: int, generator: torch.Generator) -> tuple[Tr
 
     tree = grow(shape, torch.zeros(1, dtype=torch.long), behind(1), lambda tokens, _: behind(*tokens.shape),
                 torch.tensor([shape.levels]))  # fmt: skip
-    tree.children, tree.ancestors  # noqa: B018 - known before verification, as in decoding
+    tree.children, tree.token_lists  # noqa: B018 - known before verification, as in decoding
     logits = 3 * torch.randn(1, tree.tokens.shape[1], vocab, generator=generator)
     return tree, logits, torch.rand(1, tree.tokens.shape[1], generator=generator)

@@ -79,9 +79,7 @@ class Drafter(ModelMixin, ConfigMixin):
         if self._rope is None or self._rope.device != self.device:
             sizes = self.config
             head_dim = sizes.dim // sizes.num_heads
-            table = rope_table(
-                sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope
-            )
+            table = rope_table(sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope)
             self._rope = table.to(self.device)
         return self._rope
 
@@ -98,6 +96,12 @@ class Drafter(ModelMixin, ConfigMixin):
             mask.diagonal(dim1=1, dim2=2).fill_(True)
             mask = mask[:, None]
         return self._run(tokens, states, self.rope()[:n], mask, None)
+
+    def for_decoding(self, weights: str = "auto"):
+        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.models.views`)."""
+        from studio.models.views import drafter_view
+
+        return drafter_view(self, weights)
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
         """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""

@@ -4,6 +4,8 @@ New positions go behind the longest row of all, so that a step stores one block 
 does not see the gap. `keep` then moves each row's accepted positions to its own end, and forgets the rest.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from studio.errors import StudioError
@@ -13,14 +15,18 @@ from studio.models.kv_cache import KVCache
 class TreeCache(KVCache):
     """Arguments and errors as of `KVCache`.
 
-    `row_lengths` (rows,) int64 counts each row's kept positions; those stored behind `base`, the longest row, are
-    pending.
+    `lengths` counts each row's kept positions; those stored behind `base`, the longest row, are pending.
     """
 
     def __init__(self, **sizes):
         super().__init__(**sizes)
         self.base = 0
-        self.row_lengths = torch.zeros(self.rows, dtype=torch.long, device=self.store.device)
+        self.lengths = [0] * self.rows
+
+    @property
+    def row_lengths(self) -> torch.Tensor:
+        """`lengths` (rows,) int64, on the cache's device."""
+        return torch.tensor(self.lengths, device=self.store.device)
 
     def kept(self) -> tuple[int, torch.Tensor]:
         return self.base, self.row_lengths
@@ -40,48 +46,51 @@ class TreeCache(KVCache):
         like = self.store
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[:, None]
 
-    def keep(self, nodes: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keeps the first `counts` (rows,) of the pending positions `nodes` (rows, m), which rise; forgets the others.
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keeps these pending positions of each row, which rise; forgets the others.
 
         Errors: `StudioError` when a number names no pending position.
         """
-        pending, most = self.length - self.base, nodes.shape[1]
-        rising = torch.arange(most, device=nodes.device)
-        named = rising < counts[:, None]
-        if counts.max() > most or ((nodes < 0) | (nodes >= pending))[named].any():
-            raise StudioError(f"The cache holds {pending} pending positions; keep some of those.")
-        source, target = self.base + nodes, self.row_lengths[:, None] + rising
-        rows, places = torch.nonzero(named & (source != target), as_tuple=True)
-        if len(rows):
-            source, target = source[rows, places], target[rows, places]
+        pending = self.length - self.base
+        rows, sources, targets = [], [], []
+        for row, (length, positions) in enumerate(zip(self.lengths, kept, strict=True)):
+            for target, position in enumerate(positions, length):
+                if not 0 <= position < pending:
+                    raise StudioError(f"The cache holds {pending} pending positions; keep some of those.")
+                if self.base + position != target:
+                    rows.append(row)
+                    sources.append(self.base + position)
+                    targets.append(target)
+        if rows:
+            rows, sources, targets = torch.tensor((rows, sources, targets), device=self.store.device)
             by_position = self.store.permute(1, 4, 0, 2, 3, 5)
-            by_position[rows, target] = by_position[rows, source]
-        self.row_lengths = self.row_lengths + counts
-        self.base = self.length = int(self.row_lengths.max())
+            by_position[rows, targets] = by_position[rows, sources]
+        self._set_lengths([length + len(positions) for length, positions in zip(self.lengths, kept)])
 
     def keep_all(self) -> None:
         """Keeps all pending positions in every row, one after the other."""
-        pending = torch.arange(self.length - self.base, device=self.row_lengths.device)
-        self.keep(pending.expand(self.rows, -1), torch.full_like(self.row_lengths, len(pending)))
+        self.keep([range(self.length - self.base)] * self.rows)
 
     def forget(self) -> None:
         """Forgets all pending positions."""
         self.length = self.base
 
-    def crop_rows(self, lengths: torch.Tensor) -> None:
+    def crop_rows(self, lengths: Sequence[int]) -> None:
         """Forgets what is pending, and in each row what is behind the first `lengths` (rows,) positions."""
-        self.row_lengths = torch.minimum(self.row_lengths, lengths)
-        self.base = self.length = int(self.row_lengths.max())
+        self._set_lengths([min(pair) for pair in zip(self.lengths, lengths, strict=True)])
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows (m,) only, in this order."""
-        self.store = self.store[:, rows]
-        self.row_lengths = self.row_lengths[rows]
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows only, in this order."""
+        chosen = torch.tensor(rows, device=self.store.device)
+        self.store = self.store[:, chosen]
         if self.bias is not None:
-            self.bias = self.bias[rows]
-        self.crop_rows(self.row_lengths)
+            self.bias = self.bias[chosen]
+        self._set_lengths([self.lengths[row] for row in rows])
 
     def keep_rows(self, rows: int) -> None:
         super().keep_rows(rows)
-        self.row_lengths = self.row_lengths[:rows]
-        self.crop_rows(self.row_lengths)
+        self._set_lengths(self.lengths[:rows])
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.base = self.length = max(lengths)

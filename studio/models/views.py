@@ -1,14 +1,17 @@
-"""Which arrangement of a LlamaGen a decoding loop runs: the model itself, or a faster view of the same weights.
+"""Which arrangement of a model a decoding loop runs: the model itself, or a faster view of the same weights.
 
-"native" (`studio.models.native`) runs in C; "float32", "float16" and "int8" (`studio.models.packed`) need
-no compiler. A view is kept and reused until one of the model's weights changes, moves or disappears.
+"native" (`studio.models.native`, `native_drafter`) runs in C; "float32", "float16" and "int8" (`studio.models.packed`)
+need no compiler. A view is kept and reused until one of the model's weights changes, moves or disappears.
 """
 
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from studio.models.native import NativeLlamaGen, is_available
+from studio.models.native_blocks import can_run
+from studio.models.native_drafter import NativeDrafter
 from studio.models.packed import PackedLlamaGen, can_pack
 
 _LARGEST_COPY_BYTES = 4 * 2**30
@@ -16,7 +19,7 @@ _views: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple]]" = weakref
 
 
 def view_of(model, weights: str = "auto"):
-    """The view of a model by name; "plain" is the model itself, "auto" the fastest of full precision that works here.
+    """The view of a `LlamaGen` by name; "plain" is the model itself, "auto" the fastest of full precision here.
 
     "auto" keeps large models as they are: a view may hold a second copy of the weights.
 
@@ -26,19 +29,36 @@ def view_of(model, weights: str = "auto"):
         weights = _fastest(model)
     if weights == "plain":
         return model
+    if weights == "native":
+        return _kept(model, weights, lambda: NativeLlamaGen(model))
+    return _kept(model, weights, lambda: PackedLlamaGen(model, weights))
+
+
+def drafter_view(drafter, weights: str = "auto"):
+    """The view of a `Drafter` that goes with its target's: in C where that works, unless `weights` is "plain"."""
+    if weights == "plain" or _is_large(drafter) or not can_run(drafter):
+        return drafter
+    return _kept(drafter, "native", lambda: NativeDrafter(drafter))
+
+
+def _kept(model, name: str, make: Callable):
+    """The view of that name, made where there is none of these weights."""
     signature, views = _signature(model), _views.setdefault(model, {})
-    if weights not in views or views[weights][0] != signature:
-        view = NativeLlamaGen(model) if weights == "native" else PackedLlamaGen(model, weights)
-        views[weights] = (signature, view)
-    return views[weights][1]
+    if name not in views or views[name][0] != signature:
+        views[name] = (signature, make())
+    return views[name][1]
 
 
 def _fastest(model) -> str:
-    if sum(weight.nbytes for weight in model.parameters()) > _LARGEST_COPY_BYTES:
+    if _is_large(model):
         return "plain"
     if is_available(model):
         return "native"
     return "float32" if can_pack(model) else "plain"
+
+
+def _is_large(model) -> bool:
+    return sum(weight.nbytes for weight in model.parameters()) > _LARGEST_COPY_BYTES
 
 
 def _signature(model) -> tuple:

@@ -64,13 +64,13 @@ def outcomes(tree, language, *, spoil=False):
         numbers = torch.full((1, tree.tokens.shape[1]), FAIL)
         numbers[0, : len(forced)] = torch.tensor(forced)
         verdict = verify(tree, logits, numbers, language.sampling)
-        ratios = [min(1.0, ratio) for ratio in verdict.ratios(0)]
+        ratios = [min(1.0, ratio) for ratio in verdict.ratios[0]]
         for place in range(len(forced), len(ratios)):
             chance = probability * ratios[place]
             if chance > 0:
                 pending.append(([*forced, *[FAIL] * (place - len(forced)), PASS], chance))
             probability *= 1 - ratios[place]
-        tokens = tuple(tree.tokens[0, verdict.path[0, 1 : 1 + int(verdict.accepted)]].tolist())
+        tokens = tuple(tree.tokens[0, verdict.paths[0][1:]].tolist())
         law = language.law(tokens) if spoil else verdict.law[0]
         found.append((tokens, law, probability))
     return found
@@ -153,8 +153,7 @@ def test_equals_the_textbook(relaxed):
             accepted, law = textbook_verify(
                 leaf_paths(tree), tree.tokens[0], logits, numbers[0].tolist(), Sampling(top_k=30), relaxation
             )
-            path = verdict.path[0, 1 : 1 + int(verdict.accepted)]
-            assert tree.tokens[0, path].tolist() == accepted
+            assert tree.tokens[0, verdict.paths[0][1:]].tolist() == accepted
             torch.testing.assert_close(verdict.law[0], law, atol=1e-6, rtol=1e-5)
             lengths.add(len(accepted))
         assert len(lengths) > 1
@@ -175,13 +174,11 @@ def test_a_batch_equals_its_single_trees():
                 return verify(tree, logits, numbers, Sampling(), relaxation)
 
             together = call(trees, logits, numbers)
-            assert len(set(together.accepted.tolist())) > 1
+            assert len(set(map(len, together.paths))) > 1
             for row in range(6):
                 one = slice(row, row + 1)
                 alone = call(Tree(trees.tokens[one], trees.parents[one]), logits[one], numbers[one])
-                length = int(alone.accepted)
-                assert length == int(together.accepted[row])
-                assert torch.equal(alone.path[0, : length + 1], together.path[row, : length + 1])
+                assert alone.paths == [together.paths[row]]
                 assert alone.law is None or torch.equal(alone.law[0], together.law[row])
 
 
@@ -200,8 +197,7 @@ def test_the_greedy_path_is_the_likeliest():
                 break
             path.append(node)
         verdict = verify_greedy(tree, logits)
-        assert verdict.path[0, : int(verdict.accepted) + 1].tolist() == path
-        assert int(verdict.last) == path[-1]
+        assert verdict.paths == [path] and verdict.last == path[-1:]
         lengths.add(len(path))
     assert len(lengths) > 2
 

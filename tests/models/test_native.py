@@ -90,10 +90,8 @@ def test_trees_and_batches_change_no_bit(sizes, halves):
                 token = tree.tokens[row, node].view(1, 1)
                 assert torch.equal(network.extend(token, alone)[0, 0], network.logits(states[row, node]))
             drawn[row] += tree.tokens[row, path].tolist()
-        longest = max(map(len, paths))
-        kept = torch.tensor([path + [-1] * (longest - len(path)) for path in paths])
-        cache.keep(kept, torch.tensor([len(path) for path in paths]))
-    assert cache.row_lengths.tolist() == [length + len(tokens) for tokens in drawn] and len(set(map(len, drawn))) > 1
+        cache.keep(paths)
+    assert cache.lengths == [length + len(tokens) for tokens in drawn] and len(set(map(len, drawn))) > 1
 
 
 @torch.no_grad()

@@ -57,8 +57,7 @@ def test_every_node_sees_its_path_only(kind, weights):
                 path = [*drawn[row], *(tokens[step] for step in path_to(node, parents))]
                 expected = model(torch.tensor([path]), **one)[0, -1]
                 torch.testing.assert_close(logits[row, node], expected, atol=1e-5, rtol=1e-5)
-        nodes = torch.tensor([path + [-1] * (4 - len(path)) for path in kept])
-        cache.keep(nodes, torch.tensor([len(path) for path in kept]))
+        cache.keep(kept)
         for row, path in enumerate(kept):
             drawn[row] += [ROWS[row][0][node] for node in path]
 
@@ -72,16 +71,16 @@ def test_rows_are_selected_cropped_and_forgotten():
     cache.keep_all()
     tree = trees_of(ROWS, "cpu")
     model.extend_tree(tree.tokens, cache, 1 + tree.depths, tree.ancestors)
-    cache.keep(torch.tensor([[0, 1, 4], [0, 1, -1]]), torch.tensor([3, 2]))
-    cache.crop_rows(torch.tensor([2, 9]))
-    assert cache.row_lengths.tolist() == [2, 3]
+    cache.keep([[0, 1, 4], [0, 1]])
+    cache.crop_rows([2, 9])
+    assert cache.lengths == cache.row_lengths.tolist() == [2, 3]
     model.extend_tree(tree.tokens, cache, cache.row_lengths[:, None] + tree.depths, tree.ancestors)
     cache.forget()
     assert cache.length == cache.base == 3
-    cache.select_rows(torch.tensor([1]))
+    cache.select_rows([1])
     last = torch.tensor([[1]])
     state = model.extend_tree(last, cache, torch.tensor([[3]]), torch.ones(1, 1, 1, dtype=torch.bool))
     expected = model(torch.tensor([[3, 8, 1]]), class_labels=labels[1:])[0, -1]
     torch.testing.assert_close(model.logits(state)[0, 0], expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(StudioError, match="1 pending"):
-        cache.keep(torch.tensor([[1]]), torch.tensor([1]))
+        cache.keep([[1]])

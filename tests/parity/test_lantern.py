@@ -58,10 +58,9 @@ def sampling_of(case):
 
 
 def check(case, verdict, arrays):
-    accepted = verdict.path[0, : int(verdict.accepted) + 1].tolist()
-    assert accepted == case["accepted_nodes"]
-    assert int(verdict.accepted) == case["accept_length"]
-    ratios = torch.tensor(verdict.ratios(0), dtype=torch.float64)
+    assert verdict.paths == [case["accepted_nodes"]]
+    assert len(verdict.paths[0]) - 1 == case["accept_length"]
+    ratios = torch.tensor(verdict.ratios[0], dtype=torch.float64)
     assert len(ratios) == case["uniforms_used"]
     torch.testing.assert_close(ratios, arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(verdict.law[0], arrays["sample_p"].float(), **CLOSE)
@@ -85,9 +84,10 @@ def test_deterministic_drafts(path):
         logits = arrays["tree_logits"][None]
         if case["greedy"]:
             verdict = verify_greedy(tree, logits, relaxation)
-            assert verdict.path[0, : int(verdict.accepted) + 1].tolist() == case["accepted_nodes"], case["id"]
-            assert int(logits[0, int(verdict.last)].argmax()) == case["next_token_argmax"]
-            torch.testing.assert_close(logits[0, int(verdict.last)], arrays["next_logits"])
+            assert verdict.paths == [case["accepted_nodes"]], case["id"]
+            following = logits[0, verdict.last[0]]
+            assert int(following.argmax()) == case["next_token_argmax"]
+            torch.testing.assert_close(following, arrays["next_logits"])
         else:
             uniforms = arrays["uniforms"][None]
             check(case, verify(tree, logits, uniforms, sampling_of(case), relaxation), arrays)
@@ -121,9 +121,7 @@ def test_exact_laws(path):
         arrays = recording.case(case)
         p, tokens = arrays["logits"].softmax(dim=-1), arrays["tokens"].long()
         weighed = weigh(p[None], tokens[None], relaxation=relaxation_of(case, recording["neighbours"]))
-        torch.testing.assert_close(
-            weighed.ratios[0].double(), arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(weighed.ratios[0].double(), arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
         law, reached = torch.zeros_like(p, dtype=torch.float64), 1.0
         for token, ratio in zip(tokens, weighed.ratios[0].double().clamp(max=1)):
             law[token] += reached * ratio
@@ -289,9 +287,7 @@ def test_whole_greedy_runs(path, monkeypatch):
             delta, more = run["lantern_delta"], {}
             if delta > 1:
                 delta, more = None, {"ratio_budget": delta}
-            settings = Lantern(
-                run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more
-            )
+            settings = Lantern(run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more)
         drawn = draw(settings)
         assert torch.equal(drawn.tokens, arrays[f"io.run{number}.tokens"]), run
         assert torch.equal(drawn.tokens, plain) == run["equals_plain_greedy"]
