@@ -14,6 +14,7 @@ from studio.decoding.sampling import Sampling, is_finite_number
 from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
+from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.vq import VQTokenizer
@@ -32,13 +33,15 @@ class LlamaGenPipeline(DiffusionPipeline):
         transformer: draws tokens; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
+        drafter: guesses the transformer's next tokens, for `Speculative` and `Lantern` decoding.
         student: draws all tokens in few calls; only for `Distilled` decoding. It was distilled from the transformer.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
-    _optional_components = ["text_encoder", "tokenizer", "student"]
+    _exclude_from_cpu_offload = ["drafter"]
+    _optional_components = ["text_encoder", "tokenizer", "drafter", "student"]
     _callback_tensor_inputs = ["tokens"]
 
     def __init__(
@@ -47,6 +50,7 @@ class LlamaGenPipeline(DiffusionPipeline):
         transformer: LlamaGen,
         text_encoder=None,
         tokenizer=None,
+        drafter: Drafter | None = None,
         student: DistilledStudent | None = None,
         default_guidance_scale: float = 4.0,
         default_temperature: float = 1.0,
@@ -60,6 +64,7 @@ class LlamaGenPipeline(DiffusionPipeline):
             transformer=transformer,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            drafter=drafter,
             student=student,
         )
         self.register_to_config(
@@ -313,7 +318,9 @@ class LlamaGenPipeline(DiffusionPipeline):
         call["settings"] = settings
         if isinstance(settings, Speculative):
             codebook = self.image_tokenizer.quantize.embedding.weight
-            return speculative(self.transformer, condition, codebook=codebook, editable=editable, **call)
+            return speculative(
+                self.transformer, condition, codebook=codebook, drafter=self.drafter, editable=editable, **call
+            )
         if isinstance(settings, Distilled):
             codebook = self.image_tokenizer.codebook
             return distilled(self.transformer, condition, student=self.student, codebook=codebook, **call)

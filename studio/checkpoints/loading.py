@@ -17,6 +17,7 @@ from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of,
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
+from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
@@ -117,8 +118,9 @@ def _load_pipeline(folder, dtype):
         encoder, tokenizer = (_transformers_class(index, part, folder) for part in ("text_encoder", "tokenizer"))
         components["text_encoder"] = _load_weights(encoder, folder / "text_encoder", dtype)
         components["tokenizer"] = _load_text_tokenizer(tokenizer, folder / "tokenizer")
-    if (index.get("student") or [None])[0] is not None:
-        components["student"] = _load_model(DistilledStudent, folder / "student", dtype)
+    for name, kind in (("drafter", Drafter), ("student", DistilledStudent)):
+        if (index.get(name) or [None])[0] is not None:
+            components[name] = _load_model(kind, folder / name, dtype)
     codes, vocabulary = components["image_tokenizer"].config.codebook_size, components["transformer"].config.vocab_size
     if codes != vocabulary:
         raise StudioError(

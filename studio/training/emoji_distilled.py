@@ -10,9 +10,6 @@ distance between code vectors, since a perceptual loss would need the weights of
 weights is kept, since the learning rate falls to zero.
 """
 
-import json
-import shutil
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +19,7 @@ from studio.decoding.distilled import Distilled, spread_times, trajectory
 from studio.errors import StudioError
 from studio.evaluation.generators import evaluate_generator
 from studio.models.distilled import DistilledStudent
-from studio.training.export import save_bf16
+from studio.training.export import copy_with_component
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.pair_cache import Pairs
 from studio.training.recipe import Defaults, Recipe
@@ -95,12 +92,7 @@ class EmojiDistilled(Recipe):
         module.student.load_state_dict(student.state_dict())
 
     def export(self, module, folder):
-        teacher = self.pairs.pipe.name_or_path
-        shutil.copytree(teacher, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", "student"))
-        save_bf16(module.student, folder / "student")
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        index["student"] = [DistilledStudent.__module__, DistilledStudent.__name__]
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        copy_with_component(self.pairs.pipe.name_or_path, folder, "student", module.student)
 
     def quality(self, folder):
         """What `evaluate_generator` says of pictures drawn in one call, and what `agreement` says."""

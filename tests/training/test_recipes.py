@@ -13,6 +13,7 @@ from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
     emoji_ar,
     emoji_distilled,
+    emoji_drafter,
     emoji_judge,
     emoji_tower,
     emoji_vlm,
@@ -42,9 +43,10 @@ def small(monkeypatch, tmp_path, tiny_folder):
     monkeypatch.setattr(emoji_distilled, "TEACHER", str(tiny_folder))
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
+    monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
     for recipe in (
-        emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_judge.EmojiJudge, emoji_tower.EmojiTower,
-        emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
+        emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
+        emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
     ):  # fmt: skip
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
 
@@ -52,6 +54,7 @@ def small(monkeypatch, tmp_path, tiny_folder):
 KINDS = {
     "emoji-ar": LlamaGenPipeline,
     "emoji-distilled": LlamaGenPipeline,
+    "emoji-drafter": LlamaGenPipeline,
     "emoji-judge": Judge,
     "emoji-tower": CLIPVisionModel,
     "emoji-vlm": VisualQuestionPipeline,
@@ -67,7 +70,7 @@ def read(name, folder):
 
 def network(model):
     """The part that was trained."""
-    parts = (getattr(model, name, None) for name in ("student", "transformer", "model"))
+    parts = (getattr(model, name, None) for name in ("student", "drafter", "transformer", "model"))
     return next((part for part in parts if part is not None), model)
 
 
