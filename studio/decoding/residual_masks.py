@@ -1,0 +1,70 @@
+"""Which levels of residual codes are hidden: from the deepest up, so a number of levels per cell says all of it.
+
+ResGen (arXiv:2412.10208): of the L D slots of a picture, ceil(gamma(r) L D) are hidden, spread over the cells at
+random, and drawing lowers that number step by step. Ours: slots are chosen without replacement, so the numbers per cell
+follow the multivariate hypergeometric law and never exceed D (those of the paper's multinomial law may); which schedule
+the paper uses is not known to us, so three are here.
+"""
+
+import math
+
+import torch
+
+from studio.errors import StudioError
+
+SCHEDULES = ("cosine", "circle", "arccos")
+_ROUNDING = 1e-9
+
+
+def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "cosine") -> torch.Tensor:
+    """ceil(gamma(r) slots), int64, for progress r in [0, 1]: all slots at 0, none at 1.
+
+    gamma is cos(pi r / 2), sqrt(1 - r^2) or 2 arccos(r) / pi.
+
+    Errors: `StudioError` for another schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise StudioError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}.")
+    r = torch.as_tensor(progress, dtype=torch.float64)
+    if schedule == "cosine":
+        gamma = (r * math.pi / 2).cos()
+    elif schedule == "circle":
+        gamma = (1 - r.square()).sqrt()
+    else:
+        gamma = r.arccos() * 2 / math.pi
+    return (gamma * slots - _ROUNDING).ceil().long().clamp(0, slots)
+
+
+def hide(noise: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """How many levels are hidden in each cell (B, L), when `count` (B,) slots of each picture are.
+
+    `noise` (B, L, D), independent and of one law, orders the slots: the smallest are hidden. The same noise with a
+    larger count hides more everywhere.
+    """
+    return _is_among_smallest(noise, count).sum(dim=-1)
+
+
+def reveal(hidden: torch.Tensor, confidence: torch.Tensor, left: torch.Tensor | int) -> torch.Tensor:
+    """How many levels (B, L) stay hidden, `left` (B,) or one number in all, of those that were.
+
+    The most confident of the hidden slots decide how many levels each cell shows; those are its shallowest ones.
+
+    Args:
+        hidden: levels (B, L) hidden before.
+        confidence: (B, L, D) of every slot; those of visible slots do not matter.
+        left: at most as many as were hidden.
+    """
+    was_hidden = ~shown(hidden, confidence.shape[-1])
+    order = confidence.masked_fill(~was_hidden, float("inf"))
+    left = torch.as_tensor(left, device=hidden.device).expand(len(hidden))
+    return (_is_among_smallest(order, left) & was_hidden).sum(dim=-1)
+
+
+def shown(hidden: torch.Tensor, depth: int) -> torch.Tensor:
+    """Which slots (B, L, D) are visible when so many levels (B, L) of each cell are hidden."""
+    return torch.arange(depth, device=hidden.device) < depth - hidden[..., None]
+
+
+def _is_among_smallest(values, count):
+    ranks = values.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+    return (ranks < count[:, None]).view(values.shape)

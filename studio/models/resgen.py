@@ -1,0 +1,213 @@
+"""ResGen: a transformer that sees each cell's first levels of residual codes and says what the hidden ones add up to.
+
+"Efficient Generative Modeling with Residual Vector Quantization-Based Tokens" (arXiv:2412.10208). Levels are hidden
+from the deepest up, so what is visible of a cell is the sum of its first code vectors and the number of levels that
+are missing; what is predicted is the sum of the missing ones. Steps of drawing then do not depend on the depth.
+
+No code is published. Ours, because the paper's text leaves it open or could not be compared: the wiring (linear input,
+learned positions, one embedding per number of hidden levels, adaptive layer norms as in DiT, arXiv:2212.09748, from the
+condition; captions are also read as positions in front), and the low-rank means of the mixture. An ablation under the
+same masking is `prediction="levels"`: one softmax over the codes for every level, each independent of the others.
+
+Scope: the network and its training loss. Hiding and drawing are in `studio.decoding.residual_masks` and
+`studio.decoding.residual_unmasking`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from studio.errors import StudioError
+from studio.models.gaussian_mixture import GaussianMixture, Mixture
+from studio.models.llamagen import CaptionEmbedder, ClassEmbedder
+
+PREDICTIONS = ("mixture", "levels")
+LOSSES = ("variational", "exact")
+
+
+class LevelLogits(NamedTuple):
+    """What the ablation says of each cell: logits (..., D, V) of every level."""
+
+    logits: torch.Tensor
+
+
+class LevelSoftmax(nn.Module):
+    """States (..., dim) to independent logits of every level."""
+
+    def __init__(self, dim: int, depth: int, vocab_size: int):
+        super().__init__()
+        self.shape = (depth, vocab_size)
+        self.linear = nn.Linear(dim, depth * vocab_size)
+
+    def forward(self, states: torch.Tensor) -> LevelLogits:
+        return LevelLogits(self.linear(states).float().unflatten(-1, self.shape))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward without causality, gated, scaled and shifted by the condition; closed at first."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x (B, n, dim) under a condition (B, dim); mask (B, 1, 1, n) is true where a position may be seen."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(context))[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self._attend(_norm(x) * (1 + scale1) + shift1, mask)
+        return x + gate2 * self.mlp(_norm(x) * (1 + scale2) + shift2)
+
+    def _attend(self, x, mask):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class ResGen(ModelMixin, ConfigMixin):
+    """The network. Exactly one of `num_classes` and `caption_dim` says what it is conditioned on.
+
+    Args:
+        num_positions: cells L of the grid.
+        depth, vocab_size, code_dim: levels D, codes V a level, and length C of a code vector.
+        dim, num_layers, num_heads: sizes.
+        num_classes: classes without the null class.
+        caption_dim, caption_length: width of the text encoder and its number of positions.
+        prediction: "mixture" or, as an ablation, "levels".
+        components, rank, sigma, learn_sigma: of the mixture, see `GaussianMixture`.
+        condition_dropout: share of conditions replaced by the null condition in training.
+
+    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_positions: int = 64,
+        depth: int = 8,
+        vocab_size: int = 1024,
+        code_dim: int = 64,
+        dim: int = 1024,
+        num_layers: int = 24,
+        num_heads: int = 16,
+        num_classes: int | None = None,
+        caption_dim: int | None = None,
+        caption_length: int | None = None,
+        prediction: str = "mixture",
+        components: int = 1024,
+        rank: int = 32,
+        sigma: float = 1.0,
+        learn_sigma: bool = False,
+        condition_dropout: float = 0.1,
+    ):
+        super().__init__()
+        if (num_classes is None) == (caption_dim is None):
+            raise StudioError("Give ResGen exactly one of num_classes and caption_dim.")
+        if caption_dim is not None and not caption_length:
+            raise StudioError("A caption-conditional ResGen needs caption_length, its number of caption positions.")
+        if dim % num_heads:
+            raise StudioError(f"dim {dim} must split into {num_heads} heads.")
+        if prediction not in PREDICTIONS:
+            raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
+        if num_classes is not None:
+            self.condition = ClassEmbedder(num_classes, dim)
+        else:
+            self.condition = CaptionEmbedder(caption_dim, caption_length, dim)
+        self.input = nn.Linear(code_dim, dim)
+        self.positions = nn.Parameter(torch.empty(1, num_positions, dim))
+        self.hidden_levels = nn.Embedding(depth + 1, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(num_layers))
+        self.modulation = nn.Linear(dim, 2 * dim)
+        for weight in (self.positions, self.hidden_levels.weight, self.modulation.weight):
+            nn.init.normal_(weight, std=0.02)
+        if prediction == "mixture":
+            self.head = GaussianMixture(dim, code_dim, components, rank, sigma, learn_sigma)
+        else:
+            self.head = LevelSoftmax(dim, depth, vocab_size)
+
+    def forward(
+        self,
+        visible: torch.Tensor,
+        hidden: torch.Tensor,
+        *,
+        class_labels: torch.Tensor | None = None,
+        captions: torch.Tensor | None = None,
+        caption_mask: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+    ) -> Mixture | LevelLogits:
+        """What is hidden in each cell.
+
+        Args:
+            visible: sums (B, L, C) of the code vectors that are shown.
+            hidden: how many levels (B, L) are not, 0 to D.
+            class_labels: (B,), or `captions` (B, T, caption_dim) with `caption_mask` (B, T), true at words.
+            drop: rows (B,) that get the null condition. In training mode without it, conditions are dropped with
+                probability `condition_dropout`, drawn from the global generator.
+
+        Returns:
+            `Mixture` over sums of the hidden code vectors (B, L, ...), or `LevelLogits`; float32.
+        """
+        if drop is None and self.training and self.config.condition_dropout > 0:
+            drop = torch.rand(len(visible), device=visible.device) < self.config.condition_dropout
+        prefix, context, mask = self._embed_condition(class_labels, captions, caption_mask, drop)
+        x = self.input(visible.to(prefix.dtype)) + self.positions + self.hidden_levels(hidden)
+        x = torch.cat((prefix, x), dim=1)
+        for block in self.blocks:
+            x = block(x, context, mask)
+        shift, scale = self.modulation(F.silu(context))[:, None].chunk(2, dim=-1)
+        return self.head(_norm(x[:, prefix.shape[1] :]) * (1 + scale) + shift)
+
+    def loss(
+        self, vectors: torch.Tensor, codes: torch.Tensor, hidden: torch.Tensor, form: str = "variational", **condition
+    ) -> torch.Tensor:
+        """Mean over the cells with something hidden of the cost of that.
+
+        Args:
+            vectors: code vectors (B, L, D, C) of all levels of a picture.
+            codes: their numbers (B, L, D), which the ablation predicts.
+            hidden: how many of the deepest levels (B, L) are hidden.
+            form: "variational" or "exact", of the mixture's likelihood.
+            condition: as of `forward`.
+
+        Errors: `StudioError` for another form.
+        """
+        if form not in LOSSES:
+            raise StudioError(f"form is one of {', '.join(LOSSES)}, not {form!r}.")
+        is_hidden = torch.arange(vectors.shape[2], device=hidden.device) >= vectors.shape[2] - hidden[..., None]
+        shown, missing = (vectors * which[..., None] for which in (~is_hidden, is_hidden))
+        said = self(shown.sum(dim=2), hidden, **condition)
+        if isinstance(said, LevelLogits):
+            costs = F.cross_entropy(said.logits.movedim(-1, 1), codes, reduction="none")
+            return costs[is_hidden].mean()
+        if form == "variational":
+            costs = self.head.variational_loss(said, missing.sum(dim=2))
+        else:
+            costs = -self.head.log_likelihood(said, missing.sum(dim=2))
+        return costs[hidden > 0].mean()
+
+    def _embed_condition(self, class_labels, captions, caption_mask, drop):
+        """Positions in front (B, T or 0, dim), the condition's vector (B, dim), and the attention mask or None."""
+        if self.config.num_classes is not None:
+            if class_labels is None or captions is not None:
+                raise StudioError("This model is class-conditional: pass class_labels and no captions.")
+            embedded = self.condition(class_labels, drop)
+            return embedded[:, :0], embedded[:, 0], None
+        if captions is None or class_labels is not None:
+            raise StudioError("This model is text-conditional: pass captions and no class_labels.")
+        embedded = self.condition(captions, drop)
+        if caption_mask is None:
+            return embedded, embedded.mean(dim=1), None
+        words = caption_mask.bool()
+        weights = words.to(embedded.dtype) / words.sum(dim=1, keepdim=True).clamp(min=1)
+        cells = words.new_ones(len(words), self.config.num_positions)
+        return embedded, (embedded * weights[..., None]).sum(dim=1), torch.cat((words, cells), dim=1)[:, None, None]
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
