@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from studio.decoding.distilled import Distilled
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.masked_autoregressive import MaskedAutoregressive
+    from studio.decoding.residual_unmasking import ResidualUnmasking
     from studio.decoding.speculative import Speculative
     from studio.errors import StudioError
     from studio.models.distilled import DistilledStudent
     from studio.models.llamagen import LlamaGen
     from studio.models.mar import MAR
+    from studio.models.resgen import ResGen
+    from studio.models.rq_transformer import RQTransformer
     from studio.pipelines.decodings import DECODINGS, decoding_named
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
     from studio.pruning.methods import pruning_methods
+    from studio.tokenizers.rvq import RVQTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
 _EXPORTS = {
@@ -45,6 +49,10 @@ _EXPORTS = {
     "LlamaGenPipeline": "studio.pipelines.llamagen",
     "MAR": "studio.models.mar",
     "MaskedAutoregressive": "studio.decoding.masked_autoregressive",
+    "RQTransformer": "studio.models.rq_transformer",
+    "RVQTokenizer": "studio.tokenizers.rvq",
+    "ResGen": "studio.models.resgen",
+    "ResidualUnmasking": "studio.decoding.residual_unmasking",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
     "VQTokenizer": "studio.tokenizers.vq",
@@ -68,6 +76,10 @@ __all__ = [
     "LlamaGenPipeline",
     "MAR",
     "MaskedAutoregressive",
+    "RQTransformer",
+    "RVQTokenizer",
+    "ResGen",
+    "ResidualUnmasking",
     "Speculative",
     "StudioError",
     "VQTokenizer",

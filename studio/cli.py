@@ -88,6 +88,8 @@ for command in (
     convert.llamagen_vq,
     convert.llamagen_c2i,
     convert.llamagen_t2i,
+    convert.rq_vae,
+    convert.rq_transformer,
     convert.lantern_drafter,
     convert.distilled,
     convert.mar,

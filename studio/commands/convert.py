@@ -59,6 +59,20 @@ def lantern_drafter(
     _converted(convert_drafter(checkpoint, out, grid_size=grid_size, prefix_length=prefix_length))
 
 
+def rq_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+    """The tokenizer of RQ-VAE, with stacks of residual codes."""
+    from studio.checkpoints.residual import convert_rq_vae
+
+    _converted(convert_rq_vae(checkpoint, out))
+
+
+def rq_transformer(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+    """An RQ-Transformer over stacks of residual codes."""
+    from studio.checkpoints.residual import convert_rq_transformer
+
+    _converted(convert_rq_transformer(checkpoint, out))
+
+
 def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
     """A student of Distilled Decoding, of LlamaGen or of VAR."""
     from studio.checkpoints.distilled import convert_distilled
