@@ -15,6 +15,7 @@ from studio.models.rq_transformer import RQTransformer
 from studio.tokenizers.rvq import RVQTokenizer
 
 _PLACES = (("state_dict_ema",), ("state_dict",))
+_TOKENIZER, _TRANSFORMER = "tokenizer of RQ-VAE", "transformer of the RQ-Transformer kind"
 _AVERAGES = (".cluster_size_ema", ".embed_ema")
 
 
@@ -24,7 +25,7 @@ def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
     What is not in the file: `sample_size`, `norm_groups`, and `cell`, a square when left out.
     """
     state, codebooks = residual_codebooks(state, "quantizer.")
-    return build(RVQTokenizer, _rvq_config(state) | codebooks | config, state, "RQ-VAE")
+    return build(RVQTokenizer, _rvq_config(state) | codebooks | config, state, _TOKENIZER)
 
 
 def rq_transformer_from_state_dict(state: State, **config) -> RQTransformer:
@@ -34,7 +35,7 @@ def rq_transformer_from_state_dict(state: State, **config) -> RQTransformer:
     different size, `depth_reads_sums` and `activation`.
     """
     state = {name: weight for name, weight in state.items() if name != "tok_emb.offsets"}
-    return build(RQTransformer, _transformer_config(state) | config, state, "RQ-Transformer")
+    return build(RQTransformer, _transformer_config(state) | config, state, _TRANSFORMER)
 
 
 def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
@@ -73,7 +74,7 @@ def convert_rq_transformer(path, out) -> Path:
 
 
 def _unpadded(state: State, name: str) -> torch.Tensor:
-    shape_of(state, name, "RQ-VAE")
+    shape_of(state, name, _TOKENIZER)
     table, padding = state[name][:-1], state[name][-1]
     if not padding.is_meta and padding.any():
         raise StudioError(f"This is not an RQ-VAE as its authors publish it: the last row of {name} is no padding.")
@@ -86,7 +87,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _rvq_config(state: State) -> dict:
-    what = "RQ-VAE"
+    what = _TOKENIZER
     base, channels = shape_of(state, "encoder.conv_in.weight", what)[:2]
     levels = count_of(state, r"encoder\.down\.(\d+)\.")
     widths = [shape_of(state, f"encoder.down.{n}.block.0.conv1.weight", what)[0] for n in range(levels)]
@@ -105,7 +106,7 @@ def _rvq_config(state: State) -> dict:
 
 
 def _transformer_config(state: State) -> dict:
-    what = "RQ-Transformer"
+    what = _TRANSFORMER
     _, cells, dim = shape_of(state, "pos_emb_hw", what)
     depth, side = shape_of(state, "pos_emb_d", what)[1], math.isqrt(cells)
     codes = next((state[name].shape[1] for name in ("input_mlp.weight", "head_mlp.weight") if name in state), 1)
