@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from studio.ui import generate
+from studio.ui import ask, generate
 from studio.ui.components import header
 from studio.ui.theme import CSS, studio_theme
 
@@ -10,7 +10,7 @@ _HOUR = 3600
 
 
 def build_app(model="emoji-ar"):
-    """Build the page without loading a model; the first drawing does.
+    """Build the page without loading a model; the first drawing or question does.
 
     Args:
         model: what `studio.load` takes: a bundled name, a model folder or a Hub id.
@@ -23,6 +23,8 @@ def build_app(model="emoji-ar"):
         with gr.Tabs(elem_id="studio-tabs"):
             with gr.Tab("Generate", id="generate"):
                 generate.build_tab(model)
+            with gr.Tab("Ask", id="ask"):
+                ask.build_tab()
     return demo.queue(max_size=64)
 
 

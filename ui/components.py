@@ -36,6 +36,7 @@ def picture_grid(**settings):
         height="auto",
         buttons=["download", "fullscreen"],
         interactive=False,
+        elem_classes="studio-pictures",
         **settings,
     )
 
@@ -54,19 +55,31 @@ def status_line(text, *, state="idle", fraction=None, details=()):
         fraction: how much is done, 0-1, for a progress bar.
         details: pairs (label, value).
     """
-    bar = ""
-    if fraction is not None:
-        percent = round(100 * min(max(fraction, 0.0), 1.0))
-        bar = (
-            f'<div class="studio-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
-            f'aria-valuenow="{percent}" aria-label="Tokens drawn"><i style="width:{percent}%"></i></div>'
-        )
+    bar = "" if fraction is None else progress_bar(fraction, "Progress")
     facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in details)
     live = "off" if state == "running" else "polite"
     return (
         f'<div class="studio-status {state}" role="status" aria-live="{live}">{bar}<p>{escape(text)}</p>'
         f"{f'<dl>{facts}</dl>' if facts else ''}</div>"
     )
+
+
+def progress_bar(fraction, label):
+    """A bar of which 0-1 is filled."""
+    percent = round(100 * min(max(fraction, 0.0), 1.0))
+    return (
+        f'<div class="studio-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{percent}" aria-label="{escape(label)}"><i style="width:{percent}%"></i></div>'
+    )
+
+
+def duration(seconds):
+    """Seconds as a person reads them."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def pictures(count):

@@ -1,13 +1,20 @@
 """The Generate tab: words in, pictures out, drawn before your eyes."""
 
-import logging
+import re
 
 import gradio as gr
 
+from studio import DECODINGS, decoding_named
 from studio.errors import StudioError
-from studio.ui.components import columns_for, picture_grid, pictures, status_line
-from studio.ui.drawing import MOST_PICTURES, Drawn, Wish, draw, draw_seed
+from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
+from studio.ui.components import columns_for, duration, picture_grid, pictures, status_line
+from studio.ui.drawing import Drawn, draw
+from studio.ui.fields import number_field
+from studio.ui.lanes import race_lanes, race_verdict
 from studio.ui.models import own_settings
+from studio.ui.race import race
+from studio.ui.token_grid import token_grid
+from studio.ui.wish import MOST_PICTURES, Wish, draw_seed
 
 EXAMPLES = [
     "a red apple",
@@ -18,11 +25,7 @@ EXAMPLES = [
     "a fox, flat style",
 ]
 IDLE = status_line("Say what to draw and press Generate.")
-QUEUED = status_line("Waiting for the model …", state="running", fraction=0)
-STOPPED = status_line("Stopped. What was drawn so far stays here.", state="stopped")
-FAILED = status_line("That did not work. Your prompt and settings are unchanged.", state="stopped")
-
-logger = logging.getLogger(__name__)
+LOADING = status_line("Loading the model …", state="running", fraction=0)
 
 
 def build_tab(model):
@@ -40,6 +43,7 @@ def build_tab(model):
             )
             with gr.Row(elem_classes="studio-actions"):
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
+                race_button = gr.Button("Race", elem_id="race", scale=1, min_width=96)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[prompt],
@@ -50,11 +54,13 @@ def build_tab(model):
             )
         with gr.Column(elem_classes="area-show"):
             gallery = picture_grid(label="Pictures", show_label=False, columns=2, elem_id="pictures")
-            status = gr.HTML(IDLE, elem_id="status")
+            status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
+            tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
+            decoding, options = _decoding_fields()
             count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", elem_id="count", buttons=[])
             with gr.Row(elem_classes="studio-seed"):
-                seed = _field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
+                seed = number_field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="dice", size="sm", scale=0, min_width=0)
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 gr.Markdown("Empty fields take the model's own setting, shown in grey.", elem_classes="studio-hint")
@@ -66,15 +72,71 @@ def build_tab(model):
                     top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
                     top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
 
-    wish = [prompt, count, seed, guidance, temperature, top_k, top_p]
-    outputs = [gallery, status, generate, cancel]
-    private = {"api_visibility": "private"}
+    form = [prompt, count, seed, guidance, temperature, top_k, top_p, decoding, *options.values()]
 
     async def show(*values):
-        async for update in show_drawing(model, *values):
+        async for update in show_drawing(model, *_with_options(values, options)):
             yield update
 
-    async def answer(prompt, count=4, seed=None, guidance=None, temperature=None, top_k=None, top_p=None):
+    async def show_sides(*values):
+        async for update in show_race(model, *_with_options(values, options)):
+            yield update
+
+    connect_actions(
+        [
+            ([generate.click, prompt.submit], show, form, [gallery, tokens, status]),
+            ([race_button.click], show_sides, form, [gallery, tokens, status]),
+        ],
+        status,
+        starts=[generate, race_button],
+        cancel=cancel,
+    )
+    dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
+    examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
+    _endpoint(model, prompt, count)
+
+
+def _decoding_fields():
+    """The choice of a decoding, and by (decoding, option) the fields of its options, shown when it is chosen."""
+    names = [(choice.title, name) for name, choice in DECODINGS.items()]
+    decoding = gr.Radio(names, value="ar", label="Decoding", info=DECODINGS["ar"].summary, elem_id="decoding")
+    fields, rows = {}, {}
+    for name, choice in DECODINGS.items():
+        with gr.Row(visible=False, elem_classes="studio-options") as rows[name]:
+            for option in choice.options:
+                title, usual = option.name.replace("_", " ").capitalize(), f"{option.default:g}"
+                elem_id = re.sub(r"\W", "-", f"{name}-{option.name}")
+                fields[name, option.name] = number_field(title, option.summary, elem_id, usual)
+
+    def choose(chosen):
+        shown = [gr.update(visible=name == chosen and bool(DECODINGS[name].options)) for name in rows]
+        return gr.update(info=decoding_named(chosen).summary), *shown
+
+    decoding.change(choose, decoding, [decoding, *rows.values()], queue=False, **PRIVATE)
+    return decoding, fields
+
+
+def _with_options(values, fields):
+    """The values of a form with those of all options behind it, as `Wish.from_fields` takes them."""
+    *basic, decoding = values[: len(values) - len(fields)]
+    texts = zip(fields, values[len(values) - len(fields) :])
+    return *basic, decoding, {option: text for (owner, option), text in texts if owner == decoding}
+
+
+def _endpoint(model, prompt, count):
+    """What programs call."""
+
+    async def answer(
+        prompt,
+        count=4,
+        seed=None,
+        guidance=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        decoding="ar",
+        options=None,
+    ):
         """Draw pictures from words; streams previews, then the finished pictures.
 
         Args:
@@ -85,40 +147,27 @@ def build_tab(model):
             temperature: randomness of each token, above 0; the model's own setting when empty.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
+            decoding: how tokens are drawn, such as "ar", "speculative" or "lantern".
+            options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
 
         Returns:
             The pictures as PNG files, and details: seeds, tokens, target calls and seconds, or the progress so far.
         """
-        async for update in answer_drawing(model, prompt, count, seed, guidance, temperature, top_k, top_p):
+        wish = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding, options or {})
+        async for update in answer_drawing(model, *wish):
             yield update
-
-    begin = gr.on(
-        [generate.click, prompt.submit], _begin, None, outputs[1:], queue=False, show_progress="hidden", **private
-    )
-    run = begin.then(show, wish, outputs, show_progress="hidden", concurrency_id="gpu", concurrency_limit=1, **private)
-    run.failure(lambda: _rest(FAILED), None, outputs[1:], queue=False, show_progress="hidden", **private)
-    cancel.click(
-        lambda: _rest(STOPPED), None, outputs[1:], queue=False, cancels=[run], show_progress="hidden", **private
-    )
-    dice.click(draw_seed, None, seed, queue=False, show_progress="hidden", **private)
-    examples.click(lambda sample: sample[0], examples, prompt, queue=False, show_progress="hidden", **private)
 
     with gr.Group(visible=False):
         numbers = [gr.Number(label=name) for name in ("Seed", "Guidance", "Temperature", "Top-k", "Top-p")]
+        decoding, options = gr.Textbox("ar", label="Decoding"), gr.JSON(label="Options")
         found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
         endpoint = gr.Button("Generate")
-    endpoint.click(
-        answer,
-        [prompt, count, *numbers],
-        [found, details],
-        api_name="generate",
-        concurrency_id="gpu",
-        concurrency_limit=1,
-    )
+    inputs = [prompt, count, *numbers, decoding, options]
+    endpoint.click(answer, inputs, [found, details], api_name="generate", **ON_THE_MODEL)
 
 
 async def show_drawing(model, *values):
-    """Draw for the page: yields updates of (gallery, status, generate button, cancel button).
+    """Draw for the page: yields updates of (gallery, tokens, status).
 
     A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
     """
@@ -130,21 +179,43 @@ async def show_drawing(model, *values):
                 gr.Warning(news.warning, title="Unknown words", duration=12)
                 warned = True
             if isinstance(news, Drawn):
-                yield (_finished(news, wish), summary(news, wish), *_buttons(running=False))
+                yield _gallery(news.pictures, wish), _tokens(news.fates), summary(news, wish)
             elif news.pictures is not shown:
                 shown = news.pictures
-                yield (_preview(shown, wish), progress(news, wish), gr.skip(), gr.skip())
+                yield _gallery(shown, wish), _tokens(news.fates), progress(news, wish)
             else:
-                yield gr.skip(), progress(news, wish), gr.skip(), gr.skip()
+                yield gr.skip(), gr.skip() if news.drawn != 1 else "", progress(news, wish)
     except StudioError as error:
         gr.Warning(str(error), title="Please check", duration=10)
-        yield (gr.skip(), FAILED, *_buttons(running=False))
+        yield gr.skip(), gr.skip(), FAILED
+
+
+async def show_race(model, *values):
+    """Race for the page: yields updates as `show_drawing` does."""
+    shown = warned = None
+    try:
+        wish = Wish.from_fields(model, *values)
+        async for news in race(wish):
+            if news.warning and not warned:
+                gr.Warning(news.warning, title="Unknown words", duration=12)
+                warned = True
+            if not news.lanes:
+                yield gr.skip(), gr.skip(), LOADING
+                continue
+            found = [lane.picture for lane in news.lanes]
+            fresh = found != shown and all(found)
+            shown = found if fresh else shown
+            yield _sides(news, wish) if fresh else gr.skip(), race_lanes(news), race_status(news, wish)
+    except StudioError as error:
+        gr.Warning(str(error), title="Please check", duration=10)
+        yield gr.skip(), gr.skip(), FAILED
 
 
 async def answer_drawing(model, *values):
     """Draw for a program: yields (pictures, details); a mistake in the values is an error with the same sentence."""
     try:
-        wish = Wish(model, *values)
+        *basic, decoding, options = values
+        wish = Wish(model, *basic, decoding=decoding, options=options)
         async for news in draw(wish):
             if isinstance(news, Drawn):
                 yield _captioned(news.pictures, wish), _details(news, wish)
@@ -160,11 +231,11 @@ async def answer_drawing(model, *values):
 def progress(news, wish):
     """The status line of a drawing under way."""
     if not news.total:
-        return status_line("Loading the model …", state="running", fraction=0)
+        return LOADING
     text = f"Drawing {pictures(wish.count)}: {news.drawn} of {news.total} tokens"
     if news.seconds > 0.3:
         rate = (news.drawn - 1) / news.seconds
-        text += f", {rate * wish.count:.0f} tokens/s, {_duration((news.total - news.drawn) / max(rate, 1e-6))} left"
+        text += f", {rate * wish.count:.0f} tokens/s, {duration((news.total - news.drawn) / max(rate, 1e-6))} left"
     return status_line(text, state="running", fraction=news.drawn / news.total)
 
 
@@ -173,53 +244,44 @@ def summary(drawn, wish):
     stats = drawn.stats
     seeds = f"{wish.seeds[0]}" if wish.count == 1 else f"{wish.seeds[0]} to {wish.seeds[-1]}"
     return status_line(
-        f"{pictures(wish.count).capitalize()} in {_duration(stats.seconds['total'])}.",
+        f"{pictures(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
         state="done",
         details=[
             ("tokens/s", f"{_rate(stats):.0f}"),
             ("tokens", f"{stats.tokens}"),
             ("target calls", f"{stats.target_calls}"),
+            ("tokens a call", f"{stats.mean_accepted_length:.2f}"),
             ("seed" if wish.count == 1 else "seeds", seeds),
         ],
     )
 
 
+def race_status(news, wish):
+    """The status line of a race."""
+    if news.finished:
+        return status_line(race_verdict(news), state="done", details=[("seed", f"{wish.seed}")])
+    share = sum(lane.drawn for lane in news.lanes) / sum(lane.total for lane in news.lanes)
+    far = ", ".join(f"{lane.title} {lane.drawn}" for lane in news.lanes)
+    text = f"Racing, by turns so that neither slows the other: {far} of {news.lanes[0].total} tokens"
+    return status_line(text, state="running", fraction=share)
+
+
 def _setting(label, info, own):
     name = label.lower()
-    return _field(label, info, name, own.get(name, "model's own"))
+    return number_field(label, info, name, own.get(name, "model's own"))
 
 
-def _field(label, info, elem_id, placeholder):
-    """A field for a number that may stay empty (Gradio's number field cannot: it turns an empty one into 0)."""
-    return gr.Textbox(
-        label=label,
-        info=info,
-        placeholder=placeholder,
-        max_lines=1,
-        elem_id=elem_id,
-        min_width=120,
-        html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-    )
-
-
-def _begin():
-    return (QUEUED, *_buttons(running=True))
-
-
-def _rest(line):
-    return (line, *_buttons(running=False))
-
-
-def _buttons(running):
-    return gr.update(visible=not running), gr.update(visible=running)
-
-
-def _preview(drawn, wish):
+def _gallery(drawn, wish):
     return gr.update(value=_captioned(drawn, wish), columns=columns_for(wish.count), selected_index=None)
 
 
-def _finished(drawn, wish):
-    return gr.update(value=_captioned(drawn.pictures, wish), columns=columns_for(wish.count))
+def _sides(news, wish):
+    found = [(lane.picture, f"{lane.title} · seed {wish.seed}") for lane in news.lanes]
+    return gr.update(value=found, columns=2, selected_index=None)
+
+
+def _tokens(fates):
+    return token_grid(fates, "Tokens of the first picture") if fates else ""
 
 
 def _captioned(drawn, wish):
@@ -234,8 +296,10 @@ def _details(drawn, wish):
         "prompt": wish.prompt,
         "seeds": wish.seeds,
         "settings": wish.settings,
+        "decoding": {"name": wish.decoding, **wish.options},
         "tokens": stats.tokens,
         "target_calls": stats.target_calls,
+        "mean_accepted_length": stats.mean_accepted_length,
         "tokens_per_second": round(_rate(stats), 1),
         "seconds": dict(stats.seconds),
         "warning": drawn.warning,
@@ -244,7 +308,3 @@ def _details(drawn, wish):
 
 def _rate(stats):
     return stats.tokens / max(stats.seconds["decode"], 1e-9)
-
-
-def _duration(seconds):
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,13 +1,14 @@
-"""The pipelines this process has loaded: each once, on first use, shared by every visitor."""
+"""The models this process has loaded: each once, on first use, shared by every visitor."""
 
 import json
 import threading
 from pathlib import Path
 
-from studio.checkpoints.bundled import BUNDLED, ROOT
+from studio.checkpoints.bundled import BUNDLED, ROOT, read_checksums
 
 _SETTINGS = {"guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
 _pipelines = {}
+_readers = {}
 _lock = threading.Lock()
 
 
@@ -29,6 +30,40 @@ def get_pipeline(name):
             loaded.set_progress_bar_config(disable=True)
             _pipelines[name] = loaded
         return _pipelines[name]
+
+
+def get_reader(name):
+    """Return the model called `name` (whatever `studio.load` takes) that answers questions about pictures.
+
+    Visitors may name any, so only the one asked last stays loaded. A new one answers a blank picture first: the time of
+    its first real answer is then that of any other.
+
+    Raises:
+        StudioError: it cannot be loaded, or it reads no pictures.
+    """
+    import studio
+
+    with _lock:
+        if name not in _readers:
+            _readers.clear()
+            loaded = studio.load(name)
+            if not hasattr(loaded, "processor"):
+                raise studio.StudioError(f"{name} reads no pictures: name a vision-language model of transformers.")
+            loaded(_blank_picture(), "what", max_new_tokens=2)
+            _readers[name] = loaded
+        return _readers[name]
+
+
+def bundled_readers():
+    """The names of the bundled models that answer questions about pictures, and whose weights are here."""
+    present = read_checksums()
+    return [name for name, model in BUNDLED.items() if model.kind == "reader" and present.get(name)]
+
+
+def _blank_picture():
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64), "white")
 
 
 def own_settings(name):

@@ -17,7 +17,8 @@ class Bundled:
     """One bundled model.
 
     Args:
-        kind: `"pipeline"` and `"tokenizer"` are what `studio.load` returns; a `"judge"` is only used to measure.
+        kind: `"pipeline"`, `"tokenizer"` and `"reader"` (answers questions about pictures) are what `studio.load`
+            returns; a `"judge"` is only used to measure.
         summary: one line for `studio models`.
     """
 

@@ -8,43 +8,15 @@ import warnings
 
 import gradio as gr
 import pytest
-from gradio_client import Client
 from PIL import Image
 
-from studio import LlamaGen, StudioError
-from studio.models.native import NativeLlamaGen
-from studio.models.packed import PackedLlamaGen
-from studio.ui import drawing, generate, models
+from studio import DECODINGS, StudioError
+from studio.ui import generate, models
 from studio.ui.app import build_app, launch, launch_settings
+from studio.ui.wish import Wish
 
 FIELDS = ["a red apple", 2, "7", "", "", "", ""]
 LIMIT = 60  # seconds
-
-
-@pytest.fixture
-def steps(tiny_pipeline, monkeypatch):
-    """The app draws with the tiny pipeline, 60 ms a step; the list grows by one with each call of the transformer."""
-    calls = []
-    for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
-        monkeypatch.setattr(network, "extend", _counted(network.extend, calls))
-        monkeypatch.setattr(network, "prefill", _counted(network.prefill, calls))
-    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
-    return calls
-
-
-@pytest.fixture
-def toasts(monkeypatch):
-    shown = []
-    monkeypatch.setattr(gr, "Warning", lambda message, **_: shown.append(message))
-    return shown
-
-
-@pytest.fixture
-def client(steps):
-    app = build_app("tiny")
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
-    yield Client(url, verbose=False)
-    app.close()
 
 
 def updates(*fields):
@@ -61,7 +33,7 @@ def test_pictures_grow_and_end_as_the_pipeline_draws_them(steps, tiny_pipeline):
     preview, final = galleries[0][0][0], [picture for picture, _ in galleries[-1]]
     assert preview.mode == "RGBA"
     assert preview.getchannel("A").getextrema() == (0, 255)
-    expected = drawing.Wish("tiny", "a red apple", 2, 7)
+    expected = Wish("tiny", "a red apple", 2, 7)
     again = tiny_pipeline("a red apple", num_images_per_prompt=2, generator=_generators(expected.seeds)).images
     assert [picture.tobytes() for picture in final] == [picture.tobytes() for picture in again]
 
@@ -76,7 +48,7 @@ def test_finished_pictures_say_how_they_were_made(steps):
 
 
 def test_the_status_line_gives_speed_calls_and_seeds(steps):
-    status = updates(*FIELDS)[-1][1]
+    status = updates(*FIELDS)[-1][2]
     assert "2 pictures in" in status
     for label in ("tokens/s", "target calls", "seeds"):
         assert label in status
@@ -84,7 +56,7 @@ def test_the_status_line_gives_speed_calls_and_seeds(steps):
 
 
 def test_an_empty_seed_is_drawn_anew_each_time():
-    assert len({drawing.Wish.from_fields("tiny", "x", 1, "", "", "", "", "").seed for _ in range(4)}) > 1
+    assert len({Wish.from_fields("tiny", "x", 1, "", "", "", "", "").seed for _ in range(4)}) > 1
 
 
 @pytest.mark.parametrize(
@@ -107,16 +79,47 @@ def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, position, entry
     found = updates(*fields)
     assert len(toasts) == 1 and sentence in toasts[0]
     assert all(update[0] == gr.skip() for update in found)
-    generate_button, cancel_button = found[-1][2:]
-    assert generate_button["visible"] and not cancel_button["visible"]
+    assert "unchanged" in found[-1][2]
     assert not steps
+
+
+def test_options_of_a_decoding_are_numbers(steps, toasts):
+    updates(*FIELDS, "lantern", {"delta": "much", "neighbours": ""})
+    assert toasts == ["Delta must be a number, not 'much'; or leave it empty."]
+    updates(*FIELDS, "lantern", {"delta": "", "neighbours": "1.5"})
+    assert "whole number" in toasts[-1]
+    updates(*FIELDS, "fast", {})
+    assert "speculative" in toasts[-1] and not steps
+
+
+@pytest.mark.parametrize(
+    ("decoding", "options"), [("speculative", {}), ("lantern", {"delta": "0.2", "neighbours": "9"})]
+)
+def test_drafts_are_told_from_the_models_own_tokens(steps, decoding, options):
+    gallery, tokens, status = updates("a red apple", 1, "7", "", "", "", "", decoding, options)[-1]
+    assert "accepted drafts" in tokens and tokens.count("M") == 16
+    record = json.loads(gallery["value"][0][0].info["studio"])
+    assert record["call"]["decoding"]["name"] == decoding
+    assert "tokens a call" in status
+
+
+def test_every_decoding_is_offered_with_its_options(tmp_path):
+    fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
+    assert [name for _, name in fields["decoding"]["choices"]] == list(DECODINGS)
+    assert fields["lantern-delta"]["placeholder"] == "0.1"
+
+
+def test_what_does_not_fit_a_model_is_refused_by_name(steps, toasts):
+    found = updates(*FIELDS, "distilled", {})
+    assert len(toasts) == 1 and "student" in toasts[0]
+    assert "unchanged" in found[-1][2] and not steps
 
 
 def test_unknown_words_are_named_and_drawn_all_the_same(steps, toasts, tiny_pipeline, monkeypatch):
     monkeypatch.setattr(tiny_pipeline, "vocabulary", (["a", "red", "apple"], ["red apple"]), raising=False)
     found = updates("a red aple", *FIELDS[1:])
     assert len(toasts) == 1 and "'aple'" in toasts[0] and "red apple" in toasts[0]
-    assert "2 pictures in" in found[-1][1]
+    assert "2 pictures in" in found[-1][2]
 
 
 def test_closing_a_drawing_stops_the_model_within_one_step(steps):
@@ -135,6 +138,10 @@ def test_closing_a_drawing_stops_the_model_within_one_step(steps):
 
 
 def test_a_drawing_waiting_for_the_model_never_starts_when_cancelled(steps):
+    updates(*FIELDS)
+    of_one = len(steps)
+    steps.clear()
+
     async def cancel_the_second():
         first = asyncio.create_task(_drain(generate.show_drawing("tiny", *FIELDS)))
         await asyncio.sleep(0.05)
@@ -144,14 +151,14 @@ def test_a_drawing_waiting_for_the_model_never_starts_when_cancelled(steps):
         return await first
 
     asyncio.run(cancel_the_second())
-    assert len(steps) == 16
+    assert len(steps) == of_one
 
 
 def test_the_endpoint_is_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert list(endpoints) == ["/generate"]
+    assert list(endpoints) == ["/generate", "/ask"]
     names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
-    assert names == ["prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p"]
+    assert names == ["prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p", "decoding", "options"]
     assert "previews" in endpoints["/generate"]["description"]
 
 
@@ -174,12 +181,12 @@ def test_a_program_sees_progress_and_can_cancel_within_one_step(client, steps):
     job.cancel()
     at_cancel = len(steps)
     time.sleep(0.5)
-    assert 4 <= at_cancel < 12
+    assert 4 <= at_cancel < 15
     assert len(steps) <= at_cancel + 2  # the request to cancel takes a moment of its own
 
 
 def test_a_program_gets_a_mistake_as_an_error(client):
-    with pytest.raises(Exception, match="maximum value 16"):
+    with pytest.raises(Exception, match="between 1 and 16"):
         client.predict("a red apple", 99, api_name="/generate")
 
 
@@ -196,7 +203,7 @@ def test_building_the_app_loads_nothing_and_warns_of_nothing(monkeypatch):
     assert app.delete_cache == (3600, 3600)
     assert not app.analytics_enabled
     heavy = [fn for fn in app.fns.values() if fn.concurrency_id == "gpu"]
-    assert len(heavy) == 2 and all(fn.concurrency_limit == 1 for fn in heavy)
+    assert len(heavy) == 5 and all(fn.concurrency_limit == 1 for fn in heavy)
 
 
 def test_the_app_reaches_no_network(steps, monkeypatch):
@@ -231,15 +238,6 @@ def test_a_tokenizer_cannot_draw(tiny_vq, monkeypatch):
     monkeypatch.setattr("studio.load", lambda name: tiny_vq, raising=False)
     with pytest.raises(StudioError, match="cannot draw"):
         models.get_pipeline("emoji-vq")
-
-
-def _counted(method, calls):
-    def counted(*args, **kwargs):
-        calls.append(time.monotonic())
-        time.sleep(0.06)
-        return method(*args, **kwargs)
-
-    return counted
 
 
 async def _drain(updates):

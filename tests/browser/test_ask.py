@@ -1,0 +1,84 @@
+"""The Ask tab as a person meets it."""
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.browser
+
+LIMIT = 90_000  # milliseconds
+TOAST = ".toast-body"
+
+
+@pytest.fixture
+def tab(page, reader_folder):
+    """The tab with an example in its fields and a model named."""
+    page.get_by_role("tab", name="Ask").click()
+    page.click("#ask-examples tbody tr >> nth=0")
+    page.wait_for_function("document.querySelector('#question textarea, #question input').value.includes('lion')")
+    page.wait_for_selector("#picture img")
+    page.fill("#reader input", reader_folder)
+    page.press("#reader input", "Enter")
+    return page
+
+
+def test_both_answers_come_with_the_patches_they_came_from(tab):
+    tab.click("#ask")
+    tab.wait_for_selector("#ask-status .done", timeout=LIMIT)
+    assert "the answer is" in tab.inner_text("#ask-status")
+    cards = tab.locator("#answers .studio-answer")
+    assert cards.count() == 2 and "visual tokens" in cards.nth(0).inner_text()
+    tab.wait_for_function(
+        "() => { const all = [...document.querySelectorAll('#patches img')];"
+        " return all.length == 2 && all.every(image => image.complete && image.naturalWidth > 400) }"
+    )
+    alts = tab.eval_on_selector_all("#patches img", "all => all.map(image => image.alt)")
+    assert alts[0].startswith("Whole picture") and alts[1].startswith("Crops")
+
+
+def test_a_file_that_is_no_picture_is_a_toast_and_nothing_is_lost(tab, tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    tab.click("#picture button[aria-label='Clear'], #picture button[title='Clear']")
+    tab.set_input_files("#picture input[type=file]", tmp_path / "notes.png")
+    tab.wait_for_selector("#picture img")
+    tab.wait_for_timeout(500)
+    tab.click("#ask")
+    tab.wait_for_selector(TOAST)
+    assert "notes.png is not a picture" in tab.inner_text(TOAST)
+    assert "lion" in tab.input_value("#question textarea, #question input")
+    tab.wait_for_selector("#ask")
+
+
+def test_an_own_picture_is_read(tab, tmp_path):
+    Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 50).convert("CMYK").save(tmp_path / "own.jpg")
+    tab.click("#picture button[aria-label='Clear'], #picture button[title='Clear']")
+    tab.set_input_files("#picture input[type=file]", tmp_path / "own.jpg")
+    tab.wait_for_selector("#picture img")
+    tab.wait_for_timeout(500)
+    tab.uncheck("#compare input")
+    tab.click("#ask")
+    tab.wait_for_selector("#ask-status .done", timeout=LIMIT)
+    assert tab.locator("#answers .studio-answer").count() == 1
+
+
+def test_without_a_picture_the_tab_says_so(page):
+    page.get_by_role("tab", name="Ask").click()
+    page.fill("#question textarea, #question input", "what is this")
+    page.fill("#reader input", "some-model")
+    page.press("#reader input", "Enter")
+    page.click("#ask")
+    page.wait_for_selector(TOAST)
+    assert "Give a picture" in page.inner_text(TOAST)
+
+
+def test_the_answer_grows_and_can_be_cancelled(tab, slow_steps):
+    slow_steps.delay = 0.3
+    tab.click("#ask")
+    tab.wait_for_function("document.querySelector('#answers .running .said')?.innerText.length > 0", timeout=LIMIT)
+    tab.click("#ask-cancel")
+    tab.wait_for_selector("#ask-status .stopped")
+    tab.wait_for_timeout(800)
+    stopped_at = slow_steps.count
+    tab.wait_for_timeout(1200)
+    assert slow_steps.count == stopped_at
+    assert tab.inner_text("#answers .said >> nth=0")
+    tab.wait_for_selector("#ask")

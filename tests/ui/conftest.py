@@ -1,0 +1,56 @@
+"""Shared by the tests of the app: it draws and reads with tiny random models."""
+
+import time
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+
+from studio import LlamaGen, VisualQuestionPipeline
+from studio.models.native import NativeLlamaGen
+from studio.models.packed import PackedLlamaGen
+from studio.ui import models
+from studio.ui.app import build_app, launch_settings
+
+
+@pytest.fixture
+def steps(tiny_pipeline, monkeypatch):
+    """The app draws with the tiny pipeline, 60 ms a step; the list grows by one with each call of the transformer."""
+    calls = []
+    for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
+        for name in ("prefill_states", "extend", "extend_tree"):
+            monkeypatch.setattr(network, name, _counted(getattr(network, name), calls))
+    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
+    return calls
+
+
+@pytest.fixture
+def reader(tiny_reader, monkeypatch):
+    """The app reads with the tiny reader, called "tiny-reader"."""
+    pipe = VisualQuestionPipeline(*tiny_reader)
+    monkeypatch.setitem(models._readers, "tiny-reader", pipe)
+    return pipe
+
+
+@pytest.fixture
+def toasts(monkeypatch):
+    shown = []
+    monkeypatch.setattr(gr, "Warning", lambda message, **_: shown.append(message))
+    return shown
+
+
+@pytest.fixture
+def client(steps, reader):
+    app = build_app("tiny")
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
+    yield Client(url, verbose=False)
+    app.close()
+
+
+def _counted(method, calls):
+    def counted(*args, **kwargs):
+        calls.append(time.monotonic())
+        time.sleep(0.06)
+        return method(*args, **kwargs)
+
+    return counted

@@ -1,0 +1,218 @@
+"""The Ask tab: answers that grow, patches over the picture, and every way to get it wrong."""
+
+import asyncio
+import time
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from gradio_client import handle_file
+from PIL import Image
+
+from studio.pruning.patches import PatchView
+from studio.ui import ask, models
+from studio.ui.answers import answer_cards, verdict
+from studio.ui.patches import draw_patches
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenes") / "scene.png"
+    Image.effect_mandelbrot((192, 96), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(path)
+    return str(path)
+
+
+def updates(scene, **changes):
+    fields = {"model": "tiny-reader", "picture": scene, "question": "how many", "method": "divprune", "keep": 0.2}
+    fields |= {"compare": True, **changes}
+    fields["picture"] = fields["picture"] and {"path": fields["picture"]}
+
+    async def collect():
+        return [update async for update in ask.show_reading(*fields.values())]
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Answers of four tokens, slow enough to be seen growing."""
+    monkeypatch.setattr(ask, "Inquiry", lambda *values, **more: _Inquiry(*values, **{"max_new_tokens": 4, **more}))
+
+
+_Inquiry = ask.Inquiry
+
+
+def test_both_answers_come_with_counts_and_clocks(reader, short, scene):
+    found = updates(scene)
+    _, cards, status = found[-1]
+    assert cards.count('<section class="studio-answer done">') == 2
+    whole = reader(Image.open(scene), "how many", max_new_tokens=4)
+    kept = round(0.2 * whole.visual_tokens)
+    assert f"{whole.visual_tokens} of {whole.visual_tokens} visual tokens" in cards
+    assert f"{kept} of {whole.visual_tokens} visual tokens" in cards
+    assert whole.answer in cards
+    for phase in ("encode", "select", "prefill", "decode"):
+        assert cards.count(f"<dt>{phase}</dt>") == 2
+    assert "the answer is" in status
+
+
+def test_patches_are_drawn_before_the_answer_is_there(reader, short, scene):
+    found = updates(scene)
+    galleries = [gallery["value"] for gallery, _, _ in found if "value" in gallery]
+    (whole, whole_caption), (crops, crops_caption) = galleries[-1]
+    assert len(galleries) == 1 and "of 144 patches" in whole_caption and crops_caption.startswith("Crops")
+    assert whole.mode == "RGBA" and whole.size == (576, 288)
+    assert whole.getchannel("A").getextrema() == (44, 255)
+
+
+def test_one_run_where_nothing_is_to_compare(reader, short, scene):
+    assert updates(scene, compare=False)[-1][1].count("<section") == 1
+    assert updates(scene, keep=1)[-1][1].count("<section") == 1
+
+
+def test_text_of_a_model_is_never_markup(reader, short, scene, monkeypatch):
+    monkeypatch.setattr(reader.processor.tokenizer, "decode", lambda *_, **__: "<img src=x onerror=alert(1)>")
+    cards = updates(scene)[-1][1]
+    assert "<img" not in cards and "&lt;img" in cards
+
+
+def files(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "notes.png").write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "noise.png").read_bytes()[:4000])
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (20_000, 10)).save(tmp_path / "strip.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("notes.png", "notes.png is not a picture"),
+        ("truncated.png", "damaged"),
+        ("bomb.png", "64 million"),
+        ("dot.png", "at least 8"),
+        ("strip.png", "100 times"),
+        ("absent.png", "no picture absent.png"),
+    ],
+)
+def test_files_that_cannot_be_read_are_a_toast(reader, short, toasts, tmp_path, name, words):
+    files(tmp_path)
+    found = updates(str(tmp_path / name))
+    assert len(toasts) == 1 and words in toasts[0] and str(tmp_path) not in toasts[0]
+    assert found[-1][:2] == (gr.skip(), gr.skip()) and "unchanged" in found[-1][2]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "RGBA", "P", "LA"])
+def test_files_of_every_kind_are_read(reader, short, toasts, tmp_path, mode):
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    if mode == "I;16":
+        Image.fromarray(np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)).save(path)
+    else:
+        Image.new("RGB", (64, 64), "teal").convert(mode.replace("LA", "L")).convert(mode).save(path)
+    assert "Answered" in updates(str(path), compare=False)[-1][2] and not toasts
+
+
+def test_an_animation_is_read(reader, short, toasts, tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert "Answered" in updates(str(tmp_path / "moving.gif"), compare=False)[-1][2] and not toasts
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"picture": None}, "Give a picture"),
+        ({"question": " "}, "question is empty"),
+        ({"question": "x" * 2001}, "2001 characters"),
+        ({"model": None}, "Name a model"),
+        ({"model": "nobody-has-this"}, "no model or folder"),
+        ({"keep": 0}, "above 0 and at most 1"),
+        ({"keep": 1.5}, "above 0 and at most 1"),
+        ({"keep": "much"}, "above 0 and at most 1"),
+        ({"method": "magic"}, "divprune"),
+    ],
+)
+def test_wrong_input_is_a_toast_and_loses_nothing(reader, short, toasts, scene, changes, words):
+    found = updates(scene, **changes)
+    assert len(toasts) == 1 and words in toasts[0]
+    assert found[-1][0] == gr.skip() and "unchanged" in found[-1][2]
+
+
+def test_a_model_that_reads_no_pictures_is_refused(toasts, tiny_folder, scene):
+    updates(scene, model=str(tiny_folder))
+    updates(scene, model=str(tiny_folder / "text_encoder"))
+    assert len(toasts) == 2 and all("reads no pictures" in toast for toast in toasts)
+
+
+def test_a_folder_is_loaded_once_and_the_latest_stays(reader, short, toasts, scene, tiny_reader, tmp_path):
+    for part in tiny_reader:
+        part.save_pretrained(tmp_path)
+    updates(scene, model=f" {tmp_path} ", compare=False)
+    assert not toasts and list(models._readers) == [str(tmp_path)]
+
+
+def test_closing_stops_the_model_within_one_token(reader, scene, monkeypatch):
+    calls = []
+    forward = reader.model.forward
+
+    def slow(*args, **kwargs):
+        calls.append(1)
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(reader.model, "forward", slow)
+
+    async def close_after_a_while():
+        asked = ask.show_reading("tiny-reader", {"path": scene}, "how many", "divprune", 0.2, True)
+        async for _ in asked:
+            if len(calls) >= 4:
+                break
+        await asked.aclose()
+        return len(calls)
+
+    at_cancel = asyncio.run(close_after_a_while())
+    time.sleep(0.4)
+    assert 4 <= at_cancel < 12
+    assert len(calls) <= at_cancel + 1
+
+
+def test_without_a_reader_the_tab_says_what_to_do(monkeypatch):
+    from studio.ui.app import build_app
+
+    monkeypatch.setattr(ask, "bundled_readers", list)
+    fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
+    assert "studio train emoji-vlm" in fields["ask-status"]["value"] and fields["reader"].get("value") is None
+    monkeypatch.setattr(ask, "bundled_readers", lambda: ["emoji-vlm"])
+    fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
+    assert "studio train" not in fields["ask-status"]["value"] and fields["reader"]["value"] == "emoji-vlm"
+
+
+def test_programs_ask_too(client, scene):
+    text, details = client.predict(handle_file(scene), "how many", "tiny-reader", "uniform", 0.1, 3, api_name="/ask")
+    assert text and details["kept_tokens"] == round(0.1 * details["visual_tokens"])
+    assert set(details["seconds"]) == {"encode", "select", "prefill", "decode"}
+    with pytest.raises(Exception, match="above 0 and at most 1"):
+        client.predict(handle_file(scene), "how many", "tiny-reader", "uniform", 7, 3, api_name="/ask")
+
+
+def test_kept_patches_are_full_and_others_faint():
+    picture = Image.new("RGB", (480, 240), "teal")
+    kept = torch.tensor([[True, False], [False, False]])
+    alpha = np.asarray(draw_patches(picture, PatchView("whole", (0.25, 0, 0.75, 1), kept, kept)).getchannel("A"))
+    assert alpha[0, 120] == alpha[119, 239] == 255
+    assert alpha[0, 119] == alpha[0, 240] == alpha[120, 120] == alpha[0, 479] == 44
+    padded = draw_patches(picture, PatchView("crops", (0, -0.5, 1, 1.5), torch.ones(4, 4) > 0, torch.ones(4, 4) > 0))
+    assert padded.getchannel("A").getextrema() == (255, 255)
+
+
+def test_bars_share_a_scale_and_the_verdict_is_honest(reader, scene):
+    fast, slow = (reader(Image.open(scene), "how many", max_new_tokens=1) for _ in range(2))
+    fast.seconds.update(encode=0.1, select=0.1, prefill=0.1, decode=0.1)
+    slow.seconds.update(encode=0.2, select=0, prefill=0.5, decode=0.1)
+    assert 'class="prefill" style="width:62.50%"' in answer_cards([("a", fast), ("b", slow)])
+    assert verdict(fast, slow) == "2.0 times as fast as with all tokens; the answer is the same."
+    assert verdict(slow, fast).startswith("Slower than with all tokens, by 0.4 s")

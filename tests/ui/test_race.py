@@ -1,0 +1,93 @@
+"""Plain decoding beside another, in turns."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+from studio import DECODINGS
+from studio.ui import generate
+from studio.ui.race import Turns
+
+FIELDS = ["a red apple", 4, "7", "", "", "", "", "speculative", {}]
+
+
+def updates(*fields):
+    async def collect():
+        return [update async for update in generate.show_race("tiny", *fields)]
+
+    return asyncio.run(collect())
+
+
+def test_both_sides_draw_what_they_draw_alone(steps, tiny_pipeline):
+    gallery, lanes, status = updates(*FIELDS)[-1]
+    drawn = [picture for picture, _ in gallery["value"]]
+    for picture, decoding in zip(drawn, ("ar", "speculative"), strict=True):
+        alone = tiny_pipeline(
+            "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
+        )
+        assert picture.tobytes() == alone.images[0].tobytes()
+    assert lanes.count('<section class="studio-lane done">') == 2 and lanes.count("<svg") == 2
+    assert "Speculative took" in status and "plain" in status
+
+
+def test_clocks_go_up_and_are_shown_before_the_end(steps):
+    found = [lanes for _, lanes, _ in updates(*FIELDS) if isinstance(lanes, str)]
+    assert any('class="studio-lane running"' in lanes for lanes in found)
+    assert found[0] != found[-1]
+
+
+def test_a_race_needs_another_decoding(steps, toasts):
+    found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
+    assert len(toasts) == 1 and "choose another decoding" in toasts[0]
+    assert "unchanged" in found[-1][2] and not steps
+
+
+def test_a_side_that_is_refused_ends_the_race(steps, toasts):
+    found = updates(*FIELDS[:-2], "lantern", {"neighbours": "64"})
+    assert len(toasts) == 1 and "64 codes" in toasts[0]
+    assert "unchanged" in found[-1][2]
+    assert len(steps) < 16
+
+
+def test_closing_a_race_stops_both_within_one_step(steps):
+    async def close_after_a_while():
+        racing = generate.show_race("tiny", *FIELDS)
+        async for _ in racing:
+            if len(steps) >= 6:
+                break
+        await racing.aclose()
+        return len(steps)
+
+    at_cancel = asyncio.run(close_after_a_while())
+    time.sleep(0.4)
+    assert 6 <= at_cancel < 20
+    assert len(steps) <= at_cancel + 2
+
+
+def test_the_one_behind_goes_on_and_never_two_at_once():
+    turns, running, most, ended = Turns(2), [], [], {}
+
+    def lane(number, seconds, rounds):
+        turns.go(number)
+        for _ in range(rounds):
+            running.append(number)
+            most.append(len(running))
+            time.sleep(seconds)
+            running.remove(number)
+            turns.stop(number)
+            turns.go(number)
+        turns.stop(number)
+        turns.leave(number)
+        ended[number] = [*turns.clocks]
+
+    threads = [threading.Thread(target=lane, args=args) for args in ((0, 0.02, 20), (1, 0.02, 5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert max(most) == 1
+    assert ended[1][0] == pytest.approx(ended[1][1], abs=0.1)
+    assert turns.clocks[0] > 2 * turns.clocks[1]

@@ -1,0 +1,63 @@
+"""What becomes of drafted tokens, by hand and on a real pipeline."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from studio import DECODINGS
+from studio.ui.drawing import Call
+from studio.ui.token_grid import token_grid
+from studio.ui.watching import Round, TokenFates, fates_of
+from studio.ui.wish import Wish
+
+TREE = {"parents": [-1, 0, 0, 1], "depths": [0, 1, 1, 2]}
+
+
+def test_accepted_paths_and_rejected_siblings():
+    rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(4, [9, 1, 2, 3], **TREE)]
+    fates = fates_of(rounds, [5, 6, 8, 9, 2, 4], 6)
+    assert fates == TokenFates(6, 6, frozenset({1, 2, 4}), {1: 1, 4: 1, 5: 1})
+
+
+def test_the_latest_round_counts_when_the_next_begins():
+    rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(2, [9, 1, 2, 3], **TREE)]
+    assert fates_of(rounds, [5, 9, 1], 6) == TokenFates(6, 2, frozenset(), {1: 2, 2: 1})
+    assert fates_of([], [5], 6) == TokenFates(6, 1)
+
+
+def test_a_picture_that_others_wait_for_is_told_as_far_as_it_is_shown():
+    rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(4, [9, 1, 2, 3], **TREE)]
+    assert fates_of(rounds, [5, 6], 6) == TokenFates(6, 1)
+
+
+@pytest.mark.parametrize("decoding", [name for name, choice in DECODINGS.items() if "ar" != name != "distilled"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_own_tokens_are_the_calls_of_the_model(tiny_pipeline, decoding, temperature):
+    options = {"neighbours": 8} if DECODINGS[decoding].options else {}
+    wish = Wish("tiny", "a red apple", 1, 3, temperature=temperature, decoding=decoding, options=options)
+    call = Call(tiny_pipeline, wish)
+    output = call(lambda tokens: False)
+    fates = call.fates(output.tokens)
+    assert fates.drawn == fates.total == 16
+    assert fates.drawn - len(fates.accepted) == output.stats.target_calls
+
+
+def test_watching_changes_nothing(tiny_pipeline):
+    wish = Wish("tiny", "a red apple", 2, 3, decoding="speculative")
+    watched = Call(tiny_pipeline, wish)(lambda tokens: False)
+    plain = tiny_pipeline(
+        wish.prompt,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in wish.seeds],
+        decoding=DECODINGS["speculative"].settings(),
+    )
+    assert torch.equal(watched.tokens, plain.tokens)
+
+
+def test_the_grid_draws_and_says_the_numbers():
+    fates = TokenFates(16, 10, frozenset({1, 2}), {4: 3, 9: 1})
+    grid = token_grid(fates, "Tokens of <this>")
+    assert grid.count("M") == 16 and grid.count("<circle") == 2
+    assert 'aria-label="Tokens of &lt;this&gt;: 2 accepted drafts, 8 drawn by the model, 4 rejected drafts"' in grid
+    assert token_grid(dataclasses.replace(fates, drawn=16), "x").count("M") == 16

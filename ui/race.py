@@ -1,0 +1,165 @@
+"""Two ways to draw the same picture, side by side: one machine, taken in turns, with a clock for each."""
+
+import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from studio.errors import StudioError
+from studio.ui.drawing import Call
+from studio.ui.models import get_pipeline
+from studio.ui.preview import Pace, partial_pictures
+from studio.ui.watching import TokenFates
+from studio.ui.worker import follow
+
+_TURN = 0.03  # seconds that one may be ahead of the other
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """Where one side of a race stands.
+
+    Args:
+        title: its decoding.
+        drawn, total: tokens.
+        clock: seconds it has had the machine for.
+        picture: the latest, or `None`.
+        fates: of its tokens.
+        stats: those of the pipeline, at the end.
+    """
+
+    title: str
+    total: int
+    drawn: int = 0
+    clock: float = 0.0
+    picture: object = None
+    fates: TokenFates | None = None
+    stats: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Both sides, plain decoding first; none while the model is being loaded."""
+
+    lanes: tuple[Lane, ...] = ()
+    warning: str | None = None
+
+    @property
+    def finished(self):
+        return bool(self.lanes) and all(lane.stats for lane in self.lanes)
+
+
+def race(wish):
+    """Follow a race of plain decoding and the decoding of a wish: an asynchronous iterator over `Race`.
+
+    Both draw one picture with the same seed. They never run at the same time: the one whose clock is behind goes on, so
+    that the clocks run together, and each shows the seconds that its decoding takes alone.
+
+    Raises:
+        StudioError: the wish is for plain decoding, or the model cannot be loaded or refuses it.
+    """
+    if wish.decoding == "ar":
+        raise StudioError("The race is against plain decoding: choose another decoding, such as speculative, first.")
+    return follow(lambda job: _race(wish, job))
+
+
+def _race(wish, job):
+    from studio.checkpoints.vocabulary import prompt_warning
+
+    job.report(Race())
+    pipe = get_pipeline(wish.model)
+    wishes = (dataclasses.replace(wish, count=1, decoding="ar", options={}), dataclasses.replace(wish, count=1))
+    track = _Track([Call(pipe, each) for each in wishes], job, prompt_warning(pipe, wish.prompt))
+    with ThreadPoolExecutor(len(wishes), thread_name_prefix="studio-race") as lanes:
+        for done in [lanes.submit(track.run, number) for number in range(len(wishes))]:
+            done.result()
+    return track.race
+
+
+class _Track:
+    """The state of a race."""
+
+    def __init__(self, calls, job, warning):
+        self.calls, self.job = calls, job
+        self.race = Race(tuple(Lane(call.wish.title, call.total) for call in calls), warning)
+        self.turns = Turns(len(calls))
+        self.failed = False
+
+    def run(self, number):
+        """Draw one side's picture."""
+        call, pace = self.calls[number], Pace()
+
+        def on_tokens(tokens):
+            self.turns.stop(number)
+            if not self._is_over():
+                self._update(number, drawn=tokens.shape[1])
+                if tokens.shape[1] < call.total and pace.is_due():
+                    start = time.monotonic()
+                    self._update(number, picture=partial_pictures(call.pipe, tokens)[0], fates=_fates(call, tokens))
+                    pace.spent(time.monotonic() - start)
+                self.job.report(self.race)
+            self.turns.go(number)
+            return self._is_over()
+
+        self.turns.go(number)
+        try:
+            output = call(on_tokens)
+            self.turns.stop(number)
+            if not self._is_over():
+                ended = {"drawn": call.total, "fates": _fates(call, output.tokens), "stats": output.stats}
+                self._update(number, picture=call.finished(output)[0], **ended)
+                self.job.report(self.race)
+        except BaseException:
+            self.failed = True
+            raise
+        finally:
+            self.turns.leave(number)
+
+    def _is_over(self):
+        return self.job.stopped or self.failed
+
+    def _update(self, number, **changes):
+        lanes = [*self.race.lanes]
+        lanes[number] = dataclasses.replace(lanes[number], clock=self.turns.clocks[number], **changes)
+        self.race = dataclasses.replace(self.race, lanes=tuple(lanes))
+
+
+def _fates(call, tokens):
+    return call.fates(tokens) or TokenFates(call.total, tokens.shape[1])
+
+
+class Turns:
+    """Lets one of several threads run at a time, the one that is behind; a clock runs between `go` and `stop`."""
+
+    def __init__(self, count):
+        self.clocks = [0.0] * count
+        self._racing = set(range(count))
+        self._active, self._started = 0, None
+        self._changed = threading.Condition()
+
+    def go(self, number):
+        """Wait for one's turn, and start one's clock."""
+        with self._changed:
+            self._choose()
+            self._changed.wait_for(lambda: self._active == number)
+            self._started = time.perf_counter()
+
+    def stop(self, number):
+        """Stop one's clock; nobody else goes on before one's next `go` or `leave`."""
+        self.clocks[number] += time.perf_counter() - self._started
+
+    def leave(self, number):
+        """Run no more."""
+        with self._changed:
+            self._racing.discard(number)
+            self._choose()
+
+    def _choose(self):
+        """Whose turn it is: whoever has it keeps it until it is clearly ahead."""
+        if not self._racing:
+            return
+        behind = min(self._racing, key=lambda number: self.clocks[number])
+        active = self._active
+        if active not in self._racing or self.clocks[active] > self.clocks[behind] + _TURN:
+            self._active = behind
+        self._changed.notify_all()

@@ -1,0 +1,106 @@
+"""What the app asks a model that reads pictures, and what comes back while it answers."""
+
+import dataclasses
+from pathlib import Path
+
+from studio.errors import StudioError
+from studio.ui.models import get_reader
+from studio.ui.worker import follow
+
+
+@dataclasses.dataclass(frozen=True)
+class Inquiry:
+    """One question about one picture.
+
+    Args:
+        model: what `studio.load` takes.
+        picture: path of the file.
+        question: what to ask.
+        method, keep: how tokens are chosen, and the share that stays.
+        compare: whether to ask the same with all tokens afterwards.
+        max_new_tokens: longest answer.
+    """
+
+    model: str | None
+    picture: str | None
+    question: str
+    method: str = "divprune"
+    keep: float = 0.2
+    compare: bool = True
+    max_new_tokens: int = 64
+
+    def __post_init__(self):
+        if not (self.model or "").strip():
+            raise StudioError(
+                "Name a model that reads pictures: a Hugging Face id, a folder, or what `studio train emoji-vlm` made."
+            )
+        if not self.picture:
+            raise StudioError("Give a picture first: drop a file on the field, or take an example.")
+        if not (self.question or "").strip():
+            raise StudioError("The question is empty: ask something about the picture.")
+        if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            raise StudioError(f"Keep a share of the tokens above 0 and at most 1, not {self.keep!r}.")
+        object.__setattr__(self, "model", self.model.strip())
+        object.__setattr__(self, "keep", float(self.keep))
+
+    @property
+    def runs(self):
+        """The arguments of the pipeline for each run, by name."""
+        pruned = {"pruned": {"prune": self.method, "keep": self.keep}}
+        return {**pruned, "whole": {}} if self.compare and self.keep != 1 else pruned
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Where an inquiry stands.
+
+    Args:
+        picture: as it was read, or `None` while the model is being loaded.
+        pruned, whole: the answers of both runs so far, `None` before they have chosen their tokens.
+        answered: names of the runs that are over.
+    """
+
+    picture: object = None
+    pruned: object = None
+    whole: object = None
+    answered: tuple[str, ...] = ()
+
+
+def read(inquiry):
+    """Follow an inquiry: an asynchronous iterator over `Reading`, the last one finished.
+
+    Raises:
+        StudioError: the picture or the model cannot be read, or the model refuses the inquiry.
+    """
+    return follow(lambda job: _read(inquiry, job))
+
+
+def _read(inquiry, job):
+    from studio.pictures import open_picture
+
+    picture = open_picture(inquiry.picture, Path(inquiry.picture).name)
+    job.report(Reading())
+    pipe = get_reader(inquiry.model)
+    reading = Reading(picture)
+    job.report(reading)
+    for name, settings in inquiry.runs.items():
+        if not job.stopped:
+            answer = pipe(
+                picture,
+                inquiry.question,
+                max_new_tokens=inquiry.max_new_tokens,
+                on_step=_reporter(job, reading, name),
+                **settings,
+            )
+            reading = dataclasses.replace(reading, **{name: answer}, answered=(*reading.answered, name))
+    return reading
+
+
+def _reporter(job, reading, name):
+    """What a pipeline tells of its answer so far; it stops when nobody waits any more."""
+
+    def on_step(answer):
+        job.report(dataclasses.replace(reading, **{name: answer}))
+        return job.stopped
+
+    return on_step

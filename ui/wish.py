@@ -1,0 +1,101 @@
+"""What somebody wants drawn: the words and settings of one call, checked."""
+
+import dataclasses
+import math
+import secrets
+
+from studio import decoding_named
+from studio.errors import StudioError
+
+MOST_PICTURES = 16
+LARGEST_SEED = 2**53 - 1 - MOST_PICTURES  # a browser counts no further
+_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """One call of a model. A setting that is `None` is the model's own.
+
+    Args:
+        decoding: a name of `studio.DECODINGS`.
+        options: its options, as far as they are given.
+    """
+
+    model: str
+    prompt: str
+    count: int = 4
+    seed: int | None = None
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    decoding: str = "ar"
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not _is_whole(self.count) or not 1 <= self.count <= MOST_PICTURES:
+            raise StudioError(f"Choose between 1 and {MOST_PICTURES} pictures.")
+        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
+            raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one drawn.")
+        object.__setattr__(self, "count", int(self.count))
+        object.__setattr__(self, "seed", draw_seed() if self.seed is None else int(self.seed))
+        decoding_named(self.decoding).settings(**self.options)
+
+    @classmethod
+    def from_fields(cls, model, prompt, count, seed, guidance, temperature, top_k, top_p, decoding="ar", options=None):
+        """The wish that a form describes: numbers as text, empty for the model's own or the decoding's usual one."""
+        numbers = {
+            "seed": _number("seed", seed, int),
+            "guidance_scale": _number("guidance", guidance, float),
+            "temperature": _number("temperature", temperature, float),
+            "top_k": _number("top-k", top_k, int),
+            "top_p": _number("top-p", top_p, float),
+        }
+        kinds = {option.name: option.kind for option in decoding_named(decoding).options}
+        chosen = {name: _number(name, text, kinds[name]) for name, text in (options or {}).items()}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        return cls(model, prompt, count, **numbers, decoding=decoding, options=chosen)
+
+    @property
+    def title(self):
+        """The decoding as a person reads it."""
+        return decoding_named(self.decoding).title
+
+    @property
+    def seeds(self):
+        """The seed of each picture: consecutive numbers."""
+        return [self.seed + index for index in range(self.count)]
+
+    @property
+    def settings(self):
+        """The sampling settings that differ from the model's own, as arguments of the pipeline."""
+        chosen = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        if _is_whole(chosen.get("top_k")):
+            chosen["top_k"] = int(chosen["top_k"])
+        return chosen
+
+    @property
+    def record(self):
+        """The call as a picture carries it."""
+        decoding = {"name": self.decoding, **self.options}
+        call = {"model": self.model, "prompt": self.prompt, "num_images": self.count}
+        return {**call, **self.settings, "decoding": decoding}
+
+
+def draw_seed():
+    """A new random seed, short enough to read aloud."""
+    return secrets.randbelow(2**31)
+
+
+def _number(name, text, kind):
+    text = (text or "").strip()
+    try:
+        return kind(text) if text else None
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        called = name.replace("_", " ").capitalize()
+        raise StudioError(f"{called} must be {what}, not {text[:40]!r}; or leave it empty.") from error
+
+
+def _is_whole(number):
+    return isinstance(number, int | float) and math.isfinite(number) and number == int(number)
