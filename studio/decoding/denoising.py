@@ -83,7 +83,7 @@ class Kernels:
         if len(outputs) == 2:
             null = outputs[1, ..., : x.shape[-1]].to(x.dtype)
             scale = self.scale[: x.shape[-2]] if isinstance(self.scale, torch.Tensor) else self.scale
-            noise = null + scale * (noise - null)
+            noise = torch.lerp(null, noise, scale)
         return self.head.diffusion.reverse(x, noise, logit, steps)
 
 

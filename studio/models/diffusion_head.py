@@ -37,9 +37,17 @@ class TimeEmbedder(nn.Module):
         return self.mlp(time_waves(times).to(self.mlp[0].weight.dtype))
 
 
-def modulation(width: int, parts: int) -> nn.Sequential:
-    """SiLU and the linear layer that makes shifts, scales and gates."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+class Modulation(nn.Sequential):
+    """SiLU and the linear layer that makes shifts, scales, which are 1 more than it says, and gates."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+
+    def of_activated(self, activated: torch.Tensor) -> torch.Tensor:
+        """All parts (..., parts * width) for what the SiLU returns (..., width)."""
+        parts, width = self[1](activated), activated.shape[-1]
+        parts[..., width : 2 * width] += 1
+        return parts
 
 
 class ResidualBlock(nn.Module):
@@ -49,11 +57,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = modulation(width, 3)
+        self.adaLN_modulation = Modulation(width, 3)
 
     def forward(self, hidden, modulated):
         shift, scale, gate = modulated.chunk(3, dim=-1)
-        return hidden + gate * self.mlp(torch.addcmul(shift, self.in_ln(hidden), 1 + scale))
+        return torch.addcmul(hidden, gate, self.mlp(torch.addcmul(shift, self.in_ln(hidden), scale)))
 
 
 class FinalLayer(nn.Module):
@@ -63,11 +71,11 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=_EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = modulation(width, 2)
+        self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, hidden, modulated):
         shift, scale = modulated.chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, self.norm_final(hidden), 1 + scale))
+        return self.linear(torch.addcmul(shift, self.norm_final(hidden), scale))
 
 
 class DenoisingNetwork(nn.Module):
@@ -101,7 +109,7 @@ class DenoisingNetwork(nn.Module):
     def modulations(self, embedded: torch.Tensor) -> list[torch.Tensor]:
         """What the blocks and the final layer read of `time_embed(times) + cond_embed(conditions)` (..., width)."""
         activated = F.silu(embedded)
-        return [layer.adaLN_modulation[1](activated) for layer in (*self.res_blocks, self.final_layer)]
+        return [layer.adaLN_modulation.of_activated(activated) for layer in (*self.res_blocks, self.final_layer)]
 
     def denoise(self, x: torch.Tensor, modulated: list[torch.Tensor]) -> torch.Tensor:
         """Noise and variance logits (..., 2D) for x (..., D); axes of x and of the modulations broadcast."""

@@ -74,6 +74,7 @@ class GaussianDiffusion:
                 (betas.log() - self.posterior_log_variance_clipped) / 4,
             )
         )
+        self._reverse_rows = self._reverse.T.tolist()
 
     def reverse(
         self, x: torch.Tensor, noise: torch.Tensor, logit: torch.Tensor, step: int | slice | torch.Tensor
@@ -86,11 +87,10 @@ class GaussianDiffusion:
             step: one step from 0 to T - 1; or a slice or indices of steps, of which x has one for each entry of its
                 first axis.
         """
-        table = self._reverse[:, step]
-        if table.ndim == 1:
-            keep, remove, middle, half = table.tolist()
-        else:
-            keep, remove, middle, half = table.to(x).reshape(4, -1, *[1] * (x.ndim - 1))
+        if isinstance(step, int):
+            keep, remove, middle, half = self._reverse_rows[step]
+            return torch.add(x * keep, noise, alpha=-remove), logit * half + middle
+        keep, remove, middle, half = self._reverse[:, step].to(x).reshape(4, -1, *[1] * (x.ndim - 1))
         return keep * x - remove * noise, middle + half * logit
 
     def diffuse(self, x: torch.Tensor, step: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

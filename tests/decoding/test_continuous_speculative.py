@@ -16,7 +16,8 @@ from studio.decoding.masked_autoregressive import masked_autoregressive  # noqa:
 from studio.decoding.path_verification import draw_rest  # noqa: E402
 from studio.decoding.position_noise import Places, PositionNoise  # noqa: E402
 
-TARGET, DRAFT = tiny_mar(0), tiny_mar(1, depth=1)
+TARGET, DRAFT = tiny_mar(0).double(), tiny_mar(1, depth=1).double()
+"""Heads in float64 say the same to a float32 state whatever else is in the batch."""
 SIZES = {"steps": 6, "diffusion_steps": 5}
 MODES = [{"mode": "exact"}, {"mode": "relaxed"}, {"mode": "relaxed", "reference": True}]
 each_mode = pytest.mark.parametrize("mode", MODES, ids=["exact", "relaxed", "reference"])
@@ -39,7 +40,7 @@ def test_exact_with_the_target_as_draft_is_plain_sampling():
         settings=MaskedAutoregressive(**SIZES),
     )
     assert drawn.acceptance == 1 and drawn.trials == 0 and drawn.tested == int(drawn.from_draft.sum())
-    torch.testing.assert_close(drawn.tokens, plain.tokens, atol=5e-3, rtol=0)
+    torch.testing.assert_close(drawn.tokens, plain.tokens, atol=1e-4, rtol=1e-4)
 
 
 def test_exact_accepts_some_and_mends_the_rest():
@@ -54,7 +55,7 @@ def test_a_batch_equals_its_single_calls(mode):
     together = draw({"mode": mode})
     for row in range(2):
         alone = draw({"mode": mode}, labels=(row,), first=row)
-        torch.testing.assert_close(together.tokens[row], alone.tokens[0], atol=5e-3, rtol=0)
+        torch.testing.assert_close(together.tokens[row], alone.tokens[0], atol=1e-4, rtol=1e-4)
         assert torch.equal(together.from_draft[row], alone.from_draft[0])
 
 

@@ -37,11 +37,11 @@ def tiny_mar(seed=0, *, grid_size=4, token_dim=4, offset=1e-5, width=32, dim=16,
         network.input_proj.bias[2 * token_dim :] = _CONSTANT * (1 - 2 * (torch.arange(rest) % 2))
         spread = _CONSTANT * (rest / width) ** 0.5
         final = network.final_layer
-        final.adaLN_modulation[1].weight[2 * token_dim : width].normal_()
+        final.adaLN_modulation[1].weight[2 * token_dim : width].normal_(std=0.2)
         final.linear.weight[:token_dim, :token_dim] = state * spread / 2
         final.linear.weight[:token_dim, token_dim : 2 * token_dim] = -state * spread / 2
         final.linear.weight[:token_dim, 2 * token_dim :].normal_(std=offset)
-        final.linear.weight[token_dim:, 2 * token_dim :].normal_(std=0.3)
+        final.linear.weight[token_dim:, 2 * token_dim :].normal_(std=0.05)
     return model.eval()
 
 
