@@ -15,14 +15,14 @@ def test_the_bundled_tokenizer_restores_concepts_it_has_not_seen():
 
 
 def test_the_bundled_pipeline_draws_style_and_background_of_the_captions():
-    """100 held-out combinations (seed 0); chance is 1 in 2 and 1 in 10. Concepts are not learned yet: no floor."""
+    """100 held-out combinations (seed 0); chance is 1 in 2, 1 in 10, and for a concept below 1 in 1,000."""
     quality = evaluate("emoji-ar", samples=100)
     assert set(quality) == {
         "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples",
     }  # fmt: skip
     assert quality["samples"] == 100
-    assert quality["background_accuracy"] >= 0.9 and quality["style_accuracy"] >= 0.7
-    assert quality["judge_top5"] >= quality["judge_top1"]
+    assert quality["background_accuracy"] >= 0.9 and quality["style_accuracy"] >= 0.6
+    assert quality["judge_top5"] >= quality["judge_top1"] >= 0.05
 
 
 def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
