@@ -4,6 +4,7 @@ from html import escape
 
 from studio.ui.components import duration
 
+_SHORT = 80  # characters that are shown large
 PHASES = ("encode", "select", "prefill", "decode")
 
 
@@ -21,8 +22,12 @@ def answer_cards(answers, running=None):
 
 def _card(title, answer, longest, running):
     state = "running" if running else "waiting" if answer is None else "done"
-    said, cost = (escape(answer.answer), _cost(answer, longest)) if answer else ("", "")
-    return f'<section class="studio-answer {state}"><h3>{escape(title)}</h3><p class="said">{said}</p>{cost}</section>'
+    text, cost = (answer.answer, _cost(answer, longest)) if answer else ("", "")
+    said = "said" if len(text) <= _SHORT else "said long"
+    return (
+        f'<section class="studio-answer {state}"><h3>{escape(title)}</h3>'
+        f'<p class="{said}">{escape(text)}</p>{cost}</section>'
+    )
 
 
 def _cost(answer, longest):
@@ -44,7 +49,9 @@ def _cost(answer, longest):
 def verdict(pruned, whole):
     """One sentence on what pruning changed."""
     fast, slow = (sum(answer.seconds.values()) for answer in (pruned, whole))
-    if fast <= slow:
+    if abs(fast - slow) < 0.05 * slow:
+        pace = "As fast as with all tokens"
+    elif fast < slow:
         pace = f"{slow / max(fast, 1e-9):.1f} times as fast as with all tokens"
     else:
         pace = f"Slower than with all tokens, by {duration(fast - slow)}"

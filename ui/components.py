@@ -78,7 +78,7 @@ def duration(seconds):
     if seconds < 0.0995:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
-        return f"{seconds:.2g} s"
+        return f"{seconds:.{2 if seconds < 0.995 else 1}f} s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 

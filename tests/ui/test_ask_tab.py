@@ -215,4 +215,4 @@ def test_bars_share_a_scale_and_the_verdict_is_honest(reader, scene):
     slow.seconds.update(encode=0.2, select=0, prefill=0.5, decode=0.1)
     assert 'class="prefill" style="width:62.50%"' in answer_cards([("a", fast), ("b", slow)])
     assert verdict(fast, slow) == "2.0 times as fast as with all tokens; the answer is the same."
-    assert verdict(slow, fast).startswith("Slower than with all tokens, by 0.4 s")
+    assert verdict(slow, fast).startswith("Slower than with all tokens, by 0.40 s")
