@@ -69,10 +69,12 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     if settings.init_from:
         start = settings.init_from
         recipe.load(module, bundled_folder(start) if start in BUNDLED else Path(start))
-    elif not resume:
+    prepared = time.monotonic()
+    if not (settings.init_from or resume):
         recipe.prepare(module, settings)
+    prepared = time.monotonic() - prepared
     optimizers = recipe.optimizers(module, settings.learning_rate)
-    progress = Progress()
+    progress = Progress(prepared)
     wrapped, *optimizers = accelerator.prepare(module, *optimizers)
     rates = Rates(optimizers)
     accelerator.register_for_checkpointing(progress)
@@ -125,10 +127,14 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
 
 
 class Progress:
-    """Steps done, seconds spent over all resumed parts, and a running mean of the loss kept on the device."""
+    """Steps done, seconds spent over all resumed parts, and a running mean of the loss kept on the device.
 
-    def __init__(self):
-        self.step, self.seconds, self.mean = 0, 0.0, torch.zeros(())
+    Args:
+        seconds: spent before the first step.
+    """
+
+    def __init__(self, seconds):
+        self.step, self.seconds, self.mean = 0, seconds, torch.zeros(())
         self.recent = 0.0
 
     def advance(self, loss, seconds):

@@ -58,7 +58,8 @@ def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_deca
         learning_rate: Muon's.
         adamw_share: AdamW's learning rate over Muon's.
         weight_decay: decoupled decay of every matrix; vectors and tables have none.
-        tables: embeddings of which a batch reads few rows, which have to move when they are read.
+        tables: parameters with a rate of their own, such as embeddings of which a batch reads few rows, which have to
+            move when they are read.
         tables_share: their learning rate, by AdamW, over Muon's.
 
     Returns:

@@ -1,5 +1,6 @@
 """Every recipe at a tiny size: it runs, its weights load as the product loads them, and training goes on from them."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPVisionModel
@@ -93,6 +94,36 @@ def test_the_exported_pipeline_shares_the_bundled_tokenizer_and_names_its_words(
     assert not (folder / "image_tokenizer").exists() and (folder / "README.md").is_file()
     words, concepts = load(folder, device="cpu").vocabulary
     assert {"apple", "red", "flat", "background"} <= set(words) and "red apple" in concepts
+
+
+def test_the_maps_of_the_codebook_are_merged_into_the_tables(small):
+    recipe = emoji_ar.EmojiAR()
+    module = recipe.build(torch.device("cpu")).eval()
+    batch = recipe.batch(np.random.default_rng(0), 4, torch.device("cpu"))
+    batch["seen"][:] = True
+    torch.nn.init.normal_(module.transformer.output.weight)
+
+    def loss(transformer):
+        torch.manual_seed(0)
+        plain = emoji_ar.TrainableGenerator(module.text_encoder, transformer, module.codebook)
+        return plain(**batch)
+
+    without = loss(module.transformer)
+    torch.nn.init.normal_(module.code_embedding)
+    torch.nn.init.normal_(module.code_output)
+    torch.manual_seed(0)
+    assert torch.allclose(module(**batch), loss(module.merged()), atol=1e-4)
+    assert not torch.allclose(module(**batch), without, atol=1e-2)
+
+
+def test_words_come_before_the_first_step_from_random_weights_only(small, tmp_path, monkeypatch):
+    taught = []
+    monkeypatch.setattr(emoji_ar, "teach_words", lambda encoder, *rest: taught.append(rest[-2]))
+    start = run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2)["folder"]
+    assert taught == [1]
+    run("emoji-ar", out=tmp_path / "further", steps=3, batch_size=2, init_from=start)
+    run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2, resume=True)
+    assert taught == [1]
 
 
 def test_tokens_are_cached_by_weights(small, tiny_vq, tmp_path, monkeypatch):
