@@ -1,22 +1,19 @@
 """MAR: a masked autoencoder over continuous image tokens, whose states condition a diffusion-loss head.
 
-"Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838). The encoder reads a buffer of class
-vectors and the visible tokens; the decoder fills the rest with mask tokens and gives each position the vector from
-which `diffusion_head` draws its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the authors' names.
+"Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838): the transformer of
+`masked_autoencoder` gives each position the vector from which `diffusion_head` draws its token. Parameters carry the
+authors' names.
 
 Scope: the network and its training loss. In which order tokens are drawn is the business of `studio.decoding`.
-Deviations from the authors' code: visible tokens are named by their positions, in any order, instead of a mask; the
-last decoder block can be told to answer only for the positions that are asked for.
 """
 
 import torch
-import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
 from studio.models.diffusion_head import DiffusionLoss
+from studio.models.masked_autoencoder import MaskedAutoencoder, learned, take_rows
 
 
 def _published(dim: int, depth: int, heads: int, head_width: int, head_depth: int) -> dict[str, int]:
@@ -30,12 +27,6 @@ PRESETS: dict[str, dict[str, int]] = {
     "L": _published(1024, 16, 16, 1280, 8),
     "H": _published(1280, 20, 16, 1536, 12),
 }
-_EPS = 1e-6
-
-
-def take_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The vectors (B, k, C) of x (B, n, C) at positions (B, k)."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -51,63 +42,7 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-class Attention(nn.Module):
-    """Attention of all positions to all, with one fused projection (queries, keys, values)."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads, self.dropout_rate = num_heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def forward(self, x, asking=None):
-        """Of x (B, n, dim); with `asking` (B, k, dim), vectors of x, only theirs."""
-        if asking is None:
-            queries, keys, values = self.qkv(x).chunk(3, dim=-1)
-        else:
-            dim = x.shape[-1]
-            queries = F.linear(asking, self.qkv.weight[:dim], self.qkv.bias[:dim])
-            keys, values = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
-        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
-        mixed = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout_rate if self.training else 0.0)
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with the exact GELU between them."""
-
-    def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x):
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual."""
-
-    def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
-        self.attn = Attention(dim, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
-        self.mlp = FeedForward(dim, hidden, dropout)
-
-    def forward(self, x, wanted=None):
-        """Of x (B, n, dim); with `wanted` (B, k) positions, only their vectors (B, k, dim)."""
-        normed = self.norm1(x)
-        if wanted is None:
-            x = x + self.attn(normed)
-        else:
-            x = take_rows(x, wanted) + self.attn(normed, take_rows(normed, wanted))
-        return x + self.mlp(self.norm2(x))
-
-
-class MAR(ModelMixin, ConfigMixin):
+class MAR(MaskedAutoencoder):
     """The network.
 
     Args:
@@ -149,45 +84,11 @@ class MAR(ModelMixin, ConfigMixin):
         dropout: float = 0.1,
     ):
         super().__init__()
-        if encoder_dim % encoder_heads or decoder_dim % decoder_heads:
-            raise StudioError(
-                f"Widths must split into heads: {encoder_dim} into {encoder_heads}, {decoder_dim} into {decoder_heads}."
-            )
         if token_dim % patch_size**2:
             raise StudioError(f"token_dim {token_dim} must be a multiple of patch_size**2, {patch_size**2}.")
-        if min(encoder_depth, decoder_depth) < 1:
-            raise StudioError("Encoder and decoder need a block at least.")
-        places = buffer_size + grid_size**2
-
-        def blocks(dim, depth, heads):
-            return nn.ModuleList(Block(dim, heads, int(dim * mlp_ratio), dropout) for _ in range(depth))
-
-        def learned(*shape):
-            return nn.Parameter(torch.empty(*shape).normal_(std=0.02))
-
-        self.class_emb = nn.Embedding(num_classes, encoder_dim)
-        self.fake_latent = learned(1, encoder_dim)
-        self.z_proj = nn.Linear(token_dim, encoder_dim)
-        self.z_proj_ln = nn.LayerNorm(encoder_dim, eps=_EPS)
-        self.encoder_pos_embed_learned = learned(1, places, encoder_dim)
-        self.encoder_blocks = blocks(encoder_dim, encoder_depth, encoder_heads)
-        self.encoder_norm = nn.LayerNorm(encoder_dim, eps=_EPS)
-        self.decoder_embed = nn.Linear(encoder_dim, decoder_dim)
-        self.mask_token = learned(1, 1, decoder_dim)
-        self.decoder_pos_embed_learned = learned(1, places, decoder_dim)
-        self.decoder_blocks = blocks(decoder_dim, decoder_depth, decoder_heads)
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=_EPS)
         self.diffusion_pos_embed_learned = learned(1, grid_size**2, decoder_dim)
         self.apply(self._init_weights)
         self.diffloss = DiffusionLoss(token_dim, decoder_dim, head_width, head_depth)
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "MAR":
@@ -197,9 +98,9 @@ class MAR(ModelMixin, ConfigMixin):
         return cls(**{**PRESETS[name], **overrides})
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of one picture L."""
-        return self.config.grid_size**2
+    def head_places(self) -> nn.Parameter:
+        """Vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the end."""
+        return self.diffusion_pos_embed_learned
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, H, W) as a variational autoencoder makes them to tokens (B, L, D)."""
@@ -208,62 +109,6 @@ class MAR(ModelMixin, ConfigMixin):
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L, D) to latents (B, C, H, W) for the decoder of a variational autoencoder."""
         return unpatchify(tokens, self.config.patch_size) / self.config.latent_scale
-
-    def embed_condition(
-        self, *, class_labels: torch.Tensor, drop: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, None]:
-        """The buffer (B, buffer_size, encoder_dim) of classes (B,), and None: all of it is valid.
-
-        `drop` (B,) bool marks rows that get the null class.
-        """
-        vectors = self.class_emb(class_labels)
-        if drop is not None:
-            vectors = torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
-        return vectors[:, None].expand(-1, self.config.buffer_size, -1), None
-
-    def encode(self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        """States (B, buffer_size + v, encoder_dim) of the buffer and the visible tokens.
-
-        Args:
-            tokens: (B, L, D); those that are not visible are not read.
-            visible: positions (B, v), int64.
-            buffer: (B, buffer_size, encoder_dim).
-        """
-        before, places = self.config.buffer_size, self.encoder_pos_embed_learned[0]
-        shown = self.z_proj(take_rows(tokens, visible)) + places[before + visible]
-        x = self.z_proj_ln(torch.cat((buffer + places[:before], shown), dim=1))
-        for block in self.encoder_blocks:
-            x = block(x)
-        return self.encoder_norm(x)
-
-    def decode(self, states: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Conditions (B, k, decoder_dim) for the head, of the wanted positions (B, k); of all L if None.
-
-        `states` and `visible` are those of `encode`.
-        """
-        before, places = self.config.buffer_size, self.decoder_pos_embed_learned[0]
-        if wanted is None:
-            wanted = torch.arange(self.num_tokens, device=states.device).expand(len(states), -1)
-        buffer = torch.arange(before, device=states.device).expand(len(states), -1)
-        known = torch.cat((buffer, before + visible), dim=1)
-        x = (self.mask_token + places).repeat(len(states), 1, 1)
-        embedded = self.decoder_embed(states)
-        x = x.scatter(1, known[:, :, None].expand_as(embedded), embedded + places[known])
-        for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        x = self.decoder_blocks[-1](x, before + wanted)
-        return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0][wanted]
-
-    def conditions(
-        self, tokens: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor, buffer: torch.Tensor
-    ) -> torch.Tensor:
-        """Conditions (S, B, k, decoder_dim) for the head, of the wanted positions (B, k).
-
-        `buffer` (S*B, buffer_size, encoder_dim) holds S conditions of the same B pictures, one set after the other.
-        """
-        streams = len(buffer) // len(tokens)
-        tokens, visible, wanted = (part.repeat(streams, *[1] * (part.ndim - 1)) for part in (tokens, visible, wanted))
-        return self.decode(self.encode(tokens, visible, buffer), visible, wanted).unflatten(0, (streams, -1))
 
     def forward(
         self,
@@ -283,8 +128,7 @@ class MAR(ModelMixin, ConfigMixin):
             drop: (B,) rows with the null class; in training mode drawn with probability `class_dropout` if None.
             repeats: times and noises that each token is tried with.
         """
-        if drop is None and self.training and self.config.class_dropout > 0:
-            drop = torch.rand(len(tokens), device=tokens.device) < self.config.class_dropout
+        drop = self.dropped_rows(len(tokens)) if drop is None else drop
         buffer, _ = self.embed_condition(class_labels=class_labels, drop=drop)
         hidden, visible = order[:, :masked], order[:, masked:]
         conditions = self.decode(self.encode(tokens, visible, buffer), visible, hidden).flatten(0, 1)

@@ -1,0 +1,202 @@
+"""A masked autoencoder over image tokens: what `mar` and `token_bridge` share.
+
+"Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4. The encoder reads a buffer
+of class vectors and the visible tokens; the decoder fills the rest with mask tokens and gives each position the vector
+from which a head draws its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the authors' names.
+
+Deviations from the authors' code: visible tokens are named by their positions, in any order, instead of a mask; the
+last decoder block can be told to answer only for the positions that are asked for.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+from studio.errors import StudioError
+
+_EPS = 1e-6
+
+
+def take_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The vectors (B, k, C) of x (B, n, C) at positions (B, k)."""
+    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def learned(*shape: int) -> nn.Parameter:
+    """A weight of this shape, Gaussian with a standard deviation of 0.02."""
+    return nn.Parameter(torch.empty(*shape).normal_(std=0.02))
+
+
+class Attention(nn.Module):
+    """Attention of all positions to all, with one fused projection (queries, keys, values)."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout_rate = num_heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x, asking=None):
+        """Of x (B, n, dim); with `asking` (B, k, dim), vectors of x, only theirs."""
+        if asking is None:
+            queries, keys, values = self.qkv(x).chunk(3, dim=-1)
+        else:
+            dim = x.shape[-1]
+            queries = F.linear(asking, self.qkv.weight[:dim], self.qkv.bias[:dim])
+            keys, values = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
+        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
+        mixed = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout_rate if self.training else 0.0)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.attn = Attention(dim, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
+        self.mlp = FeedForward(dim, hidden, dropout)
+
+    def forward(self, x, wanted=None):
+        """Of x (B, n, dim); with `wanted` (B, k) positions, only their vectors (B, k, dim)."""
+        normed = self.norm1(x)
+        if wanted is None:
+            x = x + self.attn(normed)
+        else:
+            x = take_rows(x, wanted) + self.attn(normed, take_rows(normed, wanted))
+        return x + self.mlp(self.norm2(x))
+
+
+class MaskedAutoencoder(ModelMixin, ConfigMixin):
+    """Encoder and decoder, of the sizes in the configuration that a subclass registers.
+
+    These are `grid_size`, `token_dim`, `encoder_dim`, `encoder_depth`, `encoder_heads`, `decoder_dim`, `decoder_depth`,
+    `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size` and `dropout`; `class_dropout` is read in training.
+
+    Errors: `StudioError` for sizes that do not fit together.
+    """
+
+    def __init__(self):
+        super().__init__()
+        config = self.config
+        if config.encoder_dim % config.encoder_heads or config.decoder_dim % config.decoder_heads:
+            raise StudioError(
+                f"Widths must split into heads: {config.encoder_dim} into {config.encoder_heads}, "
+                f"{config.decoder_dim} into {config.decoder_heads}."
+            )
+        if min(config.encoder_depth, config.decoder_depth) < 1:
+            raise StudioError("Encoder and decoder need a block at least.")
+        places = config.buffer_size + self.num_tokens
+
+        def blocks(dim, depth, heads):
+            return nn.ModuleList(Block(dim, heads, int(dim * config.mlp_ratio), config.dropout) for _ in range(depth))
+
+        self.class_emb = nn.Embedding(config.num_classes, config.encoder_dim)
+        self.fake_latent = learned(1, config.encoder_dim)
+        self.z_proj = nn.Linear(config.token_dim, config.encoder_dim)
+        self.z_proj_ln = nn.LayerNorm(config.encoder_dim, eps=_EPS)
+        self.encoder_pos_embed_learned = learned(1, places, config.encoder_dim)
+        self.encoder_blocks = blocks(config.encoder_dim, config.encoder_depth, config.encoder_heads)
+        self.encoder_norm = nn.LayerNorm(config.encoder_dim, eps=_EPS)
+        self.decoder_embed = nn.Linear(config.encoder_dim, config.decoder_dim)
+        self.mask_token = learned(1, 1, config.decoder_dim)
+        self.decoder_pos_embed_learned = learned(1, places, config.decoder_dim)
+        self.decoder_blocks = blocks(config.decoder_dim, config.decoder_depth, config.decoder_heads)
+        self.decoder_norm = nn.LayerNorm(config.decoder_dim, eps=_EPS)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one picture L."""
+        return self.config.grid_size**2
+
+    @property
+    def head_places(self) -> nn.Parameter:
+        """Vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the end."""
+        raise NotImplementedError
+
+    def dropped_rows(self, rows: int) -> torch.Tensor | None:
+        """Which of so many rows get the null class (rows,) bool: in training a share of `class_dropout`, else None."""
+        if not self.training or self.config.class_dropout <= 0:
+            return None
+        return torch.rand(rows, device=self.device) < self.config.class_dropout
+
+    def embed_condition(
+        self, *, class_labels: torch.Tensor, drop: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """The buffer (B, buffer_size, encoder_dim) of classes (B,), and None: all of it is valid.
+
+        `drop` (B,) bool marks rows that get the null class.
+        """
+        vectors = self.class_emb(class_labels)
+        if drop is not None:
+            vectors = torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
+        return vectors[:, None].expand(-1, self.config.buffer_size, -1), None
+
+    def encode(self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """States (B, buffer_size + v, encoder_dim) of the buffer and the visible tokens.
+
+        Args:
+            tokens: (B, L, D); those that are not visible are not read.
+            visible: positions (B, v), int64.
+            buffer: (B, buffer_size, encoder_dim).
+        """
+        before, places = self.config.buffer_size, self.encoder_pos_embed_learned[0]
+        shown = self.z_proj(take_rows(tokens, visible)) + places[before + visible]
+        x = self.z_proj_ln(torch.cat((buffer + places[:before], shown), dim=1))
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def decode(self, states: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Conditions (B, k, decoder_dim) for the head, of the wanted positions (B, k); of all L if None.
+
+        `states` and `visible` are those of `encode`.
+        """
+        before, places = self.config.buffer_size, self.decoder_pos_embed_learned[0]
+        if wanted is None:
+            wanted = torch.arange(self.num_tokens, device=states.device).expand(len(states), -1)
+        buffer = torch.arange(before, device=states.device).expand(len(states), -1)
+        known = torch.cat((buffer, before + visible), dim=1)
+        x = (self.mask_token + places).repeat(len(states), 1, 1)
+        embedded = self.decoder_embed(states)
+        x = x.scatter(1, known[:, :, None].expand_as(embedded), embedded + places[known])
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        x = self.decoder_blocks[-1](x, before + wanted)
+        return self.decoder_norm(x) + self.head_places[0][wanted]
+
+    def conditions(
+        self, tokens: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor, buffer: torch.Tensor
+    ) -> torch.Tensor:
+        """Conditions (S, B, k, decoder_dim) for the head, of the wanted positions (B, k).
+
+        `buffer` (S*B, buffer_size, encoder_dim) holds S conditions of the same B pictures, one set after the other.
+        """
+        streams = len(buffer) // len(tokens)
+        tokens, visible, wanted = (part.repeat(streams, *[1] * (part.ndim - 1)) for part in (tokens, visible, wanted))
+        return self.decode(self.encode(tokens, visible, buffer), visible, wanted).unflatten(0, (streams, -1))
