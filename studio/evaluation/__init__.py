@@ -26,6 +26,7 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
     from studio.evaluation.scenes import evaluate_reader
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.pipelines.visual_question import VisualQuestionPipeline
+    from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
@@ -33,9 +34,9 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
         _refuse(decoding)
         return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
-    if isinstance(loaded, (VQTokenizer, VisualQuestionPipeline)):
+    if isinstance(loaded, (VQTokenizer, KLTokenizer, VisualQuestionPipeline)):
         _refuse(decoding)
-    if isinstance(loaded, VQTokenizer):
+    if isinstance(loaded, (VQTokenizer, KLTokenizer)):
         if chosen:
             raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
         return evaluate_tokenizer(loaded)

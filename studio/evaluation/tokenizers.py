@@ -14,6 +14,7 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
 
     Returns:
         `{"psnr", "ssim", "bits_per_pixel", "resolution", "samples"}`: means of per-picture values in RGB [0, 1].
+        A tokenizer of continuous tokens has "numbers_per_pixel" in place of the bits.
     """
     resolution = tokenizer.config.sample_size
     device = next(tokenizer.parameters()).device
@@ -34,10 +35,12 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
         tokens_per_image = tokens[0].numel()
         noise.append(psnr(restored, images))
         likeness.append(ssim(restored, images))
+    bits = getattr(tokenizer, "bits_per_token", None)
+    size = {"numbers_per_pixel": tokens_per_image} if bits is None else {"bits_per_pixel": tokens_per_image * bits}
     return {
         "psnr": float(torch.cat(noise).mean()),
         "ssim": float(torch.cat(likeness).mean()),
-        "bits_per_pixel": tokens_per_image * tokenizer.bits_per_token / resolution**2,
+        **{name: value / resolution**2 for name, value in size.items()},
         "resolution": resolution,
         "samples": len(cases),
     }

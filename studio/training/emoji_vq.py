@@ -94,12 +94,7 @@ class EmojiVQ(Recipe):
         return muon_and_adamw(module, matrices, learning_rate)
 
     def batch(self, rng, batch_size, device):
-        """Pictures flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""
-        pictures = self.pictures[rng.integers(len(self.pictures), size=batch_size)]
-        named = PALETTE[rng.integers(len(PALETTE), size=batch_size)]
-        colours = np.where(rng.random((batch_size, 1)) < 0.6, named, rng.random((batch_size, 3)))
-        images = torch.from_numpy(compose(pictures, colours))
-        images = augment(images, torch.from_numpy(colours).float(), rng) * 2 - 1
+        images = random_pictures(self.pictures, batch_size, rng)
         return {
             "images": images.to(device, memory_format=torch.channels_last),
             "cells": torch.from_numpy(rectangles(rng, batch_size // 2, self.grid)).to(device),
@@ -122,6 +117,18 @@ class EmojiVQ(Recipe):
         from studio.evaluation.tokenizers import evaluate_tokenizer
 
         return evaluate_tokenizer(VQTokenizer.from_pretrained(folder))
+
+
+def random_pictures(pictures, n, rng):
+    """Pictures (n, 3, side, side) in [-1, 1] out of premultiplied RGBA (m, side, side, 4), uint8.
+
+    They are flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour.
+    """
+    chosen = pictures[rng.integers(len(pictures), size=n)]
+    named = PALETTE[rng.integers(len(PALETTE), size=n)]
+    colours = np.where(rng.random((n, 1)) < 0.6, named, rng.random((n, 3)))
+    images = torch.from_numpy(compose(chosen, colours))
+    return augment(images, torch.from_numpy(colours).float(), rng) * 2 - 1
 
 
 def rectangles(rng, n, side):

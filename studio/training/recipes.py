@@ -10,6 +10,7 @@ RECIPES = {
     "emoji-ar": "studio.training.emoji_ar:EmojiAR",
     "emoji-distilled": "studio.training.emoji_distilled:EmojiDistilled",
     "emoji-drafter": "studio.training.emoji_drafter:EmojiDrafter",
+    "emoji-kl": "studio.training.emoji_kl:EmojiKL",
     "emoji-tower": "studio.training.emoji_tower:EmojiTower",
     "emoji-vlm": "studio.training.emoji_vlm:EmojiVLM",
     "emoji-judge": "studio.training.emoji_judge:EmojiJudge",

@@ -10,12 +10,14 @@ from studio.data.splits import combinations
 from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
     emoji_ar,
     emoji_distilled,
     emoji_drafter,
     emoji_judge,
+    emoji_kl,
     emoji_tower,
     emoji_vlm,
     emoji_vq,
@@ -35,6 +37,8 @@ def small(monkeypatch, tmp_path, tiny_folder):
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(emoji_vq.CONFIG, "base_channels", 32)
     monkeypatch.setitem(emoji_vq.CONFIG, "codebook_size", 64)
+    monkeypatch.setitem(emoji_kl.AUTOENCODER, "block_out_channels", [32, 32])
+    monkeypatch.setattr(emoji_kl, "MEASURED", 8)
     tiny = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
     monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, **tiny})
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -47,7 +51,7 @@ def small(monkeypatch, tmp_path, tiny_folder):
     monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
     for recipe in (
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
-        emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
+        emoji_kl.EmojiKL, emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
     ):  # fmt: skip
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
 
@@ -57,6 +61,7 @@ KINDS = {
     "emoji-distilled": LlamaGenPipeline,
     "emoji-drafter": LlamaGenPipeline,
     "emoji-judge": Judge,
+    "emoji-kl": KLTokenizer,
     "emoji-tower": CLIPVisionModel,
     "emoji-vlm": VisualQuestionPipeline,
     "emoji-vq": VQTokenizer,
