@@ -148,6 +148,52 @@ class LlamaGenPipeline(DiffusionPipeline):
                 "a student draws as it was taught, so leave that out, or let the teacher draw some tokens."
             )
 
+    def check_call(
+        self,
+        prompt=None,
+        *,
+        class_labels=None,
+        num_images_per_prompt=1,
+        guidance_scale=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        cfg_interval=-1,
+        decoding=None,
+        output_type="pil",
+        callback_inputs=("tokens",),
+    ) -> tuple[float, Sampling, Autoregressive | Speculative | Distilled]:
+        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+
+        Returns:
+            What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
+        """
+        config = self.config
+        steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        steering["cfg_interval"] = None if cfg_interval == -1 else cfg_interval
+        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.check_inputs(
+            prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
+        )
+        settings = Autoregressive() if decoding is None else decoding
+        if isinstance(settings, Distilled):
+            self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
+            settings.reports_for(self.student)
+        elif isinstance(settings, Speculative):
+            settings.relaxation(self.image_tokenizer.quantize.embedding.weight)
+        elif not isinstance(settings, Autoregressive):
+            raise StudioError(
+                "LlamaGen draws with Autoregressive, Speculative, Lantern, LanternPlusPlus or Distilled decoding, "
+                f"not {type(settings).__name__}."
+            )
+        sampling = Sampling(
+            temperature=config.default_temperature if temperature is None else temperature,
+            top_k=config.default_top_k if top_k is None else top_k,
+            top_p=config.default_top_p if top_p is None else top_p,
+            order=settings.filter_order,
+        )
+        return guidance_scale, sampling, settings
+
     @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens."""
@@ -238,32 +284,18 @@ class LlamaGenPipeline(DiffusionPipeline):
 
         Errors: `StudioError` for a call that cannot be used.
         """
-        config = self.config
-        steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        steering["cfg_interval"] = None if cfg_interval == -1 else cfg_interval
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_inputs(
+        guidance_scale, sampling, settings = self.check_call(
             prompt,
-            class_labels,
-            num_images_per_prompt,
-            guidance_scale,
-            cfg_interval,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        settings = Autoregressive() if decoding is None else decoding
-        if isinstance(settings, Distilled):
-            self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
-        elif not isinstance(settings, (Autoregressive, Speculative)):
-            raise StudioError(
-                "LlamaGen draws with Autoregressive, Speculative, Lantern, LanternPlusPlus or Distilled decoding, "
-                f"not {type(settings).__name__}."
-            )
-        sampling = Sampling(
-            temperature=config.default_temperature if temperature is None else temperature,
-            top_k=config.default_top_k if top_k is None else top_k,
-            top_p=config.default_top_p if top_p is None else top_p,
-            order=settings.filter_order,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_interval=cfg_interval,
+            decoding=decoding,
+            output_type=output_type,
+            callback_inputs=callback_on_step_end_tensor_inputs,
         )
         self._interrupt = False
         seconds: dict[str, float] = {}

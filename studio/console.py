@@ -1,5 +1,7 @@
 """What a command prints: results on stdout, everything else on stderr, one JSON document when asked for.
 
+Of several processes that do the same work the first one speaks; each tells its own mistakes.
+
 With `--json` the file descriptor of stdout itself points to stderr while the command runs, so that no library, not even
 a compiled one, can put a word in front of the document.
 """
@@ -9,6 +11,8 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+
+from studio.processes import process_index
 
 _document = None
 
@@ -21,12 +25,14 @@ def emit(document):
 
 def say(text):
     """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
-    print(text, flush=True)
+    if process_index() == 0:
+        print(text, flush=True)
 
 
 def warn(text):
     """Print one line on stderr."""
-    print(f"Warning: {text}", file=sys.stderr, flush=True)
+    if process_index() == 0:
+        print(f"Warning: {text}", file=sys.stderr, flush=True)
 
 
 def complain(sentence):
@@ -60,7 +66,8 @@ def only_json_on_stdout():
         sys.stdout.flush()
         os.dup2(real, 1)
         os.close(real)
-        os.write(1, (json.dumps(_finite(_document), ensure_ascii=False) + "\n").encode())
+        if process_index() == 0:
+            os.write(1, (json.dumps(_finite(_document), ensure_ascii=False) + "\n").encode())
 
 
 def _finite(value):

@@ -40,7 +40,7 @@ def plan_paths(out, title, seeds, sheet=False):
         paths = [out] if len(seeds) == 1 else [Path(f"{stem}-{index}.png") for index in range(len(seeds))]
         sheet_path = Path(f"{stem}-sheet.png")
     else:
-        name = _slug(title)
+        name = slug(title)
         paths = [out / f"{name}-{seed}.png" for seed in seeds]
         sheet_path = out / f"{name}-{seeds[0]}-sheet.png"
     for path in [*paths, sheet_path]:
@@ -154,5 +154,6 @@ def package_version(name):
         return None
 
 
-def _slug(title):
+def slug(title):
+    """What a title becomes in a file name: at most 60 lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60].strip("-") or "picture"

@@ -25,6 +25,7 @@ LEVELS = {
     "models": 1,
     "decoding": 1,
     "pruning": 1,
+    "processes": 0,
 }
 """A package imports itself and packages of lower levels. `cli`: the other modules right under studio/."""
 MAY_ALSO = {
@@ -36,7 +37,7 @@ MAY_ALSO = {
     ("evaluation", "data"),
     ("training", "evaluation"),
 }
-PUBLIC = {"studio", "studio.errors", "checkpoints", "training", "evaluation", "pictures", "saving"}
+PUBLIC = {"studio", "studio.errors", "checkpoints", "training", "evaluation", "pictures", "processes", "saving"}
 """What the surfaces may use, as a user would: `studio.__all__`, and the public modules of these packages."""
 
 
@@ -58,7 +59,7 @@ def package_of(path):
         return parts[1]
     if parts[1] == "__init__.py":
         return "studio"
-    return path.stem if path.stem in {"errors", "files", "pictures", "saving"} else "cli"
+    return path.stem if path.stem in {"errors", "files", "pictures", "processes", "saving"} else "cli"
 
 
 def target_of(module):

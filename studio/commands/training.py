@@ -69,7 +69,7 @@ def evaluate(
     quiet_libraries()
     chosen = given(decoding, delta=delta, neighbours=neighbours, ratio=ratio, steps=steps, teacher_steps=teacher_steps)
     how = decoding_of(**chosen) if decoding or len(chosen) > 1 else None
-    result = measure(model, samples=samples, seed=seed, device=device, decoding=how)
+    result = measure(model, samples=samples, seed=seed, device=device, decoding=how, shared=True)
     emit(result)
     for name, value in result.items():
         say(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")

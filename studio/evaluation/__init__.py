@@ -3,7 +3,7 @@
 from studio.errors import StudioError
 
 
-def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
+def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shared=False):
     """Measure a model on what its training did not see.
 
     Args:
@@ -13,6 +13,8 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
             not for a tokenizer, which is always measured on every held-out picture.
         device: where it runs; CUDA where there is one when `None`.
         decoding: how a pipeline draws, as in a call of it; only for pipelines.
+        shared: whether all processes of `accelerate launch` call this: each then draws a part of what a pipeline draws,
+            on its own device, and all return the same.
 
     Returns:
         What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns.
@@ -26,9 +28,12 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
     from studio.evaluation.scenes import evaluate_reader
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.pipelines.visual_question import VisualQuestionPipeline
+    from studio.processes import own_device
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
+    if shared and device is None:
+        device = own_device()
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
     if is_judge(model):
         _refuse(decoding)
@@ -46,7 +51,7 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None):
     if not loaded.takes_text:
         raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
     loaded.set_progress_bar_config(disable=True)
-    return evaluate_generator(loaded, decoding=decoding, **chosen)
+    return evaluate_generator(loaded, decoding=decoding, shared=shared, **chosen)
 
 
 def _refuse(decoding):

@@ -10,9 +10,10 @@ from studio.data.captions import full_caption
 from studio.data.splits import combinations
 from studio.evaluation.judge import draw_combinations, load_judge, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
+from studio.processes import gather, process_count, process_index
 
 
-def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None):
+def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False):
     """Draw held-out combinations from their full captions, and let the judge look.
 
     Args:
@@ -21,6 +22,8 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None):
         seed: chooses the combinations, and seeds picture i with seed + i.
         batch_size: pictures drawn at a time; the result does not depend on it.
         decoding: how tokens are drawn, as of the pipeline.
+        shared: whether all processes of `accelerate launch` call this, so that each draws a part of the batches; the
+            result does not depend on it.
 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples"}`:
@@ -29,13 +32,15 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None):
     judge = load_judge(device=pipe.device)
     drawn = draw_combinations(samples, np.random.default_rng(seed))
     captions = [full_caption(*row) for row in drawn.tolist()]
-    pictures = []
-    for start in tqdm(range(0, samples, batch_size), desc="drawing", unit="batch"):
+    first, every = (process_index(), process_count()) if shared else (0, 1)
+    pictures = {}
+    for start in tqdm(range(first * batch_size, samples, every * batch_size), desc="drawing", unit="batch"):
         prompts = captions[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
         drawing = pipe(prompts, generator=generators, decoding=decoding, output_type="pt")
-        pictures.append(drawing.images.cpu())
-    pictures = torch.cat(pictures)
+        pictures[start] = drawing.images.cpu()
+    drawings = sorted(gather(pictures.items()) if shared else pictures.items())
+    pictures = torch.cat([images for _, images in drawings])
     verdict = verdicts(judge, pictures)
     truth = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
     return {

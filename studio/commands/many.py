@@ -1,0 +1,252 @@
+"""`studio generate --prompts`: a file of prompts, drawn by one process or by many, and gone on with after a kill.
+
+What is drawn together depends on the file alone, never on the number of processes, and each picture has a random stream
+of its own: one process and many draw the same. A picture is written under a temporary name, recorded, then renamed; it
+counts as drawn when both its record and its file are there.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from itertools import groupby
+
+from studio.commands.decodings import decoding_of
+from studio.commands.prompt_file import Request, read_prompts
+from studio.console import emit, quiet_libraries, say, warn
+from studio.errors import StudioError
+from studio.processes import agreed, gather, own_device, process_count, process_index
+from studio.records import Records, read_records, sync
+from studio.saving import check_writable, png_writer, save_all, slug
+
+MANIFEST = "manifest.jsonl"
+_RECORDS = "records"
+_LARGEST_BATCH = 8
+_BATCHES = 64  # as many there should be before they grow: work for so many processes
+_WARNINGS = 5
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: the `index`-th of its request, in the file `path` of the output folder."""
+
+    request: Request
+    index: int
+    path: str
+
+    @property
+    def seed(self):
+        return self.request.seed + self.index
+
+    def record(self, call):
+        """What the manifest says of it; `call` is what all pictures share."""
+        request = self.request
+        what = {"prompt": request.prompt} if request.class_label is None else {"class_label": request.class_label}
+        return {
+            "path": self.path,
+            "line": request.line,
+            "index": self.index,
+            "seed": self.seed,
+            **what,
+            **request.settings,
+            "decoding": request.decoding,
+            **call,
+        }
+
+
+def generate_many(file, out, *, model, seed, options, batch_size, device, dtype):
+    """Draw every line of a file of prompts.
+
+    Args:
+        file: see `read_prompts`, as for `seed` (its `base_seed`) and `options`.
+        out: the folder for pictures, records and manifest.
+        model, device, dtype: as of `studio.load`; "int8" for packed weights.
+        batch_size: pictures drawn at a time; when `None`, one for few pictures and up to eight for many.
+    """
+    start = time.monotonic()
+    requests, pipe, device, weights = agreed(lambda: _prepare(file, out, model, seed, options, device, dtype))
+    call = {"model": model, "dtype": weights}
+    plan = plan_pictures(requests)
+    done = agreed(lambda: _drawn_before(out, plan, call))
+    done = set(gather(done))
+    mine = share(plan, done, batch_size or usual_batch_size(len(plan)))
+    records = agreed(lambda: Records(out / _RECORDS, process_index()))
+    _draw_share(pipe, mine, done, out, records, call, device)
+    records.close()
+
+    drawn = set(gather([picture.path for picture in sum(mine, []) if picture.path not in done]))
+    if process_index() == 0:
+        lines = [json.dumps(picture.record(call), ensure_ascii=False) for picture in plan]
+        save_all({out / MANIFEST: lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")})
+    emit(
+        {
+            "model": model,
+            "out": str(out),
+            "manifest": str(out / MANIFEST),
+            "prompts": len(requests),
+            "images": len(plan),
+            "drawn": len(drawn),
+            "drawn_before": len(done),
+            "processes": process_count(),
+            "seconds": time.monotonic() - start,
+        }
+    )
+    say(f"{out / MANIFEST}  {len(plan)} pictures of {len(requests)} prompts, {len(done)} of them drawn before")
+    say(f"{time.monotonic() - start:.1f} seconds, {process_count()} processes")
+
+
+def plan_pictures(requests):
+    """The pictures of all requests in order, each with a file name of its own."""
+    width = max(4, len(str(requests[-1].line)))
+    return [
+        Picture(request, index, f"{request.line:0{width}d}-{slug(_title(request))}-{request.seed + index}.png")
+        for request in requests
+        for index in range(request.num_images)
+    ]
+
+
+def usual_batch_size(pictures):
+    """How many pictures are drawn at a time, by how many there are: one by one until 64 processes have work."""
+    return min(_LARGEST_BATCH, max(1, pictures // _BATCHES))
+
+
+def share(plan, done, batch_size):
+    """This process's part of what is left.
+
+    Args:
+        plan: all pictures.
+        done: the paths of those that are drawn.
+        batch_size: pictures drawn at a time, of neighbours in the plan with the same settings.
+
+    Returns:
+        A list of batches, each a list of `Picture`. A batch of which some are drawn is whole, so that the others of it
+        come out as they would have.
+    """
+    batches = []
+    for _, alike in groupby(plan, key=_how):
+        alike = list(alike)
+        batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+    left = [batch for batch in batches if any(picture.path not in done for picture in batch)]
+    return left[process_index() :: process_count()]
+
+
+def _how(picture):
+    request = picture.request
+    return json.dumps([request.prompt is None, request.settings, request.decoding], sort_keys=True)
+
+
+def _title(request):
+    return request.prompt or f"class {request.class_label}"
+
+
+def _prepare(file, out, model, seed, options, device, dtype):
+    """Everything that can be refused before a picture is drawn."""
+    requests = read_prompts(file, seed, options)
+    packed = dtype == "int8"
+    for request in requests:
+        if packed and request.decoding["name"] != "ar":
+            raise StudioError(f"{file}, line {request.line}: --dtype int8 goes with decoding ar only.")
+    check_writable(out / MANIFEST)
+
+    from studio import load
+
+    quiet_libraries()
+    pipe = load(model, device=device or own_device(), dtype=None if packed else dtype)
+    if not hasattr(pipe, "check_call"):
+        raise StudioError(f"{model} draws no file of prompts: use a pipeline such as emoji-ar.")
+    pipe.set_progress_bar_config(disable=True)
+    for request in requests:
+        try:
+            pipe.check_call(
+                request.prompt,
+                class_labels=request.class_label,
+                decoding=_decoding(request, packed),
+                **request.settings,
+            )
+        except StudioError as error:
+            raise StudioError(f"{file}, line {request.line}: {error}") from error
+    _warn_of_unknown_words(pipe, requests)
+    return requests, pipe, pipe.device, "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch.")
+
+
+def _decoding(request, packed):
+    from studio import Autoregressive
+
+    return Autoregressive(weights="int8") if packed else decoding_of(**request.decoding)
+
+
+def _warn_of_unknown_words(pipe, requests):
+    from studio.checkpoints.vocabulary import prompt_warning
+
+    found = [(request.line, warning) for request in requests if (warning := prompt_warning(pipe, request.prompt))]
+    for line, warning in found[:_WARNINGS]:
+        warn(f"Line {line}: {warning}")
+    if len(found) > _WARNINGS:
+        warn(f"{len(found) - _WARNINGS} more lines have words that the model does not know.")
+
+
+def _drawn_before(out, plan, call):
+    """The paths of the pictures that an earlier run drew and this process can see."""
+    planned = {picture.path: picture.record(call) for picture in plan}
+    done = []
+    for record in read_records(out / _RECORDS):
+        if planned.get(record["path"]) != record:
+            raise StudioError(
+                f"{out} holds pictures of another file or other settings ({record['path']}): choose another --out."
+            )
+        if (out / record["path"]).is_file():
+            done.append(record["path"])
+    return done
+
+
+def _draw_share(pipe, batches, done, out, records, call, device):
+    import torch
+    from tqdm import tqdm
+
+    count = process_count()
+    total = sum(picture.path not in done for batch in batches for picture in batch)
+    bar = tqdm(
+        total=total,
+        desc="drawing" if count == 1 else f"drawing (process 1 of {count})",
+        unit="picture",
+        file=sys.stderr,
+        disable=process_index() > 0 or not total,
+        mininterval=1,
+    )
+    with bar:
+        for batch in batches:
+            first = batch[0].request
+            subject = (
+                {"class_labels": [picture.request.class_label for picture in batch]}
+                if first.prompt is None
+                else {"prompt": [picture.request.prompt for picture in batch]}
+            )
+            try:
+                output = pipe(
+                    **subject,
+                    generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+                    decoding=_decoding(first, call["dtype"] == "int8"),
+                    **first.settings,
+                )
+            except StudioError as error:
+                raise StudioError(f"Line {first.line}: {error}") from error
+            for picture, image in zip(batch, output.images):
+                if picture.path not in done:
+                    _save(image, picture, out, records, call, device)
+                    bar.update()
+
+
+def _save(image, picture, out, records, call, device):
+    record = picture.record(call)
+    shown = {name: value for name, value in record.items() if name not in {"path", "line", "index", "seed"}}
+    part = out / f"{picture.path}.part"
+    try:
+        png_writer(image, {**shown, "device": device.type}, picture.seed)(part)
+        with open(part, "rb") as file:
+            sync(file)
+        records.append(record)
+        os.replace(part, out / picture.path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StudioError(f"The pictures cannot be written: {error.strerror or error}.") from error

@@ -1,0 +1,56 @@
+"""What has been done so far, kept so that a kill loses none of it: one file of JSON lines for each process."""
+
+import fcntl
+import json
+import os
+
+from studio.errors import StudioError
+from studio.saving import make_folders
+
+
+class Records:
+    """The records that one process appends.
+
+    Args:
+        folder: shared by all processes; made where it is missing.
+        index: the number of the process, which has its own file.
+
+    Raises:
+        StudioError: another run is writing there, or nothing can be written.
+    """
+
+    def __init__(self, folder, index):
+        try:
+            make_folders(folder)
+            self._file = open(folder / f"process-{index:05d}.jsonl", "a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudioError(f"Another run is writing to {folder.parent}: wait for it, or stop it first.") from error
+        except OSError as error:
+            raise StudioError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from error
+        self._cut_torn_line()
+
+    def append(self, record):
+        """Write a record, a JSON value, and return when it will survive a loss of power."""
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        sync(self._file)
+
+    def close(self):
+        self._file.close()
+
+    def _cut_torn_line(self):
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_records(folder):
+    """Every whole record in a folder of records, oldest first in each file; `[]` where there is no such folder."""
+    lines = (line for file in sorted(folder.glob("*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1])
+    return [json.loads(line) for line in lines]
+
+
+def sync(file):
+    """Have what was written to an open file on the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
