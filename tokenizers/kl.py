@@ -1,7 +1,7 @@
 """KL tokenizer: a variational autoencoder whose latents are continuous tokens, as MAR draws them.
 
 The network is diffusers' `AutoencoderKL` ("High-Resolution Image Synthesis with Latent Diffusion Models",
-arXiv:2112.10752, section 3.1), in the part `autoencoder`. Scope: encoding and decoding; how it is trained is the
+arXiv:2112.10752, section 3.1), in the part `network`. Scope: encoding and decoding; how it is trained is the
 recipe's business, how latents are cut into tokens that of the model that draws them.
 
 Added to that network: pixels can be folded into channels first, so that a small one never works at full resolution.
@@ -38,38 +38,38 @@ class KLTokenizer(ModelMixin, ConfigMixin):
         sample_size: int = 256,
     ):
         super().__init__()
-        self.autoencoder = AutoencoderKL(**(autoencoder or {}))
+        self.network = AutoencoderKL(**(autoencoder or {}))
 
     @classmethod
     def from_autoencoder(cls, autoencoder: AutoencoderKL) -> "KLTokenizer":
-        """A tokenizer of which this network is the part `autoencoder`."""
+        """A tokenizer of which this network is the part `network`."""
         sizes = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             tokenizer = cls(sizes, 1, sizes["scaling_factor"], sizes["sample_size"])
-        tokenizer.autoencoder = autoencoder
+        tokenizer.network = autoencoder
         return tokenizer
 
     @property
     def downsample_factor(self) -> int:
         """Pixels a side that one cell of the grid stands for."""
-        return self.config.pixel_unshuffle * 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        return self.config.pixel_unshuffle * 2 ** (len(self.network.config.block_out_channels) - 1)
 
     @property
     def latent_channels(self) -> int:
         """Numbers of a cell C."""
-        return self.autoencoder.config.latent_channels
+        return self.network.config.latent_channels
 
     def encode_distribution(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
         """Gaussians over latents (B, C, h, w), of pictures (B, 3, H, W) in [-1, 1].
 
         Errors: `StudioError` for pictures whose shape does not fit.
         """
-        factor, channels = self.downsample_factor, self.autoencoder.config.in_channels // self.config.pixel_unshuffle**2
+        factor, channels = self.downsample_factor, self.network.config.in_channels // self.config.pixel_unshuffle**2
         if images.ndim != 4 or images.shape[1] != channels:
             raise StudioError(f"Pictures must be (B, {channels}, H, W); got {tuple(images.shape)}.")
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise StudioError(f"Height and width must be multiples of {factor}; got {tuple(images.shape[-2:])}.")
-        return self.autoencoder.encode(F.pixel_unshuffle(images, self.config.pixel_unshuffle)).latent_dist
+        return self.network.encode(F.pixel_unshuffle(images, self.config.pixel_unshuffle)).latent_dist
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w), the means, of pictures (B, 3, H, W) in [-1, 1]."""
@@ -77,7 +77,7 @@ class KLTokenizer(ModelMixin, ConfigMixin):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
-        return F.pixel_shuffle(self.autoencoder.decode(latents).sample, self.config.pixel_unshuffle)
+        return F.pixel_shuffle(self.network.decode(latents).sample, self.config.pixel_unshuffle)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Reconstruction of pictures (B, 3, H, W) in [-1, 1] through their latents."""

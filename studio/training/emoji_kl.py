@@ -62,7 +62,7 @@ class EmojiKL(Recipe):
         return TrainableKL(tokenizer).to(device, memory_format=torch.channels_last)
 
     def optimizers(self, module, learning_rate):
-        network = module.tokenizer.autoencoder
+        network = module.tokenizer.network
         return muon_and_adamw(module, hidden_matrices(network.encoder, network.decoder), learning_rate)
 
     def batch(self, rng, batch_size, device):

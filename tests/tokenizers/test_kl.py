@@ -26,7 +26,7 @@ def tokenizer():
 def test_folds_pixels_around_the_autoencoder_of_diffusers(tokenizer):
     assert (tokenizer.downsample_factor, tokenizer.latent_channels) == (4, 3)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    plain = tokenizer.autoencoder
+    plain = tokenizer.network
     folded = images.view(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
     expected = plain.encode(folded).latent_dist
     latents = tokenizer.encode(images)
