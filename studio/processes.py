@@ -21,9 +21,30 @@ def process_index():
     return int(os.environ.get("RANK") or 0)
 
 
-def own_device():
-    """The `torch.device` that the launcher gave this process, or `None` for a process that runs alone."""
-    return _join().device if process_count() > 1 else None
+def launch_problem():
+    """What to say when a launcher was asked for several processes and started one, or `None`."""
+    is_asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+    if is_asked and "WORLD_SIZE" not in os.environ:
+        return (
+            "accelerate launch --cpu starts one process, whatever its number: "
+            "say --multi_gpu instead, which starts them on CPUs too."
+        )
+    return None
+
+
+def join():
+    """Meet the other processes, if there are any.
+
+    Returns:
+        The `torch.device` that the launcher meant for this process, or `None` for a process that runs alone.
+    """
+    if process_count() == 1:
+        return None
+    import torch
+    from accelerate import PartialState
+
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on"}
+    return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=_PATIENCE).device
 
 
 def gather(items):
@@ -39,7 +60,7 @@ def gather(items):
         return list(items)
     from accelerate.utils import gather_object
 
-    _join()
+    join()
     return gather_object(list(items))
 
 
@@ -62,10 +83,3 @@ def agreed(prepare):
     if process_index() > 0:
         raise SystemExit(0)
     raise StudioError(mistakes[0])
-
-
-def _join():
-    from accelerate import PartialState
-
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on"}
-    return PartialState(cpu=on_cpu, timeout=_PATIENCE)

@@ -16,7 +16,7 @@ from studio.commands.decodings import decoding_of
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
-from studio.processes import agreed, gather, own_device, process_count, process_index
+from studio.processes import agreed, gather, join, process_count, process_index
 from studio.records import Records, read_records, sync
 from studio.saving import check_writable, png_writer, save_all, slug
 
@@ -152,7 +152,7 @@ def _prepare(file, out, model, seed, options, device, dtype):
     from studio import load
 
     quiet_libraries()
-    pipe = load(model, device=device or own_device(), dtype=None if packed else dtype)
+    pipe = load(model, device=device or join(), dtype=None if packed else dtype)
     if not hasattr(pipe, "check_call"):
         raise StudioError(f"{model} draws no file of prompts: use a pipeline such as emoji-ar.")
     pipe.set_progress_bar_config(disable=True)

@@ -28,12 +28,12 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
     from studio.evaluation.scenes import evaluate_reader
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.pipelines.visual_question import VisualQuestionPipeline
-    from studio.processes import own_device
+    from studio.processes import join
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
     if shared and device is None:
-        device = own_device()
+        device = join()
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
     if is_judge(model):
         _refuse(decoding)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder
 from studio.errors import StudioError
+from studio.processes import join
 from studio.training.card import write_card
 from studio.training.schedule import Rates, learning_rate_factor
 
@@ -60,6 +61,7 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
         StudioError: there is nothing to resume, the settings differ from the stored ones, or a fresh run would
             overwrite a state.
     """
+    join()
     accelerator = Accelerator(mixed_precision=mixed_precision())
     if settings.batch_size % accelerator.num_processes:
         raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
