@@ -1,82 +1,47 @@
 """Masked autoregressive decoding: in a random order, a few more tokens at each step, each drawn by a diffusion head.
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4 and the authors' sampler.
-How many tokens a step draws follows the cosine of MaskGIT (arXiv:2202.04200, section 3.3).
+How many tokens a step draws: see `masked_steps`.
 
 The result is that of the authors' sampler on the same random numbers, up to rounding (`textbook_masked` has it written
 plainly), with less work: see `denoising`; and the last decoder block answers only for the tokens that are drawn.
 Deviations: each picture has its own generator; more steps than tokens are refused, as some would draw nothing.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 
 from studio.decoding.autoregressive import Drawn, condition_rows
 from studio.decoding.denoising import Kernels, TimedHead, descend
+from studio.decoding.masked_steps import MaskedSteps, Step, is_count
 from studio.decoding.position_noise import Places, PositionNoise
 from studio.decoding.sampling import is_finite_number
 from studio.errors import StudioError
 
-GUIDANCE_SCHEDULES = ("linear", "constant")
-
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedAutoregressive:
-    """Settings of the loop.
+class MaskedAutoregressive(MaskedSteps):
+    """Settings of the loop: those of `MaskedSteps`, and
 
     Args:
-        steps: calls of the transformer, 1 to the number of tokens.
-        diffusion_steps: denoising steps of a token, 1 to 1000.
-        guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not.
+        diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever draws.
 
     Errors: `StudioError` for a value outside these.
     """
 
-    steps: int = 64
-    diffusion_steps: int = 100
-    guidance_schedule: str = "linear"
+    diffusion_steps: int | None = None
+
+    DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64, "diffusion_steps": 100}
 
     def __post_init__(self):
-        for name, most in (("steps", None), ("diffusion_steps", 1000)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= (most or value):
-                raise StudioError(f"{name} must be a whole number of at least 1{f', at most {most}' if most else ''}, "
-                                  f"not {value!r}.")  # fmt: skip
-        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise StudioError(
-                f"guidance_schedule is one of {', '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}."
-            )
-
-    def plan(self, total: int) -> list["Step"]:
-        """The steps that draw `total` tokens."""
-        if self.steps > total:
-            raise StudioError(f"A picture has {total} tokens: draw them in at most as many steps, not {self.steps}.")
-        plan, last = [], total
-        for number in range(1, self.steps + 1):
-            left = max(1, min(last - 1, math.floor(total * math.cos(math.pi / 2 * number / self.steps))))
-            plan.append(Step(0 if number == self.steps else left, last, (total - left) / total))
-            last = left
-        return plan
-
-    def scale_at(self, step: "Step", guidance_scale: float) -> float:
-        """The guidance of a step."""
-        return 1 + (guidance_scale - 1) * step.progress if self.guidance_schedule == "linear" else guidance_scale
-
-
-class Step(NamedTuple):
-    """Draws the entries `first` to `last` - 1 of each order; those from `last` on are known.
-
-    `progress` is the share of tokens that the schedule counts as known, which guidance grows with.
-    """
-
-    first: int
-    last: int
-    progress: float
+        super().__post_init__()
+        given = self.diffusion_steps
+        if given is not None and not (is_count(given) and given <= 1000):
+            raise StudioError(f"diffusion_steps must be a whole number of at least 1, at most 1000, not {given!r}.")
 
 
 @dataclass
@@ -137,7 +102,7 @@ def masked_autoregressive(
 
     Errors: `StudioError` for more steps than tokens and for a temperature that is none.
     """
-    settings = settings or MaskedAutoregressive()
+    settings = (settings or MaskedAutoregressive()).filled()
     check_temperature(temperature)
     plan = settings.plan(model.num_tokens)
     began = time.perf_counter()
