@@ -1,30 +1,34 @@
 """The ways to draw tokens, by the names that the command line and the app offer; a new one is one more entry."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from studio.decoding.autoregressive import Autoregressive
+from studio.decoding.continuous_speculative import ContinuousSpeculative
 from studio.decoding.distilled import Distilled
 from studio.decoding.lantern import Lantern, LanternPlusPlus
+from studio.decoding.masked_autoregressive import MaskedAutoregressive
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 
 
 @dataclass(frozen=True)
 class Option:
-    """A number that a user may give.
+    """A number, or a word, that a user may give.
 
     Args:
         name: keyword of `DecodingChoice.settings`.
-        kind: `int` or `float`.
-        default: what is taken where none is given.
+        kind: `int`, `float` or `str`.
+        default: what is taken where none is given; None: the model's or the decoding's own.
         summary: one line.
+        choices: what a `str` may be, with what a person reads.
     """
 
     name: str
     kind: type
-    default: float | None
+    default: float | str | None
     summary: str
+    choices: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,16 @@ class DecodingChoice:
         summary: one line.
         make: from the options, as keywords, to what `decoding=` of a pipeline takes.
         options: what may be given.
+        pipeline: the class of the pipelines that it is for, by its name.
+        needs: the component of a pipeline that it needs, if any.
     """
 
     title: str
     summary: str
     make: Callable
     options: tuple[Option, ...] = ()
+    pipeline: str = "LlamaGenPipeline"
+    needs: str | None = None
 
     def settings(self, **given):
         """The settings object, with its defaults for what is not given. Errors: `StudioError` for unknown options."""
@@ -51,6 +59,20 @@ class DecodingChoice:
             raise StudioError(f"{self.title} decoding {allowed}, not {', '.join(unknown)}.")
         return self.make(**{**known, **given})
 
+    def label(self, settings) -> str:
+        """The title of what `settings` returned, which says so where pictures do not follow the model's law."""
+        return f"{self.title}, approximate" if is_approximate(settings) else self.title
+
+
+def is_approximate(settings) -> bool:
+    """Whether pictures drawn with these settings do not follow the model's law, and no bound says how far off."""
+    return getattr(settings, "approximate", False)
+
+
+_STEPS = (
+    Option("steps", int, None, "Calls of the model, at most one a token."),
+    Option("diffusion_steps", int, None, "Steps that denoise a token, 1 to 1000."),
+)
 
 DECODINGS = {
     "ar": DecodingChoice("Plain", "One token for each call of the model.", Autoregressive),
@@ -83,6 +105,34 @@ DECODINGS = {
             Option("steps", int, 1, "Calls of the student."),
             Option("teacher_steps", int, 0, "How many tokens the model itself draws first, with its guidance."),
         ),
+        needs="student",
+    ),
+    "mar": DecodingChoice(
+        "Masked autoregressive",
+        "Several continuous tokens for each call of the model, in a random order.",
+        MaskedAutoregressive,
+        _STEPS,
+        pipeline="MARPipeline",
+    ),
+    "cspd": DecodingChoice(
+        "Continuous speculative",
+        "A small model drafts continuous tokens and the model tests them; exact, or relaxed, which is approximate.",
+        ContinuousSpeculative,
+        (
+            Option(
+                "mode",
+                str,
+                "exact",
+                "Exact keeps the model's law; relaxed is approximate: pictures do not follow it.",
+                {"exact": "exact", "relaxed": "relaxed (approximate)"},
+            ),
+            *_STEPS,
+            Option("prefill", float, 0.05, "Share of the steps that the model draws itself first, 0 to 1."),
+            Option("draft_steps", int, None, "Relaxed: steps that are drafted before a test; 4 where none are given."),
+            Option("inner_temperature", float, None, "Relaxed: how forgiving the test is; 42 where none is given."),
+        ),
+        pipeline="MARPipeline",
+        needs="drafter",
     ),
 }
 
@@ -92,3 +142,17 @@ def decoding_named(name: str) -> DecodingChoice:
     if name not in DECODINGS:
         raise StudioError(f"The decoding is one of {', '.join(DECODINGS)}, not {name!r}.")
     return DECODINGS[name]
+
+
+def decodings_for(pipeline: str, components: Collection[str]) -> list[str]:
+    """Names of the decodings that fit a pipeline, the plain one first.
+
+    Args:
+        pipeline: the name of its class.
+        components: the names of the components that it has.
+    """
+    return [
+        name
+        for name, choice in DECODINGS.items()
+        if choice.pipeline == pipeline and (choice.needs is None or choice.needs in components)
+    ]

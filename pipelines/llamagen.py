@@ -1,31 +1,23 @@
 """Words or a class to pictures with LlamaGen (arXiv:2406.06525): text encoder, token model, image tokenizer."""
 
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 
 from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
 from studio.decoding.distilled import Distilled, DistilledDrawn, distilled
-from studio.decoding.sampling import Sampling, is_finite_number
+from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
+from studio.pipelines.base import ConditionalPipeline, image_generators, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.vq import VQTokenizer
 
-logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
-MAX_PROMPT_CHARACTERS = 2000
-
-
-class LlamaGenPipeline(DiffusionPipeline):
+class LlamaGenPipeline(ConditionalPipeline):
     """Draws pictures token by token.
 
     Args:
@@ -74,50 +66,15 @@ class LlamaGenPipeline(DiffusionPipeline):
             default_top_p=default_top_p,
             lowercase_prompts=lowercase_prompts,
         )
-        self._interrupt = False
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop after the current token."""
-        return self._interrupt
-
-    @property
-    def takes_text(self) -> bool:
-        return self.transformer.config.caption_dim is not None
 
     def check_inputs(
         self, prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
     ) -> None:
         """Raises a `StudioError` that names the first argument of a call that cannot be used."""
-        if self.takes_text:
-            if class_labels is not None:
-                raise StudioError("This model draws from words: pass a prompt and no class_labels.")
-            if self.text_encoder is None or self.tokenizer is None:
-                raise StudioError("This pipeline has no text encoder: load or convert it with one to use a prompt.")
-            for text in prompt if isinstance(prompt, list) and prompt else [prompt]:
-                if not isinstance(text, str) or not text.strip():
-                    raise StudioError("The prompt is empty: say in a few words what to draw.")
-                if len(text) > MAX_PROMPT_CHARACTERS:
-                    raise StudioError(
-                        f"The prompt has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read."
-                    )
-        else:
-            if prompt is not None:
-                raise StudioError("This model draws from class numbers: pass class_labels and no prompt.")
-            labels = class_labels if isinstance(class_labels, list) and class_labels else [class_labels]
-            classes = self.transformer.config.num_classes
-            if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < classes for n in labels):
-                raise StudioError(f"class_labels must be whole numbers from 0 to {classes - 1}, not {class_labels!r}.")
-        if not _is_count(num_images_per_prompt):
-            raise StudioError(f"num_images_per_prompt must be a whole number above 0, not {num_images_per_prompt!r}.")
-        if not is_finite_number(guidance_scale) or guidance_scale < 0:
-            raise StudioError(f"guidance_scale must be a finite number of at least 0, not {guidance_scale!r}.")
+        self.check_condition(prompt, class_labels)
+        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
         if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
             raise StudioError(f"cfg_interval must be a whole number of at least -1 (-1: no end), not {cfg_interval!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise StudioError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
-            raise StudioError(f"Callbacks can ask for {self._callback_tensor_inputs}, not {sorted(unknown)}.")
         codes, vocab = self.image_tokenizer.config.codebook_size, self.transformer.config.vocab_size
         if codes != vocab:
             raise StudioError(f"The image tokenizer has {codes} codes but the transformer draws from {vocab}.")
@@ -195,55 +152,17 @@ class LlamaGenPipeline(DiffusionPipeline):
         return guidance_scale, sampling, settings
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens."""
-        texts = [text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        if self.config.lowercase_prompts:
-            texts = [text.lower() for text in texts]
-        length = self.transformer.config.caption_length
-        full = self.tokenizer(texts, truncation=False)["input_ids"]
-        if (longest := max(map(len, full))) > length:
-            logger.warning("The prompt is cut: %d text tokens, of which the model reads %d.", longest, length)
-        ids = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-            return_attention_mask=True,
-        )
-        mask = ids["attention_mask"].to(self._execution_device)
-        states = self.text_encoder(input_ids=ids["input_ids"].to(self._execution_device), attention_mask=mask)
-        return states.last_hidden_state.to(self.transformer.dtype), mask.bool()
-
-    @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
         """Tokens (B, grid**2) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
         side = self.transformer.config.grid_size
-        return self._finished(self.image_tokenizer.decode(tokens.view(-1, side, side)), output_type)
+        return self.finished_pictures(self.image_tokenizer.decode(tokens.view(-1, side, side)), output_type)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
         """Code vectors (B, grid**2, code_dim) to pictures; `output_type` as of `decode_tokens`."""
         side = self.transformer.config.grid_size
         codes = latents.to(self.image_tokenizer.dtype).transpose(1, 2).unflatten(2, (side, side))
-        return self._finished(self.image_tokenizer.decode_features(codes), output_type)
-
-    def _finished(self, pixels: torch.Tensor, output_type: str):
-        """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""
-        pixels = pixels.float()
-        if output_type == "pil":
-            values = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
-            return self.bytes_to_pil(values)
-        pixels = (pixels / 2 + 0.5).clamp(0, 1)
-        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-    @staticmethod
-    def bytes_to_pil(values: torch.Tensor) -> list:
-        """uint8 pictures (B, 3, H, W) to a list of PIL pictures."""
-        from PIL import Image
-
-        return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+        return self.finished_pictures(self.image_tokenizer.decode_features(codes), output_type)
 
     @torch.no_grad()
     def __call__(
@@ -299,9 +218,9 @@ class LlamaGenPipeline(DiffusionPipeline):
         )
         self._interrupt = False
         seconds: dict[str, float] = {}
-        with _timed(seconds, "total"):
-            with _timed(seconds, "text"):
-                condition = self._condition(prompt, class_labels, num_images_per_prompt)
+        with timed(seconds, "total"):
+            with timed(seconds, "text"):
+                condition = self.condition(prompt, class_labels, num_images_per_prompt)
             batch = len(next(iter(condition.values())))
             generators = image_generators(generator, batch, self._execution_device)
             is_distilled = isinstance(settings, Distilled)
@@ -327,23 +246,13 @@ class LlamaGenPipeline(DiffusionPipeline):
                     on_token=on_token,
                     editable=callback_on_step_end is not None,
                 )
-            with _timed(seconds, "pixels"):
+            with timed(seconds, "pixels"):
                 images = drawn.tokens if output_type == "tokens" else self._pictures(drawn, output_type)
         self.maybe_free_model_hooks()
         stats = _stats(drawn, seconds)
         if not return_dict:
             return images, drawn.tokens, stats
         return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
-
-    def _condition(self, prompt, class_labels, num_images_per_prompt: int) -> dict[str, torch.Tensor]:
-        """The condition of every picture; pictures of one prompt stand together."""
-        if self.takes_text:
-            captions, mask = self.encode_prompt(prompt)
-            condition = {"captions": captions, "caption_mask": mask}
-        else:
-            labels = class_labels if isinstance(class_labels, list) else [class_labels]
-            condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
-        return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
     def _draw(self, condition: dict, *, settings, editable: bool, **call) -> Drawn:
         """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""
@@ -365,41 +274,6 @@ class LlamaGenPipeline(DiffusionPipeline):
             decode, drawing = self.decode_latents, drawn.latents
         missing = self.transformer.num_tokens - drawing.shape[1]
         return decode(torch.cat((drawing, drawing[:, :1].repeat_interleave(missing, dim=1)), dim=1), output_type)
-
-
-def image_generators(generator, batch: int, device) -> list[torch.Generator]:
-    """One random stream per picture.
-
-    A list is used as it is. A single generator serves the first picture itself and seeds streams for the others; `None`
-    seeds every stream from torch's global generator.
-    """
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != batch:
-            raise StudioError(f"{batch} pictures need {batch} generators, one each; {len(generator)} were given.")
-        return list(generator)
-    if generator is None:
-        return [_seeded(int(seed), device) for seed in torch.randint(2**62, (batch,))]
-    if not isinstance(generator, torch.Generator):
-        raise StudioError("generator must be a torch.Generator, a list of them, or None.")
-    source = torch.Generator(generator.device)
-    source.set_state(generator.get_state())
-    seeds = torch.randint(2**62, (batch - 1,), generator=source, device=source.device).tolist()
-    return [generator, *(_seeded(seed, generator.device) for seed in seeds)]
-
-
-def _seeded(seed: int, device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str):
-    began = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - began
-
-
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _stats(drawn: Drawn, seconds: dict[str, float]) -> DecodingStats:

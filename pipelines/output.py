@@ -15,13 +15,16 @@ class DecodingStats(BaseOutput):
         target_calls: calls of the transformer, and of a student, for the whole batch.
         tokens: image tokens drawn, over all pictures.
         mean_accepted_length: tokens of a picture per call (1.0 for plain autoregressive decoding).
-        seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total".
+        seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total"; and what "decode" is made
+            of, where a decoding tells: "transformer" and "head", or "target" and "draft".
+        acceptance: share of the drafted tokens that were accepted, where a decoding tells.
     """
 
     target_calls: int
     tokens: int
     mean_accepted_length: float
     seconds: dict[str, float]
+    acceptance: float | None = None
 
 
 @dataclass
@@ -30,7 +33,8 @@ class ImageTokenPipelineOutput(BaseOutput):
 
     Args:
         images: a list of PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens again.
-        tokens: (B, n) int64, raster order; n is below the grid's size only for an interrupted call.
+        tokens: (B, n) int64, raster order; n is below the grid's size only for an interrupted call. Continuous ones are
+            (B, L, D) float32, 0 where an interrupted call did not come.
         stats: see `DecodingStats`.
     """
 

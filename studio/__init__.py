@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
     from studio.decoding.continuous_speculative import ContinuousSpeculative
+    from studio.decoding.dimension_wise import DimensionWise
     from studio.decoding.distilled import Distilled
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.masked_autoregressive import MaskedAutoregressive
@@ -29,35 +30,54 @@ if TYPE_CHECKING:
     from studio.models.mar import MAR
     from studio.models.resgen import ResGen
     from studio.models.rq_transformer import RQTransformer
-    from studio.pipelines.decodings import DECODINGS, decoding_named
+    from studio.models.token_bridge import TokenBridge
+    from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for
     from studio.pipelines.llamagen import LlamaGenPipeline
+    from studio.pipelines.mar import MARPipeline
+    from studio.pipelines.odp_file import OdpFile
+    from studio.pipelines.picture_codec import decode_picture, encode_picture
+    from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
     from studio.pruning.methods import pruning_methods
+    from studio.tokenizers.kl import KLTokenizer
+    from studio.tokenizers.one_d_piece import OneDPieceTokenizer
     from studio.tokenizers.rvq import RVQTokenizer
+    from studio.tokenizers.token_bridge import TokenBridgeTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
     "ContinuousSpeculative": "studio.decoding.continuous_speculative",
     "DECODINGS": "studio.pipelines.decodings",
+    "DimensionWise": "studio.decoding.dimension_wise",
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
+    "KLTokenizer": "studio.tokenizers.kl",
     "Lantern": "studio.decoding.lantern",
     "LanternPlusPlus": "studio.decoding.lantern",
     "LlamaGen": "studio.models.llamagen",
     "LlamaGenPipeline": "studio.pipelines.llamagen",
     "MAR": "studio.models.mar",
+    "MARPipeline": "studio.pipelines.mar",
     "MaskedAutoregressive": "studio.decoding.masked_autoregressive",
+    "OdpFile": "studio.pipelines.odp_file",
+    "OneDPieceTokenizer": "studio.tokenizers.one_d_piece",
     "RQTransformer": "studio.models.rq_transformer",
     "RVQTokenizer": "studio.tokenizers.rvq",
     "ResGen": "studio.models.resgen",
     "ResidualUnmasking": "studio.decoding.residual_unmasking",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
+    "TokenBridge": "studio.models.token_bridge",
+    "TokenBridgePipeline": "studio.pipelines.token_bridge",
+    "TokenBridgeTokenizer": "studio.tokenizers.token_bridge",
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
+    "decode_picture": "studio.pipelines.picture_codec",
     "decoding_named": "studio.pipelines.decodings",
+    "decodings_for": "studio.pipelines.decodings",
+    "encode_picture": "studio.pipelines.picture_codec",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.binding",
     "prune_inputs": "studio.pruning.binding",
@@ -68,24 +88,35 @@ __all__ = [
     "Autoregressive",
     "ContinuousSpeculative",
     "DECODINGS",
+    "DimensionWise",
     "Distilled",
     "DistilledStudent",
+    "KLTokenizer",
     "Lantern",
     "LanternPlusPlus",
     "LlamaGen",
     "LlamaGenPipeline",
     "MAR",
+    "MARPipeline",
     "MaskedAutoregressive",
+    "OdpFile",
+    "OneDPieceTokenizer",
     "RQTransformer",
     "RVQTokenizer",
     "ResGen",
     "ResidualUnmasking",
     "Speculative",
     "StudioError",
+    "TokenBridge",
+    "TokenBridgePipeline",
+    "TokenBridgeTokenizer",
     "VQTokenizer",
     "VisualQuestionPipeline",
     "__version__",
+    "decode_picture",
     "decoding_named",
+    "decodings_for",
+    "encode_picture",
     "load",
     "prune",
     "prune_inputs",

@@ -56,6 +56,31 @@ def tiny_vq():
 
 
 @pytest.fixture(scope="session")
+def tiny_one_d():
+    """A random OneDPieceTokenizer: 16 px pictures, 6 tokens of 32 codes, weights that bfloat16 holds."""
+    import torch
+
+    from studio import OneDPieceTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = OneDPieceTokenizer(
+        sample_size=16,
+        patch_size=4,
+        num_tokens=6,
+        encoder_width=16,
+        encoder_layers=1,
+        encoder_heads=2,
+        decoder_width=16,
+        decoder_layers=1,
+        decoder_heads=2,
+        code_dim=4,
+        codebook_size=32,
+        pixel_stage="patches",
+    )
+    return tokenizer.to(torch.bfloat16).float().eval()
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tiny_vq, tiny_text_tokenizer):
     """A random text-to-picture pipeline that draws 16 px pictures."""
     import torch
@@ -111,6 +136,68 @@ def tiny_class_folder(tiny_class_pipeline, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_mar_pipeline(tiny_pipeline):
+    """A random text-to-picture pipeline of MAR, with a drafter: 16 px pictures, 4x4 tokens in 4 steps."""
+    import torch
+
+    from studio import MARPipeline
+
+    torch.manual_seed(0)
+    text = {"num_classes": None, "caption_dim": 16, "caption_length": 8}
+    pipe = MARPipeline(
+        _tiny_kl(),
+        _tiny_mar(0, **text),
+        tiny_pipeline.text_encoder,
+        tiny_pipeline.tokenizer,
+        _tiny_mar(1, depth=1, **text),
+        default_num_steps=4,
+        default_diffusion_steps=5,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_mar_class_pipeline():
+    """A random class-conditional pipeline of MAR, of five classes and without a drafter."""
+    from studio import MARPipeline
+
+    pipe = MARPipeline(_tiny_kl(), _tiny_mar(0), default_num_steps=4, default_diffusion_steps=5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_mar_folder(tiny_mar_pipeline, tmp_path_factory):
+    """The text-to-picture pipeline of MAR as `save_pretrained` writes it; do not change the files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-mar"
+    tiny_mar_pipeline.save_pretrained(folder)
+    return folder
+
+
+def _tiny_mar(seed, **config):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tiny_mar", ROOT / "tests" / "decoding" / "tiny_mar.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.tiny_mar(seed, token_dim=3, **config)
+
+
+def _tiny_kl():
+    import torch
+
+    from studio.tokenizers.kl import KLTokenizer
+
+    torch.manual_seed(0)
+    sizes = {
+        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3, "sample_size": 16,
+        "block_out_channels": [4, 8, 8], "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 4,
+    }  # fmt: skip
+    return KLTokenizer(sizes, sample_size=16, scaling_factor=1.0).eval()
+
+
+@pytest.fixture(scope="session")
 def tiny_reader():
     """A random LLaVA-NeXT of tiny width and its real processor, as `emoji-vlm` has them; it never ends early."""
     import torch
@@ -129,3 +216,41 @@ def tiny_reader():
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     model.generation_config.eos_token_id = None
     return model, processor
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Start the same Python program as two processes that meet, as a launcher would; returns a list of `Popen`.
+
+    They run in an empty folder, see the pipes of a test (`communicate()`), and are killed when it ends.
+    """
+    import socket
+    import subprocess
+    import sys
+
+    started = []
+
+    def start(*arguments):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        for index in range(2):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "WORLD_SIZE": "2",
+                "RANK": str(index),
+                "LOCAL_RANK": str(index),
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, *map(str, arguments)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -6,6 +6,8 @@ Folders of diffusers' form hold our pipelines and tokenizers; those of transform
 import json
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +21,13 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
+from studio.models.mar import MAR
 from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.mar import MARPipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.tokenizers.kl import KLTokenizer
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 from studio.tokenizers.vq import VQTokenizer
 
 DTYPES = {
@@ -31,6 +38,7 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+_TOKENIZERS = {kind.__name__: kind for kind in (VQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -46,8 +54,9 @@ def load(name, *, device=None, dtype=None):
             float32 on a CPU and bfloat16 on CUDA when `None`.
 
     Returns:
-        A `LlamaGenPipeline`, a `VQTokenizer` or a `VisualQuestionPipeline`. A pipeline that draws and knows only some
-        words has them in `pipe.vocabulary`, `(words, concepts)`; any other has `None` there.
+        A `LlamaGenPipeline` or `MARPipeline`, a tokenizer (`VQTokenizer`, `OneDPieceTokenizer`, `KLTokenizer`, ...) or
+        a `VisualQuestionPipeline`. A pipeline that draws and knows only some words has them in `pipe.vocabulary`,
+        `(words, concepts)`; any other has `None` there.
 
     Raises:
         StudioError: unknown name, unreachable Hub, damaged weights, a folder that is no checkpoint or one of another
@@ -99,18 +108,20 @@ def _load_folder(folder, dtype):
     if (folder / "model_index.json").is_file():
         return _load_pipeline(folder, dtype)
     if (folder / "config.json").is_file():
-        if "architectures" in _read_config(folder / "config.json"):
+        config = _read_config(folder / "config.json")
+        if "architectures" in config:
             return _load_visual_question(folder, dtype)
-        return _load_model(VQTokenizer, folder, dtype)
+        return _load_model(_TOKENIZERS.get(config.get("_class_name"), VQTokenizer), folder, dtype)
     raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
 
 
 def _load_pipeline(folder, dtype):
     index = _read_config(folder / "model_index.json")
-    _check_class(index, LlamaGenPipeline, folder)
+    kind = _PIPELINES.get(index.get("_class_name"), _LLAMAGEN)
+    _check_class(index, kind.pipeline, folder)
     components = {
-        "image_tokenizer": _load_model(VQTokenizer, _tokenizer_folder(folder), dtype),
-        "transformer": _load_model(LlamaGen, folder / "transformer", dtype),
+        "image_tokenizer": _load_model(kind.tokenizer, _tokenizer_folder(folder, kind.bundled_tokenizer), dtype),
+        "transformer": _load_model(kind.model, folder / "transformer", dtype),
         "text_encoder": None,
         "tokenizer": None,
     }
@@ -118,17 +129,54 @@ def _load_pipeline(folder, dtype):
         encoder, tokenizer = (_transformers_class(index, part, folder) for part in ("text_encoder", "tokenizer"))
         components["text_encoder"] = _load_weights(encoder, folder / "text_encoder", dtype)
         components["tokenizer"] = _load_text_tokenizer(tokenizer, folder / "tokenizer")
-    for name, kind in (("drafter", Drafter), ("student", DistilledStudent)):
+    for name, model in kind.helpers.items():
         if (index.get(name) or [None])[0] is not None:
-            components[name] = _load_model(kind, folder / name, dtype)
-    codes, vocabulary = components["image_tokenizer"].config.codebook_size, components["transformer"].config.vocab_size
+            components[name] = _load_model(model, folder / name, dtype)
+    kind.check(folder, components["transformer"].config, components["image_tokenizer"])
+    pipe = kind.pipeline.from_pretrained(folder, **components)
+    pipe.vocabulary = read_vocabulary(folder)
+    return pipe
+
+
+def _check_codes(folder, transformer, tokenizer):
+    codes, vocabulary = tokenizer.config.codebook_size, transformer.vocab_size
     if codes != vocabulary:
         raise StudioError(
             f"{folder} does not fit together: its transformer knows {vocabulary} tokens, its tokenizer {codes}."
         )
-    pipe = LlamaGenPipeline.from_pretrained(folder, **components)
-    pipe.vocabulary = read_vocabulary(folder)
-    return pipe
+
+
+def _check_latents(folder, transformer, tokenizer):
+    numbers, channels = transformer.token_dim // transformer.patch_size**2, tokenizer.latent_channels
+    if numbers != channels:
+        raise StudioError(
+            f"{folder} does not fit together: its transformer draws latents of {numbers} numbers, its tokenizer has "
+            f"{channels}."
+        )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A pipeline's class, those of its components, and what must agree between them."""
+
+    pipeline: type
+    model: type
+    tokenizer: type
+    bundled_tokenizer: str
+    helpers: dict
+    check: Callable
+
+
+_LLAMAGEN = _Kind(
+    LlamaGenPipeline,
+    LlamaGen,
+    VQTokenizer,
+    "emoji-vq",
+    {"drafter": Drafter, "student": DistilledStudent},
+    _check_codes,
+)
+_MAR = _Kind(MARPipeline, MAR, KLTokenizer, "emoji-kl", {"drafter": MAR}, _check_latents)
+_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR)}
 
 
 def _load_visual_question(folder, dtype):
@@ -143,10 +191,10 @@ def _load_visual_question(folder, dtype):
     return VisualQuestionPipeline(model, processor)
 
 
-def _tokenizer_folder(folder):
+def _tokenizer_folder(folder, bundled):
     """A pipeline without an `image_tokenizer` of its own uses the bundled one, which then need not be stored twice."""
     own = folder / "image_tokenizer"
-    return own if own.is_dir() else bundled_folder("emoji-vq")
+    return own if own.is_dir() else bundled_folder(bundled)
 
 
 def _load_model(model_class, folder, dtype):

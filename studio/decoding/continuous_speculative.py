@@ -38,6 +38,7 @@ from studio.decoding.sampling import is_finite_number
 from studio.errors import StudioError
 
 MODES = ("exact", "relaxed")
+VALIDATED_DRAFT_STEPS = 4
 _RELAXED = {"draft_steps": 4, "inner_temperature": 42.0, "max_rounds": 100}
 
 
@@ -83,6 +84,27 @@ class ContinuousSpeculative(MaskedAutoregressive):
                 raise StudioError(f"{name} must be a whole number of at least 1, not {value!r}.")
         if not is_finite_number(self.inner_temperature) or self.inner_temperature <= 0:
             raise StudioError(f"inner_temperature must be a finite number above 0, not {self.inner_temperature!r}.")
+
+    @property
+    def approximate(self) -> bool:
+        """Whether pictures do not follow the target's law."""
+        return self.mode == "relaxed"
+
+    def caution(self, total: int) -> str | None:
+        """What is outside the settings that the authors validated "relaxed" with, for pictures of `total` tokens.
+
+        They draw a token a step, with drafts of four steps at most; with longer drafts in fewer steps pictures distort.
+        """
+        if not self.approximate:
+            return None
+        outside = []
+        if self.steps is not None and self.steps < total:
+            outside.append(f"{self.steps} steps for {total} tokens (validated: {total})")
+        if self.draft_steps > VALIDATED_DRAFT_STEPS:
+            outside.append(f"drafts of {self.draft_steps} steps (validated: at most {VALIDATED_DRAFT_STEPS})")
+        return (
+            f"Relaxed decoding was not validated with {' and '.join(outside)}: compare with exact." if outside else None
+        )
 
 
 @dataclass
@@ -132,7 +154,7 @@ def continuous_speculative(
     Errors: `StudioError` for models over different tokens, more steps than tokens, fewer than two denoising steps, and
     a temperature of 0.
     """
-    settings = settings or ContinuousSpeculative()
+    settings = (settings or ContinuousSpeculative()).filled()
     _check(model, draft, settings, temperature)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
     return _Run(model, draft, condition, noise, guidance_scale, temperature, settings, on_call).draw()

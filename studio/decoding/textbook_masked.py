@@ -24,7 +24,7 @@ def textbook_masked(
     settings: MaskedAutoregressive | None = None,
 ) -> MaskedDrawn:
     """Draws all tokens of B pictures. Arguments as of `masked_autoregressive`."""
-    settings = settings or MaskedAutoregressive()
+    settings = (settings or MaskedAutoregressive()).filled()
     began, transformer = time.perf_counter(), 0.0
     batch, total, size = len(generators), model.num_tokens, model.config.token_dim
     guided = guidance_scale != 1

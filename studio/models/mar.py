@@ -8,24 +8,18 @@ Scope: the network and its training loss. In which order tokens are drawn is the
 """
 
 import torch
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
 from studio.models.diffusion_head import DiffusionLoss
-from studio.models.masked_autoencoder import MaskedAutoencoder, learned, take_rows
-
-
-def _published(dim: int, depth: int, heads: int, head_width: int, head_depth: int) -> dict[str, int]:
-    halves = {"dim": dim, "depth": depth, "heads": heads}
-    sizes = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in halves.items()}
-    return {**sizes, "head_width": head_width, "head_depth": head_depth}
-
+from studio.models.masked_autoencoder import MaskedAutoencoder, both_halves, learned, take_rows
 
 PRESETS: dict[str, dict[str, int]] = {
-    "B": _published(768, 12, 12, 1024, 6),
-    "L": _published(1024, 16, 16, 1280, 8),
-    "H": _published(1280, 20, 16, 1536, 12),
+    "B": {**both_halves(768, 12, 12), "head_width": 1024, "head_depth": 6},
+    "L": {**both_halves(1024, 16, 16), "head_width": 1280, "head_depth": 8},
+    "H": {**both_halves(1280, 20, 16), "head_width": 1536, "head_depth": 12},
 }
 
 
@@ -42,19 +36,21 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-class MAR(MaskedAutoencoder):
-    """The network.
+class MAR(MaskedAutoencoder, ModelMixin):
+    """The network. (Pipelines of diffusers look for the name `ModelMixin` in the module of a component.)
 
     Args:
         grid_size: tokens a side; a picture has L = grid_size**2.
         token_dim: numbers of a token D: latent channels times patch_size**2.
         patch_size: side of the blocks of latents that make a token.
         encoder_dim, encoder_depth, encoder_heads, decoder_dim, decoder_depth, decoder_heads, mlp_ratio: sizes.
-        num_classes: classes without the null class.
-        buffer_size: places before the tokens that hold the class.
+        num_classes: classes without the null class; None for a model that reads words.
+        caption_dim: width of the text states that such a model reads; None for one of classes.
+        caption_length: text tokens of a caption, of which the buffer holds the last.
+        buffer_size: places before the tokens that hold the class or the caption.
         head_width, head_depth: of the diffusion-loss head.
         latent_scale: by which latents were multiplied before they became tokens.
-        class_dropout: share of classes replaced by the null class in training.
+        class_dropout: share of conditions replaced by the null vector in training.
         dropout: in attention and feed-forward, in training.
 
     Errors: `StudioError` for sizes that do not fit together.
@@ -75,7 +71,9 @@ class MAR(MaskedAutoencoder):
         decoder_depth: int = 12,
         decoder_heads: int = 12,
         mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
+        caption_dim: int | None = None,
+        caption_length: int = 32,
         buffer_size: int = 64,
         head_width: int = 1024,
         head_depth: int = 6,
@@ -116,20 +114,20 @@ class MAR(MaskedAutoencoder):
         order: torch.Tensor,
         masked: int,
         *,
-        class_labels: torch.Tensor,
         drop: torch.Tensor | None = None,
         repeats: int = 4,
+        **condition: torch.Tensor,
     ) -> torch.Tensor:
         """The training loss, a number: that of the head, over the first `masked` positions of each order (B, L).
 
         Args:
             tokens: (B, L, D).
-            class_labels: (B,).
-            drop: (B,) rows with the null class; in training mode drawn with probability `class_dropout` if None.
+            drop: (B,) rows with the null vector; in training mode drawn with probability `class_dropout` if None.
             repeats: times and noises that each token is tried with.
+            condition: as of `embed_condition`.
         """
         drop = self.dropped_rows(len(tokens)) if drop is None else drop
-        buffer, _ = self.embed_condition(class_labels=class_labels, drop=drop)
+        buffer, _ = self.embed_condition(**condition, drop=drop)
         hidden, visible = order[:, :masked], order[:, masked:]
         conditions = self.decode(self.encode(tokens, visible, buffer), visible, hidden).flatten(0, 1)
         targets = take_rows(tokens, hidden).flatten(0, 1)

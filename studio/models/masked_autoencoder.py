@@ -4,6 +4,10 @@
 of class vectors and the visible tokens; the decoder fills the rest with mask tokens and gives each position the vector
 from which a head draws its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the authors' names.
 
+Added for words, of which the authors' models know nothing: with `caption_dim` the buffer holds projected states of a
+caption, one a place, and the null vector where there are none and for rows without guidance. The last states stand at
+the end, whatever the length: a caption that ends with tokens of a fixed meaning has them at fixed places.
+
 Deviations from the authors' code: visible tokens are named by their positions, in any order, instead of a mask; the
 last decoder block can be told to answer only for the positions that are asked for.
 """
@@ -21,6 +25,12 @@ _EPS = 1e-6
 def take_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The vectors (B, k, C) of x (B, n, C) at positions (B, k)."""
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def both_halves(dim: int, depth: int, heads: int) -> dict[str, int]:
+    """The configuration of an encoder and a decoder of the same size."""
+    sizes = {"dim": dim, "depth": depth, "heads": heads}
+    return {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in sizes.items()}
 
 
 def learned(*shape: int) -> nn.Parameter:
@@ -88,7 +98,8 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
     """Encoder and decoder, of the sizes in the configuration that a subclass registers.
 
     These are `grid_size`, `token_dim`, `encoder_dim`, `encoder_depth`, `encoder_heads`, `decoder_dim`, `decoder_depth`,
-    `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size` and `dropout`; `class_dropout` is read in training.
+    `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size` and `dropout`; `class_dropout` is read in training. A
+    model that reads words has `num_classes` None, and `caption_dim`, the width of text states.
 
     Errors: `StudioError` for sizes that do not fit together.
     """
@@ -103,12 +114,17 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
             )
         if min(config.encoder_depth, config.decoder_depth) < 1:
             raise StudioError("Encoder and decoder need a block at least.")
+        if (config.num_classes is None) == (config.get("caption_dim") is None):
+            raise StudioError("A model is conditioned on classes or on text: give num_classes or caption_dim.")
         places = config.buffer_size + self.num_tokens
 
         def blocks(dim, depth, heads):
             return nn.ModuleList(Block(dim, heads, int(dim * config.mlp_ratio), config.dropout) for _ in range(depth))
 
-        self.class_emb = nn.Embedding(config.num_classes, config.encoder_dim)
+        if config.num_classes is None:
+            self.caption_proj = nn.Linear(config.caption_dim, config.encoder_dim)
+        else:
+            self.class_emb = nn.Embedding(config.num_classes, config.encoder_dim)
         self.fake_latent = learned(1, config.encoder_dim)
         self.z_proj = nn.Linear(config.token_dim, config.encoder_dim)
         self.z_proj_ln = nn.LayerNorm(config.encoder_dim, eps=_EPS)
@@ -146,16 +162,34 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         return torch.rand(rows, device=self.device) < self.config.class_dropout
 
     def embed_condition(
-        self, *, class_labels: torch.Tensor, drop: torch.Tensor | None = None
+        self,
+        *,
+        class_labels: torch.Tensor | None = None,
+        captions: torch.Tensor | None = None,
+        caption_mask: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """The buffer (B, buffer_size, encoder_dim) of classes (B,), and None: all of it is valid.
+        """The buffer (B, buffer_size, encoder_dim), and None: all of it is valid.
 
-        `drop` (B,) bool marks rows that get the null class.
+        Args:
+            class_labels: classes (B,), of which each fills its buffer.
+            captions, caption_mask: or text states (B, T, caption_dim), and which of them are text (B, T), of which each
+                buffer holds the last.
+            drop: rows (B,) bool that get the null vector.
         """
-        vectors = self.class_emb(class_labels)
+        null, size = self.fake_latent, self.config.buffer_size
+        if class_labels is not None:
+            vectors = self.class_emb(class_labels)
+            if drop is not None:
+                vectors = torch.where(drop[:, None], null.to(vectors.dtype), vectors)
+            return vectors[:, None].expand(-1, size, -1), None
+        text_last = caption_mask.bool().to(torch.uint8).argsort(dim=1, stable=True)[:, -size:]
+        shown = caption_mask.bool().gather(1, text_last)
         if drop is not None:
-            vectors = torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
-        return vectors[:, None].expand(-1, self.config.buffer_size, -1), None
+            shown = shown & ~drop[:, None]
+        vectors = torch.where(shown[..., None], self.caption_proj(take_rows(captions, text_last)), null)
+        before = null.expand(len(vectors), size - vectors.shape[1], -1)
+        return torch.cat((before, vectors), dim=1), None
 
     def encode(self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         """States (B, buffer_size + v, encoder_dim) of the buffer and the visible tokens.

@@ -7,8 +7,8 @@ from studio.models.mar import MAR
 _CONSTANT = 200.0
 
 
-def tiny_mar(seed=0, *, grid_size=4, token_dim=4, offset=1e-5, width=32, dim=16, depth=2, num_classes=5):
-    """Random weights, and a head that predicts nearly the state itself as noise.
+def tiny_mar(seed=0, *, grid_size=4, token_dim=4, offset=1e-5, width=32, dim=16, depth=2, num_classes=5, **config):
+    """Random weights, and a head that predicts nearly the state itself as noise; `config` as of `MAR`.
 
     Constants in the hidden channels keep the head's norm from rescaling the state. `offset` scales what conditions do
     to the predicted noise: the first step multiplies it by about 10000.
@@ -25,8 +25,10 @@ def tiny_mar(seed=0, *, grid_size=4, token_dim=4, offset=1e-5, width=32, dim=16,
         head_width=width,
         head_depth=1,
         latent_scale=1.0,
+        **config,
     )
-    for weight in (model.class_emb.weight, model.fake_latent, model.encoder_pos_embed_learned,
+    conditions = model.class_emb if num_classes else model.caption_proj
+    for weight in (conditions.weight, model.fake_latent, model.encoder_pos_embed_learned,
                    model.decoder_pos_embed_learned, model.diffusion_pos_embed_learned):  # fmt: skip
         torch.nn.init.normal_(weight)
     network, state = model.diffloss.net, torch.eye(token_dim)

@@ -1,0 +1,164 @@
+"""What pipelines share that draw from words or classes: conditions, random streams, pictures, and their checks."""
+
+import inspect
+import time
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from studio.decoding.sampling import is_finite_number
+from studio.errors import StudioError
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
+MAX_PROMPT_CHARACTERS = 2000
+
+
+class ConditionalPipeline(DiffusionPipeline):
+    """Base of a pipeline with a `transformer` conditioned on classes (`num_classes` in its configuration) or on text.
+
+    A transformer of text has `caption_dim` and `caption_length` in its configuration, and the pipeline then has a
+    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and `lowercase_prompts` in its own.
+    """
+
+    _interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the current token."""
+        return self._interrupt
+
+    @property
+    def takes_text(self) -> bool:
+        return self.transformer.config.caption_dim is not None
+
+    def check_condition(self, prompt, class_labels) -> None:
+        """Raises a `StudioError` for a prompt or classes that the transformer cannot be conditioned on."""
+        if self.takes_text:
+            if class_labels is not None:
+                raise StudioError("This model draws from words: pass a prompt and no class_labels.")
+            if self.text_encoder is None or self.tokenizer is None:
+                raise StudioError("This pipeline has no text encoder: load or convert it with one to use a prompt.")
+            for text in prompt if isinstance(prompt, list) and prompt else [prompt]:
+                if not isinstance(text, str) or not text.strip():
+                    raise StudioError("The prompt is empty: say in a few words what to draw.")
+                if len(text) > MAX_PROMPT_CHARACTERS:
+                    raise StudioError(
+                        f"The prompt has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read."
+                    )
+        else:
+            if prompt is not None:
+                raise StudioError("This model draws from class numbers: pass class_labels and no prompt.")
+            labels = class_labels if isinstance(class_labels, list) and class_labels else [class_labels]
+            classes = self.transformer.config.num_classes
+            if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < classes for n in labels):
+                raise StudioError(f"class_labels must be whole numbers from 0 to {classes - 1}, not {class_labels!r}.")
+
+    def check_drawing(self, num_images_per_prompt, guidance_scale, output_type, callback_inputs) -> None:
+        """Raises a `StudioError` that names the first of these arguments of a call that cannot be used."""
+        if not is_count(num_images_per_prompt):
+            raise StudioError(f"num_images_per_prompt must be a whole number above 0, not {num_images_per_prompt!r}.")
+        if not is_finite_number(guidance_scale) or guidance_scale < 0:
+            raise StudioError(f"guidance_scale must be a finite number of at least 0, not {guidance_scale!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise StudioError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
+            raise StudioError(f"Callbacks can ask for {self._callback_tensor_inputs}, not {sorted(unknown)}.")
+
+    def check_arguments(self, names) -> None:
+        """Raises a `StudioError` for names of arguments that a call of this pipeline does not take."""
+        known = inspect.signature(type(self).__call__).parameters
+        if unknown := [name for name in names if name not in known]:
+            raise StudioError(f"{type(self).__name__} knows no {', no '.join(unknown)}: leave that out.")
+
+    def caution(self, decoding) -> str | None:
+        """What a user should know before drawing so, or None: settings outside those that were validated."""
+        return None
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens."""
+        texts = [text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        if self.config.lowercase_prompts:
+            texts = [text.lower() for text in texts]
+        length = self.transformer.config.caption_length
+        full = self.tokenizer(texts, truncation=False)["input_ids"]
+        if (longest := max(map(len, full))) > length:
+            logger.warning("The prompt is cut: %d text tokens, of which the model reads %d.", longest, length)
+        ids = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        mask = ids["attention_mask"].to(self._execution_device)
+        states = self.text_encoder(input_ids=ids["input_ids"].to(self._execution_device), attention_mask=mask)
+        return states.last_hidden_state.to(self.transformer.dtype), mask.bool()
+
+    def condition(self, prompt, class_labels, num_images_per_prompt: int) -> dict[str, torch.Tensor]:
+        """The condition of every picture; pictures of one prompt stand together."""
+        if self.takes_text:
+            captions, mask = self.encode_prompt(prompt)
+            condition = {"captions": captions, "caption_mask": mask}
+        else:
+            labels = class_labels if isinstance(class_labels, list) else [class_labels]
+            condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
+        return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
+
+    def finished_pictures(self, pixels: torch.Tensor, output_type: str):
+        """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""
+        pixels = pixels.float()
+        if output_type == "pil":
+            values = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+            return self.bytes_to_pil(values)
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    @staticmethod
+    def bytes_to_pil(values: torch.Tensor) -> list:
+        """uint8 pictures (B, 3, H, W) to a list of PIL pictures."""
+        from PIL import Image
+
+        return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def image_generators(generator, batch: int, device) -> list[torch.Generator]:
+    """One random stream per picture.
+
+    A list is used as it is. A single generator serves the first picture itself and seeds streams for the others; `None`
+    seeds every stream from torch's global generator.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != batch:
+            raise StudioError(f"{batch} pictures need {batch} generators, one each; {len(generator)} were given.")
+        return list(generator)
+    if generator is None:
+        return [_seeded(int(seed), device) for seed in torch.randint(2**62, (batch,))]
+    if not isinstance(generator, torch.Generator):
+        raise StudioError("generator must be a torch.Generator, a list of them, or None.")
+    source = torch.Generator(generator.device)
+    source.set_state(generator.get_state())
+    seeds = torch.randint(2**62, (batch - 1,), generator=source, device=source.device).tolist()
+    return [generator, *(_seeded(seed, generator.device) for seed in seeds)]
+
+
+def _seeded(seed: int, device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str):
+    """Notes how long the block took."""
+    began = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - began
+
+
+def is_count(value) -> bool:
+    """Whether it is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,252 @@
+"""Words or a class to pictures with MAR (arXiv:2406.11838): text encoder, masked autoencoder, KL autoencoder."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers.utils import logging
+
+from studio.decoding.continuous_speculative import ContinuousDrawn, ContinuousSpeculative, continuous_speculative
+from studio.decoding.masked_autoregressive import (
+    MaskedAutoregressive,
+    MaskedDrawn,
+    check_temperature,
+    masked_autoregressive,
+)
+from studio.errors import StudioError
+from studio.models.mar import MAR
+from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.tokenizers.kl import KLTokenizer
+
+logger = logging.get_logger(__name__)
+
+
+class MARPipeline(ConditionalPipeline):
+    """Draws pictures a few continuous tokens at a time.
+
+    Args:
+        image_tokenizer: decodes latents to pixels.
+        transformer: draws tokens; class- or text-conditional.
+        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer that goes with it.
+        drafter: a smaller `MAR` over the same tokens and conditions, for `ContinuousSpeculative` decoding.
+        default_guidance_scale, default_temperature, default_num_steps, default_diffusion_steps: used where a call
+            leaves them out. Steps are calls of the transformer, diffusion steps those that denoise a token.
+        lowercase_prompts: whether prompts are lowercased first.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    _exclude_from_cpu_offload = ["drafter"]
+    _optional_components = ["text_encoder", "tokenizer", "drafter"]
+    _callback_tensor_inputs = ["tokens", "positions"]
+
+    def __init__(
+        self,
+        image_tokenizer: KLTokenizer,
+        transformer: MAR,
+        text_encoder=None,
+        tokenizer=None,
+        drafter: MAR | None = None,
+        default_guidance_scale: float = 3.0,
+        default_temperature: float = 1.0,
+        default_num_steps: int = 64,
+        default_diffusion_steps: int = 100,
+        lowercase_prompts: bool = False,
+    ):
+        super().__init__()
+        self.register_modules(
+            image_tokenizer=image_tokenizer,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            drafter=drafter,
+        )
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale,
+            default_temperature=default_temperature,
+            default_num_steps=default_num_steps,
+            default_diffusion_steps=default_diffusion_steps,
+            lowercase_prompts=lowercase_prompts,
+        )
+
+    def check_call(
+        self,
+        prompt=None,
+        *,
+        class_labels=None,
+        num_images_per_prompt=1,
+        guidance_scale=None,
+        temperature=None,
+        num_steps=None,
+        decoding=None,
+        output_type="pil",
+        callback_inputs=("tokens",),
+    ) -> tuple[float, float, MaskedAutoregressive]:
+        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+
+        Returns:
+            What it would draw with: guidance scale, temperature and decoding, with this pipeline's defaults.
+        """
+        config = self.config
+        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        temperature = config.default_temperature if temperature is None else temperature
+        self.check_condition(prompt, class_labels)
+        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        check_temperature(temperature)
+        settings = MaskedAutoregressive() if decoding is None else decoding
+        if not isinstance(settings, MaskedAutoregressive):
+            raise StudioError(
+                "MAR draws with MaskedAutoregressive (mar) or ContinuousSpeculative (cspd) decoding, "
+                f"not {type(settings).__name__}."
+            )
+        if num_steps is not None and settings.steps is not None:
+            raise StudioError("The number of steps is given twice: leave out num_steps or the decoding's steps.")
+        settings = self._filled(settings, num_steps)
+        settings.plan(self.transformer.num_tokens)
+        self._check_components(settings)
+        return guidance_scale or 1.0, temperature, settings
+
+    def _check_components(self, settings: MaskedAutoregressive) -> None:
+        """Raises a `StudioError` for components that do not fit together, or that the decoding needs."""
+        ours = self.transformer.config
+        numbers, latents = ours.token_dim // ours.patch_size**2, self.image_tokenizer.latent_channels
+        if numbers != latents:
+            raise StudioError(f"The transformer draws latents of {numbers} numbers, the image tokenizer has {latents}.")
+        if not isinstance(settings, ContinuousSpeculative):
+            return
+        if self.drafter is None:
+            raise StudioError(
+                "Continuous speculative decoding (cspd) needs a drafter and this pipeline has none: use the folder "
+                "that `studio train emoji-mar-draft` makes, or build the pipeline with drafter=, a smaller MAR."
+            )
+        for name in ("num_classes", "caption_dim", "latent_scale"):
+            if self.drafter.config[name] != ours[name]:
+                raise StudioError(
+                    f"Drafter and transformer must agree; {name} is {self.drafter.config[name]} and {ours[name]}."
+                )
+
+    def caution(self, decoding) -> str | None:
+        if not isinstance(decoding, ContinuousSpeculative):
+            return None
+        return self._filled(decoding).caution(self.transformer.num_tokens)
+
+    def _filled(self, settings: MaskedAutoregressive, num_steps: int | None = None) -> MaskedAutoregressive:
+        """The settings with this pipeline's numbers where none were given."""
+        config = self.config
+        steps = config.default_num_steps if num_steps is None else num_steps
+        return settings.filled(steps=steps, diffusion_steps=config.default_diffusion_steps)
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
+        """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
+        latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
+        return self.finished_pictures(self.image_tokenizer.decode(latents), output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        num_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        decoding: MaskedAutoregressive | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+    ) -> ImageTokenPipelineOutput | tuple:
+        """Draws `num_images_per_prompt` pictures for each prompt or class.
+
+        Args:
+            prompt: words, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class numbers, for a class-conditional model.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
+            temperature: multiplies the standard deviation of every denoising step; 0 leaves out their noise.
+            num_steps: calls of the transformer, at most one a token; more give better pictures.
+            generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
+            decoding: how tokens are drawn, `MaskedAutoregressive()` (when left out) or `ContinuousSpeculative()`.
+            output_type: "pil", "np", "pt", or "tokens" to leave out pixels; `transformer.unpatchify` makes latents of
+                tokens.
+            callback_on_step_end: called as (pipe, index, index, {"tokens": (B, L, D)}) after each step whose tokens are
+                final; those not yet drawn are 0. "positions" (B, k) are those that the step drew. It may return a dict
+                with changed "tokens", from which drawing goes on. With `ContinuousSpeculative` a step ends when its
+                drafts are verified.
+
+        Errors: `StudioError` for a call that cannot be used.
+        """
+        guidance_scale, temperature, settings = self.check_call(
+            prompt,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            num_steps=num_steps,
+            decoding=decoding,
+            output_type=output_type,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        is_speculative = isinstance(settings, ContinuousSpeculative)
+        if caution := self.caution(settings):
+            logger.warning(caution)
+        self._interrupt = False
+        seconds: dict[str, float] = {}
+        final = 0
+        with timed(seconds, "total"):
+            with timed(seconds, "text"):
+                condition = self.condition(prompt, class_labels, num_images_per_prompt)
+            batch = len(next(iter(condition.values())))
+            call = {
+                "generators": image_generators(generator, batch, self._execution_device),
+                "guidance_scale": guidance_scale,
+                "temperature": temperature,
+                "settings": settings,
+            }
+            steps = 0
+            with self.progress_bar(total=self.transformer.num_tokens) as progress:
+
+                def on_step(positions: torch.Tensor, tokens: torch.Tensor) -> bool:
+                    nonlocal final, steps
+                    final += positions.shape[1]
+                    progress.update(positions.shape[1])
+                    if callback_on_step_end is not None:
+                        shown = {"tokens": tokens, "positions": positions}
+                        given = {name: shown[name] for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, steps, steps, given) or {}
+                        if changed.get("tokens", tokens) is not tokens:
+                            tokens.copy_(changed["tokens"])
+                    steps += 1
+                    return self._interrupt
+
+                drawn = self._draw(condition, on_step, is_speculative, call)
+            with timed(seconds, "pixels"):
+                images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
+        self.maybe_free_model_hooks()
+        stats = _stats(drawn, final, seconds)
+        if not return_dict:
+            return images, drawn.tokens, stats
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+
+    def _draw(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedDrawn:
+        if not is_speculative:
+            call["on_step"] = lambda number, positions, tokens: on_step(positions, tokens)
+            return masked_autoregressive(self.transformer, condition, **call)
+
+        def on_call(what, positions, tokens):
+            return self._interrupt if what == "draft" else on_step(positions, tokens)
+
+        return continuous_speculative(self.transformer, condition, draft=self.drafter, on_call=on_call, **call)
+
+
+def _stats(drawn: MaskedDrawn, final: int, seconds: dict[str, float]) -> DecodingStats:
+    decode = sum(drawn.seconds.values())
+    return DecodingStats(
+        target_calls=drawn.target_calls,
+        tokens=len(drawn.tokens) * final,
+        mean_accepted_length=final / max(1, drawn.target_calls),
+        seconds={**seconds, "prefill": 0.0, "decode": decode, **drawn.seconds},
+        acceptance=drawn.acceptance if isinstance(drawn, ContinuousDrawn) else None,
+    )
