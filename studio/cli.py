@@ -12,6 +12,7 @@ import typer
 from studio import __version__
 from studio.commands import bench, convert, data
 from studio.commands.asking import ask
+from studio.commands.compressing import detokenize, tokenize
 from studio.commands.drawing import generate
 from studio.commands.installation import doctor, models, ui
 from studio.commands.training import evaluate, train
@@ -79,7 +80,7 @@ def _root(
     pass
 
 
-for command in (generate, ask, train, evaluate, models, doctor, ui):
+for command in (generate, tokenize, detokenize, ask, train, evaluate, models, doctor, ui):
     app.command()(command)
 data_app.command()(data.build)
 for command in (bench.decoding, bench.pruning, bench.verify, bench.mar):
@@ -90,6 +91,7 @@ for command in (
     convert.llamagen_t2i,
     convert.rq_vae,
     convert.rq_transformer,
+    convert.one_d_piece,
     convert.lantern_drafter,
     convert.distilled,
     convert.mar,

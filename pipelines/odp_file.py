@@ -1,0 +1,179 @@
+"""The `.odp` file: the token numbers of a picture, packed, with at most 32 bytes around them.
+
+| bytes | content |
+|---|---|
+| 3 | `ODP` |
+| 1 | version of the format, 1 |
+| 1 | bits of a token number; 128 is added when the picture is cut into tiles |
+| 1 + k | length k of the tokenizer's name, at most 8, and the name in ASCII; empty for one that is not bundled |
+| 4 | checksum of the tokenizer |
+| 1-3, 1-3 | width and height of the picture in pixels |
+| 1-4 | number n of tokens |
+| ceil(bits n / 8) | token numbers, highest bit first, the last byte filled up with zeros |
+| 4 | CRC-32 of everything before |
+
+Checksums are big-endian; width, height and n are written in groups of seven bits, lowest first, with 128 added to all
+but the last (LEB128). Scope: bytes. What the tokens mean is in `studio.pipelines.picture_codec`.
+"""
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from studio.errors import StudioError
+
+MAGIC, VERSION = b"ODP", 1
+MOST_NAME = 8
+MOST_PIXELS = 64_000_000
+_TILED = 0x80
+_MOST_BITS = 24
+_SIDE_BYTES, _COUNT_BYTES = 3, 4
+_CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class OdpFile:
+    """What an `.odp` file holds.
+
+    Args:
+        tokenizer: name of the bundled tokenizer, or empty.
+        checksum: of the tokenizer's weights, 32 bits.
+        width, height: size of the picture in pixels.
+        tiled: whether the tokens are those of tiles, one after the other.
+        bits: of a token number.
+        tokens: the numbers (n,).
+
+    Errors: `StudioError` for what the format cannot hold.
+    """
+
+    tokenizer: str
+    checksum: int
+    width: int
+    height: int
+    tiled: bool
+    bits: int
+    tokens: tuple[int, ...]
+
+    def __post_init__(self):
+        if not re.fullmatch(rf"[\x21-\x7e]{{0,{MOST_NAME}}}", self.tokenizer):
+            raise StudioError(f"A tokenizer's name in a file has at most {MOST_NAME} letters, not {self.tokenizer!r}.")
+        if min(self.width, self.height) < 1 or self.width * self.height > MOST_PIXELS:
+            raise StudioError(f"A file holds a picture of 1 to 64 million pixels, not {self.width} x {self.height}.")
+        if not 1 <= self.bits <= _MOST_BITS:
+            raise StudioError(f"A token number has from 1 to {_MOST_BITS} bits in a file, not {self.bits}.")
+        if not 1 <= len(self.tokens) < 1 << 7 * _COUNT_BYTES:
+            raise StudioError(f"A file holds from 1 to {(1 << 7 * _COUNT_BYTES) - 1} tokens, not {len(self.tokens)}.")
+        if not 0 <= min(self.tokens) <= max(self.tokens) < 1 << self.bits:
+            raise StudioError(f"Not all token numbers fit into {self.bits} bits.")
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        content = self._header() + pack(self.tokens, self.bits)
+        return content + _crc(content)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the packed token numbers alone."""
+        return payload_bytes(len(self.tokens), self.bits)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name="The file") -> "OdpFile":
+        """Read a file; `name` is what messages call it.
+
+        Errors: `StudioError` for bytes that are no such file, of a later version, cut short, or damaged.
+        """
+        if data[: len(MAGIC)] != MAGIC:
+            raise StudioError(f"{name} is not an .odp file: write one with `studio tokenize`.")
+        if len(data) > 3 and data[3] != VERSION:
+            raise StudioError(f"{name} is an .odp file of version {data[3]}; this Studio reads version {VERSION}.")
+        if len(data) <= len(MAGIC) + 1 + _CHECKSUM_BYTES:
+            raise StudioError(f"{name} is cut short: it ends within its header.")
+        if _crc(data[:-_CHECKSUM_BYTES]) != data[-_CHECKSUM_BYTES:]:
+            raise StudioError(f"{name} is damaged or cut short: its checksum is not that of its content.")
+        reader = _Reader(data[:-_CHECKSUM_BYTES], len(MAGIC) + 1)
+        try:
+            flags, name_length = reader.take(1)[0], reader.take(1)[0]
+            bits = flags & ~_TILED
+            if not 1 <= bits <= _MOST_BITS:
+                raise ValueError("no bits, or too many")
+            tokenizer = reader.take(name_length).decode("ascii")
+            checksum = int.from_bytes(reader.take(_CHECKSUM_BYTES), "big")
+            width, height, count = reader.number(_SIDE_BYTES), reader.number(_SIDE_BYTES), reader.number(_COUNT_BYTES)
+            payload = reader.take(payload_bytes(count, bits))
+            if reader.place != len(reader.data):
+                raise ValueError("more bytes than tokens")
+            file = cls(
+                tokenizer, checksum, width, height, bool(flags & _TILED), bits, tuple(unpack(payload, bits, count))
+            )
+            if file.to_bytes() != data:
+                raise ValueError("another way of writing the same")
+        except ValueError as error:
+            raise StudioError(f"{name} is not a whole .odp file: its header does not fit its content.") from error
+        return file
+
+    def _header(self) -> bytes:
+        name = self.tokenizer.encode("ascii")
+        return b"".join(
+            (
+                MAGIC,
+                bytes((VERSION, self.bits | (_TILED if self.tiled else 0), len(name))),
+                name,
+                self.checksum.to_bytes(_CHECKSUM_BYTES, "big"),
+                *(_number(value) for value in (self.width, self.height, len(self.tokens))),
+            )
+        )
+
+
+class _Reader:
+    """Bytes taken one after the other; `ValueError` where there are no more."""
+
+    def __init__(self, data: bytes, place: int):
+        self.data, self.place = data, place
+
+    def take(self, count: int) -> bytes:
+        taken = self.data[self.place : self.place + count]
+        if len(taken) < count:
+            raise ValueError("too few bytes")
+        self.place += count
+        return taken
+
+    def number(self, most_bytes: int) -> int:
+        value = 0
+        for index in range(most_bytes):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << 7 * index
+            if byte < 0x80:
+                return value
+        raise ValueError("a number without an end")
+
+
+def payload_bytes(count: int, bits: int) -> int:
+    """Bytes of that many token numbers of so many bits."""
+    return -(-count * bits // 8)
+
+
+def pack(tokens, bits: int) -> bytes:
+    """Token numbers (n,) as bits, highest first, filled up with zeros to whole bytes."""
+    numbers = np.asarray(tokens, dtype=np.int64)
+    places = np.arange(bits - 1, -1, -1)
+    return np.packbits((numbers[:, None] >> places & 1).astype(np.uint8).reshape(-1)).tobytes()
+
+
+def unpack(data: bytes, bits: int, count: int) -> list[int]:
+    """The first `count` token numbers of packed bytes."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits)
+    return (flat.reshape(count, bits) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))).tolist()
+
+
+def _number(value: int) -> bytes:
+    groups = []
+    while value >= 0x80:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*groups, value))
+
+
+def _crc(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "big")

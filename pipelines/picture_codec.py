@@ -1,0 +1,218 @@
+"""Pictures to the bytes of an `.odp` file and back, with a One-D-Piece tokenizer (arXiv:2501.10064, section 4).
+
+The whole picture is resized to the tokenizer's square and restored at its own size; cut into tiles it keeps its detail
+at the price of tokens for each tile. There is no entropy coder: a token costs the bits of its number.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from studio.errors import StudioError
+from studio.pipelines.odp_file import OdpFile
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """An encoded picture.
+
+    Attributes:
+        file: what the bytes hold.
+        data: the bytes of the file.
+        psnr: of the restored picture, in dB, over 8-bit RGB at its own size; infinite for an equal one.
+    """
+
+    file: OdpFile
+    data: bytes
+    psnr: float
+
+
+def encode_picture(
+    picture: Image.Image,
+    tokenizer: OneDPieceTokenizer,
+    *,
+    length: int | None = None,
+    psnr: float | None = None,
+    size: int | None = None,
+    tile: bool = False,
+    name: str = "",
+) -> EncodedPicture:
+    """Encode a picture to the bytes of an `.odp` file.
+
+    Args:
+        picture: a PIL image; it is read as RGB.
+        tokenizer: a One-D-Piece tokenizer.
+        length: how many tokens to keep, over all tiles; all of them when none of the three is given.
+        psnr: instead, the fewest tokens whose restored picture is that close in dB, found by bisection.
+        size: instead, the most tokens whose file has at most so many bytes.
+        tile: cut the picture into squares of the tokenizer's size instead of resizing it.
+        name: the tokenizer's bundled name, to be written into the file.
+
+    Raises:
+        StudioError: more than one of the three, a length out of range, or a target that cannot be met.
+
+    Example:
+        >>> data = studio.encode_picture(picture, tokenizer, length=32).data
+        >>> restored = studio.decode_picture(data, tokenizer)
+    """
+    if sum(wish is not None for wish in (length, psnr, size)) > 1:
+        raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
+    picture = picture.convert("RGB")
+    squares = _squares(picture, tokenizer.config.sample_size, tile)
+    tokens = _encode(squares, tokenizer)
+    fewest, most = len(tokens), tokens.numel()
+    checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
+
+    def file_of(count: int) -> OdpFile:
+        rows = zip(tokens.tolist(), tile_lengths(count, fewest))
+        kept = tuple(token for row, first in rows for token in row[:first])
+        return OdpFile(name, checksum, *picture.size, tile, bits, kept)
+
+    def fits(count: int) -> bool:
+        return len(file_of(count).to_bytes()) <= size
+
+    def close_enough(count: int) -> bool:
+        return picture_psnr(_restore(tokens, count, picture.size, tile, tokenizer), picture) >= psnr
+
+    if size is not None:
+        if not fits(fewest):
+            least = len(file_of(fewest).to_bytes())
+            raise StudioError(f"This picture takes at least {least} bytes with this tokenizer; {size} are too few.")
+        count = most if fits(most) else smallest(lambda n: not fits(n), fewest, most) - 1
+    elif psnr is not None:
+        if not close_enough(most):
+            best = picture_psnr(_restore(tokens, most, picture.size, tile, tokenizer), picture)
+            raise StudioError(f"All {most} tokens restore this picture to {best:.2f} dB, not to {psnr}: ask for less.")
+        count = smallest(close_enough, fewest, most)
+    else:
+        count = most if length is None else length
+        if not fewest <= count <= most:
+            raise StudioError(f"This picture has from {fewest} to {most} tokens with this tokenizer, not {count}.")
+    file = file_of(count)
+    restored = _restore(tokens, count, picture.size, tile, tokenizer)
+    return EncodedPicture(file, file.to_bytes(), picture_psnr(restored, picture))
+
+
+def decode_picture(data: bytes | OdpFile, tokenizer: OneDPieceTokenizer, name="The file") -> Image.Image:
+    """Decode the bytes of an `.odp` file.
+
+    Args:
+        data: the bytes, or what `OdpFile.from_bytes` made of them.
+        tokenizer: the tokenizer that the picture was encoded with.
+        name: what messages call the file.
+
+    Returns:
+        A PIL image in mode RGB, of the size of the encoded one.
+
+    Raises:
+        StudioError: a damaged or foreign file, or one of another tokenizer.
+    """
+    file = data if isinstance(data, OdpFile) else OdpFile.from_bytes(data, name)
+    if file.checksum != tokenizer_checksum(tokenizer):
+        raise StudioError(f"{name} was made with another tokenizer: give the one it was made with.")
+    side = tokenizer.config.sample_size
+    tiles = len(_corners(file.width, file.height, side)) if file.tiled else 1
+    most, codes = tokenizer.config.num_tokens, tokenizer.config.codebook_size
+    if not tiles <= len(file.tokens) <= tiles * most or file.bits != token_bits(tokenizer) or max(file.tokens) >= codes:
+        raise StudioError(f"{name} is damaged: this tokenizer does not write such tokens.")
+    rows, place = torch.zeros(tiles, most, dtype=torch.int64), 0
+    for row, first in zip(rows, tile_lengths(len(file.tokens), tiles)):
+        row[:first] = torch.tensor(file.tokens[place : place + first])
+        place += first
+    return _restore(rows, len(file.tokens), (file.width, file.height), file.tiled, tokenizer)
+
+
+def tokenizer_checksum(tokenizer: OneDPieceTokenizer) -> int:
+    """CRC-32 of names, shapes and weights, rounded to bfloat16 so that it is the same in float32."""
+    checksum = 0
+    for name, weight in sorted(tokenizer.state_dict().items()):
+        numbers = weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2")
+        checksum = zlib.crc32(f"{name}{tuple(weight.shape)}".encode(), checksum)
+        checksum = zlib.crc32(numbers.tobytes(), checksum)
+    return checksum
+
+
+def token_bits(tokenizer: OneDPieceTokenizer) -> int:
+    """Whole bits of a token number."""
+    return max(1, (tokenizer.config.codebook_size - 1).bit_length())
+
+
+def tile_lengths(count: int, tiles: int) -> list[int]:
+    """How many of `count` tokens each tile has: equally many, the first ones one more where that does not divide."""
+    each, more = divmod(count, tiles)
+    return [each + (index < more) for index in range(tiles)]
+
+
+def smallest(meets: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest number from `low` to `high` that meets a target which `high` meets and more always meet."""
+    while low < high:
+        middle = (low + high) // 2
+        if meets(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def picture_psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two 8-bit RGB pictures of one size; infinite for equal ones."""
+    one, other, total = np.asarray(one), np.asarray(other), 0
+    for rows in range(0, len(one), 256):
+        difference = one[rows : rows + 256].astype(np.int32) - other[rows : rows + 256]
+        total += int(np.square(difference).sum(dtype=np.int64))
+    return float("inf") if total == 0 else 10 * float(np.log10(255**2 * one.size / total))
+
+
+def _corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
+    return [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
+
+
+def _squares(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]:
+    """What is encoded: the picture resized to a square, or its tiles, those at the edges continued by their edge."""
+    if not tile:
+        return [picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC)]
+    pixels = np.asarray(picture)
+    height, width = pixels.shape[:2]
+    padded = np.pad(pixels, ((0, -height % side), (0, -width % side), (0, 0)), mode="edge")
+    return [
+        Image.fromarray(padded[top : top + side, left : left + side]) for left, top in _corners(width, height, side)
+    ]
+
+
+@torch.inference_mode()
+def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
+    """Token numbers (tiles, N) on the CPU."""
+    parts = []
+    for start in range(0, len(squares), _AT_ONCE):
+        pixels = np.stack([np.asarray(square) for square in squares[start : start + _AT_ONCE]])
+        images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device, tokenizer.dtype)
+        parts.append(tokenizer.encode(images / 127.5 - 1).cpu())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def _restore(tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer):
+    """The picture that the first `count` of the tokens (tiles, N) stand for, over all tiles, as a PIL image."""
+    lengths, squares = tile_lengths(count, len(tokens)), []
+    for start in range(0, len(tokens), _AT_ONCE):
+        some, kept = tokens[start : start + _AT_ONCE].to(tokenizer.device), lengths[start : start + _AT_ONCE]
+        images = (tokenizer.decode(some, kept).float() + 1).clamp(0, 2) * 127.5
+        squares.append(images.round().to(torch.uint8).movedim(1, -1).cpu().numpy())
+    pixels = np.concatenate(squares)
+    if not tiled:
+        picture = Image.fromarray(pixels[0])
+        return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+    width, height = size
+    side = pixels.shape[1]
+    whole = np.empty((height, width, 3), dtype=np.uint8)
+    for (left, top), square in zip(_corners(width, height, side), pixels):
+        part = whole[top : top + side, left : left + side]
+        part[:] = square[: part.shape[0], : part.shape[1]]
+    return Image.fromarray(whole)

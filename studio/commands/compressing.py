@@ -1,0 +1,127 @@
+"""`studio tokenize` and `studio detokenize`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Device, Json, number
+from studio.console import emit, quiet_libraries, say
+from studio.errors import StudioError
+
+DEFAULT_TOKENIZER = "emoji-1d"
+MOST_BYTES = 1 << 26
+
+
+def tokenize(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .odp file to write.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="A One-D-Piece tokenizer: a bundled name, a folder or a Hub id.")
+    ] = DEFAULT_TOKENIZER,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens to keep, over all tiles.", show_default="all")
+    ] = None,
+    psnr: Annotated[float | None, number(help="Instead: the fewest tokens that come this close, in dB.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--bytes", min=1, help="Instead: the most bytes of the file.", show_default=False)
+    ] = None,
+    tile: Annotated[
+        bool, typer.Option("--tile", help="Cut the picture into the tokenizer's squares instead of resizing it.")
+    ] = False,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Compress a picture to a row of tokens in a file."""
+    if sum(wish is not None for wish in (length, psnr, size)) > 1:
+        raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
+
+    from studio.pictures import open_picture
+    from studio.saving import check_writable, save_all
+
+    picture = open_picture(image)
+    check_writable(out)
+    model, name = _load(tokenizer, device)
+
+    from studio import encode_picture
+
+    encoded = encode_picture(picture, model, length=length, psnr=psnr, size=size, tile=tile, name=name)
+    save_all({out: lambda path: path.write_bytes(encoded.data)})
+    width, height = picture.size
+    tokens, written = len(encoded.file.tokens), len(encoded.data)
+    emit(
+        {
+            "path": str(out),
+            "tokenizer": tokenizer,
+            "checksum": f"{encoded.file.checksum:08x}",
+            "width": width,
+            "height": height,
+            "tiled": tile,
+            "length": tokens,
+            "bytes": written,
+            "payload_bytes": encoded.file.payload_bytes,
+            "bits_per_pixel": 8 * written / (width * height),
+            "psnr": encoded.psnr,
+        }
+    )
+    say(f"{out}  {tokens} tokens, {written} bytes, {encoded.psnr:.2f} dB")
+
+
+def detokenize(
+    file: Annotated[Path, typer.Argument(help="The .odp file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png file to write.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="The tokenizer that the file was made with.", show_default="the one that the file names"),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Restore the picture of a file that `studio tokenize` wrote."""
+    from studio.saving import check_writable, png_writer, save_all
+
+    if out.suffix.lower() != ".png":
+        raise StudioError(f"{out} does not end in .png: pictures are written as PNG.")
+    data = _read(file)
+    check_writable(out)
+
+    from studio import OdpFile, decode_picture
+
+    content = OdpFile.from_bytes(data, file)
+    if not (tokenizer or content.tokenizer):
+        raise StudioError(f"{file} names no bundled tokenizer: give the folder of its tokenizer with --tokenizer.")
+    chosen = tokenizer or content.tokenizer
+    model, _ = _load(chosen, device)
+    picture = decode_picture(content, model, file)
+    call = {"file": file.name, "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
+    save_all({out: png_writer(picture, call, None)})
+    emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
+    say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")
+
+
+def _load(name, device):
+    """A One-D-Piece tokenizer, and its name where it is bundled, else an empty one."""
+    from studio import OneDPieceTokenizer, load
+    from studio.checkpoints.bundled import BUNDLED
+
+    if name == DEFAULT_TOKENIZER and name not in BUNDLED and not Path(name).is_dir():
+        raise StudioError(
+            f"{name} does not ship with this version: train it with `studio train {name}` and give the folder with "
+            f"--tokenizer runs/{name}/model, or give that of another One-D-Piece tokenizer."
+        )
+    quiet_libraries()
+    model = load(name, device=device, dtype="float32")
+    if not isinstance(model, OneDPieceTokenizer):
+        raise StudioError(f"{name} is no One-D-Piece tokenizer: only their first tokens are a picture by themselves.")
+    return model, name if name in BUNDLED else ""
+
+
+def _read(file):
+    """The bytes of a file, of a very long one the first: it is no .odp file, and would fill the memory."""
+    if not file.is_file():
+        raise StudioError(f"There is no file {file}.")
+    try:
+        with file.open("rb") as opened:
+            return opened.read(MOST_BYTES)
+    except OSError as error:
+        raise StudioError(f"{file} cannot be read: {error.strerror or error}.") from error

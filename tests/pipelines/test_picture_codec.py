@@ -1,0 +1,133 @@
+"""Pictures to bytes and back: sizes, tiles, targets, and files that do not belong."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from studio import OdpFile, StudioError, decode_picture, encode_picture
+from studio.pipelines.picture_codec import picture_psnr, smallest, tile_lengths, tokenizer_checksum
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_one_d):
+    return tiny_one_d
+
+
+def picture(width, height):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 23), (9, 64)])
+@pytest.mark.parametrize("tile", [False, True])
+def test_the_size_is_restored(tokenizer, size, tile):
+    encoded = encode_picture(picture(*size), tokenizer, tile=tile)
+    restored = decode_picture(encoded.data, tokenizer)
+    assert restored.size == size and restored.mode == "RGB"
+    tiles = math.ceil(size[0] / 16) * math.ceil(size[1] / 16) if tile else 1
+    assert len(encoded.file.tokens) == 6 * tiles
+    assert encoded.psnr == pytest.approx(picture_psnr(restored, picture(*size)))
+    assert OdpFile.from_bytes(encoded.data) == encoded.file
+
+
+def test_a_square_of_the_tokenizers_size_is_what_the_tokenizer_makes_of_it(tokenizer):
+    original = picture(16, 16)
+    images = torch.from_numpy(np.asarray(original).copy()).movedim(-1, 0)[None] / 127.5 - 1
+    tokens = tokenizer.encode(images)
+    encoded = encode_picture(original, tokenizer, length=4)
+    assert list(encoded.file.tokens) == tokens[0, :4].tolist()
+    expected = ((tokenizer.decode(tokens, 4) + 1).clamp(0, 2) * 127.5).round()[0].movedim(0, -1)
+    assert np.abs(np.asarray(decode_picture(encoded.data, tokenizer)) - expected.detach().numpy()).max() <= 1
+
+
+def test_tiles_are_pictures_of_their_own(tokenizer):
+    """Each tile of a picture, 13 tokens over 4 tiles, is restored as the tile alone with its share of the tokens."""
+    original = picture(32, 32)
+    whole = decode_picture(encode_picture(original, tokenizer, tile=True, length=13).data, tokenizer)
+    for index, (left, top) in enumerate([(0, 0), (16, 0), (0, 16), (16, 16)]):
+        box = (left, top, left + 16, top + 16)
+        alone = encode_picture(original.crop(box), tokenizer, length=4 if index == 0 else 3)
+        alone = np.asarray(decode_picture(alone.data, tokenizer)).astype(int)
+        assert np.abs(np.asarray(whole.crop(box)) - alone).max() <= 1
+
+
+def test_bytes_are_a_limit_that_one_more_token_would_break(tokenizer):
+    for size in (24, 26, 27, 28, 1000):
+        encoded = encode_picture(picture(20, 20), tokenizer, size=size, name="tiny")
+        assert len(encoded.data) <= size
+        n = len(encoded.file.tokens)
+        if n < 6:
+            assert len(encode_picture(picture(20, 20), tokenizer, length=n + 1, name="tiny").data) > size
+    with pytest.raises(StudioError, match="at least"):
+        encode_picture(picture(20, 20), tokenizer, size=10)
+
+
+def test_psnr_is_a_target_that_is_met(tokenizer):
+    original = picture(16, 16)
+    reached = [encode_picture(original, tokenizer, length=n).psnr for n in range(1, 7)]
+    for wish in (reached[0] - 1, reached[-1] - 0.01, reached[-1]):
+        encoded = encode_picture(original, tokenizer, psnr=wish)
+        assert encoded.psnr >= wish and encoded.psnr == reached[len(encoded.file.tokens) - 1]
+    assert len(encode_picture(original, tokenizer, psnr=min(reached) - 1).file.tokens) == 1
+    with pytest.raises(StudioError, match=f"{reached[-1]:.2f} dB"):
+        encode_picture(original, tokenizer, psnr=99)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (1, 2), (3, 11), (1, 128)])
+def test_bisection_finds_the_smallest(low, high):
+    for answer in range(low, high + 1):
+        asked = Asked(answer)
+        assert smallest(asked, low, high) == answer
+        assert asked.times <= math.ceil(math.log2(high - low + 1))
+
+
+class Asked:
+    """Whether a number is at least the answer, and how often that was asked."""
+
+    def __init__(self, answer):
+        self.answer, self.times = answer, 0
+
+    def __call__(self, n):
+        self.times += 1
+        return n >= self.answer
+
+
+def test_lengths_of_tiles():
+    assert tile_lengths(13, 4) == [4, 3, 3, 3] and tile_lengths(8, 4) == [2] * 4
+    assert all(sum(tile_lengths(n, 7)) == n for n in range(7, 50))
+
+
+@pytest.mark.parametrize("wrong", [{"length": 7}, {"length": 0}, {"length": 1, "size": 50}, {"psnr": 9.0, "size": 50}])
+def test_lengths_and_double_wishes_are_refused(tokenizer, wrong):
+    with pytest.raises(StudioError):
+        encode_picture(picture(16, 16), tokenizer, **wrong)
+    with pytest.raises(StudioError, match="from 4 to 24"):
+        encode_picture(picture(32, 32), tokenizer, length=3, tile=True)
+
+
+def test_files_of_others_are_refused(tokenizer):
+    encoded = encode_picture(picture(16, 16), tokenizer)
+    torch.manual_seed(1)
+    other = type(tokenizer)(**{key: value for key, value in tokenizer.config.items() if not key.startswith("_")})
+    with pytest.raises(StudioError, match="another tokenizer"):
+        decode_picture(encoded.data, other.eval())
+    for changes in ({"tokens": (1,) * 7}, {"bits": 6}, {"width": 40, "tiled": True, "tokens": (1, 2)}):
+        wrong = dataclasses.replace(encoded.file, **changes)
+        with pytest.raises(StudioError, match="damaged"):
+            decode_picture(wrong.to_bytes(), tokenizer)
+
+
+def test_the_checksum_knows_every_weight_and_no_precision(tokenizer, tmp_path):
+    checksum = tokenizer_checksum(tokenizer)
+    tokenizer.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.to(torch.float32)
+    again = type(tokenizer).from_pretrained(tmp_path, dtype=torch.float32)
+    assert tokenizer_checksum(again) == tokenizer_checksum(tokenizer) == checksum
+    with torch.no_grad():
+        again.decoder.ffn[2].bias[0] += 1
+    assert tokenizer_checksum(again) != checksum
