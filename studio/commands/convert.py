@@ -105,27 +105,6 @@ def mar_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
     _converted(convert_mar_vae(checkpoint, out))
 
 
-def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
-    """A student of Distilled Decoding, of LlamaGen or of VAR."""
-    from studio.checkpoints.distilled import convert_distilled
-
-    _converted(convert_distilled(checkpoint, out))
-
-
-def mar(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
-    """A MAR network of continuous tokens."""
-    from studio.checkpoints.mar import convert_mar
-
-    _converted(convert_mar(checkpoint, out))
-
-
-def mar_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
-    """MAR's KL-16 autoencoder, for diffusers' AutoencoderKL."""
-    from studio.checkpoints.mar import convert_mar_vae
-
-    _converted(convert_mar_vae(checkpoint, out))
-
-
 def _converted(folder):
     emit({"path": str(folder)})
     say(f"Converted: {folder}")
