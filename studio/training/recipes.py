@@ -7,6 +7,7 @@ from studio.checkpoints.bundled import BUNDLED
 from studio.errors import StudioError
 
 RECIPES = {
+    "emoji-1d": "studio.training.emoji_1d:Emoji1D",
     "emoji-ar": "studio.training.emoji_ar:EmojiAR",
     "emoji-distilled": "studio.training.emoji_distilled:EmojiDistilled",
     "emoji-drafter": "studio.training.emoji_drafter:EmojiDrafter",

@@ -11,8 +11,10 @@ from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
+    emoji_1d,
     emoji_ar,
     emoji_distilled,
     emoji_drafter,
@@ -49,7 +51,12 @@ def small(monkeypatch, tmp_path, tiny_folder):
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
     monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
+    tiny_row = {"num_tokens": 8, "codebook_size": 64, "pixel_base_channels": 8}
+    for part in ("encoder", "decoder"):
+        tiny_row |= {f"{part}_width": 32, f"{part}_layers": 1, f"{part}_heads": 2}
+    monkeypatch.setattr(emoji_1d, "CONFIG", {**emoji_1d.CONFIG, **tiny_row})
     for recipe in (
+        emoji_1d.Emoji1D,
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
         emoji_kl.EmojiKL, emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
     ):  # fmt: skip
@@ -57,6 +64,7 @@ def small(monkeypatch, tmp_path, tiny_folder):
 
 
 KINDS = {
+    "emoji-1d": OneDPieceTokenizer,
     "emoji-ar": LlamaGenPipeline,
     "emoji-distilled": LlamaGenPipeline,
     "emoji-drafter": LlamaGenPipeline,
@@ -91,6 +99,28 @@ def test_trains_exports_and_goes_on(name, small, tmp_path):
     before, after = (network(part).state_dict() for part in (model, read(name, further["folder"])))
     for key in before:
         assert torch.allclose(before[key], after[key], atol=5e-2), key
+
+
+def test_lengths_are_drawn_evenly():
+    """20,000 draws (seed 0): each of 8 lengths within 5 standard deviations of its share, one in each half."""
+    rng = np.random.default_rng(0)
+    drawn = np.array([emoji_1d.random_lengths(2, 8, rng) for _ in range(10000)])
+    assert (drawn[:, 0] <= 4).all() and (drawn[:, 1] > 4).all()
+    counts = np.bincount(drawn.reshape(-1), minlength=9)[1:]
+    assert (np.abs(counts - 2500) < 5 * (10000 * 0.25 * 0.75) ** 0.5).all()
+    assert set(emoji_1d.random_lengths(4, 4, rng)) == {1, 2, 3, 4}
+
+
+def test_a_batch_is_restored_from_as_many_lengths_as_drawn(small):
+    recipe = emoji_1d.Emoji1D()
+    module = recipe.build(torch.device("cpu")).eval()
+    batch = recipe.batch(np.random.default_rng(0), 6, torch.device("cpu"))
+    assert len(batch["lengths"]) == emoji_1d.GROUPS
+    kept = []
+    decode = module.tokenizer.decode_vectors
+    module.tokenizer.decode_vectors = lambda part, length: kept.append((len(part), length)) or decode(part, length)
+    assert module(**batch).isfinite()
+    assert [length for _, length in kept] == batch["lengths"].tolist() and sum(n for n, _ in kept) == 6
 
 
 def test_the_exported_pipeline_shares_the_bundled_tokenizer_and_names_its_words(small, tmp_path):

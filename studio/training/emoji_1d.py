@@ -1,0 +1,106 @@
+"""Recipe of `emoji-1d`."""
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from vector_quantize_pytorch import VectorQuantize
+
+from studio.data.archive import load_pictures
+from studio.data.splits import concepts
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.training.emoji_vq import random_pictures, reconstruction_loss
+from studio.training.export import save_bf16
+from studio.training.muon import muon_and_adamw
+from studio.training.recipe import Defaults, Recipe
+
+CONFIG = {
+    "sample_size": 64,
+    "patch_size": 8,
+    "num_tokens": 128,
+    "encoder_width": 192,
+    "encoder_layers": 4,
+    "encoder_heads": 3,
+    "decoder_width": 192,
+    "decoder_layers": 4,
+    "decoder_heads": 3,
+    "code_dim": 12,
+    "codebook_size": 4096,
+    "legacy_reshape": False,
+    "pixel_stage": "patches",
+    "pixel_base_channels": 96,
+}
+GROUPS = 4
+"""Parts of a batch that are restored from numbers of tokens of their own: as dear as one number for all, less noisy."""
+
+
+class TrainableOneD(nn.Module):
+    """A OneDPieceTokenizer whose codebook follows the encoder by exponential averages (cosine codes, dead codes
+    revived).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.tokenizer = OneDPieceTokenizer(**config)
+        self.tokenizer.quantize.requires_grad_(False)
+        self.quantizer = VectorQuantize(
+            dim=config["code_dim"], codebook_size=config["codebook_size"], use_cosine_sim=True, decay=0.99,
+            kmeans_init=False, threshold_ema_dead_code=0.2, commitment_weight=0.25,
+        )  # fmt: skip
+
+    def forward(self, images, lengths):
+        """Loss of pictures (B, 3, H, W) in [-1, 1]: restoration and commitment.
+
+        As many equal parts of the batch as there are `lengths` are restored from that many first tokens each (Tail
+        Token Drop, arXiv:2501.10064, section 3.2).
+        """
+        quantized, _, commitment = self.quantizer(self.tokenizer.encode_features(images).float())
+        parts = zip(quantized.tensor_split(len(lengths)), lengths.tolist())
+        restored = torch.cat([self.tokenizer.decode_vectors(part, length) for part, length in parts]).float()
+        return reconstruction_loss(restored, images) + commitment.sum()
+
+
+class Emoji1D(Recipe):
+    """Turns a 64 px picture into a row of 128 tokens of 4,096 codes, of which any first few are a picture."""
+
+    name = "emoji-1d"
+    data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
+    defaults = Defaults(steps=6000, batch_size=32, learning_rate=3e-3)
+
+    def build(self, device):
+        side = CONFIG["sample_size"]
+        self.pictures = load_pictures(side)[concepts(held_out=False)].reshape(-1, side, side, 4)
+        return TrainableOneD(CONFIG).to(device)
+
+    def optimizers(self, module, learning_rate):
+        blocks = (module.tokenizer.encoder.transformer, module.tokenizer.decoder.transformer)
+        matrices = [weight for part in blocks for weight in part.parameters() if weight.ndim == 2]
+        return muon_and_adamw(module, matrices, learning_rate)
+
+    def batch(self, rng, batch_size, device):
+        lengths = random_lengths(min(GROUPS, batch_size), CONFIG["num_tokens"], rng)
+        images = random_pictures(self.pictures, batch_size, rng)
+        return {"images": images.to(device), "lengths": torch.from_numpy(lengths)}
+
+    def load(self, module, folder):
+        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
+        codes = module.quantizer._codebook
+        codes.embed.copy_(module.tokenizer.codebook)
+        codes.embed_avg.copy_(codes.embed)
+        codes.cluster_size.fill_(1)  # as after a step that used each code once: none of them is dead
+
+    def export(self, module, folder):
+        with torch.no_grad():
+            module.tokenizer.quantize.embedding.weight.copy_(module.quantizer.codebook)
+        save_bf16(module.tokenizer, folder)
+
+    def quality(self, folder):
+        from studio.evaluation.tokenizers import evaluate_tokenizer
+
+        return evaluate_tokenizer(OneDPieceTokenizer.from_pretrained(folder))
+
+
+def random_lengths(count, most, rng):
+    """As many numbers from 1 to `most`, each as likely as any other, one from each of equal parts of that range."""
+    return (1 + (np.arange(count) + rng.random(count)) * most / count).astype(np.int64).clip(1, most)
