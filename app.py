@@ -1,8 +1,17 @@
 """Entry of a Hugging Face Space; here, `python app.py` opens the app."""
 
-from studio.ui.app import build_app, launch_settings
+from importlib.util import find_spec
 
-demo = build_app()
+if find_spec("spaces"):
+    import spaces  # noqa: F401 - before torch, whose GPU it lends
+
+from studio.ui.app import build_app, launch_settings
+from studio.ui.lending import place
+
+MODEL = "emoji-ar"
+
+place(MODEL)
+demo = build_app(MODEL)
 
 if __name__ == "__main__":
     demo.launch(**launch_settings())

@@ -5,6 +5,7 @@ import time
 from io import BytesIO
 
 from studio import decoding_named
+from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
 from studio.ui.preview import Pace, partial_pictures
 from studio.ui.watching import TokenFates, WatchedDrafts, fates_of
@@ -97,6 +98,7 @@ def draw(wish):
     return follow(lambda job: _draw(wish, job))
 
 
+@on_gpu(seconds=60)
 def _draw(wish, job):
     from studio.checkpoints.vocabulary import prompt_warning
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from studio.errors import StudioError
 from studio.ui.drawing import Call
+from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
 from studio.ui.preview import Pace, partial_pictures
 from studio.ui.watching import TokenFates
@@ -63,6 +64,7 @@ def race(wish):
     return follow(lambda job: _race(wish, job))
 
 
+@on_gpu(seconds=120)
 def _race(wish, job):
     from studio.checkpoints.vocabulary import prompt_warning
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from studio.errors import StudioError
+from studio.ui.lending import on_gpu
 from studio.ui.models import get_reader
 from studio.ui.worker import follow
 
@@ -75,6 +76,7 @@ def read(inquiry):
     return follow(lambda job: _read(inquiry, job))
 
 
+@on_gpu(seconds=60)
 def _read(inquiry, job):
     from studio.pictures import open_picture
 

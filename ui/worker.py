@@ -7,6 +7,7 @@ Handlers are asynchronous generators over `follow`. Cancelling one, closing it, 
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 _model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio-model")
 _SHORTEST_PAUSE = 0.04  # seconds between two items, so that fast models do not flood the browser
@@ -43,13 +44,15 @@ class Job:
 
 
 async def follow(work):
-    """Run `work(job)` in the model thread; yield the items it reports, newest only, and at last what it returns.
+    """Run `work(job)` in the model thread, with the caller's context variables.
+
+    Yields the items it reports, newest only, and at last what it returns.
 
     Raises:
         Exception: whatever the work raises.
     """
     job = Job(asyncio.get_running_loop())
-    future = asyncio.wrap_future(_model_thread.submit(work, job))
+    future = asyncio.wrap_future(_model_thread.submit(copy_context().run, work, job))
     future.add_done_callback(lambda done: (done.cancelled() or done.exception(), job._news.set()))
     try:
         while not future.done():
