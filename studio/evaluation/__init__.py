@@ -30,6 +30,7 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.processes import join
     from studio.tokenizers.kl import KLTokenizer
+    from studio.tokenizers.one_d_piece import OneDPieceTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
     if shared and device is None:
@@ -39,9 +40,10 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
         _refuse(decoding)
         return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
-    if isinstance(loaded, (VQTokenizer, KLTokenizer, VisualQuestionPipeline)):
+    tokenizers = (VQTokenizer, OneDPieceTokenizer, KLTokenizer)
+    if isinstance(loaded, (*tokenizers, VisualQuestionPipeline)):
         _refuse(decoding)
-    if isinstance(loaded, (VQTokenizer, KLTokenizer)):
+    if isinstance(loaded, tokenizers):
         if chosen:
             raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
         return evaluate_tokenizer(loaded)

@@ -6,6 +6,7 @@ from studio.data.archive import STYLES, load_pictures
 from studio.data.backgrounds import PALETTE, compose
 from studio.data.splits import concepts
 from studio.evaluation.metrics import psnr, ssim
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 
 
 @torch.inference_mode()
@@ -14,7 +15,8 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
 
     Returns:
         `{"psnr", "ssim", "bits_per_pixel", "resolution", "samples"}`: means of per-picture values in RGB [0, 1].
-        A tokenizer of continuous tokens has "numbers_per_pixel" in place of the bits.
+        A tokenizer of continuous tokens has "numbers_per_pixel" in place of the bits. One that restores from its first
+        tokens also has "psnr_n" and "ssim_n" for some lengths n: the full one, halved up to four times.
     """
     resolution = tokenizer.config.sample_size
     device = next(tokenizer.parameters()).device
@@ -27,14 +29,19 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
         for background in range(len(PALETTE))
     ]
     noise, likeness, tokens_per_image = [], [], 0
+    shorter = {length: ([], []) for length in _shorter_lengths(tokenizer)}
     for start in range(0, len(cases), batch_size):
         index, style, background = map(list, zip(*cases[start : start + batch_size], strict=True))
         images = torch.from_numpy(compose(pictures[index, style], PALETTE[background])).to(device)
         tokens = tokenizer.encode((images * 2 - 1).to(dtype))
-        restored = (tokenizer.decode(tokens).float() / 2 + 0.5).clamp(0, 1)
         tokens_per_image = tokens[0].numel()
+        restored = (tokenizer.decode(tokens).float() / 2 + 0.5).clamp(0, 1)
         noise.append(psnr(restored, images))
         likeness.append(ssim(restored, images))
+        for length in shorter:
+            restored = (tokenizer.decode(tokens, length).float() / 2 + 0.5).clamp(0, 1)
+            shorter[length][0].append(psnr(restored, images))
+            shorter[length][1].append(ssim(restored, images))
     bits = getattr(tokenizer, "bits_per_token", None)
     size = {"numbers_per_pixel": tokens_per_image} if bits is None else {"bits_per_pixel": tokens_per_image * bits}
     return {
@@ -43,4 +50,16 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
         **{name: value / resolution**2 for name, value in size.items()},
         "resolution": resolution,
         "samples": len(cases),
+        **{
+            f"{measure}_{length}": float(torch.cat(values).mean())
+            for length, both in shorter.items()
+            for measure, values in zip(("psnr", "ssim"), both)
+        },
     }
+
+
+def _shorter_lengths(tokenizer):
+    """The lengths below the full one at which a tokenizer is measured; none unless its first tokens are a picture."""
+    if not isinstance(tokenizer, OneDPieceTokenizer):
+        return []
+    return sorted({tokenizer.config.num_tokens // 2**halvings for halvings in range(1, 5)} - {0})

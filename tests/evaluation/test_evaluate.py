@@ -1,6 +1,7 @@
 """`studio.evaluation.evaluate`: what it measures for each kind of model, and what it refuses."""
 
 import pytest
+import torch
 
 from studio import Autoregressive, StudioError
 from studio.evaluation import evaluate
@@ -37,6 +38,36 @@ def test_the_result_does_not_depend_on_the_batch_size(tiny_pipeline):
     whole, parts = (evaluate_generator(tiny_pipeline, samples=70, batch_size=size) for size in (70, 32))
     assert whole["frechet"] == pytest.approx(parts["frechet"], rel=1e-3)
     assert {k: v for k, v in whole.items() if k != "frechet"} == {k: v for k, v in parts.items() if k != "frechet"}
+
+
+def test_a_row_of_tokens_is_measured_at_several_lengths(tiny_one_d, tmp_path):
+    """Each length is what a tokenizer would measure that knows no more tokens."""
+    from studio.evaluation.tokenizers import evaluate_tokenizer
+
+    tiny_one_d.save_pretrained(tmp_path)
+    quality = evaluate(tmp_path, device="cpu")
+    assert set(quality) == {
+        "psnr", "ssim", "bits_per_pixel", "resolution", "samples", "psnr_1", "ssim_1", "psnr_3", "ssim_3",
+    }  # fmt: skip
+    assert quality["bits_per_pixel"] == 6 * 5 / 16**2
+
+    class Shortened(torch.nn.Module):
+        config, bits_per_token = tiny_one_d.config, 5
+
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_one_d
+
+        def encode(self, images):
+            return self.inner.encode(images)[:, :3]
+
+        def decode(self, tokens):
+            return self.inner.decode(tokens)
+
+    alone = evaluate_tokenizer(Shortened())
+    assert alone["psnr"] == pytest.approx(quality["psnr_3"], abs=1e-4)
+    assert alone["ssim"] == pytest.approx(quality["ssim_3"], abs=1e-5)
+    assert quality["psnr_3"] != quality["psnr"] and "psnr_3" not in alone
 
 
 @pytest.mark.parametrize("option", [{"samples": 5}, {"seed": 1}])
