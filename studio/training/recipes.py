@@ -12,8 +12,11 @@ RECIPES = {
     "emoji-distilled": "studio.training.emoji_distilled:EmojiDistilled",
     "emoji-drafter": "studio.training.emoji_drafter:EmojiDrafter",
     "emoji-kl": "studio.training.emoji_kl:EmojiKL",
+    "emoji-mar": "studio.training.emoji_mar:EmojiMAR",
+    "emoji-mar-draft": "studio.training.emoji_mar_draft:EmojiMARDraft",
     "emoji-tower": "studio.training.emoji_tower:EmojiTower",
     "emoji-vlm": "studio.training.emoji_vlm:EmojiVLM",
+    "emoji-words": "studio.training.emoji_words:EmojiWords",
     "emoji-judge": "studio.training.emoji_judge:EmojiJudge",
     "emoji-vq": "studio.training.emoji_vq:EmojiVQ",
 }

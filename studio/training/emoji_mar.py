@@ -1,0 +1,167 @@
+"""Recipe of `emoji-mar`: MAR (arXiv:2406.11838) over the latents of `emoji-kl`, for captions.
+
+The text encoder is that of `emoji-ar` and stays as it is: captions end with plan tokens, whose states hold a guess of
+the picture, one state for every 2x2 tokens. The buffer holds these, and the last words before them, at fixed places.
+
+Deviations from the authors' recipe: a mask rate for every step as theirs, but fewer noises a token; Muon for the hidden
+matrices; no average of the weights is kept, since the learning rate falls to zero.
+"""
+
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from studio.checkpoints.loading import load
+from studio.checkpoints.vocabulary import CONCEPTS_FILE
+from studio.data.captions import random_caption
+from studio.models.mar import MAR
+from studio.pipelines.mar import MARPipeline
+from studio.training.ingredients import ingredient
+from studio.training.latent_cache import training_latents
+from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.recipe import Defaults, Recipe
+
+IMAGE_TOKENIZER, TEXT = "emoji-kl", "emoji-ar"
+SIZES = {
+    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 256), ("heads", 8))},
+    "encoder_depth": 3,
+    "decoder_depth": 5,
+    "head_width": 320,
+    "head_depth": 3,
+    "buffer_size": 24,
+    "dropout": 0.0,
+}
+"""The buffer holds the plan's 16 states and the eight before them. The decoder is deeper: it sees all positions."""
+REPEATS = 3
+"""Times and noises that each masked token is tried with."""
+LEAST_MASKED, SPREAD = 0.7, 0.25
+"""The share of tokens that is masked: Gaussian around 1 with this spread, cut off below (MAR, section 4)."""
+DRAWING = {"default_guidance_scale": 3.0, "default_num_steps": 16, "default_diffusion_steps": 50}
+
+
+class TrainableMAR(nn.Module):
+    """A MAR, and the frozen text encoder whose states it reads."""
+
+    def __init__(self, transformer: MAR, text_encoder):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TrainableMAR":
+        super().train(mode)
+        self.text_encoder.eval()
+        return self
+
+    def forward(self, latents, order, masked, input_ids, attention_mask):
+        """Mean loss of latents (B, C, h, w) over the first `masked` positions (1,) of each order (B, L)."""
+        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        model = self.transformer
+        return model(
+            model.patchify(latents),
+            order,
+            int(masked),
+            captions=states,
+            caption_mask=attention_mask,
+            repeats=REPEATS,
+        )
+
+
+class EmojiMAR(Recipe):
+    """Draws an emoji from words, a few continuous tokens at a time: a MAR over the latents of `emoji-kl`."""
+
+    name = "emoji-mar"
+    data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, latents of emoji-kl"
+    defaults = Defaults(steps=3000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
+    sizes = SIZES
+
+    def build(self, device):
+        self.text = load(TEXT, device=device, dtype=torch.float32)
+        transformer = self.prepared(load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32), self.text)
+        return TrainableMAR(transformer, self.text.text_encoder).to(device)
+
+    def prepared(self, image_tokenizer, text) -> MAR:
+        """Keeps what batches are drawn from, and returns a network of random weights for it.
+
+        Args:
+            image_tokenizer: the KL tokenizer.
+            text: a pipeline, for its text tokenizer and the size of its text states.
+        """
+        weights = Path(image_tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
+        self.drawn, self.laws = training_latents(image_tokenizer, weights)
+        self.image_tokenizer, self.tokenizer = image_tokenizer, text.tokenizer
+        return MAR(
+            grid_size=self.laws.shape[-1],
+            token_dim=image_tokenizer.latent_channels,
+            num_classes=None,
+            caption_dim=text.transformer.config.caption_dim,
+            caption_length=text.transformer.config.caption_length,
+            latent_scale=image_tokenizer.config.scaling_factor,
+            **self.sizes,
+        )
+
+    def optimizers(self, module, learning_rate):
+        return mar_optimizers(module.transformer, module, learning_rate)
+
+    def batch(self, rng, batch_size, device):
+        """Latents drawn from their Gaussians, captions, and an order of positions with the number that is masked."""
+        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))
+        captions = [random_caption(*row, rng) for row in self.drawn[chosen].tolist()]
+        length = self.tokenizer.model_max_length
+        text = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        means, widths = self.laws[chosen].float().unbind(1)
+        noise = torch.from_numpy(rng.standard_normal(means.shape, dtype=np.float32))
+        total = means.shape[-1] * means.shape[-2]
+        order = torch.from_numpy(rng.random((batch_size, total))).argsort(dim=1)
+        masked = int(np.ceil(total * masked_share(rng)))
+        return {
+            "latents": (means + widths * noise).to(device),
+            "order": order.to(device),
+            "masked": torch.tensor(masked),
+            "input_ids": text["input_ids"].to(device),
+            "attention_mask": text["attention_mask"].to(device),
+        }
+
+    def load(self, module, folder):
+        weights = MAR.from_pretrained(folder / "transformer", dtype=torch.float32)
+        module.transformer.load_state_dict(weights.state_dict())
+
+    def export(self, module, folder):
+        tokenizer, transformer, text_encoder = (
+            copy.deepcopy(part).to(torch.bfloat16).eval()
+            for part in (self.image_tokenizer, module.transformer, module.text_encoder)
+        )
+        pipe = MARPipeline(tokenizer, transformer, text_encoder, self.tokenizer, lowercase_prompts=True, **DRAWING)
+        pipe.save_pretrained(folder)
+        if (words := Path(self.text.name_or_path, CONCEPTS_FILE)).is_file():
+            shutil.copy(words, folder)
+
+    def quality(self, folder):
+        from studio.evaluation.generators import evaluate_generator
+
+        pipe = load(folder)
+        pipe.set_progress_bar_config(disable=True)
+        return evaluate_generator(pipe)
+
+
+def masked_share(rng) -> float:
+    """A share of masked tokens: Gaussian around 1, of those from `LEAST_MASKED` to 1."""
+    while True:
+        share = 1 - abs(rng.normal(scale=SPREAD))
+        if share >= LEAST_MASKED:
+            return share
+
+
+def mar_optimizers(transformer: MAR, module: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of all blocks; places and mask token, which start small, move at its full rate."""
+    blocks = (transformer.encoder_blocks, transformer.decoder_blocks, transformer.diffloss.net.res_blocks)
+    places = [
+        transformer.encoder_pos_embed_learned,
+        transformer.decoder_pos_embed_learned,
+        transformer.diffusion_pos_embed_learned,
+        transformer.mask_token,
+        transformer.fake_latent,
+    ]
+    return muon_and_adamw(module, hidden_matrices(*blocks), learning_rate, tables=places, tables_share=1.0)
