@@ -7,7 +7,7 @@ from io import BytesIO
 from studio import decoding_named
 from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
-from studio.ui.preview import Pace, partial_pictures
+from studio.ui.preview import Pace, Sketch, partial_pictures
 from studio.ui.watching import TokenFates, WatchedDrafts, fates_of
 from studio.ui.worker import follow
 
@@ -43,22 +43,42 @@ class Drawn:
 
 
 class Call:
-    """One call of a pipeline, with drafts watched where its decoding makes any."""
+    """One call of a pipeline, with drafts watched where its decoding makes any.
+
+    Raises:
+        StudioError: the pipeline knows no such settings.
+    """
 
     def __init__(self, pipe, wish):
         self.pipe, self.wish, self.total = pipe, wish, pipe.transformer.num_tokens
+        pipe.check_arguments(wish.settings)
         self.decoding = decoding_named(wish.decoding).settings(**wish.options)
         self.watched = None
         if hasattr(self.decoding, "drafts"):
             self.watched = WatchedDrafts(self.decoding.drafts)
             self.decoding = dataclasses.replace(self.decoding, drafts=self.watched)
 
-    def __call__(self, on_tokens):
-        """Draw; `on_tokens(tokens)` sees the tokens (B, n) so far after each step, and stops the drawing with True."""
+    @property
+    def warning(self):
+        """What the user should know, or `None`."""
+        from studio.checkpoints.vocabulary import prompt_warning
+
+        notes = prompt_warning(self.pipe, self.wish.prompt), self.pipe.caution(self.decoding)
+        return " ".join(filter(None, notes)) or None
+
+    def __call__(self, on_step):
+        """Draw; `on_step` sees a `Sketch` after each step, and stops the drawing with True."""
         import torch
 
+        watched = [name for name in ("tokens", "positions") if name in self.pipe._callback_tensor_inputs]
+        known = torch.zeros(self.wish.count, self.total, dtype=torch.bool)
+
         def after_step(pipe, step, timestep, tensors):
-            if on_tokens(tensors["tokens"]):
+            sketch = Sketch(tensors["tokens"])
+            if "positions" in tensors:
+                known.scatter_(1, tensors["positions"].cpu(), True)
+                sketch = Sketch(tensors["tokens"], known)
+            if on_step(sketch):
                 pipe._interrupt = True
             return tensors
 
@@ -68,12 +88,13 @@ class Call:
             generator=[torch.Generator().manual_seed(seed) for seed in self.wish.seeds],
             decoding=self.decoding,
             callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=watched,
             **self.wish.settings,
         )
 
-    def fates(self, tokens):
-        """How the first picture's tokens (B, n) came about; `None` where no drafts are made."""
-        return fates_of(self.watched.rounds, tokens[0].tolist(), self.total) if self.watched else None
+    def fates(self, sketch):
+        """How the first picture's tokens came about; `None` where no single drafts are seen."""
+        return fates_of(self.watched.rounds, sketch.tokens[0].tolist(), self.total) if self.watched else None
 
     def finished(self, output):
         """The pictures of a whole drawing, as PNGs that say how they were made; the app serves that text too."""
@@ -100,26 +121,25 @@ def draw(wish):
 
 @on_gpu(seconds=60)
 def _draw(wish, job):
-    from studio.checkpoints.vocabulary import prompt_warning
-
     job.report(Progress())
     pipe = get_pipeline(wish.model)
-    call, warning = Call(pipe, wish), prompt_warning(pipe, wish.prompt)
+    call = Call(pipe, wish)
+    warning = call.warning
     job.report(Progress(total=call.total, warning=warning))
     pace, pictures, fates, began = Pace(), None, None, None
 
-    def on_tokens(tokens):
+    def on_step(sketch):
         nonlocal pictures, fates, began
         began = began or time.monotonic()
         if not job.stopped:
-            if tokens.shape[1] < call.total and pace.is_due():
+            if sketch.drawn < call.total and pace.is_due():
                 start = time.monotonic()
-                pictures, fates = partial_pictures(pipe, tokens), call.fates(tokens)
+                pictures, fates = partial_pictures(pipe, sketch), call.fates(sketch)
                 pace.spent(time.monotonic() - start)
-            job.report(Progress(tokens.shape[1], call.total, time.monotonic() - began, pictures, fates, warning))
+            job.report(Progress(sketch.drawn, call.total, time.monotonic() - began, pictures, fates, warning))
         return job.stopped
 
-    output = call(on_tokens)
+    output = call(on_step)
     if job.stopped:
         return Drawn([], output.stats)
-    return Drawn(call.finished(output), output.stats, call.fates(output.tokens), warning)
+    return Drawn(call.finished(output), output.stats, call.fates(Sketch(output.tokens)), warning)

@@ -11,7 +11,7 @@ from studio.ui.components import columns_for, duration, picture_grid, pictures, 
 from studio.ui.drawing import Drawn, draw
 from studio.ui.fields import number_field
 from studio.ui.lanes import race_lanes, race_verdict
-from studio.ui.models import own_settings
+from studio.ui.models import fitting_decodings, own_settings
 from studio.ui.race import race
 from studio.ui.token_grid import token_grid
 from studio.ui.wish import MOST_PICTURES, Wish, draw_seed
@@ -57,7 +57,8 @@ def build_tab(model):
             status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
             tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
-            decoding, options = _decoding_fields()
+            fitting = fitting_decodings(model)
+            decoding, options = _decoding_fields(fitting)
             count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", elem_id="count", buttons=[])
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
@@ -68,7 +69,7 @@ def build_tab(model):
                 with gr.Row():
                     guidance = _setting("Guidance", "How closely to follow the words; 1 is off.", own)
                     temperature = _setting("Temperature", "Below 1 calmer, above 1 wilder.", own)
-                with gr.Row():
+                with gr.Row(visible=not own or "top-k" in own):
                     top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
                     top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
 
@@ -93,20 +94,21 @@ def build_tab(model):
     )
     dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
-    _endpoint(model, prompt, count)
+    _endpoint(model, prompt, count, fitting[0])
 
 
-def _decoding_fields():
+def _decoding_fields(fitting):
     """The choice of a decoding, and by (decoding, option) the fields of its options, shown when it is chosen."""
-    names = [(choice.title, name) for name, choice in DECODINGS.items()]
-    decoding = gr.Radio(names, value="ar", label="Decoding", info=DECODINGS["ar"].summary, elem_id="decoding")
+    choices = {name: DECODINGS[name] for name in fitting}
+    plain = fitting[0]
+    names = [(choice.title, name) for name, choice in choices.items()]
+    decoding = gr.Radio(names, value=plain, label="Decoding", info=choices[plain].summary, elem_id="decoding")
     fields, rows = {}, {}
-    for name, choice in DECODINGS.items():
-        with gr.Row(visible=False, elem_classes="studio-options") as rows[name]:
+    for name, choice in choices.items():
+        is_shown = name == plain and bool(choice.options)
+        with gr.Row(visible=is_shown, elem_classes="studio-options") as rows[name]:
             for option in choice.options:
-                title, usual = option.name.replace("_", " ").capitalize(), f"{option.default:g}"
-                elem_id = re.sub(r"\W", "-", f"{name}-{option.name}")
-                fields[name, option.name] = number_field(title, option.summary, elem_id, usual)
+                fields[name, option.name] = _option_field(option, re.sub(r"\W", "-", f"{name}-{option.name}"))
 
     def choose(chosen):
         shown = [gr.update(visible=name == chosen and bool(DECODINGS[name].options)) for name in rows]
@@ -116,6 +118,15 @@ def _decoding_fields():
     return decoding, fields
 
 
+def _option_field(option, elem_id):
+    title = option.name.replace("_", " ").capitalize()
+    if option.choices:
+        named = [(text, value) for value, text in option.choices.items()]
+        return gr.Radio(named, value=option.default, label=title, info=option.summary, elem_id=elem_id)
+    usual = "its own" if option.default is None else f"{option.default:g}"
+    return number_field(title, option.summary, elem_id, usual)
+
+
 def _with_options(values, fields):
     """The values of a form with those of all options behind it, as `Wish.from_fields` takes them."""
     *basic, decoding = values[: len(values) - len(fields)]
@@ -123,7 +134,7 @@ def _with_options(values, fields):
     return *basic, decoding, {option: text for (owner, option), text in texts if owner == decoding}
 
 
-def _endpoint(model, prompt, count):
+def _endpoint(model, prompt, count, plain):
     """What programs call."""
 
     async def answer(
@@ -134,7 +145,7 @@ def _endpoint(model, prompt, count):
         temperature=None,
         top_k=None,
         top_p=None,
-        decoding="ar",
+        decoding=plain,
         options=None,
     ):
         """Draw pictures from words; streams previews, then the finished pictures.
@@ -147,7 +158,8 @@ def _endpoint(model, prompt, count):
             temperature: randomness of each token, above 0; the model's own setting when empty.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
-            decoding: how tokens are drawn, such as "ar", "speculative" or "lantern".
+            decoding: how tokens are drawn, such as "ar", "speculative" or "lantern"; "mar" or "cspd" of a MAR, of which
+                cspd with the mode "relaxed" is approximate.
             options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
 
         Returns:
@@ -159,7 +171,7 @@ def _endpoint(model, prompt, count):
 
     with gr.Group(visible=False):
         numbers = [gr.Number(label=name) for name in ("Seed", "Guidance", "Temperature", "Top-k", "Top-p")]
-        decoding, options = gr.Textbox("ar", label="Decoding"), gr.JSON(label="Options")
+        decoding, options = gr.Textbox(plain, label="Decoding"), gr.JSON(label="Options")
         found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
         endpoint = gr.Button("Generate")
     inputs = [prompt, count, *numbers, decoding, options]
@@ -176,7 +188,7 @@ async def show_drawing(model, *values):
         wish = Wish.from_fields(model, *values)
         async for news in draw(wish):
             if news.warning and not warned:
-                gr.Warning(news.warning, title="Unknown words", duration=12)
+                gr.Warning(news.warning, title="Please note", duration=12)
                 warned = True
             if isinstance(news, Drawn):
                 yield _gallery(news.pictures, wish), _tokens(news.fates), summary(news, wish)
@@ -197,7 +209,7 @@ async def show_race(model, *values):
         wish = Wish.from_fields(model, *values)
         async for news in race(wish):
             if news.warning and not warned:
-                gr.Warning(news.warning, title="Unknown words", duration=12)
+                gr.Warning(news.warning, title="Please note", duration=12)
                 warned = True
             if not news.lanes:
                 yield gr.skip(), gr.skip(), LOADING
@@ -243,6 +255,8 @@ def summary(drawn, wish):
     """The status line of a finished drawing."""
     stats = drawn.stats
     seeds = f"{wish.seeds[0]}" if wish.count == 1 else f"{wish.seeds[0]} to {wish.seeds[-1]}"
+    accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
+    law = [("pictures", "approximate")] if "approximate" in wish.how else []
     return status_line(
         f"{pictures(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
         state="done",
@@ -251,6 +265,8 @@ def summary(drawn, wish):
             ("tokens", f"{stats.tokens}"),
             ("target calls", f"{stats.target_calls}"),
             ("tokens a call", f"{stats.mean_accepted_length:.2f}"),
+            *accepted,
+            *law,
             ("seed" if wish.count == 1 else "seeds", seeds),
         ],
     )
@@ -296,7 +312,7 @@ def _details(drawn, wish):
         "prompt": wish.prompt,
         "seeds": wish.seeds,
         "settings": wish.settings,
-        "decoding": {"name": wish.decoding, **wish.options},
+        "decoding": wish.how,
         "tokens": stats.tokens,
         "target_calls": stats.target_calls,
         "mean_accepted_length": stats.mean_accepted_length,

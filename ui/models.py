@@ -72,10 +72,26 @@ def own_settings(name):
     Returns:
         A text by field ("guidance", "temperature", "top-k", "top-p"); none for what is not on this machine.
     """
+    index = _read_index(name)
+    own = {field: index.get(f"default_{setting}") for field, setting in _SETTINGS.items()}
+    return {field: f"{value:g}" for field, value in own.items() if value is not None}
+
+
+def fitting_decodings(name):
+    """The names of the decodings that fit a pipeline, the plain one first, read without loading it.
+
+    All there are, for what is not on this machine.
+    """
+    from studio import DECODINGS, decodings_for
+
+    index = _read_index(name)
+    components = [part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    return decodings_for(index.get("_class_name", ""), components) or list(DECODINGS)
+
+
+def _read_index(name):
     folder = ROOT / name if name in BUNDLED else Path(name)
     try:
-        config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    own = {field: config.get(f"default_{setting}") for field, setting in _SETTINGS.items()}
-    return {field: f"{value:g}" for field, value in own.items() if value is not None}

@@ -1,5 +1,6 @@
 """Pictures of which only the first tokens are drawn yet."""
 
+import dataclasses
 import math
 import time
 
@@ -9,20 +10,41 @@ _SHORTEST_PAUSE = 0.25  # seconds
 _SHARE = 0.2  # of the time may go into previews
 
 
-def partial_pictures(pipe, tokens):
-    """Decode the first tokens of pictures; what is not drawn yet stays transparent.
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """Pictures under way.
 
     Args:
-        pipe: a loaded pipeline.
-        tokens: (batch, n) int64, the first n tokens in raster order, n >= 1.
+        tokens: (batch, n) int64, the first n in raster order, n >= 1; or all (batch, L, D) of continuous ones.
+        known: (batch, L) bool, which of the latter are drawn.
+    """
+
+    tokens: torch.Tensor
+    known: torch.Tensor | None = None
+
+    @property
+    def drawn(self):
+        """Tokens of each picture that are there."""
+        return self.tokens.shape[1] if self.known is None else int(self.known[0].sum())
+
+    @property
+    def places(self):
+        """Where those of the first picture are, or `None` where they are the first."""
+        return None if self.known is None else frozenset(torch.nonzero(self.known[0])[:, 0].tolist())
+
+
+def partial_pictures(pipe, sketch):
+    """Decode pictures under way with a loaded pipeline; what is not drawn yet stays transparent.
 
     Returns:
         A list of PIL images, RGBA.
     """
-    total = pipe.transformer.num_tokens
+    tokens, known, total = sketch.tokens, sketch.known, pipe.transformer.num_tokens
     grid = math.isqrt(total)
-    pictures = pipe.decode_tokens(tokens[:, _continue_columns(tokens.shape[1], total, grid)])
-    return [_fade_out(picture, tokens.shape[1], grid) for picture in pictures]
+    if known is None:
+        tokens = tokens[:, _continue_columns(sketch.drawn, total, grid)]
+        known = (torch.arange(total) < sketch.drawn).expand(len(tokens), -1)
+    return [_fade_out(picture, cells.view(grid, grid)) for picture, cells in zip(pipe.decode_tokens(tokens), known)]
 
 
 def _continue_columns(drawn, total, grid):
@@ -32,13 +54,10 @@ def _continue_columns(drawn, total, grid):
     return torch.where(position < drawn, position, above)
 
 
-def _fade_out(picture, drawn, grid):
-    """Make every cell behind the first `drawn` ones transparent."""
-    cell = picture.width // grid
-    rows, columns = divmod(drawn, grid)
-    alpha = torch.zeros(picture.height, picture.width, dtype=torch.uint8)
-    alpha[: rows * cell] = 255
-    alpha[rows * cell : (rows + 1) * cell, : columns * cell] = 255
+def _fade_out(picture, cells):
+    """Make every cell transparent where `cells` (grid, grid) is false."""
+    side = picture.width // len(cells)
+    alpha = (cells.cpu() * 255).to(torch.uint8).repeat_interleave(side, 0).repeat_interleave(side, 1)
     picture = picture.convert("RGBA")
     picture.putalpha(_mask(alpha))
     return picture

@@ -9,7 +9,7 @@ from studio.errors import StudioError
 from studio.ui.drawing import Call
 from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
-from studio.ui.preview import Pace, partial_pictures
+from studio.ui.preview import Pace, Sketch, partial_pictures
 from studio.ui.watching import TokenFates
 from studio.ui.worker import follow
 
@@ -59,19 +59,17 @@ def race(wish):
     Raises:
         StudioError: the wish is for plain decoding, or the model cannot be loaded or refuses it.
     """
-    if wish.decoding == "ar":
+    if wish.decoding == wish.plain:
         raise StudioError("The race is against plain decoding: choose another decoding, such as speculative, first.")
     return follow(lambda job: _race(wish, job))
 
 
 @on_gpu(seconds=120)
 def _race(wish, job):
-    from studio.checkpoints.vocabulary import prompt_warning
-
     job.report(Race())
     pipe = get_pipeline(wish.model)
-    wishes = (dataclasses.replace(wish, count=1, decoding="ar", options={}), dataclasses.replace(wish, count=1))
-    track = _Track([Call(pipe, each) for each in wishes], job, prompt_warning(pipe, wish.prompt))
+    wishes = (dataclasses.replace(wish, count=1, decoding=wish.plain, options={}), dataclasses.replace(wish, count=1))
+    track = _Track([Call(pipe, each) for each in wishes], job)
     with ThreadPoolExecutor(len(wishes), thread_name_prefix="studio-race") as lanes:
         for done in [lanes.submit(track.run, number) for number in range(len(wishes))]:
             done.result()
@@ -81,9 +79,9 @@ def _race(wish, job):
 class _Track:
     """The state of a race."""
 
-    def __init__(self, calls, job, warning):
+    def __init__(self, calls, job):
         self.calls, self.job = calls, job
-        self.race = Race(tuple(Lane(call.wish.title, call.total) for call in calls), warning)
+        self.race = Race(tuple(Lane(call.wish.title, call.total) for call in calls), calls[-1].warning)
         self.turns = Turns(len(calls))
         self.failed = False
 
@@ -91,13 +89,13 @@ class _Track:
         """Draw one side's picture."""
         call, pace = self.calls[number], Pace()
 
-        def on_tokens(tokens):
+        def on_step(sketch):
             self.turns.stop(number)
             if not self._is_over():
-                self._update(number, drawn=tokens.shape[1])
-                if tokens.shape[1] < call.total and pace.is_due():
+                self._update(number, drawn=sketch.drawn)
+                if sketch.drawn < call.total and pace.is_due():
                     start = time.monotonic()
-                    self._update(number, picture=partial_pictures(call.pipe, tokens)[0], fates=_fates(call, tokens))
+                    self._update(number, picture=partial_pictures(call.pipe, sketch)[0], fates=_fates(call, sketch))
                     pace.spent(time.monotonic() - start)
                 self.job.report(self.race)
             self.turns.go(number)
@@ -105,10 +103,10 @@ class _Track:
 
         self.turns.go(number)
         try:
-            output = call(on_tokens)
+            output = call(on_step)
             self.turns.stop(number)
             if not self._is_over():
-                ended = {"drawn": call.total, "fates": _fates(call, output.tokens), "stats": output.stats}
+                ended = {"drawn": call.total, "fates": _fates(call, Sketch(output.tokens)), "stats": output.stats}
                 self._update(number, picture=call.finished(output)[0], **ended)
                 self.job.report(self.race)
         except BaseException:
@@ -126,8 +124,8 @@ class _Track:
         self.race = dataclasses.replace(self.race, lanes=tuple(lanes))
 
 
-def _fates(call, tokens):
-    return call.fates(tokens) or TokenFates(call.total, tokens.shape[1])
+def _fates(call, sketch):
+    return call.fates(sketch) or TokenFates(call.total, sketch.drawn, places=sketch.places)
 
 
 class Turns:

@@ -12,12 +12,13 @@ def token_grid(fates, title):
         title: what the grid shows; read aloud together with the numbers.
     """
     side = math.isqrt(fates.total)
-    own = [place for place in range(fates.drawn) if place not in fates.accepted]
+    there = frozenset(range(fates.drawn)) if fates.places is None else fates.places
+    own = sorted(there - fates.accepted)
     rejected = sum(fates.rejected.values())
     squares = "".join(
         f'<path class="{name}" d="{"".join(_square(place, side) for place in places)}"/>'
         for name, places in (
-            ("open", range(fates.drawn, fates.total)),
+            ("open", [place for place in range(fates.total) if place not in there]),
             ("own", own),
             ("accepted", sorted(fates.accepted)),
         )

@@ -27,12 +27,14 @@ class TokenFates:
         drawn: how many are there.
         accepted: places of the tokens that were drafts; the model drew the others itself.
         rejected: number of drafts that did not pass, by place.
+        places: those of the tokens that are there, where they are not the first ones.
     """
 
     total: int
     drawn: int
     accepted: frozenset = frozenset()
     rejected: dict = dataclasses.field(default_factory=dict)
+    places: frozenset | None = None
 
 
 class WatchedDrafts:

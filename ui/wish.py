@@ -4,7 +4,7 @@ import dataclasses
 import math
 import secrets
 
-from studio import decoding_named
+from studio import decoding_named, decodings_for
 from studio.errors import StudioError
 
 MOST_PICTURES = 16
@@ -59,7 +59,20 @@ class Wish:
     @property
     def title(self):
         """The decoding as a person reads it."""
-        return decoding_named(self.decoding).title
+        choice = decoding_named(self.decoding)
+        return choice.label(choice.settings(**self.options))
+
+    @property
+    def plain(self):
+        """The name of the plain decoding of the models that this one is for."""
+        return decodings_for(decoding_named(self.decoding).pipeline, ())[0]
+
+    @property
+    def how(self):
+        """The decoding as a picture carries it."""
+        settings = decoding_named(self.decoding).settings(**self.options)
+        note = {"approximate": True} if getattr(settings, "approximate", False) else {}
+        return {"name": self.decoding, **self.options, **note}
 
     @property
     def seeds(self):
@@ -77,9 +90,8 @@ class Wish:
     @property
     def record(self):
         """The call as a picture carries it."""
-        decoding = {"name": self.decoding, **self.options}
         call = {"model": self.model, "prompt": self.prompt, "num_images": self.count}
-        return {**call, **self.settings, "decoding": decoding}
+        return {**call, **self.settings, "decoding": self.how}
 
 
 def draw_seed():

@@ -1,0 +1,95 @@
+"""The Generate tab with a MAR: which decodings it offers, previews of scattered tokens, and the label of relaxed."""
+
+import asyncio
+import json
+
+import pytest
+
+from studio.ui import generate, models
+from studio.ui.app import build_app
+from studio.ui.models import fitting_decodings
+from studio.ui.preview import Sketch, partial_pictures
+from studio.ui.wish import Wish
+
+FIELDS = ["a red apple", 2, "7", "", "", "", ""]
+
+
+@pytest.fixture
+def mar(tiny_mar_pipeline, monkeypatch):
+    """The app draws with the tiny MAR, called "tiny-mar"."""
+    monkeypatch.setitem(models._pipelines, "tiny-mar", tiny_mar_pipeline)
+    return tiny_mar_pipeline
+
+
+def updates(show, *fields):
+    async def collect():
+        return [update async for update in show("tiny-mar", *fields)]
+
+    return asyncio.run(collect())
+
+
+def fields_of(model):
+    return {c["props"].get("elem_id"): c["props"] for c in build_app(str(model)).config["components"]}
+
+
+def test_decodings_that_fit_the_model_are_offered(tiny_mar_folder, tiny_folder, tmp_path, tiny_mar_class_pipeline):
+    fields = fields_of(tiny_mar_folder)
+    assert [name for _, name in fields["decoding"]["choices"]] == ["mar", "cspd"]
+    assert fields["decoding"]["value"] == "mar"
+    assert ["relaxed (approximate)", "relaxed"] in [list(choice) for choice in fields["cspd-mode"]["choices"]]
+    names = [name for _, name in fields_of(tiny_folder)["decoding"]["choices"]]
+    assert names == ["ar", "speculative", "lantern", "lantern++"]
+    tiny_mar_class_pipeline.save_pretrained(tmp_path)
+    assert fitting_decodings(tmp_path) == ["mar"]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "options"), [("mar", {"steps": "3"}), ("cspd", {"mode": "exact"}), ("cspd", {"mode": "relaxed"})]
+)
+def test_pictures_and_labels(mar, toasts, decoding, options):
+    gallery, _, status = updates(generate.show_drawing, *FIELDS, decoding, options)[-1]
+    is_relaxed = options.get("mode") == "relaxed"
+    assert len(gallery["value"]) == 2 and "2 pictures in" in status
+    assert ("approximate" in status) == is_relaxed and ("drafts accepted" in status) == (decoding == "cspd")
+    record = json.loads(gallery["value"][0][0].info["studio"])["call"]
+    assert record["decoding"].get("approximate", False) == is_relaxed
+    assert any("not validated" in toast for toast in toasts) == is_relaxed
+
+
+def test_relaxed_is_approximate_in_a_race(mar, toasts):
+    _, lanes, status = updates(generate.show_race, *FIELDS, "cspd", {"mode": "relaxed"})[-1]
+    assert "Continuous speculative, approximate" in lanes and "Masked autoregressive" in lanes
+    assert "plain" in status
+
+
+def test_a_race_needs_another_decoding(mar, toasts):
+    updates(generate.show_race, *FIELDS, "mar", {})
+    assert len(toasts) == 1 and "choose another decoding" in toasts[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [([*FIELDS, "speculative", {}], "not Speculative"), ([*FIELDS[:5], "5", "", "mar", {}], "no top_k")],
+)
+def test_what_does_not_fit_is_refused_by_name(mar, toasts, fields, word):
+    updates(generate.show_drawing, *fields)
+    assert len(toasts) == 1 and word in toasts[0]
+
+
+def test_what_is_not_drawn_yet_is_transparent(mar):
+    import torch
+
+    known = torch.zeros(1, 16, dtype=torch.bool)
+    known[0, [0, 6]] = True
+    sketch = Sketch(torch.zeros(1, 16, 3), known)
+    [picture] = partial_pictures(mar, sketch)
+    alpha = picture.getchannel("A")
+    assert sketch.drawn == 2 and sketch.places == {0, 6}
+    assert (alpha.getpixel((0, 0)), alpha.getpixel((9, 5)), alpha.getpixel((5, 5))) == (255, 255, 0)
+
+
+def test_wishes_carry_how_they_are_drawn():
+    wish = Wish("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
+    assert wish.how == {"name": "cspd", "mode": "relaxed", "approximate": True} and wish.plain == "mar"
+    assert wish.title == "Continuous speculative, approximate"
+    assert Wish("tiny", "x", decoding="lantern").plain == "ar"
