@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from studio.decoding.autoregressive import Autoregressive
 from studio.decoding.continuous_speculative import ContinuousSpeculative
+from studio.decoding.dimension_wise import DimensionWise
 from studio.decoding.distilled import Distilled
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.masked_autoregressive import MaskedAutoregressive
@@ -133,6 +134,13 @@ DECODINGS = {
         ),
         pipeline="MARPipeline",
         needs="drafter",
+    ),
+    "bridge": DecodingChoice(
+        "Dimension-wise",
+        "Several cells for each call of the model, in a random order; the numbers of a cell one after the other.",
+        DimensionWise,
+        (Option("steps", int, None, "Calls of the model, at most one a cell."),),
+        pipeline="TokenBridgePipeline",
     ),
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -22,11 +23,14 @@ from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.models.mar import MAR
+from studio.models.token_bridge import TokenBridge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
+from studio.pipelines.token_bridge import TokenBridgePipeline, mismatch_of
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.tokenizers.rvq import RVQTokenizer
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 from studio.tokenizers.vq import VQTokenizer
 
@@ -38,7 +42,9 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-_TOKENIZERS = {kind.__name__: kind for kind in (VQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)}
+_TOKENIZERS = {
+    kind.__name__: kind for kind in (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -111,6 +117,8 @@ def _load_folder(folder, dtype):
         config = _read_config(folder / "config.json")
         if "architectures" in config:
             return _load_visual_question(folder, dtype)
+        if config.get("_class_name") == AutoencoderKL.__name__:
+            return KLTokenizer.from_autoencoder(_load_model(AutoencoderKL, folder, dtype)).eval()
         return _load_model(_TOKENIZERS.get(config.get("_class_name"), VQTokenizer), folder, dtype)
     raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
 
@@ -155,6 +163,11 @@ def _check_latents(folder, transformer, tokenizer):
         )
 
 
+def _check_levels(folder, transformer, tokenizer):
+    if mismatch := mismatch_of(tokenizer, transformer):
+        raise StudioError(f"{folder} does not fit together: {mismatch}.")
+
+
 @dataclass(frozen=True)
 class _Kind:
     """A pipeline's class, those of its components, and what must agree between them."""
@@ -176,7 +189,8 @@ _LLAMAGEN = _Kind(
     _check_codes,
 )
 _MAR = _Kind(MARPipeline, MAR, KLTokenizer, "emoji-kl", {"drafter": MAR}, _check_latents)
-_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR)}
+_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, TokenBridgeTokenizer, "emoji-bridge", {}, _check_levels)
+_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE)}
 
 
 def _load_visual_question(folder, dtype):

@@ -10,6 +10,7 @@ no levels: the values that tokens stand for come with each call.
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
@@ -24,8 +25,8 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class TokenBridge(MaskedAutoencoder):
-    """The network.
+class TokenBridge(MaskedAutoencoder, ModelMixin):
+    """The network. (Pipelines of diffusers look for the name `ModelMixin` in the module of a component.)
 
     Args:
         grid_size: cells a side; a picture has L = grid_size**2 of them.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from test_token_bridge import tiny  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_token_bridge import tiny_token_bridge as tiny  # noqa: E402
 
 from studio import DimensionWise, StudioError  # noqa: E402
 from studio.decoding.dimension_wise import dimension_wise, draw_cells  # noqa: E402

@@ -1,36 +1,16 @@
 """TokenBridge at toy size: sizes, causality of the head, its cache, training, saving."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from studio import StudioError, TokenBridge
+sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
+from tiny_token_bridge import SIZES  # noqa: E402
+from tiny_token_bridge import tiny_token_bridge as tiny  # noqa: E402
 
-SIZES = {
-    "grid_size": 3,
-    "token_dim": 4,
-    "levels": 5,
-    "dimension_order": (2, 0, 3, 1),
-    "encoder_dim": 16,
-    "encoder_depth": 1,
-    "encoder_heads": 2,
-    "decoder_dim": 24,
-    "decoder_depth": 1,
-    "decoder_heads": 2,
-    "head_width": 16,
-    "head_depth": 2,
-    "head_heads": 2,
-    "num_classes": 3,
-    "buffer_size": 2,
-}
-
-
-def tiny(**more):
-    """Random weights, none of them zero."""
-    torch.manual_seed(0)
-    model = TokenBridge(**{**SIZES, **more}).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    return model
+from studio import StudioError, TokenBridge  # noqa: E402
 
 
 @torch.no_grad()

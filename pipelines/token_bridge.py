@@ -1,0 +1,164 @@
+"""Words or a class to pictures with TokenBridge (arXiv:2503.16430): masked cells, drawn dimension by dimension."""
+
+from collections.abc import Callable
+
+import torch
+
+from studio.decoding.dimension_wise import DimensionWise, dimension_wise
+from studio.decoding.sampling import Sampling
+from studio.errors import StudioError
+from studio.models.token_bridge import TokenBridge
+from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.tokenizers.token_bridge import TokenBridgeTokenizer
+
+
+def mismatch_of(tokenizer: TokenBridgeTokenizer, transformer: dict) -> str | None:
+    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+    for name, ours, drawn in (
+        ("tokens a cell", tokenizer.dimensions, transformer["token_dim"]),
+        ("levels", tokenizer.config.levels, transformer["levels"]),
+        ("as order of dimensions", list(tokenizer.config.dimension_order), list(transformer["dimension_order"])),
+    ):
+        if ours != drawn:
+            return f"the image tokenizer has {name} {ours}, the transformer {drawn}"
+    return None
+
+
+class TokenBridgePipeline(ConditionalPipeline):
+    """Draws pictures a few cells at a time.
+
+    Args:
+        image_tokenizer: gives levels their values, and decodes cells to pixels.
+        transformer: draws cells; class- or text-conditional.
+        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer that goes with it.
+        default_guidance_scale, default_temperature, default_num_steps: used where a call leaves them out.
+        lowercase_prompts: whether prompts are lowercased first.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["tokens"]
+
+    def __init__(
+        self,
+        image_tokenizer: TokenBridgeTokenizer,
+        transformer: TokenBridge,
+        text_encoder=None,
+        tokenizer=None,
+        default_guidance_scale: float = 3.0,
+        default_temperature: float = 1.0,
+        default_num_steps: int = 64,
+        lowercase_prompts: bool = False,
+    ):
+        super().__init__()
+        self.register_modules(
+            image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale,
+            default_temperature=default_temperature,
+            default_num_steps=default_num_steps,
+            lowercase_prompts=lowercase_prompts,
+        )
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
+        """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+
+        A cell that was not drawn, -1, has the level nearest to 0 in all dimensions.
+        """
+        side = self.transformer.config.grid_size
+        nothing = self.image_tokenizer.quantizer.encode(torch.zeros((), device=tokens.device))
+        drawn = torch.where(tokens < 0, nothing, tokens)
+        return self.finished_pictures(self.image_tokenizer.decode(drawn.unflatten(1, (side, side))), output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        decoding: DimensionWise | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["TokenBridgePipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+    ) -> ImageTokenPipelineOutput | tuple:
+        """Draws `num_images_per_prompt` pictures for each prompt or class.
+
+        Args:
+            prompt: words, for a text-conditional model.
+            class_labels: class numbers, for a class-conditional model.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 turns it off.
+            temperature: 0 takes the likeliest level each time.
+            top_k, top_p: keep the k likeliest levels (0: all), or those that hold probability p (1: all).
+            generator: one for all pictures, or a list with one for each.
+            decoding: how many steps there are, and how guidance grows.
+            output_type: "pil", "np", "pt", or "tokens" for the tokens alone.
+            callback_on_step_end: called after each step as (pipeline, step, step, {"tokens": tokens (B, L, D)}).
+
+        Returns:
+            An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 in cells that an interrupted call left out.
+
+        Errors: `StudioError` for arguments that cannot be used, and for parts that do not fit.
+        """
+        config = self.config
+        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.check_condition(prompt, class_labels)
+        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
+        if decoding is not None and not isinstance(decoding, DimensionWise):
+            raise StudioError(f"TokenBridge draws with DimensionWise decoding, not {type(decoding).__name__}.")
+        settings = (decoding or DimensionWise()).filled(steps=config.default_num_steps)
+        plan = settings.plan(self.transformer.num_tokens)
+        sampling = Sampling(config.default_temperature if temperature is None else temperature, top_k, top_p)
+        self._interrupt = False
+        seconds: dict[str, float] = {}
+        with timed(seconds, "total"):
+            with timed(seconds, "text"):
+                condition = self.condition(prompt, class_labels, num_images_per_prompt)
+            batch = len(next(iter(condition.values())))
+            generators = image_generators(generator, batch, self._execution_device)
+            with self.progress_bar(total=settings.steps) as progress:
+
+                def on_step(number: int, tokens: torch.Tensor) -> bool:
+                    progress.update()
+                    if callback_on_step_end is not None:
+                        names = callback_on_step_end_tensor_inputs
+                        changed = callback_on_step_end(self, number, number, {name: tokens for name in names}) or {}
+                        if changed.get("tokens", tokens) is not tokens:
+                            tokens.copy_(changed["tokens"])
+                    return self._interrupt
+
+                drawn = dimension_wise(
+                    self.transformer,
+                    self.image_tokenizer.level_values,
+                    condition,
+                    generators=generators,
+                    sampling=sampling,
+                    guidance_scale=guidance_scale,
+                    settings=settings,
+                    on_step=on_step,
+                )
+            with timed(seconds, "pixels"):
+                images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
+        self.maybe_free_model_hooks()
+        final = self.transformer.num_tokens - plan[drawn.target_calls - 1].first
+        stats = DecodingStats(
+            target_calls=drawn.target_calls,
+            tokens=batch * final * self.transformer.config.token_dim,
+            mean_accepted_length=final / drawn.target_calls,
+            seconds={**seconds, "prefill": 0.0, "decode": sum(drawn.seconds.values()), **drawn.seconds},
+        )
+        if not return_dict:
+            return images, drawn.tokens, stats
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
