@@ -1,5 +1,5 @@
 """Converters of the MAR authors' checkpoints (arXiv:2406.11838): the network, and its KL-16 autoencoder, which becomes
-diffusers' `AutoencoderKL`.
+diffusers' `AutoencoderKL`, alone or in a pipeline.
 
 Sizes come from the shapes of the weights. The averaged weights are taken where a file has them, as for all published
 numbers.
@@ -11,13 +11,18 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from studio.checkpoints.loading import load
 from studio.checkpoints.official import build, count_of, read_weights, save_new, shape_of
+from studio.errors import StudioError
 from studio.models.mar import MAR, PRESETS
+from studio.pipelines.mar import MARPipeline
+from studio.tokenizers.kl import KLTokenizer
 
 _PLACES = (("model_ema",), ("model",), ("state_dict",), ())
 _LATENT_CHANNELS = 16
 _LATENT_SCALE = 0.2325
 _PUBLISHED_HEADS = {sizes["encoder_dim"]: sizes["encoder_heads"] for sizes in PRESETS.values()}
+_PUBLISHED_GUIDANCE = {PRESETS[size]["encoder_dim"]: scale for size, scale in {"B": 2.9, "L": 3.0, "H": 3.2}.items()}
 _ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -34,20 +39,52 @@ def kl_from_state_dict(state: dict[str, torch.Tensor], **config) -> AutoencoderK
     return build(AutoencoderKL, inferred | config, renamed, "KL autoencoder of MAR")
 
 
-def convert_mar(path, out) -> Path:
-    """Writes a published MAR as a folder for `MAR.from_pretrained`.
+def convert_mar(path, out, *, tokenizer, drafter=None) -> Path:
+    """Writes a whole pipeline folder from the authors' files, with their settings.
 
     Args:
-        path: the authors' file.
+        path: the file of the network.
         out: the folder to make.
+        tokenizer: the file of the autoencoder, or the folder that it was converted to.
+        drafter: the file of a smaller network, for continuous speculative decoding (arXiv:2411.11925).
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
+    fit.
     """
-    return save_new(mar_from_state_dict(read_weights(path, _PLACES)), out)
+    transformer = mar_from_state_dict(read_weights(path, _PLACES))
+    small = None if drafter is None else mar_from_state_dict(read_weights(drafter, _PLACES))
+    image_tokenizer = read_kl_tokenizer(tokenizer)
+    ours = transformer.config
+    if image_tokenizer.latent_channels * ours.patch_size**2 != ours.token_dim:
+        raise StudioError(f"{path} and {tokenizer} do not belong together: their latents have other sizes.")
+    for name in ("grid_size", "token_dim", "patch_size", "num_classes"):
+        if small is not None and small.config[name] != ours[name]:
+            raise StudioError(f"{drafter} has {name} {small.config[name]}, {path} {ours[name]}: they must agree.")
+    pipe = MARPipeline(
+        image_tokenizer,
+        transformer,
+        drafter=small,
+        default_guidance_scale=_PUBLISHED_GUIDANCE.get(ours.encoder_dim, 3.0),
+        default_num_steps=transformer.num_tokens,
+    )
+    return save_new(pipe, out)
+
+
+def read_kl_tokenizer(source) -> KLTokenizer:
+    """MAR's autoencoder as a tokenizer: from the authors' file, or from a folder such as `convert_mar_vae` makes.
+
+    Errors: `StudioError` for what is neither.
+    """
+    if not Path(source).is_dir():
+        return KLTokenizer.from_autoencoder(kl_from_state_dict(read_weights(source, _PLACES)))
+    loaded = load(source, device="cpu", dtype=torch.float32)
+    if not isinstance(loaded, KLTokenizer):
+        raise StudioError(f"{source} holds a {type(loaded).__name__}: give the folder of a KL autoencoder.")
+    return loaded
 
 
 def convert_mar_vae(path, out) -> Path:
-    """Writes MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`. As of `convert_mar`."""
+    """Writes MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`. Errors: as of `build`."""
     return save_new(kl_from_state_dict(read_weights(path, _PLACES)), out)
 
 
@@ -63,8 +100,8 @@ def _mar_config(state: dict[str, torch.Tensor]) -> dict:
         "grid_size": round(tokens**0.5),
         "token_dim": token_dim,
         "patch_size": patch_size if patch_size**2 == folded else 1,
-        **_half(state, "encoder", encoder_dim),
-        **_half(state, "decoder", decoder_dim),
+        **half_sizes(state, "encoder", encoder_dim),
+        **half_sizes(state, "decoder", decoder_dim),
         "mlp_ratio": shape_of(state, "encoder_blocks.0.mlp.fc1.weight", what)[0] / encoder_dim,
         "num_classes": num_classes,
         "buffer_size": places - tokens,
@@ -73,7 +110,8 @@ def _mar_config(state: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def _half(state: dict[str, torch.Tensor], half: str, dim: int) -> dict[str, int]:
+def half_sizes(state: dict[str, torch.Tensor], half: str, dim: int) -> dict[str, int]:
+    """Width, blocks and heads of the "encoder" or "decoder" of a `MaskedAutoencoder`."""
     return {
         f"{half}_dim": dim,
         f"{half}_depth": count_of(state, rf"{half}_blocks\.(\d+)\."),

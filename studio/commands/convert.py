@@ -91,11 +91,21 @@ def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
     _converted(convert_distilled(checkpoint, out))
 
 
-def mar(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
-    """A MAR network of continuous tokens."""
+def mar(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    tokenizer: Annotated[
+        Path, typer.Option("--tokenizer", help="The authors' file of the KL-16 autoencoder, or a converted folder.")
+    ],
+    drafter: Annotated[
+        Path | None, typer.Option(help="The authors' file of a smaller MAR, for --decoding cspd.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+):
+    """A class-conditional MAR network and its tokenizer."""
     from studio.checkpoints.mar import convert_mar
 
-    _converted(convert_mar(checkpoint, out))
+    _converted(convert_mar(checkpoint, out, tokenizer=tokenizer, drafter=drafter))
 
 
 def mar_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
@@ -103,6 +113,20 @@ def mar_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
     from studio.checkpoints.mar import convert_mar_vae
 
     _converted(convert_mar_vae(checkpoint, out))
+
+
+def token_bridge(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    tokenizer: Annotated[
+        Path, typer.Option("--tokenizer", help="The authors' file of the KL-16 autoencoder, or a converted folder.")
+    ],
+    as_json: Json = False,
+):
+    """A class-conditional TokenBridge network and its tokenizer."""
+    from studio.checkpoints.token_bridge import convert_token_bridge
+
+    _converted(convert_token_bridge(checkpoint, out, tokenizer))
 
 
 def _converted(folder):

@@ -5,14 +5,16 @@ from typing import Annotated
 import typer
 
 from studio.commands.options import number
+from studio.console import say, warn
 from studio.errors import StudioError
 
 Decoding = Annotated[
     str | None,
     typer.Option(
         "--decoding",
-        help="How tokens are drawn: ar, speculative (same law), lantern, lantern++ (relaxed) or distilled (a student).",
-        show_default="ar",
+        help="How tokens are drawn: ar, speculative (same law), lantern, lantern++ (relaxed), distilled (a student) or "
+        "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter).",
+        show_default="ar, of a MAR mar",
     ),
 ]
 Delta = Annotated[
@@ -28,11 +30,49 @@ Ratio = Annotated[
     float | None,
     number("--ratio", help="lantern++: how many times likelier a token may become, 1 or more.", show_default="5"),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="distilled: calls of the student.", show_default="1")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        help="distilled: calls of the student; mar, cspd: of the model, at most one a token.",
+        show_default="1; the model's own",
+    ),
+]
 TeacherSteps = Annotated[
     int | None,
     typer.Option(
         "--teacher-steps", min=0, help="distilled: tokens that the model itself draws first.", show_default="0"
+    ),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode", help="cspd: exact (the model's law) or relaxed (approximate: another law).", show_default="exact"
+    ),
+]
+DiffusionSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--diffusion-steps", min=1, help="mar, cspd: steps that denoise a token.", show_default="the model's own"
+    ),
+]
+Prefill = Annotated[
+    float | None,
+    number("--prefill", help="cspd: share of the steps that the model draws itself first.", show_default="0.05"),
+]
+DraftSteps = Annotated[
+    int | None,
+    typer.Option("--draft-steps", min=1, help="cspd, relaxed: steps drafted before a test.", show_default="4"),
+]
+InnerTemperature = Annotated[
+    float | None,
+    number("--inner-temperature", help="cspd, relaxed: how forgiving the test is.", show_default="42"),
+]
+Tolerance = Annotated[
+    float | None,
+    number(
+        "--tolerance", help="auto: how much of the judge's top-1 accuracy may be lost, 0 to 1.", show_default="0.03"
     ),
 ]
 
@@ -46,10 +86,51 @@ def decoding_of(name, **options):
     """The settings object for what `given` returned."""
     from studio import DECODINGS, decoding_named
 
+    if name == "auto":
+        raise StudioError("Name the decoding: auto is for `studio generate`.")
     choice = decoding_named(name)
     known = {option.name for option in choice.options}
     for option in options.keys() - known:
         owners = [other for other, its in DECODINGS.items() if option in {each.name for each in its.options}]
-        flag = f"--{option.replace('_', '-')}"
+        flag = _flag(option)
         raise StudioError(f"{flag} belongs to --decoding {' or '.join(owners)}, not {name}: leave {flag} out.")
     return choice.settings(**options)
+
+
+def plain_decoding_of(pipe):
+    """What is drawn with where nobody said anything, in the form of `given`."""
+    from studio import decodings_for
+
+    return {"name": decodings_for(type(pipe).__name__, ())[0]}
+
+
+def shown_name(name, how):
+    """A decoding's name in a result; it says so where pictures do not follow the model's law."""
+    return f"{name} {how.mode} (approximate)" if getattr(how, "approximate", False) else name
+
+
+def _flag(option):
+    return f"--{option.replace('_', '-')}"
+
+
+def check_auto(name, tolerance, options):
+    """Errors: `StudioError` for options of other decodings beside `auto`, and for its own beside another."""
+    if name != "auto" and tolerance is not None:
+        raise StudioError(f"--tolerance belongs to --decoding auto, not {name}: leave --tolerance out.")
+    if name == "auto" and options:
+        raise StudioError(f"--decoding auto chooses its own settings: leave {' and '.join(map(_flag, options))} out.")
+
+
+def picked(model, pipe, pictures, tolerance):
+    """What `auto` stands for here, in the form of `given`: the fastest measured decoding within the tolerance."""
+    from studio.checkpoints.measured import fastest, read_measured
+
+    rows = read_measured(model, pipe.device)
+    if rows is None:
+        warn(f"Nothing was measured here yet: run `studio bench decoding --model {model} --save`. Drawing with ar.")
+        return {"name": "ar"}
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    row = fastest(rows, pictures, dtype, 0.03 if tolerance is None else tolerance)
+    settings = "".join(f", {name} {value:g}" for name, value in row["settings"].items())
+    say(f"auto: {row['decoding']}{settings}, {row['speedup']:.1f} times as fast as plain decoding when it was measured")
+    return {"name": row["decoding"], **row["settings"]}

@@ -6,7 +6,26 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.decodings import Decoding, Delta, Neighbours, Ratio, Steps, TeacherSteps, decoding_of, given
+from studio.commands.decodings import (
+    Decoding,
+    Delta,
+    DiffusionSteps,
+    DraftSteps,
+    InnerTemperature,
+    Mode,
+    Neighbours,
+    Prefill,
+    Ratio,
+    Steps,
+    TeacherSteps,
+    Tolerance,
+    check_auto,
+    decoding_of,
+    given,
+    picked,
+    plain_decoding_of,
+    shown_name,
+)
 from studio.commands.options import Device, Dtype, Json, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -16,6 +35,14 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help='What to draw, such as "a red apple".', show_default=False)
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='Draw a file of lines such as {"prompt": "a red apple", "num_images": 2}, with the names of these '
+            "options; in several processes too (accelerate launch -m studio ...), and going on where it stopped.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
     num_images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
     class_label: Annotated[
@@ -24,7 +51,10 @@ def generate(
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=2**63 - 1, help="Seed of the first picture; the next use seed+1, ...", show_default="drawn"
+            min=0,
+            max=2**63 - 1,
+            help="Seed of the first picture; the next use seed+1, ... With --prompts, what seeds are derived from.",
+            show_default="drawn; 0 with --prompts",
         ),
     ] = None,
     guidance: Annotated[
@@ -44,34 +74,69 @@ def generate(
     ratio: Ratio = None,
     steps: Steps = None,
     teacher_steps: TeacherSteps = None,
+    mode: Mode = None,
+    diffusion_steps: DiffusionSteps = None,
+    prefill: Prefill = None,
+    draft_steps: DraftSteps = None,
+    inner_temperature: InnerTemperature = None,
+    tolerance: Tolerance = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
         Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
     ] = Path("out"),
     sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures as one sheet.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --prompts: pictures drawn at a time.", show_default="1 to 8 by their number"),
+    ] = None,
     as_json: Json = False,
 ):
     """Draw pictures from words."""
-    settings = {
-        "guidance_scale": guidance,
-        "cfg_interval": cfg_interval,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
+    sampling = {"cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if cfg_interval == -1:
+        del sampling["cfg_interval"]
+    chosen = {"delta": delta, "neighbours": neighbours, "ratio": ratio, "steps": steps, "teacher_steps": teacher_steps}
+    chosen |= {"mode": mode, "diffusion_steps": diffusion_steps, "prefill": prefill, "draft_steps": draft_steps}
+    chosen |= {"inner_temperature": inner_temperature}
+    if prompts is not None:
+        if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
+            raise StudioError("With --prompts the lines say what to draw, and --out is a folder: leave out the rest.")
+        if decoding == "auto" or tolerance is not None:
+            raise StudioError("With --prompts every process must draw alike: name the decoding, and leave out auto.")
+        from studio.commands.many import generate_many
+
+        options = {"num_images": num_images, "guidance": guidance, **sampling, "decoding": decoding, **chosen}
+        options = {name: value for name, value in options.items() if value is not None}
+        generate_many(
+            prompts,
+            out.expanduser(),
+            model=model,
+            seed=seed or 0,
+            options=options,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+        )
+        return
+    if batch_size is not None:
+        raise StudioError("--batch-size goes with --prompts: the pictures of one prompt are drawn together.")
     if (prompt is None) == (class_label is None):
         raise StudioError(
             'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
-    chosen = given(decoding, delta=delta, neighbours=neighbours, ratio=ratio, steps=steps, teacher_steps=teacher_steps)
+    settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
+    chosen = given(decoding, **chosen)
+    is_plain = decoding is None and len(chosen) == 1
+    check_auto(chosen["name"], tolerance, [name for name in chosen if name != "name"])
     if dtype == "int8" and chosen["name"] != "ar":
         raise StudioError("--dtype int8 goes with --decoding ar only.")
-    _generate(prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, sheet)
+    chosen = None if is_plain and dtype != "int8" else chosen
+    _generate(prompt, class_label, model, num_images, seed, settings, chosen, tolerance, device, dtype, out, sheet)
 
 
-def _generate(prompt, class_label, model, num_images, seed, settings, decoding, device, dtype, out, sheet):
+def _generate(prompt, class_label, model, num_images, seed, settings, decoding, tolerance, device, dtype, out, sheet):
     from studio.saving import make_sheet, plan_paths, png_writer, save_all
 
     seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
@@ -82,13 +147,22 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     from studio import Autoregressive, load
     from studio.checkpoints.vocabulary import prompt_warning
 
-    how, packed = decoding_of(**decoding), dtype == "int8"
+    is_auto, packed = decoding is not None and decoding["name"] == "auto", dtype == "int8"
+    how = None if is_auto or decoding is None else decoding_of(**decoding)
     if packed:
         how = Autoregressive(weights="int8")
     quiet_libraries()
     pipe = load(model, device=device, dtype=None if packed else dtype)
     if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
         raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
+    if is_auto:
+        decoding = picked(model, pipe, num_images, tolerance)
+    if decoding is None:
+        decoding = plain_decoding_of(pipe)
+    how = how or decoding_of(**decoding)
+    pipe.check_arguments(settings)
+    if caution := pipe.caution(how):
+        warn(caution)
     if warning := prompt_warning(pipe, prompt):
         warn(warning)
     output = pipe(
@@ -102,7 +176,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
 
     call = {"model": model, "prompt": prompt, "class_label": class_label, "num_images": num_images, **settings}
     call |= {
-        "decoding": decoding,
+        "decoding": {**decoding, "approximate": True} if getattr(how, "approximate", False) else decoding,
         "device": str(pipe.device),
         "dtype": "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch."),
     }
@@ -115,12 +189,13 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     emit(
         {
             "model": model,
-            "decoding": decoding["name"],
+            "decoding": shown_name(decoding["name"], how),
             "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
             **({"sheet": str(sheet_path)} if sheet_path else {}),
             "tokens": stats.tokens,
             "target_calls": stats.target_calls,
             "mean_accepted_length": stats.mean_accepted_length,
+            **({} if stats.acceptance is None else {"acceptance": stats.acceptance}),
             "seconds": stats.seconds,
         }
     )

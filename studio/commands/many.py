@@ -9,10 +9,10 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from studio.commands.decodings import decoding_of
+from studio.commands.decodings import decoding_of, plain_decoding_of
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -50,7 +50,7 @@ class Picture:
             "seed": self.seed,
             **what,
             **request.settings,
-            "decoding": request.decoding,
+            "decoding": {**request.decoding, "approximate": True} if request.approximate else request.decoding,
             **call,
         }
 
@@ -145,7 +145,7 @@ def _prepare(file, out, model, seed, options, device, dtype):
     requests = read_prompts(file, seed, options)
     packed = dtype == "int8"
     for request in requests:
-        if packed and request.decoding["name"] != "ar":
+        if packed and request.decoding and request.decoding["name"] != "ar":
             raise StudioError(f"{file}, line {request.line}: --dtype int8 goes with decoding ar only.")
     check_writable(out / MANIFEST)
 
@@ -156,16 +156,20 @@ def _prepare(file, out, model, seed, options, device, dtype):
     if not hasattr(pipe, "check_call"):
         raise StudioError(f"{model} draws no file of prompts: use a pipeline such as emoji-ar.")
     pipe.set_progress_bar_config(disable=True)
-    for request in requests:
+    plain = plain_decoding_of(pipe)
+    requests = [replace(request, decoding=request.decoding or plain) for request in requests]
+    cautions = set()
+    for number, request in enumerate(requests):
+        how = _decoding(request, packed)
         try:
-            pipe.check_call(
-                request.prompt,
-                class_labels=request.class_label,
-                decoding=_decoding(request, packed),
-                **request.settings,
-            )
+            pipe.check_arguments(request.settings)
+            pipe.check_call(request.prompt, class_labels=request.class_label, decoding=how, **request.settings)
         except StudioError as error:
             raise StudioError(f"{file}, line {request.line}: {error}") from error
+        cautions.add(pipe.caution(how))
+        requests[number] = replace(request, approximate=bool(getattr(how, "approximate", False)))
+    for caution in sorted(filter(None, cautions)):
+        warn(caution)
     _warn_of_unknown_words(pipe, requests)
     return requests, pipe, pipe.device, "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch.")
 

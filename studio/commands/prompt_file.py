@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.commands.decodings import decoding_of
+from studio.commands.decodings import decoding_of, given
 from studio.errors import StudioError
 
 _SAMPLING = {
@@ -16,7 +16,18 @@ _SAMPLING = {
     "top_k": "top_k",
     "top_p": "top_p",
 }
-_DECODING = ("delta", "neighbours", "ratio", "steps", "teacher_steps")
+_DECODING = {
+    "delta": float,
+    "neighbours": int,
+    "ratio": float,
+    "steps": int,
+    "teacher_steps": int,
+    "mode": str,
+    "diffusion_steps": int,
+    "prefill": float,
+    "draft_steps": int,
+    "inner_temperature": float,
+}
 _KINDS = {
     "prompt": str,
     "class_label": int,
@@ -28,11 +39,7 @@ _KINDS = {
     "top_k": int,
     "top_p": float,
     "decoding": str,
-    "delta": float,
-    "neighbours": int,
-    "ratio": float,
-    "steps": int,
-    "teacher_steps": int,
+    **_DECODING,
 }
 _SMALLEST = {"num_images": 1, "neighbours": 1, "steps": 1, "cfg_interval": -1}
 _SEEDS, _LARGEST_SEED = 2**48, 2**63 - 1
@@ -48,7 +55,8 @@ class Request:
         seed: of its first picture; the next use seed + 1, ...
         num_images: how many pictures.
         settings: arguments of the pipeline that differ from its own.
-        decoding: the keywords of `decoding_of`.
+        decoding: the keywords of `decoding_of`, or `None` for the plain one of whatever model draws.
+        approximate: whether pictures do not follow the model's law then; known when the model is.
     """
 
     line: int
@@ -57,7 +65,8 @@ class Request:
     seed: int
     num_images: int
     settings: dict
-    decoding: dict
+    decoding: dict | None
+    approximate: bool = False
 
 
 def read_prompts(file, base_seed=0, options=None):
@@ -135,8 +144,10 @@ def _request(number, fields, base_seed, options):
     if "decoding" in fields:  # the options of another decoding are none of this one's
         options = {name: value for name, value in options.items() if name not in _DECODING}
     chosen = {**options, **fields}
-    decoding = {"name": chosen.get("decoding", "ar"), **{name: chosen[name] for name in _DECODING if name in chosen}}
-    decoding_of(**decoding)
+    options = {name: chosen[name] for name in _DECODING if name in chosen}
+    decoding = given(chosen.get("decoding"), **options) if options or "decoding" in chosen else None
+    if decoding:
+        decoding_of(**decoding)
     return Request(
         line=number,
         prompt=chosen.get("prompt"),

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.decodings import Decoding, Delta, Neighbours, Ratio, Steps, TeacherSteps, decoding_of, given
+from studio.commands.decodings import (
+    Decoding,
+    Delta,
+    DiffusionSteps,
+    DraftSteps,
+    InnerTemperature,
+    Mode,
+    Neighbours,
+    Prefill,
+    Ratio,
+    Steps,
+    TeacherSteps,
+    decoding_of,
+    given,
+)
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.training.recipes import RECIPES, run
@@ -60,6 +74,11 @@ def evaluate(
     ratio: Ratio = None,
     steps: Steps = None,
     teacher_steps: TeacherSteps = None,
+    mode: Mode = None,
+    diffusion_steps: DiffusionSteps = None,
+    prefill: Prefill = None,
+    draft_steps: DraftSteps = None,
+    inner_temperature: InnerTemperature = None,
     device: Device = None,
     as_json: Json = False,
 ):
@@ -67,7 +86,19 @@ def evaluate(
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()
-    chosen = given(decoding, delta=delta, neighbours=neighbours, ratio=ratio, steps=steps, teacher_steps=teacher_steps)
+    chosen = given(
+        decoding,
+        delta=delta,
+        neighbours=neighbours,
+        ratio=ratio,
+        steps=steps,
+        teacher_steps=teacher_steps,
+        mode=mode,
+        diffusion_steps=diffusion_steps,
+        prefill=prefill,
+        draft_steps=draft_steps,
+        inner_temperature=inner_temperature,
+    )
     how = decoding_of(**chosen) if decoding or len(chosen) > 1 else None
     result = measure(model, samples=samples, seed=seed, device=device, decoding=how, shared=True)
     emit(result)
