@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from logging import getLogger
 
 from studio.processes import process_index
 
@@ -41,13 +42,17 @@ def complain(sentence):
 
 
 def quiet_libraries():
-    """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show."""
+    """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show.
+
+    What pipelines log as a caution is told by the commands themselves.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    getLogger("studio.pipelines.mar").setLevel("ERROR")
 
 
 @contextmanager

@@ -127,10 +127,12 @@ def picked(model, pipe, pictures, tolerance):
 
     rows = read_measured(model, pipe.device)
     if rows is None:
-        warn(f"Nothing was measured here yet: run `studio bench decoding --model {model} --save`. Drawing with ar.")
-        return {"name": "ar"}
+        plain = plain_decoding_of(pipe)
+        command = f"studio bench decoding --model {model} --save"
+        warn(f"Nothing was measured here yet: run `{command}`. Drawing with {plain['name']}.")
+        return plain
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     row = fastest(rows, pictures, dtype, 0.03 if tolerance is None else tolerance)
-    settings = "".join(f", {name} {value:g}" for name, value in row["settings"].items())
+    settings = "".join(f", {name} {value}" for name, value in row["settings"].items())
     say(f"auto: {row['decoding']}{settings}, {row['speedup']:.1f} times as fast as plain decoding when it was measured")
     return {"name": row["decoding"], **row["settings"]}
