@@ -10,14 +10,15 @@ from typing import Annotated
 import typer
 
 from studio import __version__
-from studio.commands import bench, convert, data
+from studio.commands import bench, convert, data, space
 from studio.commands.asking import ask
 from studio.commands.compressing import detokenize, tokenize
 from studio.commands.drawing import generate
 from studio.commands.installation import doctor, models, ui
 from studio.commands.training import evaluate, train
-from studio.console import complain, emit, only_json_on_stdout, say
+from studio.console import complain, emit, only_json_on_stdout, say, warn
 from studio.errors import StudioError
+from studio.processes import launch_problem
 
 app = typer.Typer(
     name="studio",
@@ -33,6 +34,8 @@ convert_app = typer.Typer(help="Turn published checkpoints into model folders.",
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
+space_app = typer.Typer(help="The app as a Hugging Face Space.", rich_markup_mode=None)
+app.add_typer(space_app, name="space")
 
 
 def main(argv=None):
@@ -47,6 +50,8 @@ def main(argv=None):
 
 
 def _run(arguments):
+    if problem := launch_problem():
+        warn(problem)
     try:
         return app(arguments or ["--help"], prog_name="studio", standalone_mode=False) or 0
     except StudioError as error:
@@ -83,6 +88,8 @@ def _root(
 for command in (generate, tokenize, detokenize, ask, train, evaluate, models, doctor, ui):
     app.command()(command)
 data_app.command()(data.build)
+for command in (space.build, space.push):
+    space_app.command()(command)
 for command in (bench.decoding, bench.pruning, bench.verify, bench.mar):
     bench_app.command()(command)
 for command in (
