@@ -141,6 +141,11 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         """Bits that name one code, log2 V."""
         return math.log2(self.config.codebook_size)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths at which it is measured: the full one, halved up to four times, the shortest first."""
+        return sorted({self.config.num_tokens // 2**halvings for halvings in range(5)} - {0})
+
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (B, channels, side, side) in [-1, 1] to vectors before quantisation (B, N, code_dim).
 

@@ -6,7 +6,6 @@ from studio.data.archive import STYLES, load_pictures
 from studio.data.backgrounds import PALETTE, compose
 from studio.data.splits import concepts
 from studio.evaluation.metrics import psnr, ssim
-from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 
 
 @torch.inference_mode()
@@ -60,6 +59,4 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
 
 def _shorter_lengths(tokenizer):
     """The lengths below the full one at which a tokenizer is measured; none unless its first tokens are a picture."""
-    if not isinstance(tokenizer, OneDPieceTokenizer):
-        return []
-    return sorted({tokenizer.config.num_tokens // 2**halvings for halvings in range(1, 5)} - {0})
+    return list(getattr(tokenizer, "lengths", ()))[:-1]

@@ -1,0 +1,57 @@
+"""`studio bench tokenizers`."""
+
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Device, Json, Seed
+from studio.console import emit, quiet_libraries, say
+from studio.errors import StudioError
+
+
+def bench_tokenizers(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A bundled name or model folder; give it again for more.", show_default="bundled tokenizers"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=65, help="Held-out pictures.")] = 200,
+    perturbation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How tokens go wrong, ALPHA:DELTA: this share of them, to any of so many nearest codes; give it again "
+            "for more.",
+            show_default="0.1:2, 0.1:8, 0.5:2, 0.5:8",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Compare tokenizers: size, restoration, speed, and what wrong tokens do."""
+    from studio.evaluation.bench_tokenizers import bench_tokenizers as measure
+    from studio.evaluation.robustness import GRID
+
+    quiet_libraries()
+    grid = tuple(_perturbation(text) for text in perturbation) if perturbation else GRID
+    result = measure(model or None, samples=samples, seed=seed, grid=grid, device=device)
+    emit(result)
+    told = ", ".join(f"{each['alpha']}:{each['delta']}" for each in result["perturbations"])
+    say(f"{result['samples']} pictures; robustness is the mean Frechet distance with wrong tokens at {told}")
+    columns = {"tokens": "d", "bits": ".0f", "psnr": ".2f", "ssim": ".3f", "frechet": ".3f", "robustness": ".3f",
+               "encode_per_second": ".1f", "decode_per_second": ".1f"}  # fmt: skip
+    heads = {"encode_per_second": "encode/s", "decode_per_second": "decode/s"}
+    say(f"{'':28}" + "".join(f"{heads.get(name, name):>11}" for name in columns))
+    for row in result["rows"]:
+        cells = ["-" if row[name] is None else format(row[name], form) for name, form in columns.items()]
+        say(f"{row['model'] + ' ' + row['variant']:28}" + "".join(f"{cell:>11}" for cell in cells))
+
+
+def _perturbation(text):
+    from studio.evaluation.robustness import Perturbation
+
+    alpha, _, delta = text.partition(":")
+    try:
+        numbers = float(alpha), int(delta)
+    except ValueError as error:
+        raise StudioError(f"Write a perturbation as ALPHA:DELTA, such as 0.5:8, not {text!r}.") from error
+    return Perturbation(*numbers)
