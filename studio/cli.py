@@ -12,9 +12,10 @@ import typer
 from studio import __version__
 from studio.commands import bench, convert, data, space
 from studio.commands.asking import ask
-from studio.commands.compressing import detokenize, tokenize
+from studio.commands.compressing import detokenize, rate_distortion, tokenize
 from studio.commands.drawing import generate
 from studio.commands.installation import doctor, models, ui
+from studio.commands.restoring import bench_tokenizers
 from studio.commands.training import evaluate, train
 from studio.console import complain, emit, only_json_on_stdout, say, warn
 from studio.errors import StudioError
@@ -92,6 +93,8 @@ for command in (space.build, space.push):
     space_app.command()(command)
 for command in (bench.decoding, bench.pruning, bench.verify, bench.mar):
     bench_app.command()(command)
+bench_app.command("tokenizers")(bench_tokenizers)
+bench_app.command("rate-distortion")(rate_distortion)
 for command in (
     convert.llamagen_vq,
     convert.llamagen_c2i,
@@ -103,6 +106,7 @@ for command in (
     convert.distilled,
     convert.mar,
     convert.mar_vae,
+    convert.token_bridge,
 ):
     convert_app.command()(command)
 
