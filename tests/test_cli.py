@@ -157,6 +157,33 @@ def test_evaluate_draws_as_it_is_told(run, student_folder):
     )
     assert plain.keys() == student.keys() and plain["frechet"] != student["frechet"]
     refused(run("evaluate", student_folder, "--steps", 2), "--decoding distilled")
+    refused(run("evaluate", student_folder, "--decoding", "auto"), "studio generate")
+
+
+def test_auto_takes_the_fastest_that_was_measured_here(run, student_folder, tmp_path, monkeypatch):
+    import torch
+
+    from studio.checkpoints.measured import save_measured
+
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    call = ("generate", "a red apple", "--model", student_folder, "--device", "cpu", "--decoding", "auto", "--json")
+    code, out, err = run(*call)
+    assert code == 0 and json.loads(out)["decoding"] == "ar" and "studio bench decoding" in err
+    rows = [
+        {"decoding": name, "settings": settings, "seconds_per_image": seconds, "speedup": 1 / seconds}
+        | {"judge_top1": quality, "batch": 1, "dtype": "float32"}
+        for name, settings, seconds, quality in (
+            ("ar", {}, 1.0, 0.6),
+            ("lantern", {"delta": 0.2, "neighbours": 8}, 0.5, 0.58),
+            ("distilled", {"steps": 1, "teacher_steps": 0}, 0.1, 0.4),
+        )
+    ]
+    save_measured(str(student_folder), torch.device("cpu"), rows)
+    for options, name in (([], "lantern"), (["--tolerance", 0], "ar"), (["--tolerance", 0.5], "distilled")):
+        code, out, err = run(*call, *options)
+        assert code == 0 and json.loads(out)["decoding"] == name, err
+        assert f"auto: {name}" in err
+    refused(run(*call, "--tolerance", 2), "tolerance")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +214,9 @@ def test_what_a_student_cannot_do_is_refused(run, student_folder, options, word)
         (["--decoding", "speculative", "--neighbours", "5"], "lantern"),
         (["--decoding", "speculative", "--dtype", "int8"], "int8"),
         (["--decoding", "lantern", "--delta", "2"], "delta"),
+        (["--decoding", "auto", "--delta", "0.1"], "--delta"),
+        (["--decoding", "auto", "--dtype", "int8"], "int8"),
+        (["--tolerance", "0.1"], "--decoding auto"),
         (["--num-images", "0"], "--num-images"),
         (["--num-images", "two"], "--num-images"),
         (["--seed", "-1"], "--seed"),
@@ -302,6 +332,21 @@ def test_bench_verify_prints_both_times(run):
 
 def test_bench_pruning_names_what_it_does_not_know(run):
     refused(run("bench", "pruning", "--method", "nonsense"), "nonsense", "divprune")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--random", "dim=32", "--quick"], "--quick"),
+        (["--random", "dim=32", "--model", "emoji-ar"], "--model"),
+        (["--guidance", 3], "--random"),
+        (["--figure", "rows.png"], ".svg"),
+        (["--model", "emoji-vq"], "emoji-vq"),
+    ],
+    ids=str,
+)
+def test_bench_refuses_what_does_not_belong_together(run, options, word):
+    refused(run("bench", "decoding", *options), word)
 
 
 @pytest.mark.parametrize("size", ["dim=x", "width=3", "", "dim=32,heads=5"])

@@ -1,45 +1,92 @@
 """`studio bench`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from studio.commands.options import Device, Json, number
 from studio.console import emit, say
+from studio.errors import StudioError
 
 
 def decoding(
     random: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of this size: dim=384,layers=8,heads=6,vocab=4096,tokens=256.", show_default=False
+            help="Time random weights of this size beside a textbook sampler: "
+            "dim=384,layers=8,heads=6,vocab=4096,tokens=256.",
+            show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="A bundled name or model folder instead.")] = "emoji-ar",
-    guidance: Annotated[float | None, number(help="Guidance scale (1 = off).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Compare the decodings of a bundled name or model folder.", show_default="emoji-ar"),
+    ] = None,
+    guidance: Annotated[float | None, number(help="With --random: guidance scale (1 = off).", show_default="4")] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Pictures at a time; give it again for more rows.", show_default="1")
+        list[int] | None,
+        typer.Option(
+            min=1, help="Pictures at a time; give it again for more rows.", show_default="1, and 8 of a model"
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="float32, bfloat16, ...; give it again for more rows.", show_default="float32"),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Of a model: only time, with the quality of the recorded full run.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Of a model: keep the rows here, for `studio generate --decoding auto`.")
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Of a model: write quality over speed as this SVG file.", show_default=False)
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Time drawing tokens, beside a plain textbook sampler and the bound that memory sets."""
-    from studio.evaluation.bench_decoding import bench_decoding as measure
+    """Time drawing tokens: what each decoding of a model buys, or how random weights do beside a textbook sampler."""
+    if random is not None:
+        of_models = {"--model": model, "--quick": quick, "--save": save, "--figure": figure}
+        if wrong := [flag for flag, value in of_models.items() if value]:
+            raise StudioError(f"{' and '.join(wrong)} cannot go with --random: leave one side out.")
+        from studio.evaluation.bench_decoding import bench_decoding as measure
 
-    result = measure(
-        random=random,
-        model=model,
-        guidance_scale=guidance,
-        batch_sizes=batch or [1],
-        dtypes=dtype or ["float32"],
+        result = measure(
+            random=random,
+            guidance_scale=guidance,
+            batch_sizes=batch or [1],
+            dtypes=dtype or ["float32"],
+            device=device,
+        )
+        emit(result)
+        _say_rows(result["rows"])
+        return
+    if guidance is not None:
+        raise StudioError("--guidance belongs to --random: a model is drawn with its own.")
+    if figure is not None and figure.suffix != ".svg":
+        raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
+    from studio.evaluation.bench_tradeoff import bench_tradeoff
+    from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
+    from studio.saving import save_all
+
+    sizes = tuple(batch or (1, 8))
+    result = bench_tradeoff(
+        model or "emoji-ar",
+        quick=quick,
+        save=save,
+        batch_sizes=sizes,
+        dtypes=tuple(dtype or ["float32"]),
         device=device,
     )
+    if figure is not None:
+        text = tradeoff_chart(result["rows"], sizes[0])
+        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
     emit(result)
-    _say_rows(result["rows"])
+    say(tradeoff_table(result["rows"]))
+    for name, reason in result["left_out"].items():
+        say(f"Not timed: {name}, because {reason}.")
 
 
 def pruning(

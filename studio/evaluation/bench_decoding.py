@@ -26,26 +26,20 @@ _SIZES = ("dim", "layers", "heads", "vocab", "tokens")
 
 def bench_decoding(
     *,
-    random: str | None = None,
-    model: str = "emoji-ar",
+    random: str,
     guidance_scale: float | None = None,
     batch_sizes: list[int] | tuple[int, ...] = (1,),
     dtypes: list[str] | tuple[str, ...] = ("float32",),
     device: str | None = None,
 ) -> dict:
-    """Times random weights ("dim=384,layers=8,heads=6,vocab=4096,tokens=256"), or a model by name or folder."""
-    from studio.checkpoints.loading import load
-
-    given = {"batch": list(batch_sizes), "dtype": list(dtypes)}
-    if random is not None:
-        scale = 4.0 if guidance_scale is None else guidance_scale
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return bench_random_decoding(**parse_sizes(random), guidance=scale, device=place, **given)
-    pipe = load(model, device=device, dtype=torch.float32)
-    if not isinstance(getattr(pipe, "transformer", None), LlamaGen):
-        raise StudioError(f"{model} draws no tokens: name a pipeline such as emoji-ar.")
-    scale = pipe.config.default_guidance_scale if guidance_scale is None else guidance_scale
-    return bench_model(pipe.transformer, guidance=scale, **given)
+    """Times random weights of the sizes in a text such as "dim=384,layers=8,heads=6,vocab=4096,tokens=256"."""
+    return bench_random_decoding(
+        **parse_sizes(random),
+        guidance=4.0 if guidance_scale is None else guidance_scale,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        batch=list(batch_sizes),
+        dtype=list(dtypes),
+    )
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -101,21 +95,7 @@ def bench_random_decoding(
         prefix_rope="zero",
     )
     torch.nn.init.normal_(model.output.weight, std=0.02)
-    return bench_model(
-        model.to(device).eval(), guidance=guidance, batch=batch, dtype=dtype, top_k=top_k, repeats=repeats
-    )
-
-
-def bench_model(
-    model: LlamaGen,
-    *,
-    guidance: float = 4.0,
-    batch: int | list[int] = 1,
-    dtype: str | list[str] = "float32",
-    top_k: int = 2000,
-    repeats: int = 3,
-) -> dict:
-    """Times a float32 model on the device it is on; arguments and result as in `bench_random_decoding`."""
+    model = model.to(device).eval()
     batches = batch if isinstance(batch, (list, tuple)) else [batch]
     dtypes = dtype if isinstance(dtype, (list, tuple)) else [dtype]
     bandwidth = read_bandwidth(model)
@@ -151,7 +131,7 @@ def _row(model, guidance, pictures, name, top_k, repeats, bandwidth) -> dict:
         reference.append(seconds)
     drawn = pictures * model.num_tokens
     view = tested.for_decoding(settings.weights)
-    step_bytes = getattr(view, "weight_bytes", None) or _step_weights(model) * _BYTES[precision]
+    step_bytes = getattr(view, "weight_bytes", None) or step_weights(model) * _BYTES[precision]
     return {
         "batch": pictures,
         "dtype": precision,
@@ -180,14 +160,14 @@ def _condition(model: LlamaGen, pictures: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _step_weights(model: LlamaGen) -> int:
+def step_weights(model: LlamaGen) -> int:
     """Numbers read by one step: all blocks and the output layer, not the tables of which one row is read."""
     return sum(weight.numel() for part in (model.layers, model.norm, model.output) for weight in part.parameters())
 
 
 def read_bandwidth(model: LlamaGen, repeats: int = 10) -> float:
     """Bytes a second at which a plain sum reads a buffer of the size of the model's step weights, at best."""
-    buffer = torch.ones(_step_weights(model), device=model.device)
+    buffer = torch.ones(step_weights(model), device=model.device)
     buffer.sum()
     return buffer.nbytes / min(_timed(model.device, buffer.sum)[0] for _ in range(repeats))
 

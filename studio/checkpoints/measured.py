@@ -1,0 +1,72 @@
+"""What decodings cost and lose on this machine, as a benchmark measured it, and the choice that follows."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from studio.checkpoints.bundled import BUNDLED, bundled_folder, sha256
+from studio.errors import StudioError
+from studio.files import cache_folder
+
+LOSSLESS = ("ar", "mar", "speculative")
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 over the weights that a model draws with: a bundled name or a folder, with emoji-vq for bundled ones."""
+    folders = [bundled_folder(name) for name in (model, "emoji-vq")] if model in BUNDLED else [Path(model)]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.safetensors"))]
+    if not files:
+        raise StudioError(f"{model} is no folder with weights here: give a bundled name or a model folder.")
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def save_measured(model: str, device: torch.device, rows: list[dict]) -> Path:
+    """Keep the rows of `studio bench decoding` for this machine; returns the file."""
+    path = _path(model, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps({"model": model, "device": device.type, "rows": rows}, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read_measured(model: str, device: torch.device) -> list[dict] | None:
+    """The rows that `save_measured` kept for these weights on this kind of device, or None."""
+    path = _path(model, device)
+    return json.loads(path.read_text())["rows"] if path.is_file() else None
+
+
+def fastest(rows: list[dict], pictures: int, dtype: str, tolerance: float) -> dict:
+    """The row with the fewest seconds for a picture whose quality loss is allowed.
+
+    Args:
+        rows: of one model on one device, as `studio bench decoding` prints them; the plain decoding comes first.
+        pictures: how many are drawn at a time; rows of the nearest measured batch size count.
+        dtype: rows of this precision count, "float32" or "bfloat16".
+        tolerance: how much of the judge's top-1 accuracy may be lost, in accuracy (0.03: three points). Decodings
+            that keep the law of pictures are always allowed; others that nobody judged never are.
+
+    Errors: `StudioError` for a tolerance out of range, and when nothing was measured in this precision.
+    """
+    if not 0 <= tolerance <= 1:
+        raise StudioError(f"The tolerance is a share of the judge's top-1 accuracy from 0 to 1, not {tolerance:g}.")
+    rows = [row for row in rows if row["dtype"] == dtype]
+    if not rows:
+        raise StudioError(f"No decoding was timed in {dtype} here: `studio bench decoding --save --dtype {dtype}`.")
+    batch = min({row["batch"] for row in rows}, key=lambda size: abs(math.log(size / pictures)))
+    rows = [row for row in rows if row["batch"] == batch]
+    floor = (rows[0]["judge_top1"] or 0.0) - tolerance
+    allowed = [
+        row
+        for row in rows
+        if row["decoding"] in LOSSLESS or (row["judge_top1"] is not None and row["judge_top1"] >= floor)
+    ]
+    return min(allowed, key=lambda row: row["seconds_per_image"])
+
+
+def _path(model, device):
+    return cache_folder() / "decodings" / f"{fingerprint(model)[:16]}-{device.type}.json"

@@ -1,0 +1,254 @@
+"""What each decoding of a pipeline buys: seconds for a picture beside quality, same prompts and seeds for all."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from studio.checkpoints.loading import load
+from studio.checkpoints.measured import fingerprint, save_measured
+from studio.data.captions import full_caption
+from studio.errors import StudioError
+from studio.evaluation.bench_decoding import read_bandwidth, step_weights
+from studio.evaluation.decoding_cost import call_seconds, peak_flops
+from studio.evaluation.generators import evaluate_generator
+from studio.evaluation.judge import draw_combinations
+from studio.pipelines.decodings import decoding_named, is_approximate
+from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.mar import MARPipeline
+
+COMMITTED = Path(__file__).with_name("decodings.json")
+"""The printed document of a full run over the bundled models; `quick` takes its quality."""
+PICTURES = 16
+QUALITY_SAMPLES = 500
+_NEEDED = {LlamaGenPipeline: {"distilled": "student"}, MARPipeline: {"cspd": "drafter"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A decoding by the name and the options that `studio generate` takes."""
+
+    decoding: str
+    settings: dict = dataclasses.field(default_factory=dict)
+
+    def make(self):
+        """What `decoding=` of a pipeline takes."""
+        return decoding_named(self.decoding).settings(**self.settings)
+
+
+def contenders(pipe) -> list[Contender]:
+    """Plain decoding, and every decoding that the pipeline has the parts for, at several settings."""
+    if isinstance(pipe, MARPipeline):
+        modes = [] if pipe.drafter is None else ["exact", "relaxed"]
+        return [Contender("mar"), *(Contender("cspd", {"mode": mode}) for mode in modes)]
+    found = [Contender("ar"), Contender("speculative")]
+    found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
+    found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
+    if pipe.student is not None:
+        found += [Contender("distilled", {"steps": steps, "teacher_steps": 0}) for steps in (1, 2, 4)]
+        found.append(Contender("distilled", {"steps": 1, "teacher_steps": pipe.transformer.num_tokens // 4}))
+    return found
+
+
+def bench_tradeoff(
+    model: str = "emoji-ar",
+    *,
+    quick: bool = False,
+    save: bool = False,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    dtypes: tuple[str, ...] = ("float32",),
+    device: str | None = None,
+    repeats: int = 3,
+    pictures: int = PICTURES,
+    quality_samples: int = QUALITY_SAMPLES,
+) -> dict:
+    """Time every decoding and judge what it draws.
+
+    Args:
+        model: a text-conditional pipeline over the emoji set, by bundled name or folder.
+        quick: take the quality from the committed full run, instead of drawing `quality_samples` pictures a setting.
+        save: keep the rows for `--decoding auto` on this machine.
+        batch_sizes: pictures drawn at a time.
+        repeats: runs of every setting, in turn with the others; the median counts.
+        pictures: pictures a run, of held-out combinations.
+        quality_samples: pictures a setting for the judge.
+
+    Returns:
+        `{"model", "fingerprint", "device", "left_out", "rows"}`. A row holds decoding, settings, batch, dtype,
+        seconds_per_image (picture decoding included), speedup against the row of "ar" (of a MAR: "mar") with the same
+        batch and dtype,
+        target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples; with drafts also
+        nodes, verify_ratio (a call with all nodes over a plain step), draft_ratio (all else in a round, drafts and
+        tests, over a plain step), break_even_length (their sum: what must be accepted to gain), and for every row
+        but a student's memory_bound_seconds and compute_bound_seconds for a picture.
+
+    Errors: `StudioError` for another kind of model, and in a quick run when the committed quality is of other weights
+        or lacks a setting.
+    """
+    mark = fingerprint(model)
+    committed = _committed_quality(model, mark) if quick else None
+    rows = []
+    for dtype in dtypes:
+        pipe = load(model, device=device, dtype=dtype)
+        if not isinstance(pipe, (LlamaGenPipeline, MARPipeline)) or not pipe.takes_text:
+            raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
+        pipe.set_progress_bar_config(disable=True)
+        field = contenders(pipe)
+        name = str(pipe.transformer.dtype).removeprefix("torch.")
+        quality = [
+            _quality(pipe, each, quality_samples) if committed is None else _looked_up(committed, each, name)
+            for each in field
+        ]
+        machine = _Machine(pipe.transformer) if isinstance(pipe, LlamaGenPipeline) else None
+        for batch in batch_sizes:
+            timed = _timed(pipe, field, batch, repeats, pictures)
+            base = timed[0]
+            for contender, run, judged in zip(field, timed, quality):
+                rows.append(_row(contender, batch, name, run, base, judged, machine))
+    result = {"model": model, "fingerprint": mark, "device": pipe.device.type, "left_out": {}, "rows": rows}
+    for decoding, part in _NEEDED[type(pipe)].items():
+        if getattr(pipe, part) is None:
+            result["left_out"][decoding] = f"the pipeline has no {part}"
+    if save:
+        result["saved"] = str(save_measured(model, pipe.device, rows))
+    return result
+
+
+@dataclasses.dataclass
+class _Run:
+    """Medians over the runs of one setting; `nodes` of its trees, 1 without drafts."""
+
+    seconds: float
+    decode_seconds: float
+    calls: float
+    accepted: float
+    nodes: int
+    batch_rows: int
+
+
+def _timed(pipe, field, batch, repeats, pictures) -> list[_Run]:
+    prompts = [full_caption(*row) for row in draw_combinations(pictures, np.random.default_rng(0)).tolist()]
+    _draw(pipe, field[-1].make(), prompts[:batch], 0)
+    runs = [[] for _ in field]
+    for _ in tqdm(range(repeats), desc=f"timing, {batch} at a time", unit="round"):
+        for number, contender in enumerate(field):
+            settings, counted = contender.make(), None
+            if hasattr(settings, "drafts"):
+                counted = _CountedDrafts(settings.drafts)
+                settings = dataclasses.replace(settings, drafts=counted)
+            stats = [
+                _draw(pipe, settings, prompts[start : start + batch], start) for start in range(0, pictures, batch)
+            ]
+            runs[number].append((stats, counted.nodes if counted else 1))
+    streams = 1 if pipe.config.default_guidance_scale in (0, 1) else 2
+    return [_median(each, pictures, batch, streams) for each in runs]
+
+
+def _draw(pipe, settings, prompts, seed):
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+    return pipe(prompts, generator=generators, decoding=settings, output_type="pt").stats
+
+
+def _median(runs, pictures, batch, streams) -> _Run:
+    def middle(of):
+        return statistics.median(of(stats) for stats, _ in runs)
+
+    return _Run(
+        seconds=middle(lambda stats: sum(each.seconds["total"] for each in stats)) / pictures,
+        decode_seconds=middle(lambda stats: sum(each.seconds["decode"] for each in stats)) / pictures,
+        calls=statistics.mean(each.target_calls for each in runs[0][0]),
+        accepted=statistics.mean(each.mean_accepted_length for each in runs[0][0]),
+        nodes=runs[0][1],
+        batch_rows=batch * streams,
+    )
+
+
+class _CountedDrafts:
+    """A source of drafts that does what another does, and notes how many nodes its trees have."""
+
+    def __init__(self, source):
+        self._source, self.nodes = source, 1
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def begin(self, setting):
+        drafting = self._source.begin(setting)
+        self.nodes = drafting.nodes
+        return drafting
+
+
+class _Machine:
+    """What this machine does at best, and what calls of one model cost on it."""
+
+    def __init__(self, model):
+        self.model, self.weights = model, step_weights(model)
+        self.bandwidth, self.flops = read_bandwidth(model), peak_flops(model.device, model.dtype)
+        self._calls = {}
+
+    def call(self, rows, nodes):
+        if (rows, nodes) not in self._calls:
+            self._calls[rows, nodes] = call_seconds(self.model, rows, nodes)
+        return self._calls[rows, nodes]
+
+    def bounds(self, run, batch):
+        size = self.model.output.weight.element_size()
+        read = run.calls * self.weights * size / self.bandwidth
+        work = run.calls * run.batch_rows * run.nodes * 2 * self.weights / self.flops
+        return {"memory_bound_seconds": read / batch, "compute_bound_seconds": work / batch}
+
+
+def _row(contender, batch, dtype, run, base, judged, machine) -> dict:
+    row = {
+        "decoding": contender.decoding,
+        "settings": contender.settings,
+        "batch": batch,
+        "dtype": dtype,
+        "seconds_per_image": run.seconds,
+        "speedup": base.seconds / run.seconds,
+        "target_calls": run.calls,
+        "mean_accepted_length": run.accepted,
+        **judged,
+    }
+    if run.nodes > 1:
+        step = base.decode_seconds * batch / base.calls
+        call, round_ = machine.call(run.batch_rows, run.nodes), run.decode_seconds * batch / run.calls
+        row |= {
+            "nodes": run.nodes,
+            "verify_ratio": call / step,
+            "draft_ratio": (round_ - call) / step,
+            "break_even_length": round_ / step,
+        }
+    if is_approximate(contender.make()):
+        row["approximate"] = True
+    return row if contender.decoding == "distilled" or machine is None else row | machine.bounds(run, batch)
+
+
+def _quality(pipe, contender, samples) -> dict:
+    measured = evaluate_generator(pipe, samples=samples, decoding=contender.make())
+    return {key: measured[key] for key in ("judge_top1", "frechet")} | {"quality_samples": samples}
+
+
+def _committed_quality(model, mark) -> dict:
+    document = json.loads(COMMITTED.read_text(encoding="utf-8")) if COMMITTED.is_file() else {}
+    if document.get("fingerprint") != mark:
+        raise StudioError(f"The recorded quality is of other weights than those of {model}: run without --quick.")
+    return {_key(row["decoding"], row["settings"], row["dtype"]): row for row in document["rows"]}
+
+
+def _looked_up(committed, contender, dtype) -> dict:
+    row = committed.get(_key(contender.decoding, contender.settings, dtype))
+    if row is None:
+        raise StudioError(
+            f"No quality is recorded for {contender.decoding} with {contender.settings} in {dtype}: "
+            "run without --quick."
+        )
+    return {key: row[key] for key in ("judge_top1", "frechet", "quality_samples")}
+
+
+def _key(decoding, settings, dtype):
+    return json.dumps([decoding, settings, dtype], sort_keys=True)

@@ -1,0 +1,40 @@
+"""The rows of `bench_tradeoff` for people: a chart and a table."""
+
+from studio.evaluation.chart import Series, chart
+
+
+def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
+    """Judge's top-1 over pictures a second, as SVG; one series a decoding, of the rows with one batch size."""
+    chosen = [row for row in rows if row["batch"] == batch]
+    names = list(dict.fromkeys(row["decoding"] for row in chosen))
+    series = []
+    for name in names:
+        own = [row for row in chosen if row["decoding"] == name]
+        points = tuple((1 / row["seconds_per_image"], 100 * row["judge_top1"]) for row in own)
+        series.append(Series(name, points, tuple(_setting(row) for row in own)))
+    title = f"Quality over speed, {batch} at a time"
+    return chart(title, "pictures a second", "judge top-1 (%)", series, log_x=True)
+
+
+def tradeoff_table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    head = ("Decoding", "Settings", "Batch", "s a picture", "Speed-up", "Calls", "Accepted", "Top-1 %", "Fréchet")
+    head += ("Verify", "Draft", "Break-even")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["decoding"], _setting(row) or "–", str(row["batch"]), f"{row['seconds_per_image']:.3f}"]
+        cells += [f"{row['speedup']:.2f}", f"{row['target_calls']:.1f}", f"{row['mean_accepted_length']:.2f}"]
+        cells += [f"{100 * row['judge_top1']:.1f}", f"{row['frechet']:.1f}"]
+        for key in ("verify_ratio", "draft_ratio", "break_even_length"):
+            cells.append(f"{row[key]:.2f}" if key in row else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _setting(row):
+    short = {"delta": "δ", "ratio": "ratio", "steps": "steps", "teacher_steps": "teacher"}
+    settings = {short[name]: value for name, value in row["settings"].items() if name in short and value}
+    parts = [f"{name} {value:g}" for name, value in settings.items()]
+    if mode := row["settings"].get("mode"):
+        parts.append(f"{mode} (approximate)" if row.get("approximate") else mode)
+    return " ".join(parts)

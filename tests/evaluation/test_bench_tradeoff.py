@@ -1,0 +1,62 @@
+"""Quality over speed: the rows of a short run, and where their quality comes from."""
+
+import json
+
+import pytest
+
+from studio import StudioError
+from studio.checkpoints.measured import fingerprint
+from studio.evaluation import bench_tradeoff as bench
+from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
+
+FIELD = [bench.Contender("ar"), bench.Contender("lantern", {"delta": 0.2, "neighbours": 100})]
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Writes the record of a full run whose quality tells its settings apart."""
+    monkeypatch.setattr(bench, "contenders", lambda pipe: FIELD)
+    monkeypatch.setattr(bench, "COMMITTED", tmp_path / "decodings.json")
+
+    def write(mark, field=FIELD):
+        rows = [
+            {"decoding": each.decoding, "settings": each.settings, "dtype": "float32", "judge_top1": 0.5 + number / 10}
+            | {"frechet": 3.0 + number, "quality_samples": 500}
+            for number, each in enumerate(field)
+        ]
+        bench.COMMITTED.write_text(json.dumps({"fingerprint": mark, "rows": rows}))
+
+    return write
+
+
+def test_quick_rows(recorded):
+    recorded(fingerprint("emoji-ar"))
+    result = bench.bench_tradeoff("emoji-ar", quick=True, batch_sizes=(1, 2), device="cpu", repeats=1, pictures=2)
+    rows = result["rows"]
+    assert [(row["decoding"], row["batch"]) for row in rows] == [("ar", 1), ("lantern", 1), ("ar", 2), ("lantern", 2)]
+    assert [row["judge_top1"] for row in rows] == [0.5, 0.6, 0.5, 0.6]
+    for base, row in (rows[:2], rows[2:]):
+        assert base["speedup"] == 1 and base["target_calls"] == 64 and "nodes" not in base
+        assert row["speedup"] == pytest.approx(base["seconds_per_image"] / row["seconds_per_image"])
+        assert row["target_calls"] < 64 < row["target_calls"] * row["mean_accepted_length"] * 1.2
+        assert row["break_even_length"] == pytest.approx(row["verify_ratio"] + row["draft_ratio"])
+        assert 0 < row["memory_bound_seconds"] < row["seconds_per_image"]
+    assert result["left_out"] == {"distilled": "the pipeline has no student"}
+    assert tradeoff_table(rows).count("\n") == 5
+    assert "δ 0.2" in tradeoff_chart(rows)
+
+
+def test_quality_of_other_weights_or_settings_is_an_error(recorded):
+    with pytest.raises(StudioError, match="other weights"):
+        bench.bench_tradeoff("emoji-ar", quick=True, device="cpu")
+    recorded("0" * 64)
+    with pytest.raises(StudioError, match="other weights"):
+        bench.bench_tradeoff("emoji-ar", quick=True, device="cpu")
+    recorded(fingerprint("emoji-ar"), FIELD[:1])
+    with pytest.raises(StudioError, match="No quality is recorded for lantern"):
+        bench.bench_tradeoff("emoji-ar", quick=True, device="cpu")
+
+
+def test_only_pipelines_that_draw_tokens_from_words():
+    with pytest.raises(StudioError, match="emoji-vq does not draw"):
+        bench.bench_tradeoff("emoji-vq", device="cpu")

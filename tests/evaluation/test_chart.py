@@ -1,0 +1,39 @@
+"""Charts: every point stands where its numbers say, and what a person reads is there."""
+
+import xml.etree.ElementTree as tree
+
+import pytest
+
+from studio.evaluation.chart import Series, chart
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(*, log_x):
+    series = [Series("one <way>", ((1, 10), (10, 20), (100, 30)), ("a", "b", "c")), Series("other", ((10, 15),))]
+    return tree.fromstring(chart("Title & more", "speed", "quality", series, log_x=log_x))
+
+
+def places(root):
+    return [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter(f"{SVG}circle")]
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+def test_points_are_ordered_and_spaced_as_their_numbers(log_x):
+    first, second, third, _, other, _ = places(drawn(log_x=log_x))
+    assert first[0] < second[0] < third[0] and first[1] > second[1] > third[1]
+    assert second[1] - first[1] == pytest.approx(third[1] - second[1], abs=0.11)
+    assert other[0] == second[0] and first[1] > other[1] > second[1]
+    ratio = (third[0] - second[0]) / (second[0] - first[0])
+    assert ratio == pytest.approx(1 if log_x else 10, rel=0.02)
+
+
+def test_words():
+    words = {text.text for text in drawn(log_x=True).iter(f"{SVG}text")}
+    assert {"Title & more", "speed", "quality", "one <way>", "other", "a", "b", "c", "10", "100"} <= words
+
+
+def test_one_point_has_room():
+    root = tree.fromstring(chart("t", "x", "y", [Series("s", ((2.0, 3.0),))]))
+    (x, y), _ = places(root)
+    assert 70 < x < 570 and 44 < y < 386
