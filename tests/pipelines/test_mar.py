@@ -1,7 +1,5 @@
 """The MAR pipeline, text- and class-conditional, with and without a drafter, at tiny size."""
 
-import logging
-
 import numpy
 import pytest
 import torch
@@ -158,7 +156,7 @@ def test_what_does_not_fit_is_refused_by_name(pipe, class_pipe, tiny_pipeline):
 
 
 def test_relaxed_settings_that_nobody_validated_warn(pipe, caplog):
-    logging.getLogger("diffusers").propagate = True
+    caplog.set_level("WARNING", logger="studio.pipelines.mar")
     pipe("a red apple", generator=streams(0), decoding=ContinuousSpeculative(mode="exact"))
     assert "validated" not in caplog.text
     pipe("a red apple", generator=streams(0), decoding=RELAXED)
