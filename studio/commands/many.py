@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -68,12 +69,10 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
     requests, pipe, device, weights = agreed(lambda: _prepare(file, out, model, seed, options, device, dtype))
     call = {"model": model, "dtype": weights}
     plan = plan_pictures(requests)
-    done = agreed(lambda: _drawn_before(out, plan, call))
-    done = set(gather(done))
+    done = set(gather(agreed(lambda: _drawn_before(out, plan, call))))
     mine = share(plan, done, batch_size or usual_batch_size(len(plan)))
-    records = agreed(lambda: Records(out / _RECORDS, process_index()))
-    _draw_share(pipe, mine, done, out, records, call, device)
-    records.close()
+    with closing(agreed(lambda: Records(out / _RECORDS, process_index()))) as records:
+        _draw_share(pipe, mine, done, out, records, call, device)
 
     drawn = set(gather([picture.path for picture in sum(mine, []) if picture.path not in done]))
     if process_index() == 0:
