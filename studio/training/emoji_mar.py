@@ -19,6 +19,7 @@ from studio.checkpoints.loading import load
 from studio.checkpoints.vocabulary import CONCEPTS_FILE
 from studio.data.captions import random_caption
 from studio.models.mar import MAR
+from studio.models.masked_autoencoder import MaskedAutoencoder
 from studio.pipelines.mar import MARPipeline
 from studio.training.ingredients import ingredient
 from studio.training.latent_cache import training_latents
@@ -29,14 +30,14 @@ IMAGE_TOKENIZER, TEXT = "emoji-kl", "emoji-ar"
 SIZES = {
     **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 256), ("heads", 8))},
     "encoder_depth": 3,
-    "decoder_depth": 5,
-    "head_width": 320,
+    "decoder_depth": 4,
+    "head_width": 256,
     "head_depth": 3,
     "buffer_size": 24,
     "dropout": 0.0,
 }
 """The buffer holds the plan's 16 states and the eight before them. The decoder is deeper: it sees all positions."""
-REPEATS = 3
+REPEATS = 2
 """Times and noises that each masked token is tried with."""
 LEAST_MASKED, SPREAD = 0.7, 0.25
 """The share of tokens that is masked: Gaussian around 1 with this spread, cut off below (MAR, section 4)."""
@@ -74,13 +75,17 @@ class EmojiMAR(Recipe):
 
     name = "emoji-mar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, latents of emoji-kl"
-    defaults = Defaults(steps=3000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
+    defaults = Defaults(steps=2500, batch_size=64, learning_rate=3e-3, cooldown=0.4)
     sizes = SIZES
 
     def build(self, device):
         self.text = load(TEXT, device=device, dtype=torch.float32)
         transformer = self.prepared(load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32), self.text)
-        return TrainableMAR(transformer, self.text.text_encoder).to(device)
+        return self.trainable(transformer).to(device)
+
+    def trainable(self, transformer):
+        """The module around the network."""
+        return TrainableMAR(transformer, self.text.text_encoder)
 
     def prepared(self, image_tokenizer, text) -> MAR:
         """Keeps what batches are drawn from, and returns a network of random weights for it.
@@ -92,15 +97,18 @@ class EmojiMAR(Recipe):
         weights = Path(image_tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
         self.drawn, self.laws = training_latents(image_tokenizer, weights)
         self.image_tokenizer, self.tokenizer = image_tokenizer, text.tokenizer
-        return MAR(
-            grid_size=self.laws.shape[-1],
-            token_dim=image_tokenizer.latent_channels,
-            num_classes=None,
-            caption_dim=text.transformer.config.caption_dim,
-            caption_length=text.transformer.config.caption_length,
-            latent_scale=image_tokenizer.config.scaling_factor,
-            **self.sizes,
-        )
+        shape = {
+            "grid_size": self.laws.shape[-1],
+            "token_dim": image_tokenizer.latent_channels,
+            "num_classes": None,
+            "caption_dim": text.transformer.config.caption_dim,
+            "caption_length": text.transformer.config.caption_length,
+        }
+        return self.network(image_tokenizer, {**shape, **self.sizes})
+
+    def network(self, image_tokenizer, shape: dict) -> MAR:
+        """A network of this shape with random weights."""
+        return MAR(latent_scale=image_tokenizer.config.scaling_factor, **shape)
 
     def optimizers(self, module, learning_rate):
         return mar_optimizers(module.transformer, module, learning_rate)
@@ -154,13 +162,18 @@ def masked_share(rng) -> float:
             return share
 
 
-def mar_optimizers(transformer: MAR, module: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+def mar_optimizers(
+    transformer: MaskedAutoencoder, module: nn.Module, learning_rate: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all blocks; places and mask token, which start small, move at its full rate."""
-    blocks = (transformer.encoder_blocks, transformer.decoder_blocks, transformer.diffloss.net.res_blocks)
+    of_the_head = (
+        transformer.diffloss.net.res_blocks if isinstance(transformer, MAR) else transformer.head.channel_blocks
+    )
+    blocks = (transformer.encoder_blocks, transformer.decoder_blocks, of_the_head)
     places = [
         transformer.encoder_pos_embed_learned,
         transformer.decoder_pos_embed_learned,
-        transformer.diffusion_pos_embed_learned,
+        transformer.head_places,
         transformer.mask_token,
         transformer.fake_latent,
     ]

@@ -36,7 +36,7 @@ DRAFT = {
 }
 NULL_SHARE = 0.1
 """Share of the pictures without a caption; drafts are made for the null stream too."""
-REPEATS = 3
+REPEATS = 2
 VARIANCE_WEIGHT = 0.1
 MEASURED = 16
 """Held-out captions that are drawn to measure a drafter."""
@@ -84,7 +84,7 @@ class EmojiMARDraft(EmojiMAR):
 
     name = "emoji-mar-draft"
     data = "latents of emoji-kl for the training combinations, random captions, and the steps of emoji-mar over them"
-    defaults = Defaults(steps=3000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
+    defaults = Defaults(steps=2500, batch_size=64, learning_rate=3e-3, cooldown=0.4)
     sizes = DRAFT
 
     def build(self, device):
