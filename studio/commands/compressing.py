@@ -1,11 +1,11 @@
-"""`studio tokenize` and `studio detokenize`."""
+"""`studio tokenize`, `studio detokenize`, and how they compare with other files (`studio bench rate-distortion`)."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from studio.commands.options import Device, Json, number
+from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
@@ -97,6 +97,42 @@ def detokenize(
     save_all({out: png_writer(picture, call, None)})
     emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
     say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")
+
+
+def rate_distortion(
+    tokenizer: Annotated[str, typer.Option(help="A One-D-Piece tokenizer.")] = DEFAULT_TOKENIZER,
+    samples: Annotated[int, typer.Option(min=65, help="Pictures of held-out concepts.")] = 136,
+    seed: Seed = 0,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write PSNR over bytes as this SVG file.", show_default=False)
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Compare a tokenizer's files with JPEG and WebP of as many bytes."""
+    from studio.saving import check_writable, save_all
+
+    if figure is not None:
+        if figure.suffix != ".svg":
+            raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
+        check_writable(figure)
+    model, name = _load(tokenizer, device)
+
+    from studio.evaluation.bench_rate_distortion import bench_rate_distortion
+
+    result = bench_rate_distortion(model, name=name, samples=samples, seed=seed, device=device)
+    if figure is not None:
+        from studio.evaluation.rate_distortion_figure import rate_distortion_chart
+
+        text = rate_distortion_chart(result["rows"])
+        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
+    emit(result)
+    say(f"{'codec':12} {'counted':20} {'limit':>6} {'bytes':>7} {'psnr':>6} {'frechet':>8}")
+    for row in result["rows"]:
+        say(
+            f"{row['codec']:12} {row['counted']:20} {row['limit']:6} {row['bytes']:7.1f} {row['psnr']:6.2f} "
+            f"{row['frechet']:8.3f}"
+        )
 
 
 def _load(name, device):
