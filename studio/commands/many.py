@@ -97,9 +97,8 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
 
 def plan_pictures(requests):
     """The pictures of all requests in order, each with a file name of its own."""
-    width = max(4, len(str(requests[-1].line)))
     return [
-        Picture(request, index, f"{request.line:0{width}d}-{slug(_title(request))}-{request.seed + index}.png")
+        Picture(request, index, f"{request.line:05d}-{slug(_title(request))}-{request.seed + index}.png")
         for request in requests
         for index in range(request.num_images)
     ]
