@@ -13,8 +13,8 @@ Decoding = Annotated[
     typer.Option(
         "--decoding",
         help="How tokens are drawn: ar, speculative (same law), lantern, lantern++ (relaxed), distilled (a student) or "
-        "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter).",
-        show_default="ar, of a MAR mar",
+        "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge.",
+        show_default="ar, mar or bridge",
     ),
 ]
 Delta = Annotated[
@@ -35,7 +35,7 @@ Steps = Annotated[
     typer.Option(
         "--steps",
         min=1,
-        help="distilled: calls of the student; mar, cspd: of the model, at most one a token.",
+        help="distilled: calls of the student; mar, cspd, bridge: of the model, at most one a token.",
         show_default="1; the model's own",
     ),
 ]

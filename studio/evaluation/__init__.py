@@ -31,6 +31,8 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
     from studio.processes import join
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+    from studio.tokenizers.rvq import RVQTokenizer
+    from studio.tokenizers.token_bridge import TokenBridgeTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
     if shared and device is None:
@@ -40,7 +42,7 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
         _refuse(decoding)
         return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
-    tokenizers = (VQTokenizer, OneDPieceTokenizer, KLTokenizer)
+    tokenizers = (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)
     if isinstance(loaded, (*tokenizers, VisualQuestionPipeline)):
         _refuse(decoding)
     if isinstance(loaded, tokenizers):
