@@ -5,7 +5,12 @@ from collections.abc import Callable
 import torch
 from diffusers.utils import logging
 
-from studio.decoding.continuous_speculative import ContinuousDrawn, ContinuousSpeculative, continuous_speculative
+from studio.decoding.continuous_speculative import (
+    ContinuousDrawn,
+    ContinuousSpeculative,
+    check_pair,
+    continuous_speculative,
+)
 from studio.decoding.masked_autoregressive import (
     MaskedAutoregressive,
     MaskedDrawn,
@@ -103,11 +108,11 @@ class MARPipeline(ConditionalPipeline):
             raise StudioError("The number of steps is given twice: leave out num_steps or the decoding's steps.")
         settings = self._filled(settings, num_steps)
         settings.plan(self.transformer.num_tokens)
-        self._check_components(settings)
+        self._check_components(settings, temperature)
         return guidance_scale or 1.0, temperature, settings
 
-    def _check_components(self, settings: MaskedAutoregressive) -> None:
-        """Raises a `StudioError` for components that do not fit together, or that the decoding needs."""
+    def _check_components(self, settings: MaskedAutoregressive, temperature: float) -> None:
+        """Raises a `StudioError` for components that do not fit together, or that the decoding cannot work with."""
         ours = self.transformer.config
         numbers, latents = ours.token_dim // ours.patch_size**2, self.image_tokenizer.latent_channels
         if numbers != latents:
@@ -124,6 +129,7 @@ class MARPipeline(ConditionalPipeline):
                 raise StudioError(
                     f"Drafter and transformer must agree; {name} is {self.drafter.config[name]} and {ours[name]}."
                 )
+        check_pair(self.transformer, self.drafter, settings, temperature)
 
     def caution(self, decoding) -> str | None:
         if not isinstance(decoding, ContinuousSpeculative):

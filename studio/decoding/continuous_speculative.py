@@ -155,12 +155,13 @@ def continuous_speculative(
     a temperature of 0.
     """
     settings = (settings or ContinuousSpeculative()).filled()
-    _check(model, draft, settings, temperature)
+    check_pair(model, draft, settings, temperature)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
     return _Run(model, draft, condition, noise, guidance_scale, temperature, settings, on_call).draw()
 
 
-def _check(model, draft, settings: ContinuousSpeculative, temperature: float) -> None:
+def check_pair(model, draft, settings: ContinuousSpeculative, temperature: float) -> None:
+    """Raises the `StudioError` that `continuous_speculative` would raise for these, with settings that are filled."""
     check_temperature(temperature)
     if temperature == 0:
         raise StudioError("A temperature of 0 leaves nothing to verify: draw with MaskedAutoregressive instead.")
