@@ -104,7 +104,11 @@ def rate_distortion(
     samples: Annotated[int, typer.Option(min=65, help="Pictures of held-out concepts.")] = 136,
     seed: Seed = 0,
     figure: Annotated[
-        Path | None, typer.Option(help="Write PSNR over bytes as this SVG file.", show_default=False)
+        Path | None, typer.Option(help="Write quality over bytes as this SVG file.", show_default=False)
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="Of the figure: psnr, or frechet, the judge's distance.", show_default="psnr"),
     ] = None,
     device: Device = None,
     as_json: Json = False,
@@ -112,6 +116,10 @@ def rate_distortion(
     """Compare a tokenizer's files with JPEG and WebP of as many bytes."""
     from studio.saving import check_writable, save_all
 
+    if measure not in (None, "psnr", "frechet"):
+        raise StudioError(f"The figure shows psnr or frechet, not {measure!r}.")
+    if figure is None and measure is not None:
+        raise StudioError("--measure is of the figure: give --figure too.")
     if figure is not None:
         if figure.suffix != ".svg":
             raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
@@ -124,7 +132,7 @@ def rate_distortion(
     if figure is not None:
         from studio.evaluation.rate_distortion_figure import rate_distortion_chart
 
-        text = rate_distortion_chart(result["rows"])
+        text = rate_distortion_chart(result["rows"], measure or "psnr")
         save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
     emit(result)
     say(f"{'codec':12} {'counted':20} {'limit':>6} {'bytes':>7} {'psnr':>6} {'frechet':>8}")

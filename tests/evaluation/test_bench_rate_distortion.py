@@ -95,9 +95,10 @@ def test_the_command(tiny_one_d, tmp_path, monkeypatch, capfd):
     figure = tmp_path / "figure.svg"
     call = ["bench", "rate-distortion", "--tokenizer", str(tmp_path / "tokenizer"), "--samples", "65", "--json"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main([*call, "--figure", str(figure)])
+        cli.main([*call, "--figure", str(figure), "--measure", "frechet"])
     assert stopped.value.code == 0
     assert json.loads(capfd.readouterr().out)["samples"] == 65 and figure.read_text().startswith("<svg")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*call, "--figure", str(tmp_path / "figure.png")])
-    assert stopped.value.code == 2
+    for wrong in (["--figure", str(tmp_path / "figure.png")], ["--measure", "frechet"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*call, *wrong])
+        assert stopped.value.code == 2

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from studio import StudioError
 from studio.tokenizers.latent_transformer import Block
 from studio.tokenizers.one_d_piece import PRESETS, OneDPieceTokenizer, sizes
+from studio.tokenizers.patch_pixels import PatchPixels
 
 SIZES = {
     "sample_size": 16,
@@ -103,6 +104,18 @@ def test_tokens_are_the_nearest_codes_by_angle():
     features = model.encode_features(pictures())
     angles = F.cosine_similarity(features[:, :, None], model.quantize.embedding.weight, dim=-1)
     assert torch.equal(model.encode(pictures()), angles.argmax(dim=-1))
+
+
+@torch.no_grad()
+def test_patches_stand_side_by_side_and_see_their_neighbours():
+    torch.manual_seed(0)
+    stage, vectors = PatchPixels(3, 4, 8), torch.randn(1, 48, 3, 3)
+    torch.testing.assert_close(stage(vectors), F.pixel_shuffle(vectors, 4))
+    torch.nn.init.normal_(stage.conv_out.weight)
+    changed = vectors.clone()
+    changed[..., 0, 0] += 1
+    difference = (stage(changed) - stage(vectors)).abs().amax(dim=1)[0]
+    assert difference[0, 4] > 0 and difference[4, 0] > 0 and not difference[8:].any() and not difference[:, 8:].any()
 
 
 def test_gradients_pass_the_quantiser_and_reach_the_codebook():
