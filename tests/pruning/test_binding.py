@@ -480,7 +480,7 @@ def test_the_example_in_the_readme_runs():
     import studio
 
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    [snippet] = re.findall(r"^```py\n(.*?)^```", readme, re.M | re.S)
+    [snippet] = [block for block in re.findall(r"^```py\n(.*?)^```", readme, re.M | re.S) if "studio.prune" in block]
     case = tiny_models.FAMILIES["llava_next"]()
     names = {"studio": studio, "model": case.model, "inputs": case.prompt()}
     exec(compile(snippet, "README.md", "exec"), names)
