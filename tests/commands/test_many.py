@@ -1,0 +1,176 @@
+"""`studio generate --prompts` in one process: what it draws, and what a second run adds to a broken first one."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from studio import cli
+from studio.commands import many
+from studio.commands.prompt_file import Request
+
+LINES = [
+    {"prompt": "a red apple", "num_images": 2},
+    {"prompt": "a green pear", "seed": 7, "guidance": 2},
+    {"prompt": "blue sky", "seed": 8, "decoding": "speculative"},
+    {"prompt": "a flat apple", "seed": 9},
+]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd, tiny_folder):
+    """Draw the lines into a folder; return `(exit code, JSON document or None, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(lines, out, *options, model=tiny_folder):
+        (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        command = ["generate", "--prompts", "prompts.jsonl", "--model", model, "--out", out, *options, "--json"]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in command])
+        printed = capfd.readouterr()
+        return stopped.value.code, json.loads(printed.out), printed.err
+
+    return call
+
+
+def pictures(folder):
+    return {path.name: Image.open(path).tobytes() for path in sorted(folder.glob("*.png"))}
+
+
+def manifest(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_every_line_is_drawn_and_the_manifest_is_in_order(run, tmp_path):
+    code, document, err = run(LINES, "out")
+    assert code == 0, err
+    rows = manifest(tmp_path / "out")
+    assert [(row["line"], row["index"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
+    assert [row["path"] for row in rows] == list(pictures(tmp_path / "out"))
+    assert rows[1]["seed"] == rows[0]["seed"] + 1 and rows[2]["guidance_scale"] == 2
+    assert rows[3]["decoding"] == {"name": "speculative"}
+    assert (document["prompts"], document["images"], document["drawn"], document["drawn_before"]) == (4, 5, 5, 0)
+    assert "5/5" in err and not list((tmp_path / "out").glob("*.part"))
+
+
+def test_pictures_are_those_of_single_calls_whatever_is_drawn_together(run, tmp_path):
+    run(LINES, "out", "--batch-size", 3)
+    run(LINES, "one", "--batch-size", 1)
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "one")
+    row, model = manifest(tmp_path / "out")[2], manifest(tmp_path / "out")[2]["model"]
+    with pytest.raises(SystemExit):
+        cli.main(["generate", row["prompt"], "--model", model, "--seed", "7", "--guidance", "2", "--out", "single.png"])
+    single, drawn = Image.open("single.png"), Image.open(tmp_path / "out" / row["path"])
+    assert single.tobytes() == drawn.tobytes()
+    record = json.loads(drawn.text["studio"])
+    assert record["seed"] == 7 and record["call"]["prompt"] == "a green pear" and record["call"]["guidance_scale"] == 2
+
+
+def test_a_base_seed_changes_unset_seeds_only(run, tmp_path):
+    run(LINES, "a")
+    run(LINES, "b", "--seed", 1)
+    changed = [a["seed"] != b["seed"] for a, b in zip(manifest(tmp_path / "a"), manifest(tmp_path / "b"))]
+    assert changed == [True, True, False, False, False]
+
+
+def test_a_second_run_draws_what_is_missing_and_nothing_else(run, tmp_path):
+    run(LINES, "out", "--batch-size", 2)
+    before, out = pictures(tmp_path / "out"), tmp_path / "out"
+    rows = manifest(out)
+    lost = [rows[0]["path"], rows[3]["path"], rows[4]["path"]]
+    (out / "manifest.jsonl").unlink()
+    (out / lost[0]).unlink()
+    (out / lost[1]).rename(out / f"{lost[1]}.part")
+    (out / lost[2]).unlink()
+    [records] = (out / "records").iterdir()
+    records.write_bytes(records.read_bytes()[:-20])  # a kill in the middle of a line
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    code, document, err = run(LINES, "out", "--batch-size", 2)
+    assert code == 0 and document["drawn"] == 3 and document["drawn_before"] == 2, err
+    assert pictures(out) == before and manifest(out) == rows
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert not list(out.glob("*.part"))
+
+
+def test_added_lines_are_drawn_beside_the_earlier_ones(run, tmp_path):
+    run(LINES[:2], "out")
+    _, document, _ = run(LINES, "out")
+    assert document["drawn"] == 2 and document["drawn_before"] == 3 and len(manifest(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize(
+    ("lines", "options"),
+    [
+        ([{"prompt": "a red apple", "num_images": 2, "top_k": 3}, *LINES[1:]], []),
+        (LINES[:1], []),
+        (LINES, ["--seed", 1]),
+        (LINES, ["--temperature", 0.5]),
+    ],
+    ids=["another setting", "fewer lines", "another seed", "another option"],
+)
+def test_a_folder_of_another_run_is_refused(run, tmp_path, lines, options):
+    run(LINES[:2], "out")
+    before = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+    code, document, _ = run(lines, "out", *options)
+    assert code == 2 and "another --out" in document["error"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == before
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(run, tmp_path):
+    records = many.Records(tmp_path / "out" / "records", 0)
+    code, document, _ = run(LINES, "out")
+    records.close()
+    assert code == 2 and "Another run" in document["error"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        ([*LINES, {"prompt": "a", "colour": 1}], [], ["line 5", "colour"]),
+        ([*LINES, {"prompt": " "}], [], ["line 5", "empty"]),
+        ([*LINES, {"prompt": "a", "top_p": 2}], [], ["line 5", "top_p"]),
+        ([*LINES, {"prompt": "a", "decoding": "lantern"}], [], ["line 5", "64 codes"]),
+        ([*LINES, {"prompt": "a", "decoding": "distilled"}], [], ["line 5", "student"]),
+        ([*LINES, {"class_label": 3}], [], ["line 5", "words"]),
+        (LINES, ["--dtype", "int8"], ["line 3", "int8"]),
+        (LINES, ["--sheet"], ["--prompts"]),
+        (LINES, ["a pear"], ["--prompts"]),
+        (LINES, ["--decoding", "auto"], ["auto"]),
+        (LINES, ["--batch-size", 0], ["--batch-size"]),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_refused_before_anything_is_drawn(run, tmp_path, lines, options, words):
+    code, document, _ = run(lines, "out", *options)
+    assert code == 2 and all(word in document["error"] for word in words), document
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_a_folder(run, tmp_path):
+    code, document, _ = run(LINES, "out.png")
+    assert code == 2 and "folder" in document["error"]
+    code, document, _ = run(LINES, "/proc/nowhere")
+    assert code == 2 and "/proc/nowhere" in document["error"]
+
+
+def test_class_models_draw_class_labels(run, tmp_path, tiny_class_folder):
+    code, _, err = run([{"class_label": 3, "seed": 1}, {"class_label": 4}], "out", model=tiny_class_folder)
+    assert code == 0, err
+    assert [row["class_label"] for row in manifest(tmp_path / "out")] == [3, 4]
+
+
+def test_batches_do_not_depend_on_the_processes_and_are_shared_evenly(monkeypatch):
+    requests = [Request(line, "a", None, line, 1, {"top_k": line // 5}, {"name": "ar"}) for line in range(1, 21)]
+    plan = many.plan_pictures(requests)
+    monkeypatch.setattr(many, "process_count", lambda: 3)
+    shares = []
+    for index in range(3):
+        monkeypatch.setattr(many, "process_index", lambda index=index: index)
+        shares.append(many.share(plan, {plan[0].path, plan[1].path}, batch_size=2))
+    lines = sorted([picture.request.line for picture in batch] for batches in shares for batch in batches)
+    assert lines == [[3, 4], [5, 6], [7, 8], [9], [10, 11], [12, 13], [14], [15, 16], [17, 18], [19], [20]]
+    assert [len(batches) for batches in shares] == [4, 4, 3]
+
+
+def test_few_pictures_are_drawn_one_by_one_and_many_in_batches():
+    assert [many.usual_batch_size(pictures) for pictures in (1, 100, 300, 10**6)] == [1, 1, 4, 8]

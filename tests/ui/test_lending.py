@@ -1,0 +1,107 @@
+"""Work on lent GPUs, with a stand-in for the package `spaces` that runs tasks in a process of their own."""
+
+import asyncio
+import multiprocessing
+import sys
+import types
+
+import pytest
+
+from studio import StudioError
+from studio.ui import lending
+from studio.ui.worker import follow
+
+
+@pytest.fixture
+def durations(monkeypatch):
+    """GPUs are lent: tasks are forked, what they yield comes back pickled; the list gets the duration of each task."""
+    asked = []
+
+    def gpu(duration):
+        asked.append(duration)
+        return _forked
+
+    package = types.ModuleType("spaces")
+    package.GPU = gpu
+    monkeypatch.setitem(sys.modules, "spaces", package)
+    monkeypatch.setattr(lending, "is_lent", lambda: True)
+    return asked
+
+
+def _forked(task):
+    def items(wish):
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+        process = context.Process(target=_run, args=(task, wish, there), daemon=True)
+        process.start()
+        try:
+            while (item := here.recv()) is not None:
+                yield item
+        finally:
+            here.close()
+            process.join()
+
+    return items
+
+
+def _run(task, wish, pipe):
+    steps = task(wish)
+    try:
+        for item in steps:
+            pipe.send(item)
+        pipe.send(None)
+    except BrokenPipeError:
+        steps.close()
+
+
+def count(wish, job):
+    for number in range(wish):
+        job.report(number)
+        if job.stopped:
+            return "stopped"
+    if wish == 0:
+        raise StudioError("Wish for something.")
+    return f"counted to {wish}"
+
+
+async def collect(work, wish):
+    return [item async for item in follow(lambda job: work(wish, job))]
+
+
+def test_what_a_lent_gpu_reports_and_returns_comes_back(durations):
+    items = asyncio.run(collect(lending.on_gpu(seconds=30)(count), 5))
+    assert durations == [30] and items[-1] == "counted to 5"
+    assert items[:-1] == sorted(items[:-1]) and set(items[:-1]) <= set(range(5))
+
+
+def test_a_mistake_keeps_its_sentence(durations):
+    with pytest.raises(StudioError, match="Wish for something"):
+        asyncio.run(collect(lending.on_gpu(seconds=30)(count), 0))
+
+
+def test_work_that_nobody_waits_for_stops():
+    seen = []
+
+    def endless(wish, job):
+        while not job.stopped:
+            job.report(len(seen))
+        seen.append("stopped")
+
+    steps = lending._items(endless, None)
+    next(steps)
+    steps.close()
+    assert seen == ["stopped"]
+
+
+def test_without_the_package_work_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(lending, "find_spec", lambda name: None)
+    assert not lending.is_lent() and lending.on_gpu(seconds=30)(count) is count
+
+
+def test_models_are_placed_where_gpus_are_lent_only(monkeypatch, durations):
+    placed = []
+    monkeypatch.setattr(lending, "get_pipeline", placed.append)
+    lending.place("emoji-ar")
+    monkeypatch.setattr(lending, "is_lent", lambda: False)
+    lending.place("emoji-ar")
+    assert placed == ["emoji-ar"]
