@@ -34,8 +34,8 @@ Quality of these weights, as `studio evaluate` measures it:
 """
 
 
-def write_card(recipe, settings, result, command, accelerator):
-    """Write `README.md` into the exported folder."""
+def write_card(recipe, settings, origin, result, command, accelerator):
+    """Write `README.md` into the exported folder; `origin` says in words what the run started from."""
     quality = "\n".join(
         f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
         for key, value in result["quality"].items()
@@ -44,7 +44,7 @@ def write_card(recipe, settings, result, command, accelerator):
         name=recipe.name,
         purpose=recipe.__doc__.strip().split("\n\n")[0].replace("\n", " "),
         command=command or f"studio train {recipe.name}",
-        init=settings.init_from or "random weights",
+        init=origin,
         data=recipe.data,
         steps=settings.steps,
         batch_size=settings.batch_size,

@@ -7,27 +7,20 @@ import shutil
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import T5Config, T5EncoderModel
 
-from studio.checkpoints.bundled import bundled_folder
 from studio.checkpoints.vocabulary import CONCEPTS_FILE
 from studio.data.archive import load_concepts
-from studio.data.captions import random_caption
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
-from studio.tokenizers.vq import VQTokenizer
-from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
+from studio.training.caption_tokenizer import known_words
+from studio.training.captioned_tokens import CAPTION_LENGTH, CaptionedTokens
+from studio.training.emoji_words import EmojiWords, read_text_encoder
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
-from studio.training.token_cache import training_tokens
-from studio.training.words import teach_words
 
-PLAN_SIZE = 4
-CAPTION_LENGTH = 16 + PLAN_SIZE**2
-TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 768, "num_layers": 2, "num_heads": 8}
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
 WORDS_SHARE = 1 / 3
-"""Steps of the text encoder before, over steps of the token model."""
+"""Steps of `emoji-words` before, over steps of the token model."""
 HIDING = 0.25
 """Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
 SAMPLING = {"default_guidance_scale": 3.0}
@@ -78,72 +71,57 @@ class TrainableGenerator(nn.Module):
 class EmojiAR(Recipe):
     """Draws an emoji from words: a small T5 encoder and a LlamaGen transformer over the tokens of `emoji-vq`.
 
-    Without `--init-from` the encoder learns first to plan pictures from their captions; then it stays as it is.
+    Without `--init-from` the text encoder is first made by `emoji-words`; from then on it stays as it is. A folder to
+    start from may hold a text encoder alone, such as another run of that recipe.
     """
 
     name = "emoji-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-vq"
     defaults = Defaults(steps=3000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
 
+    def first(self, steps):
+        return EmojiWords(), max(1, int(steps * WORDS_SHARE))
+
     def build(self, device):
-        folder = bundled_folder("emoji-vq")
-        self.image_tokenizer = VQTokenizer.from_pretrained(folder).to(device).eval()
-        self.drawn, self.tokens = training_tokens(self.image_tokenizer, folder / "diffusion_pytorch_model.safetensors")
-        self.tokenizer = train_caption_tokenizer(CAPTION_LENGTH, PLAN_SIZE**2)
-        text = T5Config(
-            vocab_size=len(self.tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0,
-            eos_token_id=1, **TEXT,
-        )  # fmt: skip
+        self.pictures = CaptionedTokens(device)
+        text_encoder, codebook = self.pictures.new_text_encoder(), self.pictures.image_tokenizer.codebook
         transformer = LlamaGen(
-            vocab_size=self.image_tokenizer.config.codebook_size,
-            grid_size=int(self.tokens.shape[1] ** 0.5),
-            caption_dim=text.d_model,
+            vocab_size=len(codebook),
+            grid_size=self.pictures.grid_size,
+            caption_dim=text_encoder.config.d_model,
             caption_length=CAPTION_LENGTH,
             **TRANSFORMER,
         )
-        return TrainableGenerator(T5EncoderModel(text), transformer, self.image_tokenizer.codebook).to(device)
-
-    def prepare(self, module, settings):
-        text_encoder, steps = module.text_encoder.requires_grad_(True), int(settings.steps * WORDS_SHARE)
-        teach_words(text_encoder, self.image_tokenizer.codebook, self.captioned, PLAN_SIZE, steps, settings.seed)
-        text_encoder.requires_grad_(False)
+        return TrainableGenerator(text_encoder, transformer, codebook).to(device)
 
     def optimizers(self, module, learning_rate):
         maps = [module.code_embedding, module.code_output]
         matrices = hidden_matrices(module.transformer.layers)
         return muon_and_adamw(module, matrices, learning_rate, tables=maps, tables_share=1.0)
 
-    def captioned(self, rng, number):
-        """`(input_ids, attention_mask, tokens)` of training pictures with random captions."""
-        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=number))
-        captions = [random_caption(*row, rng) for row in self.drawn[chosen].tolist()]
-        text = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=CAPTION_LENGTH, return_tensors="pt"
-        )
-        return text["input_ids"], text["attention_mask"], self.tokens[chosen]
-
     def batch(self, rng, batch_size, device):
-        input_ids, attention_mask, tokens = self.captioned(rng, batch_size)
+        batch = self.pictures.batch(rng, batch_size, device)
         hidden = rng.random((batch_size, 1)) * (rng.random((batch_size, 1)) < HIDING)
-        seen = rng.random((batch_size, self.tokens.shape[1] - 1)) >= hidden
-        return {
-            "input_ids": input_ids.to(device),
-            "attention_mask": attention_mask.to(device),
-            "tokens": tokens.to(device),
-            "seen": torch.from_numpy(seen).to(device),
-        }
+        seen = rng.random((batch_size, batch["tokens"].shape[1] - 1)) >= hidden
+        return {**batch, "seen": torch.from_numpy(seen).to(device)}
 
     def load(self, module, folder):
-        for part, name in ((module.text_encoder, "text_encoder"), (module.transformer, "transformer")):
-            weights = type(part).from_pretrained(folder / name, dtype=torch.float32)
-            part.load_state_dict(weights.state_dict())
+        module.text_encoder.load_state_dict(read_text_encoder(folder).state_dict())
+        if (folder / "transformer").is_dir():
+            weights = LlamaGen.from_pretrained(folder / "transformer", dtype=torch.float32)
+            module.transformer.load_state_dict(weights.state_dict())
 
     def export(self, module, folder):
         text_encoder, transformer = (
             part.to(torch.bfloat16).eval() for part in (copy.deepcopy(module.text_encoder), module.merged())
         )
         pipe = LlamaGenPipeline(
-            self.image_tokenizer, transformer, text_encoder, self.tokenizer, lowercase_prompts=True, **SAMPLING
+            self.pictures.image_tokenizer,
+            transformer,
+            text_encoder,
+            self.pictures.tokenizer,
+            lowercase_prompts=True,
+            **SAMPLING,
         )
         pipe.save_pretrained(folder)
         shutil.rmtree(folder / "image_tokenizer")

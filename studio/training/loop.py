@@ -50,7 +50,8 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     Args:
         recipe: the `Recipe`.
         settings: steps, pictures a step (over all processes), learning rate, seed, weights to start from.
-        out: folder of the run; the exported model is `out/model`, the state to resume from `out/state`.
+        out: folder of the run; the exported model is `out/model`, the state to resume from `out/state`. What the recipe
+            runs first, if it does, has the folder `out/first`.
         resume: go on from `out/state`; with the same settings the result equals an unbroken run's.
         command: the command line for the model card.
 
@@ -66,25 +67,29 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     if settings.batch_size % accelerator.num_processes:
         raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
     state_folder = _check_state(out, settings, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+    begun = resume and state_folder.exists()
+    start, origin, earlier = settings.init_from, settings.init_from or "random weights", 0.0
+    if start is None and (first := recipe.first(settings.steps)):
+        before = _settings_of(*first, settings.seed)
+        origin = f"{before.recipe}, {before.steps} steps of {before.batch_size} before"
+        if not begun:
+            made = train(first[0], before, out / "first", resume=_has_state(out / "first"), command=command)
+            start, earlier = made["folder"], made["seconds"]
+            accelerator.wait_for_everyone()
     set_seed(settings.seed, device_specific=True)
     module = recipe.build(accelerator.device)
-    if settings.init_from:
-        start = settings.init_from
+    if start:
         recipe.load(module, bundled_folder(start) if start in BUNDLED else Path(start))
-    prepared = time.monotonic()
-    if not (settings.init_from or resume):
-        recipe.prepare(module, settings)
-    prepared = time.monotonic() - prepared
     optimizers = recipe.optimizers(module, settings.learning_rate)
-    progress = Progress(prepared)
+    progress = Progress(earlier)
     wrapped, *optimizers = accelerator.prepare(module, *optimizers)
     rates = Rates(optimizers)
     accelerator.register_for_checkpointing(progress)
-    if resume:
+    if begun:
         accelerator.load_state(state_folder)
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
     bar = tqdm(
         total=settings.steps, initial=progress.step, unit="step", desc=recipe.name, file=sys.stderr,
         disable=not accelerator.is_main_process, mininterval=2,
@@ -124,7 +129,7 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
     if accelerator.is_main_process:
         _export(recipe, module, out / "model")
         result["quality"] = recipe.quality(out / "model")
-        write_card(recipe, settings, result, command, accelerator)
+        write_card(recipe, settings, origin, result, command, accelerator)
     return result
 
 
@@ -159,13 +164,23 @@ class Progress:
         self.mean = torch.tensor(state["mean"])
 
 
+def _settings_of(recipe, steps, seed):
+    """The settings of a run that another one begins with."""
+    return Settings(recipe.name, steps, recipe.defaults.batch_size, recipe.defaults.learning_rate, seed)
+
+
+def _has_state(out):
+    return (out / "state").exists()
+
+
 def _check_state(out, settings, resume):
     folder, stored = out / "state", out / "settings.json"
+    begun = _has_state(out) or _has_state(out / "first")
     if not resume:
-        if folder.exists():
+        if begun:
             raise StudioError(f"{out} holds an earlier run; add --resume to go on with it, or give another --out.")
         return folder
-    if not folder.exists() or not stored.exists():
+    if not begun or not stored.exists():
         raise StudioError(f"{out} holds no state to resume; start without --resume.")
     before = json.loads(stored.read_text())
     different = [key for key, value in asdict(settings).items() if before.get(key) != value]

@@ -36,8 +36,9 @@ class Recipe(ABC):
     def build(self, device: torch.device) -> torch.nn.Module:
         """The module whose parameters are trained; also prepares caches. Called once, after seeding."""
 
-    def prepare(self, module: torch.nn.Module, settings) -> None:  # noqa: B027
-        """What comes before the first step of a run from random weights, by its `Settings`; by default nothing."""
+    def first(self, steps: int) -> "tuple[Recipe, int] | None":
+        """A recipe, and for how many steps, that makes what a run of `steps` without `--init-from` starts from."""
+        return None
 
     def optimizers(self, module: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
         """AdamW with decay on matrices only, unless a recipe knows better."""

@@ -32,13 +32,14 @@ def training_tokens(tokenizer, weights, batch_size=256):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}.part")
         with open(partial, "wb") as stream:
-            np.save(stream, _encode(tokenizer, drawn, batch_size).astype(np.uint16))
+            np.save(stream, tokens_of(tokenizer, drawn, batch_size).astype(np.uint16))
         partial.replace(file)
     return torch.from_numpy(drawn), torch.from_numpy(np.load(file).astype(np.int64))
 
 
 @torch.inference_mode()
-def _encode(tokenizer, drawn, batch_size):
+def tokens_of(tokenizer, drawn, batch_size=256):
+    """Tokens (n, h * w) of combinations (n, 3), a NumPy array as those."""
     pictures = load_pictures(tokenizer.config.sample_size)
     parts = []
     for start in tqdm(range(0, len(drawn), batch_size), desc="tokens", unit="batch"):

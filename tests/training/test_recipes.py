@@ -3,39 +3,50 @@
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, T5EncoderModel
 
 from studio.checkpoints.loading import load
 from studio.data.splits import combinations
+from studio.errors import StudioError
 from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.mar import MARPipeline
+from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
+    captioned_tokens,
     emoji_1d,
     emoji_ar,
+    emoji_bridge,
     emoji_distilled,
     emoji_drafter,
     emoji_judge,
     emoji_kl,
+    emoji_mar,
+    emoji_mar_draft,
     emoji_tower,
     emoji_vlm,
     emoji_vq,
+    emoji_words,
+    latent_cache,
     pair_cache,
     token_cache,
 )
 from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
+from studio.training.recipe import Defaults
 from studio.training.recipes import RECIPES, run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tiny_folder):
+def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder):
     """Tiny networks, forty pictures, and no measuring."""
     few = combinations(held_out=False)[:40]
     monkeypatch.setattr(emoji_judge, "combinations", lambda held_out: few)
     monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
+    monkeypatch.setattr(latent_cache, "combinations", lambda held_out: few)
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(emoji_vq.CONFIG, "base_channels", 32)
     monkeypatch.setitem(emoji_vq.CONFIG, "codebook_size", 64)
@@ -44,6 +55,8 @@ def small(monkeypatch, tmp_path, tiny_folder):
     tiny = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
     monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, **tiny})
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(emoji_words.EmojiWords, "defaults", Defaults(steps=1, batch_size=4, learning_rate=8e-3))
+    monkeypatch.setattr(emoji_words, "FITTED_CAPTIONS", 64)
     monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
     monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
     monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
@@ -51,14 +64,22 @@ def small(monkeypatch, tmp_path, tiny_folder):
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
     monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
+    monkeypatch.setattr(emoji_mar, "IMAGE_TOKENIZER", str(tiny_mar_folder / "image_tokenizer"))
+    monkeypatch.setattr(emoji_mar, "TEXT", str(tiny_folder))
+    monkeypatch.setattr(emoji_mar_draft, "TARGET", str(tiny_mar_folder))
+    tiny_mar = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 32), ("depth", 1))}
+    for recipe in (emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_bridge.EmojiBridge):
+        monkeypatch.setattr(recipe, "sizes", {**recipe.sizes, **tiny_mar, "head_width": 32, "head_depth": 1})
+    monkeypatch.setitem(emoji_bridge.EmojiBridge.sizes, "head_heads", 2)
     tiny_row = {"num_tokens": 8, "codebook_size": 64, "pixel_base_channels": 8}
     for part in ("encoder", "decoder"):
         tiny_row |= {f"{part}_width": 32, f"{part}_layers": 1, f"{part}_heads": 2}
     monkeypatch.setattr(emoji_1d, "CONFIG", {**emoji_1d.CONFIG, **tiny_row})
     for recipe in (
-        emoji_1d.Emoji1D,
+        emoji_1d.Emoji1D, emoji_bridge.EmojiBridge,
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
-        emoji_kl.EmojiKL, emoji_tower.EmojiTower, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ,
+        emoji_kl.EmojiKL, emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_tower.EmojiTower,
+        emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
     ):  # fmt: skip
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
 
@@ -66,19 +87,25 @@ def small(monkeypatch, tmp_path, tiny_folder):
 KINDS = {
     "emoji-1d": OneDPieceTokenizer,
     "emoji-ar": LlamaGenPipeline,
+    "emoji-bridge": TokenBridgePipeline,
     "emoji-distilled": LlamaGenPipeline,
     "emoji-drafter": LlamaGenPipeline,
     "emoji-judge": Judge,
     "emoji-kl": KLTokenizer,
+    "emoji-mar": MARPipeline,
+    "emoji-mar-draft": MARPipeline,
     "emoji-tower": CLIPVisionModel,
     "emoji-vlm": VisualQuestionPipeline,
     "emoji-vq": VQTokenizer,
+    "emoji-words": T5EncoderModel,
 }
 
 
 def read(name, folder):
     if name == "emoji-tower":
         return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    if name == "emoji-words":
+        return T5EncoderModel.from_pretrained(f"{folder}/text_encoder", dtype=torch.float32)
     return load_judge(folder, "cpu") if name == "emoji-judge" else load(folder, device="cpu")
 
 
@@ -151,14 +178,37 @@ def test_the_maps_of_the_codebook_are_merged_into_the_tables(small):
     assert not torch.allclose(module(**batch), without, atol=1e-2)
 
 
-def test_words_come_before_the_first_step_from_random_weights_only(small, tmp_path, monkeypatch):
-    taught = []
-    monkeypatch.setattr(emoji_ar, "teach_words", lambda encoder, *rest: taught.append(rest[-2]))
-    start = run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2)["folder"]
-    assert taught == [1]
+def test_words_come_first_where_nothing_is_given(small, tmp_path):
+    out = tmp_path / "run"
+    start = run("emoji-ar", out=out, steps=3, batch_size=2)["folder"]
+    words = T5EncoderModel.from_pretrained(out / "first" / "model" / "text_encoder").state_dict()
+    for key, weight in load(start, device="cpu").text_encoder.state_dict().items():
+        assert torch.equal(weight, words[key].float()), key
+    assert "emoji-words, 1 steps of 4 before" in (out / "model" / "README.md").read_text()
     run("emoji-ar", out=tmp_path / "further", steps=3, batch_size=2, init_from=start)
-    run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2, resume=True)
-    assert taught == [1]
+    assert not (tmp_path / "further" / "first").exists()
+
+
+def test_a_run_that_ended_in_its_first_part_goes_on(small, tmp_path, monkeypatch):
+    def stop(self, device):
+        raise KeyboardInterrupt
+
+    whole = run("emoji-ar", out=tmp_path / "whole", steps=3, batch_size=2)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(emoji_ar.EmojiAR, "build", stop)
+        run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2)
+    with pytest.raises(StudioError, match="--resume"):
+        run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2)
+    resumed = run("emoji-ar", out=tmp_path / "run", steps=3, batch_size=2, resume=True)
+    assert resumed["loss"] == whole["loss"]
+
+
+def test_a_token_model_starts_from_words_alone(small, tmp_path):
+    words = run("emoji-words", out=tmp_path / "words", steps=2, batch_size=4)["folder"]
+    pipe = load(run("emoji-ar", out=tmp_path / "run", steps=1, batch_size=2, init_from=words)["folder"], device="cpu")
+    taught = read("emoji-words", words).state_dict()
+    for key, weight in pipe.text_encoder.state_dict().items():
+        assert torch.equal(weight, taught[key]), key
 
 
 def test_tokens_are_cached_by_weights(small, tiny_vq, tmp_path, monkeypatch):
@@ -166,7 +216,7 @@ def test_tokens_are_cached_by_weights(small, tiny_vq, tmp_path, monkeypatch):
     weights = tmp_path / "vq" / "diffusion_pytorch_model.safetensors"
     drawn, tokens = token_cache.training_tokens(tiny_vq, weights)
     assert drawn.shape == (40, 3) and tokens.shape == (40, 16)
-    monkeypatch.setattr(token_cache, "_encode", None)
+    monkeypatch.setattr(token_cache, "tokens_of", None)
     assert torch.equal(token_cache.training_tokens(tiny_vq, weights)[1], tokens)
     weights.write_bytes(b"other weights")
     with pytest.raises(TypeError):
@@ -177,10 +227,10 @@ def test_every_full_caption_fits_and_is_told_apart():
     from studio.data.archive import load_concepts
     from studio.data.captions import full_caption
 
-    tokenizer = train_caption_tokenizer(emoji_ar.CAPTION_LENGTH, emoji_ar.PLAN_SIZE**2)
+    tokenizer = train_caption_tokenizer(captioned_tokens.CAPTION_LENGTH, captioned_tokens.PLAN_SIZE**2)
     captions = [full_caption(concept.index, 0, 5) for concept in load_concepts()]
     ids = tokenizer(captions)["input_ids"]
-    assert max(map(len, ids)) <= emoji_ar.CAPTION_LENGTH
+    assert max(map(len, ids)) <= captioned_tokens.CAPTION_LENGTH
     assert len({tuple(row) for row in ids}) == len({caption.lower() for caption in captions})
     assert tokenizer("A Red APPLE!")["input_ids"] == tokenizer("a red apple")["input_ids"]
     assert {"apple", "heart", "eyes", "heart-eyes"} <= set(known_words())
