@@ -63,6 +63,38 @@ class TokenBridgePipeline(ConditionalPipeline):
             lowercase_prompts=lowercase_prompts,
         )
 
+    def check_call(
+        self,
+        prompt=None,
+        *,
+        class_labels=None,
+        num_images_per_prompt=1,
+        guidance_scale=None,
+        temperature=None,
+        top_k=0,
+        top_p=1.0,
+        decoding=None,
+        output_type="pil",
+        callback_inputs=("tokens",),
+    ) -> tuple[float, Sampling, DimensionWise]:
+        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+
+        Returns:
+            What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
+        """
+        config = self.config
+        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.check_condition(prompt, class_labels)
+        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
+        if decoding is not None and not isinstance(decoding, DimensionWise):
+            raise StudioError(f"TokenBridge draws with DimensionWise (bridge) decoding, not {type(decoding).__name__}.")
+        settings = (decoding or DimensionWise()).filled(steps=config.default_num_steps)
+        settings.plan(self.transformer.num_tokens)
+        sampling = Sampling(config.default_temperature if temperature is None else temperature, top_k, top_p)
+        return guidance_scale or 1.0, sampling, settings
+
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
         """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
@@ -97,7 +129,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         Args:
             prompt: words, for a text-conditional model.
             class_labels: class numbers, for a class-conditional model.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 turns it off.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 (or 0) turns it off.
             temperature: 0 takes the likeliest level each time.
             top_k, top_p: keep the k likeliest levels (0: all), or those that hold probability p (1: all).
             generator: one for all pictures, or a list with one for each.
@@ -110,17 +142,19 @@ class TokenBridgePipeline(ConditionalPipeline):
 
         Errors: `StudioError` for arguments that cannot be used, and for parts that do not fit.
         """
-        config = self.config
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_condition(prompt, class_labels)
-        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
-        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
-        if decoding is not None and not isinstance(decoding, DimensionWise):
-            raise StudioError(f"TokenBridge draws with DimensionWise decoding, not {type(decoding).__name__}.")
-        settings = (decoding or DimensionWise()).filled(steps=config.default_num_steps)
+        guidance_scale, sampling, settings = self.check_call(
+            prompt,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            decoding=decoding,
+            output_type=output_type,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
         plan = settings.plan(self.transformer.num_tokens)
-        sampling = Sampling(config.default_temperature if temperature is None else temperature, top_k, top_p)
         self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):

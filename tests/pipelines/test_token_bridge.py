@@ -41,6 +41,8 @@ def test_classes_become_pictures():
     assert [image.size for image in out.images] == [(6, 6)] * 4
     assert out.tokens.shape == (4, 9, 4) and out.tokens.min() >= 0 and out.tokens.max() < 5
     assert out.stats.target_calls == 4 and out.stats.tokens == 4 * 36 and out.stats.mean_accepted_length == 9 / 4
+    scale, sampling, settings = pipe.check_call(class_labels=2, guidance_scale=0)
+    assert (scale, sampling.temperature, settings.steps) == (1.0, 1.0, 4)
     single = pipe(class_labels=2, generator=seeded(2), guidance_scale=2.0, output_type="tokens").tokens[0]
     assert torch.equal(single, out.tokens[2])
     array = pipe(class_labels=1, output_type="np", decoding=DimensionWise(steps=2))
@@ -72,11 +74,14 @@ def test_a_callback_sees_steps_and_stops():
 def test_words_become_pictures(tiny_pipeline):
     pipe = pipeline(num_classes=None, caption_dim=16, caption_length=8)
     pipe.register_modules(text_encoder=tiny_pipeline.text_encoder, tokenizer=tiny_pipeline.tokenizer)
-    one, other = (
-        pipe(words, generator=seeded(0), temperature=0, guidance_scale=5.0, output_type="tokens").tokens
-        for words in ("a red apple", "blue sky")
-    )
-    assert not torch.equal(one, other)
+    drawn = pipe("a red apple", num_images_per_prompt=2, generator=seeded(0, 1), guidance_scale=5.0)
+    assert drawn.tokens.shape == (2, 9, 4) and drawn.images[1].size == (6, 6)
+    with torch.no_grad():
+        one, other = (
+            pipe.transformer.embed_condition(**pipe.condition(words, None, 1))[0]
+            for words in ("a red apple", "blue sky")
+        )
+    assert (one - other).abs().max() > 0.1
     with pytest.raises(StudioError, match="no class_labels"):
         pipe("a red apple", class_labels=1)
 
@@ -91,8 +96,9 @@ def test_refused():
         ({"class_labels": 0, "temperature": -1.0}, "temperature"),
         ({"class_labels": 0, "output_type": "jpg"}, "output_type"),
     ):
-        with pytest.raises(StudioError, match=words):
-            pipe(**options)
+        for call in (pipe, pipe.check_call):
+            with pytest.raises(StudioError, match=words):
+                call(**options)
     other = TokenBridgePipeline(pipe.image_tokenizer.with_levels(8), pipe.transformer)
     with pytest.raises(StudioError, match="levels 8, the transformer 5"):
         other(class_labels=0)
