@@ -1,11 +1,17 @@
 """The loop on a real tiny model: greedy equals plain, batches equal singles, 200,000 pictures have the exact law."""
 
-from itertools import product
+import sys
+from itertools import permutations, product
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from laws import distance  # noqa: E402
+
 from studio import LlamaGen, StudioError
+from studio.decoding import recycling
 from studio.decoding import speculative as loop
 from studio.decoding.autoregressive import Autoregressive, autoregressive
 from studio.decoding.drafter_drafts import DrafterDrafts
@@ -190,7 +196,7 @@ SEED, SEQUENCES, LEVEL = 5, 200_000, 1e-3
 BATCH, GUIDANCE, FILTERS = 10_000, 2.0, Sampling(temperature=0.9, top_k=4)
 
 
-def exact_law(model, label):
+def exact_law(model, label, sampling=FILTERS):
     """The joint law (V**4,) of a picture of 2 x 2 tokens, from the training forward."""
     vocab, n = model.config.vocab_size, model.num_tokens
     sequences = torch.tensor(list(product(range(vocab), repeat=n)))
@@ -202,8 +208,112 @@ def exact_law(model, label):
         )
     for place in range(n):
         logits = null[:, place] + GUIDANCE * (conditional[:, place] - null[:, place])
-        law *= FILTERS.probabilities(logits).double().gather(1, sequences[:, place, None])[:, 0]
+        law *= sampling.probabilities(logits).double().gather(1, sequences[:, place, None])[:, 0]
     return law
+
+
+class Choices:
+    """One course of a random program: what `choose` returns is forced, then the first that can be."""
+
+    def __init__(self, forced):
+        self.forced, self.others, self.probability, self.made = forced, [], 1.0, 0
+
+    def choose(self, chances):
+        possible = [number for number, chance in enumerate(chances) if chance > 0]
+        taken = self.forced[self.made] if self.made < len(self.forced) else possible[0]
+        if self.made >= len(self.forced):
+            self.others += [(self.made, number) for number in possible[1:]]
+            self.forced = [*self.forced, taken]
+        self.made += 1
+        self.probability *= chances[taken] / sum(chances)
+        return taken
+
+
+def all_courses(run):
+    """`(result, probability)` of every course of `run(choices)`."""
+    pending = [[]]
+    while pending:
+        choices = Choices(pending.pop())
+        yield run(choices), choices.probability
+        pending += [[*choices.forced[:place], number] for place, number in choices.others]
+
+
+def proposals_of(drafting, propose, progress):
+    """Every tree that recycled draws can make now, with its probability: each order of the candidates wins once."""
+    orders = list(permutations(range(drafting.kept)))
+    found = {}
+    for chosen in product(orders, repeat=len(drafting.shape.expanded)):
+        races = torch.tensor([[1e6 ** order.index(slot) for slot in range(drafting.kept)] for order in chosen])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recycling, "exponential_noise", lambda *_, races=races: races)
+            tree = propose(progress)
+        probability = 1.0
+        for node, below in enumerate(tree.children[0]):
+            left = tree.proposals[0, tree.proposal_rows[node]].double() if below else None
+            for child in below:
+                token = int(tree.tokens[0, child])
+                probability *= float(left[token] / left.sum())
+                left[token] = 0
+        found[str((tree.tokens.tolist(), tree.parents.tolist()))] = (tree, probability)
+    return list(found.values())
+
+
+def enumerated_law(model, settings, monkeypatch, *, spoil=False):
+    """The joint law of a picture drawn by the loop itself, over everything that chance can do in it."""
+    law = torch.zeros(model.config.vocab_size**model.num_tokens, dtype=torch.float64)
+    weights = model.config.vocab_size ** torch.arange(model.num_tokens - 1, -1, -1)
+    verify, propose = loop.verify, recycling._RecycledDraws.propose
+
+    def run(choices):
+        def drawn(rows):
+            return torch.tensor([choices.choose(rows[0].double().tolist())])
+
+        def tested(tree, logits, uniforms, sampling, relaxation):
+            numbers = torch.full_like(uniforms, 2.0)
+            for place in range(numbers.shape[1] + 1):
+                verdict = verify(tree, logits, numbers, sampling, relaxation)
+                if len(verdict.ratios[0]) <= place:
+                    break
+                passes = min(1.0, verdict.ratios[0][place])
+                numbers[0, place] = (2.0, -1.0)[choices.choose([1 - passes, passes])]
+            if spoil:
+                verdict.law = sampling.probabilities(logits[:, verdict.last[0]])
+            return verdict
+
+        def proposed(drafting, progress):
+            trees = proposals_of(drafting, lambda progress: propose(drafting, progress), progress)
+            assert sum(probability for _, probability in trees) == pytest.approx(1)
+            return trees[choices.choose([probability for _, probability in trees])][0]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "verify", tested)
+            patch.setattr(loop, "sample_rows", lambda rows, generators: drawn(rows))
+            patch.setattr(Sampling, "draw", lambda self, logits, generators: drawn(self.probabilities(logits)))
+            patch.setattr(recycling._RecycledDraws, "propose", proposed)
+            call = {"sampling": FLAT, "guidance_scale": GUIDANCE, "settings": settings}
+            return speculative(model, {"class_labels": torch.tensor([4])}, generators=streams(0), **call)
+
+    accepted = 0
+    for result, probability in all_courses(run):
+        law[(result.tokens[0] * weights).sum()] += probability
+        accepted += result.mean_accepted_length > 1
+    assert accepted > 0 and float(law.sum()) == pytest.approx(1)
+    return law
+
+
+FLAT = Sampling(temperature=4.0)
+
+
+@pytest.mark.parametrize("name", ["recycling", "recycled-draws", "ngram"])
+def test_the_law_by_enumeration(name, monkeypatch):
+    """Every draft, test and draw of the whole loop: total variation below 1e-5; without the residual it is not."""
+    model = tiny(vocab_size=3, grid_size=2, seed=3)
+    tree = StaticTree(((0,), (1,), (0, 0)))
+    few = {"recycling": Recycling(tree), "recycled-draws": Recycling(tree, drawn=True, candidates=2)}
+    settings = Speculative(drafts=few.get(name) or NGram(longest=2, branches=2, levels=2))
+    law = exact_law(model, 4, FLAT)
+    assert distance(enumerated_law(model, settings, monkeypatch), law) < 1e-5
+    assert distance(enumerated_law(model, settings, monkeypatch, spoil=True), law) > 1e-2
 
 
 def counts_of(model, settings, label):
