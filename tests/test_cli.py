@@ -183,7 +183,7 @@ def test_auto_takes_the_fastest_that_was_measured_here(run, student_folder, tmp_
         code, out, err = run(*call, *options)
         assert code == 0 and json.loads(out)["decoding"] == name, err
         assert f"auto: {name}" in err
-    refused(run(*call, "--tolerance", 2), "tolerance")
+    refused(run(*call[:-1], "--tolerance", 2), "tolerance")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,14 @@ def test_what_cannot_draw_is_refused(tmp_path, model):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_without_words_is_refused(tmp_path):
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes/model_index.json").write_text('{"text_encoder": [null, null]}')
+    with pytest.raises(StudioError, match="text encoder"):
+        space.build_space(tmp_path / "space", model=str(tmp_path / "classes"))
+    assert [path.name for path in tmp_path.iterdir()] == ["classes"]
+
+
 def test_without_constraints_a_space_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(space, "ROOT", tmp_path)
     with pytest.raises(StudioError, match="checkout"):

@@ -61,11 +61,13 @@ def fastest(rows: list[dict], pictures: int, dtype: str, tolerance: float) -> di
     rows = [row for row in rows if row["batch"] == batch]
     floor = (rows[0]["judge_top1"] or 0.0) - tolerance
     allowed = [
-        row
-        for row in rows
-        if row["decoding"] in LOSSLESS or (row["judge_top1"] is not None and row["judge_top1"] >= floor)
+        row for row in rows if _keeps_the_law(row) or (row["judge_top1"] is not None and row["judge_top1"] >= floor)
     ]
     return min(allowed, key=lambda row: row["seconds_per_image"])
+
+
+def _keeps_the_law(row):
+    return row["decoding"] in LOSSLESS or row["settings"].get("mode") == "exact"
 
 
 def _path(model, device):

@@ -143,9 +143,7 @@ class _Facts:
 
     def _count(self, rng):
         subject = int(rng.choice(list(self.counts)))
-        return Question(
-            "count", f"How many times is there {article(self.names[subject])}?", str(self.counts[subject])
-        )
+        return Question("count", f"How many times is there {article(self.names[subject])}?", str(self.counts[subject]))
 
     def _background(self, rng):
         subject, _, background = self.things[int(rng.choice(self.single))]

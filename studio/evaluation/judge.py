@@ -101,9 +101,7 @@ class Judge(ModelMixin, ConfigMixin):
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         features = self.feature_norm(self.features(self.body(images)))
-        return Verdict(
-            self.concept_head(features), self.style_head(features), self.background_head(features), features
-        )
+        return Verdict(self.concept_head(features), self.style_head(features), self.background_head(features), features)
 
 
 def is_judge(name):

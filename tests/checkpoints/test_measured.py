@@ -41,6 +41,8 @@ def test_fastest(pictures, tolerance, seconds):
 def test_what_nobody_judged_is_no_choice_unless_it_is_lossless():
     rows = [row("ar", 1.0, None), row("speculative", 0.9, None), row("lantern", 0.5, None, delta=0.1)]
     assert fastest(rows, 1, "float32", 1.0)["decoding"] == "speculative"
+    rows = [row("mar", 1.0, 0.6), row("cspd", 0.7, 0.5, mode="exact"), row("cspd", 0.5, 0.5, mode="relaxed")]
+    assert fastest(rows, 1, "float32", 0.01)["seconds_per_image"] == 0.7
 
 
 def test_refusals():

@@ -9,6 +9,7 @@ from studio.evaluation import evaluate
 SAMPLES = 70
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures(tiny_folder, together):
     first, second = together("-m", "studio", "evaluate", tiny_folder, "--samples", SAMPLES, "--json")
     (said, errors), (also_said, _) = first.communicate(timeout=900), second.communicate(timeout=900)

@@ -52,6 +52,7 @@ def test_what_is_exported_draws_and_is_measured_in_one_call(small, tiny_folder, 
     assert pipe.student.config.num_layers == pipe.transformer.config.num_layers
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_student_and_resumes(small, tmp_path):
     start = run("emoji-distilled", out=tmp_path / "run", steps=1, batch_size=2)["folder"]
     further = run("emoji-distilled", out=tmp_path / "on", steps=1, batch_size=2, learning_rate=1e-12, init_from=start)
