@@ -23,7 +23,7 @@ WORDS_SHARE = 1 / 3
 """Steps of `emoji-words` before, over steps of the token model."""
 HIDING = 0.25
 """Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
-SAMPLING = {"default_guidance_scale": 3.0}
+SAMPLING = {"default_guidance_scale": 3.0, "default_temperature": 0.7}
 
 
 class TrainableGenerator(nn.Module):

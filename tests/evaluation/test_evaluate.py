@@ -23,7 +23,7 @@ def test_the_bundled_pipeline_draws_style_and_background_of_the_captions():
     }  # fmt: skip
     assert quality["samples"] == 100
     assert quality["background_accuracy"] >= 0.9 and quality["style_accuracy"] >= 0.6
-    assert quality["judge_top5"] >= quality["judge_top1"] >= 0.05
+    assert quality["judge_top5"] >= quality["judge_top1"] >= 0.1
 
 
 def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
