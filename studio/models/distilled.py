@@ -45,7 +45,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
     Args:
         vocab_size, code_dim: size V and width C of the codebook.
         dim, num_layers, num_heads, num_kv_heads, ffn_dim, grid_size, num_classes, caption_dim, caption_length,
-            norm_eps, rope_base, prefix_rope: as of the teacher, a `LlamaGen`.
+            norm_eps, rope_base, prefix_rope, plan_size: as of the teacher, a `LlamaGen`.
         split: tokens taken from the logits by default; those behind it are left to the regression head (None: none).
 
     Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
@@ -72,6 +72,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         rope_base: float = 10000.0,
         prefix_rope: str = "zero",
         split: int | None = None,
+        plan_size: int = 0,
     ):
         super().__init__()
         if (num_classes is None) == (caption_dim is None):

@@ -37,22 +37,33 @@ def default_ffn_dim(dim: int) -> int:
     return -(-hidden // 256) * 256
 
 
-def rope_table(grid_size: int, head_dim: int, prefix_length: int, base: float, prefix_rope: str) -> torch.Tensor:
+def rope_table(
+    grid_size: int, head_dim: int, prefix_length: int, base: float, prefix_rope: str, plan_size: int = 0
+) -> torch.Tensor:
     """Rotation (cos, sin) for every position: (prefix_length + grid_size**2, head_dim // 2, 2), float32.
 
     An image token in cell (row, column) turns the first half of its pairs by row and the second half by column. Prefix
     positions get cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation
-    ("identity").
+    ("identity"). The last `plan_size**2` of them stand for regions of the grid, in raster order. Each is turned like
+    the middle of its region less one column, since a cell's state draws the cell behind it.
     """
     half = head_dim // 2
     frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
-    angles = torch.outer(torch.arange(grid_size).float(), frequencies)
-    rows = angles[:, None, :].expand(grid_size, grid_size, -1)
-    columns = angles[None, :, :].expand(grid_size, grid_size, -1)
-    image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
+
+    def turned(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        angles = [torch.outer(places.flatten(), frequencies) for places in torch.meshgrid(rows, columns, indexing="ij")]
+        return torch.cat(angles, dim=-1)
+
+    cells = torch.arange(grid_size).float()
+    image = turned(cells, cells)
     prefix = torch.zeros(prefix_length, half, 2)
     if prefix_rope == "identity":
         prefix[..., 0] = 1.0
+    if plan_size:
+        cells = grid_size / plan_size
+        middles = torch.arange(plan_size) * cells + (cells - 1) / 2
+        plan = turned(middles, middles - 1)
+        prefix[-(plan_size**2) :] = torch.stack((plan.cos(), plan.sin()), dim=-1)
     return torch.cat((prefix, torch.stack((image.cos(), image.sin()), dim=-1)))
 
 
@@ -194,6 +205,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
         num_classes: classes without the null class.
         caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
         prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
+        plan_size: side of a grid of regions; the last `plan_size**2` caption vectors say what belongs into each, and
+            get its place. 0: none, as in released weights; this is our addition.
         class_dropout: share of conditions replaced by the null condition in training.
         dropout: after the embeddings, the attention output and the feed-forward output, in training.
 
@@ -218,6 +231,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         prefix_rope: str = "zero",
         class_dropout: float = 0.1,
         dropout: float = 0.1,
+        plan_size: int = 0,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -232,6 +246,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
             )
         if prefix_rope not in ("zero", "identity"):
             raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
+        if plan_size and not (caption_length and 0 < plan_size**2 <= caption_length and plan_size <= grid_size):
+            raise StudioError(f"A plan of {plan_size} x {plan_size} regions does not fit the captions and the grid.")
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
@@ -286,6 +302,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
                 self.prefix_length,
                 self.config.rope_base,
                 self.config.prefix_rope,
+                self.config.plan_size,
             )
             self._rope = table.to(self.device)
         return self._rope

@@ -13,7 +13,7 @@ from studio.data.archive import load_concepts
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.training.caption_tokenizer import known_words
-from studio.training.captioned_tokens import CAPTION_LENGTH, CaptionedTokens
+from studio.training.captioned_tokens import CAPTION_LENGTH, PLAN_SIZE, CaptionedTokens
 from studio.training.emoji_words import EmojiWords, read_text_encoder
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
@@ -90,6 +90,7 @@ class EmojiAR(Recipe):
             grid_size=self.pictures.grid_size,
             caption_dim=text_encoder.config.d_model,
             caption_length=CAPTION_LENGTH,
+            plan_size=PLAN_SIZE,
             **TRANSFORMER,
         )
         return TrainableGenerator(text_encoder, transformer, codebook).to(device)

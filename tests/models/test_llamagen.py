@@ -5,6 +5,7 @@ import torch
 
 from studio import LlamaGen, StudioError
 from studio.models.kv_cache import KVCache
+from studio.models.llamagen import rope_table
 
 SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4}
 
@@ -128,3 +129,23 @@ def test_packed_view_without_blocked_products(monkeypatch):
         logits = network.extend(tokens, cache)
         expected = model(tokens, class_labels=labels)[:, 1:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_plan_stands_where_its_regions_are():
+    """Rotations add up: the turn between a cell and its region's plan vector depends on their distance alone."""
+    plain, planned = (rope_table(4, 16, 7, 10000.0, "identity", size) for size in (0, 2))
+    assert torch.equal(plain[:3], planned[:3]) and torch.equal(plain[7:], planned[7:])
+    turns = torch.view_as_complex(planned)
+    plan, cells = turns[3:7].view(2, 2, -1), turns[7:].view(4, 4, -1)
+    for row in range(2):
+        for column in range(2):
+            middle = (cells[2 * row, 2 * column] * cells[2 * row + 1, 2 * column + 1]) / cells[0, 1]
+            assert torch.allclose(plan[row, column] ** 2, middle / cells[0, 1], atol=1e-6)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    for wrong in ({"caption_length": 3, "plan_size": 2}, {"caption_length": 99, "plan_size": 9}):
+        with pytest.raises(StudioError, match="plan"):
+            tiny(caption_dim=16, **wrong)
+    with pytest.raises(StudioError, match="plan"):
+        tiny(num_classes=3, plan_size=1)
