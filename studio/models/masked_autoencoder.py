@@ -99,7 +99,8 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
 
     These are `grid_size`, `token_dim`, `encoder_dim`, `encoder_depth`, `encoder_heads`, `decoder_dim`, `decoder_depth`,
     `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size` and `dropout`; `class_dropout` is read in training. A
-    model that reads words has `num_classes` None, and `caption_dim`, the width of text states.
+    model that reads words has `num_classes` None, and `caption_dim`, the width of text states. A subclass has
+    `head_places`, vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the end.
 
     Errors: `StudioError` for sizes that do not fit together.
     """
@@ -149,11 +150,6 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
     def num_tokens(self) -> int:
         """Tokens of one picture L."""
         return self.config.grid_size**2
-
-    @property
-    def head_places(self) -> nn.Parameter:
-        """Vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the end."""
-        raise NotImplementedError
 
     def dropped_rows(self, rows: int) -> torch.Tensor | None:
         """Which of so many rows get the null class (rows,) bool: in training a share of `class_dropout`, else None."""

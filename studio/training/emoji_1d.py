@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -10,7 +9,7 @@ from studio.data.archive import load_pictures
 from studio.data.splits import concepts
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.training.emoji_vq import random_pictures, reconstruction_loss
-from studio.training.export import save_bf16
+from studio.training.learned_codebook import export_with_codebook, load_with_codebook
 from studio.training.muon import muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 
@@ -83,17 +82,10 @@ class Emoji1D(Recipe):
         return {"images": images.to(device), "lengths": torch.from_numpy(lengths)}
 
     def load(self, module, folder):
-        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-        module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
-        codes = module.quantizer._codebook
-        codes.embed.copy_(module.tokenizer.codebook)
-        codes.embed_avg.copy_(codes.embed)
-        codes.cluster_size.fill_(1)  # as after a step that used each code once: none of them is dead
+        load_with_codebook(module, folder)
 
     def export(self, module, folder):
-        with torch.no_grad():
-            module.tokenizer.quantize.embedding.weight.copy_(module.quantizer.codebook)
-        save_bf16(module.tokenizer, folder)
+        export_with_codebook(module, folder)
 
     def quality(self, folder):
         from studio.evaluation.tokenizers import evaluate_tokenizer

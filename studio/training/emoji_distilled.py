@@ -16,10 +16,9 @@ from torch import nn
 
 from studio.checkpoints.loading import load
 from studio.decoding.distilled import Distilled, spread_times, trajectory
-from studio.errors import StudioError
 from studio.evaluation.generators import evaluate_generator
 from studio.models.distilled import DistilledStudent
-from studio.training.export import copy_with_component
+from studio.training.export import copy_with_component, load_component
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.pair_cache import Pairs
 from studio.training.recipe import Defaults, Recipe
@@ -86,10 +85,7 @@ class EmojiDistilled(Recipe):
         return {"noise": noise, **self.pairs.condition(list(captions))}
 
     def load(self, module, folder):
-        if not (folder / "student").is_dir():
-            raise StudioError(f"{folder} has no student to start from: start without --init-from.")
-        student = DistilledStudent.from_pretrained(folder / "student", dtype=torch.float32)
-        module.student.load_state_dict(student.state_dict())
+        load_component(module.student, folder, "student")
 
     def export(self, module, folder):
         copy_with_component(self.pairs.pipe.name_or_path, folder, "student", module.student)

@@ -18,12 +18,11 @@ from torch import nn
 
 from studio.checkpoints.loading import load
 from studio.data.captions import full_caption, random_caption
-from studio.data.splits import combinations
 from studio.decoding.speculative import Speculative
-from studio.errors import StudioError
+from studio.evaluation.judge import draw_combinations
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.training.export import copy_with_component
+from studio.training.export import copy_with_component, load_component
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 from studio.training.token_cache import training_tokens
@@ -109,10 +108,7 @@ class EmojiDrafter(Recipe):
         }
 
     def load(self, module, folder):
-        if not (folder / "drafter").is_dir():
-            raise StudioError(f"{folder} has no drafter to start from: start without --init-from.")
-        weights = Drafter.from_pretrained(folder / "drafter", dtype=torch.float32)
-        module.drafter.load_state_dict(weights.state_dict())
+        load_component(module.drafter, folder, "drafter")
 
     def export(self, module, folder):
         copy_with_component(self.pipe.name_or_path, folder, "drafter", module.drafter)
@@ -121,8 +117,7 @@ class EmojiDrafter(Recipe):
         """How many tokens a call of the target brings, over held-out captions drawn with their own seeds."""
         pipe = load(folder, device=self.pipe.device)
         pipe.set_progress_bar_config(disable=True)
-        rows = np.array(combinations(held_out=True))
-        chosen = rows[np.random.default_rng(0).integers(len(rows), size=MEASURED)]
+        chosen = draw_combinations(MEASURED, np.random.default_rng(0))
         generators = [torch.Generator().manual_seed(seed) for seed in range(MEASURED)]
         drawn = pipe(
             [full_caption(*row) for row in chosen.tolist()],

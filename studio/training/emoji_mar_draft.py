@@ -15,13 +15,12 @@ from torch import nn
 
 from studio.checkpoints.loading import load
 from studio.data.captions import full_caption
-from studio.data.splits import combinations
 from studio.decoding.continuous_speculative import ContinuousSpeculative
-from studio.errors import StudioError
+from studio.evaluation.judge import draw_combinations
 from studio.models.mar import MAR
 from studio.models.masked_autoencoder import take_rows
 from studio.training.emoji_mar import SIZES, EmojiMAR, mar_optimizers
-from studio.training.export import copy_with_component
+from studio.training.export import copy_with_component, load_component
 from studio.training.ingredients import ingredient
 from studio.training.recipe import Defaults
 
@@ -96,10 +95,7 @@ class EmojiMARDraft(EmojiMAR):
         return mar_optimizers(module.drafter, module, learning_rate)
 
     def load(self, module, folder):
-        if not (folder / "drafter").is_dir():
-            raise StudioError(f"{folder} has no drafter to start from: start without --init-from.")
-        weights = MAR.from_pretrained(folder / "drafter", dtype=torch.float32)
-        module.drafter.load_state_dict(weights.state_dict())
+        load_component(module.drafter, folder, "drafter")
 
     def export(self, module, folder):
         copy_with_component(self.pipe.name_or_path, folder, "drafter", module.drafter)
@@ -108,8 +104,7 @@ class EmojiMARDraft(EmojiMAR):
         """What share of its drafts the target accepts, over held-out captions drawn with their own seeds."""
         pipe = load(folder, device=self.pipe.device)
         pipe.set_progress_bar_config(disable=True)
-        rows = np.array(combinations(held_out=True))
-        chosen = rows[np.random.default_rng(0).integers(len(rows), size=MEASURED)]
+        chosen = draw_combinations(MEASURED, np.random.default_rng(0))
         captions = [full_caption(*row) for row in chosen.tolist()]
         measured = {}
         for mode in ("exact", "relaxed"):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from studio.data.captions import full_caption
-from studio.data.splits import combinations
+from studio.evaluation.judge import draw_combinations
 from studio.training.captioned_tokens import PLAN_SIZE, CaptionedTokens
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
@@ -110,8 +110,7 @@ class EmojiWords(Recipe):
         device = self.codebook.device
         module = self.guess(read_text_encoder(folder)).to(device).eval()
         self.load(module, folder)
-        rng = np.random.default_rng(0)
-        rows = rng.permutation(np.array(combinations(held_out=True)))[:MEASURED]
+        rows = draw_combinations(MEASURED, np.random.default_rng(0))
         text = self.pictures.encode([full_caption(*row) for row in rows.tolist()])
         text = {name: part.to(device) for name, part in text.items()}
         codes = self.codebook[torch.from_numpy(tokens_of(self.pictures.image_tokenizer, rows)).to(device)]

@@ -6,6 +6,8 @@ import shutil
 
 import torch
 
+from studio.errors import StudioError
+
 
 def save_bf16(model, folder):
     """`save_pretrained` of a bfloat16 copy of a diffusers or transformers model."""
@@ -20,3 +22,11 @@ def copy_with_component(pipeline, folder, name, module):
     index = json.loads(file.read_text(encoding="utf-8"))
     index[name] = [type(module).__module__, type(module).__name__]
     file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_component(module, folder, name):
+    """Start a module from the component of that name in a pipeline's folder; `StudioError` where there is none."""
+    if not (folder / name).is_dir():
+        raise StudioError(f"{folder} has no {name} to start from: start without --init-from.")
+    weights = type(module).from_pretrained(folder / name, dtype=torch.float32)
+    module.load_state_dict(weights.state_dict())
