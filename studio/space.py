@@ -33,7 +33,7 @@ models: [{models}]
 ---
 # {title}
 
-Draws pictures from words with token-based image models, before your eyes, and answers questions about pictures.
+Draws pictures from words with token-based image models, before your eyes.
 Everything that `{model}` needs is in this Space{origin}. Run it anywhere:
 
 ```sh

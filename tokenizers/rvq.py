@@ -100,7 +100,11 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
     @property
     def bits_per_token(self) -> float:
         """Bits that name one code of a stack, log2 K, on average over the levels."""
-        return sum(math.log2(len(table)) for table in self.codebooks) / self.config.depth
+        return self.bits_of_stack(self.config.depth) / self.config.depth
+
+    def bits_of_stack(self, depth: int) -> float:
+        """Bits that name the codes of a cell at its first `depth` levels."""
+        return sum(math.log2(len(self.codebooks[level])) for level in range(depth))
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (B, channels, H, W) in [-1, 1] to vectors before quantisation (B, h, w, C).

@@ -45,6 +45,7 @@ DTYPES = {
 _TOKENIZERS = {
     kind.__name__: kind for kind in (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)
 }
+_PARTS = ("DistilledStudent", "Drafter", "LlamaGen", "MAR", "RQTransformer", "ResGen", "TokenBridge")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -119,6 +120,9 @@ def _load_folder(folder, dtype):
             return _load_visual_question(folder, dtype)
         if config.get("_class_name") == AutoencoderKL.__name__:
             return KLTokenizer.from_autoencoder(_load_model(AutoencoderKL, folder, dtype)).eval()
+        if config.get("_class_name") in _PARTS:
+            part = config["_class_name"]
+            raise StudioError(f"{folder} holds a {part}, a part of a pipeline: read it with {part}.from_pretrained.")
         return _load_model(_TOKENIZERS.get(config.get("_class_name"), VQTokenizer), folder, dtype)
     raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
 

@@ -132,7 +132,8 @@ def _size(tokenizer, tokens, how):
     """Tokens and bits of a picture, of the part that is decoded."""
     count = tokens[0].numel()
     if "depth" in how:
-        count = count // tokens.shape[-1] * how["depth"]
+        cells = count // tokens.shape[-1]
+        return {"tokens": cells * how["depth"], "bits": cells * tokenizer.bits_of_stack(how["depth"])}
     count = how.get("length", count)
     bits = getattr(tokenizer, "bits_per_token", None)
     return {"tokens": count, "bits": None if bits is None else count * bits}

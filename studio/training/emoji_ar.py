@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,8 +22,8 @@ from studio.training.recipe import Defaults, Recipe
 TRANSFORMER = {"dim": 288, "num_layers": 6, "num_heads": 6, "ffn_dim": 768, "prefix_rope": "identity", "dropout": 0.0}
 WORDS_SHARE = 1 / 3
 """Steps of `emoji-words` before, over steps of the token model."""
-HIDING = 0.25
-"""Share of the pictures of which some earlier tokens are hidden, from none to all of them."""
+HIDING, MISLEADING = 0.25, 0.5
+"""Shares of the pictures of which some earlier tokens are hidden, or are those of another picture: from none to all."""
 SAMPLING = {"default_guidance_scale": 3.0, "default_temperature": 0.7}
 
 
@@ -50,17 +51,18 @@ class TrainableGenerator(nn.Module):
         transformer.output.weight += self.codebook @ self.code_output
         return transformer
 
-    def forward(self, input_ids, attention_mask, tokens, seen):
+    def forward(self, input_ids, attention_mask, tokens, fed, seen):
         """Mean cross-entropy of tokens (B, n) behind captions (B, T), some of which are dropped.
 
-        Of the tokens that are fed only those in `seen` (B, n - 1) are visible. A model that sees all earlier tokens
-        can read the subject off them and hardly needs the words; one that does not has to learn what the words mean.
+        The tokens `fed` (B, n - 1) are the earlier ones, but for some that mislead; only those in `seen` (B, n - 1)
+        are visible. A model that can trust all earlier tokens reads the subject off them and hardly needs the words,
+        and where it draws, one wrong token leads it to another subject.
         """
         states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         model = self.transformer
         drop = torch.rand(len(tokens), device=tokens.device) < model.config.class_dropout
         prefix, valid = model.embed_condition(captions=states, caption_mask=attention_mask, drop=drop)
-        embedded = model.tok_embeddings(tokens[:, :-1]) + self.codebook[tokens[:, :-1]] @ self.code_embedding
+        embedded = model.tok_embeddings(fed) + self.codebook[fed] @ self.code_embedding
         x = torch.cat((prefix, embedded * seen[..., None]), dim=1)
         x = model.run_layers(x, model.rope()[: x.shape[1]], model.prefix_mask(valid, x.shape[1]))
         output = model.output.weight + self.codebook @ self.code_output
@@ -102,9 +104,13 @@ class EmojiAR(Recipe):
 
     def batch(self, rng, batch_size, device):
         batch = self.pictures.batch(rng, batch_size, device)
-        hidden = rng.random((batch_size, 1)) * (rng.random((batch_size, 1)) < HIDING)
-        seen = rng.random((batch_size, batch["tokens"].shape[1] - 1)) >= hidden
-        return {**batch, "seen": torch.from_numpy(seen).to(device)}
+        tokens = batch["tokens"]
+        shape = (batch_size, tokens.shape[1] - 1)
+        seen = ~torch.from_numpy(scattered(shape, HIDING, rng)).to(device)
+        foreign = scattered(shape, MISLEADING / 2, rng) | stretches(shape, MISLEADING / 2, rng)
+        others = tokens.roll(1, dims=0)[:, :-1]
+        fed = torch.where(torch.from_numpy(foreign).to(device), others, tokens[:, :-1])
+        return {**batch, "fed": fed, "seen": seen}
 
     def load(self, module, folder):
         module.text_encoder.load_state_dict(read_text_encoder(folder).state_dict())
@@ -135,3 +141,17 @@ class EmojiAR(Recipe):
         from studio.evaluation.generators import evaluate_generator
 
         return evaluate_generator(load(folder))
+
+
+def scattered(shape, share, rng):
+    """Places (B, n) bool: in this share of the rows some, any part of them, wherever they are."""
+    parts = rng.random((shape[0], 1)) * (rng.random((shape[0], 1)) < share)
+    return rng.random(shape) < parts
+
+
+def stretches(shape, share, rng):
+    """Places (B, n) bool: in this share of the rows a stretch between any two."""
+    ends = np.sort(rng.integers(0, shape[1] + 1, size=(shape[0], 2)), axis=1)
+    ends[rng.random(shape[0]) >= share] = 0
+    places = np.arange(shape[1])
+    return (places >= ends[:, :1]) & (places < ends[:, 1:])

@@ -73,6 +73,11 @@ def test_another_architecture_is_refused(model):
         studio.load(model)
 
 
+def test_a_part_of_a_pipeline_is_named(tiny_folder):
+    with pytest.raises(StudioError, match="LlamaGen.from_pretrained"):
+        studio.load(tiny_folder / "transformer")
+
+
 def test_another_pipeline_is_refused(model):
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(StudioError, match="StableDiffusionPipeline"):

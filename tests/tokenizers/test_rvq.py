@@ -75,7 +75,7 @@ def test_save_and_load(tmp_path, more):
     model.save_pretrained(tmp_path)
     loaded = RVQTokenizer.from_pretrained(tmp_path)
     assert torch.equal(loaded.encode(images), model.encode(images))
-    assert loaded.bits_per_token == (3.0 if more else 4.0)
+    assert loaded.bits_per_token == (3.0 if more else 4.0) and loaded.bits_of_stack(2) == (7.0 if more else 8.0)
 
 
 def test_refuses_what_does_not_fit():

@@ -178,6 +178,25 @@ def test_the_maps_of_the_codebook_are_merged_into_the_tables(small):
     assert not torch.allclose(module(**batch), without, atol=1e-2)
 
 
+def test_earlier_tokens_are_hidden_and_misleading_in_some_pictures(small):
+    """2,000 rows (seed 0): the share of rows with marks within 5 standard deviations, any number of them; controls."""
+    rng, shape = np.random.default_rng(0), (2000, 63)
+    for draw in (emoji_ar.scattered, emoji_ar.stretches):
+        assert not draw(shape, 0.0, rng).any()
+        marked = draw(shape, 0.5, rng)
+        share, filled = marked.any(axis=1).mean(), marked.mean(axis=1)
+        assert abs(share - 0.5) < 5 * (0.25 / 2000) ** 0.5 + 1 / 63
+        assert filled.max() > 0.9 and 0.1 < np.median(filled[filled > 0]) < 0.6
+    runs = np.diff(emoji_ar.stretches(shape, 1.0, rng).astype(int), prepend=0, append=0, axis=1)
+    assert ((runs == 1).sum(axis=1) <= 1).all()
+    recipe = emoji_ar.EmojiAR()
+    recipe.build(torch.device("cpu"))
+    batch = recipe.batch(rng, 40, torch.device("cpu"))
+    true, others = batch["tokens"][:, :-1], batch["tokens"].roll(1, dims=0)[:, :-1]
+    wrong = batch["fed"] != true
+    assert wrong.any() and not wrong.all() and torch.equal(batch["fed"][wrong], others[wrong])
+
+
 def test_words_come_first_where_nothing_is_given(small, tmp_path):
     out = tmp_path / "run"
     start = run("emoji-ar", out=out, steps=3, batch_size=2)["folder"]
