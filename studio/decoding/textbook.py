@@ -69,12 +69,15 @@ def textbook(
         null, _ = model.embed_condition(**condition, drop=everything)
         prefix = torch.cat((prefix, null))
         valid = None if valid is None else torch.cat((valid, valid))
+    plan = model.plan(prefix)
     pasts: list = [None] * len(model.layers)
     tokens: list[torch.Tensor] = []
     x, start = prefix, 0
     for index in range(model.num_tokens):
         n = x.shape[1]
         rope, mask = model.rope()[start : start + n], _mask(start, n, valid, x.device)
+        if plan is not None:
+            x = x + plan[:, start : start + n]
         for number, layer in enumerate(model.layers):
             attended, pasts[number] = _attend(layer.attention, layer.attention_norm(x), rope, pasts[number], mask)
             x = x + attended

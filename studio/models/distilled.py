@@ -92,6 +92,8 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.final_layer_conti = RegressionHead(dim, code_dim)
+        if plan_size:
+            self.plan_embeddings = nn.Linear(dim, (grid_size // plan_size) ** 2 * dim, bias=False)
         self._rope: torch.Tensor | None = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -132,6 +134,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         return student.to(teacher.device)
 
     embed_condition = LlamaGen.embed_condition
+    plan = LlamaGen.plan
     prefix_mask = LlamaGen.prefix_mask
     prefix_length = LlamaGen.prefix_length
     num_tokens = LlamaGen.num_tokens
@@ -164,7 +167,10 @@ class DistilledStudent(ModelMixin, ConfigMixin):
             context = (prefix * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)
         known = torch.as_tensor(known, device=prefix.device).reshape(-1, 1)
         is_data = torch.arange(length + n, device=prefix.device) < length + known
-        x = torch.cat((prefix, self.tok_embeddings(vectors.to(prefix.dtype))), dim=1) + self.n_d_embed(is_data.long())
+        embedded, plan = self.tok_embeddings(vectors.to(prefix.dtype)), self.plan(prefix)
+        if plan is not None:
+            embedded = embedded + plan[:, length - 1 : length - 1 + n]
+        x = torch.cat((prefix, embedded), dim=1) + self.n_d_embed(is_data.long())
         rope, mask = self.rope()[: length + n], self.prefix_mask(valid, length + n)
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, None, index)

@@ -24,7 +24,7 @@ class Drafter(ModelMixin, ConfigMixin):
     """Guesses states of a `LlamaGen`.
 
     Args:
-        vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, rope_base, prefix_rope, plan_size: the target's.
+        vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, rope_base, prefix_rope: as of the target.
         prefix_length: the target's number of prefix positions.
         num_layers: blocks; published drafters have one.
         norm_eps: of the norms, 1e-6 in published drafters.
@@ -46,7 +46,6 @@ class Drafter(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-6,
         rope_base: float = 10000.0,
         prefix_rope: str = "zero",
-        plan_size: int = 0,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -69,8 +68,7 @@ class Drafter(ModelMixin, ConfigMixin):
     @classmethod
     def for_target(cls, target: LlamaGen, **config) -> "Drafter":
         """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""
-        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size")
-        names += ("rope_base", "prefix_rope", "plan_size")
+        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size", "rope_base", "prefix_rope")
         sizes = {name: target.config[name] for name in names}
         drafter = cls(**{**sizes, "prefix_length": target.prefix_length, **config})
         drafter.embed_tokens.load_state_dict(target.tok_embeddings.state_dict())
@@ -81,8 +79,7 @@ class Drafter(ModelMixin, ConfigMixin):
         if self._rope is None or self._rope.device != self.device:
             sizes = self.config
             head_dim = sizes.dim // sizes.num_heads
-            prefix = (sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope, sizes.plan_size)
-            table = rope_table(sizes.grid_size, head_dim, *prefix)
+            table = rope_table(sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope)
             self._rope = table.to(self.device)
         return self._rope
 

@@ -17,7 +17,8 @@ class KVCache:
         rows: sequences decoded together (twice the images when guided: conditional rows first, null rows after).
         max_length: positions that may ever be stored (prefix + image tokens).
 
-    `bias` (rows, 1, 1, max_length), when set by `mask_prefix`, is 0 or -inf for every later query.
+    `bias` (rows, 1, 1, max_length), when set by `mask_prefix`, is 0 or -inf for every later query. `plan` (rows,
+    positions, dim), when set by the model, is added to the inputs of the positions.
 
     Errors: `StudioError` when more positions are written than fit, or rows or positions are kept that are not there.
     """
@@ -38,6 +39,7 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         self.bias: torch.Tensor | None = None
+        self.plan: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -58,6 +60,14 @@ class KVCache:
         like = self.store
         causal = torch.full((new, end), float("-inf"), dtype=like.dtype, device=like.device).triu(self.length + 1)
         return causal if bias is None else causal + bias
+
+    def with_plan(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Inputs x (rows, n, dim) of positions (rows, n), by default of the next ones, with the plan for them."""
+        if self.plan is None:
+            return x
+        if positions is None:
+            return x + self.plan[:, self.length : self.length + x.shape[1]]
+        return x + self.plan.gather(1, positions[..., None].expand_as(x))
 
     def update(self, layer: int, keys_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (rows, 2, kv_heads, n, head_dim) behind the current length; returns views of all keys and all values.
@@ -99,3 +109,5 @@ class KVCache:
         self.store = self.store[:, :rows]
         if self.bias is not None:
             self.bias = self.bias[:rows]
+        if self.plan is not None:
+            self.plan = self.plan[:rows]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import nn
 
 from studio.errors import StudioError
@@ -37,33 +38,22 @@ def default_ffn_dim(dim: int) -> int:
     return -(-hidden // 256) * 256
 
 
-def rope_table(
-    grid_size: int, head_dim: int, prefix_length: int, base: float, prefix_rope: str, plan_size: int = 0
-) -> torch.Tensor:
+def rope_table(grid_size: int, head_dim: int, prefix_length: int, base: float, prefix_rope: str) -> torch.Tensor:
     """Rotation (cos, sin) for every position: (prefix_length + grid_size**2, head_dim // 2, 2), float32.
 
     An image token in cell (row, column) turns the first half of its pairs by row and the second half by column. Prefix
     positions get cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation
-    ("identity"). The last `plan_size**2` of them stand for regions of the grid, in raster order. Each is turned like
-    the middle of its region less one column, since a cell's state draws the cell behind it.
+    ("identity").
     """
     half = head_dim // 2
     frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
-
-    def turned(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        angles = [torch.outer(places.flatten(), frequencies) for places in torch.meshgrid(rows, columns, indexing="ij")]
-        return torch.cat(angles, dim=-1)
-
-    cells = torch.arange(grid_size).float()
-    image = turned(cells, cells)
+    angles = torch.outer(torch.arange(grid_size).float(), frequencies)
+    rows = angles[:, None, :].expand(grid_size, grid_size, -1)
+    columns = angles[None, :, :].expand(grid_size, grid_size, -1)
+    image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
     prefix = torch.zeros(prefix_length, half, 2)
     if prefix_rope == "identity":
         prefix[..., 0] = 1.0
-    if plan_size:
-        cells = grid_size / plan_size
-        middles = torch.arange(plan_size) * cells + (cells - 1) / 2
-        plan = turned(middles, middles - 1)
-        prefix[-(plan_size**2) :] = torch.stack((plan.cos(), plan.sin()), dim=-1)
     return torch.cat((prefix, torch.stack((image.cos(), image.sin()), dim=-1)))
 
 
@@ -205,8 +195,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
         num_classes: classes without the null class.
         caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
         prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
-        plan_size: side of a grid of regions; the last `plan_size**2` caption vectors say what belongs into each, and
-            get its place. 0: none, as in released weights; this is our addition.
+        plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` caption vectors say
+            what belongs into each, in raster order (see `plan`). 0: none, as in released weights; this is our addition.
         class_dropout: share of conditions replaced by the null condition in training.
         dropout: after the embeddings, the attention output and the feed-forward output, in training.
 
@@ -246,8 +236,11 @@ class LlamaGen(ModelMixin, ConfigMixin):
             )
         if prefix_rope not in ("zero", "identity"):
             raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
-        if plan_size and not (caption_length and 0 < plan_size**2 <= caption_length and plan_size <= grid_size):
-            raise StudioError(f"A plan of {plan_size} x {plan_size} regions does not fit the captions and the grid.")
+        if plan_size and (grid_size % plan_size or plan_size**2 > (caption_length or 0)):
+            raise StudioError(
+                f"A plan of {plan_size} x {plan_size} regions needs a grid that it divides, not {grid_size}, and "
+                f"captions of {plan_size**2} or more, not {caption_length}."
+            )
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
@@ -260,9 +253,13 @@ class LlamaGen(ModelMixin, ConfigMixin):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
+        if plan_size:
+            self.plan_embeddings = nn.Linear(dim, (grid_size // plan_size) ** 2 * dim, bias=False)
         self._rope: torch.Tensor | None = None
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
+        if plan_size:
+            nn.init.zeros_(self.plan_embeddings.weight)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -302,7 +299,6 @@ class LlamaGen(ModelMixin, ConfigMixin):
                 self.prefix_length,
                 self.config.rope_base,
                 self.config.prefix_rope,
-                self.config.plan_size,
             )
             self._rope = table.to(self.device)
         return self._rope
@@ -333,6 +329,25 @@ class LlamaGen(ModelMixin, ConfigMixin):
         if caption_mask is not None:
             captions, caption_mask = left_pad(captions, caption_mask)
         return self.cls_embedding(captions, drop), caption_mask
+
+    def plan(self, prefix: torch.Tensor) -> torch.Tensor | None:
+        """What each position's input gets besides its own vector: (rows, T + grid_size**2, dim), or None.
+
+        The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each cell of their region. It
+        goes to the position that draws the cell, one before the cell's own.
+        """
+        size = self.config.plan_size
+        if not size:
+            return None
+        of_regions, cells = self.plan_embeddings(prefix[:, -(size**2) :]), self.config.grid_size // size
+        sizes = {"r": size, "i": cells, "j": cells}
+        of_cells = rearrange(of_regions, "b (r c) (i j d) -> b (r i c j) d", **sizes)
+        return F.pad(of_cells, (0, 0, prefix.shape[1] - 1, 1))
+
+    def inputs(self, prefix: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """What the layers read, (rows, T + n, dim): the prefix and embedded tokens (rows, n, dim), with their plan."""
+        x, plan = torch.cat((prefix, embedded.to(prefix.dtype)), dim=1), self.plan(prefix)
+        return x if plan is None else x + plan[:, : x.shape[1]]
 
     def prefix_mask(self, valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """Attention mask (B, 1, length, length), true where a query sees a key: causal and not padding, or itself."""
@@ -376,7 +391,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         table = self.rope()
         if length > len(table):
             raise StudioError(f"The model draws {self.num_tokens} tokens; {n} were given.")
-        x = self.tok_dropout(torch.cat((prefix, self.tok_embeddings(tokens).to(prefix.dtype)), dim=1))
+        x = self.tok_dropout(self.inputs(prefix, self.tok_embeddings(tokens)))
         x = self.run_layers(x, table[:length], self.prefix_mask(valid, length))
         return self.output(x[:, prefix.shape[1] - 1 :]).float()
 
@@ -413,10 +428,16 @@ class LlamaGen(ModelMixin, ConfigMixin):
     def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """`prefill`, but the states (rows, T, dim) of all prefix positions, from which `logits` are read."""
         length = prefix.shape[1]
-        states = self.run_layers(prefix, self.rope()[:length], self.prefix_mask(valid, length), cache)
+        x = self.begin(prefix, cache)
+        states = self.run_layers(x, self.rope()[:length], self.prefix_mask(valid, length), cache)
         if valid is not None:
             cache.mask_prefix(valid)
         return states
+
+    def begin(self, prefix: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """What the layers read of a prefix (rows, T, dim); its plan is put into the cache, for the tokens."""
+        cache.plan = self.plan(prefix)
+        return cache.with_plan(prefix)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (..., V), float32, of the token behind the position of each state (..., dim)."""
@@ -426,7 +447,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """Feeds tokens (rows, n) behind what the cache holds; float32 logits (rows, n, V) of the tokens after them."""
         rope = self.rope()[cache.length : cache.length + tokens.shape[1]]
         mask = cache.attention_mask(tokens.shape[1])
-        return self.logits(self.run_layers(self.tok_embeddings(tokens), rope, mask, cache))
+        x = cache.with_plan(self.tok_embeddings(tokens))
+        return self.logits(self.run_layers(x, rope, mask, cache))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
@@ -436,5 +458,5 @@ class LlamaGen(ModelMixin, ConfigMixin):
         `positions` (rows, n) count from the start of the prefix; `visible` is as of `TreeCache.tree_mask`. The new
         positions are pending in the cache.
         """
-        mask = cache.tree_mask(visible)
-        return self.run_layers(self.tok_embeddings(tokens), self.rope()[positions], mask, cache)
+        x, mask = cache.with_plan(self.tok_embeddings(tokens), positions), cache.tree_mask(visible)
+        return self.run_layers(x, self.rope()[positions], mask, cache)

@@ -64,20 +64,21 @@ class NativeLlamaGen:
         """`prefill`, but the states (rows, T, dim) of all prefix positions."""
         rows, length, _ = prefix.shape
         mask = self.model.prefix_mask(valid, length)
-        states = self._run(prefix, cache, None if mask is None else mask[:, 0])
+        states = self._run(self.model.begin(prefix, cache), cache, None if mask is None else mask[:, 0])
         if valid is not None:
             cache.mask_prefix(valid)
         return states
 
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
-        return self.logits(self._run(F.embedding(tokens, self._embedding), cache, None))
+        return self.logits(self._run(cache.with_plan(F.embedding(tokens, self._embedding)), cache, None))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
-        return self._blocks(F.embedding(tokens, self._embedding), cache, positions, visible)
+        x = cache.with_plan(F.embedding(tokens, self._embedding), positions)
+        return self._blocks(x, cache, positions, visible)
 
     def _run(self, x: torch.Tensor, cache: KVCache, visible: torch.Tensor | None) -> torch.Tensor:
         """States (rows, n, dim) of positions that follow one another."""

@@ -158,7 +158,7 @@ class PackedLlamaGen:
         """`prefill`, but the states (rows, T, dim) of all prefix positions."""
         length = prefix.shape[1]
         mask, turns = self.model.prefix_mask(valid, length), self.turns[:length]
-        states = self._run_layers(prefix, turns, mask, cache, length > 1)
+        states = self._run_layers(self.model.begin(prefix, cache), turns, mask, cache, length > 1)
         if valid is not None:
             cache.mask_prefix(valid)
         return states
@@ -170,14 +170,14 @@ class PackedLlamaGen:
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
         n = tokens.shape[1]
-        x, turns = F.embedding(tokens, self.embedding), self.turns[cache.length : cache.length + n]
+        x, turns = cache.with_plan(F.embedding(tokens, self.embedding)), self.turns[cache.length : cache.length + n]
         return self.logits(self._run_layers(x, turns, cache.attention_mask(n), cache, False))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
-        x, mask = F.embedding(tokens, self.embedding), cache.tree_mask(visible)
+        x, mask = cache.with_plan(F.embedding(tokens, self.embedding), positions), cache.tree_mask(visible)
         return self._run_layers(x, self.turns[positions], mask, cache, False)
 
     def _run_layers(self, x, turns, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:

@@ -85,6 +85,8 @@ class TreeCache(KVCache):
         self.store = self.store[:, chosen]
         if self.bias is not None:
             self.bias = self.bias[chosen]
+        if self.plan is not None:
+            self.plan = self.plan[chosen]
         self._set_lengths([self.lengths[row] for row in rows])
 
     def keep_rows(self, rows: int) -> None:

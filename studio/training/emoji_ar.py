@@ -63,7 +63,7 @@ class TrainableGenerator(nn.Module):
         drop = torch.rand(len(tokens), device=tokens.device) < model.config.class_dropout
         prefix, valid = model.embed_condition(captions=states, caption_mask=attention_mask, drop=drop)
         embedded = model.tok_embeddings(fed) + self.codebook[fed] @ self.code_embedding
-        x = torch.cat((prefix, embedded * seen[..., None]), dim=1)
+        x = model.inputs(prefix, embedded * seen[..., None])
         x = model.run_layers(x, model.rope()[: x.shape[1]], model.prefix_mask(valid, x.shape[1]))
         output = model.output.weight + self.codebook @ self.code_output
         logits = F.linear(x[:, prefix.shape[1] - 1 :], output).float()
@@ -99,7 +99,7 @@ class EmojiAR(Recipe):
 
     def optimizers(self, module, learning_rate):
         maps = [module.code_embedding, module.code_output]
-        matrices = hidden_matrices(module.transformer.layers)
+        matrices = hidden_matrices(module.transformer.layers, module.transformer.plan_embeddings)
         return muon_and_adamw(module, matrices, learning_rate, tables=maps, tables_share=1.0)
 
     def batch(self, rng, batch_size, device):
@@ -114,9 +114,9 @@ class EmojiAR(Recipe):
 
     def load(self, module, folder):
         module.text_encoder.load_state_dict(read_text_encoder(folder).state_dict())
-        if (folder / "transformer").is_dir():
+        if (folder / "transformer").is_dir():  # which may be from before there was a plan
             weights = LlamaGen.from_pretrained(folder / "transformer", dtype=torch.float32)
-            module.transformer.load_state_dict(weights.state_dict())
+            module.transformer.load_state_dict(module.transformer.state_dict() | weights.state_dict())
 
     def export(self, module, folder):
         text_encoder, transformer = (

@@ -70,7 +70,7 @@ class TrainableDrafter(nn.Module):
         """
         target = self.target
         prefix, valid = target.embed_condition(captions=captions, caption_mask=caption_mask, drop=drop)
-        x = torch.cat((prefix, target.tok_embeddings(tokens[:, :-1])), dim=1)
+        x = target.inputs(prefix, target.tok_embeddings(tokens[:, :-1]))
         states = target.run_layers(x, target.rope()[: x.shape[1]], target.prefix_mask(valid, x.shape[1]))
         before = tokens.new_zeros(len(tokens), target.prefix_length - 1)
         return torch.cat((before, tokens[:, :-1]), dim=1), states, valid

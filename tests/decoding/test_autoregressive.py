@@ -22,11 +22,13 @@ def streams(*seeds):
 
 def tiny(captions=False, **sizes):
     torch.manual_seed(0)
-    condition = {"caption_dim": 16, "caption_length": 5} if captions else {"num_classes": 10}
+    condition = {"caption_dim": 16, "caption_length": 5, "plan_size": 2} if captions else {"num_classes": 10}
     model = LlamaGen(
         **{"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4, **condition, **sizes}
     )
     torch.nn.init.normal_(model.output.weight, std=0.3)
+    if captions:
+        torch.nn.init.normal_(model.plan_embeddings.weight, std=0.3)
     return model.eval()
 
 

@@ -33,12 +33,15 @@ def streams(*seeds):
 
 def tiny(captions=False, seed=0, **sizes):
     torch.manual_seed(seed)
-    condition = {"caption_dim": 16, "caption_length": 5, "prefix_rope": "identity"} if captions else {"num_classes": 9}
+    condition = {"caption_dim": 16, "caption_length": 5, "prefix_rope": "identity", "plan_size": 2}
+    condition = condition if captions else {"num_classes": 9}
     model = LlamaGen(
         **{"vocab_size": 32, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4, **condition, **sizes}
     )
     torch.nn.init.normal_(model.output.weight, std=0.5)
     torch.nn.init.normal_(model.tok_embeddings.weight, std=0.3)
+    if captions:
+        torch.nn.init.normal_(model.plan_embeddings.weight, std=0.3)
     return model.eval()
 
 

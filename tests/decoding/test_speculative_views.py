@@ -28,10 +28,11 @@ def model():
     torch.manual_seed(0)
     model = LlamaGen(
         vocab_size=32, dim=32, num_layers=2, num_heads=2, grid_size=4, caption_dim=16, caption_length=5,
-        prefix_rope="identity",
+        prefix_rope="identity", plan_size=2,
     )  # fmt: skip
     torch.nn.init.normal_(model.output.weight, std=0.5)
     torch.nn.init.normal_(model.tok_embeddings.weight, std=0.3)
+    torch.nn.init.normal_(model.plan_embeddings.weight, std=0.3)
     return model.eval()
 
 

@@ -50,6 +50,20 @@ def test_starts_from_the_teacher():
     torch.testing.assert_close(made.tok_embeddings(codebook), model.tok_embeddings.weight, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_plan_tells_each_position_of_its_own_cell():
+    model = student(caption_dim=16, caption_length=5, plan_size=2)
+    torch.nn.init.normal_(model.plan_embeddings.weight)
+    for layer in model.layers:
+        for weight in (layer.attention.wo.weight, layer.feed_forward.w2.weight):
+            torch.nn.init.zeros_(weight)
+    vectors, given = random(1, 16, 5, seed=2), random(1, 5, 16, seed=3)
+    before, other = model.hidden_states(vectors, 0, captions=given)[0], given.clone()
+    other[:, 2] += 1
+    changed = (model.hidden_states(vectors, 0, captions=other)[0] != before).any(dim=2).view(4, 4)
+    assert changed[:2, 2:].all() and changed.sum() == 4
+
+
 def test_may_keep_fewer_layers():
     model = teacher(num_layers=5)
     for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (4, [0, 1, 3, 4])):

@@ -5,7 +5,6 @@ import torch
 
 from studio import LlamaGen, StudioError
 from studio.models.kv_cache import KVCache
-from studio.models.llamagen import rope_table
 
 SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4}
 
@@ -43,6 +42,33 @@ def test_conditions_are_dropped_in_training_only():
     torch.testing.assert_close(model.train()(tokens, class_labels=labels), null)
 
 
+@torch.no_grad()
+def test_a_plan_goes_to_the_positions_that_draw_its_cells():
+    """Of 4 x 4 cells in 2 x 2 regions; without weights in the plan there is none; padding on either side."""
+    model = tiny(caption_dim=16, caption_length=5, plan_size=2)
+    tokens, captions = torch.randint(48, (2, 15)), torch.randn(2, 5, 16)
+    mask = torch.tensor([[False, True, True, True, True], [True, True, True, True, True]])
+    without = model(tokens, captions=captions, caption_mask=mask)
+    assert not model.plan(model.embed_condition(captions=captions)[0]).any()
+    torch.nn.init.normal_(model.plan_embeddings.weight)
+    padded_right = torch.cat((captions[:1, 1:], captions[:1, :1]), dim=1)
+    logits = model(tokens, captions=captions, caption_mask=mask)
+    torch.testing.assert_close(
+        model(tokens[:1], captions=padded_right, caption_mask=mask[:1].roll(-1, dims=1)), logits[:1]
+    )
+    assert ((logits - without).abs().amax(dim=2) > 1e-3).all()
+    prefix, _ = model.embed_condition(captions=captions)
+    plan = model.plan(prefix)
+    for region in range(4):
+        other = prefix.clone()
+        other[:, 1 + region] += 1
+        changed = (model.plan(other) != plan).any(dim=2)
+        expected = torch.zeros(4, 4, dtype=torch.bool)
+        expected[region // 2 * 2 :, region % 2 * 2 :][:2, :2] = True
+        assert not changed[:, :4].any() and not changed[:, -1].any()
+        assert torch.equal(changed[:, 4:-1], expected.flatten().expand(2, 16))
+
+
 def test_null_caption_is_not_trained():
     model = tiny(caption_dim=16, caption_length=5)
     assert "cls_embedding.uncond_embedding" in model.state_dict()
@@ -50,15 +76,20 @@ def test_null_caption_is_not_trained():
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 1])
-def test_several_tokens_at_once_equal_one_by_one(num_kv_heads):
-    model, tokens = tiny(num_kv_heads=num_kv_heads), torch.randint(48, (2, 9))
-    labels = torch.tensor([3, 4])
+@pytest.mark.parametrize("planned", [False, True], ids=["classes", "planned"])
+def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, planned):
+    condition, sizes = {"class_labels": torch.tensor([3, 4])}, {}
+    if planned:
+        condition, sizes = {"captions": torch.randn(2, 5, 16)}, {"caption_dim": 16, "caption_length": 5, "plan_size": 2}
+    model, tokens = tiny(num_kv_heads=num_kv_heads, **sizes), torch.randint(48, (2, 9))
+    if planned:
+        torch.nn.init.normal_(model.plan_embeddings.weight)
     with torch.no_grad():
-        expected = model(tokens, class_labels=labels)
+        expected = model(tokens, **condition)
         views = [model] if num_kv_heads else [model, model.for_decoding("float32")]
         for network in views:
             cache = network.new_cache(2)
-            prefix, valid = model.embed_condition(class_labels=labels)
+            prefix, valid = model.embed_condition(**condition)
             parts = [network.prefill(prefix, valid, cache)[:, None]]
             parts += [network.extend(part, cache) for part in tokens.split([1, 5, 3], dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
@@ -96,6 +127,9 @@ def test_presets():
         {"num_classes": 3, "num_heads": 3},
         {"num_classes": 3, "num_kv_heads": 3},
         {"num_classes": 3, "prefix_rope": "none"},
+        {"num_classes": 3, "plan_size": 1},
+        {"caption_dim": 4, "caption_length": 3, "plan_size": 2},
+        {"caption_dim": 4, "caption_length": 9, "plan_size": 3},
     ],
     ids=str,
 )
@@ -129,23 +163,3 @@ def test_packed_view_without_blocked_products(monkeypatch):
         logits = network.extend(tokens, cache)
         expected = model(tokens, class_labels=labels)[:, 1:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_plan_stands_where_its_regions_are():
-    """Rotations add up: the turn between a cell and its region's plan vector depends on their distance alone."""
-    plain, planned = (rope_table(4, 16, 7, 10000.0, "identity", size) for size in (0, 2))
-    assert torch.equal(plain[:3], planned[:3]) and torch.equal(plain[7:], planned[7:])
-    turns = torch.view_as_complex(planned)
-    plan, cells = turns[3:7].view(2, 2, -1), turns[7:].view(4, 4, -1)
-    for row in range(2):
-        for column in range(2):
-            middle = (cells[2 * row, 2 * column] * cells[2 * row + 1, 2 * column + 1]) / cells[0, 1]
-            assert torch.allclose(plan[row, column] ** 2, middle / cells[0, 1], atol=1e-6)
-
-
-def test_a_plan_that_does_not_fit_is_refused():
-    for wrong in ({"caption_length": 3, "plan_size": 2}, {"caption_length": 99, "plan_size": 9}):
-        with pytest.raises(StudioError, match="plan"):
-            tiny(caption_dim=16, **wrong)
-    with pytest.raises(StudioError, match="plan"):
-        tiny(num_classes=3, plan_size=1)

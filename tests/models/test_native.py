@@ -15,6 +15,8 @@ CAPTIONS = {
     "vocab_size": 128, "dim": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 104, "num_layers": 3, "grid_size": 5,
     "caption_dim": 16, "caption_length": 5, "prefix_rope": "identity",
 }  # fmt: skip
+PLANNED = {**CAPTIONS, "grid_size": 6, "plan_size": 2}
+KINDS = {"argnames": "sizes", "argvalues": [CLASSES, CAPTIONS, PLANNED], "ids": ["classes", "captions", "planned"]}
 
 
 def model_of(sizes, halves=False):
@@ -32,7 +34,7 @@ def no_compiler(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 11, 16, 17])
-@pytest.mark.parametrize("sizes", [CLASSES, CAPTIONS], ids=["classes", "captions"])
+@pytest.mark.parametrize(**KINDS)
 @pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
 def test_every_step_equals_the_models_own(rows, sizes, halves):
     model = model_of(sizes, halves)
@@ -59,7 +61,7 @@ def test_every_step_equals_the_models_own(rows, sizes, halves):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [CLASSES, CAPTIONS], ids=["classes", "captions"])
+@pytest.mark.parametrize(**KINDS)
 @pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
 def test_trees_and_batches_change_no_bit(sizes, halves):
     """Trees of up to 13 nodes over rows of different lengths, some with padding, beside every path token by token."""
