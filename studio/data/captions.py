@@ -1,10 +1,11 @@
 """Captions: what a person might type for a picture, made from its label, tags, style and background."""
 
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
+from studio.data.splits import combination_is_held_out
 
 _WORDS = re.compile(r"[a-z][a-z -]{2,}")
 STYLE_WORDS = {"3d": "3d style", "flat": "flat style"}
@@ -35,6 +36,12 @@ def names():
     )
 
 
+@cache
+def one_is_held_out(label, background):
+    """Whether any style of a concept on a background is held out from generators."""
+    return any(combination_is_held_out(label, style, background) for style in STYLES)
+
+
 def full_caption(concept_index, style_index, background_index):
     """The caption that says everything: "a red apple, flat style, on a blue background"."""
     label = load_concepts()[concept_index].label
@@ -45,7 +52,9 @@ def random_caption(concept_index, style_index, background_index, rng):
     """One of many ways to say it, drawn with a `numpy.random.Generator`.
 
     The label (now and then a unique tag, or the label with a tag beside it), with or without its article; the style is
-    named three times in four and the background four times in five. What is not named is left open.
+    named three times in four and the background four times in five. What is not named is left open. Where a style of
+    the concept on this background is held out, the style is always named: left open, it would come to mean the other
+    one, the only one that training ever shows there.
     """
     concept = load_concepts()[concept_index]
     known = names()[concept_index]
@@ -54,7 +63,7 @@ def random_caption(concept_index, style_index, background_index, rng):
     parts = [article(noun) if draw[1] < 0.6 else noun]
     if noun == concept.label and concept.tags and draw[0] > 0.92:
         parts.append(concept.tags[rng.integers(len(concept.tags))])
-    if draw[2] < 0.75:
+    if draw[2] < 0.75 or one_is_held_out(concept.label, NAMES[background_index]):
         parts.append(STYLE_WORDS[STYLES[style_index]])
     if draw[3] < 0.8:
         background = NAMES[background_index]

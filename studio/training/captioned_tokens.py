@@ -1,6 +1,7 @@
 """What generators over the tokens of `emoji-vq` learn from: pictures as tokens, with captions drawn anew each time."""
 
 import torch
+from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from studio.checkpoints.bundled import bundled_folder
@@ -12,7 +13,7 @@ from studio.training.token_cache import training_tokens
 PLAN_SIZE = 4
 """Side of the grid of regions that a text encoder plans; every caption ends with a plan token for each region."""
 CAPTION_LENGTH = 16 + PLAN_SIZE**2
-TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 768, "num_layers": 2, "num_heads": 8}
+TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 768, "num_layers": 4, "num_heads": 8}
 
 
 class CaptionedTokens:
@@ -35,12 +36,12 @@ class CaptionedTokens:
         return int(self.tokens.shape[1] ** 0.5)
 
     def new_text_encoder(self):
-        """A T5 encoder of random weights for the captions."""
+        """A T5 encoder for the captions: random weights, in layers that do nothing yet."""
         config = T5Config(
             vocab_size=len(self.tokenizer), feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0,
             eos_token_id=1, **TEXT,
         )  # fmt: skip
-        return T5EncoderModel(config)
+        return without_effect(T5EncoderModel(config))
 
     def encode(self, captions):
         """`input_ids` and `attention_mask` (B, CAPTION_LENGTH)."""
@@ -55,3 +56,11 @@ class CaptionedTokens:
         captions = [random_caption(*row, rng) for row in self.drawn[chosen].tolist()]
         batch = {**self.encode(captions), "tokens": self.tokens[chosen]}
         return {name: part.to(device) for name, part in batch.items()}
+
+
+def without_effect(text_encoder):
+    """A T5 encoder of which every layer gives on what it gets, until it is trained."""
+    for block in text_encoder.encoder.block:
+        nn.init.zeros_(block.layer[0].SelfAttention.o.weight)
+        nn.init.zeros_(block.layer[1].DenseReluDense.wo.weight)
+    return text_encoder

@@ -113,7 +113,7 @@ class EmojiAR(Recipe):
         return {**batch, "fed": fed, "seen": seen}
 
     def load(self, module, folder):
-        module.text_encoder.load_state_dict(read_text_encoder(folder).state_dict())
+        read_text_encoder(module.text_encoder, folder)
         if (folder / "transformer").is_dir():  # which may be from before there was a plan
             weights = LlamaGen.from_pretrained(folder / "transformer", dtype=torch.float32)
             module.transformer.load_state_dict(module.transformer.state_dict() | weights.state_dict())

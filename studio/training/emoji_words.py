@@ -92,7 +92,7 @@ class EmojiWords(Recipe):
         return (guessed - self.codebook[batch["tokens"]]).square().sum(-1).mean()
 
     def load(self, module, folder):
-        module.text_encoder.load_state_dict(read_text_encoder(folder).state_dict())
+        read_text_encoder(module.text_encoder, folder)
         if (folder / HEAD_FILE).is_file():
             module.head.load_state_dict(load_file(folder / HEAD_FILE))
         else:
@@ -108,7 +108,7 @@ class EmojiWords(Recipe):
     def quality(self, folder):
         """Of pictures that were held out: the distance from the true codes, and the share of their variance guessed."""
         device = self.codebook.device
-        module = self.guess(read_text_encoder(folder)).to(device).eval()
+        module = self.guess(self.pictures.new_text_encoder()).to(device).eval()
         self.load(module, folder)
         rows = draw_combinations(MEASURED, np.random.default_rng(0))
         text = self.pictures.encode([full_caption(*row) for row in rows.tolist()])
@@ -119,5 +119,7 @@ class EmojiWords(Recipe):
         return {"distance": float(distance), "explained": float(1 - distance / variance), "samples": len(rows)}
 
 
-def read_text_encoder(folder):
-    return T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+def read_text_encoder(text_encoder, folder):
+    """Weights of a pipeline's or a run's text encoder; layers that it lacks stay as they are."""
+    weights = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).state_dict()
+    text_encoder.load_state_dict(text_encoder.state_dict() | weights)

@@ -40,3 +40,12 @@ def test_captions_name_what_they_show():
     rng = np.random.default_rng(0)
     drawn = {random_caption(index, 0, 0, rng) for _ in range(50)}
     assert len(drawn) > 5 and not any("flat" in caption or "blue" in caption for caption in drawn)
+
+
+def test_a_style_is_named_where_the_other_one_is_held_out():
+    """Of 60 captions each; for a combination whose styles are all to be learned, some leave it open."""
+    held, rng = set(combinations(True)), np.random.default_rng(0)
+    alone = next(row for row in combinations(False) if (row[0], 1 - row[1], row[2]) in held)
+    beside = next(row for row in combinations(False) if (row[0], 1 - row[1], row[2]) not in held)
+    assert all(STYLES[alone[1]] in random_caption(*alone, rng) for _ in range(60))
+    assert not all(STYLES[beside[1]] in random_caption(*beside, rng) for _ in range(60))

@@ -8,15 +8,16 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from studio.training import emoji_words
+from studio.training.captioned_tokens import without_effect
 
 CODEBOOK = torch.eye(4)
 PICTURES = torch.tensor([range(16), range(16, 0, -1), [0] * 16]) % 4
 PLAN = torch.tensor([3, 4, 5, 6])
 
 
-def text_encoder():
+def text_encoder(**more):
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, **more}
     return T5EncoderModel(T5Config(vocab_size=10, dropout_rate=0.0, **sizes))
 
 
@@ -54,6 +55,16 @@ def taught_loss(draw, steps=80):
 
 def test_words_learn_what_they_look_like():
     assert taught_loss(captioned) < 0.1 < 0.5 < taught_loss(captioned, steps=1)
+
+
+def test_an_encoder_with_fewer_layers_grows(tmp_path):
+    """Further layers change nothing at first."""
+    small, grown = text_encoder(), without_effect(text_encoder(num_layers=3))
+    small.save_pretrained(tmp_path / "text_encoder")
+    emoji_words.read_text_encoder(grown, tmp_path)
+    ids = torch.tensor([[7, 1, 3, 4, 5, 6]])
+    torch.testing.assert_close(grown(ids).last_hidden_state, small(ids).last_hidden_state)
+    assert not torch.equal(text_encoder(num_layers=3)(ids).last_hidden_state, small(ids).last_hidden_state)
 
 
 def test_a_caption_without_meaning_teaches_nothing():
