@@ -7,8 +7,10 @@ from studio.decoding.autoregressive import Autoregressive
 from studio.decoding.continuous_speculative import ContinuousSpeculative
 from studio.decoding.dimension_wise import DimensionWise
 from studio.decoding.distilled import Distilled
+from studio.decoding.first_hitting import FirstHitting
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.masked_autoregressive import MaskedAutoregressive
+from studio.decoding.residual_unmasking import ResidualUnmasking
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 
@@ -73,6 +75,16 @@ def is_approximate(settings) -> bool:
 _STEPS = (
     Option("steps", int, None, "Calls of the model, at most one a token."),
     Option("diffusion_steps", int, None, "Steps that denoise a token, 1 to 1000."),
+)
+_CODE_STEPS = (
+    Option("steps", int, None, "Calls of the model, at most one a code."),
+    Option(
+        "schedule",
+        str,
+        "cosine",
+        "How the number of hidden codes falls.",
+        {"cosine": "cosine", "circle": "circle", "arccos": "arccos"},
+    ),
 )
 
 DECODINGS = {
@@ -141,6 +153,30 @@ DECODINGS = {
         DimensionWise,
         (Option("steps", int, None, "Calls of the model, at most one a cell."),),
         pipeline="TokenBridgePipeline",
+    ),
+    "resgen": DecodingChoice(
+        "Most confident first",
+        "All levels of residual codes in a few calls of the model; the codes that it is surest of stay.",
+        ResidualUnmasking,
+        (
+            *_CODE_STEPS,
+            Option(
+                "confidence",
+                str,
+                "cell",
+                "What counts: all levels of a cell together, or what each adds.",
+                {"cell": "cell", "level": "level"},
+            ),
+            Option("confidence_temperature", float, 1.0, "Noise on the order at the start, 0 or more."),
+        ),
+        pipeline="ResGenPipeline",
+    ),
+    "first-hitting": DecodingChoice(
+        "First hitting",
+        "As many codes for each call, in a random order; exact where there is a call for each code.",
+        FirstHitting,
+        _CODE_STEPS,
+        pipeline="ResGenPipeline",
     ),
 }
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from studio.decoding.continuous_speculative import ContinuousSpeculative
     from studio.decoding.dimension_wise import DimensionWise
     from studio.decoding.distilled import Distilled
+    from studio.decoding.first_hitting import FirstHitting
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.masked_autoregressive import MaskedAutoregressive
     from studio.decoding.residual_unmasking import ResidualUnmasking
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from studio.pipelines.mar import MARPipeline
     from studio.pipelines.odp_file import OdpFile
     from studio.pipelines.picture_codec import decode_picture, encode_picture
+    from studio.pipelines.resgen import ResGenPipeline
     from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
@@ -53,6 +55,7 @@ _EXPORTS = {
     "DimensionWise": "studio.decoding.dimension_wise",
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
+    "FirstHitting": "studio.decoding.first_hitting",
     "KLTokenizer": "studio.tokenizers.kl",
     "Lantern": "studio.decoding.lantern",
     "LanternPlusPlus": "studio.decoding.lantern",
@@ -66,6 +69,7 @@ _EXPORTS = {
     "RQTransformer": "studio.models.rq_transformer",
     "RVQTokenizer": "studio.tokenizers.rvq",
     "ResGen": "studio.models.resgen",
+    "ResGenPipeline": "studio.pipelines.resgen",
     "ResidualUnmasking": "studio.decoding.residual_unmasking",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
@@ -91,6 +95,7 @@ __all__ = [
     "DimensionWise",
     "Distilled",
     "DistilledStudent",
+    "FirstHitting",
     "KLTokenizer",
     "Lantern",
     "LanternPlusPlus",
@@ -104,6 +109,7 @@ __all__ = [
     "RQTransformer",
     "RVQTokenizer",
     "ResGen",
+    "ResGenPipeline",
     "ResidualUnmasking",
     "Speculative",
     "StudioError",

@@ -175,6 +175,72 @@ def tiny_mar_folder(tiny_mar_pipeline, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_rvq():
+    """A random RVQTokenizer: 16 px pictures, a 4x4 grid of three levels of 16 codes."""
+    import torch
+
+    from studio import RVQTokenizer
+
+    torch.manual_seed(0)
+    return RVQTokenizer(
+        base_channels=8,
+        channel_multipliers=(1, 1),
+        res_blocks=1,
+        attention_levels=(1,),
+        z_channels=8,
+        feature_dim=4,
+        depth=3,
+        codebook_size=16,
+        shared_codebook=False,
+        norm_groups=4,
+        pixel_unshuffle=2,
+        sample_size=16,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_resgen_pipeline(tiny_rvq, tiny_pipeline):
+    """A random text-to-picture pipeline of ResGen that draws 16 px pictures: 16 cells in 4 steps."""
+    from studio import ResGenPipeline
+
+    text = {"caption_dim": 16, "caption_length": 8}
+    parts = (tiny_rvq, _tiny_resgen(**text), tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
+    pipe = ResGenPipeline(*parts, default_num_steps=4)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_resgen_class_pipeline(tiny_rvq):
+    """A random class-conditional pipeline of ResGen, of five classes."""
+    from studio import ResGenPipeline
+
+    pipe = ResGenPipeline(tiny_rvq, _tiny_resgen(num_classes=5), default_num_steps=4)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_resgen_folder(tiny_resgen_pipeline, tmp_path_factory):
+    """The text-to-picture pipeline of ResGen as `save_pretrained` writes it; do not change the files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-resgen"
+    tiny_resgen_pipeline.save_pretrained(folder)
+    return folder
+
+
+def _tiny_resgen(**config):
+    import torch
+
+    from studio import ResGen
+
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "components": 5, "rank": 2, "sigma": 0.3}
+    model = ResGen(num_positions=16, depth=3, vocab_size=16, code_dim=4, **sizes, **config).eval()
+    torch.nn.init.normal_(model.blocks[0].modulation.weight, std=0.3)
+    return model
+
+
 def _tiny_mar(seed, **config):
     import importlib.util
 

@@ -11,6 +11,7 @@ training.
 import math
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -49,6 +50,8 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         codebook_size: number of codes, one for all levels or one of each.
         shared_codebook: one codebook for all levels.
         norm_groups: groups of every GroupNorm.
+        pixel_unshuffle: side of the pixel blocks folded into channels before the first convolution (1: none, as
+            published).
         sample_size: side in pixels that the weights were trained for.
 
     Errors: `StudioError` for sizes that do not fit together.
@@ -71,6 +74,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         codebook_size: int | tuple[int, ...] = 16384,
         shared_codebook: bool = True,
         norm_groups: int = 32,
+        pixel_unshuffle: int = 1,
         sample_size: int = 256,
     ):
         super().__init__()
@@ -79,8 +83,9 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
             raise StudioError(f"{depth} levels need one codebook size or {depth} of them; got {codebook_size!r}.")
         widths = level_widths(base_channels, channel_multipliers, norm_groups)
         network = (widths, res_blocks, z_channels, norm_groups, tuple(attention_levels))
-        self.encoder = Encoder(in_channels, base_channels, *network)
-        self.decoder = Decoder(in_channels, *network)
+        folded = in_channels * pixel_unshuffle**2
+        self.encoder = Encoder(folded, base_channels, *network)
+        self.decoder = Decoder(folded, *network)
         self.quantizer = ResidualQuantizer(sizes, feature_dim * math.prod(cell), shared_codebook)
         self.quant_conv = nn.Conv2d(z_channels, feature_dim, 1)
         self.post_quant_conv = nn.Conv2d(feature_dim, z_channels, 1)
@@ -88,7 +93,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
     @property
     def pixels_per_cell(self) -> tuple[int, int]:
         """Rows and columns of pixels that one stack of codes stands for."""
-        factor = 2 ** (len(self.config.channel_multipliers) - 1)
+        factor = self.config.pixel_unshuffle * 2 ** (len(self.config.channel_multipliers) - 1)
         rows, columns = self.config.cell
         return rows * factor, columns * factor
 
@@ -118,7 +123,8 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
             raise StudioError(
                 f"Height and width must be multiples of {rows} and {columns}; got {tuple(images.shape[2:])}."
             )
-        return space_to_depth(self.quant_conv(self.encoder(images)), self.config.cell)
+        folded = F.pixel_unshuffle(images, self.config.pixel_unshuffle)
+        return space_to_depth(self.quant_conv(self.encoder(folded)), self.config.cell)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (B, channels, H, W) in [-1, 1] to code numbers (B, h, w, D), int64, coarse to fine."""
@@ -126,7 +132,8 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
 
     def decode_features(self, vectors: torch.Tensor) -> torch.Tensor:
         """Sums of code vectors (B, h, w, C) to pictures (B, channels, H, W), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(depth_to_space(vectors, self.config.cell)))
+        folded = self.decoder(self.post_quant_conv(depth_to_space(vectors, self.config.cell)))
+        return F.pixel_shuffle(folded, self.config.pixel_unshuffle)
 
     def decode(self, tokens: torch.Tensor, depth: int | None = None) -> torch.Tensor:
         """Code numbers (B, h, w, d) of the first d levels to pictures (B, channels, H, W), about [-1, 1].

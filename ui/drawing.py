@@ -74,10 +74,12 @@ class Call:
         known = torch.zeros(self.wish.count, self.total, dtype=torch.bool)
 
         def after_step(pipe, step, timestep, tensors):
-            sketch = Sketch(tensors["tokens"])
+            tokens = tensors["tokens"]
             if "positions" in tensors:
                 known.scatter_(1, tensors["positions"].cpu(), True)
-                sketch = Sketch(tensors["tokens"], known)
+                sketch = Sketch(tokens, known)
+            else:
+                sketch = Sketch(tokens, (tokens >= 0).any(dim=2) if tokens.ndim == 3 else None)
             if on_step(sketch):
                 pipe._interrupt = True
             return tensors

@@ -15,8 +15,9 @@ class Sketch:
     """Pictures under way.
 
     Args:
-        tokens: (batch, n) int64, the first n in raster order, n >= 1; or all (batch, L, D) of continuous ones.
-        known: (batch, L) bool, which of the latter are drawn.
+        tokens: (batch, n) int64, the first n in raster order, n >= 1; or all (batch, L, D) of several numbers each,
+            continuous ones or codes, which are -1 where nothing is drawn.
+        known: (batch, L) bool, of which of the latter there is something to see.
     """
 
     tokens: torch.Tensor
@@ -24,8 +25,12 @@ class Sketch:
 
     @property
     def drawn(self):
-        """Tokens of each picture that are there."""
-        return self.tokens.shape[1] if self.known is None else int(self.known[0].sum())
+        """Tokens of each picture that are there; of stacks of codes, as many as the codes would fill."""
+        if self.known is None:
+            return self.tokens.shape[1]
+        if self.tokens.is_floating_point():
+            return int(self.known[0].sum())
+        return -(-int((self.tokens[0] >= 0).sum()) // self.tokens.shape[2])
 
     @property
     def places(self):

@@ -23,10 +23,14 @@ from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.models.mar import MAR
+from studio.models.resgen import ResGen
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
-from studio.pipelines.token_bridge import TokenBridgePipeline, mismatch_of
+from studio.pipelines.resgen import ResGenPipeline
+from studio.pipelines.resgen import mismatch_of as mismatch_of_codes
+from studio.pipelines.token_bridge import TokenBridgePipeline
+from studio.pipelines.token_bridge import mismatch_of as mismatch_of_levels
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -61,8 +65,8 @@ def load(name, *, device=None, dtype=None):
             float32 on a CPU and bfloat16 on CUDA when `None`.
 
     Returns:
-        A `LlamaGenPipeline` or `MARPipeline`, a tokenizer (`VQTokenizer`, `OneDPieceTokenizer`, `KLTokenizer`, ...) or
-        a `VisualQuestionPipeline`. A pipeline that draws and knows only some words has them in `pipe.vocabulary`,
+        A pipeline (`LlamaGenPipeline`, `MARPipeline`, ...), a tokenizer (`VQTokenizer`, `OneDPieceTokenizer`,
+        `KLTokenizer`, ...) or a `VisualQuestionPipeline`. A pipeline that draws and knows only some words has them in `pipe.vocabulary`,
         `(words, concepts)`; any other has `None` there.
 
     Raises:
@@ -168,7 +172,12 @@ def _check_latents(folder, transformer, tokenizer):
 
 
 def _check_levels(folder, transformer, tokenizer):
-    if mismatch := mismatch_of(tokenizer, transformer):
+    if mismatch := mismatch_of_levels(tokenizer, transformer):
+        raise StudioError(f"{folder} does not fit together: {mismatch}.")
+
+
+def _check_stacks(folder, transformer, tokenizer):
+    if mismatch := mismatch_of_codes(tokenizer, transformer):
         raise StudioError(f"{folder} does not fit together: {mismatch}.")
 
 
@@ -194,7 +203,8 @@ _LLAMAGEN = _Kind(
 )
 _MAR = _Kind(MARPipeline, MAR, KLTokenizer, "emoji-kl", {"drafter": MAR}, _check_latents)
 _TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, TokenBridgeTokenizer, "emoji-bridge", {}, _check_levels)
-_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE)}
+_RESGEN = _Kind(ResGenPipeline, ResGen, RVQTokenizer, "emoji-rvq", {}, _check_stacks)
+_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN)}
 
 
 def _load_visual_question(folder, dtype):

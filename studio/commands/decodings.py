@@ -13,8 +13,9 @@ Decoding = Annotated[
     typer.Option(
         "--decoding",
         help="How tokens are drawn: ar, speculative (same law), lantern, lantern++ (relaxed), distilled (a student) or "
-        "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge.",
-        show_default="ar, mar or bridge",
+        "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge; of a "
+        "ResGen, resgen or first-hitting.",
+        show_default="ar, mar, bridge or resgen",
     ),
 ]
 Delta = Annotated[
@@ -35,7 +36,8 @@ Steps = Annotated[
     typer.Option(
         "--steps",
         min=1,
-        help="distilled: calls of the student; mar, cspd, bridge: of the model, at most one a token.",
+        help="distilled: calls of the student; mar, cspd, bridge: of the model, at most one a token; resgen, "
+        "first-hitting: at most one a code.",
         show_default="1; the model's own",
     ),
 ]
@@ -68,6 +70,22 @@ DraftSteps = Annotated[
 InnerTemperature = Annotated[
     float | None,
     number("--inner-temperature", help="cspd, relaxed: how forgiving the test is.", show_default="42"),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        help="resgen, first-hitting: how the number of hidden codes falls: cosine, circle or arccos.",
+        show_default="cosine",
+    ),
+]
+Confidence = Annotated[
+    str | None,
+    typer.Option("--confidence", help="resgen: of a whole cell, or of each level: cell or level.", show_default="cell"),
+]
+ConfidenceTemperature = Annotated[
+    float | None,
+    number("--confidence-temperature", help="resgen: noise on what stays first, at the start.", show_default="1"),
 ]
 Tolerance = Annotated[
     float | None,

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from studio.commands.decodings import (
+    Confidence,
+    ConfidenceTemperature,
     Decoding,
     Delta,
     DiffusionSteps,
@@ -16,6 +18,7 @@ from studio.commands.decodings import (
     Neighbours,
     Prefill,
     Ratio,
+    Schedule,
     Steps,
     TeacherSteps,
     Tolerance,
@@ -79,6 +82,9 @@ def generate(
     prefill: Prefill = None,
     draft_steps: DraftSteps = None,
     inner_temperature: InnerTemperature = None,
+    schedule: Schedule = None,
+    confidence: Confidence = None,
+    confidence_temperature: ConfidenceTemperature = None,
     tolerance: Tolerance = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -99,7 +105,8 @@ def generate(
         del sampling["cfg_interval"]
     chosen = {"delta": delta, "neighbours": neighbours, "ratio": ratio, "steps": steps, "teacher_steps": teacher_steps}
     chosen |= {"mode": mode, "diffusion_steps": diffusion_steps, "prefill": prefill, "draft_steps": draft_steps}
-    chosen |= {"inner_temperature": inner_temperature}
+    chosen |= {"inner_temperature": inner_temperature, "schedule": schedule, "confidence": confidence}
+    chosen |= {"confidence_temperature": confidence_temperature}
     if prompts is not None:
         if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
             raise StudioError("With --prompts the lines say what to draw, and --out is a folder: leave out the rest.")

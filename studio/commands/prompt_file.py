@@ -27,6 +27,9 @@ _DECODING = {
     "prefill": float,
     "draft_steps": int,
     "inner_temperature": float,
+    "schedule": str,
+    "confidence": str,
+    "confidence_temperature": float,
 }
 _KINDS = {
     "prompt": str,

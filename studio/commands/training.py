@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from studio.commands.decodings import (
+    Confidence,
+    ConfidenceTemperature,
     Decoding,
     Delta,
     DiffusionSteps,
@@ -17,6 +19,7 @@ from studio.commands.decodings import (
     Neighbours,
     Prefill,
     Ratio,
+    Schedule,
     Steps,
     TeacherSteps,
     decoding_of,
@@ -79,6 +82,9 @@ def evaluate(
     prefill: Prefill = None,
     draft_steps: DraftSteps = None,
     inner_temperature: InnerTemperature = None,
+    schedule: Schedule = None,
+    confidence: Confidence = None,
+    confidence_temperature: ConfidenceTemperature = None,
     device: Device = None,
     as_json: Json = False,
 ):
@@ -98,6 +104,9 @@ def evaluate(
         prefill=prefill,
         draft_steps=draft_steps,
         inner_temperature=inner_temperature,
+        schedule=schedule,
+        confidence=confidence,
+        confidence_temperature=confidence_temperature,
     )
     how = decoding_of(**chosen) if decoding or len(chosen) > 1 else None
     result = measure(model, samples=samples, seed=seed, device=device, decoding=how, shared=True)

@@ -35,6 +35,21 @@ def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "co
     return (gamma * slots - _ROUNDING).ceil().long().clamp(0, slots)
 
 
+def hidden_after_calls(calls: int, slots: int, schedule: str = "cosine") -> list[int]:
+    """How many slots are hidden after each call: as scheduled, but every call shows at least one, and the last all.
+
+    Errors: `StudioError` for more calls than slots.
+    """
+    if calls > slots:
+        raise StudioError(f"A picture has {slots} codes: draw them in at most as many steps, not {calls}.")
+    numbers, before = [], slots
+    for call in range(1, calls + 1):
+        scheduled = int(hidden_slots(call / calls, slots, schedule))
+        before = max(calls - call, min(before - 1, scheduled))
+        numbers.append(before)
+    return numbers
+
+
 def hide(noise: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """How many levels are hidden in each cell (B, L), when `count` (B,) slots of each picture are.
 
@@ -44,18 +59,18 @@ def hide(noise: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return _is_among_smallest(noise, count).sum(dim=-1)
 
 
-def reveal(hidden: torch.Tensor, confidence: torch.Tensor, left: torch.Tensor | int) -> torch.Tensor:
+def reveal(hidden: torch.Tensor, preference: torch.Tensor, left: torch.Tensor | int) -> torch.Tensor:
     """How many levels (B, L) stay hidden, `left` (B,) or one number in all, of those that were.
 
-    The most confident of the hidden slots decide how many levels each cell shows; those are its shallowest ones.
+    The hidden slots preferred most decide how many levels each cell shows; those are its shallowest ones.
 
     Args:
         hidden: levels (B, L) hidden before.
-        confidence: (B, L, D) of every slot; those of visible slots do not matter.
+        preference: (B, L, D) for every slot, such as a confidence; those of visible slots do not matter.
         left: at most as many as were hidden.
     """
-    was_hidden = ~shown(hidden, confidence.shape[-1])
-    order = confidence.masked_fill(~was_hidden, float("inf"))
+    was_hidden = ~shown(hidden, preference.shape[-1])
+    order = preference.masked_fill(~was_hidden, float("inf"))
     left = torch.as_tensor(left, device=hidden.device).expand(len(hidden))
     return (_is_among_smallest(order, left) & was_hidden).sum(dim=-1)
 

@@ -131,6 +131,11 @@ class ResGen(ModelMixin, ConfigMixin):
         else:
             self.head = LevelSoftmax(dim, depth, vocab_size)
 
+    @property
+    def num_tokens(self) -> int:
+        """Cells of a picture."""
+        return self.config.num_positions
+
     def forward(
         self,
         visible: torch.Tensor,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio import StudioError
-from studio.decoding.residual_masks import SCHEDULES, hidden_slots, hide, reveal, shown
+from studio.decoding.residual_masks import SCHEDULES, hidden_after_calls, hidden_slots, hide, reveal, shown
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(0, 1000))
 
@@ -27,6 +27,23 @@ def test_schedules_fall_from_all_to_none(schedule):
         assert (counts[:-1] >= 1).all()
     half = {"cosine": math.cos(math.pi / 4), "circle": 0.75**0.5, "arccos": 2 / 3}
     assert hidden_slots(0.5, 1000, schedule) == math.ceil(round(1000 * half[schedule], 6))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("slots", [1, 5, 64])
+def test_every_call_shows_something(schedule, slots):
+    for calls in range(1, slots + 1):
+        left = hidden_after_calls(calls, slots, schedule)
+        assert len(left) == calls and left[-1] == 0
+        assert all(before > after for before, after in zip([slots, *left], left))
+    assert hidden_after_calls(slots, slots, schedule) == list(range(slots))[::-1]
+    with pytest.raises(StudioError, match=f"{slots} codes"):
+        hidden_after_calls(slots + 1, slots, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_calls_follow_the_schedule_where_it_moves(schedule):
+    assert hidden_after_calls(4, 1000, schedule) == [int(hidden_slots(t / 4, 1000, schedule)) for t in (1, 2, 3, 4)]
 
 
 def test_refuses_other_schedules():

@@ -52,6 +52,16 @@ def test_codes_stand_for_the_sum_of_their_vectors(cell):
 
 
 @torch.no_grad()
+def test_blocks_of_pixels_may_be_folded_first():
+    model, images = tiny(pixel_unshuffle=2), torch.rand(2, 3, 8, 8) * 2 - 1
+    assert model.pixels_per_cell == (4, 4) and model.encoder.conv_in.in_channels == 12
+    codes = model.encode(images)
+    assert codes.shape == (2, 2, 2, 3) and model.decode(codes).shape == images.shape
+    with pytest.raises(StudioError, match="multiples of 4"):
+        model.encode(images[..., :6])
+
+
+@torch.no_grad()
 def test_the_first_levels_are_a_picture():
     model = tiny()
     codes = model.encode(torch.rand(1, 3, 8, 8))

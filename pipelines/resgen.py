@@ -1,0 +1,222 @@
+"""Words or a class to pictures with ResGen (arXiv:2412.10208): stacks of residual codes, in any number of calls."""
+
+from collections.abc import Callable
+
+import torch
+
+from studio.decoding.residual_steps import ResidualSteps
+from studio.decoding.residual_unmasking import ResidualDrawn, ResidualUnmasking, residual_unmasking
+from studio.decoding.sampling import Sampling
+from studio.errors import StudioError
+from studio.models.resgen import ResGen
+from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.tokenizers.rvq import RVQTokenizer
+
+
+def mismatch_of(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
+    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+    config, tables = tokenizer.config, tokenizer.codebooks
+    rows, columns = tokenizer.pixels_per_cell
+    compared = [
+        ("levels", config.depth, transformer["depth"]),
+        ("code vectors of length", tables[0].shape[1], transformer["code_dim"]),
+        ("cells", (config.sample_size // rows) * (config.sample_size // columns), transformer["num_positions"]),
+    ]
+    if transformer["prediction"] == "levels":
+        compared += [("codes a level", len(table), transformer["vocab_size"]) for table in tables]
+    for name, ours, drawn in compared:
+        if ours != drawn:
+            return f"the image tokenizer has {name} {ours}, the transformer {drawn}"
+    return None
+
+
+class ResGenPipeline(ConditionalPipeline):
+    """Draws all levels of many cells at a time; the number of calls does not depend on the depth.
+
+    Args:
+        image_tokenizer: quantises what is predicted, and decodes codes to pixels.
+        transformer: predicts what is hidden; class- or text-conditional.
+        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer that goes with it.
+        default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_steps: used where a call
+            leaves them out.
+        lowercase_prompts: whether prompts are lowercased first.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _exclude_from_cpu_offload = ["image_tokenizer"]
+    _callback_tensor_inputs = ["tokens"]
+
+    def __init__(
+        self,
+        image_tokenizer: RVQTokenizer,
+        transformer: ResGen,
+        text_encoder=None,
+        tokenizer=None,
+        default_guidance_scale: float = 3.0,
+        default_temperature: float = 1.0,
+        default_top_k: int = 0,
+        default_top_p: float = 1.0,
+        default_num_steps: int = 16,
+        lowercase_prompts: bool = False,
+    ):
+        super().__init__()
+        self.register_modules(
+            image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale,
+            default_temperature=default_temperature,
+            default_top_k=default_top_k,
+            default_top_p=default_top_p,
+            default_num_steps=default_num_steps,
+            lowercase_prompts=lowercase_prompts,
+        )
+
+    def check_call(
+        self,
+        prompt=None,
+        *,
+        class_labels=None,
+        num_images_per_prompt=1,
+        guidance_scale=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        decoding=None,
+        output_type="pil",
+        callback_inputs=("tokens",),
+    ) -> tuple[float, Sampling, ResidualSteps]:
+        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+
+        Returns:
+            What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
+        """
+        config = self.config
+        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.check_condition(prompt, class_labels)
+        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
+        if decoding is not None and not isinstance(decoding, ResidualSteps):
+            raise StudioError(
+                "ResGen draws with ResidualUnmasking (resgen) or FirstHitting (first-hitting) decoding, "
+                f"not {type(decoding).__name__}."
+            )
+        settings = (decoding or ResidualUnmasking()).filled(config.default_num_steps)
+        settings.plan(self.transformer.num_tokens * self.transformer.config.depth)
+        sampling = Sampling(
+            config.default_temperature if temperature is None else temperature,
+            config.default_top_k if top_k is None else top_k,
+            config.default_top_p if top_p is None else top_p,
+        )
+        return guidance_scale or 1.0, sampling, settings
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil", depth: int | None = None):
+        """Codes (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+
+        A code that was not drawn, -1, adds nothing to its cell; of all others the first `depth` levels count.
+        """
+        config = self.image_tokenizer.config
+        rows = config.sample_size // self.image_tokenizer.pixels_per_cell[0]
+        return self.finished_pictures(self.image_tokenizer.decode(tokens.unflatten(1, (rows, -1)), depth), output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        decoding: ResidualSteps | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["ResGenPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+    ) -> ImageTokenPipelineOutput | tuple:
+        """Draws `num_images_per_prompt` pictures for each prompt or class.
+
+        Args:
+            prompt: words, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class numbers, for a class-conditional model.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598) at the last call, to which it rises from 1; 1
+                (or 0) turns it off.
+            temperature: of the choice of a component, and of the spread around its mean; 0 takes the likeliest mean.
+            top_k, top_p: keep the k likeliest components (0: all), or those that hold probability p (1: all).
+            generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
+            decoding: which codes stay when, and after how many calls all do: `ResidualUnmasking()` (when left out), the
+                most confident first, or `FirstHitting()`, in a random order.
+            output_type: "pil", "np", "pt", or "tokens" for the codes alone.
+            callback_on_step_end: called after each step as (pipeline, step, step, {"tokens": codes (B, L, D)}), -1
+                where nothing is shown yet; may return a dict with changed "tokens", from which drawing goes on.
+
+        Returns:
+            An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not come.
+
+        Errors: `StudioError` for arguments that cannot be used, and for parts that do not fit.
+        """
+        guidance_scale, sampling, settings = self.check_call(
+            prompt,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            decoding=decoding,
+            output_type=output_type,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        self._interrupt = False
+        seconds: dict[str, float] = {}
+        with timed(seconds, "total"):
+            with timed(seconds, "text"):
+                condition = self.condition(prompt, class_labels, num_images_per_prompt)
+            batch = len(next(iter(condition.values())))
+            generators = image_generators(generator, batch, self._execution_device)
+            with self.progress_bar(total=settings.steps) as progress:
+
+                def on_step(number: int, tokens: torch.Tensor) -> bool:
+                    progress.update()
+                    if callback_on_step_end is not None:
+                        names = callback_on_step_end_tensor_inputs
+                        changed = callback_on_step_end(self, number, number, {name: tokens for name in names}) or {}
+                        if changed.get("tokens", tokens) is not tokens:
+                            tokens.copy_(changed["tokens"])
+                    return self._interrupt
+
+                drawn = residual_unmasking(
+                    self.transformer,
+                    self.image_tokenizer.quantizer,
+                    condition,
+                    generators=generators,
+                    sampling=sampling,
+                    guidance_scale=guidance_scale,
+                    settings=settings,
+                    on_step=on_step,
+                )
+            with timed(seconds, "pixels"):
+                images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
+        self.maybe_free_model_hooks()
+        stats = _stats(drawn, seconds)
+        if not return_dict:
+            return images, drawn.tokens, stats
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+
+
+def _stats(drawn: ResidualDrawn, seconds: dict[str, float]) -> DecodingStats:
+    shown = int((drawn.tokens >= 0).sum())
+    return DecodingStats(
+        target_calls=drawn.target_calls,
+        tokens=shown,
+        mean_accepted_length=shown / len(drawn.tokens) / drawn.target_calls,
+        seconds={**seconds, "prefill": 0.0, "decode": sum(drawn.seconds.values()), **drawn.seconds},
+    )
