@@ -66,8 +66,8 @@ def load(name, *, device=None, dtype=None):
 
     Returns:
         A pipeline (`LlamaGenPipeline`, `MARPipeline`, ...), a tokenizer (`VQTokenizer`, `OneDPieceTokenizer`,
-        `KLTokenizer`, ...) or a `VisualQuestionPipeline`. A pipeline that draws and knows only some words has them in `pipe.vocabulary`,
-        `(words, concepts)`; any other has `None` there.
+        `KLTokenizer`, ...) or a `VisualQuestionPipeline`. A pipeline that draws and knows only some words has them in
+        `pipe.vocabulary`, `(words, concepts)`; any other has `None` there.
 
     Raises:
         StudioError: unknown name, unreachable Hub, damaged weights, a folder that is no checkpoint or one of another
