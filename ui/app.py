@@ -2,8 +2,9 @@
 
 import gradio as gr
 
-from studio.ui import ask, generate
+from studio.ui import ask, generate, tokenize
 from studio.ui.components import header
+from studio.ui.passing import connect_outlet
 from studio.ui.theme import CSS, studio_theme
 
 _HOUR = 3600
@@ -20,11 +21,14 @@ def build_app(model="emoji-ar"):
     """
     with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
         header(model)
-        with gr.Tabs(elem_id="studio-tabs"):
+        with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                generate.build_tab(model)
+                outlet = generate.build_tab(model)
+            with gr.Tab("Tokenize", id="tokenize"):
+                picture = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
-                ask.build_tab()
+                asked = ask.build_tab()
+        connect_outlet(outlet, tabs, {"tokenize": picture, "ask": asked})
     return demo.queue(max_size=64)
 
 

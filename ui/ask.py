@@ -8,8 +8,8 @@ from studio import pruning_methods
 from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.answers import answer_cards, verdict
-from studio.ui.components import picture_grid, status_line
-from studio.ui.models import bundled_readers
+from studio.ui.components import picture_grid, status_line, uploaded
+from studio.ui.models import bundled_models
 from studio.ui.patches import draw_patches
 from studio.ui.reading import Inquiry, read
 
@@ -29,8 +29,12 @@ _FOLDER = Path(__file__).parent
 
 
 def build_tab():
-    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first question."""
-    readers = bundled_readers()
+    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first question.
+
+    Returns:
+        The field of the picture.
+    """
+    readers = bundled_models("reader")
     methods = pruning_methods()
     with gr.Row(elem_id="studio-ask", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
@@ -55,7 +59,9 @@ def build_tab():
                 type="index",
             )
         with gr.Column(elem_classes="area-show"):
-            gallery = picture_grid(label="What it reads", show_label=False, columns=2, elem_id="patches")
+            gallery = picture_grid(
+                label="What it reads", show_label=False, columns=2, elem_id="patches", captioned=True
+            )
             status = gr.HTML(IDLE if readers else NO_READER, elem_id="ask-status", elem_classes="studio-line")
             cards = gr.HTML("", elem_id="answers", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
@@ -94,6 +100,7 @@ def build_tab():
     examples.click(_example, examples, [picture, question], queue=False, **PRIVATE)
     method.change(lambda chosen: gr.update(info=methods[chosen]), method, method, queue=False, **PRIVATE)
     _endpoint(picture, question, method, keep)
+    return picture
 
 
 def _example(number):
@@ -137,7 +144,7 @@ async def show_reading(*values):
     shown = None
     try:
         model, picture, *rest = values
-        inquiry = Inquiry(model, _path(picture), *rest)
+        inquiry = Inquiry(model, uploaded(picture), *rest)
         async for reading in read(inquiry):
             views, gallery = reading.pruned and reading.pruned.views, gr.skip()
             if views is not shown:
@@ -151,17 +158,14 @@ async def show_reading(*values):
 async def answer_reading(picture, question, model, method, keep, max_new_tokens):
     """Answer for a program: yields (text, details); a mistake in the values is an error with the same sentence."""
     try:
-        inquiry = Inquiry(model, _path(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
+        inquiry = Inquiry(
+            model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
+        )
         async for reading in read(inquiry):
             if (answer := reading.pruned) is not None:
                 yield answer.answer, _details(answer)
     except StudioError as error:
         raise gr.Error(str(error), print_exception=False) from error
-
-
-def _path(upload):
-    """Where Gradio put an uploaded picture, whatever the file holds."""
-    return upload and upload.get("path")
 
 
 def _gallery(reading):

@@ -23,20 +23,20 @@ def header(model):
     return gr.HTML(
         f'<div class="studio-header">{_mark()}<h1>Studio</h1>'
         "<p>Pictures from words, one token at a time</p>"
-        f'<span class="studio-model">{escape(_short(model))}</span></div>',
+        f'<span class="studio-model">{escape(short_name(model))}</span></div>',
         elem_id="studio-header",
     )
 
 
-def picture_grid(**settings):
-    """A gallery of PNG pictures (never re-encoded with losses), as square as their number allows."""
+def picture_grid(captioned=False, **settings):
+    """A gallery of PNG pictures (never re-encoded with losses), with captions below them or over them on demand."""
     return gr.Gallery(
         format="png",
         object_fit="contain",
         height="auto",
         buttons=["download", "fullscreen"],
         interactive=False,
-        elem_classes="studio-pictures",
+        elem_classes=["studio-pictures", "studio-captioned"] if captioned else "studio-pictures",
         **settings,
     )
 
@@ -87,5 +87,11 @@ def pictures(count):
     return f"{count} picture{'s' * (count != 1)}"
 
 
-def _short(model):
+def short_name(model):
+    """The last part of a model's name or folder."""
     return str(model).rstrip("/").rsplit("/", 1)[-1]
+
+
+def uploaded(file):
+    """Where Gradio put an uploaded file, whatever it holds; `None` where none was given."""
+    return file and file.get("path")

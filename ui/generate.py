@@ -12,6 +12,7 @@ from studio.ui.drawing import Drawn, draw
 from studio.ui.fields import number_field
 from studio.ui.lanes import race_lanes, race_verdict
 from studio.ui.models import fitting_decodings, own_settings
+from studio.ui.passing import build_outlet
 from studio.ui.race import race
 from studio.ui.token_grid import token_grid
 from studio.ui.wish import MOST_PICTURES, Wish, draw_seed
@@ -29,7 +30,11 @@ LOADING = status_line("Loading the model …", state="running", fraction=0)
 
 
 def build_tab(model):
-    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first drawing."""
+    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first drawing.
+
+    Returns:
+        The `Outlet` by which pictures go to the tabs "tokenize" and "ask".
+    """
     with gr.Row(elem_id="studio-generate", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             prompt = gr.Textbox(
@@ -50,11 +55,17 @@ def build_tab(model):
                 samples=[[text] for text in EXAMPLES],
                 label="Try",
                 elem_id="examples",
+                elem_classes="studio-examples",
                 type="values",
             )
         with gr.Column(elem_classes="area-show"):
             gallery = picture_grid(label="Pictures", show_label=False, columns=2, elem_id="pictures")
             status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
+            outlet = build_outlet(
+                gallery,
+                {"tokenize": "Tokenize this", "ask": "Ask about this picture"},
+                [generate.click, prompt.submit, race_button.click],
+            )
             tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
             fitting = fitting_decodings(model)
@@ -95,6 +106,7 @@ def build_tab(model):
     dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(model, prompt, count, fitting[0])
+    return outlet
 
 
 def _decoding_fields(fitting):

@@ -5,15 +5,21 @@ import threading
 from pathlib import Path
 
 from studio.checkpoints.bundled import BUNDLED, ROOT, read_checksums
+from studio.ui.scales import scale_of
 
 _SETTINGS = {"guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
 _pipelines = {}
 _readers = {}
+_tokenizers = {}
+_judges = {}
+_MOST_PIPELINES = 8
 _lock = threading.Lock()
 
 
 def get_pipeline(name):
     """Return the pipeline called `name` (whatever `studio.load` takes), loading it when it is asked for the first time.
+
+    Visitors may name any, so only the eight asked last stay loaded.
 
     Raises:
         StudioError: it cannot be loaded, or it is something that cannot draw.
@@ -28,7 +34,10 @@ def get_pipeline(name):
                     f"{name} turns pictures into tokens and cannot draw: choose one such as emoji-ar."
                 )
             loaded.set_progress_bar_config(disable=True)
+            if len(_pipelines) >= _MOST_PIPELINES:
+                del _pipelines[next(iter(_pipelines))]
             _pipelines[name] = loaded
+        _pipelines[name] = _pipelines.pop(name)
         return _pipelines[name]
 
 
@@ -54,10 +63,48 @@ def get_reader(name):
         return _readers[name]
 
 
-def bundled_readers():
-    """The names of the bundled models that answer questions about pictures, and whose weights are here."""
+def get_tokenizer(name):
+    """Return the tokenizer called `name` (whatever `studio.load` takes), that of a pipeline which draws included.
+
+    As of readers, only the one asked last stays loaded. It computes in float32, as the command line does: its tokens
+    are then the same everywhere.
+
+    Raises:
+        StudioError: it cannot be loaded, or it has no tokens of pictures.
+    """
+    import studio
+
+    with _lock:
+        if name not in _tokenizers:
+            _tokenizers.clear()
+            loaded = studio.load(name, dtype="float32")
+            loaded = getattr(loaded, "image_tokenizer", loaded)
+            if not hasattr(loaded, "encode"):
+                raise studio.StudioError(f"{name} makes no tokens of pictures: choose a tokenizer such as emoji-vq.")
+            _tokenizers[name] = loaded
+        return _tokenizers[name]
+
+
+def get_judge(model):
+    """The bundled judge, where it knows what a pipeline draws and is in this copy; else `None`."""
+    from studio.errors import StudioError
+    from studio.evaluation.judge import load_judge
+
+    if model not in BUNDLED:
+        return None
+    with _lock:
+        if "judge" not in _judges:
+            try:
+                _judges["judge"] = load_judge()
+            except StudioError:
+                _judges["judge"] = None
+        return _judges["judge"]
+
+
+def bundled_models(kind):
+    """The names of the bundled models of a kind ("reader", "tokenizer", "pipeline") whose weights are here."""
     present = read_checksums()
-    return [name for name, model in BUNDLED.items() if model.kind == "reader" and present.get(name)]
+    return [name for name, model in BUNDLED.items() if model.kind == kind and present.get(name)]
 
 
 def _blank_picture():
@@ -89,9 +136,21 @@ def fitting_decodings(name):
     return decodings_for(index.get("_class_name", ""), components) or list(DECODINGS)
 
 
+def tokenizer_scale(name):
+    """The `Scale` of a tokenizer that is loaded or on this machine, read without loading it; `None` for any other."""
+    if loaded := _tokenizers.get(name):
+        return scale_of(type(loaded).__name__, loaded.config)
+    config = _read_json(name, "config.json") or _read_json(name, "image_tokenizer/config.json")
+    return scale_of(config.get("_class_name"), config)
+
+
 def _read_index(name):
+    return _read_json(name, "model_index.json")
+
+
+def _read_json(name, file):
     folder = ROOT / name if name in BUNDLED else Path(name)
     try:
-        return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-_SMALLEST, _LARGEST = 480, 1280  # px, the longer side of what is shown
+from studio.ui.sizes import readable
+
 _FAINT = 44  # of 255
 
 
@@ -17,7 +18,7 @@ def draw_patches(picture, view):
     Returns:
         An RGBA image of the same shape; faint where the language model receives nothing, also outside of the grid.
     """
-    shown = _readable(picture)
+    shown = readable(picture)
     left, top, right, bottom = view.box
     columns, on_grid_x = _cells(shown.width, left, right, view.kept.shape[1])
     rows, on_grid_y = _cells(shown.height, top, bottom, view.kept.shape[0])
@@ -31,12 +32,3 @@ def _cells(pixels, start, end, count):
     place = ((np.arange(pixels) + 0.5) / pixels - start) / (end - start) * count
     cell = np.floor(place).astype(int)
     return cell.clip(0, count - 1), (cell >= 0) & (cell < count)
-
-
-def _readable(picture):
-    """A copy large enough to see patches, and small enough to send."""
-    longest = max(picture.size)
-    scale = min(_LARGEST / longest, max(1, -(-_SMALLEST // longest)))
-    if scale == 1:
-        return picture.copy()
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)

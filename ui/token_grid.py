@@ -1,7 +1,10 @@
-"""The grid of a picture's tokens: which were drafts, which the model drew itself, where drafts were rejected."""
+"""Grids of a picture's tokens: which were drafts and which the model drew itself, or what code each of them is."""
 
 import math
 from html import escape
+
+_MOST_SQUARES = 1024  # of all planes that are drawn, but for the first
+_MOST_NUMBERED = 8  # columns of a plane whose numbers are legible
 
 
 def token_grid(fates, title):
@@ -33,6 +36,39 @@ def token_grid(fates, title):
     return (
         f'<figure class="studio-tokens"><svg viewBox="0 0 {side} {side}" role="img" aria-label="{escape(spoken)}">'
         f"{squares}{dots}</svg><figcaption><ul>{legend}</ul></figcaption></figure>"
+    )
+
+
+def code_grids(planes):
+    """Draw the planes of a picture's tokens, as many as a page takes; each square says its code.
+
+    Args:
+        planes: a list of `TokenPlane`.
+    """
+    shown = planes[: max(1, _MOST_SQUARES // len(planes[0].names))]
+    left = len(planes) - len(shown)
+    more = f"<p>and {left} more</p>" if left else ""
+    return f'<div class="studio-codes">{"".join(map(_code_grid, shown))}{more}</div>'
+
+
+def _code_grid(plane):
+    rows = math.ceil(len(plane.names) / plane.columns)
+    used = sum(plane.kept)
+    spoken = f"{plane.title}: {used} of {len(plane.names)} used"
+    squares = "".join(_code(plane, place) for place in range(len(plane.names)))
+    return (
+        f"<figure><figcaption>{escape(plane.title)} <span>{used} of {len(plane.names)}</span></figcaption>"
+        f'<svg viewBox="0 0 {plane.columns} {rows}" role="img" aria-label="{escape(spoken)}">{squares}</svg></figure>'
+    )
+
+
+def _code(plane, place):
+    row, column = divmod(place, plane.columns)
+    name = escape(plane.names[place])
+    number = f'<text x="{column + 0.5:g}" y="{row + 0.5:g}">{name}</text>' if plane.columns <= _MOST_NUMBERED else ""
+    return (
+        f'<g class="{"kept" if plane.kept[place] else "dropped"}">'
+        f'<path fill="{plane.colours[place]}" d="{_square(place, plane.columns)}"/>{number}<title>{name}</title></g>'
     )
 
 

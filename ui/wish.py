@@ -33,9 +33,9 @@ class Wish:
     options: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not _is_whole(self.count) or not 1 <= self.count <= MOST_PICTURES:
+        if not is_whole(self.count) or not 1 <= self.count <= MOST_PICTURES:
             raise StudioError(f"Choose between 1 and {MOST_PICTURES} pictures.")
-        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
+        if self.seed is not None and (not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
             raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one drawn.")
         object.__setattr__(self, "count", int(self.count))
         object.__setattr__(self, "seed", draw_seed() if self.seed is None else int(self.seed))
@@ -45,14 +45,14 @@ class Wish:
     def from_fields(cls, model, prompt, count, seed, guidance, temperature, top_k, top_p, decoding="ar", options=None):
         """The wish that a form describes: numbers as text, empty for the model's own or the decoding's usual one."""
         numbers = {
-            "seed": _number("seed", seed, int),
-            "guidance_scale": _number("guidance", guidance, float),
-            "temperature": _number("temperature", temperature, float),
-            "top_k": _number("top-k", top_k, int),
-            "top_p": _number("top-p", top_p, float),
+            "seed": number_of("seed", seed, int),
+            "guidance_scale": number_of("guidance", guidance, float),
+            "temperature": number_of("temperature", temperature, float),
+            "top_k": number_of("top-k", top_k, int),
+            "top_p": number_of("top-p", top_p, float),
         }
         kinds = {option.name: option.kind for option in decoding_named(decoding).options}
-        chosen = {name: _number(name, text, kinds[name]) for name, text in (options or {}).items()}
+        chosen = {name: number_of(name, text, kinds.get(name, str)) for name, text in (options or {}).items()}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         return cls(model, prompt, count, **numbers, decoding=decoding, options=chosen)
 
@@ -83,7 +83,7 @@ class Wish:
     def settings(self):
         """The sampling settings that differ from the model's own, as arguments of the pipeline."""
         chosen = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
-        if _is_whole(chosen.get("top_k")):
+        if is_whole(chosen.get("top_k")):
             chosen["top_k"] = int(chosen["top_k"])
         return chosen
 
@@ -99,7 +99,8 @@ def draw_seed():
     return secrets.randbelow(2**31)
 
 
-def _number(name, text, kind):
+def number_of(name, text, kind):
+    """The number of a field that may be empty (`None`). Errors: `StudioError` for anything else."""
     text = (text or "").strip()
     try:
         return kind(text) if text else None
@@ -109,5 +110,6 @@ def _number(name, text, kind):
         raise StudioError(f"{called} must be {what}, not {text[:40]!r}; or leave it empty.") from error
 
 
-def _is_whole(number):
+def is_whole(number):
+    """Whether something is a finite number without a fraction."""
     return isinstance(number, int | float) and math.isfinite(number) and number == int(number)

@@ -71,7 +71,7 @@ def bench_tokenizers(
             for variant, how in settings:
                 restored, decoding = _decoded(each, tokens, how, batch_size)
                 row = {"model": str(name), "variant": variant, "resolution": images.shape[-1]}
-                row |= _size(each, tokens, how)
+                row |= size_of(each, tokens, how)
                 row["psnr"] = float(psnr(restored, images).mean())
                 row["ssim"] = float(ssim(restored, images).mean())
                 row["frechet"] = frechet_distance(verdicts(judge, restored).features, truth)
@@ -128,8 +128,17 @@ def _pictures(drawn, resolution):
     return images
 
 
-def _size(tokenizer, tokens, how):
-    """Tokens and bits of a picture, of the part that is decoded."""
+def size_of(tokenizer, tokens, how) -> dict:
+    """Size of a picture, or of the part of it that is decoded.
+
+    Args:
+        tokenizer: one that `studio.load` returns.
+        tokens: (n, ...) of n pictures, as it encodes them.
+        how: keywords of its `decode`: `{"length": n}`, `{"depth": d}` or `{}`.
+
+    Returns:
+        `{"tokens", "bits"}`; continuous tokens have no bits: None.
+    """
     count = tokens[0].numel()
     if "depth" in how:
         cells = count // tokens.shape[-1]

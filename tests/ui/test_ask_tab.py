@@ -183,10 +183,10 @@ def test_closing_stops_the_model_within_one_token(reader, scene, monkeypatch):
 def test_without_a_reader_the_tab_says_what_to_do(monkeypatch):
     from studio.ui.app import build_app
 
-    monkeypatch.setattr(ask, "bundled_readers", list)
+    monkeypatch.setattr(ask, "bundled_models", lambda kind: [])
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
     assert "studio train emoji-vlm" in fields["ask-status"]["value"] and fields["reader"].get("value") is None
-    monkeypatch.setattr(ask, "bundled_readers", lambda: ["emoji-vlm"])
+    monkeypatch.setattr(ask, "bundled_models", lambda kind: ["emoji-vlm"])
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
     assert "studio train" not in fields["ask-status"]["value"] and fields["reader"]["value"] == "emoji-vlm"
 
