@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from studio.ui import ask, generate, tokenize
+from studio.ui import ask, compare, generate, tokenize
 from studio.ui.components import header
 from studio.ui.passing import connect_outlet
 from studio.ui.theme import CSS, studio_theme
@@ -28,6 +28,8 @@ def build_app(model="emoji-ar"):
                 picture = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
                 asked = ask.build_tab()
+            with gr.Tab("Compare", id="compare"):
+                compare.build_tab(model)
         connect_outlet(outlet, tabs, {"tokenize": picture, "ask": asked})
     return demo.queue(max_size=64)
 

@@ -1,0 +1,81 @@
+"""What the judge sees in single pictures, in words: for a person who compares them, not for a table."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from studio.data.archive import STYLES, load_concepts
+from studio.data.backgrounds import NAMES
+from studio.errors import StudioError
+from studio.evaluation.judge import verdicts
+
+WHAT_IT_IS = (
+    "The judge is a small network that names concept, style and background of an emoji. It only measures: nothing "
+    "was trained against it, and of anything but emoji it knows nothing."
+)
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """The judge's on one picture.
+
+    Args:
+        concept, style, background: what it finds likeliest: "red apple", "flat", "blue".
+        certainty: how likely it finds that concept, 0 to 1.
+        agreement: how likely it finds the concept that the words name; `None` where they name none.
+    """
+
+    concept: str
+    style: str
+    background: str
+    certainty: float
+    agreement: float | None = None
+
+
+def opinions(judge, pictures, prompt=None) -> list[Opinion]:
+    """The judge's opinions.
+
+    Args:
+        judge: what `load_judge` returns, of the bundled set.
+        pictures: PIL images of one size, or of several.
+        prompt: the words that they were drawn from.
+
+    Raises:
+        StudioError: the judge knows other concepts than the bundled set has.
+    """
+    concepts = load_concepts()
+    if judge.config.num_concepts != len(concepts):
+        raise StudioError(
+            f"This judge knows {judge.config.num_concepts} concepts, the bundled set has {len(concepts)}."
+        )
+    wanted = named_concept(prompt)
+    return [_opinion(judge, picture, concepts, wanted) for picture in pictures]
+
+
+def named_concept(prompt) -> int | None:
+    """The number of the concept whose whole label a prompt contains, the longest one; `None` where there is none."""
+    text = _plain(prompt or "")
+    found = [each for each in load_concepts() if f" {_plain(each.label).strip()} " in text]
+    return max(found, key=lambda each: len(each.label)).index if found else None
+
+
+def _opinion(judge, picture, concepts, wanted):
+    pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).movedim(-1, 0)[None].float() / 255
+    verdict = verdicts(judge, pixels)
+    chances = verdict.concepts[0].softmax(dim=0)
+    likeliest = int(chances.argmax())
+    return Opinion(
+        concepts[likeliest].label,
+        STYLES[int(verdict.styles[0].argmax())],
+        NAMES[int(verdict.backgrounds[0].argmax())],
+        float(chances[likeliest]),
+        None if wanted is None else float(chances[wanted]),
+    )
+
+
+def _plain(text):
+    """The words of a text in lower case, with a space around each."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return f" {' '.join(words)} "

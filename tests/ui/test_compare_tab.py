@@ -1,0 +1,185 @@
+"""The Compare tab: several ways to draw the same words, each with its clock and, where it knows them, the judge."""
+
+import asyncio
+import re
+import time
+
+import gradio as gr
+import pytest
+import torch
+from PIL import Image
+
+from studio import DECODINGS
+from studio.checkpoints.bundled import BUNDLED, Bundled
+from studio.evaluation.judge import Judge
+from studio.evaluation.opinions import Opinion, named_concept, opinions
+from studio.ui import compare, models
+from studio.ui.comparing import CompareWish, offered_sides
+
+SIDES = ["tiny", "tiny: speculative"]
+
+
+def updates(prompt="a red apple", sides=SIDES, count=1, seed="7"):
+    async def collect():
+        return [update async for update in compare.show_comparison(prompt, sides, count, seed)]
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """The app's model "tiny" counts as bundled, and a random judge looks at what it draws."""
+    torch.manual_seed(0)
+    judge = Judge(num_concepts=1391, widths=(8, 8, 8), feature_dim=4, sample_size=16).eval()
+    monkeypatch.setitem(BUNDLED, "tiny", Bundled("pipeline", "draws"))
+    monkeypatch.setattr(models, "_judges", {"judge": judge})
+    return judge
+
+
+def test_every_side_draws_what_it_draws_alone(steps, tiny_pipeline):
+    found = updates()
+    galleries = [[picture for picture, _ in gallery["value"]] for gallery, _, _ in found if "value" in gallery]
+    assert [len(pictures) for pictures in galleries] == [1, 2]
+    for picture, decoding in zip(galleries[-1], ("ar", "speculative"), strict=True):
+        alone = tiny_pipeline(
+            "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
+        )
+        assert picture.tobytes() == alone.images[0].tobytes() and "studio" in picture.info
+
+
+def test_clocks_calls_and_accepted_tokens_are_shown(steps):
+    _, cards, status = updates()[-1]
+    assert cards.count('<section class="studio-lane done">') == 2
+    calls = [int(each) for each in re.findall(r"calls of the model</dt><dd>(\d+)", cards)]
+    assert calls[0] == 16 and calls[1] <= 16
+    assert all(float(seconds) > 0 for seconds in re.findall(r'clock">([\d.]+)', cards))
+    accepted = re.search(r"accepted drafts</dt><dd>(\d+) of 16 tokens", cards)
+    assert int(accepted[1]) == 16 - calls[1] and "accepted drafts</dt><dd>none made" in cards
+    assert "Fastest: tiny: " in status and "<dd>7</dd>" in status
+    assert "judge" not in cards.lower()
+
+
+def test_one_is_waiting_while_another_draws(steps):
+    found = [cards for _, cards, _ in updates() if isinstance(cards, str)]
+    assert any("studio-lane running" in cards and "studio-lane waiting" in cards for cards in found)
+    assert any("studio-lane done" in cards and "studio-lane running" in cards for cards in found)
+    drawing = [status for _, _, status in updates() if "Drawing 1 of 2" in status]
+    assert drawing and "of 16 tokens" in drawing[-1]
+
+
+def test_several_pictures_of_each_are_a_row(steps):
+    gallery = updates(count=3)[-1][0]
+    assert gallery["columns"] == 3
+    captions = [caption for _, caption in gallery["value"]]
+    assert captions[0].endswith("seed 7") and captions[2].endswith("seed 9") and captions[3].endswith("seed 7")
+
+
+def test_the_judge_says_what_it_sees_and_what_it_is(steps, judge):
+    cards = updates()[-1][1]
+    assert cards.count("<h4>The judge sees</h4>") == 2 and "It only measures" in cards
+    assert re.search(r"judge score</dt><dd>\d+%", cards)
+    assert "judge score" not in updates("a blorp")[-1][1]
+
+
+def test_opinions_are_those_of_the_network(judge):
+    from studio.data.archive import load_concepts
+    from studio.evaluation.judge import verdicts
+
+    picture = Image.linear_gradient("L").convert("RGB").resize((16, 16))
+    pixels = torch.tensor(list(picture.get_flattened_data())).float().view(1, 16, 16, 3).movedim(-1, 1) / 255
+    chances = verdicts(judge, pixels).concepts[0].softmax(0)
+    (found,) = opinions(judge, [picture], "a red apple, flat style")
+    assert isinstance(found, Opinion) and found.concept == load_concepts()[int(chances.argmax())].label
+    assert found.certainty == pytest.approx(float(chances.max()))
+    assert found.agreement == pytest.approx(float(chances[named_concept("red apple")]))
+
+
+def test_the_longest_concept_of_a_prompt_counts():
+    from studio.data.archive import load_concepts
+
+    labels = [concept.label for concept in load_concepts()]
+    assert labels[named_concept("A Red Apple, 3d style, on a blue background")] == "red apple"
+    assert labels[named_concept("a fox, flat style")] == "fox"
+    assert named_concept("foxes and pineapples") is None and named_concept(None) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"sides": ["tiny"]}, "from 2 to 6"),
+        ({"sides": None}, "from 2 to 6"),
+        ({"sides": ["tiny"] * 2}, "chosen twice"),
+        ({"sides": [f"tiny: lantern delta=0.{n}" for n in range(7)]}, "from 2 to 6"),
+        ({"sides": ["tiny", "tiny: fast"]}, "decoding is one of"),
+        ({"sides": ["tiny", "tiny: lantern 0.3"]}, "NAME=NUMBER"),
+        ({"sides": ["tiny", "tiny: lantern delta=much"]}, "Delta must be a number"),
+        ({"sides": ["tiny", "tiny: lantern speed=3"]}, "Lantern decoding takes"),
+        ({"sides": ["tiny", "tiny: distilled"]}, "student"),
+        ({"sides": ["tiny", "nobody-has-this"]}, "no model or folder"),
+        ({"count": 5}, "between 1 and 4"),
+        ({"seed": "-1"}, "seed from 0"),
+        ({"seed": "seven"}, "whole number"),
+    ],
+)
+def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, changes, words):
+    found = updates(**changes)
+    assert len(toasts) == 1 and words in toasts[0]
+    assert all(update[:2] == (gr.skip(), gr.skip()) for update in found)
+    assert "unchanged" in found[-1][2]
+
+
+def test_options_are_part_of_a_side(monkeypatch):
+    wish = CompareWish("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
+    assert wish.wishes[0].options == {"delta": 0.3, "neighbours": 9} and wish.wishes[0].model == "tiny"
+    assert wish.wishes[1].model == "folder/of a model" and [each.seed for each in wish.wishes] == [3, 3]
+    drawn = CompareWish("a fox", SIDES).wishes
+    assert drawn[0].seed == drawn[1].seed
+
+
+def test_what_a_model_can_do_is_offered(tiny_mar_folder):
+    offered = [side for _, side in offered_sides([str(tiny_mar_folder), "emoji-ar"])]
+    assert f"{tiny_mar_folder}: cspd" in offered and f"{tiny_mar_folder}: ar" not in offered
+    assert "emoji-ar: ar" in offered and "emoji-ar: mar" not in offered
+
+
+def test_unknown_words_are_named_once(steps, toasts, tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(tiny_pipeline, "vocabulary", (["a", "red", "apple"], ["red apple"]), raising=False)
+    updates("a red aple")
+    assert len(toasts) == 1 and toasts[0].count("'aple'") == 1
+
+
+def test_closing_stops_the_model_within_one_step(steps):
+    async def close_while_the_second_draws():
+        work = compare.show_comparison("a red apple", ["tiny", "tiny: lantern neighbours=9"], 1, "7")
+        async for _, _, status in work:
+            if "Drawing 2 of 2" in status:
+                break
+        await work.aclose()
+        return len(steps)
+
+    at_cancel = asyncio.run(close_while_the_second_draws())
+    time.sleep(0.3)
+    assert 16 < at_cancel and len(steps) <= at_cancel + 1
+
+
+def test_only_the_pipelines_asked_last_stay_loaded(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(models, "_pipelines", {})
+    monkeypatch.setattr("studio.load", lambda name: tiny_pipeline, raising=False)
+    for number in range(8):
+        models.get_pipeline(f"model-{number}")
+    models.get_pipeline("model-0")
+    models.get_pipeline("model-8")
+    assert "model-0" in models._pipelines and "model-1" not in models._pipelines and len(models._pipelines) == 8
+
+
+def test_programs_compare_too(client, judge):
+    pictures, details = client.predict("a red apple", SIDES, 1, 7, api_name="/compare")
+    assert [Image.open(each["image"]).format for each in pictures] == ["PNG", "PNG"]
+    plain, speculative = details["sides"]
+    assert plain["target_calls"] == 16 and plain["acceptance"] is None and plain["seeds"] == [7]
+    assert speculative["decoding"]["name"] == "speculative" and plain["accepted_tokens"] is None
+    assert speculative["accepted_tokens"] == 16 - speculative["target_calls"]
+    assert set(plain["judge"][0]) == {"concept", "style", "background", "certainty", "agreement"}
+    with pytest.raises(Exception, match="from 2 to 6"):
+        client.predict("a red apple", ["tiny"], api_name="/compare")
