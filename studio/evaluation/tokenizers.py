@@ -6,6 +6,7 @@ from studio.data.archive import STYLES, load_pictures
 from studio.data.backgrounds import PALETTE, compose
 from studio.data.splits import concepts
 from studio.evaluation.metrics import psnr, ssim
+from studio.tokenizers.rvq import RVQTokenizer
 
 
 @torch.inference_mode()
@@ -15,7 +16,8 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
     Returns:
         `{"psnr", "ssim", "bits_per_pixel", "resolution", "samples"}`: means of per-picture values in RGB [0, 1].
         A tokenizer of continuous tokens has "numbers_per_pixel" in place of the bits. One that restores from its first
-        tokens also has "psnr_n" and "ssim_n" for some lengths n: the full one, halved up to four times.
+        tokens also has "psnr_n" and "ssim_n" for some lengths n: the full one, halved up to four times; one of stacks
+        of codes for every number n of levels below the full one.
     """
     resolution = tokenizer.config.sample_size
     device = next(tokenizer.parameters()).device
@@ -58,5 +60,8 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
 
 
 def _shorter_lengths(tokenizer):
-    """The lengths below the full one at which a tokenizer is measured; none unless its first tokens are a picture."""
+    """The lengths or levels below the full ones at which a tokenizer is measured; none unless its first tokens are a
+    picture."""
+    if isinstance(tokenizer, RVQTokenizer):
+        return range(1, tokenizer.config.depth)
     return list(getattr(tokenizer, "lengths", ()))[:-1]

@@ -56,7 +56,14 @@ class GaussianMixture(nn.Module):
         return scores @ self.projection.float() + self.offsets.float()[component]
 
     def squared_distances(self, mixture: Mixture, vectors: torch.Tensor) -> torch.Tensor:
-        """|z - mu_k|^2 (..., K) of vectors z (..., C) to all means of their mixtures."""
+        """|z - mu_k|^2 (..., K) of vectors z (..., C) to all means of their mixtures, in float32.
+
+        Also under autocast: they are small differences of large products.
+        """
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self._squared_distances(mixture, vectors)
+
+    def _squared_distances(self, mixture, vectors):
         vectors, scores = vectors.float(), mixture.scores
         projection, offsets = self.projection.float(), self.offsets.float()
         from_offsets = vectors.square().sum(-1, keepdim=True) - 2 * vectors @ offsets.T + offsets.square().sum(-1)

@@ -7,8 +7,6 @@ Deviations from the authors' recipe: a mask rate for every step as theirs, but f
 matrices; no average of the weights is kept, since the learning rate falls to zero.
 """
 
-import copy
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +14,16 @@ import torch
 from torch import nn
 
 from studio.checkpoints.loading import load
-from studio.checkpoints.vocabulary import CONCEPTS_FILE
-from studio.data.captions import random_caption
 from studio.models.mar import MAR
 from studio.models.masked_autoencoder import MaskedAutoencoder
 from studio.pipelines.mar import MARPipeline
+from studio.training.from_words import FromWords, Listening
 from studio.training.ingredients import ingredient
 from studio.training.latent_cache import training_latents
 from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.recipe import Defaults, Recipe
+from studio.training.recipe import Defaults
 
-IMAGE_TOKENIZER, TEXT = "emoji-kl", "emoji-ar"
+IMAGE_TOKENIZER = "emoji-kl"
 SIZES = {
     **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 256), ("heads", 8))},
     "encoder_depth": 3,
@@ -44,65 +41,42 @@ LEAST_MASKED, SPREAD = 0.7, 0.25
 DRAWING = {"default_guidance_scale": 3.0, "default_num_steps": 16, "default_diffusion_steps": 50}
 
 
-class TrainableMAR(nn.Module):
-    """A MAR, and the frozen text encoder whose states it reads."""
-
-    def __init__(self, transformer: MAR, text_encoder):
-        super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "TrainableMAR":
-        super().train(mode)
-        self.text_encoder.eval()
-        return self
+class TrainableMAR(Listening):
+    """A MAR, and the text encoder."""
 
     def forward(self, latents, order, masked, input_ids, attention_mask):
         """Mean loss of latents (B, C, h, w) over the first `masked` positions (1,) of each order (B, L)."""
-        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        model = self.transformer
-        return model(
-            model.patchify(latents),
-            order,
-            int(masked),
-            captions=states,
-            caption_mask=attention_mask,
-            repeats=REPEATS,
-        )
+        model, condition = self.transformer, self.condition(input_ids, attention_mask)
+        return model(model.patchify(latents), order, int(masked), **condition, repeats=REPEATS)
 
 
-class EmojiMAR(Recipe):
+class EmojiMAR(FromWords):
     """Draws an emoji from words, a few continuous tokens at a time: a MAR over the latents of `emoji-kl`."""
 
     name = "emoji-mar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, latents of emoji-kl"
     defaults = Defaults(steps=2500, batch_size=64, learning_rate=3e-3, cooldown=0.4)
+    pipeline, drawing = MARPipeline, DRAWING
     sizes = SIZES
 
     def build(self, device):
-        self.text = load(TEXT, device=device, dtype=torch.float32)
-        transformer = self.prepared(load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32), self.text)
+        self.listen(device)
+        transformer = self.prepared(load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32))
         return self.trainable(transformer).to(device)
 
     def trainable(self, transformer):
         """The module around the network."""
         return TrainableMAR(transformer, self.text.text_encoder)
 
-    def prepared(self, image_tokenizer, text) -> MAR:
-        """Keeps what batches are drawn from, and returns a network of random weights for it.
-
-        Args:
-            image_tokenizer: the KL tokenizer.
-            text: a pipeline, for its text tokenizer and the size of its text states.
-        """
+    def prepared(self, image_tokenizer) -> MAR:
+        """Keeps what batches are drawn from, and returns a network of random weights for it."""
         weights = Path(image_tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
         self.drawn, self.laws = training_latents(image_tokenizer, weights)
-        self.image_tokenizer, self.tokenizer = image_tokenizer, text.tokenizer
+        self.image_tokenizer = image_tokenizer
         shape = {
             "grid_size": self.laws.shape[-1],
             "token_dim": image_tokenizer.latent_channels,
-            "num_classes": None,
-            "caption_dim": text.transformer.config.caption_dim,
-            "caption_length": text.transformer.config.caption_length,
+            **self.caption_shape(),
         }
         return self.network(image_tokenizer, {**shape, **self.sizes})
 
@@ -116,9 +90,7 @@ class EmojiMAR(Recipe):
     def batch(self, rng, batch_size, device):
         """Latents drawn from their Gaussians, captions, and an order of positions with the number that is masked."""
         chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))
-        captions = [random_caption(*row, rng) for row in self.drawn[chosen].tolist()]
-        length = self.tokenizer.model_max_length
-        text = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        captions = self.captions(self.drawn[chosen], rng, device)
         means, widths = self.laws[chosen].float().unbind(1)
         noise = torch.from_numpy(rng.standard_normal(means.shape, dtype=np.float32))
         total = means.shape[-1] * means.shape[-2]
@@ -128,30 +100,11 @@ class EmojiMAR(Recipe):
             "latents": (means + widths * noise).to(device),
             "order": order.to(device),
             "masked": torch.tensor(masked),
-            "input_ids": text["input_ids"].to(device),
-            "attention_mask": text["attention_mask"].to(device),
+            **captions,
         }
 
-    def load(self, module, folder):
-        weights = MAR.from_pretrained(folder / "transformer", dtype=torch.float32)
-        module.transformer.load_state_dict(weights.state_dict())
-
     def export(self, module, folder):
-        tokenizer, transformer, text_encoder = (
-            copy.deepcopy(part).to(torch.bfloat16).eval()
-            for part in (self.image_tokenizer, module.transformer, module.text_encoder)
-        )
-        pipe = MARPipeline(tokenizer, transformer, text_encoder, self.tokenizer, lowercase_prompts=True, **DRAWING)
-        pipe.save_pretrained(folder)
-        if (words := Path(self.text.name_or_path, CONCEPTS_FILE)).is_file():
-            shutil.copy(words, folder)
-
-    def quality(self, folder):
-        from studio.evaluation.generators import evaluate_generator
-
-        pipe = load(folder)
-        pipe.set_progress_bar_config(disable=True)
-        return evaluate_generator(pipe)
+        self.save_pipeline(folder, self.image_tokenizer, module)
 
 
 def masked_share(rng) -> float:

@@ -87,8 +87,8 @@ class EmojiMARDraft(EmojiMAR):
     sizes = DRAFT
 
     def build(self, device):
-        self.pipe = load(ingredient(TARGET), device=device, dtype=torch.float32)
-        drafter = self.prepared(self.pipe.image_tokenizer, self.pipe)
+        self.pipe = self.text = load(ingredient(TARGET), device=device, dtype=torch.float32)
+        drafter = self.prepared(self.pipe.image_tokenizer)
         return TrainableDraft(drafter, self.pipe.transformer, self.pipe.text_encoder).to(device)
 
     def optimizers(self, module, learning_rate):

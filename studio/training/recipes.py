@@ -16,6 +16,8 @@ RECIPES = {
     "emoji-kl": "studio.training.emoji_kl:EmojiKL",
     "emoji-mar": "studio.training.emoji_mar:EmojiMAR",
     "emoji-mar-draft": "studio.training.emoji_mar_draft:EmojiMARDraft",
+    "emoji-resgen": "studio.training.emoji_resgen:EmojiResGen",
+    "emoji-rvq": "studio.training.emoji_rvq:EmojiRVQ",
     "emoji-tower": "studio.training.emoji_tower:EmojiTower",
     "emoji-vlm": "studio.training.emoji_vlm:EmojiVLM",
     "emoji-words": "studio.training.emoji_words:EmojiWords",

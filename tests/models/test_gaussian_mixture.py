@@ -30,6 +30,13 @@ def test_distances_and_means(case):
     torch.testing.assert_close(head.mean(mixture, picked), expected)
 
 
+def test_distances_are_exact_under_autocast(case):
+    head, mixture, z = case
+    far = head.squared_distances(mixture, z + 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head.squared_distances(mixture, z + 100), far)
+
+
 def test_likelihood_is_that_of_torch(case):
     head, mixture, z = case
     normal = torch.distributions.Normal(dense_means(head, mixture), head.sigma)

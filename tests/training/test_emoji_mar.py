@@ -9,7 +9,7 @@ import torch
 
 from studio import StudioError
 from studio.data.splits import combinations
-from studio.training import emoji_mar, emoji_mar_draft, latent_cache
+from studio.training import emoji_mar, emoji_mar_draft, from_words, latent_cache
 from studio.training.emoji_mar import masked_share
 from studio.training.emoji_mar_draft import TrainableDraft
 from studio.training.ingredients import ingredient
@@ -25,7 +25,7 @@ def few(monkeypatch, tmp_path):
 @pytest.fixture
 def recipe(few, monkeypatch, tiny_folder, tiny_mar_folder):
     monkeypatch.setattr(emoji_mar, "IMAGE_TOKENIZER", str(tiny_mar_folder / "image_tokenizer"))
-    monkeypatch.setattr(emoji_mar, "TEXT", str(tiny_folder))
+    monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
     monkeypatch.setattr(emoji_mar_draft, "TARGET", str(tiny_mar_folder))
     return emoji_mar_draft.EmojiMARDraft()
 

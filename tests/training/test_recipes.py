@@ -11,10 +11,12 @@ from studio.errors import StudioError
 from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
+from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.tokenizers.rvq import RVQTokenizer
 from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
     captioned_tokens,
@@ -28,10 +30,13 @@ from studio.training import (
     emoji_kl,
     emoji_mar,
     emoji_mar_draft,
+    emoji_resgen,
+    emoji_rvq,
     emoji_tower,
     emoji_vlm,
     emoji_vq,
     emoji_words,
+    from_words,
     latent_cache,
     pair_cache,
     token_cache,
@@ -42,7 +47,7 @@ from studio.training.recipes import RECIPES, run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder):
+def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folder):
     """Tiny networks, forty pictures, and no measuring."""
     few = combinations(held_out=False)[:40]
     monkeypatch.setattr(emoji_judge, "combinations", lambda held_out: few)
@@ -67,12 +72,17 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder):
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
     monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
     monkeypatch.setattr(emoji_mar, "IMAGE_TOKENIZER", str(tiny_mar_folder / "image_tokenizer"))
-    monkeypatch.setattr(emoji_mar, "TEXT", str(tiny_folder))
+    monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
     monkeypatch.setattr(emoji_mar_draft, "TARGET", str(tiny_mar_folder))
     tiny_mar = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 32), ("depth", 1))}
     for recipe in (emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_bridge.EmojiBridge):
         monkeypatch.setattr(recipe, "sizes", {**recipe.sizes, **tiny_mar, "head_width": 32, "head_depth": 1})
     monkeypatch.setitem(emoji_bridge.EmojiBridge.sizes, "head_heads", 2)
+    tiny_rvq = {"base_channels": 32, "res_blocks": 1, "z_channels": 32, "feature_dim": 4, "codebook_size": 64}
+    monkeypatch.setattr(emoji_rvq, "CONFIG", {**emoji_rvq.CONFIG, **tiny_rvq})
+    monkeypatch.setattr(emoji_rvq, "MEASURED", 8)
+    monkeypatch.setattr(emoji_resgen, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
+    monkeypatch.setattr(emoji_resgen, "SIZES", {"dim": 32, "num_layers": 1, "num_heads": 2, "components": 8, "rank": 2})
     tiny_row = {"num_tokens": 8, "codebook_size": 64, "pixel_base_channels": 8}
     for part in ("encoder", "decoder"):
         tiny_row |= {f"{part}_width": 32, f"{part}_layers": 1, f"{part}_heads": 2}
@@ -81,7 +91,7 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder):
         emoji_1d.Emoji1D, emoji_bridge.EmojiBridge, emoji_decoder.EmojiDecoder,
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
         emoji_kl.EmojiKL, emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_tower.EmojiTower,
-        emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
+        emoji_resgen.EmojiResGen, emoji_rvq.EmojiRVQ, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
     ):  # fmt: skip
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
 
@@ -97,6 +107,8 @@ KINDS = {
     "emoji-kl": KLTokenizer,
     "emoji-mar": MARPipeline,
     "emoji-mar-draft": MARPipeline,
+    "emoji-resgen": ResGenPipeline,
+    "emoji-rvq": RVQTokenizer,
     "emoji-tower": CLIPVisionModel,
     "emoji-vlm": VisualQuestionPipeline,
     "emoji-vq": VQTokenizer,

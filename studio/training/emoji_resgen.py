@@ -1,0 +1,112 @@
+"""Recipe of `emoji-resgen`: ResGen (arXiv:2412.10208) over the codes of `emoji-rvq`, for captions.
+
+The spread of the mixture is that of what the quantiser leaves over, as in CLaM-TTS (arXiv:2404.02781). Ours: the free
+parts of the means start at sums of levels of training pictures, so that every component begins where the data lie; Muon
+for the hidden matrices; no average of the weights is kept, since the learning rate falls to zero.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from studio.checkpoints.loading import load
+from studio.data.archive import load_pictures
+from studio.data.backgrounds import render
+from studio.decoding.residual_masks import hidden_slots, hide, shown
+from studio.models.resgen import ResGen
+from studio.pipelines.resgen import ResGenPipeline
+from studio.training.from_words import FromWords, Listening
+from studio.training.ingredients import ingredient
+from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.recipe import Defaults
+from studio.training.token_cache import training_tokens
+
+IMAGE_TOKENIZER = "emoji-rvq"
+SIZES = {"dim": 256, "num_layers": 6, "num_heads": 8, "components": 256, "rank": 16}
+MEASURED = 512
+"""Pictures whose residuals say how wide a component is."""
+DRAWING = {"default_guidance_scale": 3.0, "default_num_steps": 16}
+
+
+class TrainableResGen(Listening):
+    """A ResGen, the text encoder, and the quantiser of its codes."""
+
+    def __init__(self, transformer: ResGen, text_encoder, quantizer):
+        super().__init__(transformer, text_encoder)
+        self.quantizer = quantizer
+
+    def forward(self, codes, hidden, input_ids, attention_mask):
+        """Mean cost of the hidden levels, of which each cell has `hidden` (B, L), of codes (B, L, D)."""
+        condition = self.condition(input_ids, attention_mask)
+        return self.transformer.loss(self.quantizer.lookup(codes), codes, hidden, **condition)
+
+
+class EmojiResGen(FromWords):
+    """Draws an emoji from words, all levels of many cells at a time: a ResGen over the codes of `emoji-rvq`."""
+
+    name = "emoji-resgen"
+    data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, codes of emoji-rvq"
+    defaults = Defaults(steps=3000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
+    pipeline, drawing = ResGenPipeline, DRAWING
+
+    def build(self, device):
+        self.listen(device)
+        self.image_tokenizer = tokenizer = load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32)
+        weights = Path(tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
+        self.drawn, codes = training_tokens(tokenizer, weights)
+        self.codes = codes.unflatten(1, (-1, tokenizer.config.depth))
+        transformer = ResGen(
+            num_positions=self.codes.shape[1],
+            depth=self.codes.shape[2],
+            vocab_size=max(map(len, tokenizer.codebooks)),
+            code_dim=tokenizer.codebooks[0].shape[1],
+            sigma=self.left_over(),
+            **self.caption_shape(),
+            **SIZES,
+        ).to(device)
+        start_means(transformer.head, self.codes.to(device), tokenizer.quantizer)
+        return TrainableResGen(transformer, self.text.text_encoder, tokenizer.quantizer).to(device)
+
+    @torch.no_grad()
+    def left_over(self) -> float:
+        """The standard deviation of what all levels leave over, over training pictures."""
+        tokenizer = self.image_tokenizer
+        rows = self.drawn[:: max(1, len(self.drawn) // MEASURED)].numpy()
+        images = render(load_pictures(tokenizer.config.sample_size), rows) * 2 - 1
+        vectors = torch.cat([tokenizer.encode_features(part.to(tokenizer.device)) for part in images.split(64)])
+        quantizer = tokenizer.quantizer
+        return float((vectors - quantizer.lookup(quantizer.encode(vectors)).sum(dim=-2)).std())
+
+    def optimizers(self, module, learning_rate):
+        model = module.transformer
+        tables = [model.positions, model.hidden_levels.weight, model.head.offsets]
+        return muon_and_adamw(module, hidden_matrices(model.blocks), learning_rate, tables=tables, tables_share=1.0)
+
+    def batch(self, rng, batch_size, device):
+        """Codes, captions, and how many levels of each cell are hidden, after a random time of the noising process."""
+        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))
+        codes = self.codes[chosen]
+        slots = codes[0].numel()
+        count = hidden_slots(torch.from_numpy(rng.random(batch_size)), slots).clamp(min=1)
+        hidden = hide(torch.from_numpy(rng.random(codes.shape)), count)
+        return {
+            "codes": codes.to(device),
+            "hidden": hidden.to(device),
+            **self.captions(self.drawn[chosen], rng, device),
+        }
+
+    def export(self, module, folder):
+        self.save_pipeline(folder, self.image_tokenizer, module)
+
+
+@torch.no_grad()
+def start_means(head, codes, quantizer):
+    """Put the free part of every mean of a mixture at the sum of the deepest levels, any number of them, of some cell
+    of codes (n, L, D)."""
+    rng, cells = np.random.default_rng(0), codes.flatten(0, 1)
+    chosen = torch.from_numpy(rng.integers(len(cells), size=head.components))
+    depth = cells.shape[1]
+    hidden = torch.from_numpy(rng.integers(1, depth + 1, size=head.components)).to(cells.device)
+    vectors = quantizer.lookup(cells[chosen.to(cells.device)])
+    head.offsets.copy_((vectors * ~shown(hidden, depth)[..., None]).sum(dim=-2))

@@ -1,0 +1,86 @@
+"""What `emoji-resgen` learns from: hidden levels, where means start, how wide they are; and that learning helps."""
+
+import numpy as np
+import pytest
+import torch
+
+from studio.data.splits import combinations
+from studio.decoding.first_hitting import FirstHitting
+from studio.decoding.residual_masks import hidden_slots, hide
+from studio.decoding.residual_unmasking import ResidualUnmasking, residual_unmasking
+from studio.decoding.sampling import Sampling
+from studio.models.resgen import ResGen
+from studio.tokenizers.residual_quantizer import ResidualQuantizer
+from studio.training import emoji_resgen, from_words, token_cache
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(monkeypatch, tmp_path, tiny_folder, tiny_resgen_folder):
+    """The recipe over twenty pictures, built at a tiny size."""
+    few = combinations(held_out=False)[:20]
+    monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
+    monkeypatch.setattr(emoji_resgen, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
+    monkeypatch.setattr(
+        emoji_resgen, "SIZES", {"dim": 16, "num_layers": 1, "num_heads": 2, "components": 12, "rank": 2}
+    )
+    return emoji_resgen.EmojiResGen()
+
+
+def test_what_it_learns_from(recipe):
+    module = recipe.build(CPU)
+    assert recipe.codes.shape == (20, 16, 3) and recipe.codes.max() < 16
+    batch = recipe.batch(np.random.default_rng(0), 64, CPU)
+    known = {tuple(codes.flatten().tolist()) for codes in recipe.codes}
+    assert all(tuple(codes.flatten().tolist()) in known for codes in batch["codes"])
+    hidden = batch["hidden"]
+    assert hidden.shape == (64, 16) and hidden.min() >= 0 and hidden.max() == 3 and (hidden.sum(dim=1) >= 1).all()
+    assert 0.4 < hidden.double().mean() / 3 < 0.9  # the mean of the cosine is 2 / pi
+    loss = module(**batch)
+    loss.backward()
+    assert loss.isfinite() and all(part.grad is None for part in module.text_encoder.parameters())
+    assert all(part.grad is None for part in module.quantizer.parameters())
+
+
+def test_components_start_where_the_data_lie(recipe):
+    module, quantizer = recipe.build(CPU), recipe.image_tokenizer.quantizer
+    vectors = quantizer.lookup(recipe.codes.flatten(0, 1).unique(dim=0))
+    sums = torch.cat([vectors[:, depth:].sum(dim=1) for depth in range(3)])
+    nearest = torch.cdist(module.transformer.head.offsets, sums).amin(dim=1)
+    assert nearest.max() < 1e-4
+    rest = float(module.transformer.head.sigma)
+    assert rest == pytest.approx(recipe.left_over()) and 0 < rest < float(vectors.sum(dim=1).std()) * 10
+
+
+@pytest.mark.parametrize("prediction", ["mixture", "levels"])
+def test_what_was_learned_is_drawn(prediction):
+    """Two classes of one picture each, 200 steps: every sampler draws most of their codes, any number of calls."""
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer((4, 4), 3, shared=False)
+    quantizer.codebooks[1].weight.data.mul_(0.3)
+    model = ResGen(
+        num_positions=4, depth=2, vocab_size=4, code_dim=3, dim=32, num_layers=1, num_heads=2, num_classes=2,
+        prediction=prediction, components=8, rank=3, sigma=0.1,
+    )  # fmt: skip
+    pictures, labels = torch.randint(4, (2, 4, 2)), torch.tensor([0, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(200):
+        rows = torch.arange(16) % 2
+        hidden = hide(torch.rand(16, 4, 2), hidden_slots(torch.rand(16), 8).clamp(min=1))
+        loss = model.loss(quantizer.lookup(pictures[rows]), pictures[rows], hidden, class_labels=labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for settings in (ResidualUnmasking(steps=1), ResidualUnmasking(steps=3), FirstHitting(steps=8)):
+        drawn = residual_unmasking(
+            model.eval(),
+            quantizer,
+            {"class_labels": labels},
+            generators=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+            sampling=Sampling(temperature=0),
+            settings=settings,
+        ).tokens
+        assert (drawn == pictures).double().mean() > 0.9, settings
