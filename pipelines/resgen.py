@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio.decoding.residual_laws import LAWS
 from studio.decoding.residual_steps import ResidualSteps
 from studio.decoding.residual_unmasking import ResidualDrawn, ResidualUnmasking, residual_unmasking
 from studio.decoding.sampling import Sampling
@@ -106,6 +107,7 @@ class ResGenPipeline(ConditionalPipeline):
                 f"not {type(decoding).__name__}."
             )
         settings = (decoding or ResidualUnmasking()).filled(config.default_num_steps)
+        LAWS[self.transformer.config.prediction].check(settings.scatter)
         settings.plan(self.transformer.num_tokens * self.transformer.config.depth)
         sampling = Sampling(
             config.default_temperature if temperature is None else temperature,

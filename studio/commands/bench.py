@@ -140,6 +140,24 @@ def mar(
     _say_rows([result])
 
 
+def residual(
+    model: Annotated[str, typer.Option(help="A folder of emoji-resgen.")],
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Calls of the model; give it again for more.", show_default="1, 2, 4, ..., 32"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=65, help="Pictures for each number of calls.")] = 500,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Judge pictures of a ResGen over the number of calls and the levels that are decoded."""
+    from studio.evaluation.bench_residual import STEPS, bench_residual, residual_table
+
+    result = bench_residual(model, steps=tuple(steps or STEPS), samples=samples, device=device)
+    emit(result)
+    say(residual_table(result["rows"]))
+
+
 def _say_rows(rows):
     for row in rows:
         say(

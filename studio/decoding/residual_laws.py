@@ -8,6 +8,7 @@ import torch
 
 from studio.decoding.residual_masks import shown
 from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.errors import StudioError
 
 
 class ResidualLaw(ABC):
@@ -17,10 +18,21 @@ class ResidualLaw(ABC):
         head: that of the network.
         said: what the head gave for every cell.
         quantizer: the tokenizer's.
+
+    Attributes:
+        has_spread: whether there is one that `scatter` multiplies.
     """
+
+    has_spread: bool
 
     def __init__(self, head, said, quantizer):
         self.head, self.said, self.quantizer = head, said, quantizer
+
+    @classmethod
+    def check(cls, scatter: float) -> None:
+        """Raises a `StudioError` for a `scatter` that would change nothing."""
+        if scatter != 1 and not cls.has_spread:
+            raise StudioError("This model has a softmax for every level and no spread: leave out scatter.")
 
     @abstractmethod
     def draw(
@@ -40,6 +52,8 @@ class ResidualLaw(ABC):
 class MixtureLaw(ResidualLaw):
     """A component is drawn and a vector around its mean, which is quantised from the first hidden level on."""
 
+    has_spread = True
+
     def draw(self, hidden, sampling, scatter, generators):
         sums = self.head.mean(self.said, _draw(self.said.logits, sampling, generators))
         if spread := scatter * sampling.temperature:
@@ -57,7 +71,9 @@ class MixtureLaw(ResidualLaw):
 
 
 class LevelLaw(ResidualLaw):
-    """Every level is drawn on its own; `scatter` changes nothing, as there is no spread."""
+    """Every level is drawn on its own."""
+
+    has_spread = False
 
     def draw(self, hidden, sampling, scatter, generators):
         drawn = _draw(self.said.logits, sampling, generators)

@@ -83,9 +83,11 @@ def residual_unmasking(
         settings: which slots are shown when: `ResidualUnmasking()` when None.
         on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
 
-    Errors: `StudioError` for more steps than a picture has codes.
+    Errors: `StudioError` for more steps than a picture has codes, and for settings that would change nothing.
     """
     settings, sampling = (settings or ResidualUnmasking()).filled(), sampling or Sampling()
+    kind = LAWS[model.config.prediction]
+    kind.check(settings.scatter)
     depth, positions = quantizer.depth, model.config.num_positions
     codes = torch.full((len(generators), positions, depth), -1, device=next(iter(condition.values())).device)
     drawn = ResidualDrawn(codes, seconds={"transformer": 0.0, "head": 0.0})
@@ -97,7 +99,7 @@ def residual_unmasking(
         drawn.target_calls += 1
         drawn.row_calls += len(codes) * (1 if scale == 1 else 2)
         answered = time.perf_counter()
-        law = LAWS[model.config.prediction](model.head, said, quantizer)
+        law = kind(model.head, said, quantizer)
         proposed = law.draw(hidden, sampling, settings.scatter, generators)
         preference = settings.preference(law, proposed, 1 - (step + 1) / settings.steps, generators)
         remains = shown(reveal(hidden, preference, left), depth)

@@ -242,6 +242,12 @@ def test_settings_refuse(wrong):
         ResidualUnmasking(**wrong)
 
 
+def test_a_spread_that_is_not_there_is_refused():
+    draw(tiny(), quantizer_of(3), steps=2, scatter=0.5)
+    with pytest.raises(StudioError, match="leave out scatter"):
+        draw(tiny(prediction="levels"), quantizer_of(3), steps=2, scatter=0.5)
+
+
 def test_more_calls_than_codes_are_refused():
     for kind in (ResidualUnmasking, FirstHitting):
         with pytest.raises(StudioError, match="18 codes"):
