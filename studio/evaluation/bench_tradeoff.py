@@ -17,9 +17,10 @@ from studio.evaluation.bench_decoding import read_bandwidth, step_weights
 from studio.evaluation.decoding_cost import call_seconds, peak_flops
 from studio.evaluation.generators import evaluate_generator
 from studio.evaluation.judge import draw_combinations
-from studio.pipelines.decodings import decoding_named, is_approximate
+from studio.pipelines.decodings import decoding_named, decodings_for, is_approximate
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
+from studio.pipelines.resgen import ResGenPipeline
 
 COMMITTED = Path(__file__).with_name("decodings.json")
 """The printed document of a full run over the bundled models; `quick` takes its quality."""
@@ -45,6 +46,9 @@ def contenders(pipe) -> list[Contender]:
     if isinstance(pipe, MARPipeline):
         modes = [] if pipe.drafter is None else ["exact", "relaxed"]
         return [Contender("mar"), *(Contender("cspd", {"mode": mode}) for mode in modes)]
+    if isinstance(pipe, ResGenPipeline):
+        orders = decodings_for(type(pipe).__name__, ())
+        return [Contender("resgen"), *(Contender(name, {"steps": steps}) for name in orders for steps in (4, 8, 32))]
     found = [Contender("ar"), Contender("speculative")]
     found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
     found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
@@ -79,9 +83,9 @@ def bench_tradeoff(
 
     Returns:
         `{"model", "fingerprint", "device", "left_out", "rows"}`. A row holds decoding, settings, batch, dtype,
-        seconds_per_image (picture decoding included), speedup against the row of "ar" (of a MAR: "mar") with the same
-        batch and dtype,
-        target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples; with drafts also
+        seconds_per_image (picture decoding included), speedup against the first row of the same batch and dtype, which
+        is plain decoding, target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples;
+        with drafts also
         nodes, verify_ratio (a call with all nodes over a plain step), draft_ratio (all else in a round, drafts and
         tests, over a plain step), break_even_length (their sum: what must be accepted to gain), and for every row
         but a student's memory_bound_seconds and compute_bound_seconds for a picture.
@@ -94,7 +98,7 @@ def bench_tradeoff(
     rows = []
     for dtype in dtypes:
         pipe = load(model, device=device, dtype=dtype)
-        if not isinstance(pipe, (LlamaGenPipeline, MARPipeline)) or not pipe.takes_text:
+        if not isinstance(pipe, (LlamaGenPipeline, MARPipeline, ResGenPipeline)) or not pipe.takes_text:
             raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
         pipe.set_progress_bar_config(disable=True)
         field = contenders(pipe)
@@ -110,7 +114,7 @@ def bench_tradeoff(
             for contender, run, judged in zip(field, timed, quality):
                 rows.append(_row(contender, batch, name, run, base, judged, machine))
     result = {"model": model, "fingerprint": mark, "device": pipe.device.type, "left_out": {}, "rows": rows}
-    for decoding, part in _NEEDED[type(pipe)].items():
+    for decoding, part in _NEEDED.get(type(pipe), {}).items():
         if getattr(pipe, part) is None:
             result["left_out"][decoding] = f"the pipeline has no {part}"
     if save:
