@@ -30,11 +30,11 @@ def comparison_note(found):
 
 
 def _least(rival, found):
-    """Whether a codec has any file that small."""
+    """Whether a codec has any whole file that small."""
     name = CODECS[rival.codec]
     if rival.least <= found.bytes:
-        return f"The smallest {name} file of it has {rival.least} bytes."
-    return f"{name} has no file of {found.bytes} bytes for it: the smallest has {rival.least}."
+        return f"The smallest whole {name} file has {rival.least} bytes."
+    return f"{name} has no file of {found.bytes} bytes: the smallest has {rival.least}."
 
 
 def _note(text):

@@ -46,7 +46,9 @@ def connect_outlet(outlet, tabs, fields):
         fields: the picture fields, by the id of their tab.
     """
     for tab, button in outlet.buttons.items():
-        button.click(_pass_to(tab), [outlet.gallery, outlet.chosen], [fields[tab], tabs], queue=False, **PRIVATE)
+        button.click(
+            _pass_to(tab), [outlet.gallery, outlet.chosen], [fields[tab], tabs], **PRIVATE
+        )  # toasts need a queue
 
 
 def _number(event: gr.SelectData):

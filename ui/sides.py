@@ -7,8 +7,10 @@ from studio.ui.components import duration, progress_bar
 
 def side_cards(found):
     """Lay out the sides of a `Comparison` below their pictures."""
-    cards = "".join(_card(side, number == found.running) for number, side in enumerate(found.sides))
-    return f'<div class="studio-lanes studio-sides">{cards}</div>{_judge_note(found)}'
+    cards = "".join(
+        _card(side, found.seconds if number == found.running else None) for number, side in enumerate(found.sides)
+    )
+    return f'<div class="studio-lanes studio-sides">{cards}</div>{_judge_note(found)}{_quality_chart(found)}'
 
 
 def side_seconds(side):
@@ -26,11 +28,13 @@ def comparison_verdict(found):
 
 
 def _card(side, running):
-    state = "done" if side.stats else "running" if running else "waiting"
+    """A side; `running` are its seconds so far while it draws, else `None`."""
+    state = "done" if side.stats else "waiting" if running is None else "running"
+    seconds = side.stats.seconds["total"] if side.stats else running or 0
     share = side.drawn / side.total if side.total else 0
-    clock = f"{side.stats.seconds['total']:.2f}<span> s</span>" if side.stats else "<span>–</span>"
     return (
-        f'<section class="studio-lane {state}"><h3>{escape(side.title)}</h3><p class="clock">{clock}</p>'
+        f'<section class="studio-lane {state}"><h3>{escape(side.title)}</h3>'
+        f'<p class="clock">{seconds:.2f}<span> s</span></p>'
         f"{progress_bar(share, f'Tokens of {side.title}')}{_cost(side)}{_opinions(side)}</section>"
     )
 
@@ -68,21 +72,42 @@ def _opinions(side):
     return f"<h4>The judge sees</h4><ul>{seen}</ul>{_agreement(side)}"
 
 
-def _agreement(side):
+def judge_score(side):
+    """How likely the judge finds what the words name, on average; `None` where they name nothing it knows."""
     scores = [opinion.agreement for opinion in side.opinions if opinion.agreement is not None]
-    return _facts([("judge score", f"{sum(scores) / len(scores):.0%}")]) if scores else ""
+    return sum(scores) / len(scores) if scores else None
+
+
+def _agreement(side):
+    score = judge_score(side)
+    return "" if score is None else _facts([("judge score", f"{score:.0%}")])
 
 
 def _judge_note(found):
     from studio.evaluation.opinions import WHAT_IT_IS
 
-    judged = [side for side in found.sides if side.opinions]
-    if not judged:
+    if not any(side.opinions for side in found.sides):
         return ""
-    score = ""
-    if any(opinion.agreement is not None for side in judged for opinion in side.opinions):
-        score = " Its score is how likely it finds what the words name."
+    scored = any(judge_score(side) is not None for side in found.sides)
+    score = " Its score is how likely it finds what the words name." if scored else ""
     return f'<p class="studio-note">{escape(WHAT_IT_IS + score)}</p>'
+
+
+def _quality_chart(found):
+    """Score over seconds, once all have drawn and at least two have a score."""
+    from studio.evaluation.chart import Series, chart
+
+    points = [(side, judge_score(side)) for side in found.sides if side.stats]
+    series = [
+        Series(side.title, ((side_seconds(side), 100 * score),), joined=False)
+        for side, score in points
+        if score is not None
+    ]
+    if not found.finished or len(series) < 2:
+        return ""
+    count = len(found.sides[0].pictures)
+    title = f"Score of {count} picture{'s' * (count != 1)} each: an example, not a measurement"
+    return f'<div class="studio-chart">{chart(title, "seconds a picture", "judge score, %", series)}</div>'
 
 
 def _facts(facts):

@@ -31,20 +31,22 @@ class TokenWish:
     count: int | None = None
 
     def __post_init__(self):
-        _check_tokenizer(self)
+        object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
+        if not self.tokenizer:
+            raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
         if not self.picture:
             raise StudioError("Give a picture first: drop a file on the field, or take an example.")
 
 
 @dataclasses.dataclass(frozen=True)
 class FileWish:
-    """An `.odp` file to restore: its path, and the tokenizer it was made with, where it names none that is bundled."""
+    """An `.odp` file to restore: its path, and the tokenizer it was made with, where it names no bundled one."""
 
     tokenizer: str | None
     file: str | None
 
     def __post_init__(self):
-        _check_tokenizer(self)
+        object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
         if not self.file:
             raise StudioError("Give an .odp file first, one that this tab or `studio tokenize` made.")
 
@@ -226,6 +228,8 @@ def _open(wish, job):
     content = OdpFile.from_bytes(data, name)
     job.report(Opened())
     chosen = content.tokenizer if content.tokenizer in bundled_models("tokenizer") else wish.tokenizer
+    if not chosen:
+        raise StudioError(f"{name} names no bundled tokenizer: choose the One-D-Piece tokenizer that it was made with.")
     tokenizer = get_tokenizer(chosen)
     if not is_row(tokenizer):
         raise StudioError(
@@ -241,12 +245,6 @@ def _read(path, name):
             return file.read(_MOST_BYTES)
     except OSError as error:
         raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
-
-
-def _check_tokenizer(wish):
-    if not (wish.tokenizer or "").strip():
-        raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
-    object.__setattr__(wish, "tokenizer", wish.tokenizer.strip())
 
 
 def _square(picture, side):

@@ -65,3 +65,22 @@ def test_an_answer_fits_the_window(window, reader_folder):
     page.click("#ask")
     page.wait_for_selector("#ask-status .done", timeout=LIMIT)
     keep(page, f"ask-{name}")
+
+
+def test_a_restoration_fits_the_window(window):
+    page, name = window
+    page.get_by_role("tab", name="Tokenize").click()
+    page.click("#tokenize-examples button >> nth=0")
+    page.wait_for_selector("#original img")
+    page.click("#tokenize")
+    page.wait_for_selector("#tokenize-status .done", timeout=LIMIT)
+    keep(page, f"tokenize-{name}")
+
+
+def test_a_comparison_fits_the_window(window):
+    page, name = window
+    page.get_by_role("tab", name="Compare").click()
+    page.fill("#compare-prompt textarea", "a red apple")
+    page.click("#compare-start")
+    page.wait_for_selector("#compare-status .done", timeout=LIMIT)
+    keep(page, f"compare-{name}")

@@ -78,7 +78,9 @@ def test_the_judge_says_what_it_sees_and_what_it_is(steps, judge):
     cards = updates()[-1][1]
     assert cards.count("<h4>The judge sees</h4>") == 2 and "It only measures" in cards
     assert re.search(r"judge score</dt><dd>\d+%", cards)
-    assert "judge score" not in updates("a blorp")[-1][1]
+    assert cards.count('<circle cx="592"') == 2 and "1 picture each" in cards and "seconds a picture" in cards
+    unnamed = updates("a blorp")[-1][1]
+    assert "judge score" not in unnamed and "studio-chart" not in unnamed
 
 
 def test_opinions_are_those_of_the_network(judge):

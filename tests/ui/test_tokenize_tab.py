@@ -78,7 +78,7 @@ def test_other_codecs_get_as_many_bytes_and_it_says_where_they_have_no_file(load
     for caption in captions[1:]:
         assert int(re.search(r"· (\d+) bytes", caption)[1]) <= 12
     assert "Token numbers alone are counted" in found["codes"]
-    assert re.search(r"JPEG has no file of 12 bytes for it: the smallest has \d{3}\.", found["codes"])
+    assert re.search(r"JPEG has no file of 12 bytes: the smallest has \d{3}\.", found["codes"])
 
 
 def test_the_grid_says_every_code(loaded, tiny_vq, photo):
@@ -144,7 +144,15 @@ def test_a_file_needs_a_tokenizer_of_its_kind(loaded, toasts, tiny_vq, tiny_one_
     opened(loaded(tiny_vq), tmp_path / "photo.odp")
     opened("", tmp_path / "photo.odp")
     opened("tiny", None)
-    assert "One-D-Piece" in toasts[0] and "Choose a tokenizer" in toasts[1] and "Give an .odp file" in toasts[2]
+    assert "One-D-Piece" in toasts[0] and "names no bundled" in toasts[1] and "Give an .odp file" in toasts[2]
+
+
+def test_a_file_of_a_bundled_tokenizer_names_it(loaded, tiny_one_d, photo, monkeypatch, tmp_path):
+    monkeypatch.setattr(tokenizing, "bundled_models", lambda kind: ["tiny"])
+    found = updates(loaded(tiny_one_d), photo, 5)
+    path = next(each["download"]["value"] for each in found if "value" in each["download"])
+    assert OdpFile.from_bytes(Path(path).read_bytes()).tokenizer == "tiny"
+    assert "<dd>tiny</dd>" in opened(None, path)[-1]["status"]
 
 
 def test_levels_of_codes_are_a_grid_each_and_can_be_left_out(loaded, photo):
