@@ -22,8 +22,8 @@ def test_the_bundled_pipeline_draws_style_and_background_of_the_captions():
         "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples",
     }  # fmt: skip
     assert quality["samples"] == 100
-    assert quality["background_accuracy"] >= 0.9 and quality["style_accuracy"] >= 0.6
-    assert quality["judge_top5"] >= quality["judge_top1"] >= 0.1
+    assert quality["background_accuracy"] >= 0.95 and quality["style_accuracy"] >= 0.65
+    assert quality["judge_top5"] >= quality["judge_top1"] >= 0.8
 
 
 def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
