@@ -100,10 +100,13 @@ class ConditionalPipeline(DiffusionPipeline):
         states = self.text_encoder(input_ids=ids["input_ids"].to(self._execution_device), attention_mask=mask)
         return states.last_hidden_state.to(self.transformer.dtype), mask.bool()
 
-    def condition(self, prompt, class_labels, num_images_per_prompt: int) -> dict[str, torch.Tensor]:
+    def condition(self, prompt=None, class_labels=None, num_images_per_prompt: int = 1) -> dict[str, torch.Tensor]:
         """The condition of every picture; pictures of one prompt stand together."""
         if self.takes_text:
-            captions, mask = self.encode_prompt(prompt)
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            different = list(dict.fromkeys(texts))
+            places = torch.tensor([different.index(text) for text in texts], device=self._execution_device)
+            captions, mask = (part[places] for part in self.encode_prompt(different))
             condition = {"captions": captions, "caption_mask": mask}
         else:
             labels = class_labels if isinstance(class_labels, list) else [class_labels]
@@ -125,6 +128,12 @@ class ConditionalPipeline(DiffusionPipeline):
         from PIL import Image
 
         return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def of_each_picture(subjects, num_images_per_prompt: int) -> list:
+    """The prompt or class of every picture, of one or a list of them; pictures of one stand together."""
+    listed = subjects if isinstance(subjects, list) else [subjects]
+    return [subject for subject in listed for _ in range(num_images_per_prompt)]
 
 
 def image_generators(generator, batch: int, device) -> list[torch.Generator]:

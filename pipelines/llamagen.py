@@ -12,7 +12,8 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.base import ConditionalPipeline, image_generators, of_each_picture, timed
+from studio.pipelines.open_choices import check_choices, completed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.vq import VQTokenizer
 
@@ -29,6 +30,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         student: draws all tokens in few calls; only for `Distilled` decoding. It was distilled from the transformer.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
+        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
+            `prompts`; see `completed`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
@@ -49,6 +52,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         default_top_k: int = 0,
         default_top_p: float = 1.0,
         lowercase_prompts: bool = False,
+        open_choices: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -65,7 +69,9 @@ class LlamaGenPipeline(ConditionalPipeline):
             default_top_k=default_top_k,
             default_top_p=default_top_p,
             lowercase_prompts=lowercase_prompts,
+            open_choices=open_choices,
         )
+        check_choices(open_choices)
 
     def check_inputs(
         self, prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
@@ -219,10 +225,13 @@ class LlamaGenPipeline(ConditionalPipeline):
         self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
+            subjects = of_each_picture(prompt if self.takes_text else class_labels, num_images_per_prompt)
+            generators = image_generators(generator, len(subjects), self._execution_device)
             with timed(seconds, "text"):
-                condition = self.condition(prompt, class_labels, num_images_per_prompt)
-            batch = len(next(iter(condition.values())))
-            generators = image_generators(generator, batch, self._execution_device)
+                if self.takes_text:
+                    choices = self.config.open_choices or []
+                    subjects = [completed(text, choices, stream) for text, stream in zip(subjects, generators)]
+                condition = self.condition(**{"prompt" if self.takes_text else "class_labels": subjects})
             is_distilled = isinstance(settings, Distilled)
             total = settings.reports_for(self.student) if is_distilled else self.transformer.num_tokens
             with self.progress_bar(total=total) as progress:
@@ -252,7 +261,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         stats = _stats(drawn, seconds)
         if not return_dict:
             return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+        prompts = subjects if self.takes_text else None
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
 
     def _draw(self, condition: dict, *, settings, editable: bool, **call) -> Drawn:
         """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""

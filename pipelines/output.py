@@ -36,8 +36,10 @@ class ImageTokenPipelineOutput(BaseOutput):
         tokens: (B, n) int64, raster order; n is below the grid's size only for an interrupted call. Continuous ones are
             (B, L, D) float32, 0 where an interrupted call did not come.
         stats: see `DecodingStats`.
+        prompts: the words that each picture was drawn from, of a pipeline that chooses what a prompt leaves open.
     """
 
     images: Any
     tokens: torch.Tensor
     stats: DecodingStats
+    prompts: list[str] | None = None

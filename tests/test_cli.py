@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from studio import cli
+from studio import LlamaGenPipeline, cli
 
 
 @pytest.fixture
@@ -54,6 +54,19 @@ def test_generate_json_is_one_document_on_stdout(run, tiny_folder, tmp_path):
     assert all((tmp_path / image["path"]).is_file() for image in document["images"])
     assert document["tokens"] == 32 and document["target_calls"] == 16 and document["mean_accepted_length"] == 1.0
     assert document["seconds"]["total"] > 0
+
+
+def test_what_a_prompt_leaves_open_is_said(run, tiny_pipeline, tmp_path):
+    choices = [{"named": "red|green", "one_of": ["red", "green"]}]
+    LlamaGenPipeline(**tiny_pipeline.components, open_choices=choices).save_pretrained(tmp_path / "open")
+    call = ("generate", "apple", "--model", "open", "--num-images", 3, "--seed", 1)
+    code, out, _ = run(*call, "--json")
+    document = json.loads(out)
+    assert code == 0 and len(document["prompts"]) == 3 and set(document["prompts"]) <= {"apple, red", "apple, green"}
+    code, out, err = run(*call)
+    assert all(words in out + err for words in document["prompts"])
+    _, out, _ = run("generate", "red apple", "--model", "open", "--json")
+    assert "prompts" not in json.loads(out)
 
 
 def test_out_with_png_names_the_file(run, tiny_folder, tmp_path):

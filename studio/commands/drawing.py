@@ -193,12 +193,14 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     save_all(writers)
 
     stats = output.stats
+    drawn_from = output.prompts if set(output.prompts or [prompt]) != {prompt} else None
     emit(
         {
             "model": model,
             "decoding": shown_name(decoding["name"], how),
             "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
             **({"sheet": str(sheet_path)} if sheet_path else {}),
+            **({"prompts": drawn_from} if drawn_from else {}),
             "tokens": stats.tokens,
             "target_calls": stats.target_calls,
             "mean_accepted_length": stats.mean_accepted_length,
@@ -206,8 +208,8 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
             "seconds": stats.seconds,
         }
     )
-    for path, each in zip(paths, seeds):
-        say(f"{path}  seed {each}")
+    for path, each, words in zip(paths, seeds, drawn_from or [""] * num_images):
+        say(f"{path}  seed {each}  {words}".rstrip())
     if sheet_path:
         say(f"{sheet_path}  all {num_images}")
     total, decode = stats.seconds["total"], stats.seconds["decode"]

@@ -36,6 +36,19 @@ def names():
     )
 
 
+def open_choices():
+    """Style and background as `studio.pipelines.open_choices` takes them: where they are named, and how."""
+    colour = rf"(?:{'|'.join(NAMES)})"
+    on = r"on\s+(?:an?\s+)?"
+    return [
+        {"named": r"\b3d\b|\bflat\b(?! shoe)", "one_of": [STYLE_WORDS[style] for style in STYLES]},
+        {
+            "named": rf"\b(?:{on})?{colour}\s+background\b|\b{on}{colour}\b|\bbackground\b",
+            "one_of": [f"on {article(name)} background" for name in NAMES],
+        },
+    ]
+
+
 @cache
 def one_is_held_out(label, background):
     """Whether any style of a concept on a background is held out from generators."""

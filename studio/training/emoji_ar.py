@@ -11,6 +11,7 @@ from torch import nn
 
 from studio.checkpoints.vocabulary import CONCEPTS_FILE
 from studio.data.archive import load_concepts
+from studio.data.captions import open_choices
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.training.caption_tokenizer import known_words
@@ -128,6 +129,7 @@ class EmojiAR(Recipe):
             text_encoder,
             self.pictures.tokenizer,
             lowercase_prompts=True,
+            open_choices=open_choices(),
             **SAMPLING,
         )
         pipe.save_pretrained(folder)

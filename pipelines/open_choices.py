@@ -1,0 +1,51 @@
+"""What a prompt leaves open, chosen before a picture is drawn.
+
+A model may have learned pictures that differ in a few named ways, such as style and background. The law of a picture
+given words that leave one of them open is a mixture over its values; to draw from a mixture is to draw the value first,
+then the picture given it. A small model does that second part much better than both at once.
+"""
+
+import re
+
+import torch
+
+from studio.errors import StudioError
+
+
+def check_choices(choices) -> None:
+    """Raises a `StudioError` for choices that are not as `completed` takes them."""
+    try:
+        valid = all(
+            re.compile(choice["named"]) and choice["one_of"] and all(isinstance(way, str) for way in choice["one_of"])
+            for choice in choices or ()
+        )
+    except (TypeError, KeyError, re.error):
+        valid = False
+    if not valid:
+        raise StudioError('open_choices is a list of {"named": a regular expression, "one_of": [phrases]}.')
+
+
+def completed(prompt: str, choices: list[dict], generator: torch.Generator) -> str:
+    """The prompt with a phrase for everything that it leaves open.
+
+    Args:
+        prompt: the words.
+        choices: what there is to choose, in the order of a caption: `named`, a regular expression that finds the place
+            where a prompt (in any case) names it, and `one_of`, phrases that are all as likely.
+        generator: chooses; it is not used where nothing is open.
+    """
+    for index, choice in enumerate(choices):
+        if _place(prompt, choice) is not None:
+            continue
+        phrases = choice["one_of"]
+        phrase = phrases[int(torch.randint(len(phrases), (), generator=generator, device=generator.device))]
+        later = [place for other in choices[index + 1 :] if (place := _place(prompt, other)) is not None]
+        place = min(later, default=len(prompt))
+        parts = (prompt[:place].rstrip(" ,"), phrase, prompt[place:].strip())
+        prompt = ", ".join(part for part in parts if part)
+    return prompt
+
+
+def _place(prompt, choice):
+    found = re.search(choice["named"], prompt, re.IGNORECASE)
+    return found and found.start()

@@ -1,0 +1,83 @@
+"""What a prompt leaves open is chosen by the picture's own stream, said in the output, and left alone where named."""
+
+import pytest
+import torch
+
+from studio import LlamaGenPipeline, StudioError
+from studio.data.captions import full_caption, open_choices, random_caption
+from studio.pipelines.open_choices import completed
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_style_and_background_go_to_their_places():
+    choices = [
+        {**choice, "one_of": choice["one_of"][:1]} for choice in open_choices()
+    ]  # 3d style, on a white background
+    for prompt, expected in {
+        "a red apple": "a red apple, 3d style, on a white background",
+        "fox, flat style": "fox, flat style, on a white background",
+        "a cat, on a yellow background": "a cat, 3d style, on a yellow background",
+        "a cat on blue": "a cat, 3d style, on blue",
+        "a cat, orange background": "a cat, 3d style, orange background",
+        "A Flat fox on an orange background": "A Flat fox on an orange background",
+        "a flat shoe": "a flat shoe, 3d style, on a white background",
+        "a moon on a hill, ": "a moon on a hill, 3d style, on a white background",
+    }.items():
+        assert completed(prompt, choices, stream()) == expected
+
+
+def test_captions_that_say_everything_stay_and_use_no_chance():
+    for row in ((0, 0, 0), (7, 1, 3), (100, 1, 9)):
+        generator = stream()
+        assert completed(full_caption(*row), open_choices(), generator) == full_caption(*row)
+        assert torch.equal(generator.get_state(), stream().get_state())
+
+
+def test_all_values_are_as_likely():
+    """2,000 streams: each of 20 pairs within 5 standard deviations of its share; a named style is never changed."""
+    drawn = [completed("a fox", open_choices(), stream(seed)) for seed in range(2000)]
+    counts = [drawn.count(caption) for caption in set(drawn)]
+    assert len(counts) == 20 and all(abs(count - 100) < 5 * (2000 * 0.05 * 0.95) ** 0.5 for count in counts)
+    named = {completed("a fox, flat style", open_choices(), stream(seed)) for seed in range(50)}
+    assert len(named) > 5 and not any("3d" in caption for caption in named)
+
+
+def test_every_way_to_name_them_is_seen():
+    """Captions as in training: the number of phrases that are added is the number that was left out."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for index in range(200):
+        caption = random_caption(index, 1, 5, rng)
+        named = any(way in caption for way in ("yellow background", "on yellow"))
+        missing = ("flat style" not in caption) + (not named)
+        assert len(completed(caption, open_choices(), stream()).split(", ")) == len(caption.split(", ")) + missing
+
+
+def test_a_pipeline_draws_what_it_chose(tiny_pipeline, tmp_path):
+    """Each picture by its own stream; the same as from the words in full with a stream that has chosen."""
+    choices = [{"named": "red|green", "one_of": ["red", "green"]}]
+    pipe = LlamaGenPipeline(**tiny_pipeline.components, open_choices=choices)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe("apple", num_images_per_prompt=6, generator=[stream(seed) for seed in range(6)])
+    assert set(out.prompts) == {"apple, red", "apple, green"}
+    for seed in range(6):
+        single = pipe("apple", generator=stream(seed))
+        assert single.prompts == [out.prompts[seed]] and torch.equal(single.tokens[0], out.tokens[seed])
+        chosen = stream(seed)
+        torch.randint(2, (), generator=chosen)
+        assert torch.equal(tiny_pipeline(out.prompts[seed], generator=chosen).tokens[0], out.tokens[seed])
+    pipe.save_pretrained(tmp_path)
+    assert LlamaGenPipeline.from_pretrained(tmp_path).config.open_choices == choices
+    assert tiny_pipeline("apple", generator=stream()).prompts == ["apple"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[{"named": "("}], [{"named": "a", "one_of": []}], ["a"], [{"named": "(", "one_of": ["b"]}], 3]
+)
+def test_choices_that_cannot_be_made_are_refused(tiny_pipeline, wrong):
+    with pytest.raises(StudioError, match="open_choices"):
+        LlamaGenPipeline(**tiny_pipeline.components, open_choices=wrong)
