@@ -18,5 +18,5 @@ def readable_size(size):
 
 
 def resized(picture, size):
-    """A copy of that (width, height) in pixels."""
-    return picture.copy() if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+    """A copy of that (width, height) in pixels, made as `studio.decode_picture` makes it."""
+    return picture.copy() if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)

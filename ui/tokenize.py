@@ -102,7 +102,7 @@ def build_tab():
         queue=False,
         **PRIVATE,
     )
-    _endpoints(picture, tokenizer)
+    _endpoints(picture)
     return picture
 
 
@@ -113,7 +113,7 @@ def _scale_settings(scale):
     return {"visible": True, "maximum": scale.most, "value": scale.most, "label": label, "info": info}
 
 
-def _endpoints(picture, tokenizer):
+def _endpoints(picture):
     """What programs call."""
 
     async def answer_picture(picture, tokenizer, count=None):
@@ -146,14 +146,10 @@ def _endpoints(picture, tokenizer):
             yield update
 
     with gr.Group(visible=False):
-        count = gr.Number(label="Count", precision=0)
-        restored, file, details = (
-            gr.Image(label="Restored", format="png"),
-            gr.File(label="File"),
-            gr.JSON(label="Details"),
-        )
+        name, count = gr.Textbox(label="Tokenizer"), gr.Number(label="Count")
+        restored, file = gr.Image(label="Restored", format="png"), gr.File(label="File")
+        details = gr.JSON(label="Details")
         start, back = gr.Button("Tokenize"), gr.Button("Detokenize")
-        name = gr.Textbox(label="Tokenizer")
     start.click(answer_picture, [picture, name, count], [restored, file, details], api_name="tokenize", **ON_THE_MODEL)
     back.click(answer_file, [file, name], [restored, details], api_name="detokenize", **ON_THE_MODEL)
 

@@ -12,7 +12,6 @@ from PIL import Image
 from studio import DECODINGS
 from studio.checkpoints.bundled import BUNDLED, Bundled
 from studio.evaluation.judge import Judge
-from studio.evaluation.opinions import Opinion, named_concept, opinions
 from studio.ui import compare, models
 from studio.ui.comparing import CompareWish, offered_sides
 
@@ -81,28 +80,6 @@ def test_the_judge_says_what_it_sees_and_what_it_is(steps, judge):
     assert cards.count('<circle cx="592"') == 2 and "1 picture each" in cards and "seconds a picture" in cards
     unnamed = updates("a blorp")[-1][1]
     assert "judge score" not in unnamed and "studio-chart" not in unnamed
-
-
-def test_opinions_are_those_of_the_network(judge):
-    from studio.data.archive import load_concepts
-    from studio.evaluation.judge import verdicts
-
-    picture = Image.linear_gradient("L").convert("RGB").resize((16, 16))
-    pixels = torch.tensor(list(picture.get_flattened_data())).float().view(1, 16, 16, 3).movedim(-1, 1) / 255
-    chances = verdicts(judge, pixels).concepts[0].softmax(0)
-    (found,) = opinions(judge, [picture], "a red apple, flat style")
-    assert isinstance(found, Opinion) and found.concept == load_concepts()[int(chances.argmax())].label
-    assert found.certainty == pytest.approx(float(chances.max()))
-    assert found.agreement == pytest.approx(float(chances[named_concept("red apple")]))
-
-
-def test_the_longest_concept_of_a_prompt_counts():
-    from studio.data.archive import load_concepts
-
-    labels = [concept.label for concept in load_concepts()]
-    assert labels[named_concept("A Red Apple, 3d style, on a blue background")] == "red apple"
-    assert labels[named_concept("a fox, flat style")] == "fox"
-    assert named_concept("foxes and pineapples") is None and named_concept(None) is None
 
 
 @pytest.mark.parametrize(
