@@ -21,10 +21,10 @@ from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 
 TOKENIZER = "emoji-vq"
-WIDTHS = (48, 96, 128)
-"""Channels of the critic at a half, a quarter and an eighth of the resolution."""
-CRITIC_WEIGHT, LIKENESS_WEIGHT = 0.03, 0.3
-"""Of the critic's opinion, and of the distance of what it sees, beside the restoration's loss."""
+WIDTHS = (24, 48, 96, 128)
+"""Channels of the critic at the full resolution, a half, a quarter and an eighth of it."""
+CRITIC_WEIGHT, LIKENESS_WEIGHT = 0.01, 0.1
+"""Of the critic's opinion, and of the relative distance of what it sees, beside the restoration's loss."""
 
 
 class Critic(nn.Module):
@@ -32,13 +32,13 @@ class Critic(nn.Module):
 
     def __init__(self, widths, styles):
         super().__init__()
-        self.first = nn.Conv2d(12, widths[0], 3, padding=1)
+        self.first = nn.Conv2d(3, widths[0], 3, padding=1)
         self.further = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
         self.verdict = nn.Conv2d(widths[-1], styles, 3, padding=1)
 
     def forward(self, images, styles):
         """Scores (B, h, w) of pictures (B, 3, H, W) in [-1, 1] as pictures of the styles (B,), and all features."""
-        features = [F.leaky_relu(self.first(F.pixel_unshuffle(images, 2)), 0.2)]
+        features = [F.leaky_relu(self.first(images), 0.2)]
         for layer in self.further:
             features.append(F.leaky_relu(layer(features[-1]), 0.2))
         scores = self.verdict(features[-1])
@@ -64,9 +64,14 @@ class SharpenedVQ(nn.Module):
         critics = F.relu(1 - true).mean() + F.relu(1 + false).mean()
         as_it_is = {name: weight.detach() for name, weight in self.critic.named_parameters()}
         opinion, seen = functional_call(self.critic, as_it_is, (restored, styles))
-        likeness = sum(F.l1_loss(mine, theirs.detach()) for mine, theirs in zip(seen, seen_in_true)) / len(seen)
+        likeness = sum(relative_distance(mine, theirs.detach()) for mine, theirs in zip(seen, seen_in_true)) / len(seen)
         decoders = reconstruction_loss(restored, images) - CRITIC_WEIGHT * opinion.mean() + LIKENESS_WEIGHT * likeness
         return decoders + critics
+
+
+def relative_distance(features, true):
+    """Mean absolute distance over the mean size of the true ones, so that a critic cannot make it count for more."""
+    return F.l1_loss(features, true) / true.abs().mean()
 
 
 class EmojiDecoder(Recipe):
@@ -74,7 +79,7 @@ class EmojiDecoder(Recipe):
 
     name = "emoji-decoder"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
-    defaults = Defaults(steps=1000, batch_size=32, learning_rate=1e-3)
+    defaults = Defaults(steps=1000, batch_size=32, learning_rate=3e-4)
 
     def build(self, device):
         tokenizer = VQTokenizer.from_pretrained(bundled_folder(TOKENIZER), dtype=torch.float32)
@@ -83,7 +88,7 @@ class EmojiDecoder(Recipe):
 
     def optimizers(self, module, learning_rate):
         decoder = muon_and_adamw(module.tokenizer, hidden_matrices(module.tokenizer.decoder), learning_rate)
-        return [*decoder, torch.optim.AdamW(module.critic.parameters(), lr=learning_rate, betas=(0.5, 0.95))]
+        return [*decoder, torch.optim.AdamW(module.critic.parameters(), lr=3 * learning_rate, betas=(0.5, 0.95))]
 
     def batch(self, rng, batch_size, device):
         styles = torch.arange(batch_size) % len(STYLES)

@@ -14,7 +14,7 @@ from studio.training.emoji_decoder import Critic, EmojiDecoder, SharpenedVQ
 @pytest.fixture
 def module(tiny_vq):
     torch.manual_seed(0)
-    return SharpenedVQ(copy.deepcopy(tiny_vq), Critic((8, 8, 8), 2))
+    return SharpenedVQ(copy.deepcopy(tiny_vq), Critic((8, 8, 8, 8), 2))
 
 
 def pictures(number=4):
@@ -48,7 +48,7 @@ def test_only_the_decoder_is_moved_and_heeds_the_critic(module, monkeypatch):
 def test_a_critic_tells_styles_apart():
     """Bright pictures are true in one style, dark ones in the other: after 60 steps each is scored by its own."""
     torch.manual_seed(0)
-    critic = Critic((8, 8, 8), 2)
+    critic = Critic((8, 8, 8, 8), 2)
     images, styles = torch.full((2, 3, 16, 16), 0.8) * torch.tensor([1.0, -1.0])[:, None, None, None], torch.arange(2)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2)
     for _ in range(60):

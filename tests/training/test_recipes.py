@@ -63,7 +63,7 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(emoji_words.EmojiWords, "defaults", Defaults(steps=1, batch_size=4, learning_rate=8e-3))
     monkeypatch.setattr(emoji_words, "FITTED_CAPTIONS", 64)
-    monkeypatch.setattr(emoji_decoder, "WIDTHS", (8, 8, 8))
+    monkeypatch.setattr(emoji_decoder, "WIDTHS", (8, 8, 8, 8))
     monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
     monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
     monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
