@@ -10,7 +10,6 @@ RECIPES = {
     "emoji-1d": "studio.training.emoji_1d:Emoji1D",
     "emoji-ar": "studio.training.emoji_ar:EmojiAR",
     "emoji-bridge": "studio.training.emoji_bridge:EmojiBridge",
-    "emoji-decoder": "studio.training.emoji_decoder:EmojiDecoder",
     "emoji-distilled": "studio.training.emoji_distilled:EmojiDistilled",
     "emoji-drafter": "studio.training.emoji_drafter:EmojiDrafter",
     "emoji-kl": "studio.training.emoji_kl:EmojiKL",

@@ -23,7 +23,6 @@ from studio.training import (
     emoji_1d,
     emoji_ar,
     emoji_bridge,
-    emoji_decoder,
     emoji_distilled,
     emoji_drafter,
     emoji_judge,
@@ -63,7 +62,6 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(emoji_words.EmojiWords, "defaults", Defaults(steps=1, batch_size=4, learning_rate=8e-3))
     monkeypatch.setattr(emoji_words, "FITTED_CAPTIONS", 64)
-    monkeypatch.setattr(emoji_decoder, "WIDTHS", (8, 8, 8, 8))
     monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
     monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
     monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
@@ -88,7 +86,7 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
         tiny_row |= {f"{part}_width": 32, f"{part}_layers": 1, f"{part}_heads": 2}
     monkeypatch.setattr(emoji_1d, "CONFIG", {**emoji_1d.CONFIG, **tiny_row})
     for recipe in (
-        emoji_1d.Emoji1D, emoji_bridge.EmojiBridge, emoji_decoder.EmojiDecoder,
+        emoji_1d.Emoji1D, emoji_bridge.EmojiBridge,
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
         emoji_kl.EmojiKL, emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_tower.EmojiTower,
         emoji_resgen.EmojiResGen, emoji_rvq.EmojiRVQ, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
@@ -100,7 +98,6 @@ KINDS = {
     "emoji-1d": OneDPieceTokenizer,
     "emoji-ar": LlamaGenPipeline,
     "emoji-bridge": TokenBridgePipeline,
-    "emoji-decoder": VQTokenizer,
     "emoji-distilled": LlamaGenPipeline,
     "emoji-drafter": LlamaGenPipeline,
     "emoji-judge": Judge,
