@@ -113,6 +113,18 @@ class ConditionalPipeline(DiffusionPipeline):
             condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
+    def end_step(self, callback, number: int, names, *, tokens: torch.Tensor, **tensors: torch.Tensor) -> bool:
+        """Calls a `callback_on_step_end`, if any, with the tensors of these names; True where drawing should stop.
+
+        Tokens that it returns are written into those that were shown.
+        """
+        if callback is not None:
+            shown = {"tokens": tokens, **tensors}
+            changed = callback(self, number, number, {name: shown[name] for name in names}) or {}
+            if changed.get("tokens", tokens) is not tokens:
+                tokens.copy_(changed["tokens"])
+        return self._interrupt
+
     def finished_pictures(self, pixels: torch.Tensor, output_type: str):
         """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""
         pixels = pixels.float()

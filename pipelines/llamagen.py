@@ -238,12 +238,8 @@ class LlamaGenPipeline(ConditionalPipeline):
 
                 def on_token(index: int, tokens: torch.Tensor) -> bool:
                     progress.update()
-                    if callback_on_step_end is not None:
-                        names = callback_on_step_end_tensor_inputs
-                        changed = callback_on_step_end(self, index, index, {name: tokens for name in names}) or {}
-                        if changed.get("tokens", tokens) is not tokens:
-                            tokens.copy_(changed["tokens"])
-                    return self._interrupt
+                    names = callback_on_step_end_tensor_inputs
+                    return self.end_step(callback_on_step_end, index, names, tokens=tokens)
 
                 drawn = self._draw(
                     condition,

@@ -218,14 +218,10 @@ class MARPipeline(ConditionalPipeline):
                     nonlocal final, steps
                     final += positions.shape[1]
                     progress.update(positions.shape[1])
-                    if callback_on_step_end is not None:
-                        shown = {"tokens": tokens, "positions": positions}
-                        given = {name: shown[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, steps, steps, given) or {}
-                        if changed.get("tokens", tokens) is not tokens:
-                            tokens.copy_(changed["tokens"])
+                    names, tensors = callback_on_step_end_tensor_inputs, {"tokens": tokens, "positions": positions}
+                    stopped = self.end_step(callback_on_step_end, steps, names, **tensors)
                     steps += 1
-                    return self._interrupt
+                    return stopped
 
                 drawn = self._draw(condition, on_step, is_speculative, call)
             with timed(seconds, "pixels"):

@@ -166,12 +166,8 @@ class TokenBridgePipeline(ConditionalPipeline):
 
                 def on_step(number: int, tokens: torch.Tensor) -> bool:
                     progress.update()
-                    if callback_on_step_end is not None:
-                        names = callback_on_step_end_tensor_inputs
-                        changed = callback_on_step_end(self, number, number, {name: tokens for name in names}) or {}
-                        if changed.get("tokens", tokens) is not tokens:
-                            tokens.copy_(changed["tokens"])
-                    return self._interrupt
+                    names = callback_on_step_end_tensor_inputs
+                    return self.end_step(callback_on_step_end, number, names, tokens=tokens)
 
                 drawn = dimension_wise(
                     self.transformer,

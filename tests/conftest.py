@@ -320,3 +320,18 @@ def together(tmp_path):
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Run a command in an empty folder; return `(exit code, stdout, stderr)`."""
+    from studio import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        return stopped.value.code, *capfd.readouterr()
+
+    return call

@@ -6,20 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from studio import LlamaGenPipeline, cli
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
-    """Run a command in an empty folder; return `(exit code, stdout, stderr)`."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        return stopped.value.code, *capfd.readouterr()
-
-    return call
+from studio import LlamaGenPipeline
 
 
 def files(folder):

@@ -6,22 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from studio import OdpFile, cli
+from studio import OdpFile
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
-    """Run a command in an empty folder with a picture in it; return `(exit code, stdout, stderr)`."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def picture(tmp_path):
+    """A picture in the folder that commands run in."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((40, 24), Image.Resampling.BICUBIC).save("picture.jpg")
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        return stopped.value.code, *capfd.readouterr()
-
-    return call
+    Image.fromarray(noise).resize((40, 24), Image.Resampling.BICUBIC).save(tmp_path / "picture.jpg")
 
 
 @pytest.fixture(scope="module")
