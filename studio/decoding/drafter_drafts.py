@@ -50,6 +50,8 @@ class DrafterDrafts:
             raise StudioError(
                 f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."
             )
+        if ours.reads_plan != (setting.plan is not None):
+            raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
         return DrafterDrafting(self.drafter, self.tree, setting)
 
 
@@ -66,6 +68,7 @@ class DrafterDrafting:
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
         rows = setting.batch * self.guidance.streams
         self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
+        self.cache.plan = drafter.plan(setting.plan)
         if setting.valid is not None:
             self.cache.mask_prefix(setting.valid)
 

@@ -20,7 +20,8 @@ class Setting:
     """What a call is about: the target, valid prefix positions (rows, T) or None, and how its tokens are drawn.
 
     `guidance` follows the loop: its number of streams drops when null rows leave. `drafter` is the `Drafter` that
-    belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`.
+    belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`; `plan` is the target's
+    for these rows, as of `LlamaGen.plan`.
     """
 
     model: torch.nn.Module
@@ -30,6 +31,7 @@ class Setting:
     guidance: Guidance
     drafter: torch.nn.Module | None = None
     weights: str = "plain"
+    plan: torch.Tensor | None = None
 
 
 @dataclass

@@ -125,7 +125,9 @@ class _Run:
         batch, self.total, self.before = len(generators), model.num_tokens, prefix.shape[1]
         self.pictures, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
-        setting = Setting(self.model, valid, batch, sampling, self.guidance, drafter, settings.weights)
+        setting = Setting(
+            self.model, valid, batch, sampling, self.guidance, drafter, settings.weights, model.plan(prefix)
+        )
         self.drafting = settings.drafts.begin(setting)
         self.cache = self.model.new_tree_cache(len(prefix), self.drafting.nodes)
         states = self.model.prefill_states(prefix, valid, self.cache)

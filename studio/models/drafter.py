@@ -5,12 +5,14 @@ in LANTERN (arXiv:2410.03355). Position i reads the target's state i (behind its
 i + 1, and returns a guess at state i + 1, from which the target's own head reads logits. Blocks are those of the
 target, with no norm before the first attention. Position i is turned like the cell of the token that it reads.
 
-Deviations from the authors' code: padding of captions is hidden from attention, as in the target.
+Deviations from the authors' code: padding of captions is hidden from attention, as in the target; beside the embedding
+of a token stands the plan for the cell behind it, where the target has one.
 
 Scope: the network. How drafts are made with it is in `studio.decoding.drafter_drafts`.
 """
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -27,6 +29,7 @@ class Drafter(ModelMixin, ConfigMixin):
         vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, rope_base, prefix_rope: as of the target.
         prefix_length: the target's number of prefix positions.
         num_layers: blocks; published drafters have one.
+        reads_plan: whether the target's inputs hold a plan (`LlamaGen.plan`), which the drafter reads too.
         norm_eps: of the norms, 1e-6 in published drafters.
 
     Errors: `StudioError` for sizes that do not fit together.
@@ -46,6 +49,7 @@ class Drafter(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-6,
         rope_base: float = 10000.0,
         prefix_rope: str = "zero",
+        reads_plan: bool = False,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -70,7 +74,8 @@ class Drafter(ModelMixin, ConfigMixin):
         """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""
         names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size", "rope_base", "prefix_rope")
         sizes = {name: target.config[name] for name in names}
-        drafter = cls(**{**sizes, "prefix_length": target.prefix_length, **config})
+        sizes |= {"prefix_length": target.prefix_length, "reads_plan": bool(target.config.plan_size)}
+        drafter = cls(**{**sizes, **config})
         drafter.embed_tokens.load_state_dict(target.tok_embeddings.state_dict())
         return drafter.to(target.device, target.dtype)
 
@@ -83,10 +88,25 @@ class Drafter(ModelMixin, ConfigMixin):
             self._rope = table.to(self.device)
         return self._rope
 
-    def forward(self, tokens: torch.Tensor, states: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    def plan(self, plan: torch.Tensor | None) -> torch.Tensor | None:
+        """What the blocks' inputs get from the target's plan (rows, T + grid**2, dim), or None.
+
+        Position i gets what is planned for position i + 1, through the same weights as the embedding of its token.
+        """
+        if plan is None or not self.config.reads_plan:
+            return None
+        return F.linear(plan[:, 1:], self.fc.weight[:, : self.config.dim])
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        plan: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Guesses (rows, n, dim) at states 1 to n, from states (rows, n, dim) 0 to n - 1 and tokens (rows, n) 1 to n.
 
-        Tokens of prefix positions are 0; `valid` (rows, T) is false at padding.
+        Tokens of prefix positions are 0; `valid` (rows, T) is false at padding; `plan` is the target's.
         """
         rows, n = tokens.shape
         mask = None
@@ -95,7 +115,8 @@ class Drafter(ModelMixin, ConfigMixin):
             mask[:, :, : valid.shape[1]] &= valid[:, None, :n]
             mask.diagonal(dim1=1, dim2=2).fill_(True)
             mask = mask[:, None]
-        return self._run(tokens, states, self.rope()[:n], mask, None)
+        x, plan = self._inputs(tokens, states), self.plan(plan)
+        return self._run(x if plan is None else x + plan[:, :n], self.rope()[:n], mask, None)
 
     def for_decoding(self, weights: str = "auto"):
         """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.models.views`)."""
@@ -129,13 +150,16 @@ class Drafter(ModelMixin, ConfigMixin):
         `visible` is as of `TreeCache.tree_mask`; positions behind the grid are turned like its last cell.
         """
         table = self.rope()
-        out = self._run(tokens, states, table[positions.clamp(max=len(table) - 1)], cache.tree_mask(visible), cache)
+        positions = positions.clamp(max=len(table) - 1)
+        x = cache.with_plan(self._inputs(tokens, states), positions)
+        out = self._run(x, table[positions], cache.tree_mask(visible), cache)
         cache.advance(tokens.shape[1])
         return out
 
-    def _run(self, tokens, states, rope, mask, cache) -> torch.Tensor:
-        embedded = self.embed_tokens(tokens).to(states.dtype)
-        x = self.fc(torch.cat((embedded, states), dim=-1))
+    def _inputs(self, tokens, states) -> torch.Tensor:
+        return self.fc(torch.cat((self.embed_tokens(tokens).to(states.dtype), states), dim=-1))
+
+    def _run(self, x, rope, mask, cache) -> torch.Tensor:
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, index)
         return x

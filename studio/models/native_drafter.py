@@ -36,4 +36,7 @@ class NativeDrafter:
         visible: torch.Tensor,
     ) -> torch.Tensor:
         """As of `Drafter`."""
-        return self._blocks(self._states(states).add_(F.embedding(tokens, self._tokens)), cache, positions, visible)
+        x = self._states(states).add_(F.embedding(tokens, self._tokens))
+        if cache.plan is not None:
+            x = cache.with_plan(x, positions.clamp(max=cache.plan.shape[1] - 1))
+        return self._blocks(x, cache, positions, visible)

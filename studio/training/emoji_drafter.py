@@ -53,18 +53,18 @@ class TrainableDrafter(nn.Module):
 
     def forward(self, tokens, captions, caption_mask, drop):
         """Mean loss over the drafts of image tokens but the first, for tokens (B, n) behind captions (B, T, C)."""
-        fed, states, valid = self.read(tokens, captions, caption_mask, drop)
+        fed, states, valid, plan = self.read(tokens, captions, caption_mask, drop)
         width = NOISE / states.shape[1]
         noisy = states[:, :-1] + width * (torch.rand_like(states[:, :-1]) - 0.5)
         first = self.target.prefix_length - 1
-        guessed, wanted = self.drafter(fed, noisy, valid)[:, first:], states[:, 1 + first :]
+        guessed, wanted = self.drafter(fed, noisy, valid, plan)[:, first:], states[:, 1 + first :]
         law = self.target.logits(wanted).softmax(dim=-1)
         by_law = -(law * self.target.logits(guessed).log_softmax(dim=-1)).sum(dim=-1).mean()
         return F.smooth_l1_loss(guessed, wanted) + LAW_WEIGHT * by_law
 
     @torch.no_grad()
     def read(self, tokens, captions, caption_mask, drop):
-        """Tokens (B, m) that a drafter is fed, the target's states (B, m + 1, dim), and valid prefix positions (B, T).
+        """Tokens (B, m) that a drafter is fed, the states (B, m + 1, dim), valid prefix positions (B, T), plan.
 
         Token i goes with state i and stands behind it; those of prefix positions are 0.
         """
@@ -73,7 +73,7 @@ class TrainableDrafter(nn.Module):
         x = target.inputs(prefix, target.tok_embeddings(tokens[:, :-1]))
         states = target.run_layers(x, target.rope()[: x.shape[1]], target.prefix_mask(valid, x.shape[1]))
         before = tokens.new_zeros(len(tokens), target.prefix_length - 1)
-        return torch.cat((before, tokens[:, :-1]), dim=1), states, valid
+        return torch.cat((before, tokens[:, :-1]), dim=1), states, valid, target.plan(prefix)
 
 
 class EmojiDrafter(Recipe):

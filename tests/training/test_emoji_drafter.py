@@ -57,9 +57,10 @@ def tiny_target():
     torch.manual_seed(0)
     target = LlamaGen(
         vocab_size=32, dim=32, num_layers=2, num_heads=2, grid_size=4, caption_dim=16, caption_length=5,
-        prefix_rope="identity", dropout=0.0,
+        prefix_rope="identity", dropout=0.0, plan_size=2,
     )  # fmt: skip
-    torch.nn.init.normal_(target.output.weight, std=0.5)
+    for weights in (target.output.weight, target.plan_embeddings.weight):
+        torch.nn.init.normal_(weights, std=0.5)
     return target.eval()
 
 
@@ -70,7 +71,7 @@ def test_a_drafter_is_fed_as_drafts_are_made():
     module = TrainableDrafter(Drafter.for_target(target).eval(), target)
     tokens, mask = torch.randint(32, (2, 16)), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
     captions = torch.randn(2, 5, 16)
-    fed, states, valid = module.read(tokens, captions, mask, torch.tensor([False, True]))
+    fed, states, valid, plan = module.read(tokens, captions, mask, torch.tensor([False, True]))
     assert fed.shape == (2, 4 + 15) and states.shape == (2, 4 + 16, 32)
     cache = target.new_cache(2)
     prefix, _ = target.embed_condition(captions=captions, caption_mask=mask, drop=torch.tensor([False, True]))
@@ -79,9 +80,11 @@ def test_a_drafter_is_fed_as_drafts_are_made():
     assert fed[:, :4].eq(0).all() and torch.equal(fed[:, 4:], tokens[:, :-1])
     guesses = module.drafter.new_tree_cache(2, 7)
     guesses.mask_prefix(valid)
+    guesses.plan = module.drafter.plan(plan)
     visible = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 7, 7)
     once = module.drafter.extend_tree(fed[:, :7], states[:, :7], guesses, torch.arange(7).expand(2, 7), visible)
-    whole = module.drafter(fed, states[:, :-1], valid)
+    whole = module.drafter(fed, states[:, :-1], valid, plan)
+    assert not torch.allclose(whole, module.drafter(fed, states[:, :-1], valid), atol=1e-3)
     torch.testing.assert_close(once[:, 4:], whole[:, 4:7], atol=1e-5, rtol=1e-5)
 
 
