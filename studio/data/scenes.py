@@ -40,9 +40,10 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (H, W, 3), uint8, and questions about it."""
+    """A picture (H, W, 3), uint8, what is in each of its cells in raster order, and questions about it."""
 
     picture: np.ndarray
+    cells: tuple[str, ...]
     questions: tuple[Question, ...]
 
 
@@ -77,11 +78,19 @@ def draw_scene(rng, tiles=(2, 2), questions=12):
     written = {int(cell): str(rng.choice(WORDS)) for cell in cells[emoji : emoji + words]}
     picture = _paint(rng, (rows, columns), behind, things, written)
     facts = _Facts((rows, columns), things, written)
-    return Scene(picture, tuple(facts.ask(rng) for _ in range(questions)))
+    cells = tuple(_caption(cell, behind, things, written) for cell in range(rows * columns))
+    return Scene(picture, cells, tuple(facts.ask(rng) for _ in range(questions)))
 
 
 def _own_background(rng, behind):
     return int(rng.integers(len(NAMES))) if rng.random() < 0.6 else int(behind)
+
+
+def _caption(cell, behind, things, written):
+    if cell in things:
+        subject, _, background = things[cell]
+        return f"{subjects()[subject].label} behind {NAMES[background]}"
+    return f"word {written[cell]} behind {NAMES[behind]}" if cell in written else f"nothing behind {NAMES[behind]}"
 
 
 def _paint(rng, grid, behind, things, written):

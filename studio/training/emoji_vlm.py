@@ -24,10 +24,16 @@ from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 
 PATCH = 8
-TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
-TEXT = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
-TILES = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (2, 1), (1, 1), (2, 3), (3, 2), (3, 3))
-QUESTIONS = 12
+TOWER = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 5,
+    "hidden_act": "relu",
+}
+TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
+TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
+QUESTIONS = 32
 _TEMPLATE = "what is in row , column ? how many times there a an colour behind the which word yes no nothing"
 
 

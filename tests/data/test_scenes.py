@@ -49,3 +49,21 @@ def test_the_colour_behind_is_the_one_painted():
             assert tuple(corner) == BACKGROUNDS[question.answer]
             checked += 1
     assert checked > 20
+
+
+def test_cells_say_what_the_answers_say():
+    kinds = set()
+    for seed in range(100):
+        scene = draw_scene(np.random.default_rng(seed), (1, 2), questions=12)
+        assert len(scene.cells) == 8
+        for question in scene.questions:
+            numbers = [int(part.strip("?,")) - 1 for part in question.text.split() if part.strip("?,").isdigit()]
+            if numbers:
+                row, column = numbers
+                what = scene.cells[4 * row + column].split(" behind ")[0]
+                assert what == (f"word {question.answer}" if question.kind == "word" else question.answer)
+            elif question.kind == "background":
+                name = question.text.removeprefix("What colour is behind the ").removesuffix("?")
+                assert f"{name} behind {question.answer}" in scene.cells
+            kinds.add(question.kind)
+    assert kinds == {"place", "count", "background", "word", "presence"}
