@@ -26,6 +26,7 @@ from studio.models.mar import MAR
 from studio.models.resgen import ResGen
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.llamagen import mismatch_of as mismatch_of_tokens
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.resgen import mismatch_of as mismatch_of_codes
@@ -136,7 +137,7 @@ def _load_pipeline(folder, dtype):
     kind = _PIPELINES.get(index.get("_class_name"), _LLAMAGEN)
     _check_class(index, kind.pipeline, folder)
     components = {
-        "image_tokenizer": _load_model(kind.tokenizer, _tokenizer_folder(folder, kind.bundled_tokenizer), dtype),
+        "image_tokenizer": _load_image_tokenizer(index, kind.tokenizers, folder, dtype),
         "transformer": _load_model(kind.model, folder / "transformer", dtype),
         "text_encoder": None,
         "tokenizer": None,
@@ -155,11 +156,8 @@ def _load_pipeline(folder, dtype):
 
 
 def _check_codes(folder, transformer, tokenizer):
-    codes, vocabulary = tokenizer.config.codebook_size, transformer.vocab_size
-    if codes != vocabulary:
-        raise StudioError(
-            f"{folder} does not fit together: its transformer knows {vocabulary} tokens, its tokenizer {codes}."
-        )
+    if mismatch := mismatch_of_tokens(tokenizer, transformer):
+        raise StudioError(f"{folder} does not fit together: {mismatch}.")
 
 
 def _check_latents(folder, transformer, tokenizer):
@@ -183,12 +181,15 @@ def _check_stacks(folder, transformer, tokenizer):
 
 @dataclass(frozen=True)
 class _Kind:
-    """A pipeline's class, those of its components, and what must agree between them."""
+    """A pipeline's class, those of its components, and what must agree between them.
+
+    `tokenizers` are the classes that its image tokenizer may be of, the usual one first, each with the name of the
+    bundled model of a pipeline that holds none.
+    """
 
     pipeline: type
     model: type
-    tokenizer: type
-    bundled_tokenizer: str
+    tokenizers: dict[type, str]
     helpers: dict
     check: Callable
 
@@ -196,14 +197,13 @@ class _Kind:
 _LLAMAGEN = _Kind(
     LlamaGenPipeline,
     LlamaGen,
-    VQTokenizer,
-    "emoji-vq",
+    {VQTokenizer: "emoji-vq", OneDPieceTokenizer: "emoji-1d"},
     {"drafter": Drafter, "student": DistilledStudent},
     _check_codes,
 )
-_MAR = _Kind(MARPipeline, MAR, KLTokenizer, "emoji-kl", {"drafter": MAR}, _check_latents)
-_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, TokenBridgeTokenizer, "emoji-bridge", {}, _check_levels)
-_RESGEN = _Kind(ResGenPipeline, ResGen, RVQTokenizer, "emoji-rvq", {}, _check_stacks)
+_MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, _check_latents)
+_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-bridge"}, {}, _check_levels)
+_RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, _check_stacks)
 _PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN)}
 
 
@@ -219,10 +219,12 @@ def _load_visual_question(folder, dtype):
     return VisualQuestionPipeline(model, processor)
 
 
-def _tokenizer_folder(folder, bundled):
+def _load_image_tokenizer(index, tokenizers, folder, dtype):
     """A pipeline without an `image_tokenizer` of its own uses the bundled one, which then need not be stored twice."""
+    named = (index.get("image_tokenizer") or [None])[-1]
+    kind = next((each for each in tokenizers if each.__name__ == named), next(iter(tokenizers)))
     own = folder / "image_tokenizer"
-    return own if own.is_dir() else bundled_folder(bundled)
+    return _load_model(kind, own if own.is_dir() else bundled_folder(tokenizers[kind]), dtype)
 
 
 def _load_model(model_class, folder, dtype):

@@ -8,6 +8,8 @@ from studio.errors import StudioError
 
 CONCEPTS_FILE = "concepts.json"
 _NEAREST = 3
+_MOST_NAMED = 5
+_LONGEST_NAMED = 32
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
@@ -68,8 +70,15 @@ def prompt_warning(pipe, prompt):
     unknown = unknown_words(prompt, *vocabulary) if vocabulary and prompt else []
     if not unknown:
         return None
-    parts = [f"{word!r} (nearest: {', '.join(nearest)})" if nearest else repr(word) for word, nearest in unknown]
+    parts = [_named(word, nearest) for word, nearest in unknown[:_MOST_NAMED]]
+    if more := len(unknown) - len(parts):
+        parts.append(f"{more} more")
     return f"The model does not know {', '.join(parts)}; it will guess."
+
+
+def _named(word, nearest):
+    short = word if len(word) <= _LONGEST_NAMED else f"{word[: _LONGEST_NAMED - 1]}…"
+    return f"{short!r} (nearest: {', '.join(nearest)})" if nearest else repr(short)
 
 
 def _nearest(word, concepts):

@@ -37,6 +37,13 @@ def test_warning_names_the_words():
     assert prompt_warning(pipe, None) is None
 
 
+def test_a_warning_stays_short():
+    pipe = SimpleNamespace(vocabulary=(WORDS, CONCEPTS))
+    words = [letter * 400 for letter in "qwzyvjkh"]
+    warning = prompt_warning(pipe, " ".join(words))
+    assert all(f"{word[:31]}…" in warning for word in words[:5]) and "3 more;" in warning and len(warning) < 300
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     assert read_vocabulary(tmp_path) is None
     (tmp_path / "concepts.json").write_text(json.dumps({"words": 3}))
