@@ -120,6 +120,28 @@ def tiny_class_pipeline(tiny_vq):
 
 
 @pytest.fixture(scope="session")
+def tiny_row_pipeline(tiny_one_d, tiny_pipeline):
+    """A random text-to-picture pipeline over rows of six tokens, that draws 16 px pictures."""
+    import torch
+
+    from studio import LlamaGen, LlamaGenPipeline
+
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "caption_dim": 16, "caption_length": 8}
+    transformer = LlamaGen(vocab_size=32, grid_size=None, row_length=6, prefix_rope="identity", **sizes)
+    torch.nn.init.normal_(transformer.output.weight, std=0.3)
+    return LlamaGenPipeline(tiny_one_d, transformer.eval(), tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_row_folder(tiny_row_pipeline, tmp_path_factory):
+    """The pipeline over rows of tokens as `save_pretrained` writes it; do not change the files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-row"
+    tiny_row_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tiny_pipeline, tmp_path_factory):
     """The text-to-picture pipeline as `save_pretrained` writes it; do not change the files."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -268,15 +290,15 @@ def tiny_reader():
     """A random LLaVA-NeXT of tiny width and its real processor, as `emoji-vlm` has them; it never ends early."""
     import torch
 
-    from studio.training import emoji_vlm
+    from studio.training import reader
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emoji_vlm, "TOWER", sizes)
-        patch.setattr(emoji_vlm, "TEXT", sizes)
+        patch.setattr(reader, "TOWER", sizes)
+        patch.setattr(reader, "TEXT", sizes)
         torch.manual_seed(0)
-        processor = emoji_vlm.build_processor()
-        model = emoji_vlm.build_model(len(processor.tokenizer)).eval()
+        processor = reader.build_processor()
+        model = reader.build_model(len(processor.tokenizer)).eval()
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)

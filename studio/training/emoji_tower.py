@@ -8,9 +8,9 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from studio.data.scenes import CELL, TILE, draw_scene
-from studio.training.emoji_vlm import build_processor, tower_config
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.reader import build_processor, tower_config
 from studio.training.recipe import Defaults, Recipe
 
 _SHARED = 128

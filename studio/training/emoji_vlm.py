@@ -1,40 +1,27 @@
-"""Recipe of `emoji-vlm`."""
+"""Recipe of `emoji-vlm`: a LLaVA-NeXT learns to answer questions about scenes.
+
+Its vision tower was taught by `emoji-tower`, and stays as it is. The tokens of a picture are nearly all the cost, so
+that many questions are asked about each.
+"""
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration
 
-from studio.data.backgrounds import NAMES
-from studio.data.scenes import TILE, WORDS, draw_scene, subjects
+from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
+from studio.training.emoji_tower import EmojiTower
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.reader import build_model, build_processor
 from studio.training.recipe import Defaults, Recipe
 
-PATCH = 8
-TOWER = {
-    "hidden_size": 160,
-    "intermediate_size": 640,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 5,
-    "hidden_act": "relu",
-}
-TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
 QUESTIONS = 32
-_TEMPLATE = "what is in row , column ? how many times there a an colour behind the which word yes no nothing"
+TOWER_SHARE = 0.2
+"""Steps of `emoji-tower` before, over those of a whole training."""
 
 
 class TrainableReader(nn.Module):
@@ -43,6 +30,7 @@ class TrainableReader(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        model.model.vision_tower.requires_grad_(False)
 
     def forward(self, pixel_values, image_sizes, **packed):
         """Mean cross-entropy of the answers' tokens; all pictures have the same size."""
@@ -61,7 +49,10 @@ class EmojiVLM(Recipe):
 
     name = "emoji-vlm"
     data = "scenes of Fluent Emoji and words with questions, drawn without end (`studio.data.scenes`)"
-    defaults = Defaults(steps=6000, batch_size=4, learning_rate=2e-3)
+    defaults = Defaults(steps=4000, batch_size=4, learning_rate=4e-3)
+
+    def first(self, steps):
+        return EmojiTower(), max(1, int(steps * TOWER_SHARE))
 
     def build(self, device):
         self.processor = build_processor()
@@ -69,8 +60,7 @@ class EmojiVLM(Recipe):
 
     def optimizers(self, module, learning_rate):
         inner = module.model.model
-        matrices = hidden_matrices(inner.vision_tower.encoder, inner.language_model.layers)
-        return muon_and_adamw(module, matrices, learning_rate)
+        return muon_and_adamw(module, hidden_matrices(inner.language_model.layers), learning_rate)
 
     def batch(self, rng, batch_size, device):
         tiles = TILES[rng.integers(len(TILES))]
@@ -108,49 +98,3 @@ class EmojiVLM(Recipe):
         kinds = result["by_question"]["none"]["1.0"]
         counts = {name: result[name] for name in ("scenes", "questions", "visual_tokens")}
         return {"accuracy": result["accuracy"]["none"]["1.0"], **kinds, **counts}
-
-
-def tower_config() -> CLIPVisionConfig:
-    """The vision tower: 12 x 12 patches of a 96 px tile, and CLS."""
-    return CLIPVisionConfig(image_size=TILE, patch_size=PATCH, **TOWER)
-
-
-def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
-    """A LLaVA-NeXT of random weights for pictures of up to 4 x 4 tiles."""
-    config = LlavaNextConfig(
-        vision_config=tower_config(),
-        text_config=LlamaConfig(
-            vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0,
-            bos_token_id=1, eos_token_id=2, **TEXT,
-        ),
-        image_token_id=4,
-        image_grid_pinpoints=_pinpoints(),
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlavaNextForConditionalGeneration(config)
-
-
-def build_processor() -> LlavaNextProcessor:
-    """Its processor: tiles of 96 px, and a tokenizer of the words that questions and answers use."""
-    words = [*_TEMPLATE.split(), *map(str, range(17)), *NAMES, *WORDS, *(subject.label for subject in subjects())]
-    numbers = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "<image>"))}
-    for word in words:
-        numbers.setdefault(word, len(numbers))
-    text = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    text.normalizer = normalizers.Lowercase()
-    text.pre_tokenizer = pre_tokenizers.Whitespace()
-    text.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
-    )  # fmt: skip
-    pixels = LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=_pinpoints()
-    )
-    return LlavaNextProcessor(
-        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-
-
-def _pinpoints():
-    return [[rows * TILE, columns * TILE] for rows in range(1, 5) for columns in range(1, 5)]

@@ -38,6 +38,7 @@ from studio.training import (
     from_words,
     latent_cache,
     pair_cache,
+    reader,
     token_cache,
 )
 from studio.training.caption_tokenizer import known_words, train_caption_tokenizer
@@ -62,8 +63,8 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(emoji_words.EmojiWords, "defaults", Defaults(steps=1, batch_size=4, learning_rate=8e-3))
     monkeypatch.setattr(emoji_words, "FITTED_CAPTIONS", 64)
-    monkeypatch.setattr(emoji_vlm, "TOWER", sizes)
-    monkeypatch.setattr(emoji_vlm, "TEXT", sizes)
+    monkeypatch.setattr(reader, "TOWER", sizes)
+    monkeypatch.setattr(reader, "TEXT", sizes)
     monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
     monkeypatch.setattr(emoji_distilled, "TEACHER", str(tiny_folder))
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
