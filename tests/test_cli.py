@@ -332,6 +332,9 @@ def test_bench_verify_prints_both_times(run):
 
 def test_bench_pruning_names_what_it_does_not_know(run):
     refused(run("bench", "pruning", "--method", "nonsense"), "nonsense", "divprune")
+    refused(run("bench", "pruning", "--model", "emoji-vq"), "emoji-vlm")
+    refused(run("bench", "pruning", "--figure", "f.svg"), "--figure", "--model")
+    refused(run("bench", "pruning", "--model", "emoji-vlm", "--figure", "f.png"), ".svg")
 
 
 @pytest.mark.parametrize(

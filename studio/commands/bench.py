@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from studio.commands.options import Device, Json, number
-from studio.console import emit, say
+from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
 
@@ -65,11 +65,9 @@ def decoding(
         return
     if guidance is not None:
         raise StudioError("--guidance belongs to --random: a model is drawn with its own.")
-    if figure is not None and figure.suffix != ".svg":
-        raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
+    _check_figure(figure)
     from studio.evaluation.bench_tradeoff import bench_tradeoff
     from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
-    from studio.saving import save_all
 
     sizes = tuple(batch or (1, 8))
     result = bench_tradeoff(
@@ -80,9 +78,7 @@ def decoding(
         dtypes=tuple(dtype or ["float32"]),
         device=device,
     )
-    if figure is not None:
-        text = tradeoff_chart(result["rows"], sizes[0])
-        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
+    _save_figure(figure, lambda: tradeoff_chart(result["rows"], sizes[0]))
     emit(result)
     say(tradeoff_table(result["rows"]))
     for name, reason in result["left_out"].items():
@@ -93,16 +89,45 @@ def pruning(
     method: Annotated[
         list[str] | None, typer.Option(help="A pruning method; give it again for more.", show_default="all")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this model, emoji-vlm or a folder of its training: seconds, memory and exact answers.",
+            show_default=False,
+        ),
+    ] = None,
+    scenes: Annotated[
+        int | None, typer.Option(min=1, help="With --model: scenes to ask about.", show_default="100")
+    ] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="With --model: write answers over kept tokens as this SVG file.", show_default=False),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Time how visual tokens are chosen, beside a plain textbook of each method."""
-    from studio.evaluation.bench_pruning import bench_pruning as measure
+    """Time how visual tokens are chosen, beside a plain textbook of each method, or what that buys a model."""
+    chosen = {"methods": tuple(method)} if method else {}
+    if model is None:
+        of_models = {"--scenes": scenes, "--figure": figure}
+        if wrong := [flag for flag, value in of_models.items() if value is not None]:
+            raise StudioError(f"{' and '.join(wrong)} belongs to --model: add --model emoji-vlm, or leave it out.")
+        from studio.evaluation.bench_pruning import bench_pruning as measure
 
-    chosen = {"methods": method} if method else {}
-    result = measure(device=device or "cpu", **chosen)
+        result = measure(device=device or "cpu", **chosen)
+        emit(result)
+        _say_rows(result["rows"])
+        return
+    _check_figure(figure)
+    from studio.evaluation.bench_reading import bench_reading
+    from studio.evaluation.reading_figure import reading_chart, reading_table
+
+    quiet_libraries()
+    asked = {"scenes": scenes} if scenes else {}
+    result = bench_reading(model, device=device, **chosen, **asked)
+    _save_figure(figure, lambda: reading_chart(result["rows"]))
     emit(result)
-    _say_rows(result["rows"])
+    say(reading_table(result["rows"]))
 
 
 def verify(
@@ -156,6 +181,19 @@ def residual(
     result = bench_residual(model, steps=tuple(steps or STEPS), samples=samples, device=device)
     emit(result)
     say(residual_table(result["rows"]))
+
+
+def _check_figure(figure):
+    if figure is not None and figure.suffix != ".svg":
+        raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
+
+
+def _save_figure(figure, draw):
+    from studio.saving import save_all
+
+    if figure is not None:
+        text = draw()
+        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
 
 
 def _say_rows(rows):

@@ -1,0 +1,99 @@
+"""What pruning buys a reader of scenes: seconds, tokens and memory of every method beside the share it answers."""
+
+import statistics
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from studio.checkpoints.loading import load
+from studio.data.scenes import draw_scene
+from studio.errors import StudioError
+from studio.evaluation.scenes import KEEPS, evaluate_reader
+from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.pruning.methods import METHODS
+
+PHASES = ("encode", "select", "prefill", "decode")
+_STREAM = 1_000_000_009
+"""First number of the seeds of the pictures that are timed."""
+
+
+def bench_reading(
+    model: str = "emoji-vlm",
+    *,
+    methods: tuple[str, ...] = tuple(METHODS),
+    keeps: tuple[float, ...] = KEEPS,
+    scenes: int = 100,
+    pictures: int = 8,
+    repeats: int = 3,
+    tiles: tuple[int, int] = (2, 2),
+    device: str | None = None,
+) -> dict:
+    """Time every method at every budget, and count exact answers.
+
+    Args:
+        model: `emoji-vlm`, or a folder that `studio train emoji-vlm` made.
+        methods: names out of `METHODS`.
+        keeps: shares of the picture's tokens, newlines included.
+        scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
+        pictures: scenes that are timed, one question each; all settings get the same.
+        repeats: runs of each picture and setting, in turn with the others.
+        tiles: rows and columns of tiles of each scene.
+
+    Returns:
+        `{"model", "device", "scenes", "questions", "rows"}`. The first row has method "none", keep 1.0. A row holds
+        method, keep, visual_tokens, kept_tokens, the seconds `encode`, `select`, `prefill`, `decode` and their sum
+        `total` (medians), cache_bytes, accuracy, speedup (total of the first row over its own), faster (whether that
+        is above 1), and better_than_random (None for "none" and "random", or where random was left out).
+
+    Errors: `StudioError` for a model that reads no scenes.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise StudioError(f"The pruning methods are {', '.join(METHODS)}, not {unknown[0]!r}.")
+    pipe = load(model, device=device)
+    if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
+        raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
+    settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
+    answers = _answers(pipe, settings, pictures, repeats, tiles)
+    measured = evaluate_reader(pipe.model, pipe.processor, scenes=scenes, methods=methods, keeps=keeps, tiles=tiles)
+    rows = [_row(setting, answers[setting], measured["accuracy"]) for setting in settings]
+    for row in rows:
+        row["speedup"] = rows[0]["total"] / row["total"]
+        row["faster"] = row["speedup"] > 1
+        by_chance = measured["accuracy"].get("random", {}).get(str(row["keep"]))
+        comparable = row["method"] not in ("none", "random") and by_chance is not None
+        row["better_than_random"] = row["accuracy"] > by_chance if comparable else None
+    counts = {name: measured[name] for name in ("scenes", "questions")}
+    return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
+
+
+def _answers(pipe, settings, pictures, repeats, tiles):
+    answers = {setting: [] for setting in settings}
+    asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(pictures)]
+    _ask(pipe, asked[0], *settings[-1])
+    for _ in tqdm(range(repeats), desc="timing", unit="round"):
+        for scene in asked:
+            for setting in settings:
+                answers[setting].append(_ask(pipe, scene, *setting))
+    return answers
+
+
+def _ask(pipe, scene, method, keep):
+    prune = None if method == "none" else method
+    return pipe(Image.fromarray(scene.picture), scene.questions[0].text, prune=prune, keep=keep, max_new_tokens=4)
+
+
+def _row(setting, answers, accuracy):
+    method, keep = setting
+    seconds = {phase: statistics.median(answer.seconds[phase] for answer in answers) for phase in PHASES}
+    return {
+        "method": method,
+        "keep": keep,
+        "visual_tokens": answers[0].visual_tokens,
+        "kept_tokens": answers[0].kept_tokens,
+        **seconds,
+        "total": statistics.median(sum(answer.seconds.values()) for answer in answers),
+        "cache_bytes": int(statistics.median(answer.cache_bytes for answer in answers)),
+        "accuracy": accuracy[method][str(keep)],
+    }

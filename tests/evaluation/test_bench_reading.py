@@ -1,0 +1,52 @@
+"""What pruning buys a reader: rows that agree with the pipeline and the evaluation, and the words of the table."""
+
+import xml.etree.ElementTree as tree
+
+import pytest
+
+from studio.errors import StudioError
+from studio.evaluation.bench_reading import PHASES, bench_reading
+from studio.evaluation.reading_figure import reading_chart, reading_table
+from studio.evaluation.scenes import evaluate_reader
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_reader, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    for part in tiny_reader:
+        part.save_pretrained(folder)
+    return bench_reading(
+        str(folder), methods=("random", "divprune"), keeps=(0.5, 0.1), scenes=2, pictures=2, repeats=1,
+        tiles=(1, 1),
+    )  # fmt: skip
+
+
+def test_rows(measured, tiny_reader):
+    rows = {(row["method"], row["keep"]): row for row in measured["rows"]}
+    assert list(rows)[0] == ("none", 1.0) and len(rows) == 5
+    whole, tenth = rows["none", 1.0], rows["divprune", 0.1]
+    assert whole["kept_tokens"] == whole["visual_tokens"] and whole["speedup"] == 1 and not whole["faster"]
+    for method in ("random", "divprune"):
+        assert rows[method, 0.1]["kept_tokens"] == pytest.approx(0.1 * whole["visual_tokens"], abs=1)
+    assert tenth["cache_bytes"] < 0.2 * whole["cache_bytes"]
+    assert all(row[phase] >= 0 for row in measured["rows"] for phase in PHASES)
+    accuracy = evaluate_reader(*tiny_reader, scenes=2, methods=("random", "divprune"), keeps=(0.5, 0.1), tiles=(1, 1))
+    assert all(row["accuracy"] == accuracy["accuracy"][method][str(keep)] for (method, keep), row in rows.items())
+    assert rows["random", 0.5]["better_than_random"] is None
+    assert tenth["better_than_random"] is (tenth["accuracy"] > rows["random", 0.1]["accuracy"])
+
+
+def test_the_table_says_what_does_not_pay(measured):
+    rows = [dict(row, faster=True, better_than_random=True) for row in measured["rows"]]
+    assert "not" not in reading_table(rows)
+    rows[-1] |= {"faster": False, "better_than_random": False}
+    assert reading_table(rows).splitlines()[-1].endswith("| not faster, not better than random |")
+    root = tree.fromstring(reading_chart(rows))
+    assert {"all tokens", "random", "divprune"} <= {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_refusals(tiny_folder):
+    with pytest.raises(StudioError, match="emoji-vlm"):
+        bench_reading(str(tiny_folder))
+    with pytest.raises(StudioError, match="divprune"):
+        bench_reading(methods=("fastv",))
