@@ -12,17 +12,30 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.pipelines.base import ConditionalPipeline, image_generators, of_each_picture, timed
+from studio.pipelines.base import ConditionalPipeline, image_generators, is_count, of_each_picture, timed
 from studio.pipelines.open_choices import check_choices, completed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
+
+
+def mismatch_of(tokenizer: VQTokenizer | OneDPieceTokenizer, transformer: dict) -> str | None:
+    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+    codes, vocabulary = tokenizer.config.codebook_size, transformer["vocab_size"]
+    if codes != vocabulary:
+        return f"the image tokenizer has {codes} codes but the transformer draws from {vocabulary}"
+    row, drawn = (length and f"a row of {length}" for length in (tokenizer.row_length, transformer["row_length"]))
+    if row != drawn:
+        return f"the image tokenizer's tokens are {row or 'a grid'}, those of the transformer {drawn or 'a grid'}"
+    return None
 
 
 class LlamaGenPipeline(ConditionalPipeline):
     """Draws pictures token by token.
 
     Args:
-        image_tokenizer: decodes tokens to pixels.
+        image_tokenizer: decodes tokens to pixels, a grid of them or a row, coarse to fine, of which the first few are a
+            picture already.
         transformer: draws tokens; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
@@ -41,7 +54,7 @@ class LlamaGenPipeline(ConditionalPipeline):
 
     def __init__(
         self,
-        image_tokenizer: VQTokenizer,
+        image_tokenizer: VQTokenizer | OneDPieceTokenizer,
         transformer: LlamaGen,
         text_encoder=None,
         tokenizer=None,
@@ -81,9 +94,21 @@ class LlamaGenPipeline(ConditionalPipeline):
         self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
         if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
             raise StudioError(f"cfg_interval must be a whole number of at least -1 (-1: no end), not {cfg_interval!r}.")
-        codes, vocab = self.image_tokenizer.config.codebook_size, self.transformer.config.vocab_size
-        if codes != vocab:
-            raise StudioError(f"The image tokenizer has {codes} codes but the transformer draws from {vocab}.")
+        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+            raise StudioError(f"These parts do not fit together: {mismatch}.")
+
+    def check_number(self, num_tokens: int | None) -> None:
+        """Raises a `StudioError` for a number of tokens after which a picture is none, or that is none at all."""
+        if num_tokens is None:
+            return
+        row = self.transformer.config.row_length
+        if row is None:
+            raise StudioError(
+                "num_tokens is for rows of tokens, coarse to fine, of which the first few are a picture: "
+                "this model draws a grid, so leave it out."
+            )
+        if not is_count(num_tokens) or num_tokens > row:
+            raise StudioError(f"num_tokens must be a whole number from 1 to {row}, not {num_tokens!r}.")
 
     def check_distilled(self, settings: Distilled, given: list[str]) -> None:
         """Raises a `StudioError` where there is no student that fits, or for arguments that it cannot follow.
@@ -97,7 +122,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                 "`studio train emoji-distilled` makes, or build the pipeline with student=, a DistilledStudent."
             )
         ours, teacher = self.student.config, self.transformer.config
-        for name in ("vocab_size", "grid_size", "num_classes", "caption_dim", "caption_length"):
+        for name in ("vocab_size", "grid_size", "row_length", "num_classes", "caption_dim", "caption_length"):
             if ours[name] != teacher[name]:
                 raise StudioError(f"The student has {name} {ours[name]}, the transformer {teacher[name]}: use its own.")
         if ours.code_dim != self.image_tokenizer.config.code_dim:
@@ -122,6 +147,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         top_k=None,
         top_p=None,
         cfg_interval=-1,
+        num_tokens=None,
         decoding=None,
         output_type="pil",
         callback_inputs=("tokens",),
@@ -138,10 +164,11 @@ class LlamaGenPipeline(ConditionalPipeline):
         self.check_inputs(
             prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
         )
+        self.check_number(num_tokens)
         settings = Autoregressive() if decoding is None else decoding
         if isinstance(settings, Distilled):
             self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
-            settings.reports_for(self.student)
+            settings.reports_for(self.student, num_tokens)
         elif isinstance(settings, Speculative):
             settings.relaxation(self.image_tokenizer.quantize.embedding.weight)
         elif not isinstance(settings, Autoregressive):
@@ -159,16 +186,25 @@ class LlamaGenPipeline(ConditionalPipeline):
 
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """Tokens (B, grid**2) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
-        side = self.transformer.config.grid_size
-        return self.finished_pictures(self.image_tokenizer.decode(tokens.view(-1, side, side)), output_type)
+        """The first tokens (B, n) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+
+        In a grid, what is missing repeats the first token; of a row, any n from 1 on are a picture.
+        """
+        return self.finished_pictures(self.image_tokenizer.decode(self._laid_out(tokens)), output_type)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
-        """Code vectors (B, grid**2, code_dim) to pictures; `output_type` as of `decode_tokens`."""
+        """The first code vectors (B, n, code_dim) to pictures, as of `decode_tokens`."""
+        vectors = self._laid_out(latents.to(self.image_tokenizer.dtype))
+        return self.finished_pictures(self.image_tokenizer.decode_vectors(vectors), output_type)
+
+    def _laid_out(self, drawing: torch.Tensor) -> torch.Tensor:
+        """The first tokens or vectors (B, n, ...) as the image tokenizer has them: a row, or a grid (B, h, w, ...)."""
         side = self.transformer.config.grid_size
-        codes = latents.to(self.image_tokenizer.dtype).transpose(1, 2).unflatten(2, (side, side))
-        return self.finished_pictures(self.image_tokenizer.decode_features(codes), output_type)
+        if side is None:
+            return drawing
+        missing = drawing[:, :1].repeat_interleave(side**2 - drawing.shape[1], dim=1)
+        return torch.cat((drawing, missing), dim=1).unflatten(1, (side, side))
 
     @torch.no_grad()
     def __call__(
@@ -182,6 +218,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         cfg_interval: int = -1,
+        num_tokens: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         decoding: Autoregressive | Speculative | Distilled | None = None,
         output_type: str = "pil",
@@ -198,6 +235,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             temperature: 0 takes the likeliest token each time.
             top_k, top_p: keep the k likeliest tokens (0: all), or those that hold probability p (1: all).
             cfg_interval: index of the last token but one that is guided; -1 guides all.
+            num_tokens: how many tokens to draw of a row, coarse to fine; all when None.
             generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
             decoding: how tokens are drawn, `Autoregressive()` (when left out), `Speculative()`, `Lantern()`,
                 `LanternPlusPlus()` or `Distilled()`. The last takes guidance and filters with `teacher_steps` only, for
@@ -218,6 +256,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             top_k=top_k,
             top_p=top_p,
             cfg_interval=cfg_interval,
+            num_tokens=num_tokens,
             decoding=decoding,
             output_type=output_type,
             callback_inputs=callback_on_step_end_tensor_inputs,
@@ -232,8 +271,9 @@ class LlamaGenPipeline(ConditionalPipeline):
                     choices = self.config.open_choices or []
                     subjects = [completed(text, choices, stream) for text, stream in zip(subjects, generators)]
                 condition = self.condition(**{"prompt" if self.takes_text else "class_labels": subjects})
-            is_distilled = isinstance(settings, Distilled)
-            total = settings.reports_for(self.student) if is_distilled else self.transformer.num_tokens
+            total = num_tokens or self.transformer.num_tokens
+            if isinstance(settings, Distilled):
+                total = settings.reports_for(self.student, num_tokens)
             with self.progress_bar(total=total) as progress:
 
                 def on_token(index: int, tokens: torch.Tensor) -> bool:
@@ -248,6 +288,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                     guidance_scale=guidance_scale,
                     cfg_interval=cfg_interval,
                     settings=settings,
+                    num_tokens=num_tokens,
                     on_token=on_token,
                     editable=callback_on_step_end is not None,
                 )
@@ -260,26 +301,24 @@ class LlamaGenPipeline(ConditionalPipeline):
         prompts = subjects if self.takes_text else None
         return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
 
-    def _draw(self, condition: dict, *, settings, editable: bool, **call) -> Drawn:
+    def _draw(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Drawn:
         """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""
         call["settings"] = settings
         if isinstance(settings, Speculative):
             codebook = self.image_tokenizer.quantize.embedding.weight
-            return speculative(
-                self.transformer, condition, codebook=codebook, drafter=self.drafter, editable=editable, **call
-            )
+            call |= {"codebook": codebook, "drafter": self.drafter, "num_tokens": num_tokens, "editable": editable}
+            return speculative(self.transformer, condition, **call)
         if isinstance(settings, Distilled):
             codebook = self.image_tokenizer.codebook
-            return distilled(self.transformer, condition, student=self.student, codebook=codebook, **call)
-        return autoregressive(self.transformer, condition, **call)
+            call |= {"codebook": codebook, "student": self.student, "steps": num_tokens}
+            return distilled(self.transformer, condition, **call)
+        return autoregressive(self.transformer, condition, num_tokens=num_tokens, **call)
 
     def _pictures(self, drawn: Drawn, output_type: str):
-        """Pictures of complete or interrupted drawings; what is missing repeats the first token."""
-        decode, drawing = self.decode_tokens, drawn.tokens
+        """Pictures of complete or interrupted drawings."""
         if isinstance(drawn, DistilledDrawn):
-            decode, drawing = self.decode_latents, drawn.latents
-        missing = self.transformer.num_tokens - drawing.shape[1]
-        return decode(torch.cat((drawing, drawing[:, :1].repeat_interleave(missing, dim=1)), dim=1), output_type)
+            return self.decode_latents(drawn.latents, output_type)
+        return self.decode_tokens(drawn.tokens, output_type)
 
 
 def _stats(drawn: Drawn, seconds: dict[str, float]) -> DecodingStats:

@@ -33,8 +33,8 @@ class ImageTokenPipelineOutput(BaseOutput):
 
     Args:
         images: a list of PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens again.
-        tokens: (B, n) int64, raster order; n is below the grid's size only for an interrupted call. Continuous ones are
-            (B, L, D) float32, 0 where an interrupted call did not come.
+        tokens: (B, n) int64, a grid in raster order, or a row; n is below its size only for an interrupted call, and
+            where fewer were asked for. Continuous ones are (B, L, D) float32, 0 where an interrupted call did not come.
         stats: see `DecodingStats`.
         prompts: the words that each picture was drawn from, of a pipeline that chooses what a prompt leaves open.
     """

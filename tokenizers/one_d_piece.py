@@ -137,6 +137,11 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return F.normalize(self.quantize.embedding.weight, dim=-1)
 
     @property
+    def row_length(self) -> int:
+        """Tokens N of a picture, which are a row: any first few are a picture."""
+        return self.config.num_tokens
+
+    @property
     def bits_per_token(self) -> float:
         """Bits that name one code, log2 V."""
         return math.log2(self.config.codebook_size)

@@ -69,6 +69,10 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         return F.normalize(self.quantize.embedding.weight, dim=-1)
 
     @property
+    def row_length(self) -> None:
+        """Tokens of a picture where they are a row: None, these are a grid."""
+
+    @property
     def bits_per_token(self) -> float:
         """Bits that name one code, log2 V."""
         return float(torch.log2(torch.tensor(float(self.config.codebook_size))))
@@ -89,6 +93,10 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     def decode_features(self, codes: torch.Tensor) -> torch.Tensor:
         """Unit code vectors (B, code_dim, h, w) to pictures (B, C, H, W), about [-1, 1]."""
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(codes)), self.config.pixel_unshuffle)
+
+    def decode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Unit code vectors (B, h, w, code_dim) to pictures (B, C, H, W), about [-1, 1]."""
+        return self.decode_features(vectors.movedim(-1, 1))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Code numbers (B, h, w) to pictures (B, C, H, W), about [-1, 1]."""

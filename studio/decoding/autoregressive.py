@@ -40,7 +40,7 @@ class Autoregressive:
 
 @dataclass
 class Drawn:
-    """Tokens (B, n) int64, with n below the model's number only when the loop was stopped, and what they cost.
+    """Tokens (B, n) int64, with n below the number asked for only when the loop was stopped, and what they cost.
 
     `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode".
     """
@@ -88,14 +88,16 @@ def autoregressive(
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     settings: Autoregressive | None = None,
+    num_tokens: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
 ) -> Drawn:
-    """Draws all tokens of B pictures.
+    """Draws the tokens of B pictures.
 
     Args:
         model: a `LlamaGen` in evaluation mode, or a network with the same calls.
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
         generators: one per picture.
+        num_tokens: how many first tokens to draw; all when None.
         on_token: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
     """
     settings = settings or Autoregressive()
@@ -103,7 +105,7 @@ def autoregressive(
     began = time.perf_counter()
     network = model.for_decoding(settings.weights)
     prefix, valid = condition_rows(model, condition, guided=is_guided(0, guidance_scale, cfg_interval))
-    batch, total = len(generators), model.num_tokens
+    batch, total = len(generators), num_tokens or model.num_tokens
     tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)
     drawn = Drawn(tokens)
     cache = network.new_cache(len(prefix))

@@ -81,9 +81,12 @@ class Distilled:
             if value not in allowed:
                 raise StudioError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
 
-    def times_for(self, student: torch.nn.Module) -> tuple[int, ...]:
-        """Known steps at each call: `times`, or evenly spread over the first part of the steps (`student.horizon`)."""
-        total = len(student.bounds) - 1
+    def times_for(self, student: torch.nn.Module, steps: int | None = None) -> tuple[int, ...]:
+        """Known steps at each call: `times`, or evenly spread over the first part of the steps (`student.horizon`).
+
+        `steps` as of `distilled`.
+        """
+        total = steps or len(student.bounds) - 1
         times = self.times or spread_times(self.steps, total, student.horizon)
         if not _rises(times) or times[-1] > total:
             raise StudioError(f"The student draws {total} steps, too few for calls at {', '.join(map(str, times))}.")
@@ -97,12 +100,12 @@ class Distilled:
             raise StudioError(f"split must be at most {total}, the steps of the student, not {split}.")
         return total if split is None else split
 
-    def reports_for(self, student: torch.nn.Module) -> int:
-        """How often `distilled` calls `on_token`."""
+    def reports_for(self, student: torch.nn.Module, steps: int | None = None) -> int:
+        """How often `distilled` calls `on_token`; `steps` as there."""
         if self.teacher_steps is None:
-            return len(self.times_for(student))
+            return len(self.times_for(student, steps))
         begin, end = self.teacher_steps
-        return end - begin + (end < len(student.bounds))
+        return end - begin + (end <= (steps or len(student.bounds) - 1))
 
 
 @dataclass
@@ -298,11 +301,12 @@ def distilled(
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     settings: Distilled | None = None,
+    steps: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     noise: torch.Tensor | None = None,
     noise_map: NoiseMap | None = None,
 ) -> DistilledDrawn:
-    """Draws all tokens of B pictures.
+    """Draws the tokens of B pictures.
 
     Args:
         model: the teacher, a `LlamaGen`; needed for `teacher_steps` only.
@@ -311,20 +315,23 @@ def distilled(
         codebook: code vectors (V, C), unit vectors for LlamaGen.
         generators: one per picture: its noise, then the teacher's random draws.
         sampling, guidance_scale, cfg_interval: of the teacher's steps; the student knows neither.
+        steps: how many first steps to draw; all when None.
         on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
             teacher and, with index n - 1, after each call of the student for all tokens; True stops the loop.
-        noise: (B, n, C) in place of what the generators would draw.
+        noise: (B, N, C) for all tokens, in place of what the generators would draw.
         noise_map: for `teacher_draw="map"`, to spare measuring the codebook anew.
 
     Errors: `StudioError` for settings that the student cannot serve, and for teacher's steps without a teacher.
     """
     settings = settings or Distilled()
     sampling = sampling or Sampling(order=settings.filter_order)
-    split, times, n = settings.split_for(student), settings.times_for(student), student.bounds[-1]
+    total = steps or len(student.bounds) - 1
+    split, times, n = settings.split_for(student), settings.times_for(student, steps), student.bounds[total]
     began = time.perf_counter()
     codebook = codebook.to(student.device, torch.float32)
     if noise is None:
-        noise = draw_noise(generators, n, codebook.shape[1], student.device)
+        noise = draw_noise(generators, student.bounds[-1], codebook.shape[1], student.device)
+    noise = noise[:, :n]
     drawn = DistilledDrawn(torch.zeros(len(noise), 0, dtype=torch.long), noise=noise)
     call = _Counted(student, drawn)
 
@@ -343,8 +350,8 @@ def distilled(
         begin, end = (step - 1 for step in settings.teacher_steps)
         if model is None:
             raise StudioError("teacher_steps needs the teacher: give the model that the student was distilled from.")
-        if end > n:
-            raise StudioError(f"The teacher draws {n} steps: teacher_steps must end at {n + 1} or before.")
+        if end > total:
+            raise StudioError(f"The teacher draws {total} steps: teacher_steps must end at {total + 1} or before.")
         draw = partial(_sampled, sampling, generators)
         if settings.teacher_draw == "map":
             draw = map_draw(noise, noise_map or NoiseMap(codebook), sampling)
@@ -356,7 +363,7 @@ def distilled(
         drawn.latents, drawn.tokens = hybrid(
             call, codebook, noise, condition, teacher_draws, begin=begin, end=end, split=split
         )
-        if drawn.tokens.shape[1] == n and end < n:
+        if drawn.tokens.shape[1] == n and end < total:
             drawn.latents, _ = after_call(drawn.latents, drawn.tokens)
     if settings.snap == "nearest":
         drawn.latents = codebook[drawn.tokens]

@@ -83,13 +83,14 @@ def speculative(
     settings: Speculative | None = None,
     codebook: torch.Tensor | None = None,
     drafter: torch.nn.Module | None = None,
+    num_tokens: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     editable: bool = True,
 ) -> SpeculativeDrawn:
-    """Draws all tokens of B pictures.
+    """Draws the tokens of B pictures.
 
     Args:
-        model, condition, generators, sampling, guidance_scale, cfg_interval: as of `autoregressive`.
+        model, condition, generators, sampling, guidance_scale, cfg_interval, num_tokens: as of `autoregressive`.
         codebook: stored code vectors (V, C); needed by relaxed settings.
         drafter: the `Drafter` that belongs to the model, for `OwnDrafts`.
         on_token: called as (index, tokens (B, index + 1)) for each token that all pictures have reached; True stops.
@@ -99,7 +100,9 @@ def speculative(
     settings = settings or Speculative()
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    run = _Run(model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter)
+    run = _Run(
+        model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter, num_tokens
+    )
     run.drawn.seconds["prefill"] = time.perf_counter() - began
     reporter = _Reporter(run, on_token, editable and on_token is not None)
     while not reporter.stopped() and not run.is_done:
@@ -115,14 +118,24 @@ class _Run:
     """The pictures of one call: tokens, `lengths` drawn, caches. `pictures` are the numbers of those in the batch."""
 
     def __init__(
-        self, model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter
+        self,
+        model,
+        condition,
+        generators,
+        sampling,
+        guidance_scale,
+        cfg_interval,
+        settings,
+        codebook,
+        drafter,
+        num_tokens,
     ):
         self.model, self.sampling, self.generators = model.for_decoding(settings.weights), sampling, generators
         guided = is_guided(0, guidance_scale, cfg_interval)
         prefix, valid = condition_rows(model, condition, guided=guided)
         self.relaxation = settings.relaxation(codebook)
         self.guidance = Guidance(guidance_scale, cfg_interval, 2 if guided else 1)
-        batch, self.total, self.before = len(generators), model.num_tokens, prefix.shape[1]
+        batch, self.total, self.before = len(generators), num_tokens or model.num_tokens, prefix.shape[1]
         self.pictures, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
         setting = Setting(

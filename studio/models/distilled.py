@@ -22,7 +22,15 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.llamagen import Block, CaptionEmbedder, ClassEmbedder, LlamaGen, RMSNorm, default_ffn_dim
+from studio.models.llamagen import (
+    Block,
+    CaptionEmbedder,
+    ClassEmbedder,
+    LlamaGen,
+    RMSNorm,
+    check_layout,
+    default_ffn_dim,
+)
 
 
 class RegressionHead(nn.Module):
@@ -45,7 +53,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
     Args:
         vocab_size, code_dim: size V and width C of the codebook.
         dim, num_layers, num_heads, num_kv_heads, ffn_dim, grid_size, num_classes, caption_dim, caption_length,
-            norm_eps, rope_base, prefix_rope, plan_size: as of the teacher, a `LlamaGen`.
+            norm_eps, rope_base, prefix_rope, plan_size, row_length: as of the teacher, a `LlamaGen`.
         split: tokens taken from the logits by default; those behind it are left to the regression head (None: none).
 
     Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
@@ -64,7 +72,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         num_heads: int = 12,
         num_kv_heads: int | None = None,
         ffn_dim: int | None = None,
-        grid_size: int = 16,
+        grid_size: int | None = 16,
         num_classes: int | None = None,
         caption_dim: int | None = None,
         caption_length: int | None = None,
@@ -73,12 +81,14 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         prefix_rope: str = "zero",
         split: int | None = None,
         plan_size: int = 0,
+        row_length: int | None = None,
     ):
         super().__init__()
         if (num_classes is None) == (caption_dim is None):
             raise StudioError("Give DistilledStudent exactly one of num_classes and caption_dim.")
-        if split is not None and not 0 <= split <= grid_size**2:
-            raise StudioError(f"split must be from 0 to {grid_size**2} tokens, not {split!r}.")
+        check_layout(grid_size, row_length, plan_size)
+        if split is not None and not 0 <= split <= self.num_tokens:
+            raise StudioError(f"split must be from 0 to {self.num_tokens} tokens, not {split!r}.")
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:

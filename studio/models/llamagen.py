@@ -1,8 +1,9 @@
 """LlamaGen: a Llama-style decoder over image tokens, conditioned on a class or on the states of a text encoder.
 
 "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv:2406.06525). The sequence is a prefix
-(one class embedding, or `caption_length` projected caption vectors) followed by the image tokens in raster order. The
-module tree carries the authors' parameter names, so their state dicts load as they are.
+(one class embedding, or `caption_length` projected caption vectors) followed by the image tokens: a grid of them in
+raster order, or (our addition) a row. The module tree carries the authors' parameter names, so their state dicts load
+as they are.
 
 Scope: the network, its training forward, and the calls that cached decoding needs: `new_cache`, `prefill`, `extend`,
 and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. How tokens are drawn is the
@@ -38,19 +39,34 @@ def default_ffn_dim(dim: int) -> int:
     return -(-hidden // 256) * 256
 
 
-def rope_table(grid_size: int, head_dim: int, prefix_length: int, base: float, prefix_rope: str) -> torch.Tensor:
-    """Rotation (cos, sin) for every position: (prefix_length + grid_size**2, head_dim // 2, 2), float32.
+def rope_table(
+    grid_size: int | None,
+    head_dim: int,
+    prefix_length: int,
+    base: float,
+    prefix_rope: str,
+    row_length: int | None = None,
+) -> torch.Tensor:
+    """Rotation (cos, sin) for every position: (prefix_length + image tokens, head_dim // 2, 2), float32.
 
-    An image token in cell (row, column) turns the first half of its pairs by row and the second half by column. Prefix
-    positions get cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation
-    ("identity").
+    An image token in cell (row, column) of a grid turns the first half of its pairs by row and the second half by
+    column; one in a row of `row_length` turns all pairs by its place (arXiv:2104.09864). Prefix positions get
+    cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation ("identity").
+
+    Errors: `StudioError` without a grid and without a row.
     """
     half = head_dim // 2
-    frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
-    angles = torch.outer(torch.arange(grid_size).float(), frequencies)
-    rows = angles[:, None, :].expand(grid_size, grid_size, -1)
-    columns = angles[None, :, :].expand(grid_size, grid_size, -1)
-    image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
+    if row_length is not None:
+        frequencies = 1.0 / (base ** (torch.arange(half).float() / half))
+        image = torch.outer(torch.arange(row_length).float(), frequencies)
+    elif grid_size is not None:
+        frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
+        angles = torch.outer(torch.arange(grid_size).float(), frequencies)
+        rows = angles[:, None, :].expand(grid_size, grid_size, -1)
+        columns = angles[None, :, :].expand(grid_size, grid_size, -1)
+        image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
+    else:
+        raise StudioError("Positions are turned by their place in a grid or a row: give grid_size or row_length.")
     prefix = torch.zeros(prefix_length, half, 2)
     if prefix_rope == "identity":
         prefix[..., 0] = 1.0
@@ -173,6 +189,17 @@ class CaptionEmbedder(nn.Module):
         return self.cap_proj(captions)
 
 
+def check_layout(grid_size: int | None, row_length: int | None, plan_size: int = 0) -> None:
+    """Raises a `StudioError` unless image tokens are either a grid or a row, and a plan is one of a grid."""
+    if (grid_size is None) == (row_length is None) or (row_length is not None and row_length < 1):
+        raise StudioError(
+            "Image tokens are a grid or a row: give grid_size, or row_length of at least 1 and grid_size=None; got "
+            f"grid_size {grid_size!r} and row_length {row_length!r}."
+        )
+    if plan_size and row_length is not None:
+        raise StudioError("A plan says what belongs into regions of a grid: leave plan_size out for a row of tokens.")
+
+
 def left_pad(captions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the valid vectors of captions (B, T, C) to the end, in order, and zeroes the padding.
 
@@ -191,7 +218,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
     Args:
         vocab_size: number of image tokens V.
         dim, num_layers, num_heads, num_kv_heads, ffn_dim: sizes; head_dim = dim / num_heads must be a multiple of 4.
-        grid_size: side of the token grid; the model draws grid_size**2 tokens.
+        grid_size: side of the token grid; the model draws grid_size**2 tokens. None for a row.
+        row_length: tokens of a picture where they are a row, such as those of a `OneDPieceTokenizer`.
         num_classes: classes without the null class.
         caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
         prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
@@ -212,7 +240,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         num_heads: int = 12,
         num_kv_heads: int | None = None,
         ffn_dim: int | None = None,
-        grid_size: int = 16,
+        grid_size: int | None = 16,
         num_classes: int | None = None,
         caption_dim: int | None = None,
         caption_length: int | None = None,
@@ -222,6 +250,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         class_dropout: float = 0.1,
         dropout: float = 0.1,
         plan_size: int = 0,
+        row_length: int | None = None,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -236,6 +265,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
             )
         if prefix_rope not in ("zero", "identity"):
             raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
+        check_layout(grid_size, row_length, plan_size)
         if plan_size and (grid_size % plan_size or plan_size**2 > (caption_length or 0)):
             raise StudioError(
                 f"A plan of {plan_size} x {plan_size} regions needs a grid that it divides, not {grid_size}, and "
@@ -282,7 +312,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
     @property
     def num_tokens(self) -> int:
         """Image tokens of one picture."""
-        return self.config.grid_size**2
+        return self.config.row_length or self.config.grid_size**2
 
     @property
     def head_dim(self) -> int:
@@ -291,7 +321,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
     left_pad = staticmethod(left_pad)
 
     def rope(self) -> torch.Tensor:
-        """The rotation table (prefix + grid**2, head_dim // 2, 2), float32, built once per device."""
+        """The rotation table (prefix + image tokens, head_dim // 2, 2), float32, built once per device."""
         if self._rope is None or self._rope.device != self.device:
             table = rope_table(
                 self.config.grid_size,
@@ -299,6 +329,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
                 self.prefix_length,
                 self.config.rope_base,
                 self.config.prefix_rope,
+                self.config.row_length,
             )
             self._rope = table.to(self.device)
         return self._rope

@@ -5,6 +5,7 @@ import torch
 
 from studio import LlamaGen, StudioError
 from studio.models.kv_cache import KVCache
+from studio.models.llamagen import rotate
 
 SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4}
 
@@ -69,6 +70,23 @@ def test_a_plan_goes_to_the_positions_that_draw_its_cells():
         assert torch.equal(changed[:, 4:-1], expected.flatten().expand(2, 16))
 
 
+@torch.no_grad()
+def test_a_row_is_turned_by_place_in_one_dimension():
+    """Queries and keys of equal content meet alike at equal distances, wherever they are; the prefix is not turned."""
+    model = tiny(grid_size=None, row_length=9, prefix_rope="identity")
+    table = model.rope()
+    assert model.num_tokens == 9 and table.shape == (10, 8, 2)
+    assert torch.equal(table[0], table[1]) and torch.equal(table[0, :, 0], torch.ones(8))
+    angles = torch.outer(torch.arange(9), 10000 ** -(torch.arange(8) / 8))
+    torch.testing.assert_close(table[1:], torch.stack((angles.cos(), angles.sin()), dim=-1))
+    query, key = (rotate(torch.randn(16).expand(1, 9, 1, 16), table[1:])[0, :, 0] for _ in range(2))
+    met = query @ key.T
+    for distance in range(9):
+        same = met.diagonal(-distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same))
+    assert (met.diagonal(-1)[0] - met[0, 0]).abs() > 1e-3
+
+
 def test_null_caption_is_not_trained():
     model = tiny(caption_dim=16, caption_length=5)
     assert "cls_embedding.uncond_embedding" in model.state_dict()
@@ -76,10 +94,12 @@ def test_null_caption_is_not_trained():
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 1])
-@pytest.mark.parametrize("planned", [False, True], ids=["classes", "planned"])
-def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, planned):
+@pytest.mark.parametrize("kind", ["classes", "planned", "row"])
+def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, kind):
     condition, sizes = {"class_labels": torch.tensor([3, 4])}, {}
-    if planned:
+    if kind == "row":
+        sizes = {"grid_size": None, "row_length": 10}
+    if planned := kind == "planned":
         condition, sizes = {"captions": torch.randn(2, 5, 16)}, {"caption_dim": 16, "caption_length": 5, "plan_size": 2}
     model, tokens = tiny(num_kv_heads=num_kv_heads, **sizes), torch.randint(48, (2, 9))
     if planned:
@@ -130,6 +150,10 @@ def test_presets():
         {"num_classes": 3, "plan_size": 1},
         {"caption_dim": 4, "caption_length": 3, "plan_size": 2},
         {"caption_dim": 4, "caption_length": 9, "plan_size": 3},
+        {"num_classes": 3, "grid_size": None},
+        {"num_classes": 3, "row_length": 6},
+        {"num_classes": 3, "grid_size": None, "row_length": 0},
+        {"caption_dim": 4, "caption_length": 4, "grid_size": None, "row_length": 16, "plan_size": 2},
     ],
     ids=str,
 )
