@@ -28,24 +28,34 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples"}`:
         fractions, and the Frechet distance in the judge's features to the true pictures of all held-out combinations.
+        A pipeline over rows of tokens also has "judge_top1_n" and "frechet_n", of pictures of the same draws' first n
+        tokens, for some lengths n: the full one, halved up to four times.
     """
     judge = load_judge(device=pipe.device)
     drawn = draw_combinations(samples, np.random.default_rng(seed))
     captions = [full_caption(*row) for row in drawn.tolist()]
     first, every = (process_index(), process_count()) if shared else (0, 1)
-    pictures = {}
+    lengths = getattr(pipe.image_tokenizer, "lengths", [])[:-1]
+    parts = {}
     for start in tqdm(range(first * batch_size, samples, every * batch_size), desc="drawing", unit="batch"):
         prompts = captions[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
         drawing = pipe(prompts, generator=generators, decoding=decoding, output_type="pt")
-        pictures[start] = drawing.images.cpu()
-    drawings = sorted(gather(pictures.items()) if shared else pictures.items())
-    pictures = torch.cat([images for _, images in drawings])
-    verdict = verdicts(judge, pictures)
+        shorter = [pipe.decode_tokens(drawing.tokens[:, :length], "pt") for length in lengths]
+        parts[start] = [images.cpu() for images in (drawing.images, *shorter)]
+    drawings = sorted(gather(parts.items()) if shared else parts.items())
+    pictures, *shorter = map(torch.cat, zip(*(part for _, part in drawings), strict=True))
     truth = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
+    true_features = verdicts(judge, truth).features
+
+    def measured(images):
+        verdict = verdicts(judge, images)
+        return {**scores(verdict, drawn), "frechet": frechet_distance(verdict.features, true_features)}
+
+    of_lengths = {length: measured(images) for length, images in zip(lengths, shorter, strict=True)}
     return {
-        **scores(verdict, drawn),
-        "frechet": frechet_distance(verdict.features, verdicts(judge, truth).features),
+        **measured(pictures),
         "resolution": pictures.shape[-1],
         "samples": samples,
+        **{f"{name}_{length}": of[name] for length, of in of_lengths.items() for name in ("judge_top1", "frechet")},
     }

@@ -44,6 +44,14 @@ class TrainableGenerator(nn.Module):
         self.code_embedding = nn.Parameter(torch.zeros(code_dim, dim))
         self.code_output = nn.Parameter(torch.zeros(code_dim, dim))
 
+    def optimizers(self, learning_rate):
+        """Muon for the hidden matrices of the token model, AdamW for everything else, the maps at the full rate."""
+        model, maps = self.transformer, [self.code_embedding, self.code_output]
+        planned = [model.plan_embeddings] if model.config.plan_size else []
+        return muon_and_adamw(
+            self, hidden_matrices(model.layers, *planned), learning_rate, tables=maps, tables_share=1.0
+        )
+
     @torch.no_grad()
     def merged(self):
         """A copy of the token model that gives the same logits by its own tables."""
@@ -99,19 +107,11 @@ class EmojiAR(Recipe):
         return TrainableGenerator(text_encoder, transformer, codebook).to(device)
 
     def optimizers(self, module, learning_rate):
-        maps = [module.code_embedding, module.code_output]
-        matrices = hidden_matrices(module.transformer.layers, module.transformer.plan_embeddings)
-        return muon_and_adamw(module, matrices, learning_rate, tables=maps, tables_share=1.0)
+        return module.optimizers(learning_rate)
 
     def batch(self, rng, batch_size, device):
         batch = self.pictures.batch(rng, batch_size, device)
-        tokens = batch["tokens"]
-        shape = (batch_size, tokens.shape[1] - 1)
-        seen = ~torch.from_numpy(scattered(shape, HIDING, rng)).to(device)
-        foreign = scattered(shape, MISLEADING / 2, rng) | stretches(shape, MISLEADING / 2, rng)
-        others = tokens.roll(1, dims=0)[:, :-1]
-        fed = torch.where(torch.from_numpy(foreign).to(device), others, tokens[:, :-1])
-        return {**batch, "fed": fed, "seen": seen}
+        return {**batch, **earlier_tokens(batch["tokens"], rng)}
 
     def load(self, module, folder):
         read_text_encoder(module.text_encoder, folder)
@@ -143,6 +143,16 @@ class EmojiAR(Recipe):
         from studio.evaluation.generators import evaluate_generator
 
         return evaluate_generator(load(folder))
+
+
+def earlier_tokens(tokens, rng):
+    """What is `fed` to a `TrainableGenerator` of tokens (B, n), and what of it is `seen`, both (B, n - 1)."""
+    shape = (len(tokens), tokens.shape[1] - 1)
+    seen = ~torch.from_numpy(scattered(shape, HIDING, rng)).to(tokens.device)
+    foreign = scattered(shape, MISLEADING / 2, rng) | stretches(shape, MISLEADING / 2, rng)
+    others = tokens.roll(1, dims=0)[:, :-1]
+    fed = torch.where(torch.from_numpy(foreign).to(tokens.device), others, tokens[:, :-1])
+    return {"fed": fed, "seen": seen}
 
 
 def scattered(shape, share, rng):

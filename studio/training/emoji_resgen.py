@@ -5,8 +5,6 @@ parts of the means start at sums of levels of training pictures, so that every c
 for the hidden matrices; no average of the weights is kept, since the learning rate falls to zero.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -53,8 +51,7 @@ class EmojiResGen(FromWords):
     def build(self, device):
         self.listen(device)
         self.image_tokenizer = tokenizer = load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32)
-        weights = Path(tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
-        self.drawn, codes = training_tokens(tokenizer, weights)
+        self.drawn, codes = training_tokens(tokenizer)
         self.codes = codes.unflatten(1, (-1, tokenizer.config.depth))
         transformer = ResGen(
             num_positions=self.codes.shape[1],

@@ -8,6 +8,7 @@ from studio.errors import StudioError
 
 RECIPES = {
     "emoji-1d": "studio.training.emoji_1d:Emoji1D",
+    "emoji-1d-ar": "studio.training.emoji_1d_ar:Emoji1DAR",
     "emoji-ar": "studio.training.emoji_ar:EmojiAR",
     "emoji-bridge": "studio.training.emoji_bridge:EmojiBridge",
     "emoji-distilled": "studio.training.emoji_distilled:EmojiDistilled",

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,17 +15,19 @@ from studio.data.splits import combinations
 from studio.files import cache_folder
 
 
-def training_tokens(tokenizer, weights, batch_size=256):
+def training_tokens(tokenizer, weights=None, batch_size=256):
     """Tokens of the generators' training combinations.
 
     Args:
         tokenizer: the image tokenizer.
-        weights: its weights file, whose checksum names the cache together with the data's.
+        weights: its weights file, whose checksum names the cache together with the data's; when `None`, that of the
+            folder that it was loaded from.
         batch_size: pictures at a time.
 
     Returns:
-        `(drawn, tokens)`: (concept, style, background) rows (n, 3) and tokens (n, h * w), int64 tensors.
+        `(drawn, tokens)`: (concept, style, background) rows (n, 3) and tokens (n, N) of each, int64 tensors.
     """
+    weights = weights or Path(tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
     drawn = np.array(combinations(held_out=False))
     key = hashlib.sha256((sha256(weights) + sha256(ARCHIVE)).encode()).hexdigest()[:16]
     file = cache_folder() / f"tokens-{key}.npy"
@@ -39,7 +42,7 @@ def training_tokens(tokenizer, weights, batch_size=256):
 
 @torch.inference_mode()
 def tokens_of(tokenizer, drawn, batch_size=256):
-    """Tokens (n, h * w) of combinations (n, 3), a NumPy array as those."""
+    """Tokens (n, N) of combinations (n, 3), a NumPy array as those."""
     pictures = load_pictures(tokenizer.config.sample_size)
     parts = []
     for start in tqdm(range(0, len(drawn), batch_size), desc="tokens", unit="batch"):

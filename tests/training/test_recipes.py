@@ -21,6 +21,7 @@ from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
     captioned_tokens,
     emoji_1d,
+    emoji_1d_ar,
     emoji_ar,
     emoji_bridge,
     emoji_distilled,
@@ -47,7 +48,7 @@ from studio.training.recipes import RECIPES, run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folder):
+def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folder, tiny_row_folder):
     """Tiny networks, forty pictures, and no measuring."""
     few = combinations(held_out=False)[:40]
     monkeypatch.setattr(emoji_judge, "combinations", lambda held_out: few)
@@ -59,7 +60,9 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
     monkeypatch.setitem(emoji_kl.AUTOENCODER, "block_out_channels", [32, 32])
     monkeypatch.setattr(emoji_kl, "MEASURED", 8)
     tiny = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
-    monkeypatch.setattr(emoji_ar, "TRANSFORMER", {**emoji_ar.TRANSFORMER, **tiny})
+    for recipe in (emoji_ar, emoji_1d_ar):
+        monkeypatch.setattr(recipe, "TRANSFORMER", {**recipe.TRANSFORMER, **tiny})
+    monkeypatch.setattr(emoji_1d_ar, "IMAGE_TOKENIZER", str(tiny_row_folder / "image_tokenizer"))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(emoji_words.EmojiWords, "defaults", Defaults(steps=1, batch_size=4, learning_rate=8e-3))
     monkeypatch.setattr(emoji_words, "FITTED_CAPTIONS", 64)
@@ -87,7 +90,7 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
         tiny_row |= {f"{part}_width": 32, f"{part}_layers": 1, f"{part}_heads": 2}
     monkeypatch.setattr(emoji_1d, "CONFIG", {**emoji_1d.CONFIG, **tiny_row})
     for recipe in (
-        emoji_1d.Emoji1D, emoji_bridge.EmojiBridge,
+        emoji_1d.Emoji1D, emoji_1d_ar.Emoji1DAR, emoji_bridge.EmojiBridge,
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
         emoji_kl.EmojiKL, emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_tower.EmojiTower,
         emoji_resgen.EmojiResGen, emoji_rvq.EmojiRVQ, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
@@ -97,6 +100,7 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
 
 KINDS = {
     "emoji-1d": OneDPieceTokenizer,
+    "emoji-1d-ar": LlamaGenPipeline,
     "emoji-ar": LlamaGenPipeline,
     "emoji-bridge": TokenBridgePipeline,
     "emoji-distilled": LlamaGenPipeline,
@@ -169,6 +173,12 @@ def test_the_exported_pipeline_shares_the_bundled_tokenizer_and_names_its_words(
     assert not (folder / "image_tokenizer").exists() and (folder / "README.md").is_file()
     words, concepts = load(folder, device="cpu").vocabulary
     assert {"apple", "red", "flat", "background"} <= set(words) and "red apple" in concepts
+
+
+def test_a_generator_over_rows_brings_its_tokenizer_and_draws_any_length(small, tmp_path):
+    pipe = load(run("emoji-1d-ar", out=tmp_path / "run", steps=1, batch_size=2)["folder"], device="cpu")
+    assert isinstance(pipe.image_tokenizer, OneDPieceTokenizer) and pipe.transformer.config.row_length == 6
+    assert pipe.config.open_choices and pipe("a red apple", num_tokens=2).tokens.shape == (1, 2)
 
 
 def test_the_maps_of_the_codebook_are_merged_into_the_tables(small):

@@ -1,0 +1,53 @@
+"""Recipe of `emoji-1d-ar`: a LlamaGen over the rows of tokens of `emoji-1d`, coarse to fine, for captions.
+
+It learns as `emoji-ar` does, with positions in one dimension and without a plan of regions, which a row does not have:
+what the text encoder guesses of the picture stands in the prefix, as the states of its captions' last tokens.
+"""
+
+import torch
+
+from studio.checkpoints.loading import load
+from studio.data.captions import open_choices
+from studio.models.llamagen import LlamaGen
+from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.training.emoji_ar import SAMPLING, TRANSFORMER, TrainableGenerator, earlier_tokens
+from studio.training.from_words import FromWords, Listening
+from studio.training.ingredients import ingredient
+from studio.training.recipe import Defaults
+from studio.training.token_cache import training_tokens
+
+IMAGE_TOKENIZER = "emoji-1d"
+
+
+class Emoji1DAR(FromWords):
+    """Draws an emoji from words, coarse to fine, in as many tokens as you like: a LlamaGen over those of `emoji-1d`."""
+
+    name = "emoji-1d-ar"
+    data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-1d"
+    defaults = Defaults(steps=3000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
+    pipeline, drawing = LlamaGenPipeline, {**SAMPLING, "open_choices": open_choices()}
+
+    def build(self, device):
+        self.listen(device)
+        self.image_tokenizer = load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32)
+        self.drawn, self.tokens = training_tokens(self.image_tokenizer)
+        codebook = self.image_tokenizer.codebook
+        transformer = LlamaGen(
+            vocab_size=len(codebook),
+            grid_size=None,
+            row_length=self.image_tokenizer.row_length,
+            **self.caption_shape(),
+            **TRANSFORMER,
+        )
+        return TrainableGenerator(self.text.text_encoder, transformer, codebook).to(device)
+
+    def optimizers(self, module, learning_rate):
+        return module.optimizers(learning_rate)
+
+    def batch(self, rng, batch_size, device):
+        chosen = torch.from_numpy(rng.integers(len(self.drawn), size=batch_size))
+        tokens, captions = self.tokens[chosen].to(device), self.captions(self.drawn[chosen], rng, device)
+        return {**captions, "tokens": tokens, **earlier_tokens(tokens, rng)}
+
+    def export(self, module, folder):
+        self.save_pipeline(folder, self.image_tokenizer, Listening(module.merged(), module.text_encoder))
