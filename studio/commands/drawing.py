@@ -71,6 +71,12 @@ def generate(
     top_p: Annotated[
         float | None, number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
     ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many tokens to draw of a model whose first ones are a picture.", show_default="all"
+        ),
+    ] = None,
     decoding: Decoding = None,
     delta: Delta = None,
     neighbours: Neighbours = None,
@@ -114,7 +120,8 @@ def generate(
             raise StudioError("With --prompts every process must draw alike: name the decoding, and leave out auto.")
         from studio.commands.many import generate_many
 
-        options = {"num_images": num_images, "guidance": guidance, **sampling, "decoding": decoding, **chosen}
+        options = {"num_images": num_images, "guidance": guidance, **sampling, "length": length}
+        options |= {"decoding": decoding, **chosen}
         options = {name: value for name, value in options.items() if value is not None}
         generate_many(
             prompts,
@@ -134,6 +141,7 @@ def generate(
             'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
     settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
+    settings |= {} if length is None else {"num_tokens": length}
     chosen = given(decoding, **chosen)
     is_plain = decoding is None and len(chosen) == 1
     check_auto(chosen["name"], tolerance, [name for name in chosen if name != "name"])

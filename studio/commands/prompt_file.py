@@ -15,6 +15,7 @@ _SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
+    "length": "num_tokens",
 }
 _DECODING = {
     "delta": float,
@@ -41,10 +42,11 @@ _KINDS = {
     "temperature": float,
     "top_k": int,
     "top_p": float,
+    "length": int,
     "decoding": str,
     **_DECODING,
 }
-_SMALLEST = {"num_images": 1, "neighbours": 1, "steps": 1, "cfg_interval": -1}
+_SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "steps": 1, "cfg_interval": -1}
 _SEEDS, _LARGEST_SEED = 2**48, 2**63 - 1
 
 
