@@ -93,6 +93,7 @@ for command in (space.build, space.push):
     space_app.command()(command)
 for command in (bench.decoding, bench.pruning, bench.verify, bench.mar, bench.residual):
     bench_app.command()(command)
+bench_app.command("all")(bench.everything)
 bench_app.command("tokenizers")(bench_tokenizers)
 bench_app.command("rate-distortion")(rate_distortion)
 for command in (

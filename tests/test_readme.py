@@ -9,8 +9,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from documents import ROOT, blocks, commands, dead_links, parse  # noqa: E402
 
+from studio.evaluation.printed import printed_by  # noqa: E402
+
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)
+PAGES = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
 
 
 def make_targets():
@@ -28,6 +31,11 @@ def test_python_runs(snippet, tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", commands(TEXT))
 def test_command_parses(line):
     assert parse(line)
+
+
+@pytest.mark.parametrize("command", sorted({*printed_by(TEXT), *(c for page in PAGES for c in printed_by(page))}))
+def test_what_prints_a_table_parses(command):
+    assert parse(command)
 
 
 @pytest.mark.parametrize("target", make_targets())

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
@@ -65,7 +66,7 @@ def decoding(
         return
     if guidance is not None:
         raise StudioError("--guidance belongs to --random: a model is drawn with its own.")
-    _check_figure(figure)
+    check_figure(figure)
     from studio.evaluation.bench_tradeoff import bench_tradeoff
     from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
 
@@ -78,7 +79,7 @@ def decoding(
         dtypes=tuple(dtype or ["float32"]),
         device=device,
     )
-    _save_figure(figure, lambda: tradeoff_chart(result["rows"], sizes[0]))
+    save_figure(figure, lambda: tradeoff_chart(result["rows"], sizes[0]))
     emit(result)
     say(tradeoff_table(result["rows"]))
     for name, reason in result["left_out"].items():
@@ -118,14 +119,14 @@ def pruning(
         emit(result)
         _say_rows(result["rows"])
         return
-    _check_figure(figure)
+    check_figure(figure)
     from studio.evaluation.bench_reading import bench_reading
     from studio.evaluation.reading_figure import reading_chart, reading_table
 
     quiet_libraries()
     asked = {"scenes": scenes} if scenes else {}
     result = bench_reading(model, device=device, **chosen, **asked)
-    _save_figure(figure, lambda: reading_chart(result["rows"]))
+    save_figure(figure, lambda: reading_chart(result["rows"]))
     emit(result)
     say(reading_table(result["rows"]))
 
@@ -183,23 +184,27 @@ def residual(
     say(residual_table(result["rows"]))
 
 
-def _check_figure(figure):
-    if figure is not None and figure.suffix != ".svg":
-        raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
+def everything(
+    documents: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Markdown files.", show_default="README.md and docs/*.md"),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only commands that hold this, such as pruning.")] = "",
+    as_json: Json = False,
+):
+    """Measure anew what documents show: runs the command beside every table, and writes there what it prints."""
+    from studio.evaluation.printed import renew
 
-
-def _save_figure(figure, draw):
-    from studio.saving import save_all
-
-    if figure is not None:
-        text = draw()
-        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
+    chosen = documents or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
+    if not chosen:
+        raise StudioError("There is no README.md here: change to the repository, or name documents.")
+    commands = renew(chosen, only)
+    emit({"commands": commands})
+    for command in commands:
+        say(command)
 
 
 def _say_rows(rows):
-    for row in rows:
-        say(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
+    from studio.evaluation.tables import records_table
+
+    say(records_table(rows))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
@@ -114,33 +115,21 @@ def rate_distortion(
     as_json: Json = False,
 ):
     """Compare a tokenizer's files with JPEG and WebP of as many bytes."""
-    from studio.saving import check_writable, save_all
-
     if measure not in (None, "psnr", "frechet"):
         raise StudioError(f"The figure shows psnr or frechet, not {measure!r}.")
     if figure is None and measure is not None:
         raise StudioError("--measure is of the figure: give --figure too.")
-    if figure is not None:
-        if figure.suffix != ".svg":
-            raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
-        check_writable(figure)
+    check_figure(figure)
     model, name = _load(tokenizer, device)
 
     from studio.evaluation.bench_rate_distortion import bench_rate_distortion
+    from studio.evaluation.rate_distortion_figure import rate_distortion_chart
+    from studio.evaluation.tables import records_table
 
     result = bench_rate_distortion(model, name=name, samples=samples, seed=seed, device=device)
-    if figure is not None:
-        from studio.evaluation.rate_distortion_figure import rate_distortion_chart
-
-        text = rate_distortion_chart(result["rows"], measure or "psnr")
-        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
+    save_figure(figure, lambda: rate_distortion_chart(result["rows"], measure or "psnr"))
     emit(result)
-    say(f"{'codec':12} {'counted':20} {'limit':>6} {'bytes':>7} {'psnr':>6} {'frechet':>8}")
-    for row in result["rows"]:
-        say(
-            f"{row['codec']:12} {row['counted']:20} {row['limit']:6} {row['bytes']:7.1f} {row['psnr']:6.2f} "
-            f"{row['frechet']:8.3f}"
-        )
+    say(records_table(result["rows"]))
 
 
 def _load(name, device):

@@ -30,6 +30,7 @@ def bench_tokenizers(
     """Compare tokenizers: size, restoration, speed, and what wrong tokens do."""
     from studio.evaluation.bench_tokenizers import bench_tokenizers as measure
     from studio.evaluation.robustness import GRID
+    from studio.evaluation.tables import records_table
 
     quiet_libraries()
     grid = tuple(_perturbation(text) for text in perturbation) if perturbation else GRID
@@ -37,13 +38,12 @@ def bench_tokenizers(
     emit(result)
     told = ", ".join(f"{each['alpha']}:{each['delta']}" for each in result["perturbations"])
     say(f"{result['samples']} pictures; robustness is the mean Frechet distance with wrong tokens at {told}")
-    columns = {"tokens": "d", "bits": ".0f", "psnr": ".2f", "ssim": ".3f", "frechet": ".3f", "robustness": ".3f",
-               "encode_per_second": ".1f", "decode_per_second": ".1f"}  # fmt: skip
-    heads = {"encode_per_second": "encode/s", "decode_per_second": "decode/s"}
-    say(f"{'':28}" + "".join(f"{heads.get(name, name):>11}" for name in columns))
-    for row in result["rows"]:
-        cells = ["-" if row[name] is None else format(row[name], form) for name, form in columns.items()]
-        say(f"{row['model'] + ' ' + row['variant']:28}" + "".join(f"{cell:>11}" for cell in cells))
+    names = ("tokens", "bits", "psnr", "ssim", "frechet", "robustness", "encode_per_second", "decode_per_second")
+    rows = [
+        {"model": f"{row['model']} {row['variant']}".strip(), **{name: row[name] for name in names}}
+        for row in result["rows"]
+    ]
+    say(f"\n{records_table(rows)}")
 
 
 def _perturbation(text):

@@ -111,5 +111,13 @@ def evaluate(
     how = decoding_of(**chosen) if decoding or len(chosen) > 1 else None
     result = measure(model, samples=samples, seed=seed, device=device, decoding=how, shared=True)
     emit(result)
+    for name, value in _flat(result):
+        say(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
+
+
+def _flat(result, before=""):
     for name, value in result.items():
-        say(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", value

@@ -14,6 +14,7 @@ from studio.data.splits import combinations
 from studio.errors import StudioError
 from studio.evaluation.judge import draw_combinations, load_judge, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
+from studio.evaluation.tables import markdown_table
 from studio.pipelines.decodings import decoding_named, decodings_for
 from studio.pipelines.resgen import ResGenPipeline
 
@@ -80,14 +81,12 @@ def residual_table(rows: list[dict]) -> str:
     """The rows as a Markdown table: a line for a decoding and a number of calls, a column for a depth."""
     depths = sorted({row["depth"] for row in rows})
     head = ["Decoding", "Calls", "s a picture", *(f"Top-1 % (Fréchet), depth {depth}" for depth in depths)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for name, number in dict.fromkeys((row["decoding"], row["steps"]) for row in rows):
         own = {row["depth"]: row for row in rows if (row["decoding"], row["steps"]) == (name, number)}
         cells = [f"{100 * own[depth]['judge_top1']:.1f} ({own[depth]['frechet']:.1f})" for depth in depths]
-        lines.append(
-            "| " + " | ".join([name, str(number), f"{own[depths[0]]['seconds_per_image']:.3f}", *cells]) + " |"
-        )
-    return "\n".join(lines)
+        lines.append([name, str(number), f"{own[depths[0]]['seconds_per_image']:.3f}", *cells])
+    return markdown_table(head, lines)
 
 
 def _tokens(pipe, captions, decoding, seed, batch_size):

@@ -2,6 +2,7 @@
 
 from studio.evaluation.bench_reading import PHASES
 from studio.evaluation.chart import Series, chart
+from studio.evaluation.tables import markdown_table
 
 
 def reading_chart(rows: list[dict]) -> str:
@@ -19,13 +20,13 @@ def reading_table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     head = ("Method", "Keep", "Tokens", *(f"{phase.capitalize()} ms" for phase in PHASES), "Speed-up", "Cache KiB")
     head += ("Exact %", "Note")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         cells = [row["method"], f"{row['keep']:g}", f"{row['kept_tokens']} of {row['visual_tokens']}"]
         cells += [f"{1000 * row[phase]:.1f}" for phase in PHASES]
         cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1024:.0f}", f"{100 * row['accuracy']:.1f}"]
-        lines.append("| " + " | ".join([*cells, _note(row)]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, _note(row)])
+    return markdown_table(head, lines)
 
 
 def _point(row):

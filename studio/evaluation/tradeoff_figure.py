@@ -1,6 +1,7 @@
 """The rows of `bench_tradeoff` for people: a chart and a table."""
 
 from studio.evaluation.chart import Series, chart
+from studio.evaluation.tables import markdown_table
 
 
 def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
@@ -20,15 +21,15 @@ def tradeoff_table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     head = ("Decoding", "Settings", "Batch", "s a picture", "Speed-up", "Calls", "Accepted", "Top-1 %", "Fréchet")
     head += ("Verify", "Draft", "Break-even")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         cells = [row["decoding"], _setting(row) or "–", str(row["batch"]), f"{row['seconds_per_image']:.3f}"]
         cells += [f"{row['speedup']:.2f}", f"{row['target_calls']:.1f}", f"{row['mean_accepted_length']:.2f}"]
         cells += [f"{100 * row['judge_top1']:.1f}", f"{row['frechet']:.1f}"]
         for key in ("verify_ratio", "draft_ratio", "break_even_length"):
             cells.append(f"{row[key]:.2f}" if key in row else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(head, lines)
 
 
 def _setting(row):
