@@ -62,7 +62,7 @@ class EmojiTower(Recipe):
 
     name = "emoji-tower"
     data = "single tiles of the scenes of `studio.data.scenes`, and what is in their cells"
-    defaults = Defaults(steps=1800, batch_size=32, learning_rate=4e-3, warmup=50)
+    defaults = Defaults(steps=600, batch_size=32, learning_rate=4e-3, warmup=50)
 
     def build(self, device):
         self.processor = build_processor()

@@ -20,7 +20,7 @@ from studio.training.recipe import Defaults, Recipe
 
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
 QUESTIONS = 32
-TOWER_SHARE = 0.2
+TOWER_SHARE = 0.24
 """Steps of `emoji-tower` before, over those of a whole training."""
 
 
@@ -49,7 +49,7 @@ class EmojiVLM(Recipe):
 
     name = "emoji-vlm"
     data = "scenes of Fluent Emoji and words with questions, drawn without end (`studio.data.scenes`)"
-    defaults = Defaults(steps=4000, batch_size=4, learning_rate=4e-3)
+    defaults = Defaults(steps=2500, batch_size=4, learning_rate=4e-3)
 
     def first(self, steps):
         return EmojiTower(), max(1, int(steps * TOWER_SHARE))
