@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(STUDIO) generate "a red apple" --num-images 4 --sheet --out out/
 
 test: $(STAMP)
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 test-browser: $(STAMP)
 	$(PYTEST) -m browser

@@ -1,15 +1,17 @@
 """What must be quick: the command line before it runs a model."""
 
+import os
 import subprocess
 import sys
-import time
 
 
 def test_help_answers_in_half_a_second(repository):
     def seconds():
-        start = time.perf_counter()
+        """Of a processor, which other work on this machine does not add to."""
+        before = os.times()
         subprocess.run([sys.executable, "-m", "studio", "--help"], cwd=repository, check=True, capture_output=True)
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert min(seconds() for _ in range(5)) < 0.5
 
