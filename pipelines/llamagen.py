@@ -98,7 +98,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             raise StudioError(f"These parts do not fit together: {mismatch}.")
 
     def check_number(self, num_tokens: int | None) -> None:
-        """Raises a `StudioError` for a number of tokens after which a picture is none, or that is none at all."""
+        """Raises a `StudioError` for a number of first tokens that are no picture of this model."""
         if num_tokens is None:
             return
         row = self.transformer.config.row_length

@@ -33,6 +33,26 @@ def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
     assert quality["judge_top1"] < 0.1 and quality["background_accuracy"] < 0.5
 
 
+def test_rows_of_tokens_are_judged_at_several_lengths(tiny_row_pipeline):
+    """Shorter pictures are those that a call for as many tokens draws, and their judgement too."""
+    tiny_row_pipeline.set_progress_bar_config(disable=True)
+    quality = evaluate_generator(tiny_row_pipeline, samples=70)
+    shorter = {f"{name}_{length}" for name in ("judge_top1", "frechet") for length in (1, 3)}
+    assert set(quality) == {
+        "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples",
+    } | shorter  # fmt: skip
+
+    class Shortened:
+        device, image_tokenizer = tiny_row_pipeline.device, None
+
+        def __call__(self, prompts, **call):
+            return tiny_row_pipeline(prompts, num_tokens=3, **call)
+
+    alone = evaluate_generator(Shortened(), samples=70)
+    assert alone["frechet"] == pytest.approx(quality["frechet_3"], rel=1e-4) and not shorter & set(alone)
+    assert abs(quality["frechet"] / quality["frechet_3"] - 1) > 1e-3
+
+
 def test_the_result_does_not_depend_on_the_batch_size(tiny_pipeline):
     tiny_pipeline.set_progress_bar_config(disable=True)
     whole, parts = (evaluate_generator(tiny_pipeline, samples=70, batch_size=size) for size in (70, 32))
