@@ -16,6 +16,7 @@ from studio.commands.compressing import detokenize, rate_distortion, tokenize
 from studio.commands.drawing import generate
 from studio.commands.installation import doctor, models, ui
 from studio.commands.restoring import bench_tokenizers
+from studio.commands.serving import bench_serve, serve
 from studio.commands.training import evaluate, train
 from studio.console import complain, emit, only_json_on_stdout, say, warn
 from studio.errors import StudioError
@@ -86,7 +87,7 @@ def _root(
     pass
 
 
-for command in (generate, tokenize, detokenize, ask, train, evaluate, models, doctor, ui):
+for command in (generate, tokenize, detokenize, ask, train, evaluate, models, doctor, ui, serve):
     app.command()(command)
 data_app.command()(data.build)
 for command in (space.build, space.push):
@@ -96,6 +97,7 @@ for command in (bench.decoding, bench.pruning, bench.verify, bench.mar, bench.re
 bench_app.command("all")(bench.everything)
 bench_app.command("tokenizers")(bench_tokenizers)
 bench_app.command("rate-distortion")(rate_distortion)
+bench_app.command("serve")(bench_serve)
 for command in (
     convert.llamagen_vq,
     convert.llamagen_c2i,

@@ -10,19 +10,20 @@ SMALLEST_SIDE = 8
 LONGEST_RATIO = 100
 
 
-def open_picture(path, name=None):
+def open_picture(path, name=None, most_pixels=MOST_PIXELS):
     """Read a picture as a person sees it.
 
     Args:
         path: a file that Pillow reads. Of an animation the first frame counts, transparency is put on white, 16-bit and
             CMYK colours become 8-bit RGB, and a camera's rotation is applied.
         name: what messages call it; its path when `None`.
+        most_pixels: the most it may have, at most 64 million.
 
     Returns:
         A PIL image in mode RGB.
 
     Raises:
-        StudioError: no such file, no picture, a damaged one, more than 64 million pixels, a side under 8 pixels, or a
+        StudioError: no such file, no picture, a damaged one, one with too many pixels, a side under 8 pixels, or a
             side more than 100 times the other.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,7 +36,8 @@ def open_picture(path, name=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(path)
-        _check_size(name, *picture.size)
+        check_pixels(name, *picture.size, most_pixels)
+        _check_shape(name, *picture.size)
         picture.seek(0)
         picture.load()
         return _rgb(ImageOps.exif_transpose(picture))
@@ -47,9 +49,14 @@ def open_picture(path, name=None):
         raise StudioError(f"{name} is damaged and cannot be read whole: {error}.") from error
 
 
-def _check_size(name, width, height):
-    if width * height > MOST_PIXELS:
-        raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at most 64 million.")
+def check_pixels(name, width, height, most_pixels=MOST_PIXELS):
+    """Raises a `StudioError` for a size of more pixels than that."""
+    if width * height > most_pixels:
+        most = f"{most_pixels / 1e6:g} million" if most_pixels >= 1e6 else f"{most_pixels}"
+        raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at most {most}.")
+
+
+def _check_shape(name, width, height):
     if min(width, height) < SMALLEST_SIDE:
         raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):

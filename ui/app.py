@@ -3,18 +3,22 @@
 import gradio as gr
 
 from studio.ui import ask, compare, generate, tokenize
+from studio.ui.actions import ON_THE_MODEL
 from studio.ui.components import header
 from studio.ui.passing import connect_outlet
 from studio.ui.theme import CSS, studio_theme
 
 _HOUR = 3600
+_LIGHT = 64  # places for what needs no model
 
 
-def build_app(model="emoji-ar"):
+def build_app(model="emoji-ar", places=None):
     """Build the page without loading a model; the first drawing or question does.
 
     Args:
         model: what `studio.load` takes: a bundled name, a model folder or a Hub id.
+        places: how many requests for a model may be under way, where `studio.ui.worker` has queues for them; `None` to
+            have one under way and the others wait in Gradio's queue.
 
     Returns:
         A `gr.Blocks`; launch it with `launch_settings()`, or use `launch`.
@@ -31,7 +35,11 @@ def build_app(model="emoji-ar"):
             with gr.Tab("Compare", id="compare"):
                 compare.build_tab(model)
         connect_outlet(outlet, tabs, {"tokenize": picture, "ask": asked})
-    return demo.queue(max_size=64)
+    if places is not None:
+        for handler in demo.fns.values():
+            if handler.concurrency_id == ON_THE_MODEL["concurrency_id"]:
+                handler.concurrency_limit = None
+    return demo.queue(max_size=_LIGHT + (places or 0))
 
 
 def launch_settings():
@@ -44,13 +52,14 @@ def launch_settings():
     }
 
 
-def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", **settings):
+def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", places=None, **settings):
     """Serve the app until it is interrupted.
 
     Args:
         host: address to listen on; "0.0.0.0" shows the app to the whole network.
         port: port to listen on.
         model: what `studio.load` takes.
+        places: see `build_app`.
         settings: passed on to Gradio's `launch`.
 
     Raises:
@@ -58,7 +67,9 @@ def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", **settings):
     """
     from studio.errors import StudioError
 
+    threads = {} if places is None else {"max_threads": _LIGHT + places}
+    how = {"server_name": host, "server_port": port, **launch_settings(), **threads, **settings}
     try:
-        return build_app(model).launch(server_name=host, server_port=port, **{**launch_settings(), **settings})
+        return build_app(model, places).launch(**how)
     except OSError as error:
         raise StudioError(f"The app cannot listen on {host}:{port}: choose another with --host or --port.") from error

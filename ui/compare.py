@@ -9,6 +9,7 @@ from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.comparing import MOST_OF_ONE, MOST_SIDES, CompareWish, compare, offered_sides
 from studio.ui.components import duration, picture_grid, status_line
 from studio.ui.fields import number_field
+from studio.ui.limits import limits
 from studio.ui.models import bundled_models
 from studio.ui.sides import comparison_verdict, side_cards
 from studio.ui.wish import draw_seed, number_of
@@ -60,7 +61,13 @@ def build_tab(model):
                 elem_id="compare-sides",
             )
             count = gr.Slider(
-                1, MOST_OF_ONE, value=1, step=1, label="Pictures of each", elem_id="compare-count", buttons=[]
+                1,
+                min(MOST_OF_ONE, limits().pictures),
+                value=1,
+                step=1,
+                label="Pictures of each",
+                elem_id="compare-count",
+                buttons=[],
             )
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same for all of them.", "compare-seed", "a new one each time")

@@ -6,7 +6,7 @@ import time
 from studio import DECODINGS
 from studio.errors import StudioError
 from studio.ui.components import short_name
-from studio.ui.drawing import Call
+from studio.ui.drawing import Call, as_files
 from studio.ui.lending import on_gpu
 from studio.ui.models import fitting_decodings, get_judge, get_pipeline
 from studio.ui.preview import Sketch
@@ -151,7 +151,7 @@ def _compare(wish, job):
 
 def _tried(wish, job):
     """The call of a side, after a first step that does not count."""
-    call = Call(get_pipeline(wish.model), wish)
+    call = Call(get_pipeline(wish.model, job.device), wish)
     call(lambda sketch: True)
     return Call(call.pipe, wish)
 
@@ -173,7 +173,7 @@ def _drawn(found, number, call, job):
         found,
         number,
         drawn=call.total,
-        pictures=tuple(call.finished(output)),
+        pictures=tuple(as_files(output.images, call.wish)),
         fates=call.fates(Sketch(output.tokens)),
         stats=output.stats,
         opinions=_opinions(output.images, call.wish),

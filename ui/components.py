@@ -2,8 +2,13 @@
 
 import math
 from html import escape
+from pathlib import Path
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+
+from studio.errors import StudioError
+from studio.ui.visitor import in_request
 
 _MARK_CLASSES = ["", "", "", "", "next", "open", "open", "open", "open"]
 
@@ -93,5 +98,12 @@ def short_name(model):
 
 
 def uploaded(file):
-    """Where Gradio put an uploaded file, whatever it holds; `None` where none was given."""
-    return file and file.get("path")
+    """Where Gradio put an uploaded file, whatever it holds; `None` where none was given.
+
+    Raises:
+        StudioError: a request names a file that was not uploaded. Gradio itself does not look at all of them.
+    """
+    path = file and file.get("path")
+    if path and in_request() and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise StudioError("This file was not uploaded: drop it on the field, or upload it first.")
+    return path

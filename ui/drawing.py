@@ -1,15 +1,17 @@
 """One call of a pipeline as the app makes it, and what comes back while it draws."""
 
 import dataclasses
+import itertools
 import time
 from io import BytesIO
 
 from studio import decoding_named
+from studio.errors import StudioError
 from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
 from studio.ui.preview import Pace, Sketch, partial_pictures
 from studio.ui.watching import TokenFates, WatchedDrafts, fates_of
-from studio.ui.worker import follow
+from studio.ui.worker import Share, follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Progress:
         pictures: the latest preview, RGBA, or `None`; the same list until there is a newer one.
         fates: of the first picture's tokens, where drafts are made; the same object until there is a newer one.
         warning: what the user should know, or `None`.
+        ahead: how many turns at most come before its own while it waits; else `None`.
     """
 
     drawn: int = 0
@@ -30,27 +33,36 @@ class Progress:
     pictures: list | None = None
     fates: TokenFates | None = None
     warning: str | None = None
+    ahead: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A finished drawing: PIL images that carry their settings, `stats` of the pipeline; the rest as in `Progress`."""
+    """A finished drawing: PIL images that carry their settings; `fates` and `warning` as in `Progress`.
+
+    `stats` are those of the pipeline, with the tokens of these pictures alone; `together` says how many pictures the
+    call drew, those of other people included.
+    """
 
     pictures: list
     stats: object
     fates: TokenFates | None = None
     warning: str | None = None
+    together: int = 1
 
 
 class Call:
     """One call of a pipeline, with drafts watched where its decoding makes any.
 
+    Several wishes of one `manner` make one call.
+
     Raises:
         StudioError: the pipeline knows no such settings.
     """
 
-    def __init__(self, pipe, wish):
-        self.pipe, self.wish, self.total = pipe, wish, pipe.transformer.num_tokens
+    def __init__(self, pipe, *wishes):
+        self.pipe, self.wishes, self.total = pipe, wishes, pipe.transformer.num_tokens
+        self.wish = wish = wishes[0]
         pipe.check_arguments(wish.settings)
         self.decoding = decoding_named(wish.decoding).settings(**wish.options)
         self.watched = None
@@ -71,7 +83,9 @@ class Call:
         import torch
 
         watched = [name for name in ("tokens", "positions") if name in self.pipe._callback_tensor_inputs]
-        known = torch.zeros(self.wish.count, self.total, dtype=torch.bool)
+        prompts = [wish.prompt for wish in self.wishes for _ in wish.seeds]
+        seeds = [seed for wish in self.wishes for seed in wish.seeds]
+        known = torch.zeros(len(seeds), self.total, dtype=torch.bool)
 
         def after_step(pipe, step, timestep, tensors):
             tokens = tensors["tokens"]
@@ -85,63 +99,135 @@ class Call:
             return tensors
 
         return self.pipe(
-            self.wish.prompt,
-            num_images_per_prompt=self.wish.count,
-            generator=[torch.Generator().manual_seed(seed) for seed in self.wish.seeds],
+            prompts,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             decoding=self.decoding,
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=watched,
             **self.wish.settings,
         )
 
+    def check(self):
+        """Raises the `StudioError` that a call would raise for its wish, before it draws."""
+        self.pipe.check_call(self.wish.prompt, decoding=self.decoding, **self.wish.settings)
+
+    @property
+    def rows(self):
+        """Which pictures of the call belong to each wish, as slices."""
+        ends = list(itertools.accumulate(wish.count for wish in self.wishes))
+        return [slice(end - wish.count, end) for end, wish in zip(ends, self.wishes)]
+
     def fates(self, sketch):
         """How the first picture's tokens came about; `None` where no single drafts are seen."""
         return fates_of(self.watched.rounds, sketch.tokens[0].tolist(), self.total) if self.watched else None
 
-    def finished(self, output):
-        """The pictures of a whole drawing, as PNGs that say how they were made; the app serves that text too."""
-        from PIL import Image
 
-        from studio.saving import png_writer
+def as_files(images, wish):
+    """Finished pictures of a wish as PNGs that say how they were made; the app serves that text too."""
+    from PIL import Image
 
-        pictures = []
-        for picture, seed in zip(output.images, self.wish.seeds):
-            file = BytesIO()
-            png_writer(picture, self.wish.record, seed)(file)
-            pictures.append(Image.open(file))
-        return pictures
+    from studio.saving import png_writer
+
+    pictures = []
+    for picture, seed in zip(images, wish.seeds):
+        file = BytesIO()
+        png_writer(picture, wish.record, seed)(file)
+        pictures.append(Image.open(file))
+    return pictures
 
 
 def draw(wish):
     """Follow a wish: an asynchronous iterator over `Progress` and, at last, `Drawn`.
 
     Raises:
-        StudioError: the model cannot be loaded or refuses the wish.
+        StudioError: the model cannot be loaded or refuses the wish, or too many wait already.
     """
-    return follow(lambda job: _draw(wish, job))
+    share = Share(wish.manner, wish.count, wish, draw_together, lambda ahead: Progress(ahead=ahead))
+    return follow(lambda job: _draw(wish, job), share)
 
 
 @on_gpu(seconds=60)
 def _draw(wish, job):
-    job.report(Progress())
-    pipe = get_pipeline(wish.model)
-    call = Call(pipe, wish)
-    warning = call.warning
-    job.report(Progress(total=call.total, warning=warning))
-    pace, pictures, fates, began = Pace(), None, None, None
+    [drawn] = draw_together([wish], [job])
+    if isinstance(drawn, Exception):
+        raise drawn
+    return drawn
+
+
+def draw_together(wishes, jobs):
+    """Draw wishes of one `manner` in one call of their pipeline, each for its own job.
+
+    A wish that the pipeline refuses, or that nobody waits for any more, keeps no other from being drawn.
+
+    Returns:
+        For each a `Drawn`, with no pictures where it was stopped, or the `StudioError` that refuses it.
+    """
+    for job in jobs:
+        job.report(Progress())
+    pipe = get_pipeline(wishes[0].model, jobs[0].device)
+    results, drawings = [None] * len(wishes), []
+    for number, (wish, job) in enumerate(zip(wishes, jobs)):
+        try:
+            call = Call(pipe, wish)
+            call.check()
+            drawings.append(_Drawing(number, job, call))
+        except StudioError as error:
+            results[number] = error
+    if drawings:
+        for drawing, drawn in zip(drawings, _drawn(pipe, drawings)):
+            results[drawing.number] = drawn
+    return results
+
+
+class _Drawing:
+    """The part of one wish in a call.
+
+    Args:
+        number: its place among the wishes.
+        job: who waits for it.
+        call: the call that would draw it alone.
+    """
+
+    def __init__(self, number, job, call):
+        self.number, self.job, self.wish, self.warning = number, job, call.wish, call.warning
+        self.latest = Progress(total=call.total, warning=self.warning)
+        job.report(self.latest)
+
+    def update(self, **changes):
+        self.latest = dataclasses.replace(self.latest, **changes)
+        self.job.report(self.latest)
+
+
+def _drawn(pipe, drawings):
+    """The `Drawn` of each drawing, after one call for all of them."""
+    call = Call(pipe, *(drawing.wish for drawing in drawings))
+    pace, began = Pace(), None
+
+    def is_over():
+        return all(drawing.job.stopped for drawing in drawings)
 
     def on_step(sketch):
-        nonlocal pictures, fates, began
+        nonlocal began
         began = began or time.monotonic()
-        if not job.stopped:
+        if not is_over():
+            previews = {}
             if sketch.drawn < call.total and pace.is_due():
                 start = time.monotonic()
                 pictures, fates = partial_pictures(pipe, sketch), call.fates(sketch)
+                previews = [{"pictures": pictures[rows]} for rows in call.rows]
+                previews[0]["fates"] = fates
                 pace.spent(time.monotonic() - start)
-            job.report(Progress(sketch.drawn, call.total, time.monotonic() - began, pictures, fates, warning))
-        return job.stopped
+            seconds = time.monotonic() - began
+            for drawing, preview in zip(drawings, previews or [{}] * len(drawings)):
+                drawing.update(drawn=sketch.drawn, seconds=seconds, **preview)
+        return is_over()
 
     output = call(on_step)
-    if job.stopped:
-        return Drawn([], output.stats)
-    return Drawn(call.finished(output), output.stats, call.fates(Sketch(output.tokens)), warning)
+    fates, together = call.fates(Sketch(output.tokens)), len(output.tokens)
+    results = []
+    for drawing, rows in zip(drawings, call.rows):
+        stats = dataclasses.replace(output.stats, tokens=output.stats.tokens * drawing.wish.count // together)
+        pictures = [] if drawing.job.stopped else as_files(output.images[rows], drawing.wish)
+        results.append(Drawn(pictures, stats, fates, drawing.warning, together))
+        fates = None  # only the drafts of the call's first picture are watched
+    return results

@@ -11,11 +11,12 @@ from studio.ui.components import columns_for, duration, picture_grid, pictures, 
 from studio.ui.drawing import Drawn, draw
 from studio.ui.fields import number_field
 from studio.ui.lanes import race_lanes, race_verdict
+from studio.ui.limits import limits
 from studio.ui.models import fitting_decodings, own_settings
 from studio.ui.passing import build_outlet
 from studio.ui.race import race
 from studio.ui.token_grid import token_grid
-from studio.ui.wish import MOST_PICTURES, Wish, draw_seed
+from studio.ui.wish import Wish, draw_seed
 
 EXAMPLES = [
     "a red apple",
@@ -70,7 +71,10 @@ def build_tab(model):
         with gr.Column(elem_classes="area-tune"):
             fitting = fitting_decodings(model)
             decoding, options = _decoding_fields(fitting)
-            count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", elem_id="count", buttons=[])
+            most = limits().pictures
+            count = gr.Slider(
+                1, most, value=min(4, most), step=1, label="Pictures", elem_id="count", buttons=[], visible=most > 1
+            )
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="dice", size="sm", scale=0, min_width=0)
@@ -163,8 +167,8 @@ def _endpoint(model, prompt, count, plain):
         """Draw pictures from words; streams previews, then the finished pictures.
 
         Args:
-            prompt: what to draw, up to 2,000 characters, such as "a red apple".
-            count: how many pictures, 1 to 16.
+            prompt: what to draw, up to 2,000 characters (a server may allow fewer), such as "a red apple".
+            count: how many pictures, 1 to 16; a server may allow fewer.
             seed: seed of the first picture, the next use seed + 1 and so on; drawn when empty.
             guidance: how closely to follow the prompt (1 is off); the model's own setting when empty.
             temperature: randomness of each token, above 0; the model's own setting when empty.
@@ -243,6 +247,8 @@ async def answer_drawing(model, *values):
         async for news in draw(wish):
             if isinstance(news, Drawn):
                 yield _captioned(news.pictures, wish), _details(news, wish)
+            elif news.ahead is not None:
+                yield gr.skip(), {"waiting": news.ahead, "seeds": wish.seeds}
             elif news.total:
                 yield (
                     _captioned(news.pictures, wish) if news.pictures else gr.skip(),
@@ -254,6 +260,8 @@ async def answer_drawing(model, *values):
 
 def progress(news, wish):
     """The status line of a drawing under way."""
+    if news.ahead is not None:
+        return status_line(waiting(news.ahead), state="running", fraction=0)
     if not news.total:
         return LOADING
     text = f"Drawing {pictures(wish.count)}: {news.drawn} of {news.total} tokens"
@@ -261,6 +269,11 @@ def progress(news, wish):
         rate = (news.drawn - 1) / news.seconds
         text += f", {rate * wish.count:.0f} tokens/s, {duration((news.total - news.drawn) / max(rate, 1e-6))} left"
     return status_line(text, state="running", fraction=news.drawn / news.total)
+
+
+def waiting(ahead):
+    """What is said to somebody who waits for so many turns of others."""
+    return "Waiting: you are next." if ahead == 1 else f"Waiting: at most {ahead} turns before yours."
 
 
 def summary(drawn, wish):
@@ -330,6 +343,7 @@ def _details(drawn, wish):
         "mean_accepted_length": stats.mean_accepted_length,
         "tokens_per_second": round(_rate(stats), 1),
         "seconds": dict(stats.seconds),
+        "drawn_together": drawn.together,
         "warning": drawn.warning,
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from studio.errors import StudioError
-from studio.ui.models import get_pipeline
+from studio.ui.models import HERE, get_pipeline
 
 
 def on_gpu(seconds):
@@ -74,7 +74,7 @@ class _Reports:
 
     def __init__(self):
         self.items = queue.SimpleQueue()
-        self.stopped = False
+        self.stopped, self.device = False, HERE
 
     def report(self, item):
         self.items.put(item)

@@ -1,10 +1,14 @@
-"""The models this process has loaded: each once, on first use, shared by every visitor."""
+"""The models this process has loaded: each once a device, on first use, shared by every visitor."""
 
 import json
 import threading
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from studio.checkpoints.bundled import BUNDLED, ROOT, read_checksums
+from studio.errors import StudioError
+from studio.ui.limits import check_model, is_offered
 from studio.ui.scales import scale_of
 
 _SETTINGS = {"guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
@@ -12,82 +16,110 @@ _pipelines = {}
 _readers = {}
 _tokenizers = {}
 _judges = {}
+_elsewhere = defaultdict(dict)  # by kind and device, where that is not the one that `studio.load` takes by itself
 _MOST_PIPELINES = 8
 _lock = threading.Lock()
 
 
-def get_pipeline(name):
+@dataclass(frozen=True)
+class Device:
+    """Where models run.
+
+    Args:
+        name: as `studio.load` takes it; `None` leaves it the choice.
+        dtype: what pipelines that draw compute in there; `None` likewise.
+    """
+
+    name: str | None = None
+    dtype: str | None = None
+
+    def enter(self):
+        """Let this thread work there: what is not told a device takes that one."""
+        if (self.name or "").startswith("cuda"):
+            import torch
+
+            torch.cuda.set_device(torch.device(self.name).index or 0)
+
+    def load(self, name, **settings):
+        """`studio.load` a model onto it."""
+        import studio
+
+        where = {} if self.name is None else {"device": self.name}
+        return studio.load(name, **where, **settings)
+
+
+HERE = Device()
+
+
+def get_pipeline(name, device=HERE):
     """Return the pipeline called `name` (whatever `studio.load` takes), loading it when it is asked for the first time.
 
     Visitors may name any, so only the eight asked last stay loaded.
 
     Raises:
-        StudioError: it cannot be loaded, or it is something that cannot draw.
+        StudioError: it cannot be loaded, it is something that cannot draw, or it is not offered here.
     """
-    import studio
-
+    check_model(name)
     with _lock:
-        if name not in _pipelines:
-            loaded = studio.load(name)
+        pipelines = _pipelines if device == HERE else _elsewhere["pipelines", device]
+        if name not in pipelines:
+            loaded = device.load(name, **({} if device.dtype is None else {"dtype": device.dtype}))
             if not hasattr(loaded, "image_tokenizer"):
-                raise studio.StudioError(
-                    f"{name} turns pictures into tokens and cannot draw: choose one such as emoji-ar."
-                )
+                raise StudioError(f"{name} turns pictures into tokens and cannot draw: choose one such as emoji-ar.")
             loaded.set_progress_bar_config(disable=True)
-            if len(_pipelines) >= _MOST_PIPELINES:
-                del _pipelines[next(iter(_pipelines))]
-            _pipelines[name] = loaded
-        _pipelines[name] = _pipelines.pop(name)
-        return _pipelines[name]
+            if len(pipelines) >= _MOST_PIPELINES:
+                del pipelines[next(iter(pipelines))]
+            pipelines[name] = loaded
+        pipelines[name] = pipelines.pop(name)
+        return pipelines[name]
 
 
-def get_reader(name):
+def get_reader(name, device=HERE):
     """Return the model called `name` (whatever `studio.load` takes) that answers questions about pictures.
 
     Visitors may name any, so only the one asked last stays loaded. A new one answers a blank picture first: the time of
     its first real answer is then that of any other.
 
     Raises:
-        StudioError: it cannot be loaded, or it reads no pictures.
+        StudioError: it cannot be loaded, it reads no pictures, or it is not offered here.
     """
-    import studio
-
+    check_model(name)
     with _lock:
-        if name not in _readers:
-            _readers.clear()
-            loaded = studio.load(name)
+        readers = _readers if device == HERE else _elsewhere["readers", device]
+        if name not in readers:
+            readers.clear()
+            loaded = device.load(name)
             if not hasattr(loaded, "processor"):
-                raise studio.StudioError(f"{name} reads no pictures: name a vision-language model of transformers.")
+                raise StudioError(f"{name} reads no pictures: name a vision-language model of transformers.")
             loaded(_blank_picture(), "what", max_new_tokens=2)
-            _readers[name] = loaded
-        return _readers[name]
+            readers[name] = loaded
+        return readers[name]
 
 
-def get_tokenizer(name):
+def get_tokenizer(name, device=HERE):
     """Return the tokenizer called `name` (whatever `studio.load` takes), that of a pipeline which draws included.
 
     As of readers, only the one asked last stays loaded. It computes in float32, as the command line does: its tokens
     are then the same everywhere.
 
     Raises:
-        StudioError: it cannot be loaded, or it has no tokens of pictures.
+        StudioError: it cannot be loaded, it has no tokens of pictures, or it is not offered here.
     """
-    import studio
-
+    check_model(name)
     with _lock:
-        if name not in _tokenizers:
-            _tokenizers.clear()
-            loaded = studio.load(name, dtype="float32")
+        tokenizers = _tokenizers if device == HERE else _elsewhere["tokenizers", device]
+        if name not in tokenizers:
+            tokenizers.clear()
+            loaded = device.load(name, dtype="float32")
             loaded = getattr(loaded, "image_tokenizer", loaded)
             if not hasattr(loaded, "encode"):
-                raise studio.StudioError(f"{name} makes no tokens of pictures: choose a tokenizer such as emoji-vq.")
-            _tokenizers[name] = loaded
-        return _tokenizers[name]
+                raise StudioError(f"{name} makes no tokens of pictures: choose a tokenizer such as emoji-vq.")
+            tokenizers[name] = loaded
+        return tokenizers[name]
 
 
 def get_judge(model):
     """The bundled judge, where it knows what a pipeline draws and is in this copy; else `None`."""
-    from studio.errors import StudioError
     from studio.evaluation.judge import load_judge
 
     if model not in BUNDLED:
@@ -149,6 +181,8 @@ def _read_index(name):
 
 
 def _read_json(name, file):
+    if not is_offered(name):
+        return {}
     folder = ROOT / name if name in BUNDLED else Path(name)
     try:
         return json.loads((folder / file).read_text(encoding="utf-8"))

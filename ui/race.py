@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from studio.errors import StudioError
-from studio.ui.drawing import Call
+from studio.ui.drawing import Call, as_files
 from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
 from studio.ui.preview import Pace, Sketch, partial_pictures
@@ -67,7 +67,7 @@ def race(wish):
 @on_gpu(seconds=120)
 def _race(wish, job):
     job.report(Race())
-    pipe = get_pipeline(wish.model)
+    pipe = get_pipeline(wish.model, job.device)
     wishes = (dataclasses.replace(wish, count=1, decoding=wish.plain, options={}), dataclasses.replace(wish, count=1))
     track = _Track([Call(pipe, each) for each in wishes], job)
     with ThreadPoolExecutor(len(wishes), thread_name_prefix="studio-race") as lanes:
@@ -107,7 +107,7 @@ class _Track:
             self.turns.stop(number)
             if not self._is_over():
                 ended = {"drawn": call.total, "fates": _fates(call, Sketch(output.tokens)), "stats": output.stats}
-                self._update(number, picture=call.finished(output)[0], **ended)
+                self._update(number, picture=as_files(output.images, call.wish)[0], **ended)
                 self.job.report(self.race)
         except BaseException:
             self.failed = True

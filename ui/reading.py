@@ -5,6 +5,7 @@ from pathlib import Path
 
 from studio.errors import StudioError
 from studio.ui.lending import on_gpu
+from studio.ui.limits import check_text, limits
 from studio.ui.models import get_reader
 from studio.ui.worker import follow
 
@@ -39,6 +40,10 @@ class Inquiry:
             raise StudioError("Give a picture first: drop a file on the field, or take an example.")
         if not (self.question or "").strip():
             raise StudioError("The question is empty: ask something about the picture.")
+        check_text("The question", self.question)
+        most = limits().answer
+        if most is not None and isinstance(self.max_new_tokens, int) and self.max_new_tokens > most:
+            raise StudioError(f"An answer has at most {most} tokens here, not {self.max_new_tokens}.")
         if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
             raise StudioError(f"Keep a share of the tokens above 0 and at most 1, not {self.keep!r}.")
         object.__setattr__(self, "model", self.model.strip())
@@ -80,9 +85,9 @@ def read(inquiry):
 def _read(inquiry, job):
     from studio.pictures import open_picture
 
-    picture = open_picture(inquiry.picture, Path(inquiry.picture).name)
+    picture = open_picture(inquiry.picture, Path(inquiry.picture).name, limits().pixels)
     job.report(Reading())
-    pipe = get_reader(inquiry.model)
+    pipe = get_reader(inquiry.model, job.device)
     reading = Reading(picture)
     job.report(reading)
     for name, settings in inquiry.runs.items():

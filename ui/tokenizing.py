@@ -7,6 +7,7 @@ from pathlib import Path
 
 from studio.errors import StudioError
 from studio.ui.lending import on_gpu
+from studio.ui.limits import limits
 from studio.ui.models import bundled_models, get_tokenizer, tokenizer_scale
 from studio.ui.scales import Scale
 from studio.ui.sizes import readable, resized
@@ -151,10 +152,10 @@ def open_file(wish):
 def _restore(wish, job):
     from studio.pictures import open_picture
 
-    picture = open_picture(wish.picture, Path(wish.picture).name)
+    picture = open_picture(wish.picture, Path(wish.picture).name, limits().pixels)
     found = Restoration(readable(picture), picture.size)
     job.report(found)
-    tokenizer = get_tokenizer(wish.tokenizer)
+    tokenizer = get_tokenizer(wish.tokenizer, job.device)
     square = _square(picture, tokenizer.config.sample_size)
     found = _restored(found, wish, tokenizer, square)
     if is_row(tokenizer):
@@ -222,15 +223,17 @@ def _rival(codec, square, found):
 @on_gpu(seconds=60)
 def _open(wish, job):
     from studio import OdpFile, decode_picture
+    from studio.pictures import check_pixels
 
     name = Path(wish.file).name
     data = _read(wish.file, name)
     content = OdpFile.from_bytes(data, name)
+    check_pixels(name, content.width, content.height, limits().pixels)
     job.report(Opened())
     chosen = content.tokenizer if content.tokenizer in bundled_models("tokenizer") else wish.tokenizer
     if not chosen:
         raise StudioError(f"{name} names no bundled tokenizer: choose the One-D-Piece tokenizer that it was made with.")
-    tokenizer = get_tokenizer(chosen)
+    tokenizer = get_tokenizer(chosen, job.device)
     if not is_row(tokenizer):
         raise StudioError(
             f"{name} was made with a One-D-Piece tokenizer: choose the one it was made with, not {chosen}."

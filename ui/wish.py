@@ -1,13 +1,14 @@
 """What somebody wants drawn: the words and settings of one call, checked."""
 
 import dataclasses
+import json
 import math
 import secrets
 
 from studio import decoding_named, decodings_for
 from studio.errors import StudioError
+from studio.ui.limits import MOST_PICTURES, check_text, limits
 
-MOST_PICTURES = 16
 LARGEST_SEED = 2**53 - 1 - MOST_PICTURES  # a browser counts no further
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
@@ -33,8 +34,10 @@ class Wish:
     options: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not is_whole(self.count) or not 1 <= self.count <= MOST_PICTURES:
-            raise StudioError(f"Choose between 1 and {MOST_PICTURES} pictures.")
+        most = limits().pictures
+        if not is_whole(self.count) or not 1 <= self.count <= most:
+            raise StudioError(f"Choose between 1 and {most} pictures." if most > 1 else "Choose one picture.")
+        check_text("The prompt", self.prompt)
         if self.seed is not None and (not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
             raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one drawn.")
         object.__setattr__(self, "count", int(self.count))
@@ -86,6 +89,11 @@ class Wish:
         if is_whole(chosen.get("top_k")):
             chosen["top_k"] = int(chosen["top_k"])
         return chosen
+
+    @property
+    def manner(self):
+        """A text that is equal for wishes that differ in their words, pictures and seeds only."""
+        return json.dumps([self.model, self.how, self.settings], sort_keys=True, default=str)
 
     @property
     def record(self):

@@ -1,22 +1,32 @@
-"""Long work beside the app: one thread that owns the models, followed from the event loop, stoppable at any step.
+"""Long work beside the app: one thread a device that owns the models there, followed from the event loop.
 
 Handlers are asynchronous generators over `follow`. Cancelling one, closing it, or losing its visitor ends the
 `await` at once and sets the job's stop flag, which the work sees at its next step.
 """
 
 import asyncio
+import dataclasses
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import Context, copy_context
 
-_model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio-model")
+from studio.errors import StudioError
+from studio.ui.models import Device
+from studio.ui.scheduler import Bounds, FairQueue
+from studio.ui.visitor import visitor
+
 _SHORTEST_PAUSE = 0.04  # seconds between two items, so that fast models do not flood the browser
 
 
 class Job:
-    """What the work sees of the one who waits for it."""
+    """What the work sees of the one who waits for it.
+
+    `device` says where to do it; it is known when the work begins.
+    """
 
     def __init__(self, loop):
+        self.device = Device()
         self._loop = loop
         self._news = asyncio.Event()
         self._latest = None
@@ -43,16 +53,144 @@ class Job:
         return item
 
 
-async def follow(work):
-    """Run `work(job)` in the model thread, with the caller's context variables.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What lets a work be done in one call with others.
+
+    Args:
+        like: equal for all that may be.
+        size: pictures that it makes.
+        wish: what `together` gets of it.
+        together: `together(wishes, jobs)` does all of them, and returns for each what its work alone would, or the
+            error that this would raise.
+        waiting: what is reported while it waits, of the number of turns before its own, at least 1.
+    """
+
+    like: Hashable
+    size: int
+    wish: object
+    together: Callable
+    waiting: Callable
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
+    """A work in the queue of a device."""
+
+    work: Callable
+    job: Job
+    user: Hashable
+    share: Share | None
+    future: Future = dataclasses.field(default_factory=Future)
+    context: Context = dataclasses.field(default_factory=copy_context)
+
+    @property
+    def like(self):
+        return self.share and self.share.like
+
+    @property
+    def size(self):
+        return self.share.size if self.share else 1
+
+
+class Station:
+    """A device, its thread, and the requests that wait for it."""
+
+    def __init__(self, device, bounds):
+        self.device = device
+        self._queue, self._lock, self._running = FairQueue(bounds), threading.Lock(), 0
+        self._thread = ThreadPoolExecutor(1, "studio-model", device.enter)
+
+    @property
+    def load(self):
+        """Pictures that wait or are being drawn."""
+        with self._lock:
+            return self._queue.pictures + self._running
+
+    def submit(self, request):
+        """Let a request wait for its turn. Errors: `StudioError` where there is no room."""
+        with self._lock:
+            self._queue.add(request)
+            self._tell()
+        self._thread.submit(self._serve)
+
+    def withdraw(self, request):
+        """Let a request go that nobody waits for."""
+        with self._lock:
+            self._queue.remove(request)
+            self._tell()
+
+    def _serve(self):
+        with self._lock:
+            taken = [each for each in self._queue.take() if each.future.set_running_or_notify_cancel()]
+            self._running = sum(each.size for each in taken)
+            self._tell()
+        results = _results(taken, self.device) if taken else []
+        with self._lock:
+            self._running = 0
+        for request, result in zip(taken, results):
+            if isinstance(result, BaseException):
+                request.future.set_exception(result)
+            else:
+                request.future.set_result(result)
+
+    def _tell(self):
+        """Tell who waits how many turns come before, the one that is under way included."""
+        for ahead, request in enumerate(self._queue.places(), bool(self._running)):
+            if request.share and ahead:
+                request.job.report(request.share.waiting(ahead))
+
+
+def _results(requests, device):
+    """What one call for these requests gives each of them, errors too: one that the call raises is everybody's."""
+    first, jobs = requests[0], [request.job for request in requests]
+    for job in jobs:
+        job.device = device
+    try:
+        if len(requests) == 1:
+            return [first.context.run(first.work, first.job)]
+        return first.context.run(first.share.together, [request.share.wish for request in requests], jobs)
+    except BaseException as error:
+        return [error] * len(requests)
+
+
+_stations = [Station(Device(), Bounds())]
+
+
+def use_stations(stations):
+    """Let all work from now on be done there, each by the least busy one that has room."""
+    _stations[:] = stations
+
+
+def _submit(request):
+    """Put a request into a queue; returns its `Station`. Errors: `StudioError` where no station has room."""
+    refusal = None
+    for station in sorted(_stations, key=lambda each: each.load):
+        try:
+            station.submit(request)
+            return station
+        except StudioError as error:
+            refusal = refusal or error
+    raise refusal
+
+
+async def follow(work, share=None):
+    """Run `work(job)` in the thread of a device, with the caller's context variables, when its turn comes.
+
+    Args:
+        work: the work alone.
+        share: what lets it be done together with others, a `Share`.
 
     Yields the items it reports, newest only, and at last what it returns.
 
     Raises:
+        StudioError: too many wait already.
         Exception: whatever the work raises.
     """
     job = Job(asyncio.get_running_loop())
-    future = asyncio.wrap_future(_model_thread.submit(copy_context().run, work, job))
+    request = _Request(work, job, visitor(), share)
+    station = _submit(request)
+    future = asyncio.wrap_future(request.future)
     future.add_done_callback(lambda done: (done.cancelled() or done.exception(), job._news.set()))
     try:
         while not future.done():
@@ -63,3 +201,4 @@ async def follow(work):
     finally:
         job._stop.set()
         future.cancel()
+        station.withdraw(request)

@@ -1,0 +1,231 @@
+"""The app for many, with the tiny pipeline: whose pictures are whose, and what a request may not do."""
+
+import asyncio
+import json
+import threading
+from collections import defaultdict
+from contextvars import copy_context
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from gradio.context import LocalContext
+from gradio.utils import get_upload_folder
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from studio import StudioError, decoding_named
+from studio.ui import drawing, limits, models, worker
+from studio.ui.components import uploaded
+from studio.ui.drawing import Drawn, draw
+from studio.ui.limits import Limits
+from studio.ui.models import Device
+from studio.ui.scheduler import Bounds
+from studio.ui.serving import devices_of, serve
+from studio.ui.wish import Wish
+from studio.ui.worker import Station
+
+HOW = {"bounds": Bounds(8, 2, 8), "limits": Limits(2, 40, 5000, 64), "upload_bytes": 100_000}
+
+
+@pytest.fixture
+def pipe(tiny_pipeline, monkeypatch):
+    """The app draws with the tiny pipeline, eight pictures a call."""
+    monkeypatch.setattr(worker, "_stations", [Station(Device(), Bounds(together=8))])
+    monkeypatch.setattr(limits, "_limits", Limits())
+    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
+    return tiny_pipeline
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch):
+    """How many wishes each call drew."""
+    sizes, together = [], drawing.draw_together
+    monkeypatch.setattr(
+        drawing, "draw_together", lambda wishes, jobs: sizes.append(len(wishes)) or together(wishes, jobs)
+    )
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def address(tiny_pipeline):
+    """Where the tiny pipeline is served."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_stations", [])
+        patch.setattr(limits, "_limits", Limits())
+        patch.setitem(models._pipelines, "tiny", tiny_pipeline)
+        devices = devices_of(None, None)
+        app, url, _ = serve(
+            "127.0.0.1", None, model="tiny", devices=devices, **HOW, prevent_thread_lock=True, quiet=True
+        )
+        yield url
+        app.get_blocks().close()
+
+
+def drawn(wishes):
+    """What becomes of wishes of as many users that all wait before the first is drawn."""
+    held = threading.Event()
+    worker._stations[0]._thread.submit(held.wait)
+
+    async def follow(number, wish):
+        LocalContext.request.set(SimpleNamespace(session_hash=number))
+        return [news async for news in draw(wish)]
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(follow(*each)) for each in enumerate(wishes)]
+        await asyncio.sleep(0.05)
+        held.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def alone(pipe, wish):
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in wish.seeds]
+    how = {"decoding": decoding_named(wish.decoding).settings(), **wish.settings}
+    return pipe(wish.prompt, num_images_per_prompt=wish.count, generator=generators, **how)
+
+
+def same(one, other):
+    """Whether two pictures are of the same tokens: pixels of a batch differ from single ones by rounding."""
+    return abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+@pytest.mark.parametrize("decoding", ["ar", "speculative"])
+def test_everybody_gets_the_pictures_of_a_call_of_their_own(pipe, calls, decoding):
+    wishes = [Wish("tiny", f"a {word} apple", count, seed, decoding=decoding)
+              for word, count, seed in (("red", 2, 7), ("green", 1, 7), ("blue", 3, 50))]  # fmt: skip
+    found = drawn(wishes)
+    assert calls == [3]
+    for wish, news in zip(wishes, found):
+        expected = alone(pipe, wish)
+        last = news[-1]
+        assert all(same(*pair) for pair in zip(last.pictures, expected.images)) and len(last.pictures) == wish.count
+        records = [json.loads(picture.info["studio"]) for picture in last.pictures]
+        assert [(record["call"]["prompt"], record["seed"]) for record in records] == [
+            (wish.prompt, seed) for seed in wish.seeds
+        ]
+        assert last.together == 6 and last.stats.tokens == expected.stats.tokens
+        assert all(len(each.pictures) == wish.count for each in news if not isinstance(each, Drawn) and each.pictures)
+
+
+def test_other_settings_are_drawn_in_another_call(pipe, calls):
+    settings = [{}, {"guidance_scale": 2.0}, {"top_k": 5}, {"guidance_scale": 2.0}, {}]
+    found = drawn([Wish("tiny", "a pear", 1, 3, **each) for each in settings])
+    assert calls == [2, 2, 1]
+    for each, news in zip(settings, found):
+        expected = alone(pipe, Wish("tiny", "a pear", 1, 3, **each)).images[0]
+        assert same(news[-1].pictures[0], expected)
+
+
+def test_what_the_pipeline_refuses_keeps_nobody_else_from_drawing(pipe, calls):
+    good, bad = drawn([Wish("tiny", "a pear", 1, 2), Wish("tiny", " ", 1, 3)])
+    assert calls == [2] and len(good[-1].pictures) == 1
+    assert isinstance(bad, StudioError) and "prompt is empty" in str(bad)
+
+
+def test_an_error_of_a_call_reaches_everybody_in_it(pipe, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(drawing.Call, "__call__", fail)
+    found = drawn([Wish("tiny", "a pear", 1, seed) for seed in range(3)])
+    assert [str(error) for error in found] == ["out of memory"] * 3
+
+
+def test_a_server_answers_within_its_limits(address):
+    client = Client(address, verbose=False)
+    [found], details = client.predict("a red apple", 1, 7, api_name="/generate")
+    assert details["seeds"] == [7] and details["drawn_together"] == 1
+    assert json.loads(Image.open(found["image"]).info["studio"])["seed"] == 7
+    with pytest.raises(Exception, match="between 1 and 2 pictures"):
+        client.predict("a red apple", 3, api_name="/generate")
+    with pytest.raises(Exception, match="41 characters; at most 40"):
+        client.predict("a" * 41, 1, api_name="/generate")
+    with pytest.raises(Exception, match="between 1 and 4"):
+        client.predict("a pear", ["tiny: ar", "tiny: speculative"], 9, api_name="/compare")
+
+
+def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypatch):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (16, 16), "red").save(secret)
+    opened = []
+    monkeypatch.setattr("studio.pictures.open_picture", lambda *given: opened.append(given))
+    monkeypatch.setattr("studio.load", lambda *given, **_: opened.append(given), raising=False)
+    client = Client(address, verbose=False)
+    for model in (str(tiny_folder), "~/model", "owner/repository", "../.."):
+        with pytest.raises(Exception, match="This server offers tiny"):
+            client.predict("a pear", [f"{model}: ar", "tiny: ar"], 1, api_name="/compare")
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+        for name, data in (
+            ("tokenize", [{"path": str(secret), **meta}, "tiny", None]),
+            ("detokenize", [{"path": str(secret), **meta}, "tiny"]),
+            ("ask", [{"path": str(secret), **meta}, "what", "tiny", "divprune", 0.2, 8]),
+        ):
+            assert "error" in _answer(address, name, data)
+    assert not opened
+
+
+def test_the_app_itself_reads_uploaded_files_only(tmp_path):
+    secret = {"path": str(tmp_path / "secret.png")}
+    assert uploaded(secret) == secret["path"] and uploaded(None) is None
+    inside = {"path": f"{get_upload_folder()}/picture.png"}
+
+    def asked():
+        LocalContext.request.set(SimpleNamespace(session_hash=None))
+        assert uploaded(inside) == inside["path"]
+        for path in (secret["path"], f"{get_upload_folder()}/../secret.png", "secret.png"):
+            with pytest.raises(StudioError, match="not uploaded"):
+                uploaded({"path": path})
+
+    copy_context().run(asked)
+
+
+def test_what_is_given_is_limited(address, tmp_path):
+    client = Client(address, verbose=False)
+    large, wide = tmp_path / "large.png", tmp_path / "wide.png"
+    large.write_bytes(bytes(100_001))
+    Image.new("RGB", (100, 51)).save(wide)
+    with pytest.raises(Exception, match="(?i)413|size|large"):
+        client.predict(handle_file(str(large)), "tiny", api_name="/tokenize")
+    with pytest.raises(Exception, match="at most 5000"):
+        client.predict(handle_file(str(wide)), "tiny", api_name="/tokenize")
+    with pytest.raises(Exception, match="at most 64 tokens"):
+        client.predict(handle_file(str(wide)), "what", "tiny", "divprune", 0.2, 65, api_name="/ask")
+    web = {"path": "http://127.0.0.1:1/picture.png", "meta": {"_type": "gradio.FileData"}}
+    refused = httpx.post(f"{address}gradio_api/call/tokenize", json={"data": [web, "tiny", None]})
+    assert refused.status_code == 400 and "upload the file itself" in refused.json()["detail"]
+    refused = httpx.post(f"{address}gradio_api/call/generate", json={"data": ["a" * (1 << 20)]})
+    assert refused.status_code == 413 and "shorten your text" in refused.json()["detail"]
+
+
+def test_devices_are_listed_with_commas():
+    assert devices_of(None, None) == [Device()]
+    assert devices_of("cuda:0, cuda:1", "float32") == [Device("cuda:0", "float32"), Device("cuda:1", "float32")]
+    with pytest.raises(StudioError, match="named twice"):
+        serve("127.0.0.1", 1, model="tiny", devices=devices_of("cpu,cpu", None), **HOW)
+
+
+def test_every_device_has_models_of_its_own(tiny_pipeline, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "_elsewhere", defaultdict(dict))
+    monkeypatch.setattr(limits, "_limits", Limits())
+    monkeypatch.setattr(
+        "studio.load", lambda name, **where: asked.append((name, where)) or tiny_pipeline, raising=False
+    )
+    for device in (Device("cpu"), Device("meta", "float32"), Device("cpu")):
+        assert models.get_pipeline("mine", device) is tiny_pipeline
+    assert asked == [("mine", {"device": "cpu"}), ("mine", {"device": "meta", "dtype": "float32"})]
+    assert "mine" not in models._pipelines
+
+
+def _answer(address, name, data):
+    """What a program gets that writes its messages itself."""
+    asked = httpx.post(f"{address}gradio_api/call/{name}", json={"data": data})
+    if asked.status_code != 200:
+        return f"error {asked.status_code}"
+    with httpx.stream("GET", f"{address}gradio_api/call/{name}/{asked.json()['event_id']}", timeout=20) as answer:
+        return answer.read().decode()

@@ -1,0 +1,197 @@
+"""What becomes of works in the queue of a device, with works that are nothing but words."""
+
+import asyncio
+import threading
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+from gradio.context import LocalContext
+
+from studio import StudioError
+from studio.ui import worker
+from studio.ui.models import Device
+from studio.ui.scheduler import Bounds
+from studio.ui.worker import Share, Station, follow
+
+LIMIT = 10  # seconds
+
+
+class House:
+    """Stations of which the works can be held back; `calls` has the wishes of every call."""
+
+    def __init__(self, stations):
+        self.stations, self.calls, self.jobs = stations, [], {}
+
+    def ask(self, wish, user, like="same", size=1):
+        """A task that collects what comes back for a wish."""
+
+        async def collect():
+            LocalContext.request.set(SimpleNamespace(session_hash=user))
+            share = Share(like, size, wish, self.together, lambda ahead: ("ahead", ahead))
+            return [item async for item in follow(lambda job: self.together([wish], [job])[0], share)]
+
+        return asyncio.create_task(collect())
+
+    def together(self, wishes, jobs):
+        self.calls.append([*wishes])
+        self.jobs |= dict(zip(wishes, jobs))
+        if "broken" in wishes:
+            raise RuntimeError("broken for all")
+        while any(wish.endswith("endless") and not job.stopped for wish, job in zip(wishes, jobs)):
+            threading.Event().wait(0.01)
+        return [
+            StudioError("Wrong wish.") if wish == "wrong" else f"{wish} on {jobs[0].device.name}" for wish in wishes
+        ]
+
+    @asynccontextmanager
+    async def busy(self):
+        """While the first station does something else."""
+        held, entered = threading.Event(), threading.Event()
+
+        async def hold():
+            return [item async for item in follow(lambda job: entered.set() or held.wait(LIMIT))]
+
+        task = asyncio.create_task(hold())
+        await asyncio.to_thread(entered.wait, LIMIT)
+        yield
+        await asyncio.sleep(0.05)
+        held.set()
+        await task
+
+
+@pytest.fixture
+def house(monkeypatch):
+    def furnish(*names, **bounds):
+        stations = [Station(Device(name), Bounds(**{"together": 4, **bounds})) for name in names or ("cpu",)]
+        monkeypatch.setattr(worker, "_stations", stations)
+        return House(stations)
+
+    return furnish
+
+
+def outcome(tasks):
+    return asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_equal_works_are_done_in_one_call_and_each_gets_its_own(house):
+    house = house()
+
+    async def scenario():
+        async with house.busy():
+            tasks = [house.ask(f"{user}{number}", user) for user in "ab" for number in range(2)]
+            tasks += [house.ask("other", "c", like="other"), house.ask("big", "d", size=3)]
+        return await outcome(tasks)
+
+    found = asyncio.run(scenario())
+    assert house.calls == [["a0", "b0", "a1", "b1"], ["other"], ["big"]]
+    assert [items[-1] for items in found] == [f"{wish} on cpu" for wish in ("a0", "a1", "b0", "b1", "other", "big")]
+
+
+def test_a_wrong_one_fails_alone_and_a_broken_call_for_all_in_it(house):
+    house = house()
+
+    async def scenario():
+        async with house.busy():
+            tasks = [house.ask(wish, wish) for wish in ("right", "wrong")]
+            tasks += [house.ask(wish, wish, like="b") for wish in ("broken", "with it")]
+        return await outcome(tasks)
+
+    right, wrong, *broken = asyncio.run(scenario())
+    assert right[-1] == "right on cpu" and str(wrong) == "Wrong wish."
+    assert [str(error) for error in broken] == ["broken for all"] * 2
+    assert house.calls == [["right", "wrong"], ["broken", "with it"]]
+
+
+def test_who_leaves_a_call_stops_nobody_else(house):
+    house = house()
+
+    async def scenario():
+        async with house.busy():
+            tasks = [house.ask("endless", "a"), house.ask("also endless", "b"), house.ask("calm", "c")]
+        while len(house.jobs) < 3:
+            await asyncio.sleep(0.01)
+        tasks[0].cancel()
+        await asyncio.sleep(0.05)
+        stopped = {wish: job.stopped for wish, job in house.jobs.items()}
+        tasks[1].cancel()
+        return stopped, await outcome(tasks)
+
+    stopped, found = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
+    assert stopped == {"endless": True, "also endless": False, "calm": False}
+    assert [isinstance(each, asyncio.CancelledError) for each in found] == [True, True, False]
+    assert found[2][-1] == "calm on cpu"
+
+
+def test_who_leaves_the_queue_is_never_done_and_frees_the_place(house):
+    house = house(waiting=2)
+
+    async def scenario():
+        async with house.busy():
+            first, gone = house.ask("first", "a"), house.ask("gone", "b")
+            await asyncio.sleep(0.05)
+            gone.cancel()
+            await asyncio.sleep(0.05)
+            last = house.ask("last", "c")
+        return await outcome([first, last])
+
+    found = asyncio.run(scenario())
+    assert [items[-1] for items in found] == ["first on cpu", "last on cpu"] and house.calls == [["first", "last"]]
+
+
+def test_a_full_queue_refuses_and_one_user_cannot_fill_it(house):
+    house = house(waiting=3, of_one=2)
+
+    async def scenario():
+        async with house.busy():
+            tasks = [house.ask(f"{user}{number}", user) for user, number in ("a0", "a1", "a2", "b0", "c0")]
+        return await outcome(tasks)
+
+    a0, a1, a2, b0, c0 = asyncio.run(scenario())
+    assert "You have 2 requests" in str(a2) and "All 3 places" in str(c0)
+    assert isinstance(a2, StudioError) and isinstance(c0, StudioError)
+    assert [items[-1] for items in (a0, a1, b0)] == ["a0 on cpu", "a1 on cpu", "b0 on cpu"]
+
+
+def test_work_goes_where_least_waits(house):
+    house = house("cpu", "meta")
+
+    async def scenario():
+        async with house.busy():
+            await outcome([house.ask("first", "a")])
+            return await outcome([house.ask("second", "a")])
+
+    [second] = asyncio.run(scenario())
+    assert second[-1] == "second on meta" and house.calls == [["first"], ["second"]]
+
+
+def test_who_waits_is_told_how_many_come_before(house):
+    house = house(together=1)
+
+    async def scenario():
+        async with house.busy():
+            tasks = [house.ask(user, user) for user in "abc"]
+        return await outcome(tasks)
+
+    a, b, c = asyncio.run(scenario())
+    assert a[0] == ("ahead", 1) and b[0] == ("ahead", 2) and c[0] == ("ahead", 3)
+    assert len(asyncio.run(outcome_of_one(house))) == 1
+
+
+async def outcome_of_one(house):
+    [found] = await outcome([house.ask("alone", "a")])
+    return found
+
+
+def test_nothing_is_lost_or_mixed_up_under_load(house):
+    house = house("cpu", "meta", together=5)
+
+    async def scenario():
+        tasks = [house.ask(f"{user}-{number}", user, like=number % 3) for number in range(20) for user in "abcdefgh"]
+        return await outcome(tasks)
+
+    found = asyncio.run(scenario())
+    wishes = [f"{user}-{number}" for number in range(20) for user in "abcdefgh"]
+    assert [items[-1].split(" on ")[0] for items in found] == wishes
+    assert sorted(wish for call in house.calls for wish in call) == sorted(wishes)
+    assert 1 < max(map(len, house.calls)) <= 5
