@@ -7,7 +7,7 @@ import gradio as gr
 from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.comparing import MOST_OF_ONE, MOST_SIDES, CompareWish, compare, offered_sides
-from studio.ui.components import duration, picture_grid, status_line
+from studio.ui.components import count_slider, duration, picture_grid, status_line
 from studio.ui.fields import number_field
 from studio.ui.limits import limits
 from studio.ui.models import bundled_models
@@ -60,15 +60,8 @@ def build_tab(model):
                 info="Choose from the list, or write MODEL, or MODEL: lantern delta=0.3, and press Enter.",
                 elem_id="compare-sides",
             )
-            count = gr.Slider(
-                1,
-                min(MOST_OF_ONE, limits().pictures),
-                value=1,
-                step=1,
-                label="Pictures of each",
-                elem_id="compare-count",
-                buttons=[],
-            )
+            most = min(MOST_OF_ONE, limits().pictures)
+            count = count_slider(most, value=1, label="Pictures of each", elem_id="compare-count")
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same for all of them.", "compare-seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="compare-dice", size="sm", scale=0, min_width=0)

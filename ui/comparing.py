@@ -145,7 +145,8 @@ def _compare(wish, job):
     for number, call in enumerate(calls):
         if not job.stopped:
             found = _drawn(found, number, call, job)
-            job.report(found)
+            if not found.finished:
+                job.report(found)
     return found
 
 

@@ -46,6 +46,11 @@ def picture_grid(captioned=False, **settings):
     )
 
 
+def count_slider(most, **settings):
+    """A slider from 1 to `most` pictures, which is hidden where there is no choice."""
+    return gr.Slider(1, max(most, 2), step=1, buttons=[], visible=most > 1, **settings)
+
+
 def columns_for(count):
     """Columns of the grid for `count` pictures."""
     return math.ceil(math.sqrt(count))

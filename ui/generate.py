@@ -7,7 +7,7 @@ import gradio as gr
 from studio import DECODINGS, decoding_named
 from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.components import columns_for, duration, picture_grid, pictures, status_line
+from studio.ui.components import columns_for, count_slider, duration, picture_grid, pictures, status_line
 from studio.ui.drawing import Drawn, draw
 from studio.ui.fields import number_field
 from studio.ui.lanes import race_lanes, race_verdict
@@ -72,9 +72,7 @@ def build_tab(model):
             fitting = fitting_decodings(model)
             decoding, options = _decoding_fields(fitting)
             most = limits().pictures
-            count = gr.Slider(
-                1, most, value=min(4, most), step=1, label="Pictures", elem_id="count", buttons=[], visible=most > 1
-            )
+            count = count_slider(most, value=min(4, most), label="Pictures", elem_id="count")
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="dice", size="sm", scale=0, min_width=0)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from studio import StudioError, decoding_named
 from studio.ui import drawing, limits, models, worker
+from studio.ui.app import build_app
 from studio.ui.components import uploaded
 from studio.ui.drawing import Drawn, draw
 from studio.ui.limits import Limits
@@ -200,6 +201,14 @@ def test_what_is_given_is_limited(address, tmp_path):
     assert refused.status_code == 400 and "upload the file itself" in refused.json()["detail"]
     refused = httpx.post(f"{address}gradio_api/call/generate", json={"data": ["a" * (1 << 20)]})
     assert refused.status_code == 413 and "shorten your text" in refused.json()["detail"]
+
+
+def test_where_one_picture_is_allowed_nobody_is_asked_how_many(pipe, monkeypatch):
+    monkeypatch.setattr(limits, "_limits", Limits(pictures=1))
+    fields = {each["props"].get("elem_id"): each["props"] for each in build_app("tiny").config["components"]}
+    assert not fields["count"]["visible"] and not fields["compare-count"]["visible"]
+    with pytest.raises(StudioError, match="Choose one picture"):
+        Wish("tiny", "a pear", 2)
 
 
 def test_devices_are_listed_with_commas():

@@ -1,0 +1,56 @@
+"""`studio serve`: what its options become, and which are refused."""
+
+from collections import defaultdict
+
+import pytest
+
+from studio.ui import limits, models, serving, worker
+from studio.ui.limits import Limits
+from studio.ui.models import Device
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the app was launched with, in place of launching it."""
+    found = []
+    monkeypatch.setattr(worker, "_stations", [])
+    monkeypatch.setattr(limits, "_limits", Limits())
+    monkeypatch.setattr(models, "_elsewhere", defaultdict(dict))
+    monkeypatch.setattr(serving, "launch", lambda *where, **how: found.append((where, how)))
+    return found
+
+
+def test_options_become_queues_and_limits(run, launched, tiny_folder):
+    options = ["--max-waiting", 5, "--max-per-user", 2, "--max-batch", 6, "--max-pictures", 3, "--max-prompt", 90]
+    more = ["--max-answer", 70, "--max-upload", 7, "--max-pixels", 9, "--dtype", "float32", "--devices", "cpu"]
+    code, _, err = run("serve", "--port", 7999, "--model", tiny_folder, *options, *more)
+    assert code == 0, err
+    [(where, how)] = launched
+    assert where == ("127.0.0.1", 7999) and how["max_file_size"] == 7_000_000 and how["places"] == 11
+    [station] = worker._stations
+    assert station.device == Device("cpu", "float32")
+    now = limits.limits()
+    assert (now.pictures, now.characters, now.pixels, now.answer) == (3, 90, 9_000_000, 70)
+    assert now.models[0] == str(tiny_folder) and "emoji-vq" in now.models
+    assert list(models._elsewhere["pipelines", station.device]) == [str(tiny_folder)]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--max-batch", 2], "--max-pictures 4"),
+        (["--max-waiting", 0], "--max-waiting"),
+        (["--max-pictures", 17], "--max-pictures"),
+        (["--max-prompt", 2001], "--max-prompt"),
+        (["--max-upload", 0], "--max-upload"),
+        (["--port", 70000], "--port"),
+        (["--devices", "cpu,cpu"], "named twice"),
+        (["--devices", "toaster"], "not there"),
+        (["--dtype", "int3"], "dtype"),
+        (["--model", "emoji-nothing"], "emoji-nothing"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(run, launched, options, word):
+    code, out, err = run("serve", *options)
+    assert code == 2 and out == "" and word in err and "Traceback" not in err
+    assert not launched
