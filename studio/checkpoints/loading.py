@@ -233,8 +233,11 @@ def _load_model(model_class, folder, dtype):
 
 
 def _load_weights(model_class, folder, dtype):
+    """A model of safetensors: weights in a pickle, which could run code, are not looked at."""
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, use_safetensors=True
+        )
     except Exception as error:
         raise StudioError(
             f"The weights in {folder} cannot be read as {model_class.__name__}: {_first_line(error)}"

@@ -110,6 +110,20 @@ def test_lost_weights_are_refused(model, part):
         studio.load(model)
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_no_pickle_is_loaded(model, part, monkeypatch):
+    import torch
+    from safetensors.torch import load_file
+
+    [weights] = (model / part).glob("*.safetensors")
+    name = {"transformer": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part]
+    torch.save(load_file(weights), model / part / name)
+    weights.unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was loaded"))
+    with pytest.raises(StudioError, match="cannot be read"):
+        studio.load(model)
+
+
 def test_weights_of_another_size_are_refused(model):
     config = model / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1}))
