@@ -40,10 +40,10 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (H, W, 3), uint8, what is in each of its cells in raster order, and questions about it."""
+    """A picture (H, W, 3), uint8, what is in each of its cells and the colour behind it, and questions about it."""
 
     picture: np.ndarray
-    cells: tuple[str, ...]
+    cells: tuple[tuple[str, str], ...]
     questions: tuple[Question, ...]
 
 
@@ -78,19 +78,12 @@ def draw_scene(rng, tiles=(2, 2), questions=12):
     written = {int(cell): str(rng.choice(WORDS)) for cell in cells[emoji : emoji + words]}
     picture = _paint(rng, (rows, columns), behind, things, written)
     facts = _Facts((rows, columns), things, written)
-    cells = tuple(_caption(cell, behind, things, written) for cell in range(rows * columns))
+    cells = tuple(facts.cell(cell, behind) for cell in range(rows * columns))
     return Scene(picture, cells, tuple(facts.ask(rng) for _ in range(questions)))
 
 
 def _own_background(rng, behind):
     return int(rng.integers(len(NAMES))) if rng.random() < 0.6 else int(behind)
-
-
-def _caption(cell, behind, things, written):
-    if cell in things:
-        subject, _, background = things[cell]
-        return f"{subjects()[subject].label} behind {NAMES[background]}"
-    return f"word {written[cell]} behind {NAMES[behind]}" if cell in written else f"nothing behind {NAMES[behind]}"
 
 
 def _paint(rng, grid, behind, things, written):
@@ -136,6 +129,13 @@ class _Facts:
         shown = [subject for subject, _, _ in things.values()]
         self.counts = {subject: shown.count(subject) for subject in dict.fromkeys(shown)}
         self.single = [cell for cell, (subject, _, _) in things.items() if self.counts[subject] == 1]
+
+    def cell(self, number, behind):
+        """What is in a cell, "nothing" too, and the colour behind it."""
+        if number in self.things:
+            subject, _, background = self.things[number]
+            return self.names[subject], NAMES[background]
+        return self.written.get(number, "nothing"), NAMES[behind]
 
     def ask(self, rng):
         """A question of a kind that this scene allows."""

@@ -1,98 +1,134 @@
-"""Recipe of `emoji-tower`, the vision tower that `emoji-vlm` starts from."""
+"""Recipe of `emoji-tower`, what `emoji-vlm` starts from: a vision tower, and the words that its patches stand for.
+
+Patches are what a language model reads. So the mean of a cell's patches, behind the projector, is to name what is in
+that cell among all words, as the language model's own head would (the alignment that LLaVA, arXiv:2304.08485, section
+4.2, begins with, on single tiles and without the language model). CLS is contrasted with the words of the whole tile
+(CLIP, arXiv:2103.00020).
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import reduce
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel
 
 from studio.data.scenes import CELL, TILE, draw_scene
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.reader import build_processor, tower_config
+from studio.training.reader import build_model, build_processor
 from studio.training.recipe import Defaults, Recipe
 
-_SHARED = 128
+WORDS_FILE = "words.safetensors"
+MEASURED = 200
 _SIDE = TILE // CELL
 _FEATURE_LAYER = -2
 """The hidden states that a LLaVA hands to its language model."""
 
 
 class TrainableTower(nn.Module):
-    """A vision tower beside a bag of words, and the contrast of the two (CLIP, arXiv:2103.00020), twice.
+    """The parts of a reader in front of its language model.
 
-    CLS is contrasted with all that is in a tile, and the mean of a cell's patches with what is in that cell (regions
-    as of arXiv:2112.09106), since patches are what a language model will read.
+    Args:
+        reader: a LLaVA-NeXT, of which the tower, the projector and the words are trained.
     """
 
-    def __init__(self, tower, vocabulary):
+    def __init__(self, reader):
         super().__init__()
-        width = tower.config.hidden_size
-        self.tower = tower
-        self.from_tile = nn.Linear(width, _SHARED, bias=False)
-        self.from_cell = nn.Linear(width, _SHARED, bias=False)
-        self.words = nn.Embedding(vocabulary, width, padding_idx=0)
-        self.from_words = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, _SHARED))
+        inner = reader.model
+        self.tower, self.projector = inner.vision_tower, inner.multi_modal_projector
+        self.words, self.norm = reader.get_input_embeddings(), inner.language_model.norm
+        self.from_tile = nn.Linear(self.tower.config.hidden_size, self.words.embedding_dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
-    def forward(self, pixel_values, words):
-        """Mean of both contrasts, for tiles (B, 3, 96, 96) and the words (B, 4, T) of their cells in raster order."""
+    def forward(self, pixel_values, cells):
+        """Cross-entropy of both words of each cell (B, 4, 2), and the contrast of tiles (B, 3, 96, 96) with theirs."""
         seen = self.tower(pixel_values, output_hidden_states=True)
-        patches = seen.hidden_states[_FEATURE_LAYER][:, 1:]
-        side = int(patches.shape[1] ** 0.5) // _SIDE
-        cells = reduce(patches, "b (r i c j) d -> (b r c) d", "mean", r=_SIDE, c=_SIDE, i=side, j=side)
-        by_cell = self.contrast(self.from_cell(cells), words.flatten(0, 1))
-        return (by_cell + self.contrast(self.from_tile(seen.pooler_output), words.flatten(1))) / 2
+        logits = self.read_cells(seen.hidden_states[_FEATURE_LAYER][:, 1:])
+        by_cell = F.cross_entropy(logits[:, :, None].expand(-1, -1, 2, -1).flatten(0, 2), cells.flatten())
+        return by_cell + self.contrast(self.from_tile(seen.pooler_output), cells.flatten(1))
 
-    def contrast(self, pictures, words):
-        """Symmetric cross-entropy of pictures (B, D) against bags of words (B, T); equal bags are all right."""
-        words = words.sort(dim=1).values
-        bags, which = words.unique(dim=0, return_inverse=True)
-        counts = (bags != 0).sum(dim=1, keepdim=True).clamp(min=1)
-        texts = F.normalize(self.from_words(self.words(bags).sum(dim=1) / counts), dim=-1)
-        logits = self.log_scale.clamp(max=4.6).exp() * F.normalize(pictures, dim=-1) @ texts.T
-        right = F.one_hot(which, len(bags)).to(logits.dtype)
-        by_text = -(logits.log_softmax(dim=0) * right).sum(dim=0) / right.sum(dim=0)
-        return (F.cross_entropy(logits, which) + by_text.mean()) / 2
+    def read_cells(self, patches):
+        """Logits (B, 4, V) of the words of each cell, in raster order, from patches (B, 144, D)."""
+        side = int(patches.shape[1] ** 0.5) // _SIDE
+        sizes = {"r": _SIDE, "c": _SIDE, "i": side, "j": side}
+        means = reduce(self.projector(patches), "b (r i c j) d -> b (r c) d", "mean", **sizes)
+        return F.linear(self.norm(means), self.words.weight)
+
+    def contrast(self, tiles, words):
+        """Symmetric cross-entropy of vectors (B, D) of tiles against their words (B, T)."""
+        texts = F.normalize(self.words(words).mean(dim=1), dim=-1)
+        logits = self.log_scale.clamp(max=4.6).exp() * F.normalize(tiles, dim=-1) @ texts.T
+        truth = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
 
 class EmojiTower(Recipe):
-    """A CLIP vision tower that knows emoji, colours and short words on single tiles."""
+    """A CLIP vision tower that knows emoji, colours and short words on single tiles, and their names."""
 
     name = "emoji-tower"
     data = "single tiles of the scenes of `studio.data.scenes`, and what is in their cells"
-    defaults = Defaults(steps=600, batch_size=32, learning_rate=4e-3, warmup=50)
+    defaults = Defaults(steps=3000, batch_size=32, learning_rate=4e-3, warmup=50)
 
     def build(self, device):
         self.processor = build_processor()
-        return TrainableTower(CLIPVisionModel(tower_config()), len(self.processor.tokenizer)).to(device)
+        return TrainableTower(build_model(len(self.processor.tokenizer))).to(device)
 
     def optimizers(self, module, learning_rate):
-        matrices = hidden_matrices(module.tower.encoder)
-        return muon_and_adamw(module, matrices, learning_rate, tables=[module.words.weight])
+        matrices = hidden_matrices(module.tower.encoder, module.projector)
+        return muon_and_adamw(module, matrices, learning_rate, tables=[module.words.weight], tables_share=1.0)
 
     def batch(self, rng, batch_size, device):
-        """Tiles, and the words for each of their cells."""
+        """Tiles, and the words for each of their cells: what is there, and the colour behind it."""
         scenes = [draw_scene(rng, (1, 1), questions=0) for _ in range(batch_size)]
         pictures = np.stack([scene.picture for scene in scenes]).transpose(0, 3, 1, 2) / np.float32(255)
         mean, std = (
             np.asarray(values, dtype=np.float32)[:, None, None]
             for values in (self.processor.image_processor.image_mean, self.processor.image_processor.image_std)
         )
-        captions = [caption for scene in scenes for caption in scene.cells]
-        words = self.processor.tokenizer(captions, padding=True, add_special_tokens=False, return_tensors="pt")
+        number = self.processor.tokenizer.convert_tokens_to_ids
+        cells = [[[number(word) for word in cell] for cell in scene.cells] for scene in scenes]
         return {
             "pixel_values": torch.from_numpy((pictures - mean) / std).to(device),
-            "words": words["input_ids"].unflatten(0, (batch_size, -1)).to(device),
+            "cells": torch.tensor(cells, device=device),
         }
 
     def load(self, module, folder):
-        module.tower.load_state_dict(CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).state_dict())
+        tower, projector, words = read_aligned(folder)
+        module.tower.load_state_dict(tower)
+        module.projector.load_state_dict(projector)
+        module.words.load_state_dict(words)
 
     def export(self, module, folder):
         save_bf16(module.tower, folder)
+        parts = {"projector": module.projector, "words": module.words}
+        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WORDS_FILE)
 
+    @torch.no_grad()
     def quality(self, folder):
-        """Its size: what the contrast was worth shows in `emoji-vlm`, for the words' half is not kept."""
-        return {"parameters": sum(p.numel() for p in CLIPVisionModel.from_pretrained(folder).parameters())}
+        """Of cells of unseen tiles, the share whose emoji, word or emptiness, and whose colour, is named right."""
+        module = TrainableTower(build_model(len(self.processor.tokenizer))).eval()
+        self.load(module, folder)
+        batch = self.batch(np.random.default_rng((1_000_000_007, 0)), MEASURED, "cpu")
+        seen = module.tower(batch["pixel_values"], output_hidden_states=True).hidden_states[_FEATURE_LAYER]
+        best = module.read_cells(seen[:, 1:]).topk(2, dim=-1).indices
+        right = (best[..., None] == batch["cells"][:, :, None]).any(dim=2).float().mean(dim=(0, 1))
+        return {"things": float(right[0]), "colours": float(right[1]), "tiles": MEASURED}
+
+
+def read_aligned(folder):
+    """State dicts of tower, projector and words that a run left in its folder."""
+    tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    tensors = load_file(folder / WORDS_FILE)
+    projector, words = (
+        {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        for part in ("projector", "words")
+    )
+    return tower, projector, words
+
+
+def load_aligned(reader, folder):
+    """Puts what a run has learned into a LLaVA-NeXT."""
+    EmojiTower().load(TrainableTower(reader), folder)

@@ -1,26 +1,26 @@
 """Recipe of `emoji-vlm`: a LLaVA-NeXT learns to answer questions about scenes.
 
-Its vision tower was taught by `emoji-tower`, and stays as it is. The tokens of a picture are nearly all the cost, so
-that many questions are asked about each.
+Its vision tower was taught by `emoji-tower`, and stays as it is; projector and words start as they were taught there.
+The tokens of a picture are nearly all the cost, so that many questions are asked about each.
 """
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration
+from transformers import LlavaNextForConditionalGeneration
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
-from studio.training.emoji_tower import EmojiTower
+from studio.training.emoji_tower import EmojiTower, load_aligned
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.reader import build_model, build_processor
 from studio.training.recipe import Defaults, Recipe
 
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
-QUESTIONS = 32
-TOWER_SHARE = 0.24
+QUESTIONS = 16
+TOWER_SHARE = 0.75
 """Steps of `emoji-tower` before, over those of a whole training."""
 
 
@@ -49,7 +49,7 @@ class EmojiVLM(Recipe):
 
     name = "emoji-vlm"
     data = "scenes of Fluent Emoji and words with questions, drawn without end (`studio.data.scenes`)"
-    defaults = Defaults(steps=2500, batch_size=4, learning_rate=4e-3)
+    defaults = Defaults(steps=4000, batch_size=4, learning_rate=4e-3)
 
     def first(self, steps):
         return EmojiTower(), max(1, int(steps * TOWER_SHARE))
@@ -77,13 +77,12 @@ class EmojiVLM(Recipe):
         }
 
     def load(self, module, folder):
-        """From an `emoji-vlm`, or only the vision tower from an `emoji-tower`."""
+        """From an `emoji-vlm`, or what an `emoji-tower` has learned."""
         if (folder / "processor_config.json").is_file():
             whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             module.model.load_state_dict(whole.state_dict())
         else:
-            tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
-            module.model.model.vision_tower.load_state_dict(tower.state_dict())
+            load_aligned(module.model, folder)
 
     def export(self, module, folder):
         save_bf16(module.model, folder)
