@@ -39,12 +39,16 @@ class Sketch:
 
 
 def partial_pictures(pipe, sketch):
-    """Decode pictures under way with a loaded pipeline; what is not drawn yet stays transparent.
+    """Decode pictures under way with a loaded pipeline; cells that are not drawn yet stay transparent.
+
+    The first tokens of a row, such as those of a `OneDPieceTokenizer`, are a whole picture.
 
     Returns:
         A list of PIL images, RGBA.
     """
     tokens, known, total = sketch.tokens, sketch.known, pipe.transformer.num_tokens
+    if pipe.transformer.config.get("row_length"):
+        return [picture.convert("RGBA") for picture in pipe.decode_tokens(tokens)]
     grid = math.isqrt(total)
     if known is None:
         tokens = tokens[:, _continue_columns(sketch.drawn, total, grid)]

@@ -14,7 +14,7 @@ def token_grid(fates, title):
         fates: `TokenFates`.
         title: what the grid shows; read aloud together with the numbers.
     """
-    side = math.isqrt(fates.total)
+    side = math.ceil(math.sqrt(fates.total))
     there = frozenset(range(fates.drawn)) if fates.places is None else fates.places
     own = sorted(there - fates.accepted)
     rejected = sum(fates.rejected.values())

@@ -43,9 +43,11 @@ class DrafterDrafts:
 
     def begin(self, setting: Setting) -> "DrafterDrafting":
         target, ours = setting.model, self.drafter.config
-        for name in ("vocab_size", "dim", "grid_size"):
-            if ours[name] != target.config[name]:
-                raise StudioError(f"The drafter has {name} {ours[name]}, the model {target.config[name]}: use its own.")
+        for name in ("vocab_size", "dim", "grid_size", "row_length"):
+            if ours.get(name) != target.config.get(name):
+                raise StudioError(
+                    f"The drafter has {name} {ours.get(name)}, the model {target.config.get(name)}: use its own."
+                )
         if ours.prefix_length != target.prefix_length:
             raise StudioError(
                 f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.llamagen import Block, LlamaGen, default_ffn_dim, rope_table
+from studio.models.llamagen import Block, LlamaGen, check_layout, default_ffn_dim, rope_table
 from studio.models.tree_cache import TreeCache
 
 
@@ -26,7 +26,8 @@ class Drafter(ModelMixin, ConfigMixin):
     """Guesses states of a `LlamaGen`.
 
     Args:
-        vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, rope_base, prefix_rope: as of the target.
+        vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, row_length, rope_base, prefix_rope: as of the
+            target.
         prefix_length: the target's number of prefix positions.
         num_layers: blocks; published drafters have one.
         reads_plan: whether the target's inputs hold a plan (`LlamaGen.plan`), which the drafter reads too.
@@ -44,14 +45,16 @@ class Drafter(ModelMixin, ConfigMixin):
         num_heads: int = 20,
         num_kv_heads: int | None = None,
         ffn_dim: int | None = None,
-        grid_size: int = 16,
+        grid_size: int | None = 16,
         prefix_length: int = 120,
         norm_eps: float = 1e-6,
         rope_base: float = 10000.0,
         prefix_rope: str = "zero",
         reads_plan: bool = False,
+        row_length: int | None = None,
     ):
         super().__init__()
+        check_layout(grid_size, row_length)
         num_kv_heads = num_kv_heads or num_heads
         if dim % num_heads or (dim // num_heads) % 4 or num_heads % num_kv_heads:
             raise StudioError(
@@ -72,7 +75,8 @@ class Drafter(ModelMixin, ConfigMixin):
     @classmethod
     def for_target(cls, target: LlamaGen, **config) -> "Drafter":
         """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""
-        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size", "rope_base", "prefix_rope")
+        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size", "row_length", "rope_base")
+        names += ("prefix_rope",)
         sizes = {name: target.config[name] for name in names}
         sizes |= {"prefix_length": target.prefix_length, "reads_plan": bool(target.config.plan_size)}
         drafter = cls(**{**sizes, **config})
@@ -80,11 +84,13 @@ class Drafter(ModelMixin, ConfigMixin):
         return drafter.to(target.device, target.dtype)
 
     def rope(self) -> torch.Tensor:
-        """The rotation table (prefix - 1 + grid**2, head_dim // 2, 2), float32, built once per device."""
+        """The rotation table (prefix - 1 + image tokens, head_dim // 2, 2), float32, built once per device."""
         if self._rope is None or self._rope.device != self.device:
             sizes = self.config
             head_dim = sizes.dim // sizes.num_heads
-            table = rope_table(sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope)
+            table = rope_table(
+                sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope, sizes.row_length
+            )
             self._rope = table.to(self.device)
         return self._rope
 

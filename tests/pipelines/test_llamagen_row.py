@@ -18,6 +18,9 @@ from studio import (
 from studio.decoding.ngram import NGram
 from studio.decoding.textbook import textbook
 from studio.models.drafter import Drafter
+from studio.ui.preview import Sketch, partial_pictures
+from studio.ui.token_grid import token_grid
+from studio.ui.watching import TokenFates
 
 PROMPTS = ["a red apple", "blue sky"]
 DRAFTED = [Speculative(), Speculative(drafts=NGram()), Lantern(20, 0.2), LanternPlusPlus(k=20)]
@@ -93,6 +96,22 @@ def test_codes_of_a_row_stand_in_for_those_that_look_like_them(pipe):
     assert calls[0] < calls[1]
     with pytest.raises(StudioError, match="32 codes"):
         pipe(PROMPTS, decoding=Lantern(1000, 0.1))
+
+
+def test_a_drafter_of_the_row_drafts(pipe):
+    torch.manual_seed(2)
+    pipe.register_modules(drafter=Drafter.for_target(pipe.transformer).eval())
+    call = {"temperature": 0.0, "output_type": "tokens"}
+    plain, drawn = pipe(PROMPTS, **call), pipe(PROMPTS, decoding=Speculative(), **call)
+    assert torch.equal(drawn.tokens, plain.tokens) and pipe.drafter.config.row_length == 6
+
+
+def test_the_first_tokens_are_shown_as_a_whole_picture(pipe):
+    drawn = pipe(PROMPTS, generator=streams(0, 1), num_tokens=3)
+    shown = partial_pictures(pipe, Sketch(drawn.tokens))
+    assert [picture.convert("RGB").tobytes() for picture in shown] == [image.tobytes() for image in drawn.images]
+    assert all(picture.getchannel("A").getextrema() == (255, 255) for picture in shown)
+    assert 'viewBox="0 0 3 3"' in token_grid(TokenFates(total=6, drawn=3, accepted=frozenset(), rejected={}), "Row")
 
 
 @pytest.mark.parametrize("decoding", STUDENT[:3], ids=str)
