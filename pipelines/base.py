@@ -96,18 +96,18 @@ class ConditionalPipeline(DiffusionPipeline):
             return_tensors="pt",
             return_attention_mask=True,
         )
-        mask = ids["attention_mask"].to(self._execution_device)
-        states = self.text_encoder(input_ids=ids["input_ids"].to(self._execution_device), attention_mask=mask)
-        return states.last_hidden_state.to(self.transformer.dtype), mask.bool()
+        ids = ids.to(self._execution_device)
+        states = self.text_encoder(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
+        return states.last_hidden_state.to(self.transformer.dtype), ids["attention_mask"].bool()
 
     def condition(self, prompt=None, class_labels=None, num_images_per_prompt: int = 1) -> dict[str, torch.Tensor]:
         """The condition of every picture; pictures of one prompt stand together."""
         if self.takes_text:
             texts = prompt if isinstance(prompt, list) else [prompt]
             different = list(dict.fromkeys(texts))
-            places = torch.tensor([different.index(text) for text in texts], device=self._execution_device)
-            captions, mask = (part[places] for part in self.encode_prompt(different))
-            condition = {"captions": captions, "caption_mask": mask}
+            captions, mask = self.encode_prompt(different)
+            places = torch.tensor([different.index(text) for text in texts], device=captions.device)
+            condition = {"captions": captions[places], "caption_mask": mask[places]}
         else:
             labels = class_labels if isinstance(class_labels, list) else [class_labels]
             condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}

@@ -85,13 +85,13 @@ class Drafter(ModelMixin, ConfigMixin):
 
     def rope(self) -> torch.Tensor:
         """The rotation table (prefix - 1 + image tokens, head_dim // 2, 2), float32, built once per device."""
-        if self._rope is None or self._rope.device != self.device:
+        if self._rope is None or self._rope.device != self.fc.weight.device:
             sizes = self.config
             head_dim = sizes.dim // sizes.num_heads
             table = rope_table(
                 sizes.grid_size, head_dim, sizes.prefix_length - 1, sizes.rope_base, sizes.prefix_rope, sizes.row_length
             )
-            self._rope = table.to(self.device)
+            self._rope = table.to(self.fc.weight.device)
         return self._rope
 
     def plan(self, plan: torch.Tensor | None) -> torch.Tensor | None:

@@ -322,7 +322,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     def rope(self) -> torch.Tensor:
         """The rotation table (prefix + image tokens, head_dim // 2, 2), float32, built once per device."""
-        if self._rope is None or self._rope.device != self.device:
+        device = next(self.parameters()).device
+        if self._rope is None or self._rope.device != device:
             table = rope_table(
                 self.config.grid_size,
                 self.head_dim,
@@ -331,7 +332,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
                 self.config.prefix_rope,
                 self.config.row_length,
             )
-            self._rope = table.to(self.device)
+            self._rope = table.to(device)
         return self._rope
 
     def embed_condition(

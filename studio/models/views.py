@@ -15,6 +15,7 @@ from studio.models.native_drafter import NativeDrafter
 from studio.models.packed import PackedLlamaGen, can_pack
 
 _LARGEST_COPY_BYTES = 4 * 2**30
+_SUMMED_STEP = 61
 _views: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple]]" = weakref.WeakKeyDictionary()
 
 
@@ -62,8 +63,12 @@ def _is_large(model) -> bool:
 
 
 def _signature(model) -> tuple:
-    """Identity and content of all weights: storage address plus sum (writes through `.data` leave no other trace)."""
+    """Identity and content of all weights: storage address, number of writes, and the sum of some numbers.
+
+    The sum is for writes through `.data`, such as a moving average's, which are not counted.
+    """
     with torch.no_grad():
         weights = list(model.parameters())
-        sums = torch.stack([weight.sum(dtype=torch.float64) for weight in weights]).tolist()
-    return tuple((weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))
+        some = [weight.view(-1)[::_SUMMED_STEP] if weight.is_contiguous() else weight for weight in weights]
+        sums = torch.stack([part.sum(dtype=torch.float64) for part in some]).tolist()
+    return tuple((weight.data_ptr(), weight._version, total) for weight, total in zip(weights, sums, strict=True))
