@@ -26,16 +26,19 @@ class Series:
     joined: bool = True
 
 
-def chart(title: str, x_name: str, y_name: str, series: list[Series], *, log_x: bool = False) -> str:
+def chart(
+    title: str, x_name: str, y_name: str, series: list[Series], *, log_x: bool = False, least_height: float = 0.0
+) -> str:
     """The chart as an SVG document.
 
     Args:
         x_name, y_name: what the axes say.
         log_x: whether the horizontal axis is logarithmic; all x are then above 0.
+        least_height: what the vertical axis spans at least, so that differences that mean nothing look it.
     """
     points = [point for each in series for point in each.points]
     across = _Axis([x for x, _ in points], LEFT, WIDTH - RIGHT, log_x)
-    up = _Axis([y for _, y in points], HEIGHT - BOTTOM, TOP, False)
+    up = _Axis([y for _, y in points], HEIGHT - BOTTOM, TOP, False, least_height)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="13" fill="#222">',
@@ -67,9 +70,11 @@ def chart(title: str, x_name: str, y_name: str, series: list[Series], *, log_x: 
 class _Axis:
     """From values to places in the picture, with room at both ends."""
 
-    def __init__(self, values, start, end, logarithmic):
+    def __init__(self, values, start, end, logarithmic, least=0.0):
         self.scale = log10 if logarithmic else float
         low, high = self.scale(min(values)), self.scale(max(values))
+        missing = max(0.0, least - (high - low)) / 2
+        low, high = low - missing, high + missing
         room = 0.08 * (high - low) or 0.5
         self.low, self.high, self.start, self.end = low - room, high + room, start, end
         self.ticks = self._powers() if logarithmic else self._steps()
@@ -86,8 +91,11 @@ class _Axis:
 
     def _powers(self):
         exponents = range(floor(self.low), floor(self.high) + 1)
-        values = [factor * 10.0**exponent for exponent in exponents for factor in (1, 2, 5)]
-        return [value for value in values if self.low <= log10(value) <= self.high]
+        for factors in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [part / 10 for part in range(10, 100)]):
+            values = [round(factor * 10.0**exponent, 12) for exponent in exponents for factor in factors]
+            if len(ticks := [value for value in values if self.low <= log10(value) <= self.high]) > 2:
+                break
+        return ticks
 
 
 def _text(x, y, words, anchor="start", size=13):

@@ -14,7 +14,7 @@ def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
         points = tuple((1 / row["seconds_per_image"], 100 * row["judge_top1"]) for row in own)
         series.append(Series(name, points, tuple(_setting(row) for row in own)))
     title = f"Quality over speed, {batch} at a time"
-    return chart(title, "pictures a second", "judge top-1 (%)", series, log_x=True)
+    return chart(title, "pictures a second", "judge top-1 (%)", series, log_x=True, least_height=10)
 
 
 def tradeoff_table(rows: list[dict]) -> str:

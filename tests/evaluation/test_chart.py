@@ -37,3 +37,24 @@ def test_one_point_has_room():
     root = tree.fromstring(chart("t", "x", "y", [Series("s", ((2.0, 3.0),))]))
     (x, y), _ = places(root)
     assert 70 < x < 570 and 44 < y < 386
+
+
+def ticks(points, **settings):
+    root = tree.fromstring(chart("t", "x", "y", [Series("s", points)], **settings))
+    words = [text for text in root.iter(f"{SVG}text") if text.text.replace(".", "").isdigit()]
+    across = [float(text.text) for text in words if text.get("text-anchor") == "middle"]
+    return across, [float(text.text) for text in words if text.get("text-anchor") == "end"]
+
+
+def test_a_short_logarithmic_axis_has_ticks_too():
+    assert ticks(((2.2, 1), (4.8, 2)), log_x=True)[0] == [3, 4, 5]
+    assert ticks(((2.2, 1), (2.6, 2)), log_x=True)[0] == [2.2, 2.3, 2.4, 2.5, 2.6]
+
+
+def test_small_differences_look_small():
+    heights = []
+    for least in (0, 10):
+        root = tree.fromstring(chart("t", "x", "y", [Series("s", ((1, 93.0), (2, 93.5)))], least_height=least))
+        first, second, _ = places(root)
+        heights.append(first[1] - second[1])
+    assert heights[0] > 250 and 0 < heights[1] < 20
