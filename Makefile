@@ -32,7 +32,8 @@ demo: $(STAMP)
 	$(STUDIO) generate "a red apple" --num-images 4 --sheet --out out/
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not browser and not alone"
+	$(PYTEST) -m alone
 
 test-browser: $(STAMP)
 	$(PYTEST) -m browser

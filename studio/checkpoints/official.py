@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from studio.errors import StudioError
-from studio.models.llamagen import PRESETS, default_ffn_dim
+from studio.models.llama_blocks import default_ffn_dim
+from studio.models.llamagen import PRESETS
 
 State = dict[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ from studio.pruning import textbook
 from studio.pruning.attention import Attention
 from studio.pruning.divprune import order_from_similarities, similarities
 from studio.pruning.layout import Layout
-from studio.pruning.methods import METHODS
+from studio.pruning.methods import METHODS, method_named
 
 SIZES = ((576, 58), (2880, 288))
 _SIDE = 24
@@ -43,9 +43,8 @@ def bench_pruning(
 
     Errors: `StudioError` for an unknown method and for sizes that do not fit.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise StudioError(f"The pruning methods are {', '.join(METHODS)}, not {unknown[0]!r}.")
+    for name in methods:
+        method_named(name)
     rows = []
     for tokens, kept in sizes:
         layout = _layout(tokens, kept)

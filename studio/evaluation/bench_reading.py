@@ -11,7 +11,7 @@ from studio.data.scenes import draw_scene
 from studio.errors import StudioError
 from studio.evaluation.scenes import KEEPS, evaluate_reader
 from studio.pipelines.visual_question import VisualQuestionPipeline
-from studio.pruning.methods import METHODS
+from studio.pruning.methods import METHODS, method_named
 
 PHASES = ("encode", "select", "prefill", "decode")
 _STREAM = 1_000_000_009
@@ -48,9 +48,8 @@ def bench_reading(
 
     Errors: `StudioError` for a model that reads no scenes.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise StudioError(f"The pruning methods are {', '.join(METHODS)}, not {unknown[0]!r}.")
+    for name in methods:
+        method_named(name)
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")

@@ -22,15 +22,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.llamagen import (
-    Block,
-    CaptionEmbedder,
-    ClassEmbedder,
-    LlamaGen,
-    RMSNorm,
-    check_layout,
-    default_ffn_dim,
-)
+from studio.models.conditions import CaptionEmbedder, ClassEmbedder
+from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
+from studio.models.llamagen import LlamaGen
+from studio.models.positions import check_layout
 
 
 class RegressionHead(nn.Module):

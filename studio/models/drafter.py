@@ -18,7 +18,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.llamagen import Block, LlamaGen, check_layout, default_ffn_dim, rope_table
+from studio.models.llama_blocks import Block, default_ffn_dim
+from studio.models.llamagen import LlamaGen
+from studio.models.positions import check_layout, rope_table
 from studio.models.tree_cache import TreeCache
 
 
@@ -75,9 +77,8 @@ class Drafter(ModelMixin, ConfigMixin):
     @classmethod
     def for_target(cls, target: LlamaGen, **config) -> "Drafter":
         """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""
-        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "grid_size", "row_length", "rope_base")
-        names += ("prefix_rope",)
-        sizes = {name: target.config[name] for name in names}
+        same = "vocab_size dim num_heads num_kv_heads ffn_dim grid_size row_length rope_base prefix_rope"
+        sizes = {name: target.config[name] for name in same.split()}
         sizes |= {"prefix_length": target.prefix_length, "reads_plan": bool(target.config.plan_size)}
         drafter = cls(**{**sizes, **config})
         drafter.embed_tokens.load_state_dict(target.tok_embeddings.state_dict())

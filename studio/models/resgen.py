@@ -22,8 +22,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
+from studio.models.conditions import CaptionEmbedder, ClassEmbedder
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
-from studio.models.llamagen import CaptionEmbedder, ClassEmbedder
 
 PREDICTIONS = ("mixture", "levels")
 LOSSES = ("variational", "exact")

@@ -28,7 +28,7 @@ class CaptionedTokens:
     def __init__(self, device):
         folder = bundled_folder("emoji-vq")
         self.image_tokenizer = VQTokenizer.from_pretrained(folder).to(device).eval()
-        self.drawn, self.tokens = training_tokens(self.image_tokenizer, folder / "diffusion_pytorch_model.safetensors")
+        self.drawn, self.tokens = training_tokens(self.image_tokenizer)
         self.tokenizer = train_caption_tokenizer(CAPTION_LENGTH, PLAN_SIZE**2)
 
     @property

@@ -9,8 +9,6 @@ Deviations from LANTERN's code: the first draft behind the prefix is learned too
 no file of states is kept, the target computes them as they are needed.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -85,9 +83,7 @@ class EmojiDrafter(Recipe):
 
     def build(self, device):
         self.pipe = load(TARGET, device=device, dtype=torch.float32)
-        tokenizer = self.pipe.image_tokenizer
-        weights = Path(tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
-        self.drawn, self.tokens = training_tokens(tokenizer, weights)
+        self.drawn, self.tokens = training_tokens(self.pipe.image_tokenizer)
         target = self.pipe.transformer
         return TrainableDrafter(Drafter.for_target(target), target)
 

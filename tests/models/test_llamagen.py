@@ -5,7 +5,7 @@ import torch
 
 from studio import LlamaGen, StudioError
 from studio.models.kv_cache import KVCache
-from studio.models.llamagen import rotate
+from studio.models.positions import rotate
 
 SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4}
 

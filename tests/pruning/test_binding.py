@@ -1,7 +1,5 @@
 """Pruning on real transformers classes at tiny size, every family."""
 
-import functools
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,40 +9,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models  # noqa: E402
+from tiny_models import ROWS, answer, every_family, reads_attention, tiny  # noqa: E402
 
 from studio.pruning.binding import prune, prune_inputs  # noqa: E402
 from studio.pruning.methods import METHODS  # noqa: E402
 
-ROWS = ((0,), (1, 2))
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
-every_family = pytest.mark.parametrize("family", tiny_models.FAMILIES)
 one_axis = pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if not f.startswith("qwen")])
 with_attention = pytest.mark.parametrize("method", ["hired", "globalcom2"])
-reads_attention = pytest.mark.parametrize(
-    "family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
-)
-
-
-@functools.cache
-def tiny(family, attention="sdpa"):
-    return tiny_models.FAMILIES[family](attention)
 
 
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def answer(model, inputs, tokens=4, **options):
-    return model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
 
 
 def new_tokens(out, inputs):
@@ -57,10 +35,6 @@ def dropped_mask(model, inputs, info):
     stays = [torch.isin(torch.arange(before), kept).long() for before, kept in zip(info.tokens_before, info.kept)]
     mask[image] = torch.cat(stays)
     return mask
-
-
-def hooks_of(model):
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def whole_positions(model, inputs):
@@ -245,74 +219,6 @@ def test_text_alone_passes_through(family):
     assert record.info is None
     same, info = prune_inputs(model, inputs, "divprune")
     assert same == inputs and info.tokens_before == []
-
-
-@every_family
-def test_nothing_is_left_behind(family):
-    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
-    plain, before = answer(model, inputs), set(model.__dict__)
-    hooks = hooks_of(model)
-    with pytest.raises(RuntimeError, match="mine"), prune(model, "divprune", keep=0.3):
-        answer(model, inputs)
-        raise RuntimeError("mine")
-    assert set(model.__dict__) == before
-    assert hooks_of(model) == hooks
-    again = answer(model, inputs)
-    assert torch.equal(plain.sequences, again.sequences) and all(map(torch.equal, plain.logits, again.logits))
-
-
-@reads_attention
-def test_hooks_go_when_the_tower_fails(family):
-    model, inputs = tiny(family).model, tiny(family).prompt()
-    model(**inputs)
-    before = hooks_of(model)
-    with pytest.raises((RuntimeError, ValueError)):
-        prune_inputs(model, {**inputs, "pixel_values": inputs["pixel_values"][..., :3]}, "hired")
-    assert hooks_of(model) == before
-
-
-def test_a_forward_on_the_instance_is_chained_and_restored():
-    model, inputs = tiny("llava").model, tiny("llava").prompt()
-    calls, original = [], model.forward
-
-    @functools.wraps(original)
-    def counted(*arguments, **keywords):
-        calls.append(keywords["input_ids"].shape[1])
-        return original(*arguments, **keywords)
-
-    model.forward = counted
-    try:
-        with prune(model, "divprune", keep=0.5):
-            assert "pixel_values" in inspect.signature(model.forward).parameters
-            answer(model, inputs, tokens=2)
-        assert model.forward is counted and calls[0] == inputs["input_ids"].shape[1] - 18
-    finally:
-        del model.forward
-
-
-def test_blocks_may_be_nested():
-    model, inputs = tiny("llava").model, tiny("llava").prompt()
-    with prune(model, "divprune", keep=0.5) as outer:
-        with prune(model, "divprune", keep=0.25) as inner:
-            model.generate(**inputs, max_new_tokens=1)
-        assert outer.info is None and inner.info.tokens_after == [9]
-        model(**inputs)
-        assert outer.info.tokens_after == [18]
-    assert "forward" not in model.__dict__
-
-
-def test_positional_arguments():
-    model, inputs = tiny("llava").model, tiny("llava").prompt()
-    ids, rest = inputs["input_ids"], {name: value for name, value in inputs.items() if name != "input_ids"}
-    with prune(model, "divprune", keep=0.5):
-        assert torch.equal(model(ids, **rest).logits, model(**inputs).logits)
-        assert torch.equal(model.generate(ids, **rest, max_new_tokens=3), model.generate(**inputs, max_new_tokens=3))
-
-
-def test_the_base_model_alone():
-    model, inputs = tiny("llava_next").model.model, tiny("llava_next").prompt()
-    with prune(model, "divprune", keep=0.5) as record:
-        assert model(**inputs).last_hidden_state.shape[1] == inputs["input_ids"].shape[1] - record.info.removed
 
 
 @one_axis

@@ -1,6 +1,5 @@
 """What families know: layouts, scores as the tower's own attention has them, and pairs that are refused."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models  # noqa: E402
+from tiny_models import tiny  # noqa: E402
 
 from studio.errors import StudioError  # noqa: E402
 from studio.pruning.binding import prune, prune_inputs  # noqa: E402
@@ -18,11 +18,6 @@ from studio.pruning.families import FAMILIES, family_of  # noqa: E402
 from studio.pruning.layout import Layout  # noqa: E402
 
 TOLERANCE = dict(atol=1e-6, rtol=1e-5)
-
-
-@functools.cache
-def tiny(family, attention="sdpa"):
-    return tiny_models.FAMILIES[family](attention)
 
 
 @pytest.fixture(autouse=True)

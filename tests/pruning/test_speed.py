@@ -7,6 +7,8 @@ from studio.errors import StudioError
 from studio.evaluation.bench_pruning import bench_pruning
 from studio.pruning.methods import METHODS
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def one_thread():

@@ -1,5 +1,8 @@
 """A tiny random model of each family, with prompts as its processor makes them."""
 
+import functools
+
+import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -288,3 +291,25 @@ FAMILIES = {
     "internvl": InternVL,
     "smolvlm": SmolVLM,
 }
+
+ROWS = ((0,), (1, 2))
+every_family = pytest.mark.parametrize("family", FAMILIES)
+reads_attention = pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+)
+
+
+@functools.cache
+def tiny(family, attention="sdpa"):
+    return FAMILIES[family](attention)
+
+
+def answer(model, inputs, tokens=4, **options):
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
