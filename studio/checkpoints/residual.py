@@ -113,6 +113,9 @@ def _transformer_config(state: State) -> dict:
     classifier = shape_of(state, "classifier.linear.weight", what)
     embedding = state.get("tok_emb.weight")
     vocab = classifier[-1] if len(classifier) == 3 else classifier[0]
+    of_condition, length = shape_of(state, "cond_emb.weight", what)[0], shape_of(state, "pos_emb_cond", what)[1]
+    reads_text = {"caption_words": of_condition, "caption_length": length}
+    condition = reads_text if length > 1 else {"num_classes": of_condition}
     return {
         "grid": (side, cells // side),
         "depth": depth,
@@ -123,8 +126,7 @@ def _transformer_config(state: State) -> dict:
         "depth_layers": count_of(state, r"head_transformer\.blocks\.(\d+)\."),
         "spatial_heads": max(1, dim // 64),
         "depth_heads": max(1, dim // 64),
-        "condition_size": shape_of(state, "cond_emb.weight", what)[0],
-        "condition_length": shape_of(state, "pos_emb_cond", what)[1],
+        **condition,
         "spatial_reads_codes": "input_mlp.weight" in state,
         "depth_reads_codes": "head_mlp.weight" in state,
         "shared_embedding": embedding is None or len(embedding) == vocab,

@@ -1,15 +1,36 @@
 """Drawing stacks of residual codes: cell by cell in raster order, and in each cell level by level, coarse to fine.
 
 The order of RQ-Transformer (arXiv:2203.01941, section 3.2). There is one call of the spatial transformer per cell and
-one of the depth transformer per code.
+one of the depth transformer per code. Deviation from the authors' code, which has no guidance: with classifier-free
+guidance (arXiv:2207.12598) the rows of captions and their null twins run as one batch, and every code is drawn from
+`null + scale * (conditional - null)`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from studio.decoding.autoregressive import guided_logits, is_guided
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
+
+
+@dataclass(frozen=True)
+class CellByCell:
+    """Settings of the loop.
+
+    Args:
+        levels: temperature and filters of each level, coarse to fine, in place of those of the call.
+
+    Errors: `StudioError` for what is not a `Sampling` for each level.
+    """
+
+    levels: tuple[Sampling, ...] | None = None
+
+    def __post_init__(self):
+        if self.levels is not None and not all(isinstance(level, Sampling) for level in self.levels):
+            raise StudioError(f"levels is one Sampling for each level, not {self.levels!r}.")
 
 
 @torch.no_grad()
@@ -19,33 +40,48 @@ def cell_by_cell(
     codebooks: list[torch.Tensor] | None = None,
     *,
     generators: list[torch.Generator],
+    valid: torch.Tensor | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
+    guidance_scale: float = 1.0,
     on_cell: Callable[[int, torch.Tensor], bool | None] | None = None,
 ) -> torch.Tensor:
     """Draws B pictures: codes (B, h, w, D), int64; those of cells that were not reached are -1.
 
     Args:
         model: an `RQTransformer` in evaluation mode.
-        condition: classes or words (B, T).
+        condition: classes or words (B, T), or captions (B, T, C).
         codebooks: the tokenizer's code vectors (K_d, C) of each level, where the model reads them.
         generators: one per picture.
+        valid: which states of captions (B, T) are of words; all when None.
         sampling: one for all levels, or one of each.
+        guidance_scale: of captions; 1 (or 0) is no guidance.
         on_cell: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
 
-    Errors: `StudioError` for a number of samplings that is not the number of levels.
+    Errors: `StudioError` for a number of samplings that is not the number of levels, and for guidance of a model that
+    has no null condition.
     """
     (height, width), depth = model.config.grid, model.config.depth
     by_level = [sampling or Sampling()] * depth if not isinstance(sampling, Sequence) else sampling
     if len(by_level) != depth:
         raise StudioError(f"{depth} levels need one sampling or {depth} of them; got {len(by_level)}.")
-    cells = torch.full((len(condition), height * width, depth), -1, device=condition.device)
-    spatial, deep = model.new_caches(len(condition))
-    context = model.first_context(condition, spatial)
+    batch, streams = len(condition), 2 if is_guided(0, guidance_scale, -1) else 1
+    null = None if streams == 1 else torch.arange(2 * batch, device=condition.device) >= batch
+
+    def rows(of_pictures):
+        return of_pictures if streams == 1 else torch.cat((of_pictures, of_pictures))
+
+    cells = torch.full((batch, height * width, depth), -1, device=condition.device)
+    spatial, deep = model.new_caches(streams * batch)
+    valid = None if valid is None else rows(valid)
+    context = model.first_context(rows(condition), spatial, valid=valid, drop=null)
     for index in range(height * width):
         if index > 0:
-            context = model.next_context(cells[:, index - 1], index - 1, spatial, codebooks)
+            context = model.next_context(rows(cells[:, index - 1]), index - 1, spatial, codebooks)
         for level in range(depth):
-            logits = model.level_logits(context, cells[:, index, :level], deep, codebooks)
+            logits = model.level_logits(context, rows(cells[:, index, :level]), deep, codebooks)
+            logits = logits[:, : model.vocab_sizes[level]]
+            if streams == 2:
+                logits = guided_logits(logits, guidance_scale)
             cells[:, index, level] = by_level[level].draw(logits, generators)
         if on_cell is not None and on_cell(index, cells):
             break

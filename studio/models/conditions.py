@@ -55,3 +55,16 @@ def left_pad(captions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
     mask = mask.gather(1, order)
     captions = captions.gather(1, order[:, :, None].expand_as(captions))
     return captions * mask[:, :, None].to(captions.dtype), mask
+
+
+def prefix_mask(valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Attention mask (B, 1, length, length), true where a query sees a key: causal and not padding, or itself.
+
+    `valid` (B, T) is true at the first T positions that are no padding; without it there is no mask to make.
+    """
+    if valid is None:
+        return None
+    mask = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril().repeat(len(valid), 1, 1)
+    mask[:, :, : valid.shape[1]] &= valid[:, None, :length]
+    mask.diagonal(dim1=1, dim2=2).fill_(True)
+    return mask[:, None]

@@ -140,7 +140,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
 
     embed_condition = LlamaGen.embed_condition
     plan = LlamaGen.plan
-    prefix_mask = LlamaGen.prefix_mask
+    prefix_mask = staticmethod(LlamaGen.prefix_mask)
     prefix_length = LlamaGen.prefix_length
     num_tokens = LlamaGen.num_tokens
     head_dim = LlamaGen.head_dim

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad
+from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad, prefix_mask
 from studio.models.kv_cache import KVCache
 from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
 from studio.models.positions import check_layout, rope_table
@@ -143,6 +143,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         return self.config.dim // self.config.num_heads
 
     left_pad = staticmethod(left_pad)
+    prefix_mask = staticmethod(prefix_mask)
 
     def rope(self) -> torch.Tensor:
         """The rotation table (prefix + image tokens, head_dim // 2, 2), float32, built once per device."""
@@ -204,15 +205,6 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """What the layers read, (rows, T + n, dim): the prefix and embedded tokens (rows, n, dim), with their plan."""
         x, plan = torch.cat((prefix, embedded.to(prefix.dtype)), dim=1), self.plan(prefix)
         return x if plan is None else x + plan[:, : x.shape[1]]
-
-    def prefix_mask(self, valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
-        """Attention mask (B, 1, length, length), true where a query sees a key: causal and not padding, or itself."""
-        if valid is None:
-            return None
-        mask = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril().repeat(len(valid), 1, 1)
-        mask[:, :, : valid.shape[1]] &= valid[:, None, :length]
-        mask.diagonal(dim1=1, dim2=2).fill_(True)
-        return mask[:, None]
 
     def run_layers(self, x, rope, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """All blocks and the final norm over x (rows, n, dim); with a cache, x continues what it holds."""

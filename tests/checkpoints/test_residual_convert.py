@@ -40,7 +40,7 @@ def test_rq_vae(tokenizer, place, tmp_path):
 
 def test_rq_transformer(tmp_path):
     model = RQTransformer(dim=64, spatial_layers=1, depth_layers=1, spatial_heads=1, depth_heads=1, vocab_size=9,
-                          code_dim=4, condition_size=5)  # fmt: skip
+                          code_dim=4, num_classes=5)  # fmt: skip
     torch.save({"state_dict": model.state_dict()}, tmp_path / "file.pt")
     loaded = RQTransformer.from_pretrained(convert_rq_transformer(tmp_path / "file.pt", tmp_path / "out"))
     assert loaded.vocab_sizes == (9,) * 4

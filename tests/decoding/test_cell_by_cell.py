@@ -22,7 +22,7 @@ def model():
         depth_layers=1,
         spatial_heads=2,
         depth_heads=2,
-        condition_size=3,
+        num_classes=3,
     )
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)

@@ -16,7 +16,7 @@ SIZES = {
     "depth_layers": 2,
     "spatial_heads": 2,
     "depth_heads": 4,
-    "condition_size": 5,
+    "num_classes": 5,
 }
 FORMS = {
     "codes": {},
@@ -29,7 +29,8 @@ FORMS = {
         "shared_classifier": False,
     },
     "one-table": {"spatial_reads_codes": False, "depth_reads_codes": False, "activation": "quick_gelu"},
-    "text": {"condition_length": 4},
+    "text": {"num_classes": None, "caption_words": 5, "caption_length": 4},
+    "captions": {"num_classes": None, "caption_dim": 6, "caption_length": 4, "dropout": 0.0},
     "one-level": {"depth": 1},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -44,12 +45,16 @@ class Case:
         for weight in self.model.parameters():
             torch.nn.init.normal_(weight, std=0.3)
         self.codebooks = [torch.randn(size, 4) for size in self.model.vocab_sizes]
-        self.condition = torch.randint(5, (2, self.model.config.condition_length))
+        length, self.valid = self.model.prefix_length, None
+        self.condition = torch.randint(5, (2, length))
+        if form == "captions":
+            self.condition, self.valid = torch.randn(2, length, 6), torch.arange(length) < torch.tensor([[4], [2]])
         self.tokens = torch.stack([torch.randint(size, (2, 2, 3)) for size in self.model.vocab_sizes], dim=-1)
 
     @torch.no_grad()
     def logits(self, tokens=None):
-        return self.model(self.tokens if tokens is None else tokens, self.condition, self.codebooks)[0]
+        tokens = self.tokens if tokens is None else tokens
+        return self.model(tokens, self.condition, self.codebooks, valid=self.valid)[0]
 
 
 @every_form
@@ -71,7 +76,7 @@ def test_cached_steps_equal_the_whole(form):
     case = Case(form)
     model, cells = case.model, case.tokens.flatten(1, 2)
     spatial, deep = model.new_caches(2)
-    context, steps = model.first_context(case.condition, spatial), []
+    context, steps = model.first_context(case.condition, spatial, valid=case.valid), []
     for index in range(6):
         if index:
             context = model.next_context(cells[:, index - 1], index - 1, spatial, case.codebooks)
@@ -98,8 +103,34 @@ def test_words_are_predicted_behind_the_first():
     torch.testing.assert_close(shorter, words[:, :1])
 
 
-def test_save_and_load(tmp_path):
-    case = Case("own-tables")
+def test_padding_of_captions_is_not_seen():
+    case = Case("captions")
+    before, padded = case.logits(), ~case.valid[..., None]
+    case.condition = torch.where(padded, 9.0, case.condition)
+    torch.testing.assert_close(case.logits(), before)
+    case.condition, case.valid = (part.roll(2, dims=1) for part in (case.condition, case.valid))
+    torch.testing.assert_close(case.logits()[1], before[1])  # padded on the other side
+    case.valid = None
+    assert not torch.allclose(case.logits()[1], before[1])
+
+
+def test_a_dropped_caption_is_the_null_caption():
+    case = Case("captions")
+    drop = torch.tensor([True, False])
+    dropped = case.model(case.tokens, case.condition, case.codebooks, drop=drop)[0]
+    case.condition, case.valid = case.condition.clone(), None
+    case.condition[0] = case.model.cond_emb.uncond_embedding
+    torch.testing.assert_close(dropped, case.logits())
+    whole = case.logits()
+    case.model.train()
+    torch.manual_seed(0)
+    same = torch.stack([(case.logits() - whole).abs().amax(dim=(1, 2, 3, 4)) < 1e-4 for _ in range(40)]).double().mean()
+    assert 0.5 < same < 1  # a tenth is dropped
+
+
+@pytest.mark.parametrize("form", ["own-tables", "captions"])
+def test_save_and_load(form, tmp_path):
+    case = Case(form)
     case.model.save_pretrained(tmp_path)
     case.model, before = RQTransformer.from_pretrained(tmp_path), case.logits()
     torch.testing.assert_close(case.logits(), before)
@@ -113,7 +144,15 @@ def test_refuses_what_does_not_fit():
         case.model(case.tokens[:, :1], case.condition, case.codebooks)
     with pytest.raises(StudioError, match="condition"):
         case.model(case.tokens, case.condition[:, 0], case.codebooks)
-    for wrong in ({"vocab_size": (7, 7)}, {"depth_heads": 3}, {"activation": "relu"}):
+    with pytest.raises(StudioError, match="no null condition"):
+        case.model(case.tokens, case.condition, case.codebooks, drop=torch.ones(2, dtype=torch.bool))
+    other = Case("captions")
+    with pytest.raises(StudioError, match="Captions are"):
+        other.model(other.tokens, other.condition[:, 1:], other.codebooks)
+    for wrong in (
+        {"vocab_size": (7, 7)}, {"depth_heads": 3}, {"activation": "relu"}, {"num_classes": None}, {"caption_words": 4},
+        {"num_classes": None, "caption_dim": 4},
+    ):  # fmt: skip
         with pytest.raises(StudioError):
             RQTransformer(**{**SIZES, **wrong})
     with pytest.raises(StudioError, match="sizes are"):
