@@ -25,8 +25,11 @@ def comparison_note(found):
         counted = (
             "Token numbers alone are counted, packed, and of JPEG and WebP what is left without headers and tables."
         )
-    square = f"All were given the same {found.side} x {found.side} square; JPEG and WebP may shrink it further."
-    return _note(" ".join((counted, square, *(_least(rival, found) for rival in found.rivals))))
+    if found.tiles:
+        given = "All were given the whole picture; JPEG and WebP may shrink it."
+    else:
+        given = f"All were given the same {found.side} x {found.side} square; JPEG and WebP may shrink it further."
+    return _note(" ".join((counted, given, *(_least(rival, found) for rival in found.rivals))))
 
 
 def _least(rival, found):

@@ -40,13 +40,16 @@ def token_planes(tokenizer, tokens, how):
 
     Args:
         tokenizer: one that `studio.load` returns.
-        tokens: what it encoded, (1, ...).
+        tokens: what it encoded, (1, ...); rows of a `OneDPieceTokenizer` may be those of several tiles.
         how: keywords of its `decode`.
     """
-    tokens = tokens[0].cpu()
     if isinstance(tokenizer, OneDPieceTokenizer):
-        kept = [place < how["length"] for place in range(len(tokens))]
-        return [_codes("Tokens", tokens[None], tokenizer.codebook, min(_ROW, len(tokens)), kept)]
+        length = tokens.shape[1]
+        kept = [place < how["length"] for place in range(length)]
+        titles = ["Tokens"] if len(tokens) == 1 else [f"Tile {number}" for number in range(1, len(tokens) + 1)]
+        rows = tokens.cpu().split(1)
+        return [_codes(title, row, tokenizer.codebook, min(_ROW, length), kept) for title, row in zip(titles, rows)]
+    tokens = tokens[0].cpu()
     if isinstance(tokenizer, RVQTokenizer):
         levels = zip(tokens.unbind(-1), tokenizer.codebooks)
         planes = [_codes(f"Level {number}", *level) for number, level in enumerate(levels, 1)]

@@ -78,6 +78,13 @@ def build_tab():
                 elem_id="tokenizer",
             )
             count = gr.Slider(1, 2, step=1, elem_id="scale", buttons=[], **_scale_settings(tokenizer_scale(first)))
+            tile = gr.Checkbox(
+                False,
+                label="Tiles",
+                info="Cut the picture into squares of the tokenizer's size instead of shrinking it to one; each then "
+                "has this length. With One-D-Piece tokenizers only.",
+                elem_id="tile",
+            )
             with gr.Row(elem_classes="studio-files"):
                 download = gr.DownloadButton("Download .odp", visible=False, elem_id="download-odp", size="md")
                 upload = gr.UploadButton(
@@ -87,7 +94,7 @@ def build_tab():
     shown = [pair, opened, codecs, codes, count, download, status]
     connect_actions(
         [
-            ([start.click, count.release], show_restoring, [tokenizer, picture, count], shown),
+            ([start.click, count.release], show_restoring, [tokenizer, picture, count, tile], shown),
             ([upload.upload], show_opening, [tokenizer, upload], shown),
         ],
         status,
@@ -116,7 +123,7 @@ def _scale_settings(scale):
 def _endpoints(picture):
     """What programs call."""
 
-    async def answer_picture(picture, tokenizer, count=None):
+    async def answer_picture(picture, tokenizer, count=None, tile=False):
         """Turn a picture into tokens and back; streams the restored picture, then what JPEG and WebP make of it.
 
         Args:
@@ -124,12 +131,14 @@ def _endpoints(picture):
             tokenizer: a bundled tokenizer such as "emoji-vq", a folder of one or of a model that draws, or a Hugging
                 Face id.
             count: the length in tokens or the depth in levels to restore it from; all when empty.
+            tile: cut it into squares of the tokenizer's size, each of that length, instead of resizing it to one; only
+                where the tokenizer is a One-D-Piece.
 
         Returns:
             The restored picture as a PNG file of its own size; an .odp file where the tokenizer is a One-D-Piece, else
             nothing; and details: tokens, bits, bytes, PSNR and seconds, and those of JPEG and WebP in as many bytes.
         """
-        async for update in answer_restoring(picture, tokenizer, count):
+        async for update in answer_restoring(picture, tokenizer, count, tile):
             yield update
 
     async def answer_file(file, tokenizer=None):
@@ -146,15 +155,16 @@ def _endpoints(picture):
             yield update
 
     with gr.Group(visible=False):
-        name, count = gr.Textbox(label="Tokenizer"), gr.Number(label="Count")
+        name, count, tile = gr.Textbox(label="Tokenizer"), gr.Number(label="Count"), gr.Checkbox(False, label="Tile")
         restored, file = gr.Image(label="Restored", format="png"), gr.File(label="File")
         details = gr.JSON(label="Details")
         start, back = gr.Button("Tokenize"), gr.Button("Detokenize")
-    start.click(answer_picture, [picture, name, count], [restored, file, details], api_name="tokenize", **ON_THE_MODEL)
+    given, answered = [picture, name, count, tile], [restored, file, details]
+    start.click(answer_picture, given, answered, api_name="tokenize", **ON_THE_MODEL)
     back.click(answer_file, [file, name], [restored, details], api_name="detokenize", **ON_THE_MODEL)
 
 
-async def show_restoring(tokenizer, picture, count):
+async def show_restoring(tokenizer, picture, count, tile=False):
     """Restore for the page: yields updates of its outputs, in the order of `OUTPUTS`.
 
     A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
@@ -162,12 +172,12 @@ async def show_restoring(tokenizer, picture, count):
     shown = None
     try:
         path, scale = uploaded(picture), tokenizer_scale((tokenizer or "").strip())
-        async for found in restore(TokenWish(tokenizer, path, count if scale else None)):
-            if found.square is None:
+        async for found in restore(TokenWish(tokenizer, path, count if scale else None, tile)):
+            if found.decoded is None:
                 yield _updates(status=LOADING)
                 continue
-            fresh = {} if found.square is shown else _restored(found, path)
-            shown = found.square
+            fresh = {} if found.decoded is shown else _restored(found, path)
+            shown = found.decoded
             yield _updates(**fresh, codecs=_codecs(found, tokenizer), codes=_codes(found), status=_status(found))
     except StudioError as error:
         yield _refused(error)
@@ -196,13 +206,13 @@ async def show_opening(tokenizer, file):
         yield _refused(error)
 
 
-async def answer_restoring(picture, tokenizer, count):
+async def answer_restoring(picture, tokenizer, count, tile):
     """Restore for a program: yields (picture, file, details); a mistake is an error with the same sentence."""
     try:
         path = uploaded(picture)
-        async for found in restore(TokenWish(tokenizer, path, count)):
-            if found.square is not None:
-                yield resized(found.square, found.size), _odp(found, path), _details(found, tokenizer)
+        async for found in restore(TokenWish(tokenizer, path, count, tile)):
+            if found.decoded is not None:
+                yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
     except StudioError as error:
         raise gr.Error(str(error), print_exception=False) from error
 
@@ -262,8 +272,10 @@ def _codes(found):
 
 def _status(found):
     done = found.bytes is None or len(found.rivals) == len(CODECS)
-    of = f" of {found.scale.most}" if found.scale and found.scale.name == "length" else ""
-    text = f"Restored from {found.tokens}{of} tokens of a {found.side} x {found.side} square."
+    of = f" of {found.scale.most * (found.tiles or 1)}" if found.scale and found.scale.name == "length" else ""
+    size = f"{found.side} x {found.side}"
+    squares = f"{found.tiles} tiles of {size}" if found.tiles else f"a {size} square"
+    text = f"Restored from {found.tokens}{of} tokens of {squares}."
     if not done:
         trying = list(CODECS.values())[len(found.rivals)]
         share = (1 + len(found.rivals)) / (1 + len(CODECS))
@@ -280,7 +292,8 @@ def _details(found, tokenizer):
     kept = {"tokens": found.tokens, "bits": found.bits, "bytes": found.bytes, "counted": found.counted}
     scale = {found.scale.name: found.count} if found.scale else {}
     rivals = {rival.codec: _rival_details(rival, found) for rival in found.rivals}
-    return {"tokenizer": tokenizer, **scale, **kept, "psnr": found.psnr, "seconds": found.seconds, "beside": rivals}
+    told = {"tokenizer": tokenizer, "tiles": found.tiles, **scale, **kept, "psnr": found.psnr}
+    return {**told, "seconds": found.seconds, "beside": rivals}
 
 
 def _rival_details(rival, found):

@@ -11,6 +11,7 @@ from studio.ui.limits import limits
 from studio.ui.models import bundled_models, get_tokenizer, tokenizer_scale
 from studio.ui.scales import Scale
 from studio.ui.sizes import readable, resized
+from studio.ui.tiling import restored_tiles
 from studio.ui.worker import follow
 
 CODECS = {"webp": "WebP", "jpeg": "JPEG"}
@@ -25,14 +26,18 @@ class TokenWish:
         tokenizer: what `studio.load` takes.
         picture: path of the file.
         count: the length or the depth to restore it from; all there is where it is `None`.
+        tile: whether to cut it into the tokenizer's squares, each of that length, instead of resizing it to one.
     """
 
     tokenizer: str | None
     picture: str | None
     count: int | None = None
+    tile: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
+        if not isinstance(self.tile, bool):
+            raise StudioError(f"Tiles are cut or not, true or false: not {self.tile!r}.")
         if not self.tokenizer:
             raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
         if not self.picture:
@@ -71,21 +76,23 @@ class Restoration:
     Args:
         original: the picture, at a size to be looked at; `None` while it is read.
         size: its own width and height in pixels.
-        square: what was restored, a PIL image of the tokenizer's size.
-        side: that size.
+        decoded: what was restored, a PIL image of the tokenizer's size, or of its own where it was cut into tiles.
+        side: the tokenizer's size.
+        tiles: how many squares of that size it was cut into, or `None` where it was resized to one.
         planes: see `studio.ui.token_planes`.
         scale, count: what it was restored from, of how many; `None` where tokens are always all used.
         tokens, bits: of what it was restored from; no bits where tokens are continuous.
         file: the bytes of the `.odp` file, where there is that format.
-        psnr: in dB, over the square.
+        psnr: in dB, over what was restored.
         seconds: to encode and to decode.
         rivals: as far as they have been tried.
     """
 
     original: object = None
     size: tuple[int, int] | None = None
-    square: object = None
+    decoded: object = None
     side: int = 0
+    tiles: int | None = None
     planes: list = ()
     scale: Scale | None = None
     count: int | None = None
@@ -99,7 +106,7 @@ class Restoration:
     @property
     def restored(self):
         """What was restored, as large as `original`."""
-        return resized(self.square, self.original.size)
+        return resized(self.decoded, self.original.size)
 
     @property
     def payload(self):
@@ -134,7 +141,8 @@ def restore(wish):
     """Follow a `TokenWish`: an asynchronous iterator over `Restoration`, the last one with all rivals.
 
     Raises:
-        StudioError: the picture or the tokenizer cannot be read, or there is no such length or depth.
+        StudioError: the picture or the tokenizer cannot be read, there is no such length or depth, or no tiles can be
+            cut.
     """
     return follow(lambda job: _restore(wish, job))
 
@@ -156,14 +164,18 @@ def _restore(wish, job):
     found = Restoration(readable(picture), picture.size)
     job.report(found)
     tokenizer = get_tokenizer(wish.tokenizer, job.device)
-    square = _square(picture, tokenizer.config.sample_size)
-    found = _restored(found, wish, tokenizer, square)
-    if is_row(tokenizer):
-        found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
+    if wish.tile:
+        given = picture
+        found = _with_tiles(found, wish, tokenizer, picture)
+    else:
+        given = _square(picture, tokenizer.config.sample_size)
+        found = _restored(found, wish, tokenizer, given)
+        if is_row(tokenizer):
+            found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
     job.report(found)
     for codec in CODECS if found.bytes is not None else ():
         if not job.stopped:
-            found = dataclasses.replace(found, rivals=(*found.rivals, _rival(codec, square, found)))
+            found = dataclasses.replace(found, rivals=(*found.rivals, _rival(codec, given, found)))
             job.report(found)
     return found
 
@@ -188,7 +200,7 @@ def _restored(found, wish, tokenizer, square):
         decoded = time.perf_counter()
     return dataclasses.replace(
         found,
-        square=_image(restored[0]),
+        decoded=_image(restored[0]),
         side=square.width,
         planes=token_planes(tokenizer, tokens, how),
         scale=scale,
@@ -206,17 +218,32 @@ def is_row(tokenizer):
     return isinstance(tokenizer, OneDPieceTokenizer)
 
 
+def _with_tiles(found, wish, tokenizer, picture):
+    if not is_row(tokenizer):
+        raise StudioError(
+            f"{wish.tokenizer} cannot cut pictures into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
+        )
+    scale = tokenizer_scale(wish.tokenizer)
+    count = scale.settings(wish.count)[scale.name]
+    tiles = restored_tiles(picture, tokenizer, count, _name_in_files(wish.tokenizer))
+    return dataclasses.replace(found, side=tokenizer.config.sample_size, scale=scale, count=count, **tiles)
+
+
 def _odp_of(picture, tokenizer, length, name):
     from studio import encode_picture
 
-    bundled = name if name in bundled_models("tokenizer") else ""
-    return encode_picture(picture, tokenizer, length=length, name=bundled).data
+    return encode_picture(picture, tokenizer, length=length, name=_name_in_files(name)).data
 
 
-def _rival(codec, square, found):
+def _name_in_files(name):
+    """What an `.odp` file calls a tokenizer: by its name where it is bundled, else not at all."""
+    return name if name in bundled_models("tokenizer") else ""
+
+
+def _rival(codec, given, found):
     from studio.evaluation.bench_rate_distortion import best, ways
 
-    encoded = ways(square, codec)
+    encoded = ways(given, codec)
     return Rival(codec, best(encoded, found.bytes, found.counted), min(way.size for way in encoded))
 
 

@@ -14,9 +14,10 @@ from gradio_client import handle_file
 from PIL import Image
 
 from studio import OdpFile, TokenBridgeTokenizer, decode_picture, encode_picture
-from studio.ui import models, tokenize, tokenizing
+from studio.ui import models, tiling, tokenize, tokenizing
 from studio.ui.app import build_app
 from studio.ui.models import tokenizer_scale
+from studio.ui.sizes import resized
 from studio.ui.token_planes import code_colours
 
 spec = importlib.util.spec_from_file_location(
@@ -44,8 +45,8 @@ def photo(tmp_path_factory):
     return str(path)
 
 
-def updates(tokenizer, picture, count=1, show=tokenize.show_restoring):
-    values = (tokenizer, picture and {"path": str(picture)}, count)
+def updates(tokenizer, picture, count=1, tile=False, show=tokenize.show_restoring):
+    values = (tokenizer, picture and {"path": str(picture)}, count, tile)
 
     async def collect():
         return [dict(zip(tokenize.OUTPUTS, update, strict=True)) async for update in show(*values)]
@@ -54,7 +55,7 @@ def updates(tokenizer, picture, count=1, show=tokenize.show_restoring):
 
 
 def opened(tokenizer, file):
-    return updates(tokenizer, file, show=lambda name, path, _: tokenize.show_opening(name, path))
+    return updates(tokenizer, file, show=lambda name, path, *_: tokenize.show_opening(name, path))
 
 
 def test_original_and_restoration_are_of_one_size(loaded, tiny_vq, photo):
@@ -111,6 +112,39 @@ def test_a_row_is_cut_short_and_can_be_taken_home(loaded, tiny_one_d, photo):
     expected = encode_picture(Image.open(photo), tiny_one_d, length=4)
     assert Path(path).read_bytes() == expected.data
     assert f"<dd>{len(expected.data)}</dd>" in status
+
+
+def test_a_picture_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
+    """90 x 60 pixels are 24 tiles of 16 x 16; what is shown, counted and taken home is what the library makes of it."""
+    found = updates(loaded(tiny_one_d), photo, 4, tile=True)
+    expected = encode_picture(Image.open(photo), tiny_one_d, length=4 * 24, tile=True)
+    path = next(each["download"]["value"] for each in found if "value" in each["download"])
+    assert Path(path).read_bytes() == expected.data and OdpFile.from_bytes(expected.data).tiled
+    _, restored = next(each["pair"]["value"] for each in found if "value" in each["pair"])
+    assert restored.tobytes() == resized(decode_picture(expected.data, tiny_one_d), (540, 360)).tobytes()
+    status, codes = found[-1]["status"], found[-1]["codes"]
+    assert "96 of 144 tokens of 24 tiles of 16 x 16." in status and f"<dd>{expected.psnr:.1f} dB</dd>" in status
+    assert "the whole picture" in codes and codes.count("4 of 6 used") == 24 and "Tile 24" in codes
+    whole = updates(loaded(tiny_one_d), photo, 4)
+    assert "4 of 6 tokens of a 16 x 16 square." in whole[-1]["status"]
+
+
+@pytest.mark.parametrize("made", ["vq", "rvq"])
+def test_a_tokenizer_without_tiles_says_so(loaded, toasts, tiny_vq, photo, made):
+    found = updates(loaded(tiny_vq if made == "vq" else tiny_tokenizers.made("rvq")), photo, 1, tile=True)
+    assert len(toasts) == 1 and "tiny cannot cut pictures into tiles: choose a One-D-Piece" in toasts[0]
+    assert all(update[name] == gr.skip() for update in found for name in tokenize.OUTPUTS[:-1])
+
+
+def test_too_many_tiles_are_refused(loaded, toasts, tiny_one_d, photo, monkeypatch):
+    monkeypatch.setattr(tiling, "_MOST_PIXELS", 23 * 16**2)
+    updates(loaded(tiny_one_d), photo, 4, tile=True)
+    assert len(toasts) == 1 and "24 tiles of 16 x 16 pixels, and this tab cuts at most 23" in toasts[0]
+
+
+def test_the_box_for_tiles_has_a_line_of_help():
+    fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
+    assert fields["tile"]["value"] is False and "instead of shrinking" in fields["tile"]["info"]
 
 
 def test_a_file_comes_back_as_a_picture(loaded, tiny_one_d, photo, tmp_path):
@@ -195,6 +229,8 @@ def test_pictures_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
         ({"count": 0}, "length from 1 to 6"),
         ({"count": 2.5}, "length from 1 to 6"),
         ({"count": "many"}, "length from 1 to 6"),
+        ({"count": 7, "tile": True}, "length from 1 to 6, not 7"),
+        ({"tile": "no"}, "true or false"),
     ],
 )
 def test_wrong_input_is_a_toast_and_loses_nothing(loaded, toasts, tiny_one_d, photo, changes, words):
@@ -273,6 +309,8 @@ def test_programs_tokenize_too(client, loaded, tiny_one_d, photo):
         assert Image.open(path).convert("RGB").tobytes() == expected.tobytes()
     with pytest.raises(Exception, match="length from 1 to 6"):
         client.predict(handle_file(photo), name, 9, api_name="/tokenize")
+    _, file, details = client.predict(handle_file(photo), name, 1, True, api_name="/tokenize")
+    assert OdpFile.from_bytes(Path(file).read_bytes()).tiled and details["tiles"] == details["tokens"] == 24
 
 
 def test_programs_give_no_length_where_there_is_none(client, loaded, tiny_vq, photo):
