@@ -67,7 +67,7 @@ class Call:
         self.decoding = decoding_named(wish.decoding).settings(**wish.options)
         self.watched = None
         if hasattr(self.decoding, "drafts"):
-            self.watched = WatchedDrafts(self.decoding.drafts)
+            self.watched = WatchedDrafts(self.decoding.drafts, [rows.start for rows in self.rows])
             self.decoding = dataclasses.replace(self.decoding, drafts=self.watched)
 
     @property
@@ -117,9 +117,11 @@ class Call:
         ends = list(itertools.accumulate(wish.count for wish in self.wishes))
         return [slice(end - wish.count, end) for end, wish in zip(ends, self.wishes)]
 
-    def fates(self, sketch):
-        """How the first picture's tokens came about; `None` where no single drafts are seen."""
-        return fates_of(self.watched.rounds, sketch.tokens[0].tolist(), self.total) if self.watched else None
+    def fates(self, sketch, number=0):
+        """How the tokens of the first picture of a wish came about; `None` where no single drafts are seen."""
+        if not self.watched:
+            return None
+        return fates_of(self.watched.rounds[number], sketch.tokens[self.rows[number].start].tolist(), self.total)
 
 
 def as_files(images, wish):
@@ -213,9 +215,11 @@ def _drawn(pipe, drawings):
             previews = {}
             if sketch.drawn < call.total and pace.is_due():
                 start = time.monotonic()
-                pictures, fates = partial_pictures(pipe, sketch), call.fates(sketch)
-                previews = [{"pictures": pictures[rows]} for rows in call.rows]
-                previews[0]["fates"] = fates
+                pictures = partial_pictures(pipe, sketch)
+                previews = [
+                    {"pictures": pictures[rows], "fates": call.fates(sketch, place)}
+                    for place, rows in enumerate(call.rows)
+                ]
                 pace.spent(time.monotonic() - start)
             seconds = time.monotonic() - began
             for drawing, preview in zip(drawings, previews or [{}] * len(drawings)):
@@ -223,11 +227,10 @@ def _drawn(pipe, drawings):
         return is_over()
 
     output = call(on_step)
-    fates, together = call.fates(Sketch(output.tokens)), len(output.tokens)
+    sketch, together = Sketch(output.tokens), len(output.tokens)
     results = []
-    for drawing, rows in zip(drawings, call.rows):
+    for place, (drawing, rows) in enumerate(zip(drawings, call.rows)):
         stats = dataclasses.replace(output.stats, tokens=output.stats.tokens * drawing.wish.count // together)
         pictures = [] if drawing.job.stopped else as_files(output.images[rows], drawing.wish)
-        results.append(Drawn(pictures, stats, fates, drawing.warning, together))
-        fates = None  # only the drafts of the call's first picture are watched
+        results.append(Drawn(pictures, stats, call.fates(sketch, place), drawing.warning, together))
     return results

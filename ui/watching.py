@@ -38,34 +38,39 @@ class TokenFates:
 
 
 class WatchedDrafts:
-    """A source of drafts that does what another does, and keeps the rounds of the first picture of one call.
+    """A source of drafts that does what another does, and keeps the `rounds` of some pictures of one call.
 
     The call needs a callback: all pictures then stay in the batch until the end.
+
+    Args:
+        source: what makes the drafts.
+        pictures: the numbers of the watched ones in the call; `rounds` is a list for each.
     """
 
-    def __init__(self, source):
-        self._source = source
-        self.rounds = []
+    def __init__(self, source, pictures):
+        self._source, self._pictures = source, pictures
+        self.rounds = [[] for _ in pictures]
 
     def __getattr__(self, name):
         return getattr(self._source, name)
 
     def begin(self, setting):
         """Fresh state for the call."""
-        return _Watched(self._source.begin(setting), self.rounds)
+        return _Watched(self._source.begin(setting), self._pictures, self.rounds)
 
 
 class _Watched:
-    def __init__(self, drafting, rounds):
-        self._drafting, self._rounds = drafting, rounds
+    def __init__(self, drafting, pictures, rounds):
+        self._drafting, self._pictures, self._rounds = drafting, pictures, rounds
 
     def __getattr__(self, name):
         return getattr(self._drafting, name)
 
     def propose(self, progress):
         tree = self._drafting.propose(progress)
-        nodes = (part[0].tolist() for part in (tree.tokens, tree.parents, tree.depths))
-        self._rounds.append(Round(int(progress.lengths[0]), *nodes))
+        seen = (progress.lengths, tree.tokens, tree.parents, tree.depths)
+        for rounds, *nodes in zip(self._rounds, *(part[self._pictures].tolist() for part in seen)):
+            rounds.append(Round(*nodes))
         return tree
 
 

@@ -22,6 +22,7 @@ from studio.ui.components import uploaded
 from studio.ui.drawing import Drawn, draw
 from studio.ui.limits import Limits
 from studio.ui.models import Device
+from studio.ui.preview import Sketch
 from studio.ui.scheduler import Bounds
 from studio.ui.serving import devices_of, serve
 from studio.ui.wish import Wish
@@ -113,6 +114,27 @@ def test_everybody_gets_the_pictures_of_a_call_of_their_own(pipe, calls, decodin
         assert all(len(each.pictures) == wish.count for each in news if not isinstance(each, Drawn) and each.pictures)
 
 
+@pytest.mark.parametrize("decoding", ["speculative", "lantern"])
+def test_everybody_sees_what_became_of_the_drafts_of_their_own_picture(pipe, calls, monkeypatch, decoding):
+    monkeypatch.setattr(drawing.Pace, "is_due", lambda pace: True)
+    options = {"neighbours": 8} if decoding == "lantern" else {}
+    wishes = [Wish("tiny", f"a {word} apple", count, seed, decoding=decoding, options=options)
+              for word, count, seed in (("red", 2, 7), ("green", 1, 8), ("blue", 3, 50))]  # fmt: skip
+    found = drawn(wishes)
+    assert calls == [3]
+    ends = []
+    for wish, news in zip(wishes, found):
+        call = drawing.Call(pipe, wish)
+        expected = call.fates(Sketch(call(lambda sketch: False).tokens))
+        *underway, last = news
+        previews = [each.fates for each in underway if each.pictures]
+        ends.append(last.fates)
+        assert last.fates == expected and expected.drawn == 16
+        assert previews and all(fates.accepted <= expected.accepted for fates in previews)
+        assert all(count <= expected.rejected[place] for fates in previews for place, count in fates.rejected.items())
+    assert len({(fates.accepted, tuple(fates.rejected.items())) for fates in ends}) > 1
+
+
 def test_other_settings_are_drawn_in_another_call(pipe, calls):
     settings = [{}, {"guidance_scale": 2.0}, {"top_k": 5}, {"guidance_scale": 2.0}, {}]
     found = drawn([Wish("tiny", "a pear", 1, 3, **each) for each in settings])
@@ -162,7 +184,7 @@ def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypa
             client.predict("a pear", [f"{model}: ar", "tiny: ar"], 1, api_name="/compare")
     for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
         for name, data in (
-            ("tokenize", [{"path": str(secret), **meta}, "tiny", None]),
+            ("tokenize", [{"path": str(secret), **meta}, "tiny", None, False]),
             ("detokenize", [{"path": str(secret), **meta}, "tiny"]),
             ("ask", [{"path": str(secret), **meta}, "what", "tiny", "divprune", 0.2, 8]),
         ):
@@ -197,7 +219,7 @@ def test_what_is_given_is_limited(address, tmp_path):
     with pytest.raises(Exception, match="at most 64 tokens"):
         client.predict(handle_file(str(wide)), "what", "tiny", "divprune", 0.2, 65, api_name="/ask")
     web = {"path": "http://127.0.0.1:1/picture.png", "meta": {"_type": "gradio.FileData"}}
-    refused = httpx.post(f"{address}gradio_api/call/tokenize", json={"data": [web, "tiny", None]})
+    refused = httpx.post(f"{address}gradio_api/call/tokenize", json={"data": [web, "tiny", None, False]})
     assert refused.status_code == 400 and "upload the file itself" in refused.json()["detail"]
     refused = httpx.post(f"{address}gradio_api/call/generate", json={"data": ["a" * (1 << 20)]})
     assert refused.status_code == 413 and "shorten your text" in refused.json()["detail"]

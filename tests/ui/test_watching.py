@@ -44,6 +44,16 @@ def test_own_tokens_are_the_calls_of_the_model(tiny_pipeline, decoding, temperat
     assert fates.drawn - len(fates.accepted) == output.stats.target_calls
 
 
+def test_the_first_picture_of_each_wish_is_watched(tiny_pipeline):
+    wishes = [Wish("tiny", words, 2, 3, decoding="speculative") for words in ("a red apple", "a blue pear")]
+    call = Call(tiny_pipeline, *wishes)
+    sketch = Sketch(call(lambda sketch: False).tokens)
+    for number, wish in enumerate(wishes):
+        alone = Call(tiny_pipeline, wish)
+        assert call.fates(sketch, number) == alone.fates(Sketch(alone(lambda sketch: False).tokens))
+    assert call.fates(sketch, 0) != call.fates(sketch, 1)
+
+
 def test_watching_changes_nothing(tiny_pipeline):
     wish = Wish("tiny", "a red apple", 2, 3, decoding="speculative")
     watched = Call(tiny_pipeline, wish)(lambda sketch: False)
