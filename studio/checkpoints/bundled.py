@@ -64,8 +64,8 @@ def bundled_name_of(folder):
 def unknown_name(name):
     """Say in one sentence that nothing is called `name`, with the nearest bundled name."""
     nearest = get_close_matches(name, BUNDLED, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    return f"There is no model or folder called {name!r}; bundled are {', '.join(BUNDLED)}.{hint}"
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return f"There is no model or folder called {name!r}{hint}; bundled are {', '.join(BUNDLED)}."
 
 
 def read_checksums():

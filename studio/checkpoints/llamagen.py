@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from studio.checkpoints.loading import load_model
 from studio.checkpoints.official import (
     build,
     count_of,
@@ -145,7 +146,7 @@ def convert_llamagen(gpt_path, out, kind: str, *, tokenizer, text_encoder=None, 
 
 def _image_tokenizer(source) -> VQTokenizer:
     if Path(source).is_dir():
-        return VQTokenizer.from_pretrained(source, local_files_only=True)
+        return load_model(VQTokenizer, Path(source), torch.float32)
     return vq_from_state_dict(read_state_dict(source))
 
 
@@ -153,10 +154,12 @@ def _text_parts(folder, transformer: LlamaGen):
     from transformers import AutoTokenizer, T5EncoderModel
 
     try:
-        encoder = T5EncoderModel.from_pretrained(folder, local_files_only=True)
+        encoder, info = T5EncoderModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise StudioError(f"{folder} is not the folder of a T5 encoder and its tokenizer.") from error
+    if lacking := sorted(map(str, info["missing_keys"])):
+        raise StudioError(f"{folder} is not a whole T5 encoder: {len(lacking)} missing weights, {lacking[0]}.")
     found, read = encoder.config.d_model, transformer.config.caption_dim
     if found != read:
         raise StudioError(f"{folder} encodes text to vectors of {found} numbers, but the transformer reads {read}.")

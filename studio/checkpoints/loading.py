@@ -124,11 +124,11 @@ def _load_folder(folder, dtype):
         if "architectures" in config:
             return _load_visual_question(folder, dtype)
         if config.get("_class_name") == AutoencoderKL.__name__:
-            return KLTokenizer.from_autoencoder(_load_model(AutoencoderKL, folder, dtype)).eval()
+            return KLTokenizer.from_autoencoder(load_model(AutoencoderKL, folder, dtype)).eval()
         if config.get("_class_name") in _PARTS:
             part = config["_class_name"]
             raise StudioError(f"{folder} holds a {part}, a part of a pipeline: read it with {part}.from_pretrained.")
-        return _load_model(_TOKENIZERS.get(config.get("_class_name"), VQTokenizer), folder, dtype)
+        return load_model(_TOKENIZERS.get(config.get("_class_name"), VQTokenizer), folder, dtype)
     raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
 
 
@@ -138,7 +138,7 @@ def _load_pipeline(folder, dtype):
     _check_class(index, kind.pipeline, folder)
     components = {
         "image_tokenizer": _load_image_tokenizer(index, kind.tokenizers, folder, dtype),
-        "transformer": _load_model(kind.model, folder / "transformer", dtype),
+        "transformer": load_model(kind.model, folder / "transformer", dtype),
         "text_encoder": None,
         "tokenizer": None,
     }
@@ -148,7 +148,7 @@ def _load_pipeline(folder, dtype):
         components["tokenizer"] = _load_text_tokenizer(tokenizer, folder / "tokenizer")
     for name, model in kind.helpers.items():
         if (index.get(name) or [None])[0] is not None:
-            components[name] = _load_model(model, folder / name, dtype)
+            components[name] = load_model(model, folder / name, dtype)
     kind.check(folder, components["transformer"].config, components["image_tokenizer"])
     pipe = kind.pipeline.from_pretrained(folder, **components)
     pipe.vocabulary = read_vocabulary(folder)
@@ -224,10 +224,11 @@ def _load_image_tokenizer(index, tokenizers, folder, dtype):
     named = (index.get("image_tokenizer") or [None])[-1]
     kind = next((each for each in tokenizers if each.__name__ == named), next(iter(tokenizers)))
     own = folder / "image_tokenizer"
-    return _load_model(kind, own if own.is_dir() else bundled_folder(tokenizers[kind]), dtype)
+    return load_model(kind, own if own.is_dir() else bundled_folder(tokenizers[kind]), dtype)
 
 
-def _load_model(model_class, folder, dtype):
+def load_model(model_class, folder, dtype):
+    """A model of our own or of diffusers from its folder. Errors: `StudioError` for another class or other weights."""
     _check_class(_read_config(folder / "config.json"), model_class, folder)
     return _load_weights(model_class, folder, dtype)
 

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder
-from studio.checkpoints.loading import pick_device
+from studio.checkpoints.loading import load_model, pick_device
 from studio.data.archive import load_pictures
 from studio.data.augmentation import distort
 from studio.data.backgrounds import PALETTE, render
@@ -117,7 +117,7 @@ def is_judge(name):
 def load_judge(name="emoji-judge", device=None):
     """A judge by bundled name or folder, ready to measure, in float32."""
     folder = bundled_folder(name) if name in BUNDLED else Path(name)
-    return Judge.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device(device))
+    return load_model(Judge, folder, torch.float32).to(pick_device(device))
 
 
 @torch.inference_mode()

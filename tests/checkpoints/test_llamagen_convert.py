@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import studio
 from studio import LlamaGen, LlamaGenPipeline, StudioError, VQTokenizer
@@ -63,6 +64,18 @@ def test_t2i(files, tiny_pipeline):
     pipe = LlamaGenPipeline.from_pretrained(files / "out")
     assert pipe("a red apple", generator=torch.Generator().manual_seed(0)).tokens.shape == (1, 16)
     assert studio.load(files / "out", device="cpu").takes_text
+
+
+def test_a_text_encoder_that_lacks_weights_is_refused(files, tiny_pipeline):
+    tiny_pipeline.text_encoder.save_pretrained(files / "t5")
+    tiny_pipeline.tokenizer.save_pretrained(files / "t5")
+    weights = load_file(files / "t5" / "model.safetensors")
+    del weights["encoder.final_layer_norm.weight"]
+    save_file(weights, files / "t5" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StudioError, match="encoder.final_layer_norm"):
+        call = {"tokenizer": files / "vq.pt", "text_encoder": files / "t5", "grid_size": 4}
+        convert_llamagen(files / "t2i.pt", files / "out", "t2i", **call)
+    assert not (files / "out").exists()
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
@@ -135,7 +148,7 @@ def test_keys_are_strict(files):
         convert_llamagen(files / "less.pt", files / "out", "c2i", tokenizer=files / "vq.pt")
 
 
-def test_parts_that_do_not_fit(files):
+def test_parts_that_do_not_fit(files, tiny_pipeline):
     with pytest.raises(StudioError, match="convert it as c2i"):
         convert_llamagen(files / "c2i.pt", files / "out", "t2i", tokenizer=files / "vq.pt", text_encoder=files)
     with pytest.raises(StudioError, match="convert it as t2i"):
@@ -144,6 +157,12 @@ def test_parts_that_do_not_fit(files):
         convert_llamagen(files / "t2i.pt", files / "out", "t2i", tokenizer=files / "vq.pt", text_encoder=files)
     with pytest.raises(StudioError, match="text encoder"):
         convert_llamagen(files / "t2i.pt", files / "out", "t2i", tokenizer=files / "vq.pt")
+    with pytest.raises(StudioError, match="another architecture"):
+        tiny_pipeline.transformer.save_pretrained(files / "transformer")
+        convert_llamagen(files / "c2i.pt", files / "out", "c2i", tokenizer=files / "transformer")
+    with pytest.raises(StudioError, match="not a checkpoint"):
+        (files / "empty").mkdir()
+        convert_llamagen(files / "c2i.pt", files / "out", "c2i", tokenizer=files / "empty")
     (files / "full").mkdir()
     (files / "full" / "file").touch()
     with pytest.raises(StudioError, match="exists already"):

@@ -58,6 +58,14 @@ def test_a_judge_is_told_from_other_folders(tiny_judge, tiny_folder, tmp_path):
     assert torch.equal(verdicts(stored, images).concepts, verdicts(tiny_judge, images).concepts)
 
 
+def test_a_damaged_judge_is_one_sentence(tiny_judge, tmp_path):
+    tiny_judge.save_pretrained(tmp_path)
+    [weights] = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(StudioError, match="cannot be read as Judge"):
+        evaluate(tmp_path)
+
+
 def test_the_bundled_judge_knows_pictures_it_has_not_seen():
     """200 of the held-out combinations (seed 0), distorted; random answers are right once in 1,391.
 
