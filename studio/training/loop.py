@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,29 +60,28 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
         `{"folder", "steps", "seconds", "loss", "quality"}`.
 
     Raises:
-        StudioError: there is nothing to resume, the settings differ from the stored ones, or a fresh run would
-            overwrite a state.
+        StudioError: there is nothing to resume, the settings differ from the stored ones, a fresh run would overwrite a
+            state, `out` cannot be written, or what the run starts from holds no such weights.
     """
     join()
     accelerator = Accelerator(mixed_precision=mixed_precision())
     if settings.batch_size % accelerator.num_processes:
         raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
     state_folder = _check_state(out, settings, resume)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
     begun = resume and state_folder.exists()
     start, origin, earlier = settings.init_from, settings.init_from or "random weights", 0.0
-    if start is None and (first := recipe.first(settings.steps)):
-        before = _settings_of(*first, settings.seed)
-        origin = f"{before.recipe}, {before.steps} steps of {before.batch_size} before"
-        if not begun:
-            made = train(first[0], before, out / "first", resume=_has_state(out / "first"), command=command)
-            start, earlier = made["folder"], made["seconds"]
-            accelerator.wait_for_everyone()
-    set_seed(settings.seed, device_specific=True)
-    module = recipe.build(accelerator.device)
-    if start:
-        recipe.load(module, bundled_folder(start) if start in BUNDLED else Path(start))
+    with _folder_of_run(out, settings):
+        if start is None and (first := recipe.first(settings.steps)):
+            before = _settings_of(*first, settings.seed)
+            origin = f"{before.recipe}, {before.steps} steps of {before.batch_size} before"
+            if not begun:
+                made = train(first[0], before, out / "first", resume=_has_state(out / "first"), command=command)
+                start, earlier = made["folder"], made["seconds"]
+                accelerator.wait_for_everyone()
+        set_seed(settings.seed, device_specific=True)
+        module = recipe.build(accelerator.device)
+        if start:
+            _start_from(recipe, module, start)
     optimizers = recipe.optimizers(module, settings.learning_rate)
     progress = Progress(earlier)
     wrapped, *optimizers = accelerator.prepare(module, *optimizers)
@@ -167,6 +167,46 @@ class Progress:
 def _settings_of(recipe, steps, seed):
     """The settings of a run that another one begins with."""
     return Settings(recipe.name, steps, recipe.defaults.batch_size, recipe.defaults.learning_rate, seed)
+
+
+@contextmanager
+def _folder_of_run(out, settings):
+    """The folder of a run with its settings, which vanish again when the block fails before there is more in it."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    file = out / "settings.json"
+    is_new = not file.exists()
+    try:
+        _write(file, json.dumps(asdict(settings), indent=1))
+        yield
+    except BaseException:
+        if is_new and not (out / "first").exists():
+            with suppress(OSError):
+                file.unlink()
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _write(file, text):
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise StudioError(f"{file.parent} cannot be written ({error.strerror}): choose another --out.") from error
+
+
+def _start_from(recipe, module, source):
+    """Gives a module the weights of a bundled name or an exported folder."""
+    folder = bundled_folder(source) if source in BUNDLED else Path(source)
+    try:
+        recipe.load(module, folder)
+    except StudioError:
+        raise
+    except Exception as error:
+        raise StudioError(
+            f"{source} holds no weights of {recipe.name} to start from: give a folder that its training made."
+        ) from error
 
 
 def _has_state(out):

@@ -1,5 +1,7 @@
 """The loop on a tiny recipe: deterministic, resumable to the same weights, and careful with earlier runs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,6 +55,23 @@ def weights(out):
 
 def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("made", [[], ["other.safetensors"], ["weights.safetensors"]], ids=str)
+def test_weights_that_cannot_be_started_from_are_one_sentence_and_leave_nothing(tmp_path, made):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in made:
+        save_file({"bias": torch.zeros(2)}, source / name)
+    with pytest.raises(StudioError, match="holds no weights of regression"):
+        loop.train(Regression(), settings(init_from=str(source)), tmp_path / "runs" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere", "/dev/null", "/dev/null/run"])
+def test_a_folder_that_cannot_be_written_is_refused(out):
+    with pytest.raises(StudioError, match=f"{out} cannot be written"):
+        loop.train(Regression(), settings(), Path(out))
 
 
 def test_same_seed_same_weights_and_another_seed_others(tmp_path):
