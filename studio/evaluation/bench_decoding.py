@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
+from studio.checkpoints.loading import pick_device
 from studio.decoding.autoregressive import Autoregressive, autoregressive
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import Sampling, is_finite_number
 from studio.decoding.textbook import textbook
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
@@ -36,7 +37,7 @@ def bench_decoding(
     return bench_random_decoding(
         **parse_sizes(random),
         guidance=4.0 if guidance_scale is None else guidance_scale,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=pick_device(device),
         batch=list(batch_sizes),
         dtype=list(dtypes),
     )
@@ -79,8 +80,10 @@ def bench_random_decoding(
         `{"rows": [{"batch", "dtype", "tokens_per_second", "bound_tokens_per_second", "reference_tokens_per_second",
         "speedup", "identical_tokens"}]}`. The reference is the textbook sampler in float32.
 
-    Errors: `StudioError` for sizes that do not fit together and for an unknown dtype.
+    Errors: `StudioError` for sizes that do not fit together, a wrong guidance scale and an unknown dtype.
     """
+    if not is_finite_number(guidance) or guidance < 0:
+        raise StudioError(f"The guidance scale must be a finite number of at least 0, not {guidance!r}.")
     side = round(tokens**0.5)
     if side * side != tokens or tokens < 1:
         raise StudioError(f"tokens must be a square number, the grid's side squared, not {tokens}.")

@@ -2,6 +2,7 @@
 
 import torch
 
+from studio.checkpoints.loading import pick_device
 from studio.decoding.masked_autoregressive import MaskedAutoregressive, masked_autoregressive
 from studio.decoding.textbook_masked import textbook_masked
 from studio.errors import StudioError
@@ -38,12 +39,14 @@ def bench_mar(
     Returns:
         `{"seconds", "reference_seconds", "head_share"}`; the share of the seconds that the head takes.
 
-    Errors: `StudioError` for sizes that are none or do not fit together, and for a number below 1.
+    Errors: `StudioError` for sizes that are none or do not fit together, for a number below 1, and for a device that is
+    not there.
     """
     for name, value in (("batch", batch), ("repeats", repeats)):
         if value < 1:
             raise StudioError(f"{name} must be at least 1, not {value}.")
     sizes = parse_sizes(random)
+    device = pick_device(device)
     model = _random_model(sizes).to(device)
     settings = MaskedAutoregressive(steps=sizes["steps"], diffusion_steps=sizes["diffusion_steps"])
     settings.plan(model.num_tokens)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio.checkpoints.loading import pick_device
 from studio.errors import StudioError
 from studio.pruning import textbook
 from studio.pruning.attention import Attention
@@ -41,11 +42,11 @@ def bench_pruning(
         divprune has also `loop_seconds`, `textbook_loop_seconds` and `loop_speedup`: the picks alone, similarities
         given. random and uniform have no textbook: `None`.
 
-    Errors: `StudioError` for an unknown method and for sizes that do not fit.
+    Errors: `StudioError` for an unknown method, for sizes that do not fit, and for a device that is not there.
     """
     for name in methods:
         method_named(name)
-    rows = []
+    rows, device = [], pick_device(device)
     for tokens, kept in sizes:
         layout = _layout(tokens, kept)
         generator = torch.Generator().manual_seed(seed)

@@ -28,5 +28,9 @@ def test_sizes():
             parse_sizes(wrong)
     with pytest.raises(StudioError, match="square"):
         bench_decoding(random="dim=32,heads=2,tokens=15", device="cpu")
+    with pytest.raises(StudioError, match="guidance"):
+        bench_decoding(random=TINY, guidance_scale=-1, device="cpu")
+    with pytest.raises(StudioError, match="quantum"):
+        bench_decoding(random=TINY, device="quantum")
     with pytest.raises(StudioError, match="dtype"):
         bench_decoding(random=TINY, dtypes=["float8"], device="cpu")

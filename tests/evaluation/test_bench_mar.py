@@ -31,3 +31,5 @@ def test_sizes():
         bench_mar(random=TINY.replace("steps=2", "steps=5", 1))
     with pytest.raises(StudioError, match="batch"):
         bench_mar(random=TINY, batch=0)
+    with pytest.raises(StudioError, match="quantum"):
+        bench_mar(random=TINY, device="quantum")

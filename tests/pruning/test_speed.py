@@ -42,3 +42,5 @@ def test_refusals():
     for size in ((500, 5), (576, 576), (576, 0)):
         with pytest.raises(StudioError, match="multiple"):
             bench_pruning(sizes=[size])
+    with pytest.raises(StudioError, match="quantum"):
+        bench_pruning(device="quantum")
