@@ -312,6 +312,9 @@ def test_doctor_reports_versions_and_weights(run):
     assert code == 0 and report["ok"]
     assert report["versions"]["torch"] and report["device"]
     assert {row["state"] for row in report["models"]} == {"ok"}
+    code, out, _ = run("doctor")
+    weights = [name for row in report["models"] for name in row["sha256"].items() if name[0].endswith(".safetensors")]
+    assert code == 0 and len(weights) >= 4 and all(f"{checksum}  {file}\n" in out for file, checksum in weights)
 
 
 def test_bench_prints_one_row_a_batch_size(run):
@@ -364,6 +367,16 @@ def test_convert_refuses_what_is_no_checkpoint(run, tmp_path, kind):
     options += ["--text-encoder", tmp_path] if kind == "llamagen-t2i" else []
     refused(run("convert", kind, "model.pt", "converted", *options), "model.pt")
     assert files(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere/emoji.zip", "/dev/null/emoji.zip", "folder"])
+def test_an_archive_that_cannot_be_written_is_refused_before_it_is_made(run, tmp_path, monkeypatch, out):
+    from studio.data import build
+
+    monkeypatch.setattr(build, "build_archive", lambda *_: pytest.fail("it was made"))
+    (tmp_path / "folder").mkdir()
+    refused(run("data", "build", out), out)
+    assert files(tmp_path) == ["folder"]
 
 
 def test_no_command_shows_the_help(run):

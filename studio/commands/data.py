@@ -18,7 +18,9 @@ def build(
 ):
     """Make the picture archive from its npm packages."""
     from studio.data.build import build_archive
+    from studio.saving import check_writable
 
+    check_writable(out)
     concepts = build_archive(out, source)
     emit({"path": str(out), "concepts": concepts})
     say(f"{concepts} concepts: {out}")

@@ -20,7 +20,7 @@ def models(as_json: Json = False):
 
 
 def doctor(as_json: Json = False):
-    """Check this installation: device, versions, bundled weights."""
+    """Check this installation: device, versions, bundled weights with their SHA-256."""
     from studio.doctor import examine
 
     report = examine()
@@ -29,6 +29,9 @@ def doctor(as_json: Json = False):
         say(f"{name:24} {value}")
     for row in report["models"]:
         say(f"{row['name']:24} {row['state']}")
+        for file, checksum in row["sha256"].items():
+            if file.endswith(".safetensors"):
+                say(f"  {checksum}  {file}")
     if not report["ok"]:
         raise StudioError("Some bundled weights are missing or damaged: install Studio again.")
 
