@@ -31,11 +31,12 @@ _SUBJECTS = 160
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one of `KINDS`, and its answer in lower case."""
+    """A question of one of `KINDS`, its answer in lower case, and the cells that show it; none for what is absent."""
 
     kind: str
     text: str
     answer: str
+    cells: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,27 +147,34 @@ class _Facts:
     def _place(self, rng):
         free = sorted(set(range(self.rows * self.columns)) - set(self.things) - set(self.written))
         if free and rng.random() < 0.15:
-            return Question("place", f"What is in {self._where(int(rng.choice(free)))}?", "nothing")
+            cell = int(rng.choice(free))
+            return Question("place", f"What is in {self._where(cell)}?", "nothing", (cell,))
         cell = int(rng.choice(list(self.things)))
-        return Question("place", f"What is in {self._where(cell)}?", self.names[self.things[cell][0]])
+        return Question("place", f"What is in {self._where(cell)}?", self.names[self.things[cell][0]], (cell,))
 
     def _count(self, rng):
         subject = int(rng.choice(list(self.counts)))
-        return Question("count", f"How many times is there {article(self.names[subject])}?", str(self.counts[subject]))
+        text = f"How many times is there {article(self.names[subject])}?"
+        return Question("count", text, str(self.counts[subject]), self._shown(subject))
 
     def _background(self, rng):
-        subject, _, background = self.things[int(rng.choice(self.single))]
-        return Question("background", f"What colour is behind the {self.names[subject]}?", NAMES[background])
+        cell = int(rng.choice(self.single))
+        subject, _, background = self.things[cell]
+        return Question("background", f"What colour is behind the {self.names[subject]}?", NAMES[background], (cell,))
 
     def _word(self, rng):
         cell = int(rng.choice(list(self.written)))
-        return Question("word", f"Which word is in {self._where(cell)}?", self.written[cell])
+        return Question("word", f"Which word is in {self._where(cell)}?", self.written[cell], (cell,))
 
     def _presence(self, rng):
         there = rng.random() < 0.5
         absent = [subject for subject in range(len(self.names)) if subject not in self.counts]
         subject = int(rng.choice(list(self.counts) if there else absent))
-        return Question("presence", f"Is there {article(self.names[subject])}?", "yes" if there else "no")
+        text = f"Is there {article(self.names[subject])}?"
+        return Question("presence", text, "yes" if there else "no", self._shown(subject))
+
+    def _shown(self, subject):
+        return tuple(sorted(cell for cell, (shown, _, _) in self.things.items() if shown == subject))
 
     def _where(self, cell):
         return f"row {cell // self.columns + 1}, column {cell % self.columns + 1}"

@@ -28,6 +28,11 @@ class PackedQuestions:
     place: torch.Tensor
     targets: torch.Tensor
 
+    def ends(self, questions: int) -> torch.Tensor:
+        """(B, questions) where in a row each question's last token stands; an answer follows."""
+        begins = (self.targets != IGNORED) & (self.targets.roll(1, dims=1) == IGNORED)
+        return begins.nonzero()[:, 1].view(-1, questions)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self.__dict__)
 

@@ -1,9 +1,11 @@
 """Recipe of `emoji-vlm`: a LLaVA-NeXT learns to answer questions about scenes.
 
 Its vision tower was taught by `emoji-tower`, and stays as it is; projector and words start as they were taught there.
-The tokens of a picture are nearly all the cost, so that many questions are asked about each.
+The tokens of a picture are nearly all the cost. So many questions are asked about each, and most batches read a random
+part of its tokens at their places (as of patches: "FLIP", arXiv:2212.00794), which also prepares for pruned pictures.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,12 +16,20 @@ from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
 from studio.training.emoji_tower import EmojiTower, load_aligned
 from studio.training.export import save_bf16
+from studio.training.look_here import AttentionLoss, cells_of_patches, what_shows
 from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.reader import build_model, build_processor
+from studio.training.reader import PATCH, build_model, build_processor
 from studio.training.recipe import Defaults, Recipe
 
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
-QUESTIONS = 16
+QUESTIONS = 24
+KEEPS = (0.15, 0.2, 0.25, 0.3, 1.0)
+"""Parts of a picture's tokens that a batch reads, equally often."""
+_LOOK = 0.5
+"""Weight of the attention loss."""
+_WORDS_SHARE = 0.05
+"""Learning rate of the words over the others': answers need words that the tower's pictures have not, but what these
+have taught is to stay."""
 TOWER_SHARE = 0.75
 """Steps of `emoji-tower` before, over those of a whole training."""
 
@@ -32,16 +42,25 @@ class TrainableReader(nn.Module):
         self.model = model
         model.model.vision_tower.requires_grad_(False)
 
-    def forward(self, pixel_values, image_sizes, **packed):
-        """Mean cross-entropy of the answers' tokens; all pictures have the same size."""
+    def forward(self, pixel_values, image_sizes, read, shown, **packed):
+        """Mean cross-entropy of the answers' tokens, and how little attention falls on what shows them.
+
+        Args:
+            pixel_values, image_sizes: as of LLaVA-NeXT; all pictures have the same size.
+            read: (T,) which of a picture's tokens are read, in order.
+            shown: (B, Q, T + 1) bool, which of the first token and those show the answers, as `AttentionLoss` has it.
+            packed: the tensors of `PackedQuestions`.
+        """
         encoded = self.model.model.get_image_features(
             pixel_values=pixel_values, image_sizes=image_sizes, return_dict=True
         )
         features = torch.stack(list(encoded.pooler_output))
-        positions = torch.arange(1, features.shape[1] + 1, device=features.device)
         packed = PackedQuestions(**packed)
-        logits = packed_logits(self.model, features, positions, features.shape[1] + 1, packed)
-        return F.cross_entropy(logits.float().flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED)
+        with AttentionLoss(self.model.model.language_model) as looking:
+            logits = packed_logits(self.model, features[:, read], 1 + read, 1 + features.shape[1], packed)
+        answers = F.cross_entropy(logits.float().flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED)
+        last_words = len(read) + packed.ends(shown.shape[1])
+        return answers + _LOOK * looking(last_words, shown)
 
 
 class EmojiVLM(Recipe):
@@ -49,7 +68,7 @@ class EmojiVLM(Recipe):
 
     name = "emoji-vlm"
     data = "scenes of Fluent Emoji and words with questions, drawn without end (`studio.data.scenes`)"
-    defaults = Defaults(steps=4000, batch_size=4, learning_rate=4e-3)
+    defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
 
     def first(self, steps):
         return EmojiTower(), max(1, int(steps * TOWER_SHARE))
@@ -60,7 +79,9 @@ class EmojiVLM(Recipe):
 
     def optimizers(self, module, learning_rate):
         inner = module.model.model
-        return muon_and_adamw(module, hidden_matrices(inner.language_model.layers), learning_rate)
+        words = [inner.get_input_embeddings().weight]
+        matrices = hidden_matrices(inner.language_model.layers)
+        return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=_WORDS_SHARE)
 
     def batch(self, rng, batch_size, device):
         tiles = TILES[rng.integers(len(TILES))]
@@ -70,7 +91,12 @@ class EmojiVLM(Recipe):
         )
         texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
         packed = pack_questions(self.processor.tokenizer, texts).tensors()
+        cells = cells_of_patches(tiles, PATCH)
+        read = np.sort(rng.permutation(len(cells))[: round(len(cells) * KEEPS[rng.integers(len(KEEPS))])])
+        shown = [[question.cells for question in scene.questions] for scene in scenes]
         return {
+            "read": torch.from_numpy(read).to(device),
+            "shown": what_shows(shown, cells[read]).to(device),
             "pixel_values": pixels["pixel_values"].to(device),
             "image_sizes": torch.as_tensor(pixels["image_sizes"]),
             **{name: tensor.to(device) for name, tensor in packed.items()},

@@ -1,5 +1,7 @@
 """The network of `emoji-vlm` before training, and what makes its inputs."""
 
+import math
+
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
@@ -23,8 +25,11 @@ TOWER = {
     "hidden_act": "relu",
 }
 TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
-ROPE_BASE = 1000.0
-"""Small, so that rows of a picture a thousand tokens back are told apart."""
+_ROW = 2 * TILE // PATCH + 1
+"""Tokens of a row of two tiles, with its newline."""
+_PERIODS_BEFORE = 2
+ROPE_BASE = (_ROW / (2 * math.pi)) ** (TEXT["hidden_size"] / TEXT["num_attention_heads"] / 2 / _PERIODS_BEFORE)
+"""Such that the third period of the rotation is a row, by which attention finds a column."""
 _TEMPLATE = "what is in row , column ? how many times there a an colour behind the which word yes no nothing"
 
 

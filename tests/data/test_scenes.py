@@ -61,8 +61,13 @@ def test_cells_say_what_the_answers_say():
             if numbers:
                 row, column = numbers
                 assert scene.cells[4 * row + column][0] == question.answer
+                assert question.cells == (4 * row + column,)
             elif question.kind == "background":
                 name = question.text.removeprefix("What colour is behind the ").removesuffix("?")
-                assert (name, question.answer) in scene.cells
+                assert scene.cells[question.cells[0]] == (name, question.answer)
+            else:
+                name = question.text.removesuffix("?").split()[-1].lower()
+                assert question.cells == tuple(n for n, (thing, _) in enumerate(scene.cells) if thing == name)
+                assert question.answer in ("yes" if question.cells else "no", str(len(question.cells)))
             kinds.add(question.kind)
     assert kinds == {"place", "count", "background", "word", "presence"}

@@ -1,0 +1,86 @@
+"""Teaches a reader where to look: attention from a question's last word to the patches that show its answer.
+
+Answers alone teach a small language model slowly which of a thousand patches "row 3, column 2" is. Scenes know it, so
+some heads of one layer are told ("Supervising Neural Attention Models", arXiv:1609.04186; for vision and language,
+arXiv:1702.05624). Only training does this; the trained model is a plain one.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from studio.data.scenes import CELL, TILE
+
+_LAYER = 2
+_SHARE = 0.5
+"""Of the heads, those that are told."""
+
+
+def cells_of_patches(tiles, patch) -> torch.Tensor:
+    """Number of the scene's cell (T,) in each token that LLaVA-NeXT makes of a picture; -1 for thumbnail and newlines.
+
+    Args:
+        tiles: rows and columns of tiles of the picture.
+        patch: pixels of a patch's side.
+    """
+    rows, columns = (torch.arange(count * TILE // patch) * patch // CELL for count in tiles)
+    across = tiles[1] * TILE // CELL
+    crops = F.pad(rows[:, None] * across + columns, (0, 1), value=-1)
+    return F.pad(crops.flatten(), ((TILE // patch) ** 2, 0), value=-1)
+
+
+def what_shows(answers, cells) -> torch.Tensor:
+    """Which tokens show each answer: (B, Q, T + 1) bool, the first token of the sequence before those of the picture.
+
+    Args:
+        answers: for each picture and question the cells that show the answer.
+        cells: (T,) the cell in each token of the picture that is read, -1 for none.
+
+    An answer that no token shows, as "no" often is, is shown by the first token.
+    """
+    table = torch.stack([
+        torch.stack([torch.isin(cells, torch.tensor(shown, dtype=cells.dtype)) for shown in questions])
+        for questions in answers
+    ])  # fmt: skip
+    return torch.cat((~table.any(dim=2, keepdim=True), table), dim=2)
+
+
+class AttentionLoss:
+    """Listens to one layer of a language model, whose forward pass is to run inside a `with` block.
+
+    Args:
+        language_model: a Llama of transformers.
+    """
+
+    def __init__(self, language_model):
+        self.attention = language_model.layers[min(_LAYER, len(language_model.layers) - 1)].self_attn
+
+    def __enter__(self):
+        self.hook = self.attention.register_forward_pre_hook(self._listen, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def _listen(self, module, args, kwargs):
+        self.heard = kwargs["hidden_states"], kwargs["position_embeddings"]
+
+    def __call__(self, asked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Mean of -log of the attention that falls on what is shown.
+
+        Args:
+            asked: (B, Q) places in the sequence from which to look.
+            shown: (B, Q, P) bool, which of the first P places show each answer; at least one for each question.
+        """
+        states, turns = self.heard
+        batch, width = len(states), self.attention.head_dim
+        split = (
+            layer(states).view(batch, states.shape[1], -1, width).transpose(1, 2)
+            for layer in (self.attention.q_proj, self.attention.k_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(*split, *turns)
+        told = max(1, int(_SHARE * keys.shape[1]))
+        index = asked[:, None, :, None].expand(-1, told, -1, width)
+        scores = queries[:, :told].gather(2, index) @ keys[:, :told, : shown.shape[2]].transpose(2, 3)
+        laws = (scores * self.attention.scaling).log_softmax(dim=-1)
+        return -laws.masked_fill(~shown[:, None], float("-inf")).logsumexp(dim=-1).mean()
