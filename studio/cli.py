@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="The Fluent Emoji set.", rich_markup_mode=None)
+data_app = typer.Typer(help="The Fluent Emoji set, and scenes drawn with it.", rich_markup_mode=None)
 bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode=None)
 convert_app = typer.Typer(help="Turn published checkpoints into model folders.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -89,7 +89,8 @@ def _root(
 
 for command in (generate, tokenize, detokenize, ask, train, evaluate, models, doctor, ui, serve):
     app.command()(command)
-data_app.command()(data.build)
+for command in (data.build, data.scene):
+    data_app.command()(command)
 for command in (space.build, space.push):
     space_app.command()(command)
 for command in (bench.decoding, bench.pruning, bench.verify, bench.mar, bench.residual):

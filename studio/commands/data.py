@@ -1,5 +1,6 @@
 """`studio data`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from studio.commands.options import Json
 from studio.console import emit, say
+from studio.errors import StudioError
 
 
 def build(
@@ -24,3 +26,32 @@ def build(
     concepts = build_archive(out, source)
     emit({"path": str(out), "concepts": concepts})
     say(f"{concepts} concepts: {out}")
+
+
+def scene(
+    out: Annotated[Path, typer.Argument(help="The picture to write, a .png file.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides what the picture shows.")] = 0,
+    tiles: Annotated[str, typer.Option(help="Rows and columns of 96 px tiles, each from 1 to 4.")] = "2x2",
+    questions: Annotated[int, typer.Option(min=0, help="How many questions to print.")] = 12,
+    as_json: Json = False,
+):
+    """Draw a scene of emoji and words, and print questions about it with their answers: for `studio ask`."""
+    import numpy as np
+    from PIL import Image
+
+    from studio.data.scenes import draw_scene
+    from studio.saving import check_writable, save_all
+
+    if not re.fullmatch("[1-4]x[1-4]", tiles):
+        raise StudioError(f"--tiles is rows x columns, each from 1 to 4, such as 2x3, not {tiles}.")
+    if out.suffix.lower() != ".png":
+        raise StudioError(f"A scene is written as PNG: give a path that ends in .png, not {out}.")
+    check_writable(out)
+    rows, columns = map(int, tiles.split("x"))
+    drawn = draw_scene(np.random.default_rng(seed), (rows, columns), questions)
+    save_all({out: lambda path: Image.fromarray(drawn.picture).save(path, format="PNG")})
+    asked = [{"kind": asked.kind, "question": asked.text, "answer": asked.answer} for asked in drawn.questions]
+    emit({"path": str(out), "seed": seed, "tiles": [rows, columns], "questions": asked})
+    for one in asked:
+        say(f"{one['question']} {one['answer']}")
+    say(f"{out}")
