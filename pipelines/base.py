@@ -10,6 +10,7 @@ from diffusers.utils import logging
 
 from studio.decoding.sampling import is_finite_number
 from studio.errors import StudioError
+from studio.pipelines.open_choices import completed
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +22,8 @@ class ConditionalPipeline(DiffusionPipeline):
     """Base of a pipeline with a `transformer` conditioned on classes (`num_classes` in its configuration) or on text.
 
     A transformer of text has `caption_dim` and `caption_length` in its configuration, and the pipeline then has a
-    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and `lowercase_prompts` in its own.
+    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and `lowercase_prompts` and `open_choices`
+    in its own: what is chosen at random for a picture where its prompt leaves it open; see `completed`.
     """
 
     _interrupt = False
@@ -112,6 +114,20 @@ class ConditionalPipeline(DiffusionPipeline):
             labels = class_labels if isinstance(class_labels, list) else [class_labels]
             condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
+
+    def begin(self, prompt, class_labels, num_images_per_prompt: int, generator):
+        """What the pictures of a call are drawn from; each one's own stream chooses what its prompt leaves open.
+
+        Returns:
+            A random stream for each, the condition, and the words of each, or None without words.
+        """
+        subjects = of_each_picture(prompt if self.takes_text else class_labels, num_images_per_prompt)
+        generators = image_generators(generator, len(subjects), self._execution_device)
+        if not self.takes_text:
+            return generators, self.condition(class_labels=subjects), None
+        choices = self.config.open_choices or []
+        words = [completed(text, choices, stream) for text, stream in zip(subjects, generators)]
+        return generators, self.condition(words), words
 
     def end_step(self, callback, number: int, names, *, tokens: torch.Tensor, **tensors: torch.Tensor) -> bool:
         """Calls a `callback_on_step_end`, if any, with the tensors of these names; True where drawing should stop.

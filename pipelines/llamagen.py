@@ -12,8 +12,8 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.pipelines.base import ConditionalPipeline, image_generators, is_count, of_each_picture, timed
-from studio.pipelines.open_choices import check_choices, completed
+from studio.pipelines.base import ConditionalPipeline, is_count, timed
+from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
@@ -264,13 +264,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
-            subjects = of_each_picture(prompt if self.takes_text else class_labels, num_images_per_prompt)
-            generators = image_generators(generator, len(subjects), self._execution_device)
             with timed(seconds, "text"):
-                if self.takes_text:
-                    choices = self.config.open_choices or []
-                    subjects = [completed(text, choices, stream) for text, stream in zip(subjects, generators)]
-                condition = self.condition(**{"prompt" if self.takes_text else "class_labels": subjects})
+                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             total = num_tokens or self.transformer.num_tokens
             if isinstance(settings, Distilled):
                 total = settings.reports_for(self.student, num_tokens)
@@ -298,7 +293,6 @@ class LlamaGenPipeline(ConditionalPipeline):
         stats = _stats(drawn, seconds)
         if not return_dict:
             return images, drawn.tokens, stats
-        prompts = subjects if self.takes_text else None
         return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
 
     def _draw(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Drawn:

@@ -19,7 +19,8 @@ from studio.decoding.masked_autoregressive import (
 )
 from studio.errors import StudioError
 from studio.models.mar import MAR
-from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -38,6 +39,8 @@ class MARPipeline(ConditionalPipeline):
         default_guidance_scale, default_temperature, default_num_steps, default_diffusion_steps: used where a call
             leaves them out. Steps are calls of the transformer, diffusion steps those that denoise a token.
         lowercase_prompts: whether prompts are lowercased first.
+        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
+            `prompts`; see `completed`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
@@ -57,6 +60,7 @@ class MARPipeline(ConditionalPipeline):
         default_num_steps: int = 64,
         default_diffusion_steps: int = 100,
         lowercase_prompts: bool = False,
+        open_choices: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -72,7 +76,9 @@ class MARPipeline(ConditionalPipeline):
             default_num_steps=default_num_steps,
             default_diffusion_steps=default_diffusion_steps,
             lowercase_prompts=lowercase_prompts,
+            open_choices=open_choices,
         )
+        check_choices(open_choices)
 
     def check_call(
         self,
@@ -203,10 +209,9 @@ class MARPipeline(ConditionalPipeline):
         final = 0
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                condition = self.condition(prompt, class_labels, num_images_per_prompt)
-            batch = len(next(iter(condition.values())))
+                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             call = {
-                "generators": image_generators(generator, batch, self._execution_device),
+                "generators": generators,
                 "guidance_scale": guidance_scale,
                 "temperature": temperature,
                 "settings": settings,
@@ -230,7 +235,7 @@ class MARPipeline(ConditionalPipeline):
         stats = _stats(drawn, final, seconds)
         if not return_dict:
             return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
 
     def _draw(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedDrawn:
         if not is_speculative:

@@ -36,7 +36,7 @@ class ImageTokenPipelineOutput(BaseOutput):
         tokens: (B, n) int64, a grid in raster order, or a row; n is below its size only for an interrupted call, and
             where fewer were asked for. Continuous ones are (B, L, D) float32, 0 where an interrupted call did not come.
         stats: see `DecodingStats`.
-        prompts: the words that each picture was drawn from, of a pipeline that chooses what a prompt leaves open.
+        prompts: the words that each picture was drawn from, what its prompt left open included; None without words.
     """
 
     images: Any

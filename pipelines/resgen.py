@@ -10,7 +10,8 @@ from studio.decoding.residual_unmasking import ResidualDrawn, ResidualUnmasking,
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
-from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.rvq import RVQTokenizer
 
@@ -43,6 +44,8 @@ class ResGenPipeline(ConditionalPipeline):
         default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_steps: used where a call
             leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
+        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
+            `prompts`; see `completed`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -62,6 +65,7 @@ class ResGenPipeline(ConditionalPipeline):
         default_top_p: float = 1.0,
         default_num_steps: int = 16,
         lowercase_prompts: bool = False,
+        open_choices: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -74,7 +78,9 @@ class ResGenPipeline(ConditionalPipeline):
             default_top_p=default_top_p,
             default_num_steps=default_num_steps,
             lowercase_prompts=lowercase_prompts,
+            open_choices=open_choices,
         )
+        check_choices(open_choices)
 
     def check_call(
         self,
@@ -181,9 +187,7 @@ class ResGenPipeline(ConditionalPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                condition = self.condition(prompt, class_labels, num_images_per_prompt)
-            batch = len(next(iter(condition.values())))
-            generators = image_generators(generator, batch, self._execution_device)
+                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=settings.steps) as progress:
 
                 def on_step(number: int, tokens: torch.Tensor) -> bool:
@@ -207,7 +211,7 @@ class ResGenPipeline(ConditionalPipeline):
         stats = _stats(drawn, seconds)
         if not return_dict:
             return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
 
 
 def _stats(drawn: ResidualDrawn, seconds: dict[str, float]) -> DecodingStats:

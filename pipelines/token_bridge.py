@@ -8,7 +8,8 @@ from studio.decoding.dimension_wise import DimensionWise, dimension_wise
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
-from studio.pipelines.base import ConditionalPipeline, image_generators, timed
+from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
@@ -35,6 +36,8 @@ class TokenBridgePipeline(ConditionalPipeline):
         tokenizer: the text tokenizer that goes with it.
         default_guidance_scale, default_temperature, default_num_steps: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
+        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
+            `prompts`; see `completed`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
@@ -51,6 +54,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         default_temperature: float = 1.0,
         default_num_steps: int = 64,
         lowercase_prompts: bool = False,
+        open_choices: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -61,7 +65,9 @@ class TokenBridgePipeline(ConditionalPipeline):
             default_temperature=default_temperature,
             default_num_steps=default_num_steps,
             lowercase_prompts=lowercase_prompts,
+            open_choices=open_choices,
         )
+        check_choices(open_choices)
 
     def check_call(
         self,
@@ -159,9 +165,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                condition = self.condition(prompt, class_labels, num_images_per_prompt)
-            batch = len(next(iter(condition.values())))
-            generators = image_generators(generator, batch, self._execution_device)
+                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=settings.steps) as progress:
 
                 def on_step(number: int, tokens: torch.Tensor) -> bool:
@@ -185,10 +189,10 @@ class TokenBridgePipeline(ConditionalPipeline):
         final = self.transformer.num_tokens - plan[drawn.target_calls - 1].first
         stats = DecodingStats(
             target_calls=drawn.target_calls,
-            tokens=batch * final * self.transformer.config.token_dim,
+            tokens=len(drawn.tokens) * final * self.transformer.config.token_dim,
             mean_accepted_length=final / drawn.target_calls,
             seconds={**seconds, "prefill": 0.0, "decode": sum(drawn.seconds.values()), **drawn.seconds},
         )
         if not return_dict:
             return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats)
+        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)

@@ -7,7 +7,6 @@ what the text encoder guesses of the picture stands in the prefix, as the states
 import torch
 
 from studio.checkpoints.loading import load
-from studio.data.captions import open_choices
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.training.emoji_ar import SAMPLING, TRANSFORMER, TrainableGenerator, earlier_tokens
@@ -25,7 +24,7 @@ class Emoji1DAR(FromWords):
     name = "emoji-1d-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-1d"
     defaults = Defaults(steps=3000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
-    pipeline, drawing = LlamaGenPipeline, {**SAMPLING, "open_choices": open_choices()}
+    pipeline, drawing = LlamaGenPipeline, SAMPLING
 
     def build(self, device):
         self.listen(device)

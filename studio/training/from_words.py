@@ -12,7 +12,7 @@ from torch import nn
 
 from studio.checkpoints.loading import load
 from studio.checkpoints.vocabulary import CONCEPTS_FILE
-from studio.data.captions import random_caption
+from studio.data.captions import open_choices, random_caption
 from studio.training.recipe import Recipe
 
 TEXT = "emoji-ar"
@@ -69,11 +69,17 @@ class FromWords(Recipe):
         module.transformer.load_state_dict(weights.state_dict())
 
     def save_pipeline(self, folder: Path, image_tokenizer, module: Listening) -> None:
-        """Writes the whole pipeline in bfloat16, with the words that its text encoder knows."""
+        """Writes the whole pipeline in bfloat16, with the words that it knows, and what prompts may leave open."""
         parts = (image_tokenizer, module.transformer, module.text_encoder)
         image_tokenizer, transformer, text_encoder = (copy.deepcopy(part).to(torch.bfloat16).eval() for part in parts)
         pipe = self.pipeline(
-            image_tokenizer, transformer, text_encoder, self.text.tokenizer, lowercase_prompts=True, **self.drawing
+            image_tokenizer,
+            transformer,
+            text_encoder,
+            self.text.tokenizer,
+            lowercase_prompts=True,
+            open_choices=open_choices(),
+            **self.drawing,
         )
         pipe.save_pretrained(folder)
         if (words := Path(self.text.name_or_path, CONCEPTS_FILE)).is_file():

@@ -1,11 +1,17 @@
 """What a prompt leaves open is chosen by the picture's own stream, said in the output, and left alone where named."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from studio import LlamaGenPipeline, StudioError
-from studio.data.captions import full_caption, open_choices, random_caption
-from studio.pipelines.open_choices import completed
+sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
+from tiny_token_bridge import SIZES, tiny_token_bridge  # noqa: E402
+
+from studio import StudioError, TokenBridgePipeline, TokenBridgeTokenizer  # noqa: E402
+from studio.data.captions import full_caption, open_choices, random_caption  # noqa: E402
+from studio.pipelines.open_choices import completed  # noqa: E402
 
 
 def stream(seed=0):
@@ -57,27 +63,56 @@ def test_every_way_to_name_them_is_seen():
         assert len(completed(caption, open_choices(), stream()).split(", ")) == len(caption.split(", ")) + missing
 
 
-def test_a_pipeline_draws_what_it_chose(tiny_pipeline, tmp_path):
+@pytest.fixture(scope="session")
+def tiny_bridge_pipeline(tiny_pipeline):
+    """A random text-to-picture pipeline of TokenBridge: 3x3 cells of four numbers."""
+    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, "block_out_channels": [4, 8]}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    how = {"levels": 5, "dimension_order": SIZES["dimension_order"], "sample_size": 6}
+    tokenizer = TokenBridgeTokenizer({"autoencoder": {**sizes, **blocks, "sample_size": 6}}, **how)
+    transformer = tiny_token_bridge(num_classes=None, caption_dim=16, caption_length=8)
+    words = (tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
+    return TokenBridgePipeline(tokenizer.eval(), transformer, *words, default_num_steps=4)
+
+
+@pytest.fixture(params=["tiny_pipeline", "tiny_mar_pipeline", "tiny_resgen_pipeline", "tiny_bridge_pipeline"])
+def plain(request):
+    """A pipeline of every kind of tokens, which leaves words as they are."""
+    return request.getfixturevalue(request.param)
+
+
+def with_choices(pipe, choices):
+    defaults = {name: value for name, value in pipe.config.items() if name.startswith("default_")}
+    return type(pipe)(**pipe.components, **defaults, open_choices=choices)
+
+
+def test_a_pipeline_draws_what_it_chose(plain, tmp_path):
     """Each picture by its own stream; the same as from the words in full with a stream that has chosen."""
     choices = [{"named": "red|green", "one_of": ["red", "green"]}]
-    pipe = LlamaGenPipeline(**tiny_pipeline.components, open_choices=choices)
+    pipe = with_choices(plain, choices)
     pipe.set_progress_bar_config(disable=True)
     out = pipe("apple", num_images_per_prompt=6, generator=[stream(seed) for seed in range(6)])
     assert set(out.prompts) == {"apple, red", "apple, green"}
     for seed in range(6):
         single = pipe("apple", generator=stream(seed))
-        assert single.prompts == [out.prompts[seed]] and torch.equal(single.tokens[0], out.tokens[seed])
         chosen = stream(seed)
         torch.randint(2, (), generator=chosen)
-        assert torch.equal(tiny_pipeline(out.prompts[seed], generator=chosen).tokens[0], out.tokens[seed])
+        in_full = plain(out.prompts[seed], generator=chosen)
+        assert single.prompts == in_full.prompts == [out.prompts[seed]]
+        for each in (single, in_full):
+            assert torch.allclose(each.tokens[0].float(), out.tokens[seed].float(), atol=1e-4)
     pipe.save_pretrained(tmp_path)
-    assert LlamaGenPipeline.from_pretrained(tmp_path).config.open_choices == choices
-    assert tiny_pipeline("apple", generator=stream()).prompts == ["apple"]
+    assert type(pipe).from_pretrained(tmp_path).config.open_choices == choices
+    assert plain("apple", generator=stream()).prompts == ["apple"]
+
+
+def test_classes_have_no_words(tiny_mar_class_pipeline):
+    assert tiny_mar_class_pipeline(class_labels=1).prompts is None
 
 
 @pytest.mark.parametrize(
     "wrong", [[{"named": "("}], [{"named": "a", "one_of": []}], ["a"], [{"named": "(", "one_of": ["b"]}], 3]
 )
-def test_choices_that_cannot_be_made_are_refused(tiny_pipeline, wrong):
+def test_choices_that_cannot_be_made_are_refused(plain, wrong):
     with pytest.raises(StudioError, match="open_choices"):
-        LlamaGenPipeline(**tiny_pipeline.components, open_choices=wrong)
+        with_choices(plain, wrong)

@@ -6,6 +6,7 @@ import torch
 from transformers import CLIPVisionModel, T5EncoderModel
 
 from studio.checkpoints.loading import load
+from studio.data.captions import open_choices
 from studio.data.splits import combinations
 from studio.errors import StudioError
 from studio.evaluation.judge import Judge, load_judge
@@ -117,6 +118,8 @@ KINDS = {
     "emoji-words": T5EncoderModel,
 }
 
+FROM_WORDS = {"emoji-1d-ar", "emoji-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"}
+
 
 def read(name, folder):
     if name == "emoji-tower":
@@ -138,6 +141,8 @@ def test_trains_exports_and_goes_on(name, small, tmp_path):
     assert result["steps"] == 2 and result["loss"] > 0
     model = read(name, result["folder"])
     assert isinstance(model, KINDS[name])
+    if name in FROM_WORDS:
+        assert model.config.open_choices == open_choices()
     start = {"init_from": result["folder"], "learning_rate": 1e-12}
     further = run(name, out=tmp_path / "further", steps=1, batch_size=4, **start)
     before, after = (network(part).state_dict() for part in (model, read(name, further["folder"])))
