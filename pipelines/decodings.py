@@ -59,7 +59,9 @@ class DecodingChoice:
         known = {option.name: option.default for option in self.options}
         if unknown := sorted(set(given) - set(known)):
             allowed = f"takes {', '.join(known)}" if known else "has no options"
-            raise StudioError(f"{self.title} decoding {allowed}, not {', '.join(unknown)}.")
+            elsewhere = [f"{name} belongs to {' or '.join(owners)}" for name in unknown if (owners := owners_of(name))]
+            told = "; ".join([f"{self.title} decoding {allowed}, not {', '.join(unknown)}", *elsewhere])
+            raise StudioError(f"{told}.")
         return self.make(**{**known, **given})
 
     def label(self, settings) -> str:
@@ -186,6 +188,11 @@ def decoding_named(name: str) -> DecodingChoice:
     if name not in DECODINGS:
         raise StudioError(f"The decoding is one of {', '.join(DECODINGS)}, not {name!r}.")
     return DECODINGS[name]
+
+
+def owners_of(option: str) -> list[str]:
+    """Names of the decodings that have an option of this name."""
+    return [name for name, choice in DECODINGS.items() if option in {each.name for each in choice.options}]
 
 
 def decodings_for(pipeline: str, components: Collection[str]) -> list[str]:

@@ -96,30 +96,64 @@ Tolerance = Annotated[
 
 
 def given(name, **options):
-    """`{"name": ..., and the options that were given}`, "ar" without a name."""
-    return {"name": name or "ar", **{option: value for option, value in options.items() if value is not None}}
+    """`{"name": ..., and the options that were given}`; None is the plain decoding of whatever model draws."""
+    return {"name": name, **{option: value for option, value in options.items() if value is not None}}
+
+
+def check_given(name, **options):
+    """Errors: `StudioError` for what `given` returned where no model could draw with it."""
+    if name is not None:
+        decoding_of(name, **options)
+        return
+    from studio import DECODINGS, decodings_for
+
+    plain = {decodings_for(choice.pipeline, ())[0] for choice in DECODINGS.values()}
+    for option in options:
+        if plain.isdisjoint(owners := _owners(option)):
+            raise _unnamed(option, owners)
+
+
+def named(name, pipe, **options):
+    """What `given` returned, with the name of a pipeline's plain decoding where it has none.
+
+    Errors: `StudioError` for an option that another decoding of this pipeline has, and the plain one has not.
+    """
+    if name is not None:
+        return {"name": name, **options}
+    from studio import DECODINGS, decodings_for
+
+    kind = type(pipe).__name__
+    plain = decodings_for(kind, ())[0]
+    for option in options:
+        fitting = [owner for owner in _owners(option) if DECODINGS[owner].pipeline == kind]
+        if fitting and plain not in fitting:
+            raise _unnamed(option, fitting)
+    return {"name": plain, **options}
 
 
 def decoding_of(name, **options):
-    """The settings object for what `given` returned."""
-    from studio import DECODINGS, decoding_named
+    """The settings object for what `named` returned."""
+    from studio import decoding_named
 
     if name == "auto":
         raise StudioError("Name the decoding: auto is for `studio generate`.")
     choice = decoding_named(name)
-    known = {option.name for option in choice.options}
-    for option in options.keys() - known:
-        owners = [other for other, its in DECODINGS.items() if option in {each.name for each in its.options}]
-        flag = _flag(option)
-        raise StudioError(f"{flag} belongs to --decoding {' or '.join(owners)}, not {name}: leave {flag} out.")
+    for option in options:
+        if name not in (owners := _owners(option)):
+            told = f"{flag(option)} belongs to --decoding {' or '.join(owners)}, not {name}"
+            raise StudioError(f"{told}: leave {flag(option)} out.")
     return choice.settings(**options)
 
 
-def plain_decoding_of(pipe):
-    """What is drawn with where nobody said anything, in the form of `given`."""
-    from studio import decodings_for
+def _owners(option):
+    from studio.pipelines.decodings import owners_of
 
-    return {"name": decodings_for(type(pipe).__name__, ())[0]}
+    return owners_of(option)
+
+
+def _unnamed(option, owners):
+    told = f"{flag(option)} belongs to --decoding {' or '.join(owners)}"
+    return StudioError(f"{told}: say which decoding you mean, or leave {flag(option)} out.")
 
 
 def shown_name(name, how):
@@ -127,16 +161,19 @@ def shown_name(name, how):
     return f"{name} {how.mode} (approximate)" if getattr(how, "approximate", False) else name
 
 
-def _flag(option):
+def flag(option):
+    """How the command line writes an option."""
     return f"--{option.replace('_', '-')}"
 
 
 def check_auto(name, tolerance, options):
-    """Errors: `StudioError` for options of other decodings beside `auto`, and for its own beside another."""
+    """Errors: `StudioError` for options of other decodings beside `auto`, and for its own without it."""
+    if name is None and tolerance is not None:
+        raise _unnamed("tolerance", ["auto"])
     if name != "auto" and tolerance is not None:
         raise StudioError(f"--tolerance belongs to --decoding auto, not {name}: leave --tolerance out.")
     if name == "auto" and options:
-        raise StudioError(f"--decoding auto chooses its own settings: leave {' and '.join(map(_flag, options))} out.")
+        raise StudioError(f"--decoding auto chooses its own settings: leave {' and '.join(map(flag, options))} out.")
 
 
 def picked(model, pipe, pictures, tolerance):
@@ -145,7 +182,7 @@ def picked(model, pipe, pictures, tolerance):
 
     rows = read_measured(model, pipe.device)
     if rows is None:
-        plain = plain_decoding_of(pipe)
+        plain = named(None, pipe)
         command = f"studio bench decoding --model {model} --save"
         warn(f"Nothing was measured here yet: run `{command}`. Drawing with {plain['name']}.")
         return plain

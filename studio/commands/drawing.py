@@ -23,10 +23,11 @@ from studio.commands.decodings import (
     TeacherSteps,
     Tolerance,
     check_auto,
+    check_given,
     decoding_of,
     given,
+    named,
     picked,
-    plain_decoding_of,
     shown_name,
 )
 from studio.commands.options import Device, Dtype, Json, number
@@ -142,12 +143,12 @@ def generate(
         )
     settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
     settings |= {} if length is None else {"num_tokens": length}
-    chosen = given(decoding, **chosen)
-    is_plain = decoding is None and len(chosen) == 1
-    check_auto(chosen["name"], tolerance, [name for name in chosen if name != "name"])
-    if dtype == "int8" and chosen["name"] != "ar":
+    if dtype == "int8" and decoding not in (None, "ar"):
         raise StudioError("--dtype int8 goes with --decoding ar only.")
-    chosen = None if is_plain and dtype != "int8" else chosen
+    chosen = given("ar" if dtype == "int8" else decoding, **chosen)
+    check_auto(decoding, tolerance, [name for name in chosen if name != "name"])
+    if decoding != "auto":
+        check_given(**chosen)
     _generate(prompt, class_label, model, num_images, seed, settings, chosen, tolerance, device, dtype, out, sheet)
 
 
@@ -162,19 +163,14 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     from studio import Autoregressive, load
     from studio.checkpoints.vocabulary import prompt_warning
 
-    is_auto, packed = decoding is not None and decoding["name"] == "auto", dtype == "int8"
-    how = None if is_auto or decoding is None else decoding_of(**decoding)
-    if packed:
-        how = Autoregressive(weights="int8")
+    packed = dtype == "int8"
     quiet_libraries()
     pipe = load(model, device=device, dtype=None if packed else dtype)
     if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
         raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
-    if is_auto:
-        decoding = picked(model, pipe, num_images, tolerance)
-    if decoding is None:
-        decoding = plain_decoding_of(pipe)
-    how = how or decoding_of(**decoding)
+    is_auto = decoding["name"] == "auto"
+    decoding = picked(model, pipe, num_images, tolerance) if is_auto else named(pipe=pipe, **decoding)
+    how = Autoregressive(weights="int8") if packed else decoding_of(**decoding)
     pipe.check_arguments(settings)
     if caution := pipe.caution(how):
         warn(caution)

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from studio.commands.decodings import decoding_of, plain_decoding_of
+from studio.commands.decodings import decoding_of, named
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -143,7 +143,7 @@ def _prepare(file, out, model, seed, options, device, dtype):
     requests = read_prompts(file, seed, options)
     packed = dtype == "int8"
     for request in requests:
-        if packed and request.decoding and request.decoding["name"] != "ar":
+        if packed and request.decoding["name"] not in (None, "ar"):
             raise StudioError(f"{file}, line {request.line}: --dtype int8 goes with decoding ar only.")
     check_writable(out / MANIFEST)
 
@@ -154,12 +154,11 @@ def _prepare(file, out, model, seed, options, device, dtype):
     if not hasattr(pipe, "check_call"):
         raise StudioError(f"{model} draws no file of prompts: use a pipeline such as emoji-ar.")
     pipe.set_progress_bar_config(disable=True)
-    plain = plain_decoding_of(pipe)
-    requests = [replace(request, decoding=request.decoding or plain) for request in requests]
     cautions = set()
     for number, request in enumerate(requests):
-        how = _decoding(request, packed)
         try:
+            request = replace(request, decoding=named(pipe=pipe, **request.decoding))
+            how = _decoding(request, packed)
             pipe.check_arguments(request.settings)
             pipe.check_call(request.prompt, class_labels=request.class_label, decoding=how, **request.settings)
         except StudioError as error:
@@ -175,7 +174,8 @@ def _prepare(file, out, model, seed, options, device, dtype):
 def _decoding(request, packed):
     from studio import Autoregressive
 
-    return Autoregressive(weights="int8") if packed else decoding_of(**request.decoding)
+    how = decoding_of(**request.decoding)
+    return Autoregressive(weights="int8") if packed else how
 
 
 def _warn_of_unknown_words(pipe, requests):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.commands.decodings import decoding_of, given
+from studio.commands.decodings import check_given, flag, given
 from studio.errors import StudioError
 
 _SAMPLING = {
@@ -60,7 +60,7 @@ class Request:
         seed: of its first picture; the next use seed + 1, ...
         num_images: how many pictures.
         settings: arguments of the pipeline that differ from its own.
-        decoding: the keywords of `decoding_of`, or `None` for the plain one of whatever model draws.
+        decoding: what `studio.commands.decodings.given` returns.
         approximate: whether pictures do not follow the model's law then; known when the model is.
     """
 
@@ -70,7 +70,7 @@ class Request:
     seed: int
     num_images: int
     settings: dict
-    decoding: dict | None
+    decoding: dict
     approximate: bool = False
 
 
@@ -80,15 +80,19 @@ def read_prompts(file, base_seed=0, options=None):
     Args:
         file: UTF-8, one JSON object a line; empty lines are skipped. `prompt` (or `class_label`) is required.
         base_seed: lines without a seed get one derived from this and their number.
-        options: what lines take where they leave it out, by the same names.
+        options: what lines take where they leave it out, by the same names; those of a decoding go to the lines that
+            have this decoding.
 
     Returns:
         A list of `Request`, one per line.
 
     Raises:
-        StudioError: the file cannot be read, holds no prompt, or a line is not as above; it names the line.
+        StudioError: the file cannot be read, holds no prompt, or a line is not as above; it names the line. Or options
+            of a decoding that no line has.
     """
-    file, requests = Path(file).expanduser(), []
+    file, requests, options = Path(file).expanduser(), [], options or {}
+    of_decoding = [name for name in _DECODING if name in options]
+    check_given(options.get("decoding"), **{name: options[name] for name in of_decoding})
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,11 +102,14 @@ def read_prompts(file, base_seed=0, options=None):
         if not line.strip():
             continue
         try:
-            requests.append(_request(number, _fields(line), base_seed, options or {}))
+            requests.append(_request(number, _fields(line), base_seed, options))
         except StudioError as error:
             raise StudioError(f"{file}, line {number}: {error}") from error
     if not requests:
         raise StudioError(f'{file} holds no prompts: write lines such as {{"prompt": "a red apple"}}.')
+    if of_decoding and all(request.decoding["name"] != options.get("decoding") for request in requests):
+        flags = " and ".join(map(flag, of_decoding))
+        raise StudioError(f"Every line of {file} names another decoding, and none takes {flags}: leave {flags} out.")
     return requests
 
 
@@ -146,13 +153,11 @@ def _check(name, value):
 def _request(number, fields, base_seed, options):
     if ("prompt" in fields) == ("class_label" in fields):
         raise StudioError('say what to draw: a prompt such as "a red apple", or class_label for such a model.')
-    if "decoding" in fields:  # the options of another decoding are none of this one's
-        options = {name: value for name, value in options.items() if name not in _DECODING}
+    if fields.get("decoding", options.get("decoding")) != options.get("decoding"):
+        options = {name: value for name, value in options.items() if name not in _DECODING}  # none of this decoding's
     chosen = {**options, **fields}
-    options = {name: chosen[name] for name in _DECODING if name in chosen}
-    decoding = given(chosen.get("decoding"), **options) if options or "decoding" in chosen else None
-    if decoding:
-        decoding_of(**decoding)
+    decoding = given(chosen.get("decoding"), **{name: chosen[name] for name in _DECODING if name in chosen})
+    check_given(**decoding)
     return Request(
         line=number,
         prompt=chosen.get("prompt"),

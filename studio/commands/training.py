@@ -22,8 +22,10 @@ from studio.commands.decodings import (
     Schedule,
     Steps,
     TeacherSteps,
+    check_given,
     decoding_of,
     given,
+    named,
 )
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
@@ -108,7 +110,9 @@ def evaluate(
         confidence=confidence,
         confidence_temperature=confidence_temperature,
     )
-    how = decoding_of(**chosen) if decoding or len(chosen) > 1 else None
+    check_given(**chosen)
+    is_plain = decoding is None and len(chosen) == 1
+    how = None if is_plain else lambda pipe: decoding_of(**named(pipe=pipe, **chosen))
     result = measure(model, samples=samples, seed=seed, device=device, decoding=how, shared=True)
     emit(result)
     for name, value in _flat(result):

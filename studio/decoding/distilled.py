@@ -28,6 +28,7 @@ from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")
 TEACHER_DRAWS = ("sample", "map")
+_OF_TEACHER = ("teacher_draw", "filter_order", "weights")
 _NEAREST_ROWS = 4096
 
 
@@ -42,7 +43,7 @@ class Distilled:
         split: steps that take their code from the logits; None: the student's own number.
         snap: "none" hands regressed vectors to the image decoder as they are (as published), "nearest" as codes.
         teacher_draw: "sample" draws the teacher's steps at random (as published), "map" from the picture's noise.
-        filter_order, weights: of the teacher's steps, as in `Autoregressive`.
+        filter_order, weights: of the teacher's steps, as in `Autoregressive`; all three go with `teacher_steps` only.
 
     Errors: `StudioError` for a value outside these ranges, and for settings that exclude each other.
     """
@@ -80,6 +81,11 @@ class Distilled:
         ):  # fmt: skip
             if value not in allowed:
                 raise StudioError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
+        of_teacher = [name for name in _OF_TEACHER if getattr(self, name) != getattr(type(self), name)]
+        if of_teacher and self.teacher_steps is None:
+            raise StudioError(
+                f"{', '.join(of_teacher)} is of the teacher's steps: give teacher_steps, or leave it out."
+            )
 
     def times_for(self, student: torch.nn.Module, steps: int | None = None) -> tuple[int, ...]:
         """Known steps at each call: `times`, or evenly spread over the first part of the steps (`student.horizon`).

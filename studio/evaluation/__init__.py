@@ -12,7 +12,8 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
         samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
             not for a tokenizer, which is always measured on every held-out picture.
         device: where it runs; CUDA where there is one when `None`.
-        decoding: how a pipeline draws, as in a call of it; only for pipelines.
+        decoding: how a pipeline draws, as in a call of it, or a function that says so of the pipeline; only for
+            pipelines.
         shared: whether all processes of `accelerate launch` call this: each then draws a part of what a pipeline draws,
             on its own device, and all return the same.
 
@@ -55,7 +56,8 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
     if not loaded.takes_text:
         raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
     loaded.set_progress_bar_config(disable=True)
-    return evaluate_generator(loaded, decoding=decoding, shared=shared, **chosen)
+    how = decoding(loaded) if callable(decoding) else decoding
+    return evaluate_generator(loaded, decoding=how, shared=shared, **chosen)
 
 
 def _refuse(decoding):

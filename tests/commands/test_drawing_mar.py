@@ -11,6 +11,7 @@ from PIL import Image
     [
         ([], "mar"),
         (["--decoding", "mar", "--steps", 3, "--diffusion-steps", 4, "--temperature", 0.9], "mar"),
+        (["--steps", 3, "--diffusion-steps", 4], "mar"),
         (["--decoding", "cspd"], "cspd"),
         (["--decoding", "cspd", "--mode", "exact", "--prefill", 0.3], "cspd"),
         (["--decoding", "cspd", "--mode", "relaxed", "--draft-steps", 2], "cspd relaxed (approximate)"),
@@ -24,6 +25,7 @@ def test_decodings(run, tiny_mar_folder, tmp_path, options, shown):
     assert document["decoding"] == shown and document["tokens"] == 16
     assert ("acceptance" in document) == shown.startswith("cspd")
     record = json.loads(Image.open(tmp_path / document["images"][0]["path"]).text["studio"])["call"]
+    assert record["decoding"].get("steps", 3) == 3 and ("steps" in record["decoding"]) == ("--steps" in options)
     is_relaxed = "relaxed" in shown
     assert record["decoding"].get("approximate", False) == is_relaxed
     assert ("Warning: Relaxed decoding was not validated with 4 steps for 16 tokens" in err) == is_relaxed
@@ -35,7 +37,15 @@ def test_decodings(run, tiny_mar_folder, tmp_path, options, shown):
         ("mar", ["--decoding", "ar"], "not Autoregressive"),
         ("mar", ["--decoding", "speculative"], "not Speculative"),
         ("mar", ["--decoding", "lantern"], "not Lantern"),
-        ("mar", ["--decoding", "mar", "--mode", "relaxed"], "--mode belongs to --decoding cspd"),
+        ("mar", ["--decoding", "mar", "--mode", "relaxed"], "--mode belongs to --decoding cspd, not mar: leave"),
+        ("mar", ["--mode", "relaxed"], "--mode belongs to --decoding cspd: say which"),
+        ("mar", ["--steps", "17"], "16 tokens"),
+        ("mar", ["--steps", "4", "--dtype", "int8"], "not ar: leave --steps out"),
+        ("mar", ["--schedule", "circle"], "--schedule belongs to --decoding resgen or first-hitting, not mar"),
+        ("ar", ["--steps", "2"], "--steps belongs to --decoding distilled: say which"),
+        ("ar", ["--delta", "0.1"], "--delta belongs to --decoding lantern: say which"),
+        ("ar", ["--diffusion-steps", "2"], "--diffusion-steps belongs to --decoding mar or cspd, not ar: leave"),
+        ("ar", ["--tolerance", "0.1"], "--tolerance belongs to --decoding auto: say which"),
         ("mar", ["--decoding", "cspd", "--mode", "sloppy"], "exact, relaxed"),
         ("mar", ["--decoding", "cspd", "--draft-steps", "2"], 'mode="relaxed"'),
         ("mar", ["--decoding", "mar", "--steps", "17"], "16 tokens"),
@@ -54,10 +64,34 @@ def test_what_does_not_fit_is_refused_by_name(run, tiny_mar_folder, tiny_folder,
 
 
 def test_a_file_of_prompts(run, tiny_mar_folder, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red apple", "decoding": "cspd", "mode": "exact"}\n')
-    code, _, err = run("generate", "--prompts", "prompts.jsonl", "--model", tiny_mar_folder, "--out", "drawn")
+    lines = ('{"prompt": "a red apple", "decoding": "cspd", "mode": "exact"}', '{"prompt": "a pear", "steps": 3}')
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    call = ("generate", "--prompts", "prompts.jsonl", "--model", tiny_mar_folder, "--diffusion-steps", 4)
+    code, _, err = run(*call, "--out", "drawn")
     assert code == 0, err
-    assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
+    rows = [json.loads(line) for line in (tmp_path / "drawn" / "manifest.jsonl").read_text().splitlines()]
+    assert [row["decoding"] for row in rows] == [
+        {"name": "cspd", "mode": "exact"},
+        {"name": "mar", "steps": 3, "diffusion_steps": 4},
+    ]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a pear", "schedule": "circle"}')
+    code, _, err = run(*call, "--out", "refused")
+    assert code == 2 and "line 1: --schedule belongs to --decoding resgen or first-hitting, not mar" in err
+
+
+def test_evaluate_gives_options_to_the_plain_decoding(run, tiny_mar_folder, monkeypatch):
+    from studio import MaskedAutoregressive
+
+    seen = []
+    monkeypatch.setattr(
+        "studio.evaluation.generators.evaluate_generator", lambda pipe, decoding, shared: seen.append(decoding) or {}
+    )
+    for options in ([], ["--steps", 3]):
+        code, _, err = run("evaluate", tiny_mar_folder, *options)
+        assert code == 0, err
+    assert seen == [None, MaskedAutoregressive(steps=3)]
+    code, _, err = run("evaluate", tiny_mar_folder, "--mode", "exact")
+    assert code == 2 and "--mode belongs to --decoding cspd: say which" in err and len(seen) == 2
 
 
 def test_the_help_calls_relaxed_approximate(run):

@@ -41,6 +41,29 @@ def test_a_line_with_a_decoding_of_its_own_takes_no_options_of_another(tmp_path)
     assert first.decoding == {"name": "lantern", "delta": 0.2} and second.decoding == {"name": "ar"}
 
 
+def test_options_of_a_decoding_go_to_the_lines_that_have_it(tmp_path):
+    file = write(tmp_path, {"prompt": "a", "decoding": "lantern"}, {"prompt": "b", "decoding": "lantern", "delta": 0.3})
+    requests = read_prompts(file, options={"decoding": "lantern", "delta": 0.2})
+    assert [request.decoding["delta"] for request in requests] == [0.2, 0.3]
+    [request] = read_prompts(write(tmp_path, {"prompt": "a", "diffusion_steps": 9}), options={"steps": 4})
+    assert request.decoding == {"name": None, "steps": 4, "diffusion_steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "words"),
+    [
+        ({"decoding": "ar"}, {"decoding": "lantern", "delta": 0.2}, "none takes --delta: leave --delta out"),
+        ({"decoding": "cspd"}, {"steps": 4, "diffusion_steps": 9}, "none takes --steps and --diffusion-steps"),
+        ({"decoding": "lantern"}, {"delta": 0.2}, "--delta belongs to --decoding lantern: say which"),
+        ({"decoding": "lantern"}, {"decoding": "ar", "delta": 0.2}, "--delta belongs to --decoding lantern, not ar"),
+    ],
+    ids=str,
+)
+def test_an_option_that_no_line_takes_is_refused(tmp_path, line, options, words):
+    with pytest.raises(StudioError, match=words):
+        read_prompts(write(tmp_path, {"prompt": "a", **line}), options=options)
+
+
 def test_empty_lines_are_skipped_and_counted(tmp_path):
     requests = read_prompts(write(tmp_path, "", {"prompt": "a"}, "  ", "", {"prompt": "b"}, ""))
     assert [request.line for request in requests] == [2, 5]

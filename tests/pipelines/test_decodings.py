@@ -19,7 +19,7 @@ def test_options_arrive():
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(StudioError, match="speculative"):
         decoding_named("fast")
-    with pytest.raises(StudioError, match="no options, not delta"):
+    with pytest.raises(StudioError, match=r"no options, not delta; delta belongs to lantern\."):
         decoding_named("speculative").settings(delta=0.1)
     with pytest.raises(StudioError, match="delta, neighbours"):
         decoding_named("lantern").settings(colour=1)
