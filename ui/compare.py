@@ -92,7 +92,8 @@ def _endpoint(prompt, sides, count):
 
         Returns:
             The pictures as PNG files, and details of each side: seconds, calls of the model, tokens a call, accepted
-            drafts among the tokens of its first picture, and the judge's opinion where a bundled model draws emoji.
+            drafts among the tokens of its first picture, and the judge's opinion where a bundled model draws emoji;
+            "unscored" says why there is no score where there is none.
         """
         async for update in answer_comparison(prompt, sides, count, seed):
             yield update
@@ -177,4 +178,5 @@ def _details(side):
         "accepted_tokens": len(side.fates.accepted) if side.fates else None,
         "acceptance": stats.acceptance,
     }
-    return {**told, **cost, "judge": [dataclasses.asdict(opinion) for opinion in side.opinions] or None}
+    judged = {"judge": [dataclasses.asdict(opinion) for opinion in side.opinions] or None, "unscored": side.unscored}
+    return {**told, **cost, **judged}

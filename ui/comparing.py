@@ -16,6 +16,7 @@ from studio.ui.worker import follow
 
 MOST_SIDES = 6
 MOST_OF_ONE = 4  # pictures of each side
+NOTHING_NAMED = "The prompt names nothing that the judge knows: it scores concepts such as a red apple."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class CompareWish:
 
     Args:
         prompt: what to draw.
-        sides: what draws, as `MODEL` or `MODEL: DECODING`, with options as in `MODEL: lantern delta=0.3`.
+        sides: what draws, as `MODEL` or `MODEL: DECODING`, with options as in `MODEL: lantern delta=0.3`; without a
+            name they are those of its plain decoding.
         count: pictures of each side.
         seed: of the first picture of every side; drawn when `None`.
     """
@@ -51,10 +53,14 @@ class CompareWish:
         model, _, how = side.rpartition(": ")
         if not model:
             model, how = side, ""
-        name, *options = how.split() or fitting_decodings(model)[:1]
-        if malformed := [option for option in options if "=" not in option]:
+        name, *options = how.split() or [""]
+        if not name or "=" in name:
+            name, options = fitting_decodings(model)[0], how.split()
+        if malformed := [option for option in options if not all(option.partition("="))]:
             raise StudioError(f"Write an option as NAME=NUMBER, such as delta=0.3, not {malformed[0]!r}.")
         texts = dict(option.split("=", 1) for option in options)
+        if len(texts) < len(options):
+            raise StudioError(f"An option is given twice in {how!r}: leave one of them out.")
         wish = Wish.from_fields(model, self.prompt, self.count, *[""] * 5, name, texts)
         return dataclasses.replace(wish, seed=self.seed)
 
@@ -71,6 +77,7 @@ class Side:
         fates: of the first picture's tokens, then, where drafts are made one by one.
         stats: those of the pipeline, then.
         opinions: the judge's on each picture, where it knows what the model draws.
+        unscored: a sentence that says why these give no score, then, or `None` where they do.
     """
 
     title: str
@@ -81,6 +88,7 @@ class Side:
     fates: TokenFates | None = None
     stats: object = None
     opinions: tuple = ()
+    unscored: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +178,7 @@ def _drawn(found, number, call, job):
     output = call(on_step)
     if job.stopped:
         return found
+    opinions, unscored = _judged(output.images, call.wish)
     return _with_side(
         found,
         number,
@@ -177,7 +186,8 @@ def _drawn(found, number, call, job):
         pictures=tuple(as_files(output.images, call.wish)),
         fates=call.fates(Sketch(output.tokens)),
         stats=output.stats,
-        opinions=_opinions(output.images, call.wish),
+        opinions=opinions,
+        unscored=unscored,
     )
 
 
@@ -187,8 +197,12 @@ def _with_side(found, number, **changes):
     return dataclasses.replace(found, sides=tuple(sides))
 
 
-def _opinions(pictures, wish):
+def _judged(pictures, wish):
+    """The judge's opinions, and why they give no score, as of `Side`."""
     from studio.evaluation.opinions import opinions
 
-    judge = get_judge(wish.model)
-    return tuple(opinions(judge, pictures, wish.prompt)) if judge else ()
+    try:
+        found = tuple(opinions(get_judge(wish.model), pictures, wish.prompt))
+    except StudioError as error:
+        return (), str(error)
+    return found, NOTHING_NAMED if found[0].agreement is None else None

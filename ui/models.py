@@ -119,17 +119,21 @@ def get_tokenizer(name, device=HERE):
 
 
 def get_judge(model):
-    """The bundled judge, where it knows what a pipeline draws and is in this copy; else `None`."""
+    """The bundled judge, for what a pipeline draws.
+
+    Raises:
+        StudioError: it does not know what that pipeline draws, or is not in this copy.
+    """
     from studio.evaluation.judge import load_judge
 
     if model not in BUNDLED:
-        return None
+        raise StudioError("The judge knows the emoji of bundled models only, and this model is none of them.")
     with _lock:
         if "judge" not in _judges:
             try:
                 _judges["judge"] = load_judge()
-            except StudioError:
-                _judges["judge"] = None
+            except StudioError as error:
+                raise StudioError("The judge (emoji-judge) is missing in this copy of Studio, or damaged.") from error
         return _judges["judge"]
 
 

@@ -61,15 +61,16 @@ def _accepted(side):
 
 
 def _opinions(side):
-    """What the judge sees in each picture, and in how many of them what the words name."""
+    """What the judge sees in each picture, and how likely it finds what the words name, or why it cannot say."""
+    unscored = f'<p class="studio-note">No judge score. {escape(side.unscored)}</p>' if side.unscored else ""
     if not side.opinions:
-        return ""
+        return unscored
     seen = "".join(
         f"<li>{escape(opinion.concept)} <span>{opinion.certainty:.0%}, {escape(opinion.style)}, "
         f"{escape(opinion.background)}</span></li>"
         for opinion in side.opinions
     )
-    return f"<h4>The judge sees</h4><ul>{seen}</ul>{_agreement(side)}"
+    return f"<h4>The judge sees</h4><ul>{seen}</ul>{_agreement(side)}{unscored}"
 
 
 def judge_score(side):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from studio import DECODINGS
+from studio import DECODINGS, StudioError
 from studio.checkpoints.bundled import BUNDLED, Bundled
 from studio.evaluation.judge import Judge
-from studio.ui import compare, models
+from studio.ui import compare, comparing, models
 from studio.ui.comparing import CompareWish, offered_sides
 
 SIDES = ["tiny", "tiny: speculative"]
@@ -55,7 +55,6 @@ def test_clocks_calls_and_accepted_tokens_are_shown(steps):
     accepted = re.search(r"accepted drafts</dt><dd>(\d+) of 16 tokens", cards)
     assert int(accepted[1]) == 16 - calls[1] and "accepted drafts</dt><dd>none made" in cards
     assert "Fastest: tiny: " in status and "<dd>7</dd>" in status
-    assert "judge" not in cards.lower()
 
 
 def test_one_is_waiting_while_another_draws(steps):
@@ -78,8 +77,37 @@ def test_the_judge_says_what_it_sees_and_what_it_is(steps, judge):
     assert cards.count("<h4>The judge sees</h4>") == 2 and "It only measures" in cards
     assert re.search(r"judge score</dt><dd>\d+%", cards)
     assert cards.count('<circle cx="592"') == 2 and "1 picture each" in cards and "seconds a picture" in cards
-    unnamed = updates("a blorp")[-1][1]
-    assert "judge score" not in unnamed and "studio-chart" not in unnamed
+    assert "No judge score" not in cards
+
+
+def test_a_side_without_a_score_says_why(steps, monkeypatch, request):
+    """On every card: a model that the judge does not know; then words that it does not know; then no judge at all."""
+    from studio.evaluation import judge as judging
+
+    unscored = re.compile(r"No judge score\. ([^<]*)</p></section>")
+    cards = updates()[-1][1]
+    reasons = unscored.findall(cards)
+    assert len(reasons) == 2 and all("emoji of bundled models only" in reason for reason in reasons)
+    assert "The judge sees" not in cards
+    request.getfixturevalue("judge")
+    cards = updates("a blorp")[-1][1]
+    assert unscored.findall(cards) == [comparing.NOTHING_NAMED] * 2 and cards.count("The judge sees") == 2
+    assert "judge score</dt>" not in cards and "studio-chart" not in cards
+    monkeypatch.setattr(models, "_judges", {})
+    monkeypatch.setattr(judging, "load_judge", refused)
+    reasons = unscored.findall(updates()[-1][1])
+    assert len(reasons) == 2 and all("(emoji-judge) is missing in this copy" in reason for reason in reasons)
+
+
+def refused():
+    raise StudioError("/a/folder/of/this/machine is damaged")
+
+
+def test_a_judge_of_other_concepts_spoils_no_comparison(steps, judge, toasts):
+    torch.manual_seed(0)
+    models._judges["judge"] = Judge(num_concepts=7, widths=(8, 8, 8), feature_dim=4, sample_size=16).eval()
+    gallery, cards, _ = updates()[-1]
+    assert len(gallery["value"]) == 2 and "No judge score. This judge knows 7 concepts" in cards and not toasts
 
 
 @pytest.mark.parametrize(
@@ -94,6 +122,10 @@ def test_the_judge_says_what_it_sees_and_what_it_is(steps, judge):
         ({"sides": ["tiny", "tiny: lantern 0.3"]}, "NAME=NUMBER"),
         ({"sides": ["tiny", "tiny: lantern delta=much"]}, "Delta must be a number"),
         ({"sides": ["tiny", "tiny: lantern speed=3"]}, "Lantern decoding takes"),
+        ({"sides": ["tiny", "tiny: ar delta=0.3"]}, "no options, not delta; delta belongs to lantern."),
+        ({"sides": ["tiny", "tiny: steps=3"]}, "steps belongs to distilled or mar or"),
+        ({"sides": ["tiny", "tiny: lantern delta="]}, "not 'delta='"),
+        ({"sides": ["tiny", "tiny: lantern delta=0.3 delta=0.4"]}, "given twice"),
         ({"sides": ["tiny", "tiny: distilled"]}, "student"),
         ({"sides": ["tiny", "nobody-has-this"]}, "no model or folder"),
         ({"count": 5}, "between 1 and 4"),
@@ -112,6 +144,8 @@ def test_options_are_part_of_a_side(monkeypatch):
     wish = CompareWish("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
     assert wish.wishes[0].options == {"delta": 0.3, "neighbours": 9} and wish.wishes[0].model == "tiny"
     assert wish.wishes[1].model == "folder/of a model" and [each.seed for each in wish.wishes] == [3, 3]
+    monkeypatch.setattr(comparing, "fitting_decodings", lambda model: ["mar", "cspd"])
+    assert CompareWish("a fox", ["m: steps=3", "m"]).wishes[0].how == {"name": "mar", "steps": 3}
     drawn = CompareWish("a fox", SIDES).wishes
     assert drawn[0].seed == drawn[1].seed
 
@@ -160,5 +194,6 @@ def test_programs_compare_too(client, judge):
     assert speculative["decoding"]["name"] == "speculative" and plain["accepted_tokens"] is None
     assert speculative["accepted_tokens"] == 16 - speculative["target_calls"]
     assert set(plain["judge"][0]) == {"concept", "style", "background", "certainty", "agreement"}
+    assert plain["unscored"] is None
     with pytest.raises(Exception, match="from 2 to 6"):
         client.predict("a red apple", ["tiny"], api_name="/compare")
