@@ -2,7 +2,9 @@
 
 import math
 
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -51,7 +53,19 @@ def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
         image_grid_pinpoints=_pinpoints(),
         tie_word_embeddings=True,
     )  # fmt: skip
-    return LlavaNextForConditionalGeneration(config)
+    model = LlavaNextForConditionalGeneration(config)
+    for layer in model.model.language_model.layers:
+        _attend_to_alike(layer.self_attn)
+    return model
+
+
+@torch.no_grad()
+def _attend_to_alike(attention):
+    """Lets attention begin as a search for what is alike, and as a copy of it (arXiv:2305.09828, section 3)."""
+    nn.init.orthogonal_(attention.q_proj.weight)
+    attention.k_proj.weight.copy_(attention.q_proj.weight)
+    nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+    attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 def build_processor() -> LlavaNextProcessor:
