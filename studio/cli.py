@@ -18,7 +18,7 @@ from studio.commands.installation import doctor, models, ui
 from studio.commands.restoring import bench_tokenizers
 from studio.commands.serving import bench_serve, serve
 from studio.commands.training import evaluate, train
-from studio.console import complain, emit, only_json_on_stdout, say, warn
+from studio.console import complain, emit_error, only_json_on_stdout, say, warn
 from studio.errors import StudioError
 from studio.processes import launch_problem
 
@@ -68,7 +68,7 @@ def _run(arguments):
 
 def _fail(sentence, code):
     complain(sentence)
-    emit({"error": " ".join(sentence.split())})
+    emit_error(" ".join(sentence.split()))
     return code
 
 

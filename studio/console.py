@@ -24,6 +24,11 @@ def emit(document):
     _document = document
 
 
+def emit_error(sentence):
+    """Set the sentence as the document's `"error"`, beside what a command that went wrong has found out so far."""
+    emit({**(_document if isinstance(_document, dict) else {}), "error": sentence})
+
+
 def say(text):
     """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
     if process_index() == 0:

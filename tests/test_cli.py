@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -252,6 +253,14 @@ def test_wrong_prompts_are_refused(run, tiny_folder, tmp_path, prompt):
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("wrong", [["x" * 2001], ["a zorblax", "--temperature", "-1"]], ids=["prompt", "setting"])
+def test_a_call_that_is_refused_warns_of_nothing_else(run, tiny_folder, tmp_path, wrong):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "concepts.json").write_text(json.dumps({"words": ["a", "pear"], "concepts": ["pear"]}))
+    code, _, err = run("generate", *wrong, "--model", model)
+    assert code == 2 and len(err.splitlines()) == 1
+
+
 def test_class_label_out_of_range_is_refused(run, tiny_class_folder, tmp_path):
     refused(run("generate", "--class-label", 10, "--model", tiny_class_folder), "10")
     assert files(tmp_path) == []
@@ -315,6 +324,17 @@ def test_doctor_reports_versions_and_weights(run):
     code, out, _ = run("doctor")
     weights = [name for row in report["models"] for name in row["sha256"].items() if name[0].endswith(".safetensors")]
     assert code == 0 and len(weights) >= 4 and all(f"{checksum}  {file}\n" in out for file, checksum in weights)
+
+
+def test_doctor_names_damaged_weights_in_its_document_too(run, monkeypatch):
+    from studio import doctor
+
+    rows = [{"name": "emoji-ar", "state": "damaged", "sha256": {}}]
+    monkeypatch.setattr(doctor, "list_models", lambda: rows)
+    code, out, err = run("doctor", "--json")
+    report = json.loads(out)
+    assert code == 2 and report["models"] == rows and not report["ok"] and "damaged" in report["error"]
+    assert err.splitlines()[-1] == f"Error: {report['error']}"
 
 
 def test_bench_prints_one_row_a_batch_size(run):

@@ -172,6 +172,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     decoding = picked(model, pipe, num_images, tolerance) if is_auto else named(pipe=pipe, **decoding)
     how = Autoregressive(weights="int8") if packed else decoding_of(**decoding)
     pipe.check_arguments(settings)
+    pipe.check_call(prompt, class_labels=class_label, num_images_per_prompt=num_images, decoding=how, **settings)
     if caution := pipe.caution(how):
         warn(caution)
     if warning := prompt_warning(pipe, prompt):

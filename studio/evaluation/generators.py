@@ -8,6 +8,7 @@ from studio.data.archive import load_pictures
 from studio.data.backgrounds import render
 from studio.data.captions import full_caption
 from studio.data.splits import combinations
+from studio.errors import StudioError
 from studio.evaluation.judge import draw_combinations, load_judge, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
 from studio.processes import gather, process_count, process_index
@@ -30,8 +31,13 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, 
         fractions, and the Frechet distance in the judge's features to the true pictures of all held-out combinations.
         A pipeline over rows of tokens also has "judge_top1_n" and "frechet_n", of pictures of the same draws' first n
         tokens, for some lengths n: the full one, halved up to four times.
+
+    Raises:
+        StudioError: too few samples, or more than there are combinations.
     """
     judge = load_judge(device=pipe.device)
+    if samples <= judge.config.feature_dim:
+        raise StudioError(f"The Frechet distance needs more than {judge.config.feature_dim} samples, not {samples}.")
     drawn = draw_combinations(samples, np.random.default_rng(seed))
     captions = [full_caption(*row) for row in drawn.tolist()]
     first, every = (process_index(), process_count()) if shared else (0, 1)

@@ -33,6 +33,12 @@ def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
     assert quality["judge_top1"] < 0.1 and quality["background_accuracy"] < 0.5
 
 
+def test_too_few_samples_are_refused_before_anything_is_drawn(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(type(tiny_pipeline), "__call__", lambda *_, **__: pytest.fail("it drew"))
+    with pytest.raises(StudioError, match="more than 64"):
+        evaluate_generator(tiny_pipeline, samples=64)
+
+
 def test_rows_of_tokens_are_judged_at_several_lengths(tiny_row_pipeline):
     """Shorter pictures are those that a call for as many tokens draws, and their judgement too."""
     tiny_row_pipeline.set_progress_bar_config(disable=True)
