@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from studio.decoding.autoregressive import Autoregressive
+from studio.decoding.cell_by_cell import CellByCell
 from studio.decoding.continuous_speculative import ContinuousSpeculative
 from studio.decoding.dimension_wise import DimensionWise
 from studio.decoding.distilled import Distilled
@@ -179,6 +180,12 @@ DECODINGS = {
         FirstHitting,
         _CODE_STEPS,
         pipeline="ResGenPipeline",
+    ),
+    "rq": DecodingChoice(
+        "Cell by cell",
+        "A stack of residual codes for each call of the model, its codes one after the other, coarse to fine.",
+        CellByCell,
+        pipeline="RQTransformerPipeline",
     ),
 }
 

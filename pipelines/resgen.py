@@ -10,9 +10,10 @@ from studio.decoding.residual_unmasking import ResidualDrawn, ResidualUnmasking,
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
-from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.base import timed
 from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.residual import ResidualPipeline, first_difference
 from studio.tokenizers.rvq import RVQTokenizer
 
 
@@ -27,13 +28,10 @@ def mismatch_of(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
     ]
     if transformer["prediction"] == "levels":
         compared += [("codes a level", len(table), transformer["vocab_size"]) for table in tables]
-    for name, ours, drawn in compared:
-        if ours != drawn:
-            return f"the image tokenizer has {name} {ours}, the transformer {drawn}"
-    return None
+    return first_difference(compared)
 
 
-class ResGenPipeline(ConditionalPipeline):
+class ResGenPipeline(ResidualPipeline):
     """Draws all levels of many cells at a time; the number of calls does not depend on the depth.
 
     Args:
@@ -49,9 +47,6 @@ class ResGenPipeline(ConditionalPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
-    _optional_components = ["text_encoder", "tokenizer"]
-    _exclude_from_cpu_offload = ["image_tokenizer"]
-    _callback_tensor_inputs = ["tokens"]
 
     def __init__(
         self,
@@ -121,16 +116,6 @@ class ResGenPipeline(ConditionalPipeline):
             config.default_top_p if top_p is None else top_p,
         )
         return guidance_scale or 1.0, sampling, settings
-
-    @torch.no_grad()
-    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil", depth: int | None = None):
-        """Codes (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
-
-        A code that was not drawn, -1, adds nothing to its cell; of all others the first `depth` levels count.
-        """
-        config = self.image_tokenizer.config
-        rows = config.sample_size // self.image_tokenizer.pixels_per_cell[0]
-        return self.finished_pictures(self.image_tokenizer.decode(tokens.unflatten(1, (rows, -1)), depth), output_type)
 
     @torch.no_grad()
     def __call__(

@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "pipelines").is_dir():
 if TYPE_CHECKING:
     from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
+    from studio.decoding.cell_by_cell import CellByCell
     from studio.decoding.continuous_speculative import ContinuousSpeculative
     from studio.decoding.dimension_wise import DimensionWise
     from studio.decoding.distilled import Distilled
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from studio.pipelines.odp_file import OdpFile
     from studio.pipelines.picture_codec import decode_picture, encode_picture
     from studio.pipelines.resgen import ResGenPipeline
+    from studio.pipelines.rq_transformer import RQTransformerPipeline
     from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
+    "CellByCell": "studio.decoding.cell_by_cell",
     "ContinuousSpeculative": "studio.decoding.continuous_speculative",
     "DECODINGS": "studio.pipelines.decodings",
     "DimensionWise": "studio.decoding.dimension_wise",
@@ -67,6 +70,7 @@ _EXPORTS = {
     "OdpFile": "studio.pipelines.odp_file",
     "OneDPieceTokenizer": "studio.tokenizers.one_d_piece",
     "RQTransformer": "studio.models.rq_transformer",
+    "RQTransformerPipeline": "studio.pipelines.rq_transformer",
     "RVQTokenizer": "studio.tokenizers.rvq",
     "ResGen": "studio.models.resgen",
     "ResGenPipeline": "studio.pipelines.resgen",
@@ -90,6 +94,7 @@ _EXPORTS = {
 
 __all__ = [
     "Autoregressive",
+    "CellByCell",
     "ContinuousSpeculative",
     "DECODINGS",
     "DimensionWise",
@@ -107,6 +112,7 @@ __all__ = [
     "OdpFile",
     "OneDPieceTokenizer",
     "RQTransformer",
+    "RQTransformerPipeline",
     "RVQTokenizer",
     "ResGen",
     "ResGenPipeline",

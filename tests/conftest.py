@@ -251,6 +251,62 @@ def tiny_resgen_folder(tiny_resgen_pipeline, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_softmax_folder(tiny_resgen_pipeline, tmp_path_factory):
+    """That pipeline with a softmax for every level in place of the mixture, as `save_pretrained` writes it."""
+    from studio import ResGenPipeline
+
+    parts = {**tiny_resgen_pipeline.components}
+    parts["transformer"] = _tiny_resgen(caption_dim=16, caption_length=8, prediction="levels")
+    folder = tmp_path_factory.mktemp("models") / "tiny-softmax"
+    ResGenPipeline(**parts, default_num_steps=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rq_pipeline(tiny_rvq, tiny_pipeline):
+    """A random text-to-picture pipeline of RQ-Transformer that draws 16 px pictures: 16 cells."""
+    from studio import RQTransformerPipeline
+
+    text = {"caption_dim": 16, "caption_length": 8}
+    parts = (tiny_rvq, _tiny_rq(**text), tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
+    pipe = RQTransformerPipeline(*parts, default_guidance_scale=3.0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_rq_class_pipeline(tiny_rvq):
+    """A random class-conditional pipeline of RQ-Transformer, of five classes."""
+    from studio import RQTransformerPipeline
+
+    pipe = RQTransformerPipeline(tiny_rvq, _tiny_rq(num_classes=5))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_rq_folder(tiny_rq_pipeline, tmp_path_factory):
+    """The text-to-picture pipeline of RQ-Transformer as `save_pretrained` writes it; do not change the files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-rq"
+    tiny_rq_pipeline.save_pretrained(folder)
+    return folder
+
+
+def _tiny_rq(**config):
+    import torch
+
+    from studio import RQTransformer
+
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "spatial_layers": 1, "depth_layers": 1, "spatial_heads": 2, "depth_heads": 2}
+    model = RQTransformer(grid=(4, 4), depth=3, vocab_size=16, code_dim=4, **sizes, **config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.5)
+    return model
+
+
 def _tiny_resgen(**config):
     import torch
 

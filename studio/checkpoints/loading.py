@@ -24,12 +24,15 @@ from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.models.mar import MAR
 from studio.models.resgen import ResGen
+from studio.models.rq_transformer import RQTransformer
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.llamagen import mismatch_of as mismatch_of_tokens
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
-from studio.pipelines.resgen import mismatch_of as mismatch_of_codes
+from studio.pipelines.resgen import mismatch_of as mismatch_of_sums
+from studio.pipelines.rq_transformer import RQTransformerPipeline
+from studio.pipelines.rq_transformer import mismatch_of as mismatch_of_stacks
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.token_bridge import mismatch_of as mismatch_of_levels
 from studio.pipelines.visual_question import VisualQuestionPipeline
@@ -149,49 +152,34 @@ def _load_pipeline(folder, dtype):
     for name, model in kind.helpers.items():
         if (index.get(name) or [None])[0] is not None:
             components[name] = load_model(model, folder / name, dtype)
-    kind.check(folder, components["transformer"].config, components["image_tokenizer"])
+    if mismatch := kind.mismatch(components["image_tokenizer"], components["transformer"].config):
+        raise StudioError(f"{folder} does not fit together: {mismatch}.")
     pipe = kind.pipeline.from_pretrained(folder, **components)
     pipe.vocabulary = read_vocabulary(folder)
     return pipe
 
 
-def _check_codes(folder, transformer, tokenizer):
-    if mismatch := mismatch_of_tokens(tokenizer, transformer):
-        raise StudioError(f"{folder} does not fit together: {mismatch}.")
-
-
-def _check_latents(folder, transformer, tokenizer):
+def _mismatch_of_latents(tokenizer, transformer):
     numbers, channels = transformer.token_dim // transformer.patch_size**2, tokenizer.latent_channels
     if numbers != channels:
-        raise StudioError(
-            f"{folder} does not fit together: its transformer draws latents of {numbers} numbers, its tokenizer has "
-            f"{channels}."
-        )
-
-
-def _check_levels(folder, transformer, tokenizer):
-    if mismatch := mismatch_of_levels(tokenizer, transformer):
-        raise StudioError(f"{folder} does not fit together: {mismatch}.")
-
-
-def _check_stacks(folder, transformer, tokenizer):
-    if mismatch := mismatch_of_codes(tokenizer, transformer):
-        raise StudioError(f"{folder} does not fit together: {mismatch}.")
+        return f"its transformer draws latents of {numbers} numbers, its tokenizer has {channels}"
+    return None
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A pipeline's class, those of its components, and what must agree between them.
+    """A pipeline's class, and those of its components.
 
     `tokenizers` are the classes that its image tokenizer may be of, the usual one first, each with the name of the
-    bundled model of a pipeline that holds none.
+    bundled model of a pipeline that holds none. `mismatch` says in words what does not agree between an image tokenizer
+    and the configuration of a transformer, or None.
     """
 
     pipeline: type
     model: type
     tokenizers: dict[type, str]
     helpers: dict
-    check: Callable
+    mismatch: Callable
 
 
 _LLAMAGEN = _Kind(
@@ -199,12 +187,13 @@ _LLAMAGEN = _Kind(
     LlamaGen,
     {VQTokenizer: "emoji-vq", OneDPieceTokenizer: "emoji-1d"},
     {"drafter": Drafter, "student": DistilledStudent},
-    _check_codes,
+    mismatch_of_tokens,
 )
-_MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, _check_latents)
-_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-bridge"}, {}, _check_levels)
-_RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, _check_stacks)
-_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN)}
+_MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, _mismatch_of_latents)
+_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-bridge"}, {}, mismatch_of_levels)
+_RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, mismatch_of_sums)
+_RQ = _Kind(RQTransformerPipeline, RQTransformer, {RVQTokenizer: "emoji-rvq"}, {}, mismatch_of_stacks)
+_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN, _RQ)}
 
 
 def _load_visual_question(folder, dtype):

@@ -14,8 +14,8 @@ Decoding = Annotated[
         "--decoding",
         help="How tokens are drawn: ar, speculative (same law), lantern, lantern++ (relaxed), distilled (a student) or "
         "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge; of a "
-        "ResGen, resgen or first-hitting.",
-        show_default="ar, mar, bridge or resgen",
+        "ResGen, resgen or first-hitting; of an RQ-Transformer, rq.",
+        show_default="ar, mar, bridge, resgen or rq",
     ),
 ]
 Delta = Annotated[

@@ -21,6 +21,7 @@ from studio.pipelines.decodings import decoding_named, decodings_for, is_approxi
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
+from studio.pipelines.rq_transformer import RQTransformerPipeline
 
 COMMITTED = Path(__file__).with_name("decodings.json")
 """The printed document of a full run over the bundled models; `quick` takes its quality."""
@@ -49,6 +50,8 @@ def contenders(pipe) -> list[Contender]:
     if isinstance(pipe, ResGenPipeline):
         orders = decodings_for(type(pipe).__name__, ())
         return [Contender("resgen"), *(Contender(name, {"steps": steps}) for name in orders for steps in (4, 8, 32))]
+    if isinstance(pipe, RQTransformerPipeline):
+        return [Contender("rq")]
     found = [Contender("ar"), Contender("speculative")]
     found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
     found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
@@ -98,7 +101,8 @@ def bench_tradeoff(
     rows = []
     for dtype in dtypes:
         pipe = load(model, device=device, dtype=dtype)
-        if not isinstance(pipe, (LlamaGenPipeline, MARPipeline, ResGenPipeline)) or not pipe.takes_text:
+        kinds = (LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline)
+        if not isinstance(pipe, kinds) or not pipe.takes_text:
             raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
         pipe.set_progress_bar_config(disable=True)
         field = contenders(pipe)

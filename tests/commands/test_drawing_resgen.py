@@ -43,6 +43,15 @@ def test_what_does_not_fit_is_refused_by_name(run, tiny_resgen_folder, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "calls"), [("resgen", 3), ("first-hitting", 5)])
+def test_the_ablation_draws_by_the_same_command(run, tiny_softmax_folder, name, calls):
+    decoding = ("--decoding", name, "--steps", calls, "--top-k", 4)
+    code, out, err = run("generate", "a red apple", "--model", tiny_softmax_folder, *decoding, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert (document["decoding"], document["tokens"], document["target_calls"]) == (name, 48, calls)
+
+
 def test_a_file_of_prompts(run, tiny_resgen_folder, tmp_path):
     lines = ('{"prompt": "a red apple"}', '{"prompt": "a pear", "decoding": "resgen", "confidence": "level"}')
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))

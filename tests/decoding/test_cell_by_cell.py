@@ -4,29 +4,29 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.cell_by_cell import cell_by_cell
+from studio.decoding.cell_by_cell import CellByCell, cell_by_cell
 from studio.decoding.sampling import Sampling
 from studio.models.rq_transformer import RQTransformer
 
 
+def tiny(**condition):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "spatial_layers": 1, "depth_layers": 1, "spatial_heads": 2, "depth_heads": 2}
+    model = RQTransformer(grid=(2, 2), depth=2, vocab_size=(6, 3), code_dim=4, **sizes, **condition)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.5)
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = RQTransformer(
-        grid=(2, 2),
-        depth=2,
-        vocab_size=(6, 3),
-        code_dim=4,
-        dim=16,
-        spatial_layers=1,
-        depth_layers=1,
-        spatial_heads=2,
-        depth_heads=2,
-        num_classes=3,
-    )
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    return model.eval()
+    return tiny(num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def captioned():
+    return tiny(caption_dim=5, caption_length=4)
 
 
 CODEBOOKS = [torch.randn(size, 4, generator=torch.Generator().manual_seed(size)) for size in (6, 3)]
@@ -61,6 +61,34 @@ def test_stops_when_told(model):
     assert (drawn[0, 0] >= 0).all() and (drawn[0, 1] == -1).all()
 
 
-def test_refuses_another_number_of_samplings(model):
+@torch.no_grad()
+def test_guidance_is_that_of_the_whole_logits(captioned):
+    """Greedy codes of three pictures: each the likeliest by null + 3 (conditional - null), both without a cache."""
+    captions, valid = torch.randn(3, 4, 5), torch.arange(4) >= torch.tensor([[0], [1], [3]])
+    call = {"valid": valid, "generators": generators(3), "sampling": Sampling(temperature=0)}
+    drawn = cell_by_cell(captioned, captions, CODEBOOKS, guidance_scale=3.0, **call)
+    rows = torch.ones(3, dtype=torch.bool)
+    said, null = (captioned(drawn, captions, CODEBOOKS, valid=valid, drop=drop)[0] for drop in (~rows, rows))
+    for level, size in enumerate((6, 3)):
+        logits = null[..., level, :size] + 3 * (said - null)[..., level, :size]
+        assert torch.equal(logits.argmax(dim=-1), drawn[..., level])
+    assert not torch.equal(cell_by_cell(captioned, captions, CODEBOOKS, **call), drawn)
+
+
+def test_a_guided_batch_equals_its_single_pictures(captioned):
+    captions, valid = torch.randn(2, 4, 5), torch.arange(4) >= torch.tensor([[0], [2]])
+    together = cell_by_cell(captioned, captions, CODEBOOKS, valid=valid, generators=generators(2), guidance_scale=2.0)
+    for row, generator in enumerate(generators(2)):
+        of_row = {"valid": valid[row : row + 1], "generators": [generator]}
+        alone = cell_by_cell(captioned, captions[row : row + 1], CODEBOOKS, guidance_scale=2.0, **of_row)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_refuses_what_it_cannot_draw_with(model):
+    call = {"generators": generators(1)}
     with pytest.raises(StudioError, match="2 levels"):
-        cell_by_cell(model, torch.tensor([[0]]), CODEBOOKS, generators=generators(1), sampling=[Sampling()])
+        cell_by_cell(model, torch.tensor([[0]]), CODEBOOKS, sampling=[Sampling()], **call)
+    with pytest.raises(StudioError, match="no null condition"):
+        cell_by_cell(model, torch.tensor([[0]]), CODEBOOKS, guidance_scale=2.0, **call)
+    with pytest.raises(StudioError, match="one Sampling for each level"):
+        CellByCell((1.0, 0.5))

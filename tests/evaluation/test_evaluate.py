@@ -33,6 +33,12 @@ def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
     assert quality["judge_top1"] < 0.1 and quality["background_accuracy"] < 0.5
 
 
+@pytest.mark.parametrize("folder", ["tiny_softmax_folder", "tiny_rq_folder"])
+def test_stacks_of_codes_are_judged(folder, request):
+    quality = evaluate(request.getfixturevalue(folder), samples=70, device="cpu")
+    assert quality["samples"] == 70 and quality["resolution"] == 16 and quality["judge_top1"] < 0.1
+
+
 def test_too_few_samples_are_refused_before_anything_is_drawn(tiny_pipeline, monkeypatch):
     monkeypatch.setattr(type(tiny_pipeline), "__call__", lambda *_, **__: pytest.fail("it drew"))
     with pytest.raises(StudioError, match="more than 64"):

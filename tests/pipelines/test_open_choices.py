@@ -75,7 +75,11 @@ def tiny_bridge_pipeline(tiny_pipeline):
     return TokenBridgePipeline(tokenizer.eval(), transformer, *words, default_num_steps=4)
 
 
-@pytest.fixture(params=["tiny_pipeline", "tiny_mar_pipeline", "tiny_resgen_pipeline", "tiny_bridge_pipeline"])
+@pytest.fixture(
+    params=[
+        "tiny_pipeline", "tiny_mar_pipeline", "tiny_resgen_pipeline", "tiny_rq_pipeline", "tiny_bridge_pipeline",
+    ]
+)  # fmt: skip
 def plain(request):
     """A pipeline of every kind of tokens, which leaves words as they are."""
     return request.getfixturevalue(request.param)

@@ -1,0 +1,44 @@
+"""The Generate tab with an RQ-Transformer: its decoding, pictures, and previews of the cells that are drawn."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from studio.ui import generate, models
+from studio.ui.drawing import Call
+from studio.ui.models import fitting_decodings, own_settings
+from studio.ui.preview import partial_pictures
+from studio.ui.wish import Wish
+
+
+@pytest.fixture
+def rq(tiny_rq_pipeline, monkeypatch):
+    """The app draws with the tiny RQ-Transformer, called "tiny-rq"."""
+    monkeypatch.setitem(models._pipelines, "tiny-rq", tiny_rq_pipeline)
+    return tiny_rq_pipeline
+
+
+def test_its_decoding_is_offered(tiny_rq_folder):
+    assert fitting_decodings(tiny_rq_folder) == ["rq"]
+    assert own_settings(tiny_rq_folder) == {"guidance": "3", "temperature": "1", "top-k": "0", "top-p": "1"}
+
+
+def test_pictures(rq, toasts):
+    async def collect():
+        fields = ["a red apple", 2, "7", "", "", "", "0.9", "rq", {}]
+        return [update async for update in generate.show_drawing("tiny-rq", *fields)]
+
+    gallery, _, status = asyncio.run(collect())[-1]
+    assert len(gallery["value"]) == 2 and "2 pictures in" in status and not toasts
+
+
+def test_previews_show_the_cells_that_are_drawn(rq):
+    seen = []
+
+    def look(sketch):
+        [picture] = partial_pictures(rq, sketch)
+        seen.append((sketch.drawn, int((np.asarray(picture)[..., 3] == 255).sum())))
+
+    Call(rq, Wish("tiny-rq", "a red apple", count=1, seed=0, decoding="rq"))(look)
+    assert seen == [(cells, 16 * cells) for cells in range(1, 17)]
