@@ -1,4 +1,4 @@
-"""Converters of the checkpoints of RQ-VAE and RQ-Transformer (arXiv:2203.01941) to folders for `from_pretrained`.
+"""Converters of the checkpoints of RQ-VAE and RQ-Transformer (arXiv:2203.01941): tokenizer, network, or a pipeline.
 
 Sizes come from the shapes of the weights. The averaged weights are taken where a file has them.
 """
@@ -9,14 +9,18 @@ from pathlib import Path
 
 import torch
 
+from studio.checkpoints.loading import load_model
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
 from studio.errors import StudioError
 from studio.models.rq_transformer import RQTransformer
+from studio.pipelines.rq_transformer import RQTransformerPipeline, mismatch_of
 from studio.tokenizers.rvq import RVQTokenizer
 
 _PLACES = (("state_dict_ema",), ("state_dict",))
 _TOKENIZER, _TRANSFORMER = "tokenizer of RQ-VAE", "transformer of the RQ-Transformer kind"
 _AVERAGES = (".cluster_size_ema", ".embed_ema")
+_PUBLISHED_DRAWING = {42: {"default_top_p": 0.92}}
+"""By the layers of the spatial transformer: the size 1.4B, of ImageNet."""
 
 
 def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
@@ -68,9 +72,38 @@ def convert_rq_vae(path, out) -> Path:
     return save_new(rvq_from_state_dict(read_weights(path, _PLACES)), out)
 
 
-def convert_rq_transformer(path, out) -> Path:
-    """Writes the authors' RQ-Transformer file as an `RQTransformer` folder. Errors: as of `convert_rq_vae`."""
-    return save_new(rq_transformer_from_state_dict(read_weights(path, _PLACES)), out)
+def convert_rq_transformer(path, out, tokenizer=None) -> Path:
+    """Writes the authors' RQ-Transformer file as a pipeline folder for `studio.load`, or alone.
+
+    Args:
+        path: the authors' file of the network.
+        out: the folder to make.
+        tokenizer: the authors' file of its RQ-VAE, or the folder that `convert_rq_vae` made of it. When None, the
+            folder is for `RQTransformer.from_pretrained`: of texts there is no pipeline, since the network has words of
+            its own.
+
+    Errors: as of `convert_rq_vae`, and `StudioError` for a network of texts with a tokenizer, and for parts that do not
+    fit.
+    """
+    transformer = rq_transformer_from_state_dict(read_weights(path, _PLACES))
+    if tokenizer is None:
+        return save_new(transformer, out)
+    if transformer.config.caption_words is not None:
+        raise StudioError(f"{path} reads texts in words of its own, for which there is no pipeline: give no tokenizer.")
+    image_tokenizer = _read_tokenizer(tokenizer, rows=transformer.config.grid[0])
+    if mismatch := mismatch_of(image_tokenizer, transformer.config):
+        raise StudioError(f"{path} and {tokenizer} do not belong together: {mismatch}.")
+    drawing = _PUBLISHED_DRAWING.get(transformer.config.spatial_layers, {})
+    return save_new(RQTransformerPipeline(image_tokenizer, transformer, **drawing), out)
+
+
+def _read_tokenizer(source, rows: int) -> RVQTokenizer:
+    """A folder's, or a file's for pictures of so many rows of cells, which the file does not tell."""
+    if Path(source).is_dir():
+        return load_model(RVQTokenizer, Path(source), torch.float32)
+    tokenizer = rvq_from_state_dict(read_weights(source, _PLACES))
+    tokenizer.register_to_config(sample_size=rows * tokenizer.pixels_per_cell[0])
+    return tokenizer
 
 
 def _unpadded(state: State, name: str) -> torch.Tensor:

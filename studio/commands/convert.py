@@ -66,11 +66,23 @@ def rq_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
     _converted(convert_rq_vae(checkpoint, out))
 
 
-def rq_transformer(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
-    """An RQ-Transformer over stacks of residual codes."""
+def rq_transformer(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer",
+            help="The authors' RQ-VAE file, or a converted folder; without it the network is written alone.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+):
+    """An RQ-Transformer and its tokenizer, or the network alone."""
     from studio.checkpoints.residual import convert_rq_transformer
 
-    _converted(convert_rq_transformer(checkpoint, out))
+    _converted(convert_rq_transformer(checkpoint, out, tokenizer))
 
 
 def one_d_piece(

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from studio import StudioError
+from studio.checkpoints.loading import load
 from studio.checkpoints.residual import convert_rq_transformer, convert_rq_vae
 from studio.models.rq_transformer import RQTransformer
+from studio.pipelines.rq_transformer import RQTransformerPipeline
 from studio.tokenizers.rvq import RVQTokenizer
 
 
@@ -45,6 +47,56 @@ def test_rq_transformer(tmp_path):
     loaded = RQTransformer.from_pretrained(convert_rq_transformer(tmp_path / "file.pt", tmp_path / "out"))
     assert loaded.vocab_sizes == (9,) * 4
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.fixture
+def fitting():
+    """A tokenizer of 4x4 cells of two levels, and the sizes of a network for its codes."""
+    torch.manual_seed(0)
+    tokenizer = RVQTokenizer(
+        base_channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(0,), z_channels=8, feature_dim=4,
+        depth=2, codebook_size=16, sample_size=8,
+    )  # fmt: skip
+    sizes = {"grid": (4, 4), "depth": 2, "vocab_size": 16, "code_dim": 4, "dim": 64}
+    sizes |= {f"{part}_{what}": 1 for part in ("spatial", "depth") for what in ("layers", "heads")}
+    return tokenizer.eval(), sizes
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_both_make_a_pipeline(fitting, converted, classes, tmp_path):
+    tokenizer, sizes = fitting
+    model, source = RQTransformer(num_classes=classes, **sizes).eval(), tmp_path / "tokenizer"
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pt")
+    if converted:
+        tokenizer.save_pretrained(source)
+    else:
+        torch.save({"state_dict": published(tokenizer)}, source)
+    pipe = load(convert_rq_transformer(tmp_path / "model.pt", tmp_path / "out", source), device="cpu")
+    drawn, whole = (
+        each(class_labels=0, generator=torch.Generator().manual_seed(0))
+        for each in (pipe, RQTransformerPipeline(tokenizer, model))
+    )
+    assert torch.equal(drawn.tokens, whole.tokens) and drawn.images[0].tobytes() == whole.images[0].tobytes()
+    assert pipe.config.default_guidance_scale == 1 and drawn.images[0].size == (8, 8)
+
+
+def test_parts_that_make_no_pipeline(fitting, tmp_path):
+    tokenizer, sizes = fitting
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, condition in (
+        ("texts", {"caption_words": 9, "caption_length": 4}),
+        ("deeper", {"num_classes": 5, "depth": 3}),
+    ):
+        model = RQTransformer(**{**sizes, **condition})
+        torch.save({"state_dict": model.state_dict()}, tmp_path / f"{name}.pt")
+    with pytest.raises(StudioError, match="words of its own.*give no tokenizer"):
+        convert_rq_transformer(tmp_path / "texts.pt", tmp_path / "out", tmp_path / "tokenizer")
+    with pytest.raises(StudioError, match="levels 2, the transformer 3"):
+        convert_rq_transformer(tmp_path / "deeper.pt", tmp_path / "out", tmp_path / "tokenizer")
+    assert not (tmp_path / "out").exists()
+    alone = RQTransformer.from_pretrained(convert_rq_transformer(tmp_path / "texts.pt", tmp_path / "out"))
+    assert (alone.config.caption_words, alone.config.caption_length) == (9, 4)
 
 
 def test_refuses_other_files(tokenizer, tmp_path):
