@@ -147,12 +147,17 @@ class EmojiAR(Recipe):
 
 def earlier_tokens(tokens, rng):
     """What is `fed` to a `TrainableGenerator` of tokens (B, n), and what of it is `seen`, both (B, n - 1)."""
-    shape = (len(tokens), tokens.shape[1] - 1)
-    seen = ~torch.from_numpy(scattered(shape, HIDING, rng)).to(tokens.device)
+    earlier = tokens[:, :-1]
+    seen = ~torch.from_numpy(scattered(earlier.shape, HIDING, rng)).to(tokens.device)
+    return {"fed": misled(earlier, rng), "seen": seen}
+
+
+def misled(tokens, rng):
+    """Tokens (B, n) or stacks of codes (B, n, D), in some pictures partly those of the picture before in the batch."""
+    shape = tokens.shape[:2]
     foreign = scattered(shape, MISLEADING / 2, rng) | stretches(shape, MISLEADING / 2, rng)
-    others = tokens.roll(1, dims=0)[:, :-1]
-    fed = torch.where(torch.from_numpy(foreign).to(tokens.device), others, tokens[:, :-1])
-    return {"fed": fed, "seen": seen}
+    foreign = torch.from_numpy(foreign).to(tokens.device).view(*shape, *[1] * (tokens.ndim - 2))
+    return torch.where(foreign, tokens.roll(1, dims=0), tokens)
 
 
 def scattered(shape, share, rng):

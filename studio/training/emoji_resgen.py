@@ -8,31 +8,24 @@ for the hidden matrices; no average of the weights is kept, since the learning r
 import numpy as np
 import torch
 
-from studio.checkpoints.loading import load
 from studio.data.archive import load_pictures
 from studio.data.backgrounds import render
 from studio.decoding.residual_masks import hidden_slots, hide, shown
 from studio.models.resgen import ResGen
 from studio.pipelines.resgen import ResGenPipeline
-from studio.training.from_words import FromWords, Listening
-from studio.training.ingredients import ingredient
+from studio.training.from_codes import FromCodes, ListeningToCodes
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults
-from studio.training.token_cache import training_tokens
 
-IMAGE_TOKENIZER = "emoji-rvq"
-SIZES = {"dim": 256, "num_layers": 6, "num_heads": 8, "components": 256, "rank": 16}
+SIZES = {"dim": 256, "num_layers": 6, "num_heads": 8}
+MIXTURE = {"components": 256, "rank": 16}
 MEASURED = 512
 """Pictures whose residuals say how wide a component is."""
 DRAWING = {"default_guidance_scale": 3.0, "default_num_steps": 16}
 
 
-class TrainableResGen(Listening):
-    """A ResGen, the text encoder, and the quantiser of its codes."""
-
-    def __init__(self, transformer: ResGen, text_encoder, quantizer):
-        super().__init__(transformer, text_encoder)
-        self.quantizer = quantizer
+class TrainableResGen(ListeningToCodes):
+    """A ResGen in training."""
 
     def forward(self, codes, hidden, input_ids, attention_mask):
         """Mean cost of the hidden levels, of which each cell has `hidden` (B, L), of codes (B, L, D)."""
@@ -40,30 +33,26 @@ class TrainableResGen(Listening):
         return self.transformer.loss(self.quantizer.lookup(codes), codes, hidden, **condition)
 
 
-class EmojiResGen(FromWords):
+class EmojiResGen(FromCodes):
     """Draws an emoji from words, all levels of many cells at a time: a ResGen over the codes of `emoji-rvq`."""
 
     name = "emoji-resgen"
-    data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, codes of emoji-rvq"
     defaults = Defaults(steps=3000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
     pipeline, drawing = ResGenPipeline, DRAWING
 
-    def build(self, device):
-        self.listen(device)
-        self.image_tokenizer = tokenizer = load(ingredient(IMAGE_TOKENIZER), device=device, dtype=torch.float32)
-        self.drawn, codes = training_tokens(tokenizer)
-        self.codes = codes.unflatten(1, (-1, tokenizer.config.depth))
-        transformer = ResGen(
-            num_positions=self.codes.shape[1],
-            depth=self.codes.shape[2],
-            vocab_size=max(map(len, tokenizer.codebooks)),
-            code_dim=tokenizer.codebooks[0].shape[1],
-            sigma=self.left_over(),
-            **self.caption_shape(),
-            **SIZES,
-        ).to(device)
-        start_means(transformer.head, self.codes.to(device), tokenizer.quantizer)
-        return TrainableResGen(transformer, self.text.text_encoder, tokenizer.quantizer).to(device)
+    def trainable(self, device):
+        transformer, quantizer = self.network(device), self.image_tokenizer.quantizer
+        return TrainableResGen(transformer, self.text.text_encoder, quantizer)
+
+    def network(self, device) -> ResGen:
+        """A network of random weights, of which the means start at the data."""
+        transformer = ResGen(sigma=self.left_over(), **MIXTURE, **self.shape()).to(device)
+        start_means(transformer.head, self.codes.to(device), self.image_tokenizer.quantizer)
+        return transformer
+
+    def shape(self) -> dict:
+        """The configuration of a network without that of its head."""
+        return {"num_positions": self.codes.shape[1], **self.code_shape(), **self.caption_shape(), **SIZES}
 
     @torch.no_grad()
     def left_over(self) -> float:
@@ -77,8 +66,12 @@ class EmojiResGen(FromWords):
 
     def optimizers(self, module, learning_rate):
         model = module.transformer
-        tables = [model.positions, model.hidden_levels.weight, model.head.offsets]
+        tables = self.tables(model)
         return muon_and_adamw(module, hidden_matrices(model.blocks), learning_rate, tables=tables, tables_share=1.0)
+
+    def tables(self, model: ResGen) -> list[torch.nn.Parameter]:
+        """What moves at the full learning rate beside the hidden matrices."""
+        return [model.positions, model.hidden_levels.weight, model.head.offsets]
 
     def batch(self, rng, batch_size, device):
         """Codes, captions, and how many levels of each cell are hidden, after a random time of the noising process."""
@@ -92,9 +85,6 @@ class EmojiResGen(FromWords):
             "hidden": hidden.to(device),
             **self.captions(self.drawn[chosen], rng, device),
         }
-
-    def export(self, module, folder):
-        self.save_pipeline(folder, self.image_tokenizer, module)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from studio.checkpoints.loading import load
+from studio.checkpoints.loading import load, load_model
 from studio.checkpoints.vocabulary import CONCEPTS_FILE
 from studio.data.captions import open_choices, random_caption
 from studio.training.recipe import Recipe
@@ -65,7 +65,7 @@ class FromWords(Recipe):
         return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
     def load(self, module, folder):
-        weights = type(module.transformer).from_pretrained(folder / "transformer", dtype=torch.float32)
+        weights = load_model(type(module.transformer), folder / "transformer", torch.float32)
         module.transformer.load_state_dict(weights.state_dict())
 
     def save_pipeline(self, folder: Path, image_tokenizer, module: Listening) -> None:

@@ -17,6 +17,8 @@ RECIPES = {
     "emoji-mar": "studio.training.emoji_mar:EmojiMAR",
     "emoji-mar-draft": "studio.training.emoji_mar_draft:EmojiMARDraft",
     "emoji-resgen": "studio.training.emoji_resgen:EmojiResGen",
+    "emoji-resgen-softmax": "studio.training.emoji_resgen_softmax:EmojiResGenSoftmax",
+    "emoji-rq-ar": "studio.training.emoji_rq_ar:EmojiRQAR",
     "emoji-rvq": "studio.training.emoji_rvq:EmojiRVQ",
     "emoji-tower": "studio.training.emoji_tower:EmojiTower",
     "emoji-vlm": "studio.training.emoji_vlm:EmojiVLM",

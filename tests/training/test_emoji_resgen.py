@@ -11,26 +11,26 @@ from studio.decoding.residual_unmasking import ResidualUnmasking, residual_unmas
 from studio.decoding.sampling import Sampling
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
-from studio.training import emoji_resgen, from_words, token_cache
+from studio.training import emoji_resgen, emoji_resgen_softmax, from_codes, from_words, token_cache
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def recipe(monkeypatch, tmp_path, tiny_folder, tiny_resgen_folder):
-    """The recipe over twenty pictures, built at a tiny size."""
+def tiny(monkeypatch, tmp_path, tiny_folder, tiny_resgen_folder):
+    """Twenty pictures, and a tiny size."""
     few = combinations(held_out=False)[:20]
     monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
-    monkeypatch.setattr(emoji_resgen, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
-    monkeypatch.setattr(
-        emoji_resgen, "SIZES", {"dim": 16, "num_layers": 1, "num_heads": 2, "components": 12, "rank": 2}
-    )
-    return emoji_resgen.EmojiResGen()
+    monkeypatch.setattr(from_codes, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
+    monkeypatch.setattr(emoji_resgen, "SIZES", {"dim": 16, "num_layers": 1, "num_heads": 2})
+    monkeypatch.setattr(emoji_resgen, "MIXTURE", {"components": 12, "rank": 2})
 
 
-def test_what_it_learns_from(recipe):
+@pytest.mark.parametrize("kind", [emoji_resgen.EmojiResGen, emoji_resgen_softmax.EmojiResGenSoftmax])
+def test_what_it_learns_from(tiny, kind):
+    recipe = kind()
     module = recipe.build(CPU)
     assert recipe.codes.shape == (20, 16, 3) and recipe.codes.max() < 16
     batch = recipe.batch(np.random.default_rng(0), 64, CPU)
@@ -43,9 +43,28 @@ def test_what_it_learns_from(recipe):
     loss.backward()
     assert loss.isfinite() and all(part.grad is None for part in module.text_encoder.parameters())
     assert all(part.grad is None for part in module.quantizer.parameters())
+    moved = [id(part) for group in recipe.optimizers(module, 1e-3) for part in _parameters(group)]
+    assert sorted(moved) == sorted(id(part) for part in module.transformer.parameters() if part.requires_grad)
 
 
-def test_components_start_where_the_data_lie(recipe):
+def _parameters(optimizer):
+    return [part for group in optimizer.param_groups for part in group["params"]]
+
+
+def test_the_ablation_differs_in_its_head_alone(tiny):
+    mixture, softmax = (
+        kind().build(CPU).transformer for kind in (emoji_resgen.EmojiResGen, emoji_resgen_softmax.EmojiResGenSoftmax)
+    )
+    shapes, others = (
+        {name: part.shape for name, part in model.state_dict().items() if not name.startswith("head.")}
+        for model in (mixture, softmax)
+    )
+    assert shapes == others and softmax.config.prediction == "levels"
+    assert softmax.head.linear.weight.shape == (3 * 16, 16)
+
+
+def test_components_start_where_the_data_lie(tiny):
+    recipe = emoji_resgen.EmojiResGen()
     module, quantizer = recipe.build(CPU), recipe.image_tokenizer.quantizer
     vectors = quantizer.lookup(recipe.codes.flatten(0, 1).unique(dim=0))
     sums = torch.cat([vectors[:, depth:].sum(dim=1) for depth in range(3)])

@@ -13,6 +13,7 @@ from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
+from studio.pipelines.rq_transformer import RQTransformerPipeline
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
@@ -32,11 +33,14 @@ from studio.training import (
     emoji_mar,
     emoji_mar_draft,
     emoji_resgen,
+    emoji_resgen_softmax,
+    emoji_rq_ar,
     emoji_rvq,
     emoji_tower,
     emoji_vlm,
     emoji_vq,
     emoji_words,
+    from_codes,
     from_words,
     latent_cache,
     pair_cache,
@@ -84,8 +88,11 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
     tiny_rvq = {"base_channels": 32, "res_blocks": 1, "z_channels": 32, "feature_dim": 4, "codebook_size": 64}
     monkeypatch.setattr(emoji_rvq, "CONFIG", {**emoji_rvq.CONFIG, **tiny_rvq})
     monkeypatch.setattr(emoji_rvq, "MEASURED", 8)
-    monkeypatch.setattr(emoji_resgen, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
-    monkeypatch.setattr(emoji_resgen, "SIZES", {"dim": 32, "num_layers": 1, "num_heads": 2, "components": 8, "rank": 2})
+    monkeypatch.setattr(from_codes, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
+    monkeypatch.setattr(emoji_resgen, "SIZES", {"dim": 32, "num_layers": 1, "num_heads": 2})
+    monkeypatch.setattr(emoji_resgen, "MIXTURE", {"components": 8, "rank": 2})
+    tiny_rq = {f"{part}_{what}": size for part in ("spatial", "depth") for what, size in (("layers", 1), ("heads", 2))}
+    monkeypatch.setattr(emoji_rq_ar, "SIZES", {**emoji_rq_ar.SIZES, "dim": 32, **tiny_rq})
     tiny_row = {"num_tokens": 8, "codebook_size": 64, "pixel_base_channels": 8}
     for part in ("encoder", "decoder"):
         tiny_row |= {f"{part}_width": 32, f"{part}_layers": 1, f"{part}_heads": 2}
@@ -94,7 +101,8 @@ def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folde
         emoji_1d.Emoji1D, emoji_1d_ar.Emoji1DAR, emoji_bridge.EmojiBridge,
         emoji_ar.EmojiAR, emoji_distilled.EmojiDistilled, emoji_drafter.EmojiDrafter, emoji_judge.EmojiJudge,
         emoji_kl.EmojiKL, emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_tower.EmojiTower,
-        emoji_resgen.EmojiResGen, emoji_rvq.EmojiRVQ, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
+        emoji_resgen.EmojiResGen, emoji_resgen_softmax.EmojiResGenSoftmax, emoji_rq_ar.EmojiRQAR,
+        emoji_rvq.EmojiRVQ, emoji_vlm.EmojiVLM, emoji_vq.EmojiVQ, emoji_words.EmojiWords,
     ):  # fmt: skip
         monkeypatch.setattr(recipe, "quality", lambda self, folder: {"measured": False})
 
@@ -111,6 +119,8 @@ KINDS = {
     "emoji-mar": MARPipeline,
     "emoji-mar-draft": MARPipeline,
     "emoji-resgen": ResGenPipeline,
+    "emoji-resgen-softmax": ResGenPipeline,
+    "emoji-rq-ar": RQTransformerPipeline,
     "emoji-rvq": RVQTokenizer,
     "emoji-tower": CLIPVisionModel,
     "emoji-vlm": VisualQuestionPipeline,
@@ -118,7 +128,9 @@ KINDS = {
     "emoji-words": T5EncoderModel,
 }
 
-FROM_WORDS = {"emoji-1d-ar", "emoji-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"}
+FROM_WORDS = {
+    "emoji-1d-ar", "emoji-ar", "emoji-bridge", "emoji-mar", "emoji-resgen", "emoji-resgen-softmax", "emoji-rq-ar",
+}  # fmt: skip
 
 
 def read(name, folder):
@@ -148,6 +160,16 @@ def test_trains_exports_and_goes_on(name, small, tmp_path):
     before, after = (network(part).state_dict() for part in (model, read(name, further["folder"])))
     for key in before:
         assert torch.allclose(before[key], after[key], atol=5e-2), key
+
+
+def test_another_recipe_s_weights_are_refused_in_one_sentence(small, tmp_path):
+    start = run("emoji-resgen", out=tmp_path / "mixture", steps=1, batch_size=2)["folder"]
+    for name, words in (
+        ("emoji-resgen-softmax", "no weights of emoji-resgen-softmax"),
+        ("emoji-rq-ar", "not RQTransformer"),
+    ):
+        with pytest.raises(StudioError, match=f"{start}.* {words}"):
+            run(name, out=tmp_path / name, steps=1, batch_size=2, init_from=start)
 
 
 def test_lengths_are_drawn_evenly():
