@@ -36,11 +36,14 @@ def open_picture(path, name=None, most_pixels=MOST_PIXELS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(path)
-        check_pixels(name, *picture.size, most_pixels)
-        _check_shape(name, *picture.size)
-        picture.seek(0)
-        picture.load()
-        return _rgb(ImageOps.exif_transpose(picture))
+        with picture:
+            check_pixels(name, *picture.size, most_pixels)
+            _check_shape(name, *picture.size)
+            picture.seek(0)
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture))
+    except StudioError:
+        raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         big = isinstance(error, Image.DecompressionBombError)
         reason = "is too large: give one of at most 64 million pixels" if big else "is not a picture that can be read"

@@ -1,5 +1,8 @@
 """Picture files as people have them: read as they are seen, or refused with the reason."""
 
+import gc
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,8 +53,23 @@ def test_a_cameras_rotation_is_applied(tmp_path):
 )
 def test_sizes_that_no_model_reads_are_refused(tmp_path, size, word):
     path = save(tmp_path, Image.new("1", size))
-    with pytest.raises(StudioError, match=word):
+    with pytest.raises(StudioError, match=word) as refusal:
         open_picture(path)
+    assert str(refusal.value).startswith(f"{path} has {size[0]} x {size[1]} pixels: ")
+
+
+def test_no_file_stays_open(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    moving = save(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
+    cut = tmp_path / "cut.gif"
+    cut.write_bytes(moving.read_bytes()[:50])
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        open_picture(moving)
+        with pytest.raises(StudioError, match="damaged"):
+            open_picture(cut)
+        gc.collect()
+    assert not found
 
 
 def test_what_is_no_whole_picture_is_refused(tmp_path):
