@@ -16,6 +16,9 @@ MAX_QUESTION_CHARACTERS = 2000
 _CROPS_IN_PLACE = ("llava_next", "llava_onevision")
 """Families whose layouts tell where crops lie."""
 
+_MARKS = ("image_token", "video_token")
+"""What a processor calls the text that it takes for a picture or a video."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -83,19 +86,22 @@ class VisualQuestionPipeline:
                 stops there.
             options: more settings of `studio.prune_inputs`.
 
-        Errors: `StudioError` for an empty or too long question, a setting out of range, an unknown method, and a
-            model and a method that do not go together.
+        Errors: `StudioError` for a question that is empty, too long or holds the mark of a picture, a setting out of
+            range, an unknown method, and a model and a method that do not go together.
         """
         if not isinstance(question, str) or not question.strip():
             raise StudioError("The question is empty: ask something about the picture.")
         if len(question) > MAX_QUESTION_CHARACTERS:
             raise StudioError(f"The question has {len(question)} characters; at most {MAX_QUESTION_CHARACTERS} count.")
+        for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
+            if mark in question:
+                raise StudioError(f"The question holds {mark}, which stands for a picture: leave it out.")
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise StudioError(f"max_new_tokens must be a whole number above 0, not {max_new_tokens!r}.")
         inputs = self.processor(images=image, text=self._prompt(question.strip()), return_tensors="pt").to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        method, share = (prune, keep) if prune else ("uniform", 1.0)
+        method, share = ("uniform", 1.0) if prune is None else (prune, float(keep) if isinstance(keep, int) else keep)
         pruned, info = prune_inputs(self.model, inputs, method, share, **options)
         chosen = self._without_text(info, image.size)
         if on_step is not None and on_step(chosen):

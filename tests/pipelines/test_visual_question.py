@@ -82,15 +82,23 @@ def test_kept_tokens_have_their_places_in_the_picture(pipe, picture, size):
     [
         ({"question": " "}, "empty"),
         ({"question": "x" * 2001}, "2001"),
+        ({"question": "an <image> or two"}, "holds <image>"),
         ({"prune": "nonsense"}, "divprune"),
+        ({"prune": ""}, "divprune"),
         ({"prune": "divprune", "keep": 0.0}, "fraction"),
         ({"prune": "divprune", "keep": 1.5}, "fraction|tokens"),
+        ({"prune": "divprune", "keep": 7}, "fraction"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
 def test_wrong_calls_are_refused(pipe, picture, call, word):
     with pytest.raises(StudioError, match=word):
         pipe(picture, **{"question": "what", **call})
+
+
+def test_a_share_of_one_is_everything_in_every_spelling(pipe, picture):
+    answer = pipe(picture, "how many", prune="divprune", keep=1, max_new_tokens=1)
+    assert answer.kept_tokens == answer.visual_tokens
 
 
 def run(capfd, *arguments):
