@@ -144,9 +144,9 @@ def _generate(model, family: Family, settings: Settings, record: PruneRecord, re
             keywords["input_ids"] = inputs
         with torch.no_grad():
             pruned, record.info = shorten(family, keywords, settings)
-        used = generation_config or model.generation_config
-        _check_cache(pruned, used, settings, family)
-        out = original(None, generation_config, *arguments, **_lengths(pruned, used, record.info.removed))
+        configs = [config for config in (generation_config, model.generation_config) if config is not None]
+        _check_cache(pruned, configs, settings, family)
+        out = original(None, generation_config, *arguments, **_lengths(pruned, configs, record.info.removed))
         if not restore_prompt:
             return out
         return _with_prompt(out, keywords["input_ids"], pruned["input_ids"].shape[1])
@@ -154,20 +154,24 @@ def _generate(model, family: Family, settings: Settings, record: PruneRecord, re
     return generate
 
 
-def _check_cache(pruned: dict, config, settings: Settings, family: Family) -> None:
-    uses = pruned.get("use_cache")
-    uses = config.use_cache if uses is None else uses
+def _wanted(name: str, given: dict, configs: list):
+    """A setting as transformers finds it: an argument, or the first configuration that has one."""
+    values = (given.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def _check_cache(pruned: dict, configs: list, settings: Settings, family: Family) -> None:
+    uses = _wanted("use_cache", pruned, configs)
     if uses is False and settings.positions == "original" and not family.mrope and "position_ids" in pruned:
         raise StudioError("generate without a cache needs positions='compact': transformers would split at the gaps.")
 
 
-def _lengths(pruned: dict, config, removed: int) -> dict:
+def _lengths(pruned: dict, configs: list, removed: int) -> dict:
     """Limits that count the prompt, lowered by what it lost."""
     lowered = dict(pruned)
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        limit = pruned[name] if pruned.get(name) is not None else getattr(config, name, None)
-        counted = pruned.get(instead) is None and getattr(config, instead, None) is None
-        if limit and counted and removed:
+        limit = _wanted(name, pruned, configs)
+        if limit and removed and _wanted(instead, pruned, configs) is None:
             lowered[name] = max(limit - removed, 0)
     return lowered
 

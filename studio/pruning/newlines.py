@@ -28,8 +28,9 @@ def with_newlines(pick: Callable[[int], torch.Tensor], budget: int, layout: Layo
         newline: "row" keeps the newline of every row that keeps a content token; "keep" keeps all; "drop" none.
 
     Returns:
-        (budget,) places, sorted. "drop" gives fewer when there is less content than `budget`; "row" gives one fewer, or
-        leaves out one newline, where a budget of a few tokens has no room for both.
+        (budget,) places, sorted. "drop" gives fewer when there is less content than `budget`, and so does "row" in a
+        picture so narrow that rows hold nothing but a newline; "row" gives one fewer, or leaves out one newline, where
+        a budget of a few tokens has no room for both.
 
     Errors: `StudioError` when "keep" leaves no room for content.
     """

@@ -64,6 +64,16 @@ def test_hired_all_mass_in_one_cell():
     assert reference_budgets(hits, 36, 0.5, 0.1)[3] == min(36, 81)
 
 
+def test_hired_treats_crops_alike_when_the_thumbnail_looks_everywhere():
+    layout = Layout.anyres(4, (2, 2), (60, 60))
+    attention = attention_for(layout)
+    checkered = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float().flatten()
+    assert crop_hits(checkered, (4, 4), (2, 2)).tolist() == [2, 2, 2, 2]
+    attention = Attention(first=checkered.expand(5, 16), last=attention.last)
+    kept = prune(hired, layout, 24, attention, newline="drop")
+    assert torch.bincount(layout.partition[kept], minlength=5).tolist() == [12, 3, 3, 3, 3]
+
+
 def test_hired_budgets_stay_within_the_total():
     for seed in range(20):
         hits = torch.randint(1, 50, (4,), generator=torch.Generator().manual_seed(seed))

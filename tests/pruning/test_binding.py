@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models  # noqa: E402
@@ -131,6 +132,18 @@ def test_a_batch_equals_its_rows(family, beams):
             assert torch.equal(out.sequences[:, : alone["input_ids"].shape[1]], alone["input_ids"].expand(beams, -1))
 
 
+@every_family
+def test_logits_of_a_batch_are_those_of_its_rows(family):
+    rows = ((0,), (1, 2), (2,))
+    model, whole = tiny(family).model, tiny(family).prompt(rows)
+    with prune(model, "divprune", keep=0.4):
+        batch = answer(model, whole).logits
+        for row in range(len(rows)):
+            alone = answer(model, one_row(tiny(family), whole, rows, row)).logits
+            for together, single in zip(batch, alone):
+                torch.testing.assert_close(together[row], single[0], **TOLERANCE)
+
+
 def one_row(made, inputs, rows, row):
     """Row `row` of a batch as a prompt of its own, without padding."""
     alone = made.prompt((rows[row],))
@@ -235,16 +248,18 @@ def test_a_conversation_goes_on_behind_the_short_prompt(family):
     assert torch.equal(second, model.generate(**pruned, max_new_tokens=3, do_sample=False))
 
 
-@pytest.mark.parametrize("as_config", [False, True])
-def test_limits_count_the_whole_prompt(as_config):
+@pytest.mark.parametrize("given", ["argument", "configuration", "the model's configuration"])
+def test_limits_count_the_whole_prompt(given, monkeypatch):
     model, inputs = tiny("llava").model, tiny("llava").prompt()
-    limits = dict(max_length=inputs["input_ids"].shape[1] + 6)
-    if as_config:
-        from transformers import GenerationConfig
-
-        limits = dict(generation_config=GenerationConfig(**limits, pad_token_id=0))
+    limit = inputs["input_ids"].shape[1] + 6
+    options = dict(max_length=limit)
+    if given == "configuration":
+        options = dict(generation_config=GenerationConfig(**options, pad_token_id=0))
+    elif given == "the model's configuration":
+        monkeypatch.setattr(model.generation_config, "max_length", limit)
+        options = dict(generation_config=GenerationConfig(do_sample=False))
     with prune(model, "divprune", keep=0.25):
-        assert model.generate(**inputs, **limits).shape[1] == inputs["input_ids"].shape[1] + 6
+        assert model.generate(**inputs, **options).shape[1] == limit
 
 
 def test_a_streamer_gets_the_answer():
