@@ -1,6 +1,7 @@
 """The Ask tab: answers that grow, patches over the picture, and every way to get it wrong."""
 
 import asyncio
+import re
 import time
 
 import gradio as gr
@@ -55,6 +56,19 @@ def test_both_answers_come_with_counts_and_clocks(reader, short, scene):
     for phase in ("encode", "select", "prefill", "decode"):
         assert cards.count(f"<dt>{phase}</dt>") == 2
     assert "the answer is" in status
+
+
+def test_the_answer_is_shown_while_it_grows(reader, short, scene, monkeypatch):
+    forward = reader.model.forward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(reader.model, "forward", slow)
+    found = [re.search('<p class="said">(.*?)</p>', cards) for _, cards, _ in updates(scene) if isinstance(cards, str)]
+    words = [len(text[1].split()) for text in found]
+    assert words == sorted(words) and {1, 2, 3, 4} <= set(words)
 
 
 def test_patches_are_drawn_before_the_answer_is_there(reader, short, scene):
