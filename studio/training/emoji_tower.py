@@ -1,15 +1,16 @@
 """Recipe of `emoji-tower`, what `emoji-vlm` starts from: a vision tower, and the words that its patches stand for.
 
-Patches are what a language model reads. So the mean of a cell's patches, behind the projector, is to name what is in
-that cell among all words, as the language model's own head would (the alignment that LLaVA, arXiv:2304.08485, section
-4.2, begins with, on single tiles and without the language model). CLS is contrasted with the words of the whole tile
-(CLIP, arXiv:2103.00020).
+Patches are what a language model reads. So the mean of some of a cell's patches, behind the projector, is to name what
+is in that cell among all words, as the language model's own head would (the alignment that LLaVA, arXiv:2304.08485,
+section 4.2, begins with, on single tiles and without the language model). Patches are taken as attention gets them,
+each behind a norm, and often few of them: otherwise the tower spreads a name over a whole cell, where no attention can
+pick it up. CLS is contrasted with the words of the whole tile (CLIP, arXiv:2103.00020).
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import reduce
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel
@@ -17,12 +18,16 @@ from transformers import CLIPVisionModel
 from studio.data.scenes import CELL, TILE, draw_scene
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.reader import build_model, build_processor
+from studio.training.reader import PATCH, build_model, build_processor
 from studio.training.recipe import Defaults, Recipe
 
 WORDS_FILE = "words.safetensors"
 MEASURED = 200
-_SIDE = TILE // CELL
+_READ = (2, 4, 6, 9, 18, 36)
+"""Patches of a cell that a batch reads."""
+_READ_WHEN_MEASURED = 6
+_ACROSS = TILE // CELL
+_SIDE = CELL // PATCH
 _FEATURE_LAYER = -2
 """The hidden states that a LLaVA hands to its language model."""
 
@@ -42,18 +47,22 @@ class TrainableTower(nn.Module):
         self.from_tile = nn.Linear(self.tower.config.hidden_size, self.words.embedding_dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
-    def forward(self, pixel_values, cells):
-        """Cross-entropy of both words of each cell (B, 4, 2), and the contrast of tiles (B, 3, 96, 96) with theirs."""
+    def forward(self, pixel_values, cells, read):
+        """Cross-entropy of both words of each cell (B, 4, 2), and the contrast of tiles (B, 3, 96, 96) with theirs.
+
+        `read` (n,) are the numbers of a cell's patches that are read.
+        """
         seen = self.tower(pixel_values, output_hidden_states=True)
-        logits = self.read_cells(seen.hidden_states[_FEATURE_LAYER][:, 1:])
+        logits = self.read_cells(seen.hidden_states[_FEATURE_LAYER][:, 1:], read)
         by_cell = F.cross_entropy(logits[:, :, None].expand(-1, -1, 2, -1).flatten(0, 2), cells.flatten())
         return by_cell + self.contrast(self.from_tile(seen.pooler_output), cells.flatten(1))
 
-    def read_cells(self, patches):
-        """Logits (B, 4, V) of the words of each cell, in raster order, from patches (B, 144, D)."""
-        side = int(patches.shape[1] ** 0.5) // _SIDE
-        sizes = {"r": _SIDE, "c": _SIDE, "i": side, "j": side}
-        means = reduce(self.projector(patches), "b (r i c j) d -> b (r c) d", "mean", **sizes)
+    def read_cells(self, patches, read):
+        """Logits (B, 4, V) of the words of each cell, in raster order, from some of its patches; of all (B, 144, D)."""
+        sizes = {"r": _ACROSS, "c": _ACROSS, "i": _SIDE, "j": _SIDE}
+        by_cell = rearrange(patches, "b (r i c j) d -> b (r c) (i j) d", **sizes)[:, :, read]
+        tokens = self.projector(by_cell)
+        means = F.rms_norm(tokens, tokens.shape[-1:]).mean(dim=2)
         return F.linear(self.norm(means), self.words.weight)
 
     def contrast(self, tiles, words):
@@ -89,7 +98,9 @@ class EmojiTower(Recipe):
         )
         number = self.processor.tokenizer.convert_tokens_to_ids
         cells = [[[number(word) for word in cell] for cell in scene.cells] for scene in scenes]
+        read = rng.permutation(_SIDE**2)[: _READ[rng.integers(len(_READ))]]
         return {
+            "read": torch.from_numpy(read).to(device),
             "pixel_values": torch.from_numpy((pictures - mean) / std).to(device),
             "cells": torch.tensor(cells, device=device),
         }
@@ -108,14 +119,16 @@ class EmojiTower(Recipe):
 
     @torch.no_grad()
     def quality(self, folder):
-        """Of cells of unseen tiles, the share whose emoji, word or emptiness, and whose colour, is named right."""
+        """Of cells of unseen tiles, the share whose emoji, word or emptiness, and whose colour, few patches name."""
         module = TrainableTower(build_model(len(self.processor.tokenizer))).eval()
         self.load(module, folder)
-        batch = self.batch(np.random.default_rng((1_000_000_007, 0)), MEASURED, "cpu")
+        rng = np.random.default_rng((1_000_000_007, 0))
+        batch = self.batch(rng, MEASURED, "cpu")
+        read = torch.from_numpy(rng.permutation(_SIDE**2)[:_READ_WHEN_MEASURED])
         seen = module.tower(batch["pixel_values"], output_hidden_states=True).hidden_states[_FEATURE_LAYER]
-        best = module.read_cells(seen[:, 1:]).topk(2, dim=-1).indices
+        best = module.read_cells(seen[:, 1:], read).topk(2, dim=-1).indices
         right = (best[..., None] == batch["cells"][:, :, None]).any(dim=2).float().mean(dim=(0, 1))
-        return {"things": float(right[0]), "colours": float(right[1]), "tiles": MEASURED}
+        return {"things": float(right[0]), "colours": float(right[1]), "patches": len(read), "tiles": MEASURED}
 
 
 def read_aligned(folder):
