@@ -60,7 +60,8 @@ class DecodingChoice:
         known = {option.name: option.default for option in self.options}
         if unknown := sorted(set(given) - set(known)):
             allowed = f"takes {', '.join(known)}" if known else "has no options"
-            elsewhere = [f"{name} belongs to {' or '.join(owners)}" for name in unknown if (owners := owners_of(name))]
+            owners = {name: " or ".join(decodings_with(name)) for name in unknown}
+            elsewhere = [f"{name} belongs to {names}" for name, names in owners.items() if names]
             told = "; ".join([f"{self.title} decoding {allowed}, not {', '.join(unknown)}", *elsewhere])
             raise StudioError(f"{told}.")
         return self.make(**{**known, **given})
@@ -197,7 +198,7 @@ def decoding_named(name: str) -> DecodingChoice:
     return DECODINGS[name]
 
 
-def owners_of(option: str) -> list[str]:
+def decodings_with(option: str) -> list[str]:
     """Names of the decodings that have an option of this name."""
     return [name for name, choice in DECODINGS.items() if option in {each.name for each in choice.options}]
 

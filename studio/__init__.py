@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from studio.models.resgen import ResGen
     from studio.models.rq_transformer import RQTransformer
     from studio.models.token_bridge import TokenBridge
-    from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for
+    from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for, decodings_with
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.mar import MARPipeline
     from studio.pipelines.odp_file import OdpFile
@@ -85,6 +85,7 @@ _EXPORTS = {
     "decode_picture": "studio.pipelines.picture_codec",
     "decoding_named": "studio.pipelines.decodings",
     "decodings_for": "studio.pipelines.decodings",
+    "decodings_with": "studio.pipelines.decodings",
     "encode_picture": "studio.pipelines.picture_codec",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.binding",
@@ -128,6 +129,7 @@ __all__ = [
     "decode_picture",
     "decoding_named",
     "decodings_for",
+    "decodings_with",
     "encode_picture",
     "load",
     "prune",

@@ -146,9 +146,9 @@ def decoding_of(name, **options):
 
 
 def _owners(option):
-    from studio.pipelines.decodings import owners_of
+    from studio import decodings_with
 
-    return owners_of(option)
+    return decodings_with(option)
 
 
 def _unnamed(option, owners):
