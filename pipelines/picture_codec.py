@@ -4,9 +4,10 @@ The whole picture is resized to the tokenizer's square and restored at its own s
 at the price of tokens for each tile. There is no entropy coder: a token costs the bits of its number.
 """
 
+import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,11 +28,17 @@ class EncodedPicture:
         file: what the bytes hold.
         data: the bytes of the file.
         psnr: of the restored picture, in dB, over 8-bit RGB at its own size; infinite for an equal one.
+        restored: that picture, what `decode_picture` makes of the bytes.
+        tokens: (tiles, N) int64, those too that the file leaves out; without tiles one row.
+        seconds: "encode" for all tokens, and "decode" for the restored picture.
     """
 
     file: OdpFile
     data: bytes
     psnr: float
+    restored: Image.Image = field(compare=False, repr=False)
+    tokens: torch.Tensor = field(compare=False, repr=False)
+    seconds: dict[str, float] = field(compare=False)
 
 
 def encode_picture(
@@ -65,8 +72,10 @@ def encode_picture(
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
     picture = picture.convert("RGB")
-    squares = squares_of(picture, tokenizer.config.sample_size, tile)
-    tokens = encode_squares(squares, tokenizer)
+    began = time.perf_counter()
+    squares = _squares(picture, tokenizer.config.sample_size, tile)
+    tokens = _encode(squares, tokenizer)
+    seconds = {"encode": time.perf_counter() - began}
     fewest, most = len(tokens), tokens.numel()
     checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
 
@@ -79,7 +88,7 @@ def encode_picture(
         return len(file_of(count).to_bytes()) <= size
 
     def close_enough(count: int) -> bool:
-        return picture_psnr(restore_picture(tokens, count, picture.size, tile, tokenizer), picture) >= psnr
+        return picture_psnr(_restore(tokens, count, picture.size, tile, tokenizer), picture) >= psnr
 
     if size is not None:
         if not fits(fewest):
@@ -88,7 +97,7 @@ def encode_picture(
         count = most if fits(most) else smallest(lambda n: not fits(n), fewest, most) - 1
     elif psnr is not None:
         if not close_enough(most):
-            best = picture_psnr(restore_picture(tokens, most, picture.size, tile, tokenizer), picture)
+            best = picture_psnr(_restore(tokens, most, picture.size, tile, tokenizer), picture)
             raise StudioError(f"All {most} tokens restore this picture to {best:.2f} dB, not to {psnr}: ask for less.")
         count = smallest(close_enough, fewest, most)
     else:
@@ -96,8 +105,10 @@ def encode_picture(
         if not fewest <= count <= most:
             raise StudioError(f"This picture has from {fewest} to {most} tokens with this tokenizer, not {count}.")
     file = file_of(count)
-    restored = restore_picture(tokens, count, picture.size, tile, tokenizer)
-    return EncodedPicture(file, file.to_bytes(), picture_psnr(restored, picture))
+    began = time.perf_counter()
+    restored = _restore(tokens, count, picture.size, tile, tokenizer)
+    seconds["decode"] = time.perf_counter() - began
+    return EncodedPicture(file, file.to_bytes(), picture_psnr(restored, picture), restored, tokens, seconds)
 
 
 def decode_picture(data: bytes | OdpFile, tokenizer: OneDPieceTokenizer, name="The file") -> Image.Image:
@@ -126,7 +137,7 @@ def decode_picture(data: bytes | OdpFile, tokenizer: OneDPieceTokenizer, name="T
     for row, first in zip(rows, tile_lengths(len(file.tokens), tiles)):
         row[:first] = torch.tensor(file.tokens[place : place + first])
         place += first
-    return restore_picture(rows, len(file.tokens), (file.width, file.height), file.tiled, tokenizer)
+    return _restore(rows, len(file.tokens), (file.width, file.height), file.tiled, tokenizer)
 
 
 def tokenizer_checksum(tokenizer: OneDPieceTokenizer) -> int:
@@ -174,8 +185,8 @@ def _corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
     return [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
 
 
-def squares_of(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]:
-    """What is encoded of an RGB picture: all of it resized to a square, or its tiles, continued beyond its edges."""
+def _squares(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]:
+    """What is encoded: the picture resized to a square, or its tiles, those at the edges continued by their edge."""
     if not tile:
         return [picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC)]
     pixels = np.asarray(picture)
@@ -187,8 +198,8 @@ def squares_of(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]
 
 
 @torch.inference_mode()
-def encode_squares(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
-    """All tokens (tiles, N) of squares of the tokenizer's size, on the CPU."""
+def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
+    """Token numbers (tiles, N) on the CPU."""
     parts = []
     for start in range(0, len(squares), _AT_ONCE):
         pixels = np.stack([np.asarray(square) for square in squares[start : start + _AT_ONCE]])
@@ -198,9 +209,7 @@ def encode_squares(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) ->
 
 
 @torch.inference_mode()
-def restore_picture(
-    tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer
-):
+def _restore(tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer):
     """The picture that the first `count` of the tokens (tiles, N) stand for, over all tiles, as a PIL image."""
     lengths, squares = tile_lengths(count, len(tokens)), []
     for start in range(0, len(tokens), _AT_ONCE):

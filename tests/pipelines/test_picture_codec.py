@@ -32,6 +32,8 @@ def test_the_size_is_restored(tokenizer, size, tile):
     tiles = math.ceil(size[0] / 16) * math.ceil(size[1] / 16) if tile else 1
     assert len(encoded.file.tokens) == 6 * tiles
     assert encoded.psnr == pytest.approx(picture_psnr(restored, picture(*size)))
+    assert encoded.restored.tobytes() == restored.tobytes() and all(spent > 0 for spent in encoded.seconds.values())
+    assert encoded.tokens.shape == (tiles, 6) and tuple(encoded.tokens.flatten().tolist()) == encoded.file.tokens
     assert OdpFile.from_bytes(encoded.data) == encoded.file
 
 
