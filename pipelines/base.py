@@ -10,6 +10,7 @@ from diffusers.utils import logging
 
 from studio.decoding.sampling import is_finite_number
 from studio.errors import StudioError
+from studio.pipelines.known_words import write_known_words
 from studio.pipelines.open_choices import completed
 
 logger = logging.get_logger(__name__)
@@ -26,7 +27,15 @@ class ConditionalPipeline(DiffusionPipeline):
     in its own: what is chosen at random for a picture where its prompt leaves it open; see `completed`.
     """
 
+    vocabulary: tuple[list[str], list[str]] | None = None
+    """The words and the concepts that the model knows; None where any word may do."""
     _interrupt = False
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As of diffusers; the words that the pipeline knows are saved with it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.vocabulary is not None:
+            write_known_words(save_directory, *self.vocabulary)
 
     @property
     def interrupt(self) -> bool:

@@ -5,8 +5,8 @@ import re
 from difflib import get_close_matches
 
 from studio.errors import StudioError
+from studio.pipelines.known_words import CONCEPTS_FILE
 
-CONCEPTS_FILE = "concepts.json"
 _NEAREST = 3
 _MOST_NAMED = 5
 _LONGEST_NAMED = 32

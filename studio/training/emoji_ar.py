@@ -1,7 +1,6 @@
 """Recipe of `emoji-ar`."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from studio.checkpoints.vocabulary import CONCEPTS_FILE
 from studio.data.archive import load_concepts
 from studio.data.captions import open_choices
 from studio.models.llamagen import LlamaGen
@@ -132,11 +130,9 @@ class EmojiAR(Recipe):
             open_choices=open_choices(),
             **SAMPLING,
         )
+        pipe.vocabulary = known_words(), [concept.label for concept in load_concepts()]
         pipe.save_pretrained(folder)
         shutil.rmtree(folder / "image_tokenizer")
-        labels = [concept.label for concept in load_concepts()]
-        content = json.dumps({"words": known_words(), "concepts": labels}, ensure_ascii=False, indent=0)
-        (folder / CONCEPTS_FILE).write_text(content + "\n", encoding="utf-8")
 
     def quality(self, folder):
         from studio.checkpoints.loading import load

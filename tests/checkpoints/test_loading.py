@@ -174,7 +174,10 @@ def test_a_bundled_model_without_weights_says_how_to_get_them(release):
         studio.load("emoji-vq")
 
 
-def test_the_known_words_come_with_the_pipeline(release):
+def test_the_known_words_come_with_the_pipeline(release, tmp_path):
     (release / "concepts.json").write_text(json.dumps({"words": ["red", "apple"], "concepts": ["red apple"]}))
     bundled.write_checksums()
-    assert studio.load("emoji-ar").vocabulary == (["red", "apple"], ["red apple"])
+    pipe = studio.load("emoji-ar")
+    assert pipe.vocabulary == (["red", "apple"], ["red apple"])
+    pipe.save_pretrained(tmp_path / "saved")
+    assert studio.load(tmp_path / "saved").vocabulary == pipe.vocabulary
