@@ -8,10 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from studio.decoding.sampling import is_finite_number
+from studio.decoding.sampling import Sampling, is_finite_number
 from studio.errors import StudioError
 from studio.pipelines.known_words import write_known_words
 from studio.pipelines.open_choices import completed
+from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 
 logger = logging.get_logger(__name__)
 
@@ -68,8 +69,15 @@ class ConditionalPipeline(DiffusionPipeline):
             if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < classes for n in labels):
                 raise StudioError(f"class_labels must be whole numbers from 0 to {classes - 1}, not {class_labels!r}.")
 
-    def check_drawing(self, num_images_per_prompt, guidance_scale, output_type, callback_inputs) -> None:
-        """Raises a `StudioError` that names the first of these arguments of a call that cannot be used."""
+    def checked_guidance(
+        self, prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
+    ) -> float:
+        """The guidance scale of a call, this pipeline's where it is left out.
+
+        Errors: `StudioError` that names the first of these arguments that cannot be used.
+        """
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.check_condition(prompt, class_labels)
         if not is_count(num_images_per_prompt):
             raise StudioError(f"num_images_per_prompt must be a whole number above 0, not {num_images_per_prompt!r}.")
         if not is_finite_number(guidance_scale) or guidance_scale < 0:
@@ -78,6 +86,17 @@ class ConditionalPipeline(DiffusionPipeline):
             raise StudioError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
         if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
             raise StudioError(f"Callbacks can ask for {self._callback_tensor_inputs}, not {sorted(unknown)}.")
+        return guidance_scale
+
+    def sampling(self, temperature, top_k, top_p, order: str = "llamagen") -> Sampling:
+        """How a call draws, with this pipeline's defaults where it says nothing."""
+        config = self.config
+        return Sampling(
+            config.default_temperature if temperature is None else temperature,
+            config.default_top_k if top_k is None else top_k,
+            config.default_top_p if top_p is None else top_p,
+            order,
+        )
 
     def check_arguments(self, names) -> None:
         """Raises a `StudioError` for names of arguments that a call of this pipeline does not take."""
@@ -149,6 +168,24 @@ class ConditionalPipeline(DiffusionPipeline):
             if changed.get("tokens", tokens) is not tokens:
                 tokens.copy_(changed["tokens"])
         return self._interrupt
+
+    def step_reporter(self, progress, callback, names):
+        """What a loop calls after each step as (number, tokens): `progress` moves on, and the callback is called."""
+
+        def on_step(number: int, tokens: torch.Tensor) -> bool:
+            progress.update()
+            return self.end_step(callback, number, names, tokens=tokens)
+
+        return on_step
+
+    def output(
+        self, images, tokens: torch.Tensor, stats: DecodingStats, prompts: list[str] | None, return_dict: bool
+    ) -> ImageTokenPipelineOutput | tuple:
+        """What a call returns; models that were moved for it go back."""
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, tokens, stats
+        return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
 
     def finished_pictures(self, pixels: torch.Tensor, output_type: str):
         """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""

@@ -86,17 +86,6 @@ class LlamaGenPipeline(ConditionalPipeline):
         )
         check_choices(open_choices)
 
-    def check_inputs(
-        self, prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
-    ) -> None:
-        """Raises a `StudioError` that names the first argument of a call that cannot be used."""
-        self.check_condition(prompt, class_labels)
-        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
-        if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
-            raise StudioError(f"cfg_interval must be a whole number of at least -1 (-1: no end), not {cfg_interval!r}.")
-        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"These parts do not fit together: {mismatch}.")
-
     def check_number(self, num_tokens: int | None) -> None:
         """Raises a `StudioError` for a number of first tokens that are no picture of this model."""
         if num_tokens is None:
@@ -157,13 +146,15 @@ class LlamaGenPipeline(ConditionalPipeline):
         Returns:
             What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
-        config = self.config
         steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         steering["cfg_interval"] = None if cfg_interval == -1 else cfg_interval
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_inputs(
-            prompt, class_labels, num_images_per_prompt, guidance_scale, cfg_interval, output_type, callback_inputs
+        guidance_scale = self.checked_guidance(
+            prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
+        if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
+            raise StudioError(f"cfg_interval must be a whole number of at least -1 (-1: no end), not {cfg_interval!r}.")
+        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         self.check_number(num_tokens)
         settings = Autoregressive() if decoding is None else decoding
         if isinstance(settings, Distilled):
@@ -176,12 +167,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                 "LlamaGen draws with Autoregressive, Speculative, Lantern, LanternPlusPlus or Distilled decoding, "
                 f"not {type(settings).__name__}."
             )
-        sampling = Sampling(
-            temperature=config.default_temperature if temperature is None else temperature,
-            top_k=config.default_top_k if top_k is None else top_k,
-            top_p=config.default_top_p if top_p is None else top_p,
-            order=settings.filter_order,
-        )
+        sampling = self.sampling(temperature, top_k, top_p, settings.filter_order)
         return guidance_scale, sampling, settings
 
     @torch.no_grad()
@@ -270,12 +256,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             if isinstance(settings, Distilled):
                 total = settings.reports_for(self.student, num_tokens)
             with self.progress_bar(total=total) as progress:
-
-                def on_token(index: int, tokens: torch.Tensor) -> bool:
-                    progress.update()
-                    names = callback_on_step_end_tensor_inputs
-                    return self.end_step(callback_on_step_end, index, names, tokens=tokens)
-
+                on_token = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 drawn = self._draw(
                     condition,
                     generators=generators,
@@ -289,11 +270,8 @@ class LlamaGenPipeline(ConditionalPipeline):
                 )
             with timed(seconds, "pixels"):
                 images = drawn.tokens if output_type == "tokens" else self._pictures(drawn, output_type)
-        self.maybe_free_model_hooks()
         stats = _stats(drawn, seconds)
-        if not return_dict:
-            return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
+        return self.output(images, drawn.tokens, stats, prompts, return_dict)
 
     def _draw(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Drawn:
         """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""

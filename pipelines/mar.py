@@ -98,11 +98,10 @@ class MARPipeline(ConditionalPipeline):
         Returns:
             What it would draw with: guidance scale, temperature and decoding, with this pipeline's defaults.
         """
-        config = self.config
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        temperature = config.default_temperature if temperature is None else temperature
-        self.check_condition(prompt, class_labels)
-        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        guidance_scale = self.checked_guidance(
+            prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
+        )
+        temperature = self.config.default_temperature if temperature is None else temperature
         check_temperature(temperature)
         settings = MaskedAutoregressive() if decoding is None else decoding
         if not isinstance(settings, MaskedAutoregressive):
@@ -231,11 +230,8 @@ class MARPipeline(ConditionalPipeline):
                 drawn = self._draw(condition, on_step, is_speculative, call)
             with timed(seconds, "pixels"):
                 images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
-        self.maybe_free_model_hooks()
         stats = _stats(drawn, final, seconds)
-        if not return_dict:
-            return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
+        return self.output(images, drawn.tokens, stats, prompts, return_dict)
 
     def _draw(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedDrawn:
         if not is_speculative:

@@ -96,10 +96,9 @@ class ResGenPipeline(ResidualPipeline):
         Returns:
             What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
-        config = self.config
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_condition(prompt, class_labels)
-        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        guidance_scale = self.checked_guidance(
+            prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
+        )
         if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, ResidualSteps):
@@ -107,14 +106,10 @@ class ResGenPipeline(ResidualPipeline):
                 "ResGen draws with ResidualUnmasking (resgen) or FirstHitting (first-hitting) decoding, "
                 f"not {type(decoding).__name__}."
             )
-        settings = (decoding or ResidualUnmasking()).filled(config.default_num_steps)
+        settings = (decoding or ResidualUnmasking()).filled(self.config.default_num_steps)
         LAWS[self.transformer.config.prediction].check(settings.scatter)
         settings.plan(self.transformer.num_tokens * self.transformer.config.depth)
-        sampling = Sampling(
-            config.default_temperature if temperature is None else temperature,
-            config.default_top_k if top_k is None else top_k,
-            config.default_top_p if top_p is None else top_p,
-        )
+        sampling = self.sampling(temperature, top_k, top_p)
         return guidance_scale or 1.0, sampling, settings
 
     @torch.no_grad()
@@ -174,12 +169,7 @@ class ResGenPipeline(ResidualPipeline):
             with timed(seconds, "text"):
                 generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=settings.steps) as progress:
-
-                def on_step(number: int, tokens: torch.Tensor) -> bool:
-                    progress.update()
-                    names = callback_on_step_end_tensor_inputs
-                    return self.end_step(callback_on_step_end, number, names, tokens=tokens)
-
+                on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 drawn = residual_unmasking(
                     self.transformer,
                     self.image_tokenizer.quantizer,
@@ -192,11 +182,8 @@ class ResGenPipeline(ResidualPipeline):
                 )
             with timed(seconds, "pixels"):
                 images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
-        self.maybe_free_model_hooks()
         stats = _stats(drawn, seconds)
-        if not return_dict:
-            return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
+        return self.output(images, drawn.tokens, stats, prompts, return_dict)
 
 
 def _stats(drawn: ResidualDrawn, seconds: dict[str, float]) -> DecodingStats:

@@ -103,10 +103,9 @@ class RQTransformerPipeline(ResidualPipeline):
             What it would draw with: guidance scale, sampling (one for all levels, or one of each) and decoding, with
             this pipeline's defaults.
         """
-        config = self.config
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_condition(prompt, class_labels)
-        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        guidance_scale = self.checked_guidance(
+            prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
+        )
         if guidance_scale not in (0, 1) and not self.takes_text:
             raise StudioError("This model has no null class to guide with: leave out guidance_scale, or give 1.")
         if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
@@ -114,11 +113,7 @@ class RQTransformerPipeline(ResidualPipeline):
         if decoding is not None and not isinstance(decoding, CellByCell):
             raise StudioError(f"RQ-Transformer draws with CellByCell (rq) decoding, not {type(decoding).__name__}.")
         settings, depth = decoding or CellByCell(), self.transformer.config.depth
-        sampling = Sampling(
-            config.default_temperature if temperature is None else temperature,
-            config.default_top_k if top_k is None else top_k,
-            config.default_top_p if top_p is None else top_p,
-        )
+        sampling = self.sampling(temperature, top_k, top_p)
         if settings.levels is None:
             return guidance_scale, sampling, settings
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -179,19 +174,11 @@ class RQTransformerPipeline(ResidualPipeline):
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
         self._interrupt = False
-        calls, seconds = 0, {"prefill": 0.0}
+        seconds = {"prefill": 0.0}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
                 generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=self.transformer.num_tokens) as progress, timed(seconds, "decode"):
-
-                def on_cell(index: int, tokens: torch.Tensor) -> bool:
-                    nonlocal calls
-                    calls = index + 1
-                    progress.update()
-                    names = callback_on_step_end_tensor_inputs
-                    return self.end_step(callback_on_step_end, index, names, tokens=tokens)
-
                 tokens = cell_by_cell(
                     self.transformer,
                     condition["captions"] if self.takes_text else condition["class_labels"][:, None],
@@ -200,18 +187,15 @@ class RQTransformerPipeline(ResidualPipeline):
                     generators=generators,
                     sampling=sampling,
                     guidance_scale=guidance_scale,
-                    on_cell=on_cell,
+                    on_cell=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
                 ).flatten(1, 2)
             with timed(seconds, "pixels"):
                 images = tokens if output_type == "tokens" else self.decode_tokens(tokens, output_type)
-        self.maybe_free_model_hooks()
-        depth = self.transformer.config.depth
+        shown, depth = int((tokens >= 0).sum()), self.transformer.config.depth
         stats = DecodingStats(
-            target_calls=calls,
-            tokens=len(tokens) * calls * depth,
+            target_calls=shown // len(tokens) // depth,
+            tokens=shown,
             mean_accepted_length=float(depth),
             seconds=seconds,
         )
-        if not return_dict:
-            return images, tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
+        return self.output(images, tokens, stats, prompts, return_dict)

@@ -89,9 +89,9 @@ class TokenBridgePipeline(ConditionalPipeline):
             What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
         config = self.config
-        guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self.check_condition(prompt, class_labels)
-        self.check_drawing(num_images_per_prompt, guidance_scale, output_type, callback_inputs)
+        guidance_scale = self.checked_guidance(
+            prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
+        )
         if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, DimensionWise):
@@ -167,12 +167,7 @@ class TokenBridgePipeline(ConditionalPipeline):
             with timed(seconds, "text"):
                 generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=settings.steps) as progress:
-
-                def on_step(number: int, tokens: torch.Tensor) -> bool:
-                    progress.update()
-                    names = callback_on_step_end_tensor_inputs
-                    return self.end_step(callback_on_step_end, number, names, tokens=tokens)
-
+                on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 drawn = dimension_wise(
                     self.transformer,
                     self.image_tokenizer.level_values,
@@ -185,7 +180,6 @@ class TokenBridgePipeline(ConditionalPipeline):
                 )
             with timed(seconds, "pixels"):
                 images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
-        self.maybe_free_model_hooks()
         final = self.transformer.num_tokens - plan[drawn.target_calls - 1].first
         stats = DecodingStats(
             target_calls=drawn.target_calls,
@@ -193,6 +187,4 @@ class TokenBridgePipeline(ConditionalPipeline):
             mean_accepted_length=final / drawn.target_calls,
             seconds={**seconds, "prefill": 0.0, "decode": sum(drawn.seconds.values()), **drawn.seconds},
         )
-        if not return_dict:
-            return images, drawn.tokens, stats
-        return ImageTokenPipelineOutput(images=images, tokens=drawn.tokens, stats=stats, prompts=prompts)
+        return self.output(images, drawn.tokens, stats, prompts, return_dict)

@@ -4,14 +4,12 @@ Its captions end with plan tokens, whose states hold a guess of the picture.
 """
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from studio.checkpoints.loading import load, load_model
-from studio.checkpoints.vocabulary import CONCEPTS_FILE
 from studio.data.captions import open_choices, random_caption
 from studio.training.recipe import Recipe
 
@@ -81,9 +79,8 @@ class FromWords(Recipe):
             open_choices=open_choices(),
             **self.drawing,
         )
+        pipe.vocabulary = self.text.vocabulary
         pipe.save_pretrained(folder)
-        if (words := Path(self.text.name_or_path, CONCEPTS_FILE)).is_file():
-            shutil.copy(words, folder)
 
     def quality(self, folder):
         from studio.evaluation.generators import evaluate_generator
