@@ -5,24 +5,21 @@ import torch
 
 import studio
 from studio import LlamaGen, Speculative, StudioError
-from studio.data.splits import combinations
 from studio.decoding.drafter_drafts import DrafterDrafts
 from studio.decoding.recycling import Recycling
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.decoding.trees import StaticTree
 from studio.models.drafter import Drafter
-from studio.training import emoji_drafter, token_cache
+from studio.training import emoji_drafter
 from studio.training.emoji_drafter import TrainableDrafter
 from studio.training.recipes import run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tiny_folder):
+def small(monkeypatch, few_pictures, tiny_folder):
     """A tiny target, forty pictures, and few captions to measure with."""
-    few = combinations(held_out=False)[:40]
-    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
+    few_pictures(40)
     monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
     monkeypatch.setattr(emoji_drafter, "MEASURED", 2)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.data.splits import combinations
 from studio.training import emoji_mar, emoji_mar_draft, from_words, latent_cache
 from studio.training.emoji_mar import masked_share
 from studio.training.emoji_mar_draft import TrainableDraft
@@ -16,10 +15,8 @@ from studio.training.ingredients import ingredient
 
 
 @pytest.fixture
-def few(monkeypatch, tmp_path):
-    few = combinations(held_out=False)[:40]
-    monkeypatch.setattr(latent_cache, "combinations", lambda held_out: few)
-    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+def few(few_pictures):
+    few_pictures(40)
 
 
 @pytest.fixture

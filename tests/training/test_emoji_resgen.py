@@ -4,24 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from studio.data.splits import combinations
 from studio.decoding.first_hitting import FirstHitting
 from studio.decoding.residual_masks import hidden_slots, hide
 from studio.decoding.residual_unmasking import ResidualUnmasking, residual_unmasking
 from studio.decoding.sampling import Sampling
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
-from studio.training import emoji_resgen, emoji_resgen_softmax, from_codes, from_words, token_cache
+from studio.training import emoji_resgen, emoji_resgen_softmax, from_codes, from_words
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path, tiny_folder, tiny_resgen_folder):
+def tiny(monkeypatch, few_pictures, tiny_folder, tiny_resgen_folder):
     """Twenty pictures, and a tiny size."""
-    few = combinations(held_out=False)[:20]
-    monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
-    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    few_pictures(20)
     monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
     monkeypatch.setattr(from_codes, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
     monkeypatch.setattr(emoji_resgen, "SIZES", {"dim": 16, "num_layers": 1, "num_heads": 2})

@@ -4,20 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from studio.data.splits import combinations
 from studio.decoding.cell_by_cell import cell_by_cell
 from studio.decoding.sampling import Sampling
-from studio.training import emoji_rq_ar, from_codes, from_words, token_cache
+from studio.training import emoji_rq_ar, from_codes, from_words
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def recipe(monkeypatch, tmp_path, tiny_folder, tiny_resgen_folder):
+def recipe(monkeypatch, few_pictures, tiny_folder, tiny_resgen_folder):
     """The recipe over twenty pictures, at a tiny size."""
-    few = combinations(held_out=False)[:20]
-    monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
-    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    few_pictures(20)
     monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
     monkeypatch.setattr(from_codes, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
     tiny = {"dim": 32, "spatial_layers": 1, "depth_layers": 1, "spatial_heads": 2, "depth_heads": 2}

@@ -7,7 +7,6 @@ from transformers import CLIPVisionModel, T5EncoderModel
 
 from studio.checkpoints.loading import load
 from studio.data.captions import open_choices
-from studio.data.splits import combinations
 from studio.errors import StudioError
 from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
@@ -42,7 +41,6 @@ from studio.training import (
     emoji_words,
     from_codes,
     from_words,
-    latent_cache,
     pair_cache,
     reader,
     token_cache,
@@ -53,13 +51,9 @@ from studio.training.recipes import RECIPES, run
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tiny_folder, tiny_mar_folder, tiny_resgen_folder, tiny_row_folder):
+def small(monkeypatch, few_pictures, tiny_folder, tiny_mar_folder, tiny_resgen_folder, tiny_row_folder):
     """Tiny networks, forty pictures, and no measuring."""
-    few = combinations(held_out=False)[:40]
-    monkeypatch.setattr(emoji_judge, "combinations", lambda held_out: few)
-    monkeypatch.setattr(token_cache, "combinations", lambda held_out: few)
-    monkeypatch.setattr(latent_cache, "combinations", lambda held_out: few)
-    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    few_pictures(40)
     monkeypatch.setitem(emoji_vq.CONFIG, "base_channels", 32)
     monkeypatch.setitem(emoji_vq.CONFIG, "codebook_size", 64)
     monkeypatch.setitem(emoji_kl.AUTOENCODER, "block_out_channels", [32, 32])
