@@ -30,7 +30,7 @@ from studio.commands.decodings import (
     picked,
     shown_name,
 )
-from studio.commands.options import Device, Dtype, Json, number
+from studio.commands.options import Device, DrawingDtype, Json, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 
@@ -94,7 +94,7 @@ def generate(
     confidence_temperature: ConfidenceTemperature = None,
     tolerance: Tolerance = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: DrawingDtype = None,
     out: Annotated[
         Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
     ] = Path("out"),

@@ -21,8 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON docum
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.", show_default="cuda if there is one")
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, bfloat16, float16, or int8 weights on a CPU.", show_default="by device"),
-]
+
+
+def _dtype(choices):
+    return Annotated[str | None, typer.Option("--dtype", help=choices, show_default="by device")]
+
+
+Dtype = _dtype("float32, bfloat16 or float16.")
+DrawingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]
