@@ -15,7 +15,7 @@ import torch
 from studio.decoding.acceptance import Relaxation, check_budgets
 from studio.decoding.drafts import DraftSource
 from studio.decoding.neighbours import neighbour_table
-from studio.decoding.recycling import Recycling
+from studio.decoding.own_drafts import OwnDrafts
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 
@@ -70,7 +70,8 @@ class LanternPlusPlus(Lantern):
 
     Args:
         k, ratio_budget: as of `Lantern`; the defaults are a setting of the authors.
-        drafts: `Recycling(drawn=True)`, which needs no training, or `DrafterDrafts(drafter, StaticTree(...))`.
+        drafts: `OwnDrafts(drawn=True)`, `Recycling(drawn=True)`, which needs no training, or
+            `DrafterDrafts(drafter, StaticTree(...))`.
         delta, reference, filter_order: as of `Lantern`.
 
     Errors: `StudioError` for a value outside these ranges, without a ratio, and for drafts that are not drawn.
@@ -79,7 +80,7 @@ class LanternPlusPlus(Lantern):
     k: int = 10
     delta: float | None = None
     ratio_budget: float | None = 5.0
-    drafts: DraftSource = Recycling(drawn=True)
+    drafts: DraftSource = OwnDrafts(drawn=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,6 +88,6 @@ class LanternPlusPlus(Lantern):
             raise StudioError("LANTERN++ bounds the ratio to the target's law: give ratio_budget, or use Lantern.")
         if not self.drafts.drawn:
             raise StudioError(
-                "LANTERN++ tests drafts that are drawn in a tree of fixed shape: use Recycling(drawn=True) or "
+                "LANTERN++ tests drafts that are drawn in a tree of fixed shape: use OwnDrafts(drawn=True) or "
                 f"DrafterDrafts(drafter, StaticTree(...)), not likeliest drafts of {type(self.drafts).__name__}."
             )

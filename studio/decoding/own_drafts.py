@@ -10,11 +10,15 @@ from studio.decoding.tree_choice import default_tree
 
 @dataclass(frozen=True)
 class OwnDrafts:
-    """A drafter's tree has the size that suits the device (`default_tree`)."""
+    """A drafter's tree has the size that suits the device (`default_tree`).
 
-    drawn = False
+    Args:
+        drawn: whether siblings are drawn at random, in a tree of fixed shape; else they are the likeliest.
+    """
+
+    drawn: bool = False
 
     def begin(self, setting: Setting) -> Drafting:
         if setting.drafter is None:
-            return Recycling().begin(setting)
-        return DrafterDrafts(setting.drafter, default_tree(setting.model.device)).begin(setting)
+            return Recycling(drawn=self.drawn).begin(setting)
+        return DrafterDrafts(setting.drafter, default_tree(setting.model.device, self.drawn)).begin(setting)

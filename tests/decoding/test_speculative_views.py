@@ -56,10 +56,11 @@ def test_greedy_tokens_are_those_of_plain_decoding(model, drafter, weights, draf
     assert torch.equal(drawn.tokens, plain.tokens)
 
 
-def test_the_models_own_drafter_is_taken_in_the_devices_tree(model, drafter):
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_models_own_drafter_is_taken_in_the_devices_tree(model, drafter, drawn):
     call = {"generators": streams(), "guidance_scale": 2.0}
-    own = speculative(model, CONDITION, settings=Speculative(drafts=OwnDrafts()), drafter=drafter, **call)
-    tree = default_tree(torch.device("cpu"))
+    own = speculative(model, CONDITION, settings=Speculative(drafts=OwnDrafts(drawn)), drafter=drafter, **call)
+    tree = default_tree(torch.device("cpu"), drawn)
     call["generators"] = streams()
     named = speculative(model, CONDITION, settings=Speculative(drafts=DrafterDrafts(drafter, tree)), **call)
     assert torch.equal(own.tokens, named.tokens) and own.target_calls == named.target_calls
