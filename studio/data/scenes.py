@@ -55,21 +55,24 @@ def subjects():
     return tuple(named[:: max(1, len(named) // _SUBJECTS)][:_SUBJECTS])
 
 
-def draw_scene(rng, tiles=(2, 2), questions=12):
+def draw_scene(rng, tiles=(2, 2), questions=12, emoji=None, words=None):
     """One scene.
 
     Args:
         rng: a `numpy.random.Generator`.
         tiles: rows and columns of tiles, each 1 to 4.
         questions: how many; their kinds are drawn evenly from those that the scene allows.
+        emoji, words: how many cells show one, together at most all; drawn at random where they are not given.
 
     Returns:
         A `Scene` of 96 px a tile.
     """
     rows, columns = 2 * tiles[0], 2 * tiles[1]
     cells = rng.permutation(rows * columns)
-    emoji = int(rng.integers(1, min(MOST_EMOJI, len(cells)) + 1))
-    words = int(rng.integers(0, min(4, len(cells) - emoji) + 1))
+    if emoji is None:
+        emoji = int(rng.integers(1, min(MOST_EMOJI, len(cells)) + 1))
+    if words is None:
+        words = int(rng.integers(0, min(4, len(cells) - emoji) + 1))
     kinds = rng.choice(len(subjects()), size=max(1, int(np.ceil(emoji * rng.uniform(0.4, 1)))), replace=False)
     behind = rng.integers(len(NAMES))
     things = {

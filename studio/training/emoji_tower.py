@@ -13,19 +13,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration
 
-from studio.data.scenes import CELL, TILE, draw_scene
+from studio.data.scenes import CELL, TILE, WORDS, draw_scene
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.reader import PATCH, build_model, build_processor
 from studio.training.recipe import Defaults, Recipe
 
 WORDS_FILE = "words.safetensors"
+PROCESSOR_FILE = "processor_config.json"
+"""What is in the folder of a whole reader only."""
 MEASURED = 200
 _READ = (2, 4, 6, 9, 18, 36)
 """Patches of a cell that a batch reads."""
 _READ_WHEN_MEASURED = 6
+_MOSTLY_WORDS = 0.75
+"""Of the tiles, those with a word in all cells but one: words are learned last."""
 _ACROSS = TILE // CELL
 _SIDE = CELL // PATCH
 _FEATURE_LAYER = -2
@@ -81,7 +85,7 @@ class EmojiTower(Recipe):
     defaults = Defaults(steps=3000, batch_size=32, learning_rate=4e-3, warmup=50)
 
     def build(self, device):
-        self.processor = build_processor()
+        self.processor, self.reader = build_processor(), None
         return TrainableTower(build_model(len(self.processor.tokenizer))).to(device)
 
     def optimizers(self, module, learning_rate):
@@ -90,7 +94,8 @@ class EmojiTower(Recipe):
 
     def batch(self, rng, batch_size, device):
         """Tiles, and the words for each of their cells: what is there, and the colour behind it."""
-        scenes = [draw_scene(rng, (1, 1), questions=0) for _ in range(batch_size)]
+        fillings = [{"emoji": 1, "words": 3} if rng.random() < _MOSTLY_WORDS else {} for _ in range(batch_size)]
+        scenes = [draw_scene(rng, (1, 1), questions=0, **filling) for filling in fillings]
         pictures = np.stack([scene.picture for scene in scenes]).transpose(0, 3, 1, 2) / np.float32(255)
         mean, std = (
             np.asarray(values, dtype=np.float32)[:, None, None]
@@ -106,12 +111,27 @@ class EmojiTower(Recipe):
         }
 
     def load(self, module, folder):
-        tower, projector, words = read_aligned(folder)
-        module.tower.load_state_dict(tower)
-        module.projector.load_state_dict(projector)
-        module.words.load_state_dict(words)
+        """From an `emoji-tower`, or a whole `emoji-vlm`, of which all but the tower then stays as it is."""
+        if not (folder / PROCESSOR_FILE).is_file():
+            tower, projector, words = read_aligned(folder)
+            module.tower.load_state_dict(tower)
+            module.projector.load_state_dict(projector)
+            module.words.load_state_dict(words)
+            return
+        self.reader = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        theirs = TrainableTower(self.reader)
+        module.tower.load_state_dict(theirs.tower.state_dict())
+        for name in ("projector", "words", "norm"):
+            part = getattr(module, name)
+            part.load_state_dict(getattr(theirs, name).state_dict())
+            part.requires_grad_(False)
 
     def export(self, module, folder):
+        if self.reader is not None:
+            self.reader.model.vision_tower.load_state_dict(module.tower.state_dict())
+            save_bf16(self.reader, folder)
+            self.processor.save_pretrained(folder)
+            return
         save_bf16(module.tower, folder)
         parts = {"projector": module.projector, "words": module.words}
         tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
@@ -119,7 +139,7 @@ class EmojiTower(Recipe):
 
     @torch.no_grad()
     def quality(self, folder):
-        """Of cells of unseen tiles, the share whose emoji, word or emptiness, and whose colour, few patches name."""
+        """Of cells of unseen tiles, the shares whose emoji, word or emptiness, and whose colour, few patches name."""
         module = TrainableTower(build_model(len(self.processor.tokenizer))).eval()
         self.load(module, folder)
         rng = np.random.default_rng((1_000_000_007, 0))
@@ -127,8 +147,16 @@ class EmojiTower(Recipe):
         read = torch.from_numpy(rng.permutation(_SIDE**2)[:_READ_WHEN_MEASURED])
         seen = module.tower(batch["pixel_values"], output_hidden_states=True).hidden_states[_FEATURE_LAYER]
         best = module.read_cells(seen[:, 1:], read).topk(2, dim=-1).indices
-        right = (best[..., None] == batch["cells"][:, :, None]).any(dim=2).float().mean(dim=(0, 1))
-        return {"things": float(right[0]), "colours": float(right[1]), "patches": len(read), "tiles": MEASURED}
+        right = (best[..., None] == batch["cells"][:, :, None]).any(dim=2).float()
+        words = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(WORDS)))
+        is_word = torch.isin(batch["cells"][:, :, 0], words)
+        return {
+            "words": float(right[is_word][:, 0].mean()),
+            "emoji_or_nothing": float(right[~is_word][:, 0].mean()),
+            "colours": float(right[:, :, 1].mean()),
+            "patches": len(read),
+            "tiles": MEASURED,
+        }
 
 
 def read_aligned(folder):

@@ -14,7 +14,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
-from studio.training.emoji_tower import EmojiTower, load_aligned
+from studio.training.emoji_tower import PROCESSOR_FILE, EmojiTower, load_aligned
 from studio.training.export import save_bf16
 from studio.training.look_here import AttentionLoss, cells_of_patches, what_shows
 from studio.training.muon import hidden_matrices, muon_and_adamw
@@ -30,7 +30,7 @@ _LOOK = 0.5
 _WORDS_SHARE = 0.05
 """Learning rate of the words over the others': answers need words that the tower's pictures have not, but what these
 have taught is to stay."""
-TOWER_SHARE = 0.75
+TOWER_SHARE = 0.5
 """Steps of `emoji-tower` before, over those of a whole training."""
 
 
@@ -104,7 +104,7 @@ class EmojiVLM(Recipe):
 
     def load(self, module, folder):
         """From an `emoji-vlm`, or what an `emoji-tower` has learned."""
-        if (folder / "processor_config.json").is_file():
+        if (folder / PROCESSOR_FILE).is_file():
             whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             module.model.load_state_dict(whole.state_dict())
         else:

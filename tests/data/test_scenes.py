@@ -20,6 +20,13 @@ def test_size_and_number(tiles):
     assert len(scene.questions) == 7
 
 
+def test_what_cells_show_can_be_given():
+    for seed in range(5):
+        scene = draw_scene(np.random.default_rng(seed), (1, 1), emoji=1, words=3)
+        assert sum(thing in WORDS for thing, _ in scene.cells) == 3
+        assert not any(thing == "nothing" for thing, _ in scene.cells)
+
+
 def test_answers_are_of_the_right_sort():
     names = {subject.label for subject in subjects()}
     answers = {

@@ -306,3 +306,12 @@ def test_a_reader_starts_from_the_tower(small, tmp_path):
     tower = load(tmp_path / "run" / "model", device="cpu").model.model.vision_tower.state_dict()
     for key, weight in read("emoji-tower", start).state_dict().items():
         assert torch.allclose(tower[key], weight, atol=1e-2), key
+
+
+def test_a_tower_goes_on_inside_a_reader_and_changes_nothing_else(small, tmp_path):
+    run("emoji-vlm", out=tmp_path / "reader", steps=1, batch_size=2)
+    start = tmp_path / "reader" / "model"
+    run("emoji-tower", out=tmp_path / "run", steps=1, batch_size=2, init_from=str(start))
+    before, after = (load(folder, device="cpu").model.state_dict() for folder in (start, tmp_path / "run" / "model"))
+    changed = [key for key, weight in before.items() if not torch.equal(weight, after[key])]
+    assert changed and all("vision_tower" in key for key in changed)
