@@ -42,13 +42,13 @@ class TrainableReader(nn.Module):
         self.model = model
         model.model.vision_tower.requires_grad_(False)
 
-    def forward(self, pixel_values, image_sizes, read, shown, **packed):
-        """Mean cross-entropy of the answers' tokens, and how little attention falls on what shows them.
+    def forward(self, pixel_values, image_sizes, read, shown, on_first, **packed):
+        """Mean cross-entropy of the answers' tokens, and of the attention on what shows them.
 
         Args:
             pixel_values, image_sizes: as of LLaVA-NeXT; all pictures have the same size.
             read: (T,) which of a picture's tokens are read, in order.
-            shown: (B, Q, T + 1) bool, which of the first token and those show the answers, as `AttentionLoss` has it.
+            shown, on_first: (B, Q, T) bool, which of those show the answers, and (B, Q), as of `AttentionLoss`.
             packed: the tensors of `PackedQuestions`.
         """
         encoded = self.model.model.get_image_features(
@@ -60,7 +60,7 @@ class TrainableReader(nn.Module):
             logits = packed_logits(self.model, features[:, read], 1 + read, 1 + features.shape[1], packed)
         answers = F.cross_entropy(logits.float().flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED)
         last_words = len(read) + packed.ends(shown.shape[1])
-        return answers + _LOOK * looking(last_words, shown)
+        return answers + _LOOK * looking(last_words, shown, on_first)
 
 
 class EmojiVLM(Recipe):
@@ -93,10 +93,11 @@ class EmojiVLM(Recipe):
         packed = pack_questions(self.processor.tokenizer, texts).tensors()
         cells = cells_of_patches(tiles, PATCH)
         read = np.sort(rng.permutation(len(cells))[: round(len(cells) * KEEPS[rng.integers(len(KEEPS))])])
-        shown = [[question.cells for question in scene.questions] for scene in scenes]
+        shown, on_first = what_shows([scene.questions for scene in scenes], cells[read])
         return {
             "read": torch.from_numpy(read).to(device),
-            "shown": what_shows(shown, cells[read]).to(device),
+            "shown": shown.to(device),
+            "on_first": on_first.to(device),
             "pixel_values": pixels["pixel_values"].to(device),
             "image_sizes": torch.as_tensor(pixels["image_sizes"]),
             **{name: tensor.to(device) for name, tensor in packed.items()},

@@ -29,20 +29,27 @@ def cells_of_patches(tiles, patch) -> torch.Tensor:
     return F.pad(crops.flatten(), ((TILE // patch) ** 2, 0), value=-1)
 
 
-def what_shows(answers, cells) -> torch.Tensor:
-    """Which tokens show each answer: (B, Q, T + 1) bool, the first token of the sequence before those of the picture.
+def what_shows(questions, cells) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where to look for the answers to the questions about B pictures, Q about each.
 
     Args:
-        answers: for each picture and question the cells that show the answer.
+        questions: the `Question`s about each picture.
         cells: (T,) the cell in each token of the picture that is read, -1 for none.
 
-    An answer that no token shows, as "no" often is, is shown by the first token.
+    Returns:
+        Which tokens show each answer (B, Q, T), bool, and the share of attention (B, Q) that belongs to the first token
+        of the sequence instead: all where none does, as for "no", and one part for as many as there are where those are
+        to be counted, so that the number can be told from it.
     """
-    table = torch.stack([
-        torch.stack([torch.isin(cells, torch.tensor(shown, dtype=cells.dtype)) for shown in questions])
-        for questions in answers
+    shown = torch.stack([
+        torch.stack([torch.isin(cells, torch.tensor(question.cells, dtype=cells.dtype)) for question in asked])
+        for asked in questions
     ])  # fmt: skip
-    return torch.cat((~table.any(dim=2, keepdim=True), table), dim=2)
+    counted = torch.tensor([
+        [1 / (1 + len(question.cells)) if question.kind == "count" else 0.0 for question in asked]
+        for asked in questions
+    ])  # fmt: skip
+    return shown, torch.where(shown.any(dim=2), counted, 1.0)
 
 
 class AttentionLoss:
@@ -65,12 +72,14 @@ class AttentionLoss:
     def _listen(self, module, args, kwargs):
         self.heard = kwargs["hidden_states"], kwargs["position_embeddings"]
 
-    def __call__(self, asked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """Mean of -log of the attention that falls on what is shown.
+    def __call__(self, asked: torch.Tensor, shown: torch.Tensor, on_first: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the attention on what shows the answers and on the first token, among these and the
+        rest of the picture.
 
         Args:
             asked: (B, Q) places in the sequence from which to look.
-            shown: (B, Q, P) bool, which of the first P places show each answer; at least one for each question.
+            shown: (B, Q, T) bool, which of the T places behind the first show each answer.
+            on_first: (B, Q) the share that belongs to the first token.
         """
         states, turns = self.heard
         batch, width = len(states), self.attention.head_dim
@@ -81,6 +90,8 @@ class AttentionLoss:
         queries, keys = apply_rotary_pos_emb(*split, *turns)
         told = max(1, int(_SHARE * keys.shape[1]))
         index = asked[:, None, :, None].expand(-1, told, -1, width)
-        scores = queries[:, :told].gather(2, index) @ keys[:, :told, : shown.shape[2]].transpose(2, 3)
+        scores = queries[:, :told].gather(2, index) @ keys[:, :told, : 1 + shown.shape[2]].transpose(2, 3)
         laws = (scores * self.attention.scaling).log_softmax(dim=-1)
-        return -laws.masked_fill(~shown[:, None], float("-inf")).logsumexp(dim=-1).mean()
+        shown, first = (shown | (on_first == 1)[..., None])[:, None], on_first[:, None]
+        elsewhere = laws[..., 1:].masked_fill(~shown, float("-inf")).logsumexp(dim=-1)
+        return -(first * laws[..., 0] + (1 - first) * elsewhere).mean()
