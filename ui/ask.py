@@ -14,9 +14,9 @@ from studio.ui.patches import draw_patches
 from studio.ui.reading import Inquiry, read
 
 EXAMPLES = [
-    ("scene-lions.png", "How many times is there a lion?"),
-    ("scene-rainbow.png", "What is in row 4, column 6?"),
-    ("scene-words.png", "Which word is in row 2, column 1?"),
+    ("scene-ewes.png", "How many times is there a sled?"),
+    ("scene-melon.png", "What is in row 2, column 3?"),
+    ("scene-words.png", "Which word is in row 3, column 2?"),
 ]
 IDLE = status_line("Give a picture, ask something about it, and see which patches the answer comes from.")
 NO_READER = status_line(

@@ -16,7 +16,7 @@ from studio.ui.token_grid import code_grids
 from studio.ui.tokenizing import CODECS, FileWish, TokenWish, open_file, restore
 
 OUTPUTS = ("pair", "opened", "codecs", "codes", "count", "download", "status")
-EXAMPLES = ("scene-rainbow.png", "scene-lions.png")
+EXAMPLES = ("scene-melon.png", "scene-ewes.png")
 IDLE = status_line("Give any picture, and see what is left of it when it is turned into tokens and back.")
 LOADING = status_line("Loading the tokenizer …", state="running", fraction=0)
 _FOLDER = Path(__file__).parent

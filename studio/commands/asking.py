@@ -13,13 +13,15 @@ from studio.errors import StudioError
 def ask(
     image: Annotated[Path, typer.Argument(help="A picture file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[str, typer.Option(help="A vision-language model of transformers: a folder or Hub id.")],
     prune: Annotated[
         str | None, typer.Option(help="divprune, hired, globalcom2, random or uniform.", show_default="keep all tokens")
     ] = None,
     keep: Annotated[
         float | None, number(help="Share of the picture's tokens to keep, with --prune.", show_default="0.2")
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="A bundled reader, or a vision-language model of transformers: a folder or Hub id.")
+    ] = "emoji-vlm",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     device: Device = None,
     dtype: Dtype = None,

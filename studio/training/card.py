@@ -7,8 +7,8 @@ import torch
 
 CARD = """---
 license: apache-2.0
-library_name: diffusers
-tags: [token-based-image-generation, emoji]
+library_name: {library}
+tags: [{task}, emoji]
 ---
 # {name}
 
@@ -42,6 +42,8 @@ def write_card(recipe, settings, origin, result, command, accelerator):
     )
     text = CARD.format(
         name=recipe.name,
+        library=recipe.library,
+        task=recipe.task,
         purpose=recipe.__doc__.strip().split("\n\n")[0].replace("\n", " "),
         command=command or f"studio train {recipe.name}",
         init=origin,

@@ -81,6 +81,7 @@ class EmojiTower(Recipe):
     """A CLIP vision tower that knows emoji, colours and short words on single tiles, and their names."""
 
     name = "emoji-tower"
+    library, task = "transformers", "image-feature-extraction"
     data = "single tiles of the scenes of `studio.data.scenes`, and what is in their cells"
     defaults = Defaults(steps=3000, batch_size=32, learning_rate=4e-3, warmup=50)
 

@@ -67,6 +67,7 @@ class EmojiVLM(Recipe):
     """Reads scenes of emoji and words: a LLaVA-NeXT of a CLIP tower and a Llama decoder, 96 px a tile."""
 
     name = "emoji-vlm"
+    library, task = "transformers", "image-text-to-text"
     data = "scenes of Fluent Emoji and words with questions, drawn without end (`studio.data.scenes`)"
     defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
 

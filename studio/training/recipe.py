@@ -26,11 +26,14 @@ class Recipe(ABC):
     """One bundled model's training: subclasses say what is built, what is drawn and what is lost.
 
     A batch is a function of the seed and the step alone, so a resumed run draws what the unbroken run would have drawn.
+    `library` and `task` are what the Hub calls the library that loads the model, and what it is for.
     """
 
     name: str
     data: str
     defaults: Defaults
+    library: str = "diffusers"
+    task: str = "token-based-image-generation"
 
     @abstractmethod
     def build(self, device: torch.device) -> torch.nn.Module:
