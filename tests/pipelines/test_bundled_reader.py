@@ -23,7 +23,7 @@ def test_it_reads_unseen_scenes_and_knows_little_without_looking():
     assert pruned["0.01"] < 0.5
 
 
-@pytest.mark.parametrize(("example", "answer"), zip(ask.EXAMPLES, ANSWERS, strict=True))
+@pytest.mark.parametrize(("example", "answer"), list(zip(ask.EXAMPLES, ANSWERS, strict=True)))
 def test_the_apps_examples_are_answered_from_a_fifth_of_the_tokens(run, example, answer):
     file, question = example
     picture = Path(ask.__file__).parent / file
