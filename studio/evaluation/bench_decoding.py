@@ -126,6 +126,7 @@ def _row(model, guidance, pictures, name, top_k, repeats, bandwidth) -> dict:
         return loop(network, matched, generators=seeded, sampling=sampling, guidance_scale=guidance, **more)
 
     ours, reference, fast, plain = [], [], None, None
+    gc.collect()
     draw(autoregressive, tested, settings=settings)
     for _ in range(repeats):
         seconds, fast = _timed(model.device, lambda: draw(autoregressive, tested, settings=settings).tokens)
@@ -176,7 +177,6 @@ def read_bandwidth(model: LlamaGen, repeats: int = 10) -> float:
 
 
 def _timed(device: torch.device, work: Callable) -> tuple[float, torch.Tensor]:
-    gc.collect()
     _wait(device)
     began = time.perf_counter()
     result = work()

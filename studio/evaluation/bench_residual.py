@@ -7,12 +7,9 @@ import torch
 from tqdm.auto import tqdm
 
 from studio.checkpoints.loading import load
-from studio.data.archive import load_pictures
-from studio.data.backgrounds import render
 from studio.data.captions import full_caption
-from studio.data.splits import combinations
 from studio.errors import StudioError
-from studio.evaluation.judge import draw_combinations, load_judge, scores, verdicts
+from studio.evaluation.judge import draw_combinations, held_out_features, load_judge, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
 from studio.evaluation.tables import markdown_table
 from studio.pipelines.decodings import decoding_named, decodings_for
@@ -54,8 +51,7 @@ def bench_residual(
     for number in steps:
         pipe.check_call(captions[0], decoding=decoding_named("resgen").settings(steps=number))
     judge = load_judge(device=pipe.device)
-    true = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
-    truth, rows = verdicts(judge, true).features, []
+    truth, rows = held_out_features(judge), []
     settings = [(name, number) for name in decodings_for(type(pipe).__name__, ()) for number in steps]
     for name, number in tqdm(settings, desc="drawing", unit="setting"):
         began = time.perf_counter()

@@ -4,12 +4,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from studio.data.archive import load_pictures
-from studio.data.backgrounds import render
 from studio.data.captions import full_caption
-from studio.data.splits import combinations
 from studio.errors import StudioError
-from studio.evaluation.judge import draw_combinations, load_judge, scores, verdicts
+from studio.evaluation.judge import draw_combinations, held_out_features, load_judge, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
 from studio.processes import gather, process_count, process_index
 
@@ -51,8 +48,7 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, 
         parts[start] = [images.cpu() for images in (drawing.images, *shorter)]
     drawings = sorted(gather(parts.items()) if shared else parts.items())
     pictures, *shorter = map(torch.cat, zip(*(part for _, part in drawings), strict=True))
-    truth = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
-    true_features = verdicts(judge, truth).features
+    true_features = held_out_features(judge)
 
     def measured(images):
         verdict = verdicts(judge, images)

@@ -4,6 +4,7 @@ No generator or tokenizer is trained against it, so its verdict on their picture
 narrow enough for a Frechet distance from a few hundred pictures.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,21 @@ def evaluate_judge(judge, samples=1000, seed=0):
         "resolution": judge.config.sample_size,
         "samples": samples,
     }
+
+
+_held_out_features = {}
+
+
+def held_out_features(judge):
+    """Features (n, D) of the real pictures of all held-out combinations, computed once a process and judge."""
+    weights = hashlib.sha256()
+    for tensor in judge.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    key = str(judge.device), weights.hexdigest()
+    if key not in _held_out_features:
+        pictures = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
+        _held_out_features[key] = verdicts(judge, pictures).features
+    return _held_out_features[key]
 
 
 def draw_combinations(samples, rng):

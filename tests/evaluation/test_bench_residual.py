@@ -7,6 +7,7 @@ import torch
 
 from studio import StudioError, cli
 from studio.evaluation import bench_residual as bench
+from studio.evaluation import judge as judging
 from studio.evaluation.judge import Judge
 
 
@@ -15,8 +16,8 @@ def judge(monkeypatch):
     torch.manual_seed(0)
     judge = Judge(num_concepts=2000, widths=(8, 8, 8), feature_dim=8, sample_size=16).eval()
     monkeypatch.setattr(bench, "load_judge", lambda device=None: judge)
-    few = bench.combinations(held_out=True)[:40]
-    monkeypatch.setattr(bench, "combinations", lambda held_out: few)
+    few = judging.combinations(held_out=True)[:40]
+    monkeypatch.setattr(judging, "combinations", lambda held_out: few)
 
 
 def test_every_depth_of_every_number_of_calls(judge, tiny_resgen_folder):
@@ -36,7 +37,7 @@ def test_refuses_what_it_cannot_measure(judge, tiny_folder, tiny_resgen_folder):
     with pytest.raises(StudioError, match="no ResGen"):
         bench.bench_residual(str(tiny_folder))
     with pytest.raises(StudioError, match="48 codes"):
-        bench.bench_residual(str(tiny_resgen_folder), steps=(49,))
+        bench.bench_residual(str(tiny_resgen_folder), steps=(49,), samples=12)
 
 
 def test_the_command_prints_one_document(tiny_resgen_folder, monkeypatch, capfd):

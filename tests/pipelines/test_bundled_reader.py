@@ -1,4 +1,4 @@
-"""The bundled reader reads: scenes that it never saw, whole and from a fifth of their tokens, and the app's examples."""
+"""The bundled reader reads: unseen scenes, whole and from a fifth of their tokens, and the examples of the app."""
 
 import json
 from pathlib import Path
