@@ -1,12 +1,11 @@
 """`studio data`."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from studio.commands.options import Json
+from studio.commands.options import Json, parsed_tiles
 from studio.console import emit, say
 from studio.errors import StudioError
 
@@ -42,12 +41,10 @@ def scene(
     from studio.data.scenes import draw_scene
     from studio.saving import check_writable, save_all
 
-    if not re.fullmatch("[1-4]x[1-4]", tiles):
-        raise StudioError(f"--tiles is rows x columns, each from 1 to 4, such as 2x3, not {tiles}.")
+    rows, columns = parsed_tiles(tiles)
     if out.suffix.lower() != ".png":
         raise StudioError(f"A scene is written as PNG: give a path that ends in .png, not {out}.")
     check_writable(out)
-    rows, columns = map(int, tiles.split("x"))
     drawn = draw_scene(np.random.default_rng(seed), (rows, columns), questions)
     save_all({out: lambda path: Image.fromarray(drawn.picture).save(path, format="PNG")})
     asked = [{"kind": asked.kind, "question": asked.text, "answer": asked.answer} for asked in drawn.questions]

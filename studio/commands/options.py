@@ -1,9 +1,12 @@
 """Options that several commands share."""
 
 import math
+import re
 from typing import Annotated
 
 import typer
+
+from studio.errors import StudioError
 
 
 def finite(value: float | None):
@@ -15,6 +18,14 @@ def finite(value: float | None):
 def number(*names, help, show_default=False, **limits):
     """An option for a finite number."""
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
+
+
+def parsed_tiles(text: str) -> tuple[int, int]:
+    """Rows and columns of a scene's tiles, from "2x3"."""
+    if not re.fullmatch("[1-4]x[1-4]", text):
+        raise StudioError(f"--tiles is rows x columns, each from 1 to 4, such as 2x3, not {text}.")
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]

@@ -27,7 +27,7 @@ from studio.commands.decodings import (
     given,
     named,
 )
-from studio.commands.options import Device, Json, Seed, number
+from studio.commands.options import Device, Json, Seed, number, parsed_tiles
 from studio.console import emit, quiet_libraries, say
 from studio.training.recipes import RECIPES, run
 
@@ -73,6 +73,9 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and draws the pictures.", show_default="0")
     ] = None,
+    tiles: Annotated[
+        str | None, typer.Option(help="Of a reader's scenes: rows and columns of 96 px tiles.", show_default="2x2")
+    ] = None,
     decoding: Decoding = None,
     delta: Delta = None,
     neighbours: Neighbours = None,
@@ -113,7 +116,8 @@ def evaluate(
     check_given(**chosen)
     is_plain = decoding is None and len(chosen) == 1
     how = None if is_plain else lambda pipe: decoding_of(**named(pipe=pipe, **chosen))
-    result = measure(model, samples=samples, seed=seed, device=device, decoding=how, shared=True)
+    shape = None if tiles is None else parsed_tiles(tiles)
+    result = measure(model, samples=samples, seed=seed, tiles=shape, device=device, decoding=how, shared=True)
     emit(result)
     for name, value in _flat(result):
         say(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")

@@ -3,7 +3,7 @@
 from studio.errors import StudioError
 
 
-def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shared=False):
+def evaluate(model, *, samples=None, seed=None, tiles=None, device=None, decoding=None, shared=False):
     """Measure a model on what its training did not see.
 
     Args:
@@ -11,6 +11,7 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
             at true pictures of them, a tokenizer restores held-out concepts, a vision-language model reads scenes.
         samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
             not for a tokenizer, which is always measured on every held-out picture.
+        tiles: rows and columns of tiles of the scenes (2, 2); only for vision-language models.
         device: where it runs; CUDA where there is one when `None`.
         decoding: how a pipeline draws, as in a call of it, or a function that says so of the pipeline; only for
             pipelines.
@@ -41,18 +42,22 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
     if is_judge(model):
         _refuse(decoding)
+        _refuse_tiles(tiles)
         return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
     tokenizers = (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)
     if isinstance(loaded, (*tokenizers, VisualQuestionPipeline)):
         _refuse(decoding)
+    if not isinstance(loaded, VisualQuestionPipeline):
+        _refuse_tiles(tiles)
     if isinstance(loaded, tokenizers):
         if chosen:
             raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
         return evaluate_tokenizer(loaded)
     if isinstance(loaded, VisualQuestionPipeline):
-        scenes = {"scenes": chosen.pop("samples")} if samples is not None else {}
-        return evaluate_reader(loaded.model, loaded.processor, **scenes, **chosen)
+        given = {"scenes": samples, "seed": seed, "tiles": tiles}
+        scenes = {name: value for name, value in given.items() if value is not None}
+        return evaluate_reader(loaded.model, loaded.processor, **scenes)
     if not loaded.takes_text:
         raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
     loaded.set_progress_bar_config(disable=True)
@@ -63,3 +68,8 @@ def evaluate(model, *, samples=None, seed=None, device=None, decoding=None, shar
 def _refuse(decoding):
     if decoding is not None:
         raise StudioError("Only pipelines that draw have a decoding: leave it out.")
+
+
+def _refuse_tiles(tiles):
+    if tiles is not None:
+        raise StudioError("Only vision-language models read scenes: leave out --tiles.")

@@ -78,7 +78,11 @@ class TrainableTower(nn.Module):
 
 
 class EmojiTower(Recipe):
-    """A CLIP vision tower that knows emoji, colours and short words on single tiles, and their names."""
+    """A CLIP vision tower that knows emoji, colours and short words on single tiles, and their names.
+
+    Started from an `emoji-vlm`, it teaches the tower of that reader, leaves all else in it as it is, and makes a whole
+    reader again.
+    """
 
     name = "emoji-tower"
     library, task = "transformers", "image-feature-extraction"

@@ -102,10 +102,16 @@ def test_a_row_of_tokens_is_measured_at_several_lengths(tiny_one_d, tmp_path):
     assert quality["psnr_3"] != quality["psnr"] and "psnr_3" not in alone
 
 
-@pytest.mark.parametrize("option", [{"samples": 5}, {"seed": 1}])
+@pytest.mark.parametrize("option", [{"samples": 5}, {"seed": 1}, {"tiles": (1, 1)}])
 def test_options_that_change_nothing_are_refused(option):
     with pytest.raises(StudioError, match="leave out"):
         evaluate("emoji-vq", **option)
+
+
+def test_a_judge_and_a_pipeline_read_no_scenes(tiny_folder):
+    for model in ("emoji-judge", tiny_folder):
+        with pytest.raises(StudioError, match="leave out --tiles"):
+            evaluate(model, tiles=(1, 1))
 
 
 @pytest.mark.parametrize("model", ["emoji-vq", "emoji-judge"])

@@ -23,6 +23,13 @@ def test_it_reads_unseen_scenes_and_knows_little_without_looking():
     assert pruned["0.01"] < 0.5
 
 
+def test_its_scenes_have_the_tiles_that_are_asked_for(run):
+    code, out, err = run("evaluate", "emoji-vlm", "--samples", 1, "--tiles", "1x1", "--json")
+    assert code == 0 and json.loads(out)["visual_tokens"] == 300, err
+    code, out, err = run("evaluate", "emoji-vlm", "--tiles", "5x1")
+    assert code == 2 and out == "" and "from 1 to 4" in err
+
+
 @pytest.mark.parametrize(("example", "answer"), list(zip(ask.EXAMPLES, ANSWERS, strict=True)))
 def test_the_apps_examples_are_answered_from_a_fifth_of_the_tokens(run, example, answer):
     file, question = example
