@@ -109,8 +109,13 @@ class ConditionalPipeline(DiffusionPipeline):
         return None
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens."""
+    def encode_prompt(
+        self, prompt: str | list[str], device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens.
+
+        `device` is where they are wanted: where the pipeline runs when left out.
+        """
         texts = [text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt)]
         if self.config.lowercase_prompts:
             texts = [text.lower() for text in texts]
@@ -126,21 +131,23 @@ class ConditionalPipeline(DiffusionPipeline):
             return_tensors="pt",
             return_attention_mask=True,
         )
-        ids = ids.to(self._execution_device)
+        ids = ids.to(device or self._execution_device)
         states = self.text_encoder(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
         return states.last_hidden_state.to(self.transformer.dtype), ids["attention_mask"].bool()
 
-    def condition(self, prompt=None, class_labels=None, num_images_per_prompt: int = 1) -> dict[str, torch.Tensor]:
+    def condition(
+        self, prompt=None, class_labels=None, num_images_per_prompt: int = 1, device: torch.device | None = None
+    ) -> dict[str, torch.Tensor]:
         """The condition of every picture; pictures of one prompt stand together."""
         if self.takes_text:
             texts = prompt if isinstance(prompt, list) else [prompt]
             different = list(dict.fromkeys(texts))
-            captions, mask = self.encode_prompt(different)
+            captions, mask = self.encode_prompt(different, device)
             places = torch.tensor([different.index(text) for text in texts], device=captions.device)
             condition = {"captions": captions[places], "caption_mask": mask[places]}
         else:
             labels = class_labels if isinstance(class_labels, list) else [class_labels]
-            condition = {"class_labels": torch.tensor(labels, device=self._execution_device)}
+            condition = {"class_labels": torch.tensor(labels, device=device or self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
     def begin(self, prompt, class_labels, num_images_per_prompt: int, generator):
@@ -150,12 +157,13 @@ class ConditionalPipeline(DiffusionPipeline):
             A random stream for each, the condition, and the words of each, or None without words.
         """
         subjects = of_each_picture(prompt if self.takes_text else class_labels, num_images_per_prompt)
-        generators = image_generators(generator, len(subjects), self._execution_device)
+        device = self._execution_device  # looks through all modules for hooks: some milliseconds
+        generators = image_generators(generator, len(subjects), device)
         if not self.takes_text:
-            return generators, self.condition(class_labels=subjects), None
+            return generators, self.condition(class_labels=subjects, device=device), None
         choices = self.config.open_choices or []
         words = [completed(text, choices, stream) for text, stream in zip(subjects, generators)]
-        return generators, self.condition(words), words
+        return generators, self.condition(words, device=device), words
 
     def end_step(self, callback, number: int, names, *, tokens: torch.Tensor, **tensors: torch.Tensor) -> bool:
         """Calls a `callback_on_step_end`, if any, with the tensors of these names; True where drawing should stop.

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 
-from studio.checkpoints.llamagen import read_state_dict
-from studio.checkpoints.official import build, from_transformers_names, llama_sizes, save_new, shape_of
+from studio.checkpoints.official import (
+    ANY_PLACE,
+    build,
+    from_transformers_names,
+    llama_sizes,
+    read_weights,
+    save_new,
+    shape_of,
+)
 from studio.models.drafter import Drafter
 
 _IGNORED = {"lm_head.weight"}
@@ -36,5 +43,9 @@ def convert_drafter(path, out, *, grid_size: int = 16, prefix_length: int = 120)
 
     Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
     """
-    model = drafter_from_state_dict(read_state_dict(path), grid_size=grid_size, prefix_length=prefix_length)
-    return save_new(model, out)
+    return save_new(read_drafter(path, grid_size=grid_size, prefix_length=prefix_length), out)
+
+
+def read_drafter(path, **config) -> Drafter:
+    """The `Drafter` of a published file; `config` as of `drafter_from_state_dict`, errors of `convert_drafter`."""
+    return drafter_from_state_dict(read_weights(path, ANY_PLACE), **config)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
+from studio.checkpoints.distilled import read_student_state_dict, student_from_state_dict
+from studio.checkpoints.drafter import read_drafter
 from studio.checkpoints.loading import load_model
 from studio.checkpoints.official import (
+    ANY_PLACE,
     build,
     count_of,
     from_transformers_names,
@@ -17,12 +20,14 @@ from studio.checkpoints.official import (
     save_new,
     shape_of,
 )
+from studio.decoding.distilled import Distilled
 from studio.errors import StudioError
+from studio.models.distilled import DistilledStudent
+from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.tokenizers.vq import VQTokenizer
 
-_PLACES = (("model",), ("module",), ("state_dict",), ())
 _IGNORED = {"freqs_cis", "quantize.codebook_used"}
 _LANTERN_NAMES = {
     "model.embed_tokens.": "tok_embeddings.",
@@ -40,7 +45,7 @@ def read_state_dict(path) -> dict[str, torch.Tensor]:
 
     Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
     """
-    return {name: weight for name, weight in read_weights(path, _PLACES).items() if name not in _IGNORED}
+    return {name: weight for name, weight in read_weights(path, ANY_PLACE).items() if name not in _IGNORED}
 
 
 def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -102,7 +107,17 @@ def convert_llamagen_vq(vq_path, out) -> Path:
     return save_new(vq_from_state_dict(read_state_dict(vq_path)), out)
 
 
-def convert_llamagen(gpt_path, out, kind: str, *, tokenizer, text_encoder=None, grid_size: int | None = None) -> Path:
+def convert_llamagen(
+    gpt_path,
+    out,
+    kind: str,
+    *,
+    tokenizer,
+    text_encoder=None,
+    grid_size: int | None = None,
+    drafter=None,
+    student=None,
+) -> Path:
     """Writes a whole pipeline folder from the authors' files.
 
     Args:
@@ -112,6 +127,8 @@ def convert_llamagen(gpt_path, out, kind: str, *, tokenizer, text_encoder=None, 
         tokenizer: the VQ file, or a `VQTokenizer` folder.
         text_encoder: folder of a `T5EncoderModel` and its tokenizer; needed for "t2i" only.
         grid_size: tokens a side; the file does not tell. 24 for "c2i" (384 pixels), 16 for "t2i" when left out.
+        drafter: LANTERN's file of a drafter for this transformer, or a `Drafter` folder.
+        student: the file of a student that was distilled from this transformer, or a `DistilledStudent` folder.
 
     Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
     fit.
@@ -137,11 +154,31 @@ def convert_llamagen(gpt_path, out, kind: str, *, tokenizer, text_encoder=None, 
         transformer,
         encoder,
         text_tokenizer,
+        drafter=None if drafter is None else _drafter(drafter, transformer),
+        student=None if student is None else _student(student, transformer),
         default_guidance_scale=_PUBLISHED_GUIDANCE[kind],
         default_top_k=_PUBLISHED_TOP_K[kind],
         lowercase_prompts=kind == "t2i",
     )
+    if student is not None:
+        pipe.check_distilled(Distilled(), given=[])
     return save_new(pipe, out)
+
+
+def _drafter(source, transformer: LlamaGen) -> Drafter:
+    if Path(source).is_dir():
+        drafter = load_model(Drafter, Path(source), torch.float32)
+    else:
+        sizes = {"grid_size": transformer.config.grid_size, "prefix_length": transformer.prefix_length}
+        drafter = read_drafter(source, **sizes)
+    drafter.check_target(transformer)
+    return drafter
+
+
+def _student(source, transformer: LlamaGen) -> DistilledStudent:
+    if Path(source).is_dir():
+        return load_model(DistilledStudent, Path(source), torch.float32)
+    return student_from_state_dict(read_student_state_dict(source), grid_size=transformer.config.grid_size)
 
 
 def _image_tokenizer(source) -> VQTokenizer:

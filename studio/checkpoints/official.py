@@ -18,6 +18,7 @@ from studio.models.llama_blocks import default_ffn_dim
 from studio.models.llamagen import PRESETS
 
 State = dict[str, torch.Tensor]
+ANY_PLACE = (("model",), ("module",), ("state_dict",), ())
 
 _HF_LLAMA_NAMES = {
     "self_attn.o_proj": "attention.wo",

@@ -11,6 +11,16 @@ from studio.console import emit, say
 Checkpoint = Annotated[Path, typer.Argument(help="The authors' file (.pt, .pth or .safetensors).")]
 OutFolder = Annotated[Path, typer.Argument(help="The folder to make.")]
 VqFile = Annotated[Path, typer.Option("--tokenizer", help="The authors' VQ file, or a converted folder.")]
+DrafterFile = Annotated[
+    Path | None,
+    typer.Option("--drafter", help="LANTERN's file of a drafter, or a converted folder.", show_default=False),
+]
+StudentFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--student", help="The file of a student of Distilled Decoding, or a converted folder.", show_default=False
+    ),
+]
 Grid = Annotated[int | None, typer.Option("--grid-size", min=1, help="Tokens a side.", show_default="as published")]
 
 
@@ -22,12 +32,19 @@ def llamagen_vq(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
 
 
 def llamagen_c2i(
-    checkpoint: Checkpoint, out: OutFolder, tokenizer: VqFile, grid_size: Grid = None, as_json: Json = False
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    tokenizer: VqFile,
+    grid_size: Grid = None,
+    drafter: DrafterFile = None,
+    student: StudentFile = None,
+    as_json: Json = False,
 ):
     """A class-conditional LlamaGen transformer and its tokenizer."""
     from studio.checkpoints.llamagen import convert_llamagen
 
-    _converted(convert_llamagen(checkpoint, out, "c2i", tokenizer=tokenizer, grid_size=grid_size))
+    extras = {"grid_size": grid_size, "drafter": drafter, "student": student}
+    _converted(convert_llamagen(checkpoint, out, "c2i", tokenizer=tokenizer, **extras))
 
 
 def llamagen_t2i(
@@ -36,14 +53,15 @@ def llamagen_t2i(
     tokenizer: VqFile,
     text_encoder: Annotated[Path, typer.Option(help="Folder of the T5 encoder (flan-t5-xl) and its tokenizer.")],
     grid_size: Grid = None,
+    drafter: DrafterFile = None,
+    student: StudentFile = None,
     as_json: Json = False,
 ):
     """A text-conditional LlamaGen transformer, its tokenizer and its text encoder."""
     from studio.checkpoints.llamagen import convert_llamagen
 
-    _converted(
-        convert_llamagen(checkpoint, out, "t2i", tokenizer=tokenizer, text_encoder=text_encoder, grid_size=grid_size)
-    )
+    extras = {"grid_size": grid_size, "drafter": drafter, "student": student}
+    _converted(convert_llamagen(checkpoint, out, "t2i", tokenizer=tokenizer, text_encoder=text_encoder, **extras))
 
 
 def lantern_drafter(

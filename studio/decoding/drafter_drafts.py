@@ -42,18 +42,7 @@ class DrafterDrafts:
         return isinstance(self.tree, StaticTree)
 
     def begin(self, setting: Setting) -> "DrafterDrafting":
-        target, ours = setting.model, self.drafter.config
-        for name in ("vocab_size", "dim", "grid_size", "row_length"):
-            if ours.get(name) != target.config.get(name):
-                raise StudioError(
-                    f"The drafter has {name} {ours.get(name)}, the model {target.config.get(name)}: use its own."
-                )
-        if ours.prefix_length != target.prefix_length:
-            raise StudioError(
-                f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."
-            )
-        if ours.reads_plan != (setting.plan is not None):
-            raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
+        self.drafter.check_target(setting.model)
         return DrafterDrafting(self.drafter, self.tree, setting)
 
 

@@ -15,7 +15,7 @@ import torch
 from studio.decoding.acceptance import Relaxation, check_budgets
 from studio.decoding.drafts import DraftSource
 from studio.decoding.neighbours import neighbour_table
-from studio.decoding.recycling import Recycling
+from studio.decoding.own_drafts import OwnDrafts
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 
@@ -70,7 +70,7 @@ class LanternPlusPlus(Lantern):
 
     Args:
         k, ratio_budget: as of `Lantern`; the defaults are a setting of the authors.
-        drafts: `Recycling(drawn=True)`, which needs no training, `OwnDrafts(drawn=True)` or
+        drafts: `OwnDrafts(drawn=True)`, `Recycling(drawn=True)`, which needs no training, or
             `DrafterDrafts(drafter, StaticTree(...))`.
         delta, reference, filter_order: as of `Lantern`.
 
@@ -80,7 +80,7 @@ class LanternPlusPlus(Lantern):
     k: int = 10
     delta: float | None = None
     ratio_budget: float | None = 5.0
-    drafts: DraftSource = Recycling(drawn=True)
+    drafts: DraftSource = OwnDrafts(drawn=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -74,6 +74,21 @@ class Drafter(ModelMixin, ConfigMixin):
         self.apply(LlamaGen._init_weights)
         nn.init.zeros_(self.fc.bias)
 
+    def check_target(self, target: LlamaGen) -> None:
+        """Raises a `StudioError` that says why this is no drafter of a model."""
+        ours = self.config
+        for name in ("vocab_size", "dim", "grid_size", "row_length"):
+            if ours.get(name) != target.config.get(name):
+                raise StudioError(
+                    f"The drafter has {name} {ours.get(name)}, the model {target.config.get(name)}: use its own."
+                )
+        if ours.prefix_length != target.prefix_length:
+            raise StudioError(
+                f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."
+            )
+        if ours.reads_plan != bool(target.config.plan_size):
+            raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
+
     @classmethod
     def for_target(cls, target: LlamaGen, **config) -> "Drafter":
         """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""

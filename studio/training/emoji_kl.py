@@ -1,4 +1,4 @@
-"""Recipe of `emoji-kl`."""
+"""Recipe of `emoji-kl`, whose encoder and decoder start from the blocks that they share with those of `emoji-vq`."""
 
 import copy
 
@@ -12,6 +12,7 @@ from studio.data.splits import concepts
 from studio.tokenizers.kl import KLTokenizer
 from studio.training.emoji_vq import random_pictures, reconstruction_loss
 from studio.training.export import save_bf16
+from studio.training.from_vq import kl_name, start_from_vq
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 
@@ -22,7 +23,7 @@ AUTOENCODER = {
     "out_channels": 3 * UNSHUFFLE**2,
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [96, 128],
+    "block_out_channels": [96, 96],
     "layers_per_block": 2,
     "latent_channels": 16,
     "sample_size": SIDE // UNSHUFFLE,
@@ -59,6 +60,7 @@ class EmojiKL(Recipe):
     def build(self, device):
         self.pictures = load_pictures(SIDE)[concepts(held_out=False)].reshape(-1, SIDE, SIDE, 4)
         tokenizer = KLTokenizer(AUTOENCODER, UNSHUFFLE, scaling_factor=1.0, sample_size=SIDE)
+        start_from_vq(tokenizer.network, kl_name)
         return TrainableKL(tokenizer).to(device, memory_format=torch.channels_last)
 
     def optimizers(self, module, learning_rate):

@@ -1,4 +1,4 @@
-"""Recipe of `emoji-rvq`."""
+"""Recipe of `emoji-rvq`, whose encoder and decoder are those of `emoji-vq` at the start."""
 
 import copy
 
@@ -12,6 +12,7 @@ from studio.data.splits import concepts
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.emoji_1d import random_lengths
 from studio.training.emoji_vq import random_pictures, reconstruction_loss
+from studio.training.from_vq import rvq_name, start_from_vq
 from studio.training.learned_codebook import export_with_codebook, load_with_codebook
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
@@ -84,7 +85,9 @@ class EmojiRVQ(Recipe):
     def build(self, device):
         side = CONFIG["sample_size"]
         self.pictures = load_pictures(side)[concepts(held_out=False)].reshape(-1, side, side, 4)
-        return TrainableRVQ(CONFIG).to(device, memory_format=torch.channels_last)
+        module = TrainableRVQ(CONFIG)
+        start_from_vq(module.tokenizer, rvq_name)
+        return module.to(device, memory_format=torch.channels_last)
 
     def optimizers(self, module, learning_rate):
         matrices = hidden_matrices(module.tokenizer.encoder, module.tokenizer.decoder)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import studio
-from studio import LlamaGen, LlamaGenPipeline, StudioError, VQTokenizer
+from studio import DistilledStudent, LlamaGen, LlamaGenPipeline, StudioError, VQTokenizer
 from studio.checkpoints.llamagen import convert_llamagen, convert_llamagen_vq, gpt_from_state_dict
 
 SIZES = {"vocab_size": 64, "dim": 64, "num_layers": 2, "num_heads": 1, "grid_size": 4}
@@ -54,6 +54,52 @@ def test_c2i(files):
     assert out.images[0].size == (16, 16)
     assert pipe.config.default_guidance_scale == 4.0 and pipe.config.default_top_k == 2000
     assert sorted(path.name for path in (files / "deep").iterdir()) == ["out"]
+
+
+def helpers(files, **drafter):
+    """Files of a drafter in LANTERN's layout and of a student in the authors', both for the transformer in c2i.pt."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "embed_tokens.weight": (64, 64),
+        "fc.weight": (64, 128),
+        "layers.0.post_attention_layernorm.weight": (64,),
+    }
+    shapes |= {f"layers.0.self_attn.{part}_proj.weight": (64, 64) for part in "qkvo"}
+    shapes |= {f"layers.0.mlp.{part}_proj.weight": (96, 64) for part in ("gate", "up")}
+    shapes |= {"layers.0.mlp.down_proj.weight": (64, 96)} | drafter
+    torch.save({n: torch.randn(s, generator=generator) for n, s in shapes.items()}, files / "drafter.bin")
+    codebook = torch.randn(64, 8, generator=generator)
+    torch.save(
+        {"model": DistilledStudent.from_teacher(gpt(num_classes=10), codebook).state_dict()}, files / "student.pt"
+    )
+    return {"drafter": files / "drafter.bin", "student": files / "student.pt"}
+
+
+def test_helpers_go_into_the_folder(files):
+    call = {"tokenizer": files / "vq.pt", "grid_size": 4, **helpers(files)}
+    convert_llamagen(files / "c2i.pt", files / "out", "c2i", **call)
+    pipe = studio.load(files / "out", device="cpu")
+    assert (pipe.drafter.config.prefix_length, pipe.drafter.config.grid_size) == (1, 4)
+    call_of = {"class_labels": 3, "generator": torch.Generator().manual_seed(0), "output_type": "tokens"}
+    assert pipe(**call_of, decoding=studio.Speculative()).tokens.shape == (1, 16)
+    assert pipe(**call_of, decoding=studio.Distilled(steps=2)).stats.target_calls == 2
+    again = {"drafter": files / "out" / "drafter", "student": files / "out" / "student"}
+    convert_llamagen(files / "c2i.pt", files / "again", "c2i", **{**call, **again})
+    both = (LlamaGenPipeline.from_pretrained(files / name) for name in ("out", "again"))
+    first, second = ({**pipe.drafter.state_dict(), **pipe.student.state_dict()} for pipe in both)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_helpers_of_other_models_are_refused(files):
+    given = {"tokenizer": files / "vq.pt", "grid_size": 4, **helpers(files, **{"embed_tokens.weight": (32, 64)})}
+    with pytest.raises(StudioError, match="The drafter has vocab_size 32, the model 64"):
+        convert_llamagen(files / "c2i.pt", files / "out", "c2i", **given)
+    other = DistilledStudent.from_teacher(gpt(num_classes=7), torch.randn(64, 8))
+    torch.save({"model": other.state_dict()}, given["student"])
+    given |= {"drafter": None}
+    with pytest.raises(StudioError, match="The student has num_classes 7, the transformer 10"):
+        convert_llamagen(files / "c2i.pt", files / "out", "c2i", **given)
+    assert not (files / "out").exists()
 
 
 def test_t2i(files, tiny_pipeline):

@@ -26,6 +26,7 @@ def small(monkeypatch, tmp_path, tiny_pipeline, tiny_folder):
     monkeypatch.setattr(emoji_distilled, "TEACHER", str(tiny_folder))
     monkeypatch.setattr(emoji_distilled, "evaluate_generator", partial(evaluate_generator, samples=70))
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
+    monkeypatch.setattr(emoji_distilled, "NUM_LAYERS", 1)
     monkeypatch.setattr(emoji_distilled, "HELD_OUT_PAIRS", 3)
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
     return tiny_pipeline
@@ -49,7 +50,7 @@ def test_what_is_exported_draws_and_is_measured_in_one_call(small, tiny_folder, 
     assert again == {name: quality[name] for name in again}
     for name, weight in studio.load(tiny_folder, device="cpu").transformer.state_dict().items():
         assert torch.equal(weight, pipe.transformer.state_dict()[name]), name
-    assert pipe.student.config.num_layers == pipe.transformer.config.num_layers
+    assert pipe.student.config.num_layers == emoji_distilled.NUM_LAYERS < pipe.transformer.config.num_layers
 
 
 @pytest.mark.slow

@@ -70,6 +70,7 @@ def small(monkeypatch, few_pictures, tiny_folder, tiny_mar_folder, tiny_resgen_f
     monkeypatch.setattr(emoji_vlm, "TILES", ((1, 1), (1, 2)))
     monkeypatch.setattr(emoji_distilled, "TEACHER", str(tiny_folder))
     monkeypatch.setattr(emoji_distilled, "PAIRS", 6)
+    monkeypatch.setattr(emoji_distilled, "NUM_LAYERS", 1)
     monkeypatch.setattr(pair_cache, "CHUNK", 4)
     monkeypatch.setattr(emoji_drafter, "TARGET", str(tiny_folder))
     monkeypatch.setattr(emoji_mar, "IMAGE_TOKENIZER", str(tiny_mar_folder / "image_tokenizer"))
