@@ -107,8 +107,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         """
         if self.student is None:
             raise StudioError(
-                "Distilled decoding needs a student and this pipeline has none: use the folder that "
-                "`studio train emoji-distilled` makes, or build the pipeline with student=, a DistilledStudent."
+                "Distilled decoding needs a student and this pipeline has none: use emoji-ar, convert the model with "
+                "--student, or build the pipeline with student=, a DistilledStudent."
             )
         ours, teacher = self.student.config, self.transformer.config
         for name in ("vocab_size", "grid_size", "row_length", "num_classes", "caption_dim", "caption_length"):

@@ -211,7 +211,7 @@ def test_what_a_student_cannot_do_is_refused(run, student_folder, options, word)
         (["--decoding", "speculative", "--teacher-steps", "2"], "--teacher-steps"),
         (["--decoding", "distilled", "--steps", "0"], "--steps"),
         (["--decoding", "distilled", "--dtype", "int8"], "int8"),
-        (["--decoding", "distilled"], "studio train emoji-distilled"),
+        (["--decoding", "distilled"], "needs a student"),
         (["--decoding", "speculative", "--neighbours", "5"], "lantern"),
         (["--decoding", "speculative", "--dtype", "int8"], "int8"),
         (["--decoding", "lantern", "--delta", "2"], "delta"),

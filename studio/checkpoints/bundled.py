@@ -20,14 +20,16 @@ class Bundled:
         kind: `"pipeline"`, `"tokenizer"` and `"reader"` (answers questions about pictures) are what `studio.load`
             returns; a `"judge"` is only used to measure.
         summary: one line for `studio models`.
+        shares: bundled models whose parts it takes, so that these need not be stored twice.
     """
 
     kind: str
     summary: str
+    shares: tuple[str, ...] = ()
 
 
 BUNDLED = {
-    "emoji-ar": Bundled("pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq"),
+    "emoji-ar": Bundled("pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", ("emoji-vq",)),
     "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
     "emoji-vlm": Bundled("reader", "picture and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
     "emoji-judge": Bundled("judge", "names concept, style and background of a picture; used by `studio evaluate`"),

@@ -16,8 +16,11 @@ LOSSLESS = ("ar", "mar", "speculative")
 
 
 def fingerprint(model: str) -> str:
-    """SHA-256 over the weights that a model draws with: a bundled name or a folder, with emoji-vq for bundled ones."""
-    folders = [bundled_folder(name) for name in (model, "emoji-vq")] if model in BUNDLED else [Path(model)]
+    """SHA-256 over the weights that a model, a bundled name or a folder, draws with; parts of others are included."""
+    if model in BUNDLED:
+        folders = [bundled_folder(name) for name in (model, *BUNDLED[model].shares)]
+    else:
+        folders = [Path(model)]
     files = [file for folder in folders for file in sorted(folder.rglob("*.safetensors"))]
     if not files:
         raise StudioError(f"{model} is no folder with weights here: give a bundled name or a model folder.")

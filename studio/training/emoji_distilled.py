@@ -60,7 +60,8 @@ class EmojiDistilled(Recipe):
 
     name = "emoji-distilled"
     data = "pairs of noise and tokens drawn from emoji-ar by the noise map, for captions of the training combinations"
-    defaults = Defaults(steps=3200, batch_size=32, learning_rate=1e-3)
+    beginning = "half of the layers of emoji-ar, its embeddings and heads"
+    defaults = Defaults(steps=1600, batch_size=32, learning_rate=1e-3)
 
     def build(self, device):
         self.pairs = Pairs(load(TEACHER, device=device))

@@ -55,6 +55,7 @@ class EmojiKL(Recipe):
 
     name = "emoji-kl"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
+    beginning = "the blocks that it shares with emoji-vq"
     defaults = Defaults(steps=2500, batch_size=32, learning_rate=3e-3)
 
     def build(self, device):

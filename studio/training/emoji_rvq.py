@@ -80,6 +80,7 @@ class EmojiRVQ(Recipe):
 
     name = "emoji-rvq"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
+    beginning = "the encoder and the decoder of emoji-vq"
     defaults = Defaults(steps=2500, batch_size=32, learning_rate=3e-3)
 
     def build(self, device):

@@ -27,7 +27,7 @@ SAVE_EVERY_SECONDS = 120
 class Settings:
     """What one run was asked for; stored in the run's folder and compared on resume.
 
-    `init_from` is a bundled name, a folder, or `None` for random weights.
+    `init_from` is a bundled name, a folder, or `None` for what the recipe starts from.
     """
 
     recipe: str
@@ -69,7 +69,7 @@ def train(recipe, settings: Settings, out: Path, *, resume: bool = False, comman
         raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
     state_folder = _check_state(out, settings, resume)
     begun = resume and state_folder.exists()
-    start, origin, earlier = settings.init_from, settings.init_from or "random weights", 0.0
+    start, origin, earlier = settings.init_from, settings.init_from or recipe.beginning, 0.0
     with _folder_of_run(out, settings):
         if start is None and (first := recipe.first(settings.steps)):
             before = _settings_of(*first, settings.seed)

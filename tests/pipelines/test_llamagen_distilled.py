@@ -111,7 +111,7 @@ def test_a_saved_pipeline_draws_the_same(pipe, tmp_path):
 
 
 def test_a_pipeline_without_a_student_says_what_to_do(tiny_pipeline):
-    with pytest.raises(StudioError, match="studio train emoji-distilled"):
+    with pytest.raises(StudioError, match="needs a student"):
         tiny_pipeline("a red apple", decoding=Distilled())
 
 
