@@ -29,7 +29,9 @@ class Bundled:
 
 
 BUNDLED = {
-    "emoji-ar": Bundled("pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", ("emoji-vq",)),
+    "emoji-ar": Bundled(
+        "pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
+    ),
     "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
     "emoji-vlm": Bundled("reader", "picture and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
     "emoji-judge": Bundled("judge", "names concept, style and background of a picture; used by `studio evaluate`"),

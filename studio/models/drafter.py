@@ -86,7 +86,7 @@ class Drafter(ModelMixin, ConfigMixin):
             raise StudioError(
                 f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."
             )
-        if ours.reads_plan != bool(target.config.plan_size):
+        if ours.reads_plan != bool(target.config.get("plan_size")):
             raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
 
     @classmethod

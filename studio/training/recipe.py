@@ -26,8 +26,8 @@ class Recipe(ABC):
     """One bundled model's training: subclasses say what is built, what is drawn and what is lost.
 
     A batch is a function of the seed and the step alone, so a resumed run draws what the unbroken run would have drawn.
-    `library` and `task` are what the Hub calls the library that loads the model, and what it is for; `beginning` says in
-    words what a run starts from when nothing else is given.
+    `library` and `task` are what the Hub calls the library that loads the model, and what it is for; `beginning` says
+    in words what a run starts from when nothing else is given.
     """
 
     name: str

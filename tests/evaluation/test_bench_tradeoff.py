@@ -41,9 +41,16 @@ def test_quick_rows(recorded):
         assert row["target_calls"] < 64 < row["target_calls"] * row["mean_accepted_length"] * 1.2
         assert row["break_even_length"] == pytest.approx(row["verify_ratio"] + row["draft_ratio"])
         assert 0 < row["memory_bound_seconds"] < row["seconds_per_image"]
-    assert result["left_out"] == {"distilled": "the pipeline has no student"}
+    assert result["left_out"] == {}
     assert tradeoff_table(rows).count("\n") == 5
     assert "δ 0.2" in tradeoff_chart(rows)
+
+
+def test_what_a_pipeline_lacks_is_left_out(recorded, tiny_folder, monkeypatch):
+    monkeypatch.setattr(bench, "contenders", lambda pipe: FIELD[:1])
+    recorded(fingerprint(tiny_folder))
+    result = bench.bench_tradeoff(str(tiny_folder), quick=True, batch_sizes=(1,), device="cpu", repeats=1, pictures=1)
+    assert result["left_out"] == {"distilled": "the pipeline has no student"} and len(result["rows"]) == 1
 
 
 def test_quality_of_other_weights_or_settings_is_an_error(recorded):

@@ -13,7 +13,7 @@ from studio.training.from_vq import kl_name, rvq_name, start_from_vq
 
 @pytest.fixture(scope="module")
 def vq():
-    return load("emoji-vq", device="cpu")
+    return load("emoji-vq", device="cpu").to(memory_format=torch.contiguous_format)
 
 
 def blocks(network):

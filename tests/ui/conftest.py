@@ -14,12 +14,15 @@ from studio.ui.app import build_app, launch_settings
 
 
 @pytest.fixture
-def steps(tiny_pipeline, monkeypatch):
-    """The app draws with the tiny pipeline, 60 ms a step; the list grows by one with each call of the transformer."""
-    calls = []
+def steps(tiny_pipeline, monkeypatch, request):
+    """The app draws with the tiny pipeline; the list grows by one with each call of the transformer.
+
+    A call lasts 60 ms, or as long as an indirect parameter says.
+    """
+    calls, seconds = [], getattr(request, "param", 0.06)
     for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):
         for name in ("prefill_states", "extend", "extend_tree"):
-            monkeypatch.setattr(network, name, _counted(getattr(network, name), calls))
+            monkeypatch.setattr(network, name, _counted(getattr(network, name), calls, seconds))
     monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
     return calls
 
@@ -47,10 +50,10 @@ def client(steps, reader):
     app.close()
 
 
-def _counted(method, calls):
+def _counted(method, calls, seconds):
     def counted(*args, **kwargs):
         calls.append(time.monotonic())
-        time.sleep(0.06)
+        time.sleep(seconds)
         return method(*args, **kwargs)
 
     return counted

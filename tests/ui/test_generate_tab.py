@@ -175,6 +175,7 @@ def test_a_program_gets_lossless_pictures(client, tiny_pipeline):
         assert json.loads(picture.info["studio"])["call"]["prompt"] == "a red apple"
 
 
+@pytest.mark.parametrize("steps", [0.3], indirect=True)
 def test_a_program_sees_progress_and_can_cancel_within_one_step(client, steps):
     job = client.submit("a red apple", 1, 7, 1, api_name="/generate")
     deadline = time.monotonic() + LIMIT
@@ -182,8 +183,8 @@ def test_a_program_sees_progress_and_can_cancel_within_one_step(client, steps):
         time.sleep(0.002)
     job.cancel()
     at_cancel = len(steps)
-    time.sleep(0.5)
-    assert 4 <= at_cancel < 15
+    time.sleep(1.5)
+    assert 4 <= at_cancel < 13
     assert len(steps) <= at_cancel + 2  # the request to cancel takes a moment of its own
 
 
