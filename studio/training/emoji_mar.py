@@ -25,10 +25,10 @@ from studio.training.recipe import Defaults
 
 IMAGE_TOKENIZER = "emoji-kl"
 SIZES = {
-    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 256), ("heads", 8))},
-    "encoder_depth": 3,
+    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 192), ("heads", 6))},
+    "encoder_depth": 2,
     "decoder_depth": 4,
-    "head_width": 256,
+    "head_width": 192,
     "head_depth": 3,
     "buffer_size": 24,
     "dropout": 0.0,

@@ -17,7 +17,7 @@ from studio.training.from_codes import FromCodes, ListeningToCodes
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults
 
-SIZES = {"dim": 256, "num_layers": 6, "num_heads": 8}
+SIZES = {"dim": 192, "num_layers": 6, "num_heads": 6}
 MIXTURE = {"components": 256, "rank": 16}
 MEASURED = 512
 """Pictures whose residuals say how wide a component is."""
