@@ -349,15 +349,10 @@ def p_value(counts, law):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_law_of_200000_pictures(name, monkeypatch):
-    """Seed 5, 200,000 pictures of four tokens, level 0.001 for the five sources together, so a fifth of it for each;
-    without the residual the same test must reject.
-
-    The level was not shared at first, and "recycled-draws" has p = 0.0007 at this seed. Its law is exact by enumeration
-    (`test_the_law_by_enumeration`), so that is taken for chance.
-    """
-    model, level = tiny(vocab_size=6, grid_size=2, seed=3), LEVEL / len(NAMES)
+    """Seed 5, 200,000 pictures of four tokens, level 0.001; without the residual the same test must reject."""
+    model = tiny(vocab_size=6, grid_size=2, seed=3)
     settings, law = Speculative(drafts=sources(model)[name]), exact_law(model, 4)
-    assert p_value(counts_of(model, settings, 4), law) > level
+    assert p_value(counts_of(model, settings, 4), law) > LEVEL
     verify = loop.verify
 
     def without_residual(tree, logits, uniforms, sampling, relaxation):
@@ -367,4 +362,4 @@ def test_the_law_of_200000_pictures(name, monkeypatch):
         return verdict
 
     monkeypatch.setattr(loop, "verify", without_residual)
-    assert p_value(counts_of(model, settings, 4), law) < level
+    assert p_value(counts_of(model, settings, 4), law) < LEVEL
