@@ -18,7 +18,7 @@ from studio.checkpoints.official import (
 )
 from studio.models.drafter import Drafter
 
-_IGNORED = {"lm_head.weight"}
+_IGNORED = {"lm_head.weight", "freqs_cis"}
 
 
 def drafter_from_state_dict(state: dict[str, torch.Tensor], **config) -> Drafter:

@@ -145,19 +145,17 @@ def _load_pipeline(folder, dtype):
         "text_encoder": None,
         "tokenizer": None,
     }
-    words = folder
     if (index.get("text_encoder") or [None])[0] is not None:
-        words = _folder_of_words(folder)
         encoder, tokenizer = (_transformers_class(index, part, folder) for part in ("text_encoder", "tokenizer"))
-        components["text_encoder"] = _load_weights(encoder, words / "text_encoder", dtype)
-        components["tokenizer"] = _load_text_tokenizer(tokenizer, words / "tokenizer")
+        components["text_encoder"] = _load_weights(encoder, folder / "text_encoder", dtype)
+        components["tokenizer"] = _load_text_tokenizer(tokenizer, folder / "tokenizer")
     for name, model in kind.helpers.items():
         if (index.get(name) or [None])[0] is not None:
             components[name] = load_model(model, folder / name, dtype)
     if mismatch := kind.mismatch(components["image_tokenizer"], components["transformer"].config):
         raise StudioError(f"{folder} does not fit together: {mismatch}.")
     pipe = kind.pipeline.from_pretrained(folder, **components)
-    pipe.vocabulary = read_vocabulary(words)
+    pipe.vocabulary = read_vocabulary(folder)
     return pipe
 
 
@@ -216,13 +214,6 @@ def _load_image_tokenizer(index, tokenizers, folder, dtype):
     kind = next((each for each in tokenizers if each.__name__ == named), next(iter(tokenizers)))
     own = folder / "image_tokenizer"
     return load_model(kind, own if own.is_dir() else bundled_folder(tokenizers[kind]), dtype)
-
-
-def _folder_of_words(folder):
-    """Where the text encoder of a pipeline lies: a bundled one without its own has that of `emoji-ar`."""
-    if (folder / "text_encoder").is_dir() or bundled_name_of(folder) is None:
-        return folder
-    return bundled_folder("emoji-ar")
 
 
 def load_model(model_class, folder, dtype):

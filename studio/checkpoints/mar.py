@@ -35,7 +35,7 @@ def kl_from_state_dict(state: dict[str, torch.Tensor], **config) -> AutoencoderK
     """An `AutoencoderKL` with the weights of MAR's autoencoder, sizes and the places of attention inferred."""
     inferred = _kl_config(state)
     levels = len(inferred["block_out_channels"])
-    renamed = {_kl_name(name, levels): _kl_weight(name, weight) for name, weight in state.items()}
+    renamed = {kl_name(name, levels): kl_weight(name, weight) for name, weight in state.items()}
     return build(AutoencoderKL, inferred | config, renamed, "KL autoencoder of MAR")
 
 
@@ -138,8 +138,8 @@ def _kl_config(state: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def _kl_name(name: str, levels: int) -> str:
-    """diffusers' name of one of the authors' weights; an unknown one comes back unchanged."""
+def kl_name(name: str, levels: int) -> str:
+    """diffusers' name of a weight of an autoencoder of that many levels; an unknown one comes back unchanged."""
     name = re.sub(
         r"\.attn(?:\.(\d+)|_1)\.(norm|q|k|v|proj_out)\.",
         lambda match: f".attentions.{match[1] or 0}.{_ATTENTION_NAMES[match[2]]}.",
@@ -161,7 +161,7 @@ def _kl_name(name: str, levels: int) -> str:
     return name
 
 
-def _kl_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
+def kl_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
     """The projections of attention are 1x1 convolutions in the authors' file and linear layers in diffusers."""
     is_projection = re.search(r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.weight$", name)
     return weight.flatten(1) if is_projection else weight

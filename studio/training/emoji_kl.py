@@ -12,7 +12,7 @@ from studio.data.splits import concepts
 from studio.tokenizers.kl import KLTokenizer
 from studio.training.emoji_vq import random_pictures, reconstruction_loss
 from studio.training.export import save_bf16
-from studio.training.from_vq import kl_name, start_from_vq
+from studio.training.from_vq import start_kl
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
 
@@ -61,7 +61,7 @@ class EmojiKL(Recipe):
     def build(self, device):
         self.pictures = load_pictures(SIDE)[concepts(held_out=False)].reshape(-1, SIDE, SIDE, 4)
         tokenizer = KLTokenizer(AUTOENCODER, UNSHUFFLE, scaling_factor=1.0, sample_size=SIDE)
-        start_from_vq(tokenizer.network, kl_name)
+        start_kl(tokenizer.network)
         return TrainableKL(tokenizer).to(device, memory_format=torch.channels_last)
 
     def optimizers(self, module, learning_rate):

@@ -12,7 +12,7 @@ from studio.data.splits import concepts
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.emoji_1d import random_lengths
 from studio.training.emoji_vq import random_pictures, reconstruction_loss
-from studio.training.from_vq import rvq_name, start_from_vq
+from studio.training.from_vq import start_rvq
 from studio.training.learned_codebook import export_with_codebook, load_with_codebook
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
@@ -87,7 +87,7 @@ class EmojiRVQ(Recipe):
         side = CONFIG["sample_size"]
         self.pictures = load_pictures(side)[concepts(held_out=False)].reshape(-1, side, side, 4)
         module = TrainableRVQ(CONFIG)
-        start_from_vq(module.tokenizer, rvq_name)
+        start_rvq(module.tokenizer)
         return module.to(device, memory_format=torch.channels_last)
 
     def optimizers(self, module, learning_rate):

@@ -39,10 +39,10 @@ def test_folds_pixels_around_the_autoencoder_of_diffusers(tokenizer):
 @torch.no_grad()
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    loaded = studio.load(tmp_path, device="cpu")
+    loaded = studio.load(tmp_path, device="cpu").to(memory_format=torch.contiguous_format)  # the order of sums here
     images = torch.rand(1, 3, 16, 16)
     assert isinstance(loaded, KLTokenizer) and loaded.config.scaling_factor == 0.5
-    torch.testing.assert_close(loaded.encode(images), tokenizer.encode(images))
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from studio.checkpoints.loading import load
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training import emoji_kl, emoji_rvq
-from studio.training.from_vq import kl_name, rvq_name, start_from_vq
+from studio.training.from_vq import start_kl, start_rvq
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_an_rvq_has_the_whole_encoder_and_decoder(vq):
     rvq = RVQTokenizer(**emoji_rvq.CONFIG).eval()
     folded = F.pixel_unshuffle(torch.rand(1, 3, 32, 32), 4)
     assert not torch.equal(rvq.encoder(folded), vq.encoder(folded))
-    assert start_from_vq(rvq, rvq_name) == len(blocks(rvq))
+    assert start_rvq(rvq) == len(blocks(rvq))
     assert torch.equal(rvq.encoder(folded), vq.encoder(folded))
     features = torch.randn(1, 192, 4, 4)
     assert torch.equal(rvq.decoder(features), vq.decoder(features))
@@ -35,7 +35,7 @@ def test_an_rvq_has_the_whole_encoder_and_decoder(vq):
 def test_an_autoencoder_kl_has_all_but_what_touches_its_latents(vq):
     kl = KLTokenizer(emoji_kl.AUTOENCODER, emoji_kl.UNSHUFFLE, scaling_factor=1.0, sample_size=emoji_kl.SIDE).network
     own = {"encoder.conv_out.weight", "encoder.conv_out.bias", "decoder.conv_in.weight"}
-    assert start_from_vq(kl, kl_name) == len(blocks(kl) - own)
+    assert start_kl(kl) == len(blocks(kl) - own)
     hidden = torch.randn(1, 96, 4, 4)
     of_vq = vq.encoder.mid[1](vq.encoder.mid[0](hidden))
     of_kl = kl.encoder.mid_block.attentions[0](kl.encoder.mid_block.resnets[0](hidden, None))

@@ -76,7 +76,11 @@ def small(monkeypatch, few_pictures, tiny_folder, tiny_mar_folder, tiny_resgen_f
     monkeypatch.setattr(emoji_mar, "IMAGE_TOKENIZER", str(tiny_mar_folder / "image_tokenizer"))
     monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
     monkeypatch.setattr(emoji_mar_draft, "TARGET", str(tiny_mar_folder))
-    tiny_mar = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 32), ("depth", 1))}
+    tiny_mar = {
+        f"{half}_{name}": size
+        for half in ("encoder", "decoder")
+        for name, size in (("dim", 32), ("depth", 1), ("heads", 2))
+    }
     for recipe in (emoji_mar.EmojiMAR, emoji_mar_draft.EmojiMARDraft, emoji_bridge.EmojiBridge):
         monkeypatch.setattr(recipe, "sizes", {**recipe.sizes, **tiny_mar, "head_width": 32, "head_depth": 1})
     monkeypatch.setitem(emoji_bridge.EmojiBridge.sizes, "head_heads", 2)
