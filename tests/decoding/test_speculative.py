@@ -196,10 +196,11 @@ def test_settings_are_checked():
 
 
 SEED, SEQUENCES, LEVEL = 5, 200_000, 1e-3
-BATCH, GUIDANCE, FILTERS = 10_000, 2.0, Sampling(temperature=0.9, top_k=4)
+BATCH, GUIDANCE = 10_000, 2.0
+FILTERS, FLAT = Sampling(temperature=0.9, top_k=4), Sampling(temperature=4.0)
 
 
-def exact_law(model, label, sampling=FILTERS):
+def exact_law(model, label, sampling):
     """The joint law (V**4,) of a picture of 2 x 2 tokens, from the training forward."""
     vocab, n = model.config.vocab_size, model.num_tokens
     sequences = torch.tensor(list(product(range(vocab), repeat=n)))
@@ -304,22 +305,26 @@ def enumerated_law(model, settings, monkeypatch, *, spoil=False):
     return law
 
 
-FLAT = Sampling(temperature=4.0)
+SMALL_TREE = StaticTree(((0,), (1,), (0, 0)))
+FEW = {
+    "recycling": Recycling(SMALL_TREE),
+    "recycled-draws": Recycling(SMALL_TREE, drawn=True, candidates=2),
+    "ngram": NGram(longest=2, branches=2, levels=2),
+}
+"""Sources of few drafts, most of which fail on a flat law."""
 
 
-@pytest.mark.parametrize("name", ["recycling", "recycled-draws", "ngram"])
+@pytest.mark.parametrize("name", FEW)
 def test_the_law_by_enumeration(name, monkeypatch):
     """Every draft, test and draw of the whole loop: total variation below 1e-5; without the residual it is not."""
     model = tiny(vocab_size=3, grid_size=2, seed=3)
-    tree = StaticTree(((0,), (1,), (0, 0)))
-    few = {"recycling": Recycling(tree), "recycled-draws": Recycling(tree, drawn=True, candidates=2)}
-    settings = Speculative(drafts=few.get(name) or NGram(longest=2, branches=2, levels=2))
+    settings = Speculative(drafts=FEW[name])
     law = exact_law(model, 4, FLAT)
     assert distance(enumerated_law(model, settings, monkeypatch), law) < 1e-5
     assert distance(enumerated_law(model, settings, monkeypatch, spoil=True), law) > 1e-2
 
 
-def counts_of(model, settings, label):
+def counts_of(model, settings, label, sampling):
     """How often each sequence is drawn; all random streams come from one generator, seeded with SEED."""
     vocab, n = model.config.vocab_size, model.num_tokens
     counts, weights = torch.zeros(vocab**n), vocab ** torch.arange(n - 1, -1, -1)
@@ -327,7 +332,7 @@ def counts_of(model, settings, label):
     condition = {"class_labels": torch.full((BATCH,), label)}
     for _ in range(SEQUENCES // BATCH):
         drawn = speculative(
-            model, condition, generators=[shared] * BATCH, sampling=FILTERS, guidance_scale=GUIDANCE, settings=settings
+            model, condition, generators=[shared] * BATCH, sampling=sampling, guidance_scale=GUIDANCE, settings=settings
         )
         counts += torch.bincount((drawn.tokens * weights).sum(dim=1), minlength=len(counts))
     assert drawn.mean_accepted_length > 1.02
@@ -349,10 +354,17 @@ def p_value(counts, law):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_law_of_200000_pictures(name, monkeypatch):
-    """Seed 5, 200,000 pictures of four tokens, level 0.001; without the residual the same test must reject."""
-    model = tiny(vocab_size=6, grid_size=2, seed=3)
-    settings, law = Speculative(drafts=sources(model)[name]), exact_law(model, 4)
-    assert p_value(counts_of(model, settings, 4), law) > LEVEL
+    """Seed 5, 200,000 pictures of four tokens, level 0.001; without the residual the same test must reject.
+
+    Recycled draws are few here, of three codes on a flat law, since the wide tree of six candidates hardly ever needs
+    the residual: with it the test could not reject (p = 0.0003 filtered, 0.8 flat; without a fault 0.0007, and 0.6 for
+    a million pictures). By enumeration the control's chi-square is 7,600 above its mean in this setting.
+    """
+    narrow = name == "recycled-draws"
+    model, sampling = tiny(vocab_size=3 if narrow else 6, grid_size=2, seed=3), FLAT if narrow else FILTERS
+    settings = Speculative(drafts=FEW[name] if narrow else sources(model)[name])
+    law = exact_law(model, 4, sampling)
+    assert p_value(counts_of(model, settings, 4, sampling), law) > LEVEL
     verify = loop.verify
 
     def without_residual(tree, logits, uniforms, sampling, relaxation):
@@ -362,4 +374,4 @@ def test_the_law_of_200000_pictures(name, monkeypatch):
         return verdict
 
     monkeypatch.setattr(loop, "verify", without_residual)
-    assert p_value(counts_of(model, settings, 4), law) < LEVEL
+    assert p_value(counts_of(model, settings, 4, sampling), law) < LEVEL
