@@ -312,7 +312,8 @@ def test_wrong_commands_are_refused(run, tmp_path, arguments):
 def test_models_lists_every_bundled_model(run):
     code, out, _ = run("models", "--json")
     assert code == 0
-    assert {row["name"] for row in json.loads(out)["models"]} == {"emoji-ar", "emoji-vq", "emoji-vlm", "emoji-judge"}
+    bundled = {"emoji-ar", "emoji-vq", "emoji-rvq", "emoji-vlm", "emoji-judge"}
+    assert {row["name"] for row in json.loads(out)["models"]} == bundled
 
 
 def test_doctor_reports_versions_and_weights(run):
