@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from studio import Autoregressive, LlamaGenPipeline, StudioError
 
@@ -149,3 +150,16 @@ def test_words_for_a_class_model(class_pipe):
 def test_decoding_settings(pipe):
     plain = pipe("a red apple", generator=streams(0), decoding=Autoregressive(weights="plain"))
     assert torch.equal(plain.tokens, pipe("a red apple", generator=streams(0)).tokens)
+
+
+def test_where_offloaded_parts_run(pipe):
+    """As diffusers says: on the device of a hook where there is one, which may lie in any module of a part."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    assert pipe._execution_device == torch.device("cpu") == DiffusionPipeline._execution_device.fget(pipe)
+    for module in (pipe.image_tokenizer, pipe.image_tokenizer.decoder):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="meta"))
+    try:
+        assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe) == torch.device("meta")
+    finally:
+        remove_hook_from_module(pipe.image_tokenizer, recurse=True)
