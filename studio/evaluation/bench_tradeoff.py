@@ -22,6 +22,7 @@ from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.rq_transformer import RQTransformerPipeline
+from studio.pipelines.token_bridge import TokenBridgePipeline
 
 COMMITTED = Path(__file__).with_name("decodings.json")
 """The printed document of a full run over the bundled models; `quick` takes its quality."""
@@ -52,6 +53,8 @@ def contenders(pipe) -> list[Contender]:
         return [Contender("resgen"), *(Contender(name, {"steps": steps}) for name in orders for steps in (4, 8, 32))]
     if isinstance(pipe, RQTransformerPipeline):
         return [Contender("rq")]
+    if isinstance(pipe, TokenBridgePipeline):
+        return [Contender("bridge"), *(Contender("bridge", {"steps": steps}) for steps in (4, 8, 32))]
     found = [Contender("ar"), Contender("speculative")]
     found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
     found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
@@ -101,7 +104,7 @@ def bench_tradeoff(
     rows = []
     for dtype in dtypes:
         pipe = load(model, device=device, dtype=dtype)
-        kinds = (LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline)
+        kinds = (LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline, TokenBridgePipeline)
         if not isinstance(pipe, kinds) or not pipe.takes_text:
             raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
         pipe.set_progress_bar_config(disable=True)
