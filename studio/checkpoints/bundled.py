@@ -33,6 +33,7 @@ BUNDLED = {
         "pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
     ),
     "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
+    "emoji-1d": Bundled("tokenizer", "picture to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "picture to tokens and back, coarse to fine: an RQ-VAE of four levels"),
     "emoji-vlm": Bundled("reader", "picture and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
     "emoji-judge": Bundled("judge", "names concept, style and background of a picture; used by `studio evaluate`"),
