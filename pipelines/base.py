@@ -45,8 +45,8 @@ class ConditionalPipeline(DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As of diffusers, which looks through the parts time and again for hooks of offloading, even if there are
-        none: an eighth of the time of a student's one call."""
+        """As of diffusers, which looks through the parts several times for hooks of offloading; once is enough to see
+        that there are none, and a student's call is short."""
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 for module in part.modules():

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from studio.checkpoints.loading import load
-from studio.checkpoints.official import build, count_of, read_weights, save_new, shape_of
+from studio.checkpoints.official import build, count_of, read_weights, renamed, save_new, shape_of
 from studio.errors import StudioError
 from studio.models.mar import MAR, PRESETS
 from studio.pipelines.mar import MARPipeline
@@ -35,8 +35,8 @@ def kl_from_state_dict(state: dict[str, torch.Tensor], **config) -> AutoencoderK
     """An `AutoencoderKL` with the weights of MAR's autoencoder, sizes and the places of attention inferred."""
     inferred = _kl_config(state)
     levels = len(inferred["block_out_channels"])
-    renamed = {kl_name(name, levels): kl_weight(name, weight) for name, weight in state.items()}
-    return build(AutoencoderKL, inferred | config, renamed, "KL autoencoder of MAR")
+    weights = {kl_name(name, levels): kl_weight(name, weight) for name, weight in state.items()}
+    return build(AutoencoderKL, inferred | config, weights, "KL autoencoder of MAR")
 
 
 def convert_mar(path, out, *, tokenizer, drafter=None) -> Path:
@@ -146,7 +146,7 @@ def kl_name(name: str, levels: int) -> str:
         name,
     )
     name = re.sub(r"decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name)
-    for pattern, new in (
+    rules = (
         (r"encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
         (r"\.mid\.block_1\.", ".mid.resnets.0."),
         (r"\.mid\.block_2\.", ".mid.resnets.1."),
@@ -156,9 +156,8 @@ def kl_name(name: str, levels: int) -> str:
         (r"\.downsample\.", ".downsamplers.0."),
         (r"\.upsample\.", ".upsamplers.0."),
         (r"coder\.norm_out\.", "coder.conv_norm_out."),
-    ):
-        name = re.sub(pattern, new, name)
-    return name
+    )
+    return renamed(name, rules)
 
 
 def kl_weight(name: str, weight: torch.Tensor) -> torch.Tensor:

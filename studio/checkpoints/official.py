@@ -66,6 +66,13 @@ def shape_of(state: State, name: str, what: str) -> tuple[int, ...]:
     return tuple(state[name].shape)
 
 
+def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """A name after these replacements, pairs as of `re.sub`, one after the other."""
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
 def count_of(state: State, pattern: str) -> int:
     """How many different first groups of a pattern the names begin with: blocks, levels, layers."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})

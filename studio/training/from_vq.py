@@ -11,8 +11,17 @@ import torch
 
 from studio.checkpoints.loading import load
 from studio.checkpoints.mar import kl_name, kl_weight
+from studio.checkpoints.official import renamed
 
 START = "emoji-vq"
+_RVQ = (
+    (r"\.conv_blocks\.(\d+)\.res\.", r".conv_blocks.\1.block."),
+    (r"^encoder\.conv_blocks\.", "encoder.down."),
+    (r"^decoder\.conv_blocks\.", "decoder.up."),
+    (r"\.mid\.0\.", ".mid.block_1."),
+    (r"\.mid\.1\.", ".mid.attn_1."),
+    (r"\.mid\.2\.", ".mid.block_2."),
+)
 
 
 @torch.no_grad()
@@ -29,33 +38,24 @@ def start_rvq(network: torch.nn.Module) -> int:
 def start_kl(network: torch.nn.Module) -> int:
     """The same for diffusers' `AutoencoderKL`, which has attention in its middle only."""
 
-    def renamed(name, weight, levels):
+    def of_diffusers(name, weight, levels):
         name = rvq_name(name, levels)
         return kl_name(name, levels), kl_weight(name, weight)
 
-    return _fill(network, renamed)
+    return _fill(network, of_diffusers)
 
 
 def rvq_name(name: str, levels: int) -> str:
     """The name in `RVQTokenizer`, whose decoder counts its levels from the picture, of a tensor of `VQTokenizer`."""
     name = re.sub(r"(?<=^decoder\.conv_blocks\.)\d+", lambda at: str(levels - 1 - int(at[0])), name)
-    for pattern, new in (
-        (r"\.conv_blocks\.(\d+)\.res\.", r".conv_blocks.\1.block."),
-        (r"^encoder\.conv_blocks\.", "encoder.down."),
-        (r"^decoder\.conv_blocks\.", "decoder.up."),
-        (r"\.mid\.0\.", ".mid.block_1."),
-        (r"\.mid\.1\.", ".mid.attn_1."),
-        (r"\.mid\.2\.", ".mid.block_2."),
-    ):
-        name = re.sub(pattern, new, name)
-    return name
+    return renamed(name, _RVQ)
 
 
-def _fill(network, renamed: Callable[[str, torch.Tensor, int], tuple[str, torch.Tensor]]) -> int:
+def _fill(network, converted: Callable[[str, torch.Tensor, int], tuple[str, torch.Tensor]]) -> int:
     source = load(START, device="cpu")
     own, levels, found = network.state_dict(), len(source.config.channel_multipliers), 0
     for name, weight in source.state_dict().items():
-        name, weight = renamed(name, weight, levels)
+        name, weight = converted(name, weight, levels)
         if name.startswith(("encoder.", "decoder.")) and name in own and own[name].shape == weight.shape:
             own[name].copy_(weight)
             found += 1

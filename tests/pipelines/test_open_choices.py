@@ -7,9 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import SIZES, tiny_token_bridge  # noqa: E402
+from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge  # noqa: E402
 
-from studio import StudioError, TokenBridgePipeline, TokenBridgeTokenizer  # noqa: E402
+from studio import StudioError, TokenBridgePipeline  # noqa: E402
 from studio.data.captions import full_caption, open_choices, random_caption  # noqa: E402
 from studio.pipelines.open_choices import completed  # noqa: E402
 
@@ -66,13 +66,9 @@ def test_every_way_to_name_them_is_seen():
 @pytest.fixture(scope="session")
 def tiny_bridge_pipeline(tiny_pipeline):
     """A random text-to-picture pipeline of TokenBridge: 3x3 cells of four numbers."""
-    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, "block_out_channels": [4, 8]}
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    how = {"levels": 5, "dimension_order": SIZES["dimension_order"], "sample_size": 6}
-    tokenizer = TokenBridgeTokenizer({"autoencoder": {**sizes, **blocks, "sample_size": 6}}, **how)
     transformer = tiny_token_bridge(num_classes=None, caption_dim=16, caption_length=8)
     words = (tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
-    return TokenBridgePipeline(tokenizer.eval(), transformer, *words, default_num_steps=4)
+    return TokenBridgePipeline(tiny_bridge_tokenizer(), transformer, *words, default_num_steps=4)
 
 
 @pytest.fixture(

@@ -7,26 +7,18 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import SIZES  # noqa: E402
+from tiny_token_bridge import AUTOENCODER, tiny_bridge_tokenizer  # noqa: E402
 from tiny_token_bridge import tiny_token_bridge as tiny_network  # noqa: E402
 
 import studio  # noqa: E402
-from studio import Autoregressive, DimensionWise, StudioError, TokenBridgePipeline, TokenBridgeTokenizer  # noqa: E402
+from studio import Autoregressive, DimensionWise, StudioError, TokenBridgePipeline  # noqa: E402
 from studio.checkpoints.token_bridge import convert_token_bridge  # noqa: E402
 from studio.tokenizers.kl import KLTokenizer  # noqa: E402
-
-AUTOENCODER = {
-    "block_out_channels": [4, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 6,
-    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
-}  # fmt: skip
 
 
 def pipeline(**more):
     """Draws 6 px pictures: 3x3 cells of four numbers, five levels each."""
-    torch.manual_seed(0)
-    order = SIZES["dimension_order"]
-    tokenizer = TokenBridgeTokenizer({"autoencoder": AUTOENCODER}, levels=5, dimension_order=order, sample_size=6)
-    pipe = TokenBridgePipeline(tokenizer.eval(), tiny_network(**more), default_num_steps=4)
+    pipe = TokenBridgePipeline(tiny_bridge_tokenizer(), tiny_network(**more), default_num_steps=4)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
