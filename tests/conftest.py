@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,19 @@ def tiny_mar_folder(tiny_mar_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-mar"
     tiny_mar_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bridge_pipeline(tiny_pipeline):
+    """A random text-to-picture pipeline of TokenBridge: 3x3 cells of four numbers."""
+    sys.path.insert(0, str(ROOT / "tests" / "decoding"))
+    from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
+
+    from studio import TokenBridgePipeline
+
+    transformer = tiny_token_bridge(num_classes=None, caption_dim=16, caption_length=8)
+    words = (tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
+    return TokenBridgePipeline(tiny_bridge_tokenizer(), transformer, *words, default_num_steps=4)
 
 
 @pytest.fixture(scope="session")

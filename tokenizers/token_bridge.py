@@ -58,6 +58,8 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules = ["ResnetBlock2D"]
+    OF_LEVELS = ("levels", "value_range", "std_range", "reconstruction_values", "dimension_order", "sample_size")
+    """What its configuration says beside that of the autoencoder."""
 
     @register_to_config
     def __init__(
@@ -94,8 +96,8 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
 
     def with_levels(self, levels: int) -> "TokenBridgeTokenizer":
         """The same network and order with another number of levels."""
-        kept = {name: self.config[name] for name in ("value_range", "std_range", "dimension_order", "sample_size")}
-        return self.from_autoencoder(self.continuous, levels=levels, **kept)
+        kept = {name: self.config[name] for name in self.OF_LEVELS}
+        return self.from_autoencoder(self.continuous, **{**kept, "levels": levels, "reconstruction_values": None})
 
     @property
     def dimensions(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -146,16 +147,17 @@ def _load_pipeline(folder, dtype):
         "tokenizer": None,
     }
     if (index.get("text_encoder") or [None])[0] is not None:
+        words = _folder_of_words(folder)
         encoder, tokenizer = (_transformers_class(index, part, folder) for part in ("text_encoder", "tokenizer"))
-        components["text_encoder"] = _load_weights(encoder, folder / "text_encoder", dtype)
-        components["tokenizer"] = _load_text_tokenizer(tokenizer, folder / "tokenizer")
+        components["text_encoder"] = _load_weights(encoder, words / "text_encoder", dtype)
+        components["tokenizer"] = _load_text_tokenizer(tokenizer, words / "tokenizer")
     for name, model in kind.helpers.items():
         if (index.get(name) or [None])[0] is not None:
             components[name] = load_model(model, folder / name, dtype)
     if mismatch := kind.mismatch(components["image_tokenizer"], components["transformer"].config):
         raise StudioError(f"{folder} does not fit together: {mismatch}.")
     pipe = kind.pipeline.from_pretrained(folder, **components)
-    pipe.vocabulary = read_vocabulary(folder)
+    pipe.vocabulary = read_vocabulary(_folder_of_words(folder))
     return pipe
 
 
@@ -171,8 +173,8 @@ class _Kind:
     """A pipeline's class, and those of its components.
 
     `tokenizers` are the classes that its image tokenizer may be of, the usual one first, each with the name of the
-    bundled model of a pipeline that holds none. `mismatch` says in words what does not agree between an image tokenizer
-    and the configuration of a transformer, or None.
+    bundled model of a pipeline that holds no weights of one. `mismatch` says in words what does not agree between an
+    image tokenizer and the configuration of a transformer, or None.
     """
 
     pipeline: type
@@ -190,7 +192,7 @@ _LLAMAGEN = _Kind(
     mismatch_of_tokens,
 )
 _MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, _mismatch_of_latents)
-_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-bridge"}, {}, mismatch_of_levels)
+_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-kl"}, {}, mismatch_of_levels)
 _RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, mismatch_of_sums)
 _RQ = _Kind(RQTransformerPipeline, RQTransformer, {RVQTokenizer: "emoji-rvq"}, {}, mismatch_of_stacks)
 _PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN, _RQ)}
@@ -209,11 +211,27 @@ def _load_visual_question(folder, dtype):
 
 
 def _load_image_tokenizer(index, tokenizers, folder, dtype):
-    """A pipeline without an `image_tokenizer` of its own uses the bundled one, which then need not be stored twice."""
+    """A pipeline without an `image_tokenizer` of its own uses the bundled one, which then need not be stored twice.
+
+    Of a bundled TokenBridge pipeline that is the autoencoder alone: its levels are its own.
+    """
     named = (index.get("image_tokenizer") or [None])[-1]
     kind = next((each for each in tokenizers if each.__name__ == named), next(iter(tokenizers)))
-    own = folder / "image_tokenizer"
-    return load_model(kind, own if own.is_dir() else bundled_folder(tokenizers[kind]), dtype)
+    own, bundled = folder / "image_tokenizer", tokenizers[kind]
+    if not own.is_dir():
+        return load_model(kind, bundled_folder(bundled), dtype)
+    if kind is TokenBridgeTokenizer and bundled_name_of(folder) and not (own / SAFETENSORS_WEIGHTS_NAME).is_file():
+        levels = kind.load_config(own)
+        autoencoder = load_model(KLTokenizer, bundled_folder(bundled), dtype)
+        return kind.from_autoencoder(autoencoder, **{name: levels[name] for name in kind.OF_LEVELS})
+    return load_model(kind, own, dtype)
+
+
+def _folder_of_words(folder):
+    """Where the text encoder of a pipeline lies: a bundled one without its own has that of `emoji-ar`."""
+    if (folder / "text_encoder").is_dir() or bundled_name_of(folder) is None:
+        return folder
+    return bundled_folder("emoji-ar")
 
 
 def load_model(model_class, folder, dtype):

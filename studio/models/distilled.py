@@ -25,6 +25,7 @@ from studio.errors import StudioError
 from studio.models.conditions import CaptionEmbedder, ClassEmbedder
 from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
 from studio.models.llamagen import LlamaGen
+from studio.models.plan import PlanEmbeddings
 from studio.models.positions import check_layout
 
 
@@ -98,7 +99,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.final_layer_conti = RegressionHead(dim, code_dim)
         if plan_size:
-            self.plan_embeddings = nn.Linear(dim, (grid_size // plan_size) ** 2 * dim, bias=False)
+            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
         self._rope: torch.Tensor | None = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from einops import rearrange
 from torch import nn
 
 from studio.errors import StudioError
 from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad, prefix_mask
 from studio.models.kv_cache import KVCache
 from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
+from studio.models.plan import PlanEmbeddings, check_plan
 from studio.models.positions import check_layout, rope_table
 from studio.models.tree_cache import TreeCache
 
@@ -90,11 +90,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         if prefix_rope not in ("zero", "identity"):
             raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
         check_layout(grid_size, row_length, plan_size)
-        if plan_size and (grid_size % plan_size or plan_size**2 > (caption_length or 0)):
-            raise StudioError(
-                f"A plan of {plan_size} x {plan_size} regions needs a grid that it divides, not {grid_size}, and "
-                f"captions of {plan_size**2} or more, not {caption_length}."
-            )
+        check_plan(plan_size, grid_size, caption_length)
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
@@ -108,7 +104,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         if plan_size:
-            self.plan_embeddings = nn.Linear(dim, (grid_size // plan_size) ** 2 * dim, bias=False)
+            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
         self._rope: torch.Tensor | None = None
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
@@ -193,13 +189,9 @@ class LlamaGen(ModelMixin, ConfigMixin):
         The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each cell of their region. It
         goes to the position that draws the cell, one before the cell's own.
         """
-        size = self.config.plan_size
-        if not size:
+        if not self.config.plan_size:
             return None
-        of_regions, cells = self.plan_embeddings(prefix[:, -(size**2) :]), self.config.grid_size // size
-        sizes = {"r": size, "i": cells, "j": cells}
-        of_cells = rearrange(of_regions, "b (r c) (i j d) -> b (r i c j) d", **sizes)
-        return F.pad(of_cells, (0, 0, prefix.shape[1] - 1, 1))
+        return F.pad(self.plan_embeddings(prefix), (0, 0, prefix.shape[1] - 1, 1))
 
     def inputs(self, prefix: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """What the layers read, (rows, T + n, dim): the prefix and embedded tokens (rows, n, dim), with their plan."""

@@ -50,6 +50,8 @@ class MAR(MaskedAutoencoder, ModelMixin):
         buffer_size: places before the tokens that hold the class or the caption.
         head_width, head_depth: of the diffusion-loss head.
         latent_scale: by which latents were multiplied before they became tokens.
+        plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` text states say what
+            belongs into each, in raster order (`studio.models.plan`). 0: none, as in released weights.
         class_dropout: share of conditions replaced by the null vector in training.
         dropout: in attention and feed-forward, in training.
 
@@ -80,12 +82,14 @@ class MAR(MaskedAutoencoder, ModelMixin):
         latent_scale: float = 0.2325,
         class_dropout: float = 0.1,
         dropout: float = 0.1,
+        plan_size: int = 0,
     ):
         super().__init__()
         if token_dim % patch_size**2:
             raise StudioError(f"token_dim {token_dim} must be a multiple of patch_size**2, {patch_size**2}.")
         self.diffusion_pos_embed_learned = learned(1, grid_size**2, decoder_dim)
         self.apply(self._init_weights)
+        self.forget_plan()
         self.diffloss = DiffusionLoss(token_dim, decoder_dim, head_width, head_depth)
 
     @classmethod

@@ -6,7 +6,8 @@ from which a head draws its token. Blocks are those of ViT (arXiv:2010.11929). P
 
 Added for words, of which the authors' models know nothing: with `caption_dim` the buffer holds projected states of a
 caption, one a place, and the null vector where there are none and for rows without guidance. The last states stand at
-the end, whatever the length: a caption that ends with tokens of a fixed meaning has them at fixed places.
+the end, whatever the length: a caption that ends with tokens of a fixed meaning has them at fixed places. With
+`plan_size` these are a plan, of which the decoder tells each position its part (`studio.models.plan`).
 
 Deviations from the authors' code: visible tokens are named by their positions, in any order, instead of a mask; the
 last decoder block can be told to answer only for the positions that are asked for.
@@ -18,6 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
+from studio.models.plan import PlanEmbeddings, check_plan
 
 _EPS = 1e-6
 
@@ -99,8 +101,9 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
 
     These are `grid_size`, `token_dim`, `encoder_dim`, `encoder_depth`, `encoder_heads`, `decoder_dim`, `decoder_depth`,
     `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size` and `dropout`; `class_dropout` is read in training. A
-    model that reads words has `num_classes` None, and `caption_dim`, the width of text states. A subclass has
-    `head_places`, vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the end.
+    model that reads words has `num_classes` None, and `caption_dim`, the width of text states; it may have `plan_size`.
+    A subclass has `head_places`, vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the
+    end.
 
     Errors: `StudioError` for sizes that do not fit together.
     """
@@ -117,6 +120,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
             raise StudioError("Encoder and decoder need a block at least.")
         if (config.num_classes is None) == (config.get("caption_dim") is None):
             raise StudioError("A model is conditioned on classes or on text: give num_classes or caption_dim.")
+        check_plan(config.plan_size, config.grid_size, config.buffer_size if config.num_classes is None else 0)
         places = config.buffer_size + self.num_tokens
 
         def blocks(dim, depth, heads):
@@ -137,14 +141,24 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         self.decoder_pos_embed_learned = learned(1, places, config.decoder_dim)
         self.decoder_blocks = blocks(config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.decoder_norm = nn.LayerNorm(config.decoder_dim, eps=_EPS)
+        if config.plan_size:
+            self.plan_embeddings = PlanEmbeddings(
+                config.plan_size, config.grid_size, config.encoder_dim, config.decoder_dim
+            )
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+
+    def forget_plan(self) -> None:
+        """Makes the plan, if there is one, say nothing: how training begins."""
+        if self.config.plan_size:
+            nn.init.zeros_(self.plan_embeddings.weight)
 
     @property
     def num_tokens(self) -> int:
@@ -215,6 +229,8 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         x = (self.mask_token + places).repeat(len(states), 1, 1)
         embedded = self.decoder_embed(states)
         x = x.scatter(1, known[:, :, None].expand_as(embedded), embedded + places[known])
+        if self.config.plan_size:
+            x = x + F.pad(self.plan_embeddings(states[:, :before]), (0, 0, before, 0))
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         x = self.decoder_blocks[-1](x, before + wanted)

@@ -6,8 +6,9 @@ are missing; what is predicted is the sum of the missing ones. Steps of drawing 
 
 No code is published. Ours, because the paper's text leaves it open or could not be compared: the wiring (linear input,
 learned positions, one embedding per number of hidden levels, adaptive layer norms as in DiT, arXiv:2212.09748, from the
-condition; captions are also read as positions in front), and the low-rank means of the mixture. An ablation under the
-same masking is `prediction="levels"`: one softmax over the codes for every level, each independent of the others.
+condition; captions are also read as positions in front, and may hold a plan), and the low-rank means of the mixture. An
+ablation under the same masking is `prediction="levels"`: one softmax over the codes for every level, each independent
+of the others.
 
 Scope: the network and its training loss. Hiding and drawing are in `studio.decoding.residual_masks` and
 `studio.decoding.residual_unmasking`.
@@ -22,8 +23,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.conditions import CaptionEmbedder, ClassEmbedder
+from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
+from studio.models.plan import PlanEmbeddings, check_plan
 
 PREDICTIONS = ("mixture", "levels")
 LOSSES = ("variational", "exact")
@@ -81,6 +83,8 @@ class ResGen(ModelMixin, ConfigMixin):
         caption_dim, caption_length: width of the text encoder and its number of positions.
         prediction: "mixture" or, as an ablation, "levels".
         components, rank, sigma, learn_sigma: of the mixture, see `GaussianMixture`.
+        plan_size: side of a grid of regions, which divides that of the cells; the last `plan_size**2` caption vectors
+            say what belongs into each, in raster order (`studio.models.plan`). 0: none.
         condition_dropout: share of conditions replaced by the null condition in training.
 
     Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
@@ -105,6 +109,7 @@ class ResGen(ModelMixin, ConfigMixin):
         sigma: float = 1.0,
         learn_sigma: bool = False,
         condition_dropout: float = 0.1,
+        plan_size: int = 0,
     ):
         super().__init__()
         if (num_classes is None) == (caption_dim is None):
@@ -115,6 +120,8 @@ class ResGen(ModelMixin, ConfigMixin):
             raise StudioError(f"dim {dim} must split into {num_heads} heads.")
         if prediction not in PREDICTIONS:
             raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
+        grid_size = round(num_positions**0.5)
+        check_plan(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
         if num_classes is not None:
             self.condition = ClassEmbedder(num_classes, dim)
         else:
@@ -126,6 +133,9 @@ class ResGen(ModelMixin, ConfigMixin):
         self.modulation = nn.Linear(dim, 2 * dim)
         for weight in (self.positions, self.hidden_levels.weight, self.modulation.weight):
             nn.init.normal_(weight, std=0.02)
+        if plan_size:
+            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
+            nn.init.zeros_(self.plan_embeddings.weight)
         if prediction == "mixture":
             self.head = GaussianMixture(dim, code_dim, components, rank, sigma, learn_sigma)
         else:
@@ -162,6 +172,8 @@ class ResGen(ModelMixin, ConfigMixin):
             drop = torch.rand(len(visible), device=visible.device) < self.config.condition_dropout
         prefix, context, mask = self._embed_condition(class_labels, captions, caption_mask, drop)
         x = self.input(visible.to(prefix.dtype)) + self.positions + self.hidden_levels(hidden)
+        if self.config.plan_size:
+            x = x + self.plan_embeddings(prefix)
         x = torch.cat((prefix, x), dim=1)
         for block in self.blocks:
             x = block(x, context, mask)
@@ -205,10 +217,11 @@ class ResGen(ModelMixin, ConfigMixin):
             return embedded[:, :0], embedded[:, 0], None
         if captions is None or class_labels is not None:
             raise StudioError("This model is text-conditional: pass captions and no class_labels.")
-        embedded = self.condition(captions, drop)
         if caption_mask is None:
+            embedded = self.condition(captions, drop)
             return embedded, embedded.mean(dim=1), None
-        words = caption_mask.bool()
+        captions, words = left_pad(captions, caption_mask)
+        embedded = self.condition(captions, drop)
         weights = words.to(embedded.dtype) / words.sum(dim=1, keepdim=True).clamp(min=1)
         cells = words.new_ones(len(words), self.config.num_positions)
         return embedded, (embedded * weights[..., None]).sum(dim=1), torch.cat((words, cells), dim=1)[:, None, None]

@@ -41,6 +41,8 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         buffer_size: places before the cells that hold the class or the caption.
         sampling_first_input_adds_step_embedding: whether the head's first input gets a vector in drawing that it never
             had in training, as in the authors' published runs.
+        plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` text states say what
+            belongs into each, in raster order (`studio.models.plan`). 0: none, as in released weights.
         class_dropout: share of conditions replaced by the null vector in training.
         dropout: in attention and feed-forward, in training.
 
@@ -73,6 +75,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         sampling_first_input_adds_step_embedding: bool = True,
         class_dropout: float = 0.1,
         dropout: float = 0.1,
+        plan_size: int = 0,
     ):
         super().__init__()
         order = list(range(token_dim)) if dimension_order is None else list(dimension_order)
@@ -84,6 +87,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
             token_dim, levels, decoder_dim, head_width, head_depth, head_heads, mlp_ratio, dropout
         )
         self.apply(self._init_weights)
+        self.forget_plan()
         self.head.close_gates()
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import nn
 from studio.data.archive import load_concepts
 from studio.data.captions import open_choices
 from studio.models.llamagen import LlamaGen
+from studio.models.plan import plan_layers
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.training.caption_tokenizer import known_words
 from studio.training.captioned_tokens import CAPTION_LENGTH, PLAN_SIZE, CaptionedTokens
@@ -45,10 +46,8 @@ class TrainableGenerator(nn.Module):
     def optimizers(self, learning_rate):
         """Muon for the hidden matrices of the token model, AdamW for everything else, the maps at the full rate."""
         model, maps = self.transformer, [self.code_embedding, self.code_output]
-        planned = [model.plan_embeddings] if model.config.plan_size else []
-        return muon_and_adamw(
-            self, hidden_matrices(model.layers, *planned), learning_rate, tables=maps, tables_share=1.0
-        )
+        matrices = hidden_matrices(model.layers, *plan_layers(model))
+        return muon_and_adamw(self, matrices, learning_rate, tables=maps, tables_share=1.0)
 
     @torch.no_grad()
     def merged(self):

@@ -17,7 +17,7 @@ from studio.training.emoji_mar import EmojiMAR
 from studio.training.from_words import Listening
 from studio.training.recipe import Defaults
 
-SIZES = {**MAR_SIZES, "head_width": 192, "head_depth": 2, "head_heads": 6}
+SIZES = {**MAR_SIZES, "head_width": 128, "head_depth": 2, "head_heads": 4}
 LEVELS = 32
 MEASURED = 2000
 """Pictures whose latents say in which order dimensions are drawn."""

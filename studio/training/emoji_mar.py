@@ -1,7 +1,8 @@
 """Recipe of `emoji-mar`: MAR (arXiv:2406.11838) over the latents of `emoji-kl`, for captions.
 
 The text encoder is that of `emoji-ar` and stays as it is: captions end with plan tokens, whose states hold a guess of
-the picture, one state for every 2x2 tokens. The buffer holds these, and the last words before them, at fixed places.
+the picture, one state for every 2x2 tokens. The buffer holds these, and the last words before them, at fixed places;
+each token reads its part of the plan (`plan_size`).
 
 Deviations from the authors' recipe: a mask rate for every step as theirs, but fewer noises a token; Muon for the hidden
 matrices; no average of the weights is kept, since the learning rate falls to zero.
@@ -16,6 +17,7 @@ from torch import nn
 from studio.checkpoints.loading import load
 from studio.models.mar import MAR
 from studio.models.masked_autoencoder import MaskedAutoencoder
+from studio.models.plan import plan_layers
 from studio.pipelines.mar import MARPipeline
 from studio.training.from_words import FromWords, Listening
 from studio.training.ingredients import ingredient
@@ -25,10 +27,10 @@ from studio.training.recipe import Defaults
 
 IMAGE_TOKENIZER = "emoji-kl"
 SIZES = {
-    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 192), ("heads", 6))},
-    "encoder_depth": 2,
-    "decoder_depth": 4,
-    "head_width": 192,
+    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 128), ("heads", 4))},
+    "encoder_depth": 1,
+    "decoder_depth": 3,
+    "head_width": 160,
     "head_depth": 3,
     "buffer_size": 24,
     "dropout": 0.0,
@@ -76,7 +78,7 @@ class EmojiMAR(FromWords):
         shape = {
             "grid_size": self.laws.shape[-1],
             "token_dim": image_tokenizer.latent_channels,
-            **self.caption_shape(),
+            **self.planned_shape(),
         }
         return self.network(image_tokenizer, {**shape, **self.sizes})
 
@@ -122,7 +124,7 @@ def mar_optimizers(
     of_the_head = (
         transformer.diffloss.net.res_blocks if isinstance(transformer, MAR) else transformer.head.channel_blocks
     )
-    blocks = (transformer.encoder_blocks, transformer.decoder_blocks, of_the_head)
+    blocks = (transformer.encoder_blocks, transformer.decoder_blocks, of_the_head, *plan_layers(transformer))
     places = [
         transformer.encoder_pos_embed_learned,
         transformer.decoder_pos_embed_learned,

@@ -27,10 +27,10 @@ from studio.training.recipe import Defaults
 TARGET = "emoji-mar"
 DRAFT = {
     **SIZES,
-    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 96), ("heads", 3))},
+    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("dim", 64), ("heads", 2))},
     "encoder_depth": 1,
     "decoder_depth": 1,
-    "head_width": 128,
+    "head_width": 96,
     "head_depth": 2,
 }
 NULL_SHARE = 0.1

@@ -11,14 +11,15 @@ import torch
 from studio.data.archive import load_pictures
 from studio.data.backgrounds import render
 from studio.decoding.residual_masks import hidden_slots, hide, shown
+from studio.models.plan import plan_layers
 from studio.models.resgen import ResGen
 from studio.pipelines.resgen import ResGenPipeline
 from studio.training.from_codes import FromCodes, ListeningToCodes
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults
 
-SIZES = {"dim": 192, "num_layers": 6, "num_heads": 6}
-MIXTURE = {"components": 256, "rank": 16}
+SIZES = {"dim": 128, "num_layers": 4, "num_heads": 4}
+MIXTURE = {"components": 128, "rank": 16}
 MEASURED = 512
 """Pictures whose residuals say how wide a component is."""
 DRAWING = {"default_guidance_scale": 3.0, "default_num_steps": 16}
@@ -52,7 +53,7 @@ class EmojiResGen(FromCodes):
 
     def shape(self) -> dict:
         """The configuration of a network without that of its head."""
-        return {"num_positions": self.codes.shape[1], **self.code_shape(), **self.caption_shape(), **SIZES}
+        return {"num_positions": self.codes.shape[1], **self.code_shape(), **self.planned_shape(), **SIZES}
 
     @torch.no_grad()
     def left_over(self) -> float:
@@ -66,8 +67,8 @@ class EmojiResGen(FromCodes):
 
     def optimizers(self, module, learning_rate):
         model = module.transformer
-        tables = self.tables(model)
-        return muon_and_adamw(module, hidden_matrices(model.blocks), learning_rate, tables=tables, tables_share=1.0)
+        matrices, tables = hidden_matrices(model.blocks, *plan_layers(model)), self.tables(model)
+        return muon_and_adamw(module, matrices, learning_rate, tables=tables, tables_share=1.0)
 
     def tables(self, model: ResGen) -> list[torch.nn.Parameter]:
         """What moves at the full learning rate beside the hidden matrices."""

@@ -55,6 +55,10 @@ class FromWords(Recipe):
         config = self.text.transformer.config
         return {"num_classes": None, "caption_dim": config.caption_dim, "caption_length": config.caption_length}
 
+    def planned_shape(self) -> dict:
+        """`caption_shape` of a network that reads a plan, with that of the text encoder's captions."""
+        return {**self.caption_shape(), "plan_size": self.text.transformer.config.plan_size}
+
     def captions(self, rows: torch.Tensor, rng, device: torch.device) -> dict[str, torch.Tensor]:
         """Captions drawn for combinations (B, 3), as `input_ids` and `attention_mask` (B, T)."""
         tokenizer = self.text.tokenizer

@@ -185,6 +185,42 @@ def test_the_known_words_come_with_the_pipeline(release, tmp_path):
     assert studio.load(tmp_path / "saved").vocabulary == pipe.vocabulary
 
 
+def test_a_bundled_pipeline_without_a_text_encoder_has_that_of_emoji_ar(release, monkeypatch):
+    other = release.with_name("emoji-other")
+    shutil.copytree(release, other, ignore=shutil.ignore_patterns("text_encoder", "tokenizer", "concepts.json"))
+    (release / "concepts.json").write_text(json.dumps({"words": ["red"], "concepts": ["red apple"]}))
+    monkeypatch.setitem(bundled.BUNDLED, "emoji-other", bundled.Bundled("pipeline", "", shares=("emoji-ar",)))
+    bundled.write_checksums()
+    ours, others = studio.load("emoji-ar", device="cpu"), studio.load("emoji-other", device="cpu")
+    assert others.vocabulary == ours.vocabulary == (["red"], ["red apple"])
+    assert torch.equal(others.encode_prompt("red")[0], ours.encode_prompt("red")[0])
+    shutil.copytree(other, release.parent.parent / "copy")
+    with pytest.raises(StudioError, match="text_encoder"):
+        studio.load(release.parent.parent / "copy", device="cpu")
+
+
+def test_a_bundled_token_bridge_without_weights_of_a_tokenizer_has_those_of_emoji_kl(
+    release, monkeypatch, tiny_bridge_pipeline
+):
+    folder = release.with_name("emoji-bridge")
+    tiny_bridge_pipeline.save_pretrained(folder)
+    whole = studio.load(folder, device="cpu")
+    whole.image_tokenizer.continuous.save_pretrained(release.with_name("emoji-kl"))
+    (folder / "image_tokenizer" / "diffusion_pytorch_model.safetensors").unlink()
+    for name, kind in (("emoji-kl", "tokenizer"), ("emoji-bridge", "pipeline")):
+        monkeypatch.setitem(bundled.BUNDLED, name, bundled.Bundled(kind, ""))
+    bundled.write_checksums()
+    pipe = studio.load("emoji-bridge", device="cpu")
+    ours, expected = pipe.image_tokenizer, whole.image_tokenizer
+    assert ours.level_values.equal(expected.level_values) and ours.config.levels == expected.config.levels
+    assert ours.config.dimension_order == expected.config.dimension_order
+    tokens = torch.randint(ours.config.levels, (1, 3, 3, ours.dimensions))
+    assert torch.equal(ours.decode(tokens), expected.decode(tokens))
+    shutil.copytree(folder, release.parent.parent / "copy")
+    with pytest.raises(StudioError, match="image_tokenizer"):
+        studio.load(release.parent.parent / "copy", device="cpu")
+
+
 def test_fingerprints_are_of_all_weights_that_draw(release, monkeypatch):
     alone = bundled.Bundled("pipeline", "")
     monkeypatch.setitem(bundled.BUNDLED, "emoji-ar", alone)

@@ -1,17 +1,11 @@
 """What a prompt leaves open is chosen by the picture's own stream, said in the output, and left alone where named."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge  # noqa: E402
-
-from studio import StudioError, TokenBridgePipeline  # noqa: E402
-from studio.data.captions import full_caption, open_choices, random_caption  # noqa: E402
-from studio.pipelines.open_choices import completed  # noqa: E402
+from studio import StudioError
+from studio.data.captions import full_caption, open_choices, random_caption
+from studio.pipelines.open_choices import completed
 
 
 def stream(seed=0):
@@ -61,14 +55,6 @@ def test_every_way_to_name_them_is_seen():
         named = any(way in caption for way in ("yellow background", "on yellow"))
         missing = ("flat style" not in caption) + (not named)
         assert len(completed(caption, open_choices(), stream()).split(", ")) == len(caption.split(", ")) + missing
-
-
-@pytest.fixture(scope="session")
-def tiny_bridge_pipeline(tiny_pipeline):
-    """A random text-to-picture pipeline of TokenBridge: 3x3 cells of four numbers."""
-    transformer = tiny_token_bridge(num_classes=None, caption_dim=16, caption_length=8)
-    words = (tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
-    return TokenBridgePipeline(tiny_bridge_tokenizer(), transformer, *words, default_num_steps=4)
 
 
 @pytest.fixture(

@@ -1,0 +1,47 @@
+"""The plan of a picture: what words say of each region of it, told to each cell of that region. Our addition.
+
+A caption may end with one vector for every region of a coarse grid. A transformer could find the vector of a cell's
+region by attention, but has to learn for every cell where to look; adding it to what the cell reads spares that.
+"""
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from studio.errors import StudioError
+
+
+def check_plan(plan_size: int, grid_size: int | None, vectors: int | None) -> None:
+    """Raises a `StudioError` unless a plan of `plan_size` regions a side divides the grid, and has its vectors."""
+    if plan_size and (grid_size is None or grid_size % plan_size or plan_size**2 > (vectors or 0)):
+        raise StudioError(
+            f"A plan of {plan_size} x {plan_size} regions needs a grid that it divides, not {grid_size}, and "
+            f"captions of {plan_size**2} or more vectors, not {vectors}."
+        )
+
+
+def plan_layers(model: nn.Module) -> list[nn.Module]:
+    """The layer by which a model reads its plan, or none."""
+    return [model.plan_embeddings] if model.config.plan_size else []
+
+
+class PlanEmbeddings(nn.Linear):
+    """The last vectors of a caption to a vector for each cell.
+
+    Args:
+        plan_size: regions a side.
+        grid_size: cells a side, a multiple of that.
+        dim: width of a caption's vectors.
+        cell_dim: width of what a cell gets; `dim` when None.
+    """
+
+    def __init__(self, plan_size: int, grid_size: int, dim: int, cell_dim: int | None = None):
+        self.plan_size, self.cells = plan_size, grid_size // plan_size
+        super().__init__(dim, self.cells**2 * (cell_dim or dim), bias=False)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors (B, n, dim), of which the last `plan_size**2` are those of regions in raster order, to
+        (B, grid_size**2, cell_dim), cells in raster order."""
+        sizes = {"r": self.plan_size, "i": self.cells, "j": self.cells}
+        of_regions = super().forward(vectors[:, -(self.plan_size**2) :])
+        return rearrange(of_regions, "b (r c) (i j d) -> b (r i c j) d", **sizes)

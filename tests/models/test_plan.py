@@ -1,0 +1,99 @@
+"""A plan is told to the cells of its regions, in every model that reads one, and says nothing before training."""
+
+import pytest
+import torch
+
+from studio import MAR, StudioError, TokenBridge
+from studio.models.masked_autoencoder import both_halves
+from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.resgen import ResGen
+
+TEXT = {"num_classes": None, "caption_dim": 8, "caption_length": 5, "plan_size": 2}
+MASKED = {"grid_size": 4, "token_dim": 4, "buffer_size": 5, **both_halves(16, 1, 2), "head_width": 16, "head_depth": 1}
+
+
+def of_region(region):
+    """Which of 4 x 4 cells belong into a region of 2 x 2, (16,) bool."""
+    cells = torch.zeros(4, 4, dtype=torch.bool)
+    cells[region // 2 * 2 :, region % 2 * 2 :][:2, :2] = True
+    return cells.flatten()
+
+
+@torch.no_grad()
+def test_every_region_has_its_cells():
+    torch.manual_seed(0)
+    plan, vectors = PlanEmbeddings(2, 4, 8, 6), torch.randn(3, 5, 8)
+    told = plan(vectors)
+    assert told.shape == (3, 16, 6)
+    for region in range(4):
+        other = vectors.clone()
+        other[:, 1 + region] += 1
+        assert torch.equal((plan(other) != told).any(dim=2), of_region(region).expand(3, 16))
+    assert torch.equal(plan(vectors[:, 1:]), told)
+
+
+def said_by_masked(model, captions):
+    """Conditions of all positions while blocks pass on what they get, so that positions do not see each other."""
+    for block in (*model.encoder_blocks, *model.decoder_blocks):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            torch.nn.init.zeros_(layer.weight)
+    buffer, _ = model.embed_condition(captions=captions, caption_mask=torch.ones(captions.shape[:2]))
+    none = torch.empty(len(captions), 0, dtype=torch.int64)
+    return model.decode(model.encode(torch.zeros(len(captions), 16, 4), none, buffer), none)
+
+
+def said_by_resgen(model, captions):
+    """The same; the condition's mean, which all positions get, is left out."""
+    torch.nn.init.zeros_(model.modulation.weight)
+    return model(torch.zeros(len(captions), 16, 4), torch.zeros(len(captions), 16, dtype=int), captions=captions).scores
+
+
+MODELS = {
+    "mar": (lambda: MAR(**MASKED, **TEXT), said_by_masked),
+    "bridge": (lambda: TokenBridge(**MASKED, **TEXT, levels=3, head_heads=2), said_by_masked),
+    "resgen": (
+        lambda: ResGen(16, 2, 7, 4, 16, 1, 2, components=3, rank=2, **TEXT),
+        lambda model, captions: said_by_resgen(model, captions).flatten(2),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_models_tell_each_cell_what_its_region_says(name):
+    torch.manual_seed(0)
+    build, said_by = MODELS[name]
+    model, captions = build().eval(), torch.randn(2, 5, 8)
+    silent = said_by(model, captions)
+    torch.testing.assert_close(said_by(model, captions + torch.randn(2, 5, 8)), silent)
+    torch.nn.init.normal_(model.plan_embeddings.weight)
+    said = said_by(model, captions)
+    assert ((said - silent).abs().amax(dim=2) > 1e-3).all()
+    for region in range(4):
+        other = captions.clone()
+        other[:, 1 + region] += torch.randn(8)
+        changed = (said_by(model, other) - said).abs().amax(dim=2) > 1e-4
+        assert torch.equal(changed, of_region(region).expand(2, 16))
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "vectors"), [(3, 4, 9), (2, 4, 3), (2, 4, None), (2, None, 4)], ids=["grid", "few", "none", "row"]
+)
+def test_a_plan_that_does_not_fit_is_refused(size, grid, vectors):
+    with pytest.raises(StudioError, match=f"plan of {size} x {size} regions"):
+        check_plan(size, grid, vectors)
+    check_plan(0, grid, vectors)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: MAR(**MASKED, num_classes=3, plan_size=2),
+        lambda: MAR(**{**MASKED, "buffer_size": 3}, **TEXT),
+        lambda: ResGen(15, 2, 7, 4, 16, 1, 2, **TEXT),
+    ],
+    ids=["classes", "buffer", "no square"],
+)
+def test_models_refuse_it(build):
+    with pytest.raises(StudioError, match="plan of 2 x 2 regions"):
+        build()
