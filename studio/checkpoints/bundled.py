@@ -35,6 +35,7 @@ BUNDLED = {
     "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
     "emoji-1d": Bundled("tokenizer", "picture to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "picture to tokens and back, coarse to fine: an RQ-VAE of four levels"),
+    "emoji-kl": Bundled("tokenizer", "picture to continuous tokens and back: a KL autoencoder"),
     "emoji-vlm": Bundled("reader", "picture and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
     "emoji-judge": Bundled("judge", "names concept, style and background of a picture; used by `studio evaluate`"),
 }

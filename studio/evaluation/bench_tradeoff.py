@@ -15,8 +15,9 @@ from studio.data.captions import full_caption
 from studio.errors import StudioError
 from studio.evaluation.bench_decoding import read_bandwidth, step_weights
 from studio.evaluation.decoding_cost import call_seconds, peak_flops
-from studio.evaluation.generators import evaluate_generator
+from studio.evaluation.generators import held_out_drawings, judge_drawings
 from studio.evaluation.judge import draw_combinations
+from studio.evaluation.metrics import sliced_distance
 from studio.pipelines.decodings import decoding_named, decodings_for, is_approximate
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
@@ -24,10 +25,11 @@ from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.rq_transformer import RQTransformerPipeline
 from studio.pipelines.token_bridge import TokenBridgePipeline
 
-COMMITTED = Path(__file__).with_name("decodings.json")
-"""The printed document of a full run over the bundled models; `quick` takes its quality."""
+COMMITTED = Path(__file__).with_name("decodings")
+"""The printed documents of full runs, one for a bundled model; `quick` takes their quality."""
 PICTURES = 16
 QUALITY_SAMPLES = 500
+_QUALITY = ("judge_top1", "frechet", "quality_samples")
 _NEEDED = {LlamaGenPipeline: {"distilled": "student"}, MARPipeline: {"cspd": "drafter"}}
 
 
@@ -46,8 +48,15 @@ class Contender:
 def contenders(pipe) -> list[Contender]:
     """Plain decoding, and every decoding that the pipeline has the parts for, at several settings."""
     if isinstance(pipe, MARPipeline):
-        modes = [] if pipe.drafter is None else ["exact", "relaxed"]
-        return [Contender("mar"), *(Contender("cspd", {"mode": mode}) for mode in modes)]
+        total = pipe.transformer.num_tokens
+        found = [Contender("mar"), Contender("mar", {"steps": total})]
+        if pipe.drafter is not None:
+            exact = [{}, {"prefill": 0.25}, {"steps": total}]
+            relaxed = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"draft_steps": 8}]
+            relaxed += [{"steps": total}]
+            found += [Contender("cspd", {"mode": "exact", **more}) for more in exact]
+            found += [Contender("cspd", {"mode": "relaxed", **more}) for more in relaxed]
+        return found
     if isinstance(pipe, ResGenPipeline):
         orders = decodings_for(type(pipe).__name__, ())
         return [Contender("resgen"), *(Contender(name, {"steps": steps}) for name in orders for steps in (4, 8, 32))]
@@ -91,7 +100,8 @@ def bench_tradeoff(
         `{"model", "fingerprint", "device", "left_out", "rows"}`. A row holds decoding, settings, batch, dtype,
         seconds_per_image (picture decoding included), speedup against the first row of the same batch and dtype, which
         is plain decoding, target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples;
-        with drafts also
+        over continuous tokens also latent_distance, the `sliced_distance` of a cell's numbers from plain decoding's
+        with other seeds, and with a drafter acceptance, the share of drafts that were kept; with draft trees
         nodes, verify_ratio (a call with all nodes over a plain step), draft_ratio (all else in a round, drafts and
         tests, over a plain step), break_even_length (their sum: what must be accepted to gain), and for every row
         but a student's memory_bound_seconds and compute_bound_seconds for a picture.
@@ -110,10 +120,11 @@ def bench_tradeoff(
         pipe.set_progress_bar_config(disable=True)
         field = contenders(pipe)
         name = str(pipe.transformer.dtype).removeprefix("torch.")
-        quality = [
-            _quality(pipe, each, quality_samples) if committed is None else _looked_up(committed, each, name)
-            for each in field
-        ]
+        if committed is None:
+            plain = _plain_cells(pipe, field[0], quality_samples) if isinstance(pipe, MARPipeline) else None
+            quality = [_quality(pipe, each, quality_samples, plain) for each in field]
+        else:
+            quality = [_looked_up(committed, each, name) for each in field]
         machine = _Machine(pipe.transformer) if isinstance(pipe, LlamaGenPipeline) else None
         for batch in batch_sizes:
             timed = _timed(pipe, field, batch, repeats, pictures)
@@ -131,12 +142,13 @@ def bench_tradeoff(
 
 @dataclasses.dataclass
 class _Run:
-    """Medians over the runs of one setting; `nodes` of its trees, 1 without drafts."""
+    """Medians over the runs of one setting; `nodes` of its trees, 1 without; `acceptance` of drafts, or None."""
 
     seconds: float
     decode_seconds: float
     calls: float
     accepted: float
+    acceptance: float | None
     nodes: int
     batch_rows: int
 
@@ -173,9 +185,15 @@ def _median(runs, pictures, batch, streams) -> _Run:
         decode_seconds=middle(lambda stats: sum(each.seconds["decode"] for each in stats)) / pictures,
         calls=statistics.mean(each.target_calls for each in runs[0][0]),
         accepted=statistics.mean(each.mean_accepted_length for each in runs[0][0]),
+        acceptance=_mean_of_known([each.acceptance for each in runs[0][0]]),
         nodes=runs[0][1],
         batch_rows=batch * streams,
     )
+
+
+def _mean_of_known(numbers):
+    known = [number for number in numbers if number is not None]
+    return statistics.mean(known) if known else None
 
 
 class _CountedDrafts:
@@ -225,6 +243,8 @@ def _row(contender, batch, dtype, run, base, judged, machine) -> dict:
         "mean_accepted_length": run.accepted,
         **judged,
     }
+    if run.acceptance is not None:
+        row["acceptance"] = run.acceptance
     if run.nodes > 1:
         step = base.decode_seconds * batch / base.calls
         call, round_ = machine.call(run.batch_rows, run.nodes), run.decode_seconds * batch / run.calls
@@ -239,14 +259,23 @@ def _row(contender, batch, dtype, run, base, judged, machine) -> dict:
     return row if contender.decoding == "distilled" or machine is None else row | machine.bounds(run, batch)
 
 
-def _quality(pipe, contender, samples) -> dict:
-    measured = evaluate_generator(pipe, samples=samples, decoding=contender.make())
-    return {key: measured[key] for key in ("judge_top1", "frechet")} | {"quality_samples": samples}
+def _quality(pipe, contender, samples, plain) -> dict:
+    """What the judge says of a setting, and how far its cells are from the `plain` ones (n, D), if there are any."""
+    drawings = held_out_drawings(pipe, samples, decoding=contender.make())
+    measured = judge_drawings(pipe, drawings)
+    distance = {} if plain is None else {"latent_distance": sliced_distance(drawings.tokens.flatten(0, 1), plain)}
+    return {key: measured[key] for key in ("judge_top1", "frechet")} | {"quality_samples": samples, **distance}
+
+
+def _plain_cells(pipe, contender, samples):
+    """Cells (n, D) of pictures of the same prompts by other seeds, which tell how far chance alone goes."""
+    return held_out_drawings(pipe, samples, decoding=contender.make(), first_stream=samples).tokens.flatten(0, 1)
 
 
 def _committed_quality(model, mark) -> dict:
-    document = json.loads(COMMITTED.read_text(encoding="utf-8")) if COMMITTED.is_file() else {}
-    if document.get("fingerprint") != mark:
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(COMMITTED.glob("*.json"))]
+    document = next((each for each in documents if each["fingerprint"] == mark), None)
+    if document is None:
         raise StudioError(f"The recorded quality is of other weights than those of {model}: run without --quick.")
     return {_key(row["decoding"], row["settings"], row["dtype"]): row for row in document["rows"]}
 
@@ -258,7 +287,7 @@ def _looked_up(committed, contender, dtype) -> dict:
             f"No quality is recorded for {contender.decoding} with {contender.settings} in {dtype}: "
             "run without --quick."
         )
-    return {key: row[key] for key in ("judge_top1", "frechet", "quality_samples")}
+    return {key: row[key] for key in (*_QUALITY, "latent_distance") if key in row}
 
 
 def _key(decoding, settings, dtype):

@@ -1,5 +1,7 @@
 """How well a text-to-picture pipeline draws combinations that it has never seen."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -32,6 +34,32 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, 
     Raises:
         StudioError: too few samples, or more than there are combinations.
     """
+    return judge_drawings(pipe, held_out_drawings(pipe, samples, seed, batch_size, decoding, shared))
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Drawings of held-out combinations.
+
+    Attributes:
+        combinations: rows (n, 3) of concept, style and background.
+        tokens: (n, ...) what was drawn, on the CPU.
+        pictures: (n, 3, H, W) in [0, 1].
+        shorter: those of the first tokens of a row, by their number.
+    """
+
+    combinations: np.ndarray
+    tokens: torch.Tensor
+    pictures: torch.Tensor
+    shorter: dict[int, torch.Tensor]
+
+
+def held_out_drawings(pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False, first_stream=None):
+    """The `Drawings` that `evaluate_generator` judges; arguments and errors are its.
+
+    With `first_stream`, picture i is seeded with that number plus i, in place of `seed`.
+    """
+    first_stream = seed if first_stream is None else first_stream
     judge = load_judge(device=pipe.device)
     if samples <= judge.config.feature_dim:
         raise StudioError(f"The Frechet distance needs more than {judge.config.feature_dim} samples, not {samples}.")
@@ -42,22 +70,28 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, 
     parts = {}
     for start in tqdm(range(first * batch_size, samples, every * batch_size), desc="drawing", unit="batch"):
         prompts = captions[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(first_stream + start + i) for i in range(len(prompts))]
         drawing = pipe(prompts, generator=generators, decoding=decoding, output_type="pt")
         shorter = [pipe.decode_tokens(drawing.tokens[:, :length], "pt") for length in lengths]
-        parts[start] = [images.cpu() for images in (drawing.images, *shorter)]
+        parts[start] = [part.cpu() for part in (drawing.tokens, drawing.images, *shorter)]
     drawings = sorted(gather(parts.items()) if shared else parts.items())
-    pictures, *shorter = map(torch.cat, zip(*(part for _, part in drawings), strict=True))
+    tokens, pictures, *shorter = map(torch.cat, zip(*(part for _, part in drawings), strict=True))
+    return Drawings(drawn, tokens, pictures, dict(zip(lengths, shorter, strict=True)))
+
+
+def judge_drawings(pipe, drawings):
+    """What the judge says of `Drawings`: the result of `evaluate_generator`."""
+    judge = load_judge(device=pipe.device)
     true_features = held_out_features(judge)
 
     def measured(images):
         verdict = verdicts(judge, images)
-        return {**scores(verdict, drawn), "frechet": frechet_distance(verdict.features, true_features)}
+        return {**scores(verdict, drawings.combinations), "frechet": frechet_distance(verdict.features, true_features)}
 
-    of_lengths = {length: measured(images) for length, images in zip(lengths, shorter, strict=True)}
+    of_lengths = {length: measured(images) for length, images in drawings.shorter.items()}
     return {
-        **measured(pictures),
-        "resolution": pictures.shape[-1],
-        "samples": samples,
+        **measured(drawings.pictures),
+        "resolution": drawings.pictures.shape[-1],
+        "samples": len(drawings.pictures),
         **{f"{name}_{length}": of[name] for length, of in of_lengths.items() for name in ("judge_top1", "frechet")},
     }

@@ -51,6 +51,23 @@ def frechet_distance(features, references):
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross.trace())
 
 
+def sliced_distance(points, references, directions=256, seed=0):
+    """Sliced Wasserstein distance between two sets of points: the mean over random directions of the distance between
+    sorted projections (Bonneel et al. 2015, "Sliced and Radon Wasserstein Barycenters of Measures", order 1).
+
+    Args:
+        points, references: `(n, d)`, as many on both sides.
+        directions: random directions on the sphere.
+        seed: chooses them.
+    """
+    if points.shape != references.shape:
+        raise StudioError(f"A sliced distance needs sets of one shape, not {points.shape} and {references.shape}.")
+    generator = torch.Generator().manual_seed(seed)
+    axes = F.normalize(torch.randn(directions, points.shape[1], generator=generator), dim=1).to(points.device).T
+    projected, expected = ((side.float() @ axes).sort(dim=0).values for side in (points, references))
+    return float((projected - expected).abs().mean())
+
+
 def _symmetric_root(matrix):
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

@@ -114,6 +114,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         order: torch.Tensor,
         masked: int,
         *,
+        asked: int | None = None,
         drop: torch.Tensor | None = None,
         **condition: torch.Tensor,
     ) -> torch.Tensor:
@@ -123,12 +124,14 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
             tokens: levels (B, L, D), int64, in the tokenizer's order of dimensions.
             values: what they stand for (B, L, D).
             order: of the cells, (B, L).
+            asked: how many of the masked cells count, the first of each order; all when None. The head works on every
+                dimension of a cell, so that few cells are much faster.
             drop: (B,) rows with the null vector; in training mode drawn with probability `class_dropout` if None.
             condition: as of `embed_condition`.
         """
         drop = self.dropped_rows(len(tokens)) if drop is None else drop
         buffer, _ = self.embed_condition(**condition, drop=drop)
         hidden, visible = order[:, :masked], order[:, masked:]
-        states = self.decode(self.encode(values, visible, buffer), visible, hidden).flatten(0, 1)
-        targets = take_rows(tokens, hidden).flatten(0, 1)[:, self.order]
+        states = self.decode(self.encode(values, visible, buffer), visible, hidden[:, :asked]).flatten(0, 1)
+        targets = take_rows(tokens, hidden[:, :asked]).flatten(0, 1)[:, self.order]
         return F.cross_entropy(self.head(states, targets).flatten(0, 1), targets.flatten())

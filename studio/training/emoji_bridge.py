@@ -3,7 +3,8 @@
 What is drawn from and in which order cells are hidden is as in `emoji_mar`. Latents are drawn from their Gaussians and
 then quantised; the order of dimensions is measured on the training pictures.
 
-Deviation from the authors' recipe: drawing gives the head's first input what training gave it.
+Deviations from the authors' recipe: drawing gives the head's first input what training gave it, and the head learns
+from some masked cells of each picture, which are chosen at random, as the order is.
 """
 
 import torch
@@ -17,8 +18,10 @@ from studio.training.emoji_mar import EmojiMAR
 from studio.training.from_words import Listening
 from studio.training.recipe import Defaults
 
-SIZES = {**MAR_SIZES, "head_width": 128, "head_depth": 2, "head_heads": 4}
+SIZES = {**MAR_SIZES, "head_width": 128, "head_depth": 1, "head_heads": 4}
 LEVELS = 32
+ASKED = 16
+"""Masked cells of a picture that the head learns from at each step."""
 MEASURED = 2000
 """Pictures whose latents say in which order dimensions are drawn."""
 DRAWING = {"default_guidance_scale": 3.0, "default_num_steps": 16}
@@ -33,10 +36,11 @@ class TrainableBridge(Listening):
         self.scale = image_tokenizer.continuous.config.scaling_factor
 
     def forward(self, latents, order, masked, input_ids, attention_mask):
-        """Mean cross-entropy of latents (B, C, h, w) over the first `masked` cells (1,) of each order (B, L)."""
+        """Mean cross-entropy of latents (B, C, h, w) over some of the first `masked` cells (1,) of orders (B, L)."""
         tokens = self.quantizer.encode((latents * self.scale).flatten(2).transpose(1, 2))
         values = self.quantizer.decode(tokens)
-        return self.transformer(tokens, values, order, int(masked), **self.condition(input_ids, attention_mask))
+        condition = self.condition(input_ids, attention_mask)
+        return self.transformer(tokens, values, order, int(masked), asked=ASKED, **condition)
 
 
 class EmojiBridge(EmojiMAR):

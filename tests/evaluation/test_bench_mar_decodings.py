@@ -1,23 +1,59 @@
-"""`studio bench decoding --model` of a MAR: a row for plain drawing and one for each mode with its drafter."""
+"""`studio bench decoding --model` of a MAR: plain drawing, each mode with its drafter, and how far latents move."""
 
+import pytest
+import torch
+
+from studio import StudioError
 from studio.evaluation import bench_tradeoff as bench
+from studio.evaluation.metrics import sliced_distance
 from studio.evaluation.tradeoff_figure import tradeoff_table
 
 
 def test_rows(tiny_mar_folder, monkeypatch):
     judged = {"judge_top1": 0.1, "frechet": 1.0, "quality_samples": 0}
     monkeypatch.setattr(bench, "_quality", lambda *_: judged)
+    monkeypatch.setattr(bench, "_plain_cells", lambda *_: None)
     result = bench.bench_tradeoff(str(tiny_mar_folder), batch_sizes=(1,), device="cpu", repeats=1, pictures=2)
     rows = result["rows"]
     named = [(row["decoding"], row["settings"].get("mode")) for row in rows]
-    assert named == [("mar", None), ("cspd", "exact"), ("cspd", "relaxed")] and result["left_out"] == {}
-    assert rows[0]["speedup"] == 1 and rows[0]["target_calls"] == 4 and rows[2]["target_calls"] < 4
-    assert [row.get("approximate", False) for row in rows] == [False, False, True]
-    assert tradeoff_table(rows).count("approximate") == 1
+    exact, relaxed = [("cspd", "exact")] * 3, [("cspd", "relaxed")] * 6
+    assert named == [("mar", None), ("mar", None), *exact, *relaxed] and result["left_out"] == {}
+    assert rows[0]["speedup"] == 1 and [rows[index]["target_calls"] for index in (0, 1, 2)] == [4, 16, 4]
+    assert rows[5]["target_calls"] < 4
+    assert [row.get("approximate", False) for row in rows] == [False] * 5 + [True] * 6
+    assert all((0 <= row["acceptance"] <= 1) if row["decoding"] == "cspd" else "acceptance" not in row for row in rows)
+    table = tradeoff_table(rows)
+    assert table.count("approximate") == 6 and "Kept drafts" in table and "Latents off by" not in table
+
+
+def test_latents_are_compared_with_those_of_plain_drawing(tiny_mar_folder):
+    """66 pictures: other noise moves latents less than other settings do."""
+    from studio import load
+
+    pipe = load(tiny_mar_folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    plain, one_step = bench.Contender("mar"), bench.Contender("mar", {"steps": 1})
+    cells = bench._plain_cells(pipe, plain, 66)
+    assert cells.shape == (66 * 16, pipe.transformer.config.token_dim)
+    near, far = (bench._quality(pipe, each, 66, cells)["latent_distance"] for each in (plain, one_step))
+    assert 0 < near < far
+
+
+def test_sets_of_other_sizes_have_no_sliced_distance():
+    with pytest.raises(StudioError, match="one shape"):
+        sliced_distance(torch.zeros(3, 2), torch.zeros(4, 2))
+
+
+def test_sliced_distance_of_a_shift():
+    """Of a shift by (s, 0): s times the mean |cos| of a direction, 2 / pi in the plane."""
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    assert sliced_distance(points, points) == 0
+    moved = sliced_distance(points + torch.tensor([3.0, 0.0]), points, directions=4096)
+    assert moved == pytest.approx(3 * 2 / torch.pi, rel=0.03)
 
 
 def test_without_a_drafter(tiny_mar_pipeline):
     from studio import MARPipeline
 
     alone = MARPipeline(**{**tiny_mar_pipeline.components, "drafter": None})
-    assert [each.decoding for each in bench.contenders(alone)] == ["mar"]
+    assert {each.decoding for each in bench.contenders(alone)} == {"mar"}

@@ -10,7 +10,7 @@ def test_rows(tiny_resgen_folder, monkeypatch):
     monkeypatch.setattr(
         bench,
         "_quality",
-        lambda pipe, each, samples: {
+        lambda pipe, each, samples, _: {
             "judge_top1": top1[each.settings.get("steps")], "frechet": 1.0, "quality_samples": samples
         },
     )  # fmt: skip

@@ -6,7 +6,7 @@ from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
 
 def test_rows(tiny_rq_folder, monkeypatch):
     judged = {"judge_top1": 0.5, "frechet": 1.0, "quality_samples": 65}
-    monkeypatch.setattr(bench, "_quality", lambda pipe, each, samples: judged)
+    monkeypatch.setattr(bench, "_quality", lambda *_: judged)
     result = bench.bench_tradeoff(str(tiny_rq_folder), batch_sizes=(1,), device="cpu", repeats=1, pictures=2)
     [row] = result["rows"]
     assert (row["decoding"], row["settings"], row["speedup"], row["target_calls"]) == ("rq", {}, 1, 16)

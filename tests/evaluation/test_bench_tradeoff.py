@@ -16,7 +16,8 @@ FIELD = [bench.Contender("ar"), bench.Contender("lantern", {"delta": 0.2, "neigh
 def recorded(tmp_path, monkeypatch):
     """Writes the record of a full run whose quality tells its settings apart."""
     monkeypatch.setattr(bench, "contenders", lambda pipe: FIELD)
-    monkeypatch.setattr(bench, "COMMITTED", tmp_path / "decodings.json")
+    monkeypatch.setattr(bench, "COMMITTED", tmp_path)
+    (tmp_path / "of-others.json").write_text(json.dumps({"fingerprint": "1" * 64, "rows": []}))
 
     def write(mark, field=FIELD):
         rows = [
@@ -24,7 +25,7 @@ def recorded(tmp_path, monkeypatch):
             | {"frechet": 3.0 + number, "quality_samples": 500}
             for number, each in enumerate(field)
         ]
-        bench.COMMITTED.write_text(json.dumps({"fingerprint": mark, "rows": rows}))
+        (tmp_path / "of-these.json").write_text(json.dumps({"fingerprint": mark, "rows": rows}))
 
     return write
 
