@@ -76,6 +76,8 @@ def _denoised(network, diffusion, x, step: int, z, scale: float, noise):
         predicted, logit = null + scale * (conditional - null), logit[: len(x)]
     start = diffusion.sqrt_recip_alphas_cumprod[step].item() * x
     start = start - diffusion.sqrt_recipm1_alphas_cumprod[step].item() * predicted
+    if diffusion.limit is not None:
+        start = start.clamp(-diffusion.limit, diffusion.limit)
     mean = diffusion.posterior_mean_coef1[step].item() * start + diffusion.posterior_mean_coef2[step].item() * x
     share = (logit + 1) / 2
     log_variance = share * diffusion.betas[step].log().item()

@@ -124,17 +124,21 @@ class DenoisingNetwork(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """The head of MAR: `net`, and the loss that trains it. Args: as of `DenoisingNetwork`."""
+    """The head of MAR: `net`, and the loss that trains it.
 
-    def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int):
+    Args: as of `DenoisingNetwork`, and `limit`, as of `GaussianDiffusion`.
+    """
+
+    def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int, limit: float | None = None):
         super().__init__()
+        self.limit = limit
         self.net = DenoisingNetwork(token_dim, condition_dim, width, depth)
         self._schedules: dict[int, GaussianDiffusion] = {}
 
     def schedule(self, steps: int = 1000) -> GaussianDiffusion:
         """The diffusion that the head learned, 1000 steps, respaced to `steps`."""
         if steps not in self._schedules:
-            self._schedules[steps] = GaussianDiffusion(steps)
+            self._schedules[steps] = GaussianDiffusion(steps, limit=self.limit)
         return self._schedules[steps]
 
     def forward(

@@ -41,18 +41,23 @@ class GaussianDiffusion:
         steps: denoising steps T, 1 to train_steps.
         train_steps: steps of the schedule that the network learned.
         max_beta: the largest variance of a step.
+        limit: if given, reverse steps aim at data within +-`limit` only, above 0 (static thresholding, arXiv:2205.11487,
+            section 2.3). At the noisiest steps the data are a huge multiple of a small difference, so that what a small
+            network gets wrong there would carry states far away.
 
     Attributes, named as in the authors' code: `timestep_map` (T,) int64, the network's time at each step; `betas`,
     `alphas_cumprod`, `alphas_cumprod_prev`, `posterior_variance`, `posterior_log_variance_clipped`,
     `posterior_mean_coef1`, `posterior_mean_coef2`, `sqrt_recip_alphas_cumprod`, `sqrt_recipm1_alphas_cumprod`.
 
-    Errors: `StudioError` for a number of steps out of range.
+    Errors: `StudioError` for a number of steps out of range, and for a limit that is not above 0.
     """
 
-    def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999):
+    def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999, limit: float | None = None):
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= train_steps:
             raise StudioError(f"Denoising steps must be a whole number from 1 to {train_steps}, not {steps!r}.")
-        self.steps = steps
+        if limit is not None and not limit > 0:
+            raise StudioError(f"The limit of the data must be above 0, not {limit!r}.")
+        self.steps, self.limit = steps, limit
         self.timestep_map = torch.tensor(respaced_times(steps, train_steps))
         kept = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0)[self.timestep_map]
         self.betas = betas = 1 - kept / torch.cat((kept.new_ones(1), kept[:-1]))
@@ -75,6 +80,14 @@ class GaussianDiffusion:
             )
         )
         self._reverse_rows = self._reverse.T.tolist()
+        self._aim = torch.stack(
+            (
+                self.sqrt_recip_alphas_cumprod,
+                self.sqrt_recipm1_alphas_cumprod,
+                self.posterior_mean_coef1,
+                self.posterior_mean_coef2,
+            )
+        )
 
     def reverse(
         self, x: torch.Tensor, noise: torch.Tensor, logit: torch.Tensor, step: int | slice | torch.Tensor
@@ -89,9 +102,23 @@ class GaussianDiffusion:
         """
         if isinstance(step, int):
             keep, remove, middle, half = self._reverse_rows[step]
-            return torch.add(x * keep, noise, alpha=-remove), logit * half + middle
-        keep, remove, middle, half = self._reverse[:, step].to(x).reshape(4, -1, *[1] * (x.ndim - 1))
-        return keep * x - remove * noise, middle + half * logit
+            log_std = logit * half + middle
+            if self.limit is not None:
+                return self._mean_within(x, noise, self._aim[:, step].tolist()), log_std
+            return torch.add(x * keep, noise, alpha=-remove), log_std
+        keep, remove, middle, half = self._of_steps(self._reverse, step, x)
+        log_std = middle + half * logit
+        if self.limit is not None:
+            return self._mean_within(x, noise, self._of_steps(self._aim, step, x)), log_std
+        return keep * x - remove * noise, log_std
+
+    def _mean_within(self, x, noise, tables):
+        grow, remove, to_data, stay = tables
+        return to_data * (grow * x - remove * noise).clamp(-self.limit, self.limit) + stay * x
+
+    @staticmethod
+    def _of_steps(table, steps, x):
+        return table[:, steps].to(x).reshape(4, -1, *[1] * (x.ndim - 1))
 
     def diffuse(self, x: torch.Tensor, step: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Data x (N, D) with noise as of `step` (N,)."""

@@ -50,6 +50,8 @@ class MAR(MaskedAutoencoder, ModelMixin):
         buffer_size: places before the tokens that hold the class or the caption.
         head_width, head_depth: of the diffusion-loss head.
         latent_scale: by which latents were multiplied before they became tokens.
+        token_limit: the largest number of a token; denoising aims at none beyond (`GaussianDiffusion`). None: any, as
+            in the authors' code.
         plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` text states say what
             belongs into each, in raster order (`studio.models.plan`). 0: none, as in released weights.
         class_dropout: share of conditions replaced by the null vector in training.
@@ -80,6 +82,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
         head_width: int = 1024,
         head_depth: int = 6,
         latent_scale: float = 0.2325,
+        token_limit: float | None = None,
         class_dropout: float = 0.1,
         dropout: float = 0.1,
         plan_size: int = 0,
@@ -90,7 +93,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
         self.diffusion_pos_embed_learned = learned(1, grid_size**2, decoder_dim)
         self.apply(self._init_weights)
         self.forget_plan()
-        self.diffloss = DiffusionLoss(token_dim, decoder_dim, head_width, head_depth)
+        self.diffloss = DiffusionLoss(token_dim, decoder_dim, head_width, head_depth, token_limit)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "MAR":

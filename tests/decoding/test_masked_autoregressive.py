@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_mar import generators, tiny_mar  # noqa: E402
 
 from studio import MaskedAutoregressive, StudioError  # noqa: E402
+from studio.decoding.denoising import Kernels, TimedHead  # noqa: E402
 from studio.decoding.masked_autoregressive import masked_autoregressive  # noqa: E402
 from studio.decoding.position_noise import Places, PositionNoise  # noqa: E402
 from studio.decoding.textbook_masked import textbook_masked  # noqa: E402
@@ -36,6 +37,31 @@ def test_equals_the_textbook(schedule, scale, temperature):
     torch.testing.assert_close(ours.tokens, plain.tokens, atol=2e-3 * float(plain.tokens.abs().max()), rtol=0)
     assert ours.target_calls == 5 and ours.row_calls == (15 if scale == 1 else 30)
     assert set(ours.seconds) == {"transformer", "head"}
+
+
+@torch.no_grad()
+def test_denoising_aims_within_the_limit_of_tokens():
+    """As the textbook does; several steps at once as one by one; and the last mean, the token, is where it aims."""
+    limited = tiny_mar(token_limit=0.3)
+    options = {"model": limited, "guidance_scale": 3.0}
+    ours, plain = draw(**options).tokens, draw(sampler=textbook_masked, **options).tokens
+    torch.testing.assert_close(ours, plain, atol=1e-3, rtol=0)
+    assert ours.abs().max() <= 0.3 + 1e-6 < draw(guidance_scale=3.0).tokens.abs().max()
+    head = TimedHead(limited.diffloss, 6)
+    kernels = Kernels(head, torch.randn(2, 5, limited.config.decoder_dim), 3.0)
+    states = 5 * torch.randn(6, 5, limited.config.token_dim)
+    means, log_stds = kernels.along(states, 0)
+    for step in range(5, -1, -1):
+        mean, log_std = kernels.at(states[step], step)
+        torch.testing.assert_close(means[step], mean)
+        torch.testing.assert_close(log_stds[step], log_std)
+    free = Kernels(TimedHead(MODEL.diffloss, 6), torch.randn(2, 5, MODEL.config.decoder_dim), 3.0)
+    assert means[0].abs().max() <= 0.3 + 1e-6 < free.along(states, 0)[0][0].abs().max()
+
+
+def test_a_limit_that_is_none_is_refused():
+    with pytest.raises(StudioError, match="above 0"):
+        tiny_mar(token_limit=0.0).diffloss.schedule(5)
 
 
 def test_a_batch_equals_its_single_calls():
