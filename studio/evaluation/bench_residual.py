@@ -19,7 +19,7 @@ STEPS = (1, 2, 4, 8, 16, 32)
 
 
 def bench_residual(
-    model: str,
+    model: str = "emoji-resgen",
     *,
     steps: tuple[int, ...] = STEPS,
     samples: int = 500,
@@ -44,7 +44,7 @@ def bench_residual(
     """
     pipe = load(model, device=device)
     if not isinstance(pipe, ResGenPipeline) or not pipe.takes_text:
-        raise StudioError(f"{model} is no ResGen that draws from words: name a folder of `studio train emoji-resgen`.")
+        raise StudioError(f"{model} is no ResGen that draws from words: name emoji-resgen or a folder of its training.")
     pipe.set_progress_bar_config(disable=True)
     drawn = draw_combinations(samples, np.random.default_rng(seed))
     captions = [full_caption(*row) for row in drawn.tolist()]
