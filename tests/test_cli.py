@@ -312,8 +312,11 @@ def test_wrong_commands_are_refused(run, tmp_path, arguments):
 def test_models_lists_every_bundled_model(run):
     code, out, _ = run("models", "--json")
     assert code == 0
-    bundled = {"emoji-ar", "emoji-vq", "emoji-1d", "emoji-rvq", "emoji-vlm", "emoji-judge"}
-    assert {row["name"] for row in json.loads(out)["models"]} == bundled
+    draw, cut = (
+        {"emoji-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"},
+        {"emoji-vq", "emoji-1d", "emoji-rvq", "emoji-kl"},
+    )
+    assert {row["name"] for row in json.loads(out)["models"]} == draw | cut | {"emoji-vlm", "emoji-judge"}
 
 
 def test_doctor_reports_versions_and_weights(run):

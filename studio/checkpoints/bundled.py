@@ -32,6 +32,17 @@ BUNDLED = {
     "emoji-ar": Bundled(
         "pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
     ),
+    "emoji-bridge": Bundled(
+        "pipeline",
+        "text to picture: a TokenBridge over the levels of emoji-kl",
+        shares=("emoji-ar", "emoji-kl"),
+    ),
+    "emoji-mar": Bundled(
+        "pipeline", "text to picture: a MAR over the latents of emoji-kl", shares=("emoji-ar", "emoji-kl")
+    ),
+    "emoji-resgen": Bundled(
+        "pipeline", "text to picture: a ResGen over the codes of emoji-rvq", shares=("emoji-ar", "emoji-rvq")
+    ),
     "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
     "emoji-1d": Bundled("tokenizer", "picture to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "picture to tokens and back, coarse to fine: an RQ-VAE of four levels"),

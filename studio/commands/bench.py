@@ -167,7 +167,9 @@ def mar(
 
 
 def residual(
-    model: Annotated[str, typer.Option(help="A ResGen that draws from words: a bundled name or a folder.")] = "emoji-resgen",
+    model: Annotated[
+        str, typer.Option(help="A ResGen that draws from words: a bundled name or a folder.")
+    ] = "emoji-resgen",
     steps: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Calls of the model; give it again for more.", show_default="1, 2, 4, ..., 32"),

@@ -41,9 +41,9 @@ class GaussianDiffusion:
         steps: denoising steps T, 1 to train_steps.
         train_steps: steps of the schedule that the network learned.
         max_beta: the largest variance of a step.
-        limit: if given, reverse steps aim at data within +-`limit` only, above 0 (static thresholding, arXiv:2205.11487,
-            section 2.3). At the noisiest steps the data are a huge multiple of a small difference, so that what a small
-            network gets wrong there would carry states far away.
+        limit: if given, reverse steps aim at data within +-`limit` only, above 0 (static thresholding,
+            arXiv:2205.11487, section 2.3). At the noisiest steps the data are a huge multiple of a small difference, so
+            that what a small network gets wrong there would carry states far away.
 
     Attributes, named as in the authors' code: `timestep_map` (T,) int64, the network's time at each step; `betas`,
     `alphas_cumprod`, `alphas_cumprod_prev`, `posterior_variance`, `posterior_log_variance_clipped`,

@@ -44,7 +44,7 @@ LEAST_MASKED, SPREAD = 0.7, 0.25
 """The share of tokens that is masked: Gaussian around 1 with this spread, cut off below (MAR, section 4)."""
 DRAWING = {
     "default_guidance_scale": 2.0,
-    "default_temperature": 0.7,
+    "default_temperature": 0.6,
     "default_num_steps": 16,
     "default_diffusion_steps": 50,
 }
