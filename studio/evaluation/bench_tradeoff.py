@@ -51,10 +51,8 @@ def contenders(pipe) -> list[Contender]:
         total = pipe.transformer.num_tokens
         found = [Contender("mar"), Contender("mar", {"steps": total})]
         if pipe.drafter is not None:
-            exact = [{}, {"prefill": 0.25}, {"steps": total}]
-            relaxed = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"draft_steps": 8}]
-            relaxed += [{"steps": total}]
-            found += [Contender("cspd", {"mode": "exact", **more}) for more in exact]
+            relaxed = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"steps": total}]
+            found.append(Contender("cspd", {"mode": "exact"}))
             found += [Contender("cspd", {"mode": "relaxed", **more}) for more in relaxed]
         return found
     if isinstance(pipe, ResGenPipeline):
