@@ -3,11 +3,13 @@
 Light: nothing heavy is imported before processes exchange something.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
 from studio.errors import StudioError
 
+_leaves = False
 _PATIENCE = timedelta(days=7)  # how long those that have finished wait for the slowest
 
 
@@ -44,7 +46,17 @@ def join():
     from accelerate import PartialState
 
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on"}
-    return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=_PATIENCE).device
+    state = PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=_PATIENCE)
+    _leave_at_exit(state.destroy_process_group)
+    return state.device
+
+
+def _leave_at_exit(leave):
+    """Whoever leaves last would else be aborted, now and then, by the connections that the others closed."""
+    global _leaves
+    if not _leaves:
+        atexit.register(leave)
+        _leaves = True
 
 
 def gather(items):

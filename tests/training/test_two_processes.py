@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from studio.processes import process_index
@@ -69,7 +70,11 @@ test_two_processes.train(Path("two"))
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
+    """Whatever precision other trainings of this process had, which accelerate keeps."""
+    AcceleratorState._reset_state()
     monkeypatch.setattr(loop, "mixed_precision", lambda: "no")
+    yield
+    AcceleratorState._reset_state()
 
 
 def test_two_processes_step_as_one_does(tmp_path, together):
