@@ -25,7 +25,7 @@ SIZES = {
     "shared_classifier": False,
     "dropout": 0.0,
 }
-"""About as many parameters as `emoji-resgen` has."""
+"""More parameters than `emoji-resgen` has, which reads a plan of the picture; this one does not."""
 
 
 class TrainableRQ(ListeningToCodes):
