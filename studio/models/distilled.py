@@ -25,7 +25,7 @@ from studio.errors import StudioError
 from studio.models.conditions import CaptionEmbedder, ClassEmbedder
 from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
 from studio.models.llamagen import LlamaGen
-from studio.models.plan import PlanEmbeddings
+from studio.models.plan import plan_reader
 from studio.models.positions import check_layout
 
 
@@ -82,7 +82,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         super().__init__()
         if (num_classes is None) == (caption_dim is None):
             raise StudioError("Give DistilledStudent exactly one of num_classes and caption_dim.")
-        check_layout(grid_size, row_length, plan_size)
+        check_layout(grid_size, row_length)
         if split is not None and not 0 <= split <= self.num_tokens:
             raise StudioError(f"split must be from 0 to {self.num_tokens} tokens, not {split!r}.")
         if num_classes is not None:
@@ -99,7 +99,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.final_layer_conti = RegressionHead(dim, code_dim)
         if plan_size:
-            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
+            self.plan_embeddings = plan_reader(plan_size, grid_size, row_length, dim)
         self._rope: torch.Tensor | None = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -20,7 +20,7 @@ from studio.errors import StudioError
 from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad, prefix_mask
 from studio.models.kv_cache import KVCache
 from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
-from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.plan import check_plan, plan_reader
 from studio.models.positions import check_layout, rope_table
 from studio.models.tree_cache import TreeCache
 
@@ -48,7 +48,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
         caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
         prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
         plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` caption vectors say
-            what belongs into each, in raster order (see `plan`). 0: none, as in released weights; this is our addition.
+            what belongs into each, in raster order (see `plan`). Tokens of a row learn which regions they read. 0:
+            none, as in released weights; this is our addition.
         class_dropout: share of conditions replaced by the null condition in training.
         dropout: after the embeddings, the attention output and the feed-forward output, in training.
 
@@ -89,8 +90,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
             )
         if prefix_rope not in ("zero", "identity"):
             raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
-        check_layout(grid_size, row_length, plan_size)
-        check_plan(plan_size, grid_size, caption_length)
+        check_layout(grid_size, row_length)
+        check_plan(plan_size, grid_size, caption_length, row_length)
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
@@ -104,7 +105,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         if plan_size:
-            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
+            self.plan_embeddings = plan_reader(plan_size, grid_size, row_length, dim)
         self._rope: torch.Tensor | None = None
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
@@ -184,10 +185,10 @@ class LlamaGen(ModelMixin, ConfigMixin):
         return self.cls_embedding(captions, drop), caption_mask
 
     def plan(self, prefix: torch.Tensor) -> torch.Tensor | None:
-        """What each position's input gets besides its own vector: (rows, T + grid_size**2, dim), or None.
+        """What each position's input gets besides its own vector: (rows, T + image tokens, dim), or None.
 
-        The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each cell of their region. It
-        goes to the position that draws the cell, one before the cell's own.
+        The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each image token. It goes to
+        the position that draws the token, one before the token's own.
         """
         if not self.config.plan_size:
             return None

@@ -5,15 +5,13 @@ import torch
 from studio.errors import StudioError
 
 
-def check_layout(grid_size: int | None, row_length: int | None, plan_size: int = 0) -> None:
-    """Raises a `StudioError` unless image tokens are either a grid or a row, and a plan is one of a grid."""
+def check_layout(grid_size: int | None, row_length: int | None) -> None:
+    """Raises a `StudioError` unless image tokens are either a grid or a row."""
     if (grid_size is None) == (row_length is None) or (row_length is not None and row_length < 1):
         raise StudioError(
             "Image tokens are a grid or a row: give grid_size, or row_length of at least 1 and grid_size=None; got "
             f"grid_size {grid_size!r} and row_length {row_length!r}."
         )
-    if plan_size and row_length is not None:
-        raise StudioError("A plan says what belongs into regions of a grid: leave plan_size out for a row of tokens.")
 
 
 def rope_table(

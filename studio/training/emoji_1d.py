@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -9,8 +10,9 @@ from studio.data.archive import load_pictures
 from studio.data.splits import concepts
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.training.emoji_vq import random_pictures, reconstruction_loss
-from studio.training.learned_codebook import export_with_codebook, load_with_codebook
+from studio.training.learned_codebook import export_with_codebook, load_with_codebook, start_codebooks
 from studio.training.muon import muon_and_adamw
+from studio.training.pyramid_start import start_as_pyramid
 from studio.training.recipe import Defaults, Recipe
 
 CONFIG = {
@@ -29,6 +31,8 @@ CONFIG = {
     "pixel_stage": "patches",
     "pixel_base_channels": 96,
 }
+FITTED_TO = 256
+"""Pictures that the start is fitted to."""
 GROUPS = 4
 """Parts of a batch that are restored from numbers of tokens of their own: as dear as one number for all, less noisy."""
 
@@ -46,6 +50,14 @@ class TrainableOneD(nn.Module):
             dim=config["code_dim"], codebook_size=config["codebook_size"], use_cosine_sim=True, decay=0.99,
             kmeans_init=False, threshold_ema_dead_code=0.2, commitment_weight=0.25,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def start(self, images):
+        """Starts as a pyramid (`studio.training.pyramid_start`), and with codes that are tokens of some pictures."""
+        start_as_pyramid(self.tokenizer, images)
+        vectors = F.normalize(self.tokenizer.encode_features(images), dim=-1).flatten(0, 1)
+        chosen = torch.randperm(len(vectors))[: self.tokenizer.config.codebook_size]
+        start_codebooks(self, [vectors[chosen]])
 
     def forward(self, images, lengths):
         """Loss of pictures (B, 3, H, W) in [-1, 1]: restoration and commitment.
@@ -69,7 +81,9 @@ class Emoji1D(Recipe):
     def build(self, device):
         side = CONFIG["sample_size"]
         self.pictures = load_pictures(side)[concepts(held_out=False)].reshape(-1, side, side, 4)
-        return TrainableOneD(CONFIG).to(device)
+        module = TrainableOneD(CONFIG)
+        module.start(random_pictures(self.pictures, FITTED_TO, np.random.default_rng(0)))
+        return module.to(device)
 
     def optimizers(self, module, learning_rate):
         blocks = (module.tokenizer.encoder.transformer, module.tokenizer.decoder.transformer)

@@ -1,21 +1,26 @@
 """Recipe of `emoji-1d-ar`: a LlamaGen over the rows of tokens of `emoji-1d`, coarse to fine, for captions.
 
-It learns as `emoji-ar` does, with positions in one dimension and without a plan of regions, which a row does not have:
-what the text encoder guesses of the picture stands in the prefix, as the states of its captions' last tokens.
+It learns as `emoji-ar` does, with positions in one dimension. Each token starts with reading the plan of the regions
+that it stood for when the training of `emoji-1d` began.
 """
 
 import torch
+from einops import reduce
 
 from studio.checkpoints.loading import load
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
-from studio.training.emoji_ar import SAMPLING, TRANSFORMER, TrainableGenerator, earlier_tokens
+from studio.training.emoji_ar import SAMPLING, TrainableGenerator, earlier_tokens
 from studio.training.from_words import FromWords, Listening
 from studio.training.ingredients import ingredient
+from studio.training.pyramid_start import pyramid
 from studio.training.recipe import Defaults
 from studio.training.token_cache import training_tokens
 
 IMAGE_TOKENIZER = "emoji-1d"
+TRANSFORMER = {"dim": 96, "num_layers": 4, "num_heads": 4, "ffn_dim": 256, "prefix_rope": "identity", "dropout": 0.0}
+ELSEWHERE = 0.01
+"""Share of a region that a token does not stand for, beside those that it does."""
 
 
 class Emoji1DAR(FromWords):
@@ -35,9 +40,11 @@ class Emoji1DAR(FromWords):
             vocab_size=len(codebook),
             grid_size=None,
             row_length=self.image_tokenizer.row_length,
-            **self.caption_shape(),
+            **self.planned_shape(),
             **TRANSFORMER,
         )
+        if transformer.config.plan_size:
+            read_what_tokens_stood_for(transformer, self.image_tokenizer.encoder.side)
         return TrainableGenerator(self.text.text_encoder, transformer, codebook).to(device)
 
     def optimizers(self, module, learning_rate):
@@ -50,3 +57,12 @@ class Emoji1DAR(FromWords):
 
     def export(self, module, folder):
         self.save_pipeline(folder, self.image_tokenizer, Listening(module.merged(), module.text_encoder))
+
+
+@torch.no_grad()
+def read_what_tokens_stood_for(transformer, side):
+    """Lets each token read the regions of the cells, in a grid of `side` a side, that it stood for in the beginning."""
+    shares, regions = transformer.plan_embeddings.shares, transformer.config.plan_size
+    sizes = {"r": regions, "c": regions, "i": side // regions}
+    stood_for = reduce(pyramid(side, len(shares)), "n (r i c j) -> n (r c)", "sum", **sizes)
+    shares.copy_((stood_for + ELSEWHERE).log())

@@ -14,6 +14,12 @@ def load_with_codebook(module, folder):
     tokenizer = module.tokenizer
     tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
     tables = tokenizer.codebooks if isinstance(tokenizer, RVQTokenizer) else [tokenizer.codebook]
+    start_codebooks(module, tables)
+
+
+@torch.no_grad()
+def start_codebooks(module, tables):
+    """Start such a module with codes (V, dim), one table for each of its codebooks."""
     for codes, table in zip(_learned(module), tables, strict=True):
         codes.embed.copy_(table)
         codes.embed_avg.copy_(codes.embed)

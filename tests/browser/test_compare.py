@@ -15,7 +15,8 @@ def tab(page):
     return page
 
 
-def test_two_decodings_side_by_side(tab):
+def test_two_decodings_side_by_side(tab, slow_steps):
+    slow_steps.delay = 0.02  # long enough for the page to show the side that waits
     tab.click("#compare-start")
     tab.wait_for_selector("#sides .waiting", timeout=LIMIT)
     tab.wait_for_selector("#compare-status .done", timeout=LIMIT)

@@ -92,7 +92,8 @@ def test_a_decoding_shows_its_options_and_what_became_of_drafts(page):
     page.wait_for_selector("#lantern-delta", state="hidden")
 
 
-def test_a_race_shows_two_pictures_and_two_clocks(page):
+def test_a_race_shows_two_pictures_and_two_clocks(page, slow_steps):
+    slow_steps.delay = 0.02  # long enough for the page to show the lane that runs
     choose(page, "Speculative")
     page.fill("#prompt textarea", "a red apple")
     page.click("#race")

@@ -94,16 +94,17 @@ def test_null_caption_is_not_trained():
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 1])
-@pytest.mark.parametrize("kind", ["classes", "planned", "row"])
+@pytest.mark.parametrize("kind", ["classes", "planned", "row", "planned row"])
 def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, kind):
     condition, sizes = {"class_labels": torch.tensor([3, 4])}, {}
-    if kind == "row":
-        sizes = {"grid_size": None, "row_length": 10}
-    if planned := kind == "planned":
+    if planned := "planned" in kind:
         condition, sizes = {"captions": torch.randn(2, 5, 16)}, {"caption_dim": 16, "caption_length": 5, "plan_size": 2}
+    if "row" in kind:
+        sizes |= {"grid_size": None, "row_length": 10}
     model, tokens = tiny(num_kv_heads=num_kv_heads, **sizes), torch.randint(48, (2, 9))
     if planned:
-        torch.nn.init.normal_(model.plan_embeddings.weight)
+        for weights in model.plan_embeddings.parameters():
+            torch.nn.init.normal_(weights)
     with torch.no_grad():
         expected = model(tokens, **condition)
         views = [model] if num_kv_heads else [model, model.for_decoding("float32")]
@@ -153,7 +154,7 @@ def test_presets():
         {"num_classes": 3, "grid_size": None},
         {"num_classes": 3, "row_length": 6},
         {"num_classes": 3, "grid_size": None, "row_length": 0},
-        {"caption_dim": 4, "caption_length": 4, "grid_size": None, "row_length": 16, "plan_size": 2},
+        {"caption_dim": 4, "caption_length": 3, "grid_size": None, "row_length": 16, "plan_size": 2},
     ],
     ids=str,
 )

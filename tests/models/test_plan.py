@@ -5,7 +5,7 @@ import torch
 
 from studio import MAR, StudioError, TokenBridge
 from studio.models.masked_autoencoder import both_halves
-from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.plan import PlanEmbeddings, RowPlan, check_plan
 from studio.models.resgen import ResGen
 
 TEXT = {"num_classes": None, "caption_dim": 8, "caption_length": 5, "plan_size": 2}
@@ -56,6 +56,17 @@ MODELS = {
         lambda model, captions: said_by_resgen(model, captions).flatten(2),
     ),
 }
+
+
+@torch.no_grad()
+def test_tokens_of_a_row_read_the_regions_of_their_shares():
+    plan, vectors = RowPlan(2, 6, 8), torch.randn(3, 5, 8)
+    of_regions = vectors[:, 1:] @ plan.weight.T
+    torch.testing.assert_close(plan(vectors), of_regions.mean(dim=1, keepdim=True).expand(3, 6, 8))
+    plan.shares[2, 1] = plan.shares[5, 3] = 40.0
+    told = plan(vectors)
+    torch.testing.assert_close(told[:, 2], of_regions[:, 1])
+    torch.testing.assert_close(told[:, 5], of_regions[:, 3])
 
 
 @torch.no_grad()

@@ -1,0 +1,92 @@
+"""The start of a One-D-Piece tokenizer: untrained it already restores pictures, each token from where it stands."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from studio import LlamaGen
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.training.emoji_1d_ar import read_what_tokens_stood_for
+from studio.training.pyramid_start import pyramid, start_as_pyramid
+
+SIZES = {
+    "sample_size": 16,
+    "patch_size": 4,
+    "num_tokens": 20,
+    "encoder_width": 64,
+    "encoder_layers": 2,
+    "encoder_heads": 2,
+    "decoder_width": 64,
+    "decoder_layers": 2,
+    "decoder_heads": 2,
+    "code_dim": 12,
+    "codebook_size": 16,
+    "legacy_reshape": False,
+    "pixel_stage": "patches",
+    "pixel_base_channels": 8,
+}
+
+
+def smooth_pictures(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 5, 5, generator=generator) * 2 - 1
+    return F.interpolate(coarse, size=16, mode="bicubic", align_corners=True).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def started():
+    torch.manual_seed(0)
+    tokenizer = OneDPieceTokenizer(**SIZES)
+    start_as_pyramid(tokenizer, smooth_pictures(256, seed=1))
+    return tokenizer.eval()
+
+
+def test_a_pyramid_goes_from_quarters_to_cells_and_over_the_cells_again():
+    shares = pyramid(4, 23)
+    assert torch.allclose(shares.sum(dim=1), torch.ones(23))
+    assert sorted(map(tuple, (shares[:4] > 0).nonzero().tolist())) == [
+        (quarter, 8 * (quarter // 2) + 2 * (quarter % 2) + 4 * row + column)
+        for quarter in range(4)
+        for row in range(2)
+        for column in range(2)
+    ]
+    cells = shares[4:20].argmax(dim=1)
+    assert set(cells[:4].tolist()) == {5, 6, 9, 10} and set(cells.tolist()) == set(range(16))
+    assert torch.equal(shares[20:], shares[4:7])
+    assert pyramid(8, 128).shape == (128, 64) and pyramid(5, 3).shape == (3, 25)
+
+
+@torch.no_grad()
+def test_untrained_it_restores_pictures_and_better_from_more_tokens(started):
+    """Mean squared error over the pictures' variance; random weights, the control, restore nothing."""
+    images = smooth_pictures(64, seed=2)
+
+    def left(tokenizer, length):
+        vectors = F.normalize(tokenizer.encode_features(images), dim=-1)
+        return float((tokenizer.decode_vectors(vectors, length) - images).square().mean() / images.var())
+
+    errors = [left(started, length) for length in (4, 12, 20)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.1
+    torch.manual_seed(0)
+    assert left(OneDPieceTokenizer(**SIZES).eval(), 20) > 0.9
+
+
+@torch.no_grad()
+def test_a_token_says_what_is_where_it_stands(started):
+    images = smooth_pictures(8, seed=3)
+    changed = images.clone()
+    changed[:, :, :4, :4] = -changed[:, :, :4, :4]
+    vectors, others = (F.normalize(started.encode_features(each), dim=-1) for each in (images, changed))
+    moved = (vectors - others).norm(dim=2).mean(dim=0)
+    own = pyramid(4, 20)[:, 0] > 0
+    assert own.sum() == 2 and moved[own].min() > 2 * moved[~own].max()
+
+
+def test_a_generator_over_rows_starts_with_reading_the_regions_that_its_tokens_stood_for():
+    text = {"caption_dim": 8, "caption_length": 5, "plan_size": 2}
+    transformer = LlamaGen(vocab_size=16, dim=16, num_layers=1, num_heads=2, grid_size=None, row_length=20, **text)
+    read_what_tokens_stood_for(transformer, side=4)
+    shares = transformer.plan_embeddings.shares.softmax(dim=1)
+    assert torch.allclose(shares[:4], torch.eye(4), atol=0.05)
+    cells = pyramid(4, 20)[4:].argmax(dim=1)
+    assert torch.equal(shares[4:].argmax(dim=1), 2 * (cells // 8) + cells % 4 // 2)
