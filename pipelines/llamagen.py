@@ -85,6 +85,8 @@ class LlamaGenPipeline(ConditionalPipeline):
             open_choices=open_choices,
         )
         check_choices(open_choices)
+        if drafter is not None:
+            drafter.read_embeddings(transformer)
 
     def check_number(self, num_tokens: int | None) -> None:
         """Raises a `StudioError` for a number of first tokens that are no picture of this model."""

@@ -34,6 +34,8 @@ class Drafter(ModelMixin, ConfigMixin):
         num_layers: blocks; published drafters have one.
         reads_plan: whether the target's inputs hold a plan (`LlamaGen.plan`), which the drafter reads too.
         norm_eps: of the norms, 1e-6 in published drafters.
+        own_embeddings: whether token embeddings are stored with the drafter, as in published ones. Those of others are
+            the target's, of which `read_embeddings` takes a copy; a pipeline does so with its transformer.
 
     Errors: `StudioError` for sizes that do not fit together.
     """
@@ -54,6 +56,7 @@ class Drafter(ModelMixin, ConfigMixin):
         prefix_rope: str = "zero",
         reads_plan: bool = False,
         row_length: int | None = None,
+        own_embeddings: bool = True,
     ):
         super().__init__()
         check_layout(grid_size, row_length)
@@ -63,7 +66,10 @@ class Drafter(ModelMixin, ConfigMixin):
                 f"dim {dim} must split into {num_heads} heads of a width divisible by 4, "
                 f"and the heads into {num_kv_heads} key/value heads."
             )
-        self.embed_tokens = nn.Embedding(vocab_size, dim)
+        if own_embeddings:
+            self.embed_tokens = nn.Embedding(vocab_size, dim)
+        else:
+            self.register_buffer("read_tokens", torch.full((vocab_size, dim), torch.nan), persistent=False)
         self.fc = nn.Linear(2 * dim, dim)
         self.layers = nn.ModuleList(
             Block(dim, num_heads, num_kv_heads, ffn_dim or default_ffn_dim(dim), norm_eps, 0.0)
@@ -89,14 +95,29 @@ class Drafter(ModelMixin, ConfigMixin):
         if ours.reads_plan != bool(target.config.get("plan_size")):
             raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
 
+    @property
+    def token_embeddings(self) -> torch.Tensor:
+        """Embeddings (V, dim) of image tokens."""
+        return self.embed_tokens.weight if self.config.own_embeddings else self.read_tokens
+
+    @torch.no_grad()
+    def read_embeddings(self, target: LlamaGen) -> None:
+        """Copies the token embeddings of the target, unless the drafter has its own.
+
+        Errors: `StudioError` for a target of other sizes.
+        """
+        if not self.config.own_embeddings:
+            self.check_target(target)
+            self.read_tokens.copy_(target.tok_embeddings.weight)
+
     @classmethod
     def for_target(cls, target: LlamaGen, **config) -> "Drafter":
-        """An untrained drafter of a target's sizes, with the target's token embeddings; `config` overrides sizes."""
+        """An untrained drafter of a target's sizes and embeddings; `config` overrides sizes."""
         same = "vocab_size dim num_heads num_kv_heads ffn_dim grid_size row_length rope_base prefix_rope"
         sizes = {name: target.config[name] for name in same.split()}
         sizes |= {"prefix_length": target.prefix_length, "reads_plan": bool(target.config.plan_size)}
-        drafter = cls(**{**sizes, **config})
-        drafter.embed_tokens.load_state_dict(target.tok_embeddings.state_dict())
+        drafter = cls(**{**sizes, **config}, own_embeddings=False)
+        drafter.read_embeddings(target)
         return drafter.to(target.device, target.dtype)
 
     def rope(self) -> torch.Tensor:
@@ -141,7 +162,15 @@ class Drafter(ModelMixin, ConfigMixin):
         return self._run(x if plan is None else x + plan[:, :n], self.rope()[:n], mask, None)
 
     def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.models.views`)."""
+        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.models.views`).
+
+        Errors: `StudioError` when `read_embeddings` is needed and was not called.
+        """
+        if self.token_embeddings[0, 0].isnan():
+            raise StudioError(
+                "This drafter reads the token embeddings of its model: load the two as one pipeline, "
+                "or call drafter.read_embeddings(model)."
+            )
         from studio.models.views import drafter_view
 
         return drafter_view(self, weights)
@@ -179,7 +208,7 @@ class Drafter(ModelMixin, ConfigMixin):
         return out
 
     def _inputs(self, tokens, states) -> torch.Tensor:
-        return self.fc(torch.cat((self.embed_tokens(tokens).to(states.dtype), states), dim=-1))
+        return self.fc(torch.cat((F.embedding(tokens, self.token_embeddings).to(states.dtype), states), dim=-1))
 
     def _run(self, x, rope, mask, cache) -> torch.Tensor:
         for index, layer in enumerate(self.layers):

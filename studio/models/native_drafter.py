@@ -19,7 +19,7 @@ class NativeDrafter:
     def __init__(self, drafter):
         self._drafter, self.config = weakref.ref(drafter), drafter.config
         by_token, by_state = drafter.fc.weight.chunk(2, dim=1)
-        self._tokens = F.linear(drafter.embed_tokens.weight, by_token, drafter.fc.bias)
+        self._tokens = F.linear(drafter.token_embeddings, by_token, drafter.fc.bias)
         self._states = NativeProduct(by_state)
         self._blocks = NativeBlocks(drafter, norm=None)
 

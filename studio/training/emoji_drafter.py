@@ -42,7 +42,6 @@ class TrainableDrafter(nn.Module):
     def __init__(self, drafter: Drafter, target: LlamaGen):
         super().__init__()
         self.drafter, self.target = drafter, target.requires_grad_(False)
-        drafter.embed_tokens.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TrainableDrafter":
         super().train(mode)
@@ -78,7 +77,7 @@ class EmojiDrafter(Recipe):
     """Guesses the tokens that `emoji-ar` will draw, several at a time, so that it is called less often."""
 
     name = "emoji-drafter"
-    beginning = "random weights, and the token embeddings of emoji-ar"
+    beginning = "random weights"
     data = "tokens of emoji-vq for the training combinations, random captions, and the states of emoji-ar over them"
     defaults = Defaults(steps=1500, batch_size=32, learning_rate=2e-3)
 

@@ -1,0 +1,54 @@
+"""A drafter embeds tokens as its model does, with a table of its own or with a copy of the model's, which is not stored."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from studio import LlamaGen, LlamaGenPipeline, Speculative, StudioError
+from studio.decoding.drafter_drafts import DrafterDrafts
+from studio.models.drafter import Drafter
+
+
+@pytest.fixture
+def target(tiny_class_pipeline):
+    return tiny_class_pipeline.transformer
+
+
+def loaded(drafter, folder):
+    drafter.save_pretrained(folder)
+    return Drafter.from_pretrained(folder).eval()
+
+
+def test_the_copy_is_not_stored_and_read_again(target, tmp_path):
+    torch.manual_seed(0)
+    drafter = Drafter.for_target(target).eval()
+    again = loaded(drafter, tmp_path)
+    assert not any("tokens" in name for name in load_file(next(tmp_path.glob("*.safetensors"))))
+    with pytest.raises(StudioError, match="read_embeddings"):
+        again.for_decoding()
+    again.read_embeddings(target)
+    assert torch.equal(again.token_embeddings, target.tok_embeddings.weight)
+    tokens, states = torch.randint(64, (2, 5)), torch.randn(2, 5, 32)
+    assert torch.equal(again(tokens, states), drafter(tokens, states))
+
+
+def test_a_pipeline_gives_its_drafter_the_embeddings(tiny_class_pipeline, target, tmp_path):
+    drafter = loaded(Drafter.for_target(target), tmp_path)
+    pipe = LlamaGenPipeline(tiny_class_pipeline.image_tokenizer, target, drafter=drafter)
+    decoding = Speculative(drafts=DrafterDrafts(drafter))
+    assert pipe(class_labels=1, num_tokens=None, decoding=decoding, output_type="tokens").tokens.shape == (1, 16)
+
+
+def test_a_table_of_its_own_is_stored_and_kept(target, tmp_path):
+    sizes = {"vocab_size": 64, "dim": 32, "num_heads": 2, "grid_size": 4, "prefix_length": target.prefix_length}
+    drafter = loaded(Drafter(**sizes), tmp_path)
+    before = drafter.token_embeddings.clone()
+    drafter.read_embeddings(target)
+    assert torch.equal(drafter.token_embeddings, before) and "embed_tokens.weight" in drafter.state_dict()
+    assert drafter.for_decoding("plain") is drafter
+
+
+def test_a_model_of_other_sizes_is_refused(target):
+    other = LlamaGen(vocab_size=48, dim=32, num_layers=1, num_heads=2, grid_size=4, num_classes=10)
+    with pytest.raises(StudioError, match="vocab_size"):
+        Drafter.for_target(target).read_embeddings(other)
