@@ -1,4 +1,4 @@
-"""A drafter embeds tokens as its model does: with a table of its own, or with a copy of the model's that is not stored."""
+"""A drafter embeds tokens as its model does: with a table of its own, or a copy of the model's that is not stored."""
 
 import pytest
 import torch
