@@ -369,6 +369,8 @@ def test_bench_pruning_names_what_it_does_not_know(run):
     [
         (["--random", "dim=32", "--quick"], "--quick"),
         (["--random", "dim=32", "--model", "emoji-ar"], "--model"),
+        (["--random", "dim=32", "--decoding", "lantern"], "--decoding"),
+        (["--decoding", "lantern", "--save"], "--save"),
         (["--guidance", 3], "--random"),
         (["--figure", "rows.png"], ".svg"),
         (["--model", "emoji-vq"], "emoji-vq"),

@@ -24,6 +24,14 @@ def decoding(
         str | None,
         typer.Option(help="Compare the decodings of a bundled name or model folder.", show_default="emoji-ar"),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--decoding",
+            help="Of a model: time this one beside plain decoding; give it again for more.",
+            show_default="all",
+        ),
+    ] = None,
     guidance: Annotated[float | None, number(help="With --random: guidance scale (1 = off).", show_default="4")] = None,
     batch: Annotated[
         list[int] | None,
@@ -49,7 +57,7 @@ def decoding(
 ):
     """Time drawing tokens: what each decoding of a model buys, or how random weights do beside a textbook sampler."""
     if random is not None:
-        of_models = {"--model": model, "--quick": quick, "--save": save, "--figure": figure}
+        of_models = {"--model": model, "--decoding": only, "--quick": quick, "--save": save, "--figure": figure}
         if wrong := [flag for flag, value in of_models.items() if value]:
             raise StudioError(f"{' and '.join(wrong)} cannot go with --random: leave one side out.")
         from studio.evaluation.bench_decoding import bench_decoding as measure
@@ -66,6 +74,8 @@ def decoding(
         return
     if guidance is not None:
         raise StudioError("--guidance belongs to --random: a model is drawn with its own.")
+    if only and save:
+        raise StudioError("--save keeps what is known of all decodings: leave --decoding out.")
     check_figure(figure)
     from studio.evaluation.bench_tradeoff import bench_tradeoff
     from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
@@ -73,6 +83,7 @@ def decoding(
     sizes = tuple(batch or (1, 8))
     result = bench_tradeoff(
         model or "emoji-ar",
+        only=tuple(only or ()),
         quick=quick,
         save=save,
         batch_sizes=sizes,

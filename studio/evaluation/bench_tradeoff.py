@@ -74,6 +74,7 @@ def contenders(pipe) -> list[Contender]:
 def bench_tradeoff(
     model: str = "emoji-ar",
     *,
+    only: tuple[str, ...] = (),
     quick: bool = False,
     save: bool = False,
     batch_sizes: tuple[int, ...] = (1, 8),
@@ -87,6 +88,7 @@ def bench_tradeoff(
 
     Args:
         model: a text-conditional pipeline over the emoji set, by bundled name or folder.
+        only: names of decodings to time beside plain decoding; all when empty.
         quick: take the quality from the committed full run, instead of drawing `quality_samples` pictures a setting.
         save: keep the rows for `--decoding auto` on this machine.
         batch_sizes: pictures drawn at a time.
@@ -104,8 +106,8 @@ def bench_tradeoff(
         tests, over a plain step), break_even_length (their sum: what must be accepted to gain), and for every row
         but a student's memory_bound_seconds and compute_bound_seconds for a picture.
 
-    Errors: `StudioError` for another kind of model, and in a quick run when the committed quality is of other weights
-        or lacks a setting.
+    Errors: `StudioError` for another kind of model, for a name in `only` that it has no decoding of, and in a quick run
+        when the committed quality is of other weights or lacks a setting.
     """
     mark = fingerprint(model)
     committed = _committed_quality(model, mark) if quick else None
@@ -116,7 +118,7 @@ def bench_tradeoff(
         if not isinstance(pipe, kinds) or not pipe.takes_text:
             raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
         pipe.set_progress_bar_config(disable=True)
-        field = contenders(pipe)
+        field = _chosen(contenders(pipe), only)
         name = str(pipe.transformer.dtype).removeprefix("torch.")
         if committed is None:
             plain = _plain_cells(pipe, field[0], quality_samples) if isinstance(pipe, MARPipeline) else None
@@ -131,11 +133,19 @@ def bench_tradeoff(
                 rows.append(_row(contender, batch, name, run, base, judged, machine))
     result = {"model": model, "fingerprint": mark, "device": pipe.device.type, "left_out": {}, "rows": rows}
     for decoding, part in _NEEDED.get(type(pipe), {}).items():
-        if getattr(pipe, part) is None:
+        if getattr(pipe, part) is None and (not only or decoding in only):
             result["left_out"][decoding] = f"the pipeline has no {part}"
     if save:
         result["saved"] = str(save_measured(model, pipe.device, rows))
     return result
+
+
+def _chosen(field, only):
+    """The first contender, which is plain decoding, and those of the names in `only`."""
+    names = dict.fromkeys(each.decoding for each in field)
+    if unknown := [name for name in only if name not in names]:
+        raise StudioError(f"This model has no decoding {unknown[0]!r} to time: choose among {', '.join(names)}.")
+    return [each for number, each in enumerate(field) if number == 0 or not only or each.decoding in only]
 
 
 @dataclasses.dataclass

@@ -54,6 +54,15 @@ def test_what_a_pipeline_lacks_is_left_out(recorded, tiny_folder, monkeypatch):
     assert result["left_out"] == {"distilled": "the pipeline has no student"} and len(result["rows"]) == 1
 
 
+def test_some_decodings_are_timed_beside_plain_decoding(tiny_folder):
+    options = {"batch_sizes": (1,), "device": "cpu", "repeats": 1, "pictures": 1, "quality_samples": 65}
+    result = bench.bench_tradeoff(str(tiny_folder), only=("lantern++",), **options)
+    assert [row["decoding"] for row in result["rows"]] == ["ar", "lantern++", "lantern++"]
+    assert result["left_out"] == {}
+    with pytest.raises(StudioError, match="no decoding 'distilled'.*ar, speculative, lantern"):
+        bench.bench_tradeoff(str(tiny_folder), only=("distilled",), **options)
+
+
 def test_quality_of_other_weights_or_settings_is_an_error(recorded):
     with pytest.raises(StudioError, match="other weights"):
         bench.bench_tradeoff("emoji-ar", quick=True, device="cpu")
