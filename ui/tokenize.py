@@ -6,6 +6,7 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
+from studio.checkpoints.bundled import DEFAULT_TOKENIZER
 from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.codecs import codec_caption, comparison_note, counted_bytes
@@ -33,7 +34,7 @@ def build_tab():
         The field of the picture.
     """
     names = bundled_models("tokenizer")
-    first = names[0] if names else None
+    first = DEFAULT_TOKENIZER if DEFAULT_TOKENIZER in names else next(iter(names), None)
     with gr.Row(elem_id="studio-tokenize", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=240, elem_id="original")

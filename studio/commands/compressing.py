@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
+from studio.checkpoints.bundled import BUNDLED, DEFAULT_TOKENIZER
 from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
-DEFAULT_TOKENIZER = "emoji-1d"
 MOST_BYTES = 1 << 26
 
 
@@ -135,13 +135,7 @@ def rate_distortion(
 def _load(name, device):
     """A One-D-Piece tokenizer, and its name where it is bundled, else an empty one."""
     from studio import OneDPieceTokenizer, load
-    from studio.checkpoints.bundled import BUNDLED
 
-    if name == DEFAULT_TOKENIZER and name not in BUNDLED and not Path(name).is_dir():
-        raise StudioError(
-            f"{name} does not ship with this version: train it with `studio train {name}` and give the folder with "
-            f"--tokenizer runs/{name}/model, or give that of another One-D-Piece tokenizer."
-        )
     quiet_libraries()
     model = load(name, device=device, dtype="float32")
     if not isinstance(model, OneDPieceTokenizer):

@@ -76,7 +76,7 @@ class Emoji1D(Recipe):
 
     name = "emoji-1d"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
-    defaults = Defaults(steps=6000, batch_size=32, learning_rate=3e-3)
+    defaults = Defaults(steps=2000, batch_size=32, learning_rate=2e-3)
 
     def build(self, device):
         side = CONFIG["sample_size"]

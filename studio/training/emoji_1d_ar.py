@@ -18,7 +18,7 @@ from studio.training.recipe import Defaults
 from studio.training.token_cache import training_tokens
 
 IMAGE_TOKENIZER = "emoji-1d"
-TRANSFORMER = {"dim": 96, "num_layers": 4, "num_heads": 4, "ffn_dim": 256, "prefix_rope": "identity", "dropout": 0.0}
+TRANSFORMER = {"dim": 96, "num_layers": 3, "num_heads": 4, "ffn_dim": 288, "prefix_rope": "identity", "dropout": 0.0}
 ELSEWHERE = 0.01
 """Share of a region that a token does not stand for, beside those that it does."""
 
@@ -28,7 +28,7 @@ class Emoji1DAR(FromWords):
 
     name = "emoji-1d-ar"
     data = "Fluent Emoji on ten backgrounds, without the held-out combinations; random captions, tokens of emoji-1d"
-    defaults = Defaults(steps=3000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
+    defaults = Defaults(steps=1000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
     pipeline, drawing = LlamaGenPipeline, SAMPLING
 
     def build(self, device):

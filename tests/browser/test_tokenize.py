@@ -51,12 +51,22 @@ def test_a_photo_and_what_is_left_of_it(tab, tmp_path):
     restore(tab)
     widths = tab.eval_on_selector_all("#pair img", "all => all.map(image => [image.naturalWidth, image.naturalHeight])")
     assert widths == [[1280, 853]] * 2
-    assert "tokens of a" in tab.inner_text("#tokenize-status")
+    assert "128 of 128 tokens" in tab.inner_text("#tokenize-status")
+    assert tab.locator("#codes svg title").count() == 128
+    assert tab.is_visible("#download-odp") and tab.is_visible("#scale")
+
+
+def test_a_grid_of_codes_has_no_length(tab, tmp_path):
+    tab.fill("#tokenizer input", "emoji-vq")
+    tab.press("#tokenizer input", "Enter")
+    tab.wait_for_selector("#scale", state="hidden")
+    give(tab, photo(tmp_path))
+    restore(tab)
     assert tab.locator("#codes svg title").count() == 64
     alts = tab.eval_on_selector_all("#codecs img", "all => all.map(image => image.alt)")
     assert "emoji-vq · 96 bytes" in alts[0]
     assert "JPEG has no file of 96 bytes" in tab.inner_text("#codes")
-    assert not tab.is_visible("#download-odp") and not tab.is_visible("#scale")
+    assert not tab.is_visible("#download-odp")
 
 
 def test_a_file_of_tokens_goes_home_and_comes_back(row, tmp_path):

@@ -78,10 +78,3 @@ def test_refusals_leave_no_file(run, folder, tmp_path):
     refused(run("detokenize", "p.odp", "-o", "q.jpg", *options), ".png")
     refused(run("detokenize", "p.odp", "-o", "q.png"), "--tokenizer")
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_tokenizer_that_does_not_ship_is_explained(run, monkeypatch):
-    from studio.checkpoints import bundled
-
-    monkeypatch.setattr(bundled, "BUNDLED", {k: v for k, v in bundled.BUNDLED.items() if k != "emoji-1d"})
-    refused(run("tokenize", "picture.jpg", "-o", "p.odp"), "studio train emoji-1d")

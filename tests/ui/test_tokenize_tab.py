@@ -269,7 +269,8 @@ def test_choosing_a_tokenizer_shows_its_scale(loaded, tiny_one_d, tiny_vq):
     assert settings["visible"] and settings["maximum"] == settings["value"] == 6 and settings["label"] == "Length"
     assert tokenize._scale_settings(tokenizer_scale(loaded(tiny_vq))) == {"visible": False}
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
-    assert "emoji-vq" in [name for name, _ in fields["tokenizer"]["choices"]] and not fields["scale"]["visible"]
+    assert "emoji-vq" in [name for name, _ in fields["tokenizer"]["choices"]]
+    assert fields["tokenizer"]["value"] == "emoji-1d" and fields["scale"]["visible"] and fields["scale"]["value"] == 128
 
 
 def test_closing_stops_before_the_next_codec(loaded, tiny_vq, photo, monkeypatch):
