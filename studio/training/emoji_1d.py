@@ -75,6 +75,7 @@ class Emoji1D(Recipe):
     """Turns a 64 px picture into a row of 128 tokens of 4,096 codes, of which any first few are a picture."""
 
     name = "emoji-1d"
+    beginning = "a codec that linear algebra fits to pictures"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
     defaults = Defaults(steps=2000, batch_size=32, learning_rate=2e-3)
 
