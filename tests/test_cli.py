@@ -313,7 +313,7 @@ def test_models_lists_every_bundled_model(run):
     code, out, _ = run("models", "--json")
     assert code == 0
     draw, cut = (
-        {"emoji-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"},
+        {"emoji-ar", "emoji-1d-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"},
         {"emoji-vq", "emoji-1d", "emoji-rvq", "emoji-kl"},
     )
     assert {row["name"] for row in json.loads(out)["models"]} == draw | cut | {"emoji-vlm", "emoji-judge"}

@@ -34,6 +34,11 @@ BUNDLED = {
     "emoji-ar": Bundled(
         "pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
     ),
+    "emoji-1d-ar": Bundled(
+        "pipeline",
+        "text to picture, coarse to fine: a LlamaGen over the rows of emoji-1d",
+        shares=("emoji-ar", "emoji-1d"),
+    ),
     "emoji-bridge": Bundled(
         "pipeline",
         "text to picture: a TokenBridge over the levels of emoji-kl",

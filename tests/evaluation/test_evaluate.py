@@ -26,7 +26,7 @@ def test_the_bundled_pipeline_draws_style_and_background_of_the_captions():
     assert quality["judge_top5"] >= quality["judge_top1"] >= 0.8
 
 
-@pytest.mark.parametrize("name", ["emoji-bridge", "emoji-mar", "emoji-resgen"])
+@pytest.mark.parametrize("name", ["emoji-1d-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"])
 def test_other_bundled_pipelines_draw_what_captions_name(name):
     """70 held-out combinations (seed 0); floors against breakage, chance is as above."""
     quality = evaluate(name, samples=70)
