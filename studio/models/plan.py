@@ -13,14 +13,15 @@ from studio.errors import StudioError
 
 
 def check_plan(plan_size: int, grid_size: int | None, vectors: int | None, row_length: int | None = None) -> None:
-    """Raises a `StudioError` unless a plan of `plan_size` regions a side has its vectors, and divides the grid if there
-    is no row."""
-    fits = row_length or (grid_size and plan_size and grid_size % plan_size == 0)
-    if plan_size and not (fits and plan_size**2 <= (vectors or 0)):
-        raise StudioError(
-            f"A plan of {plan_size} x {plan_size} regions needs a grid that it divides, not {grid_size}, and "
-            f"captions of {plan_size**2} or more vectors, not {vectors}."
-        )
+    """Raises a `StudioError` unless a plan of `plan_size` regions a side, if there is one, has its vectors, and divides
+    the grid where there is no row."""
+    if not plan_size:
+        return
+    if row_length is None and (grid_size is None or grid_size % plan_size):
+        raise StudioError(f"A plan of {plan_size} x {plan_size} regions needs a grid that it divides, not {grid_size}.")
+    if plan_size**2 > (vectors or 0):
+        needed = f"captions of {plan_size**2} or more vectors, not {vectors}"
+        raise StudioError(f"A plan of {plan_size} x {plan_size} regions needs {needed}.")
 
 
 def plan_reader(plan_size: int, grid_size: int | None, row_length: int | None, dim: int) -> nn.Linear:

@@ -68,7 +68,7 @@ def _signature(model) -> tuple:
     The sum is for writes through `.data`, such as a moving average's, which are not counted.
     """
     with torch.no_grad():
-        weights = list(model.parameters())
+        weights = [*model.parameters(), *model.buffers()]
         some = [weight.view(-1)[::_SUMMED_STEP] if weight.is_contiguous() else weight for weight in weights]
         sums = torch.stack([part.sum(dtype=torch.float64) for part in some]).tolist()
     return tuple((weight.data_ptr(), weight._version, total) for weight, total in zip(weights, sums, strict=True))

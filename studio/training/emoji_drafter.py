@@ -77,7 +77,6 @@ class EmojiDrafter(Recipe):
     """Guesses the tokens that `emoji-ar` will draw, several at a time, so that it is called less often."""
 
     name = "emoji-drafter"
-    beginning = "random weights"
     data = "tokens of emoji-vq for the training combinations, random captions, and the states of emoji-ar over them"
     defaults = Defaults(steps=1500, batch_size=32, learning_rate=2e-3)
 

@@ -1,6 +1,6 @@
 """Where a One-D-Piece tokenizer starts: its row of tokens as a pyramid over the picture, coarse to fine.
 
-From random weights the queries of a row are all alike, and thousands of steps pass before the late ones carry anything.
+From random weights the queries of a row are all alike, and training takes long until the late ones carry anything.
 Here the untrained network already is a codec. Half of every vector tells a place, by random Fourier features, and is
 all that attention compares, so that near places read each other ("Mimetic Initialization of Self-Attention Layers",
 arXiv:2305.09828, goes the same way); the other half holds principal components of patches, which attention copies. The

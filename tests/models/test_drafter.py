@@ -1,5 +1,7 @@
 """A drafter embeds tokens as its model does: with a table of its own, or a copy of the model's that is not stored."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,8 +37,26 @@ def test_the_copy_is_not_stored_and_read_again(target, tmp_path):
 def test_a_pipeline_gives_its_drafter_the_embeddings(tiny_class_pipeline, target, tmp_path):
     drafter = loaded(Drafter.for_target(target), tmp_path)
     pipe = LlamaGenPipeline(tiny_class_pipeline.image_tokenizer, target, drafter=drafter)
+    assert torch.equal(drafter.token_embeddings, target.tok_embeddings.weight)
     decoding = Speculative(drafts=DrafterDrafts(drafter))
-    assert pipe(class_labels=1, num_tokens=None, decoding=decoding, output_type="tokens").tokens.shape == (1, 16)
+    assert pipe(class_labels=1, decoding=decoding, output_type="tokens").tokens.shape == (1, 16)
+
+
+@torch.no_grad()
+def test_a_faster_view_follows_when_other_embeddings_are_read(target):
+    drafter, other = Drafter.for_target(target).eval(), copy.deepcopy(target)
+    torch.nn.init.normal_(other.tok_embeddings.weight)
+    places = {"positions": torch.zeros(2, 1, dtype=torch.long), "visible": torch.ones(2, 1, 1, dtype=torch.bool)}
+
+    def guess(view):
+        tokens, states = torch.tensor([[3], [4]]), torch.ones(2, 1, 32)
+        return view.extend_tree(tokens, states, view.new_tree_cache(2, 1), **places)
+
+    before = guess(drafter.for_decoding())
+    drafter.read_embeddings(other)
+    after = guess(drafter.for_decoding())
+    torch.testing.assert_close(after, guess(drafter), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-3)
 
 
 def test_a_table_of_its_own_is_stored_and_kept(target, tmp_path):
