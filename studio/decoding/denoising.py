@@ -3,13 +3,16 @@
 
 The noise is guided, `null + scale * (conditional - null)`, and the variance is the conditional one; both conditions see
 one state. What a step reads besides the state is known before the first step: times are embedded once for all calls,
-conditions once for all steps, and the shifts, scales and gates of many steps are one product.
+conditions once for all steps, and the shifts, scales and gates of many steps are one product. On a processor a step is one
+call of C (`studio.models.native_head`) where that works.
 """
 
 from collections.abc import Iterator
 from copy import copy
 
 import torch
+
+from studio.models.views import head_view
 
 _PREPARED_NUMBERS = 2**22
 
@@ -23,6 +26,7 @@ class TimedHead:
         self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
         modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
         self.numbers = sum(layer.out_features for layer in modulations)
+        self.native, self.table = head_view(network), self.diffusion.table()
 
 
 class Kernels:
@@ -47,7 +51,11 @@ class Kernels:
         """
         if step < self.first:
             self._prepare(max(0, step + 1 - self.span), step + 1)
-        modulated = [part[step - self.first, :, : len(x)] for part in self.prepared]
+        within = slice(step - self.first, step - self.first + 1)
+        if self._is_native(x):
+            mean, log_std = self._in_c(x[None], [part[within] for part in self.prepared], slice(step, step + 1))
+            return mean[0], log_std[0]
+        modulated = [part[within.start, :, : len(x)] for part in self.prepared]
         return self._guided(self.head.network.denoise(self._state(x), modulated), x, step)
 
     def along(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +65,11 @@ class Kernels:
             part = states[begin : begin + self.span]
             steps = slice(first + begin, first + begin + len(part))
             self._prepare(steps.start, steps.stop)
-            outputs = self.head.network.denoise(self._state(part)[:, None], self.prepared)
-            mean, log_std = self._guided(outputs.transpose(0, 1), part, steps)
+            if self._is_native(part):
+                mean, log_std = self._in_c(part, self.prepared, steps)
+            else:
+                outputs = self.head.network.denoise(self._state(part)[:, None], self.prepared)
+                mean, log_std = self._guided(outputs.transpose(0, 1), part, steps)
             means.append(mean)
             log_stds.append(log_std)
         return torch.cat(means), torch.cat(log_stds)
@@ -74,6 +85,14 @@ class Kernels:
     def _prepare(self, first: int, end: int) -> None:
         self.first = first
         self.prepared = self.head.network.modulations(self.head.times[first:end, None, None] + self.embedded)
+
+    def _is_native(self, x: torch.Tensor) -> bool:
+        return self.head.native is not None and x.dtype == torch.float32
+
+    def _in_c(self, x: torch.Tensor, prepared: list[torch.Tensor], steps: slice):
+        scale, n = self.scale, x.shape[1]
+        scales = scale[:n, 0].to(x) if isinstance(scale, torch.Tensor) else torch.full((n,), float(scale))
+        return self.head.native(x, prepared, scales, self.head.table[steps], self.head.diffusion.limit)
 
     def _state(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.embedded.dtype)

@@ -89,6 +89,14 @@ class GaussianDiffusion:
             )
         )
 
+    def table(self) -> torch.Tensor:
+        """What `reverse` reads, a row (6,) a step, float32: with a limit what the state grows by, how much of the noise
+        is removed, and the shares of the data aimed at and of the state; without one, how much of state and noise is
+        kept and removed, and zeros; then the middle and half of the range of the log of the standard deviation.
+        """
+        aim = torch.cat((self._reverse[:2], torch.zeros_like(self._reverse[:2]))) if self.limit is None else self._aim
+        return torch.cat((aim, self._reverse[2:])).T.float().contiguous()
+
     def reverse(
         self, x: torch.Tensor, noise: torch.Tensor, logit: torch.Tensor, step: int | slice | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

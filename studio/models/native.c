@@ -1,4 +1,4 @@
-/* The blocks of a Llama-style network over a few positions of a few rows, on a CPU.
+/* The blocks of a Llama-style network over a few positions of a few rows, and a denoising network, on a CPU.
 
    One parallel region for the whole network, each thread with its share of every matrix's outputs, and a barrier where
    the next matrix needs them all. Matrices are packed: for each block of 16 outputs (the last one filled up with zeros)
@@ -8,7 +8,7 @@
    Every sum is taken in an order of its own that depends neither on the number of rows or positions nor on what else is
    pending: a tree of tokens gets, bit by bit, the numbers of its paths taken one token at a time.
 
-   Compiled on first use by native_library.py; native_blocks.py makes the arguments. */
+   Compiled on first use by native_library.py; native_blocks.py and native_head.py make the arguments. */
 
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -27,7 +27,11 @@ typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
 #define LANES 8
 #define BLOCK 16
 #define QUERIES 4
+#if defined(__AVX512VL__)
+#define MOST_TOGETHER 8 /* with twice the registers */
+#else
 #define MOST_TOGETHER 6
+#endif
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -155,6 +159,11 @@ INLINE void all_products(const void *matrix, int begin, int end, int in, int out
             const float *from = x + (int64_t)done * in;
             float *to = y + (int64_t)done * out;
             n = (rows - done + groups - 1) / groups;
+#if MOST_TOGETHER > 6
+            if (n == 8) products(matrix, b, in, out, from, 8, 1, bf16, to, add);
+            else if (n == 7) products(matrix, b, in, out, from, 7, 1, bf16, to, add);
+            else
+#endif
             if (n == 6) products(matrix, b, in, out, from, 6, 1, bf16, to, add);
             else if (n == 5) products(matrix, b, in, out, from, 5, 1, bf16, to, add);
             else if (n == 4) products(matrix, b, in, out, from, 4, 1, bf16, to, add);
@@ -391,4 +400,139 @@ void studio_product(const void *matrix, int32_t in, int32_t out, int32_t bf16, i
                     const float *x, float *y) {
 #pragma omp parallel num_threads(threads)
     multiply(matrix, in, out, bf16, x, rows, y, 0);
+}
+
+#define ROWS_AT_ONCE 48
+
+/* The network of a diffusion-loss head: `token` numbers in, twice as many out, `depth` residual blocks `width` wide. */
+typedef struct {
+    int32_t token, width, depth, bf16;
+    float eps;
+    const void *input, *output, **first, **second;
+    const float *input_bias, *output_bias, **first_bias, **second_bias, **norm_weight, **norm_bias;
+} Head;
+
+/* States x (steps, tokens, token), each under `copies` conditions. `modulated` has an entry per block (shift, scale,
+   gate) and the last layer's (shift, scale); what a state reads is in row `step` * step_rows + `copy` * copy_rows + token
+   of each. A row of `table` (steps, 6) has the numbers of `reverse`. */
+typedef struct {
+    int32_t steps, copies, tokens, threads;
+    int64_t step_rows, copy_rows;
+    const float *x, **modulated, *scales, *table;
+    float limit, *mean, *log_std;
+} Denoising;
+
+/* The norm of one row, without weight and bias where those are missing, then its modulation. */
+INLINE void modulate(const float *x, const float *weight, const float *bias, const float *shift, const float *scale,
+                     int dim, float eps, float *y) {
+    vec sums = {0}, squares = {0};
+    for (int i = 0; i < dim; i += LANES) sums += *(const vec *)(x + i);
+    const float mean = total(sums) / dim;
+    for (int i = 0; i < dim; i += LANES) {
+        vec apart = *(const vec *)(x + i) - mean;
+        squares = fused(apart, apart, squares);
+    }
+    const float factor = 1.0f / sqrtf(total(squares) / dim + eps);
+    for (int i = 0; i < dim; i += LANES) {
+        vec unit = (*(const vec *)(x + i) - mean) * factor;
+        if (weight) unit = fused(unit, *(const vec *)(weight + i), *(const vec *)(bias + i));
+        *(vec *)(y + i) = fused(unit, *(const vec *)(scale + i), *(const vec *)(shift + i));
+    }
+}
+
+/* What a layer's modulation has for a row, counted over steps, copies and tokens. */
+INLINE const float *modulation_of(const Denoising *call, int layer, int row, int numbers) {
+    const int token = row % call->tokens, copy = row / call->tokens % call->copies;
+    const int64_t step = row / call->tokens / call->copies;
+    return call->modulated[layer] + (step * call->step_rows + copy * call->copy_rows + token) * numbers;
+}
+
+/* The network over rows `begin` to `begin + rows`; `hidden`, `unit` and `inner` have room for them. */
+static void denoise_rows(const Head *head, const Denoising *call, int begin, int rows, float *hidden, float *unit,
+                         float *inner, float *out) {
+    const int width = head->width, token = head->token, bf16 = head->bf16, per_step = call->copies * call->tokens;
+    const Share own = share_of(rows, omp_get_thread_num(), omp_get_num_threads());
+    for (int r = own.begin; r < own.end; r++) {
+        const int row = begin + r;
+        memcpy(inner + (int64_t)r * token,
+               call->x + ((int64_t)(row / per_step) * call->tokens + row % call->tokens) * token,
+               sizeof(float) * token);
+    }
+#pragma omp barrier
+    Share made = multiply(head->input, token, width, bf16, inner, rows, hidden, 0);
+    for (int r = 0; r < rows; r++)
+        for (int i = made.begin; i < made.end; i += LANES)
+            *(vec *)(hidden + (int64_t)r * width + i) += *(const vec *)(head->input_bias + i);
+#pragma omp barrier
+    for (int layer = 0; layer < head->depth; layer++) {
+        for (int r = own.begin; r < own.end; r++) {
+            const float *shift = modulation_of(call, layer, begin + r, 3 * width);
+            modulate(hidden + (int64_t)r * width, head->norm_weight[layer], head->norm_bias[layer], shift,
+                     shift + width, width, head->eps, unit + (int64_t)r * width);
+        }
+#pragma omp barrier
+        made = multiply(head->first[layer], width, width, bf16, unit, rows, inner, 0);
+        for (int r = 0; r < rows; r++)
+            for (int i = made.begin; i < made.end; i += LANES) {
+                vec *to = (vec *)(inner + (int64_t)r * width + i);
+                *to = silu(*to + *(const vec *)(head->first_bias[layer] + i));
+            }
+#pragma omp barrier
+        made = multiply(head->second[layer], width, width, bf16, inner, rows, unit, 0);
+        for (int r = 0; r < rows; r++) {
+            const float *gate = modulation_of(call, layer, begin + r, 3 * width) + 2 * width;
+            for (int i = made.begin; i < made.end; i += LANES) {
+                vec *to = (vec *)(hidden + (int64_t)r * width + i);
+                vec change = *(const vec *)(unit + (int64_t)r * width + i) + *(const vec *)(head->second_bias[layer] + i);
+                *to = fused(*(const vec *)(gate + i), change, *to);
+            }
+        }
+#pragma omp barrier
+    }
+    for (int r = own.begin; r < own.end; r++) {
+        const float *shift = modulation_of(call, head->depth, begin + r, 2 * width);
+        modulate(hidden + (int64_t)r * width, 0, 0, shift, shift + width, width, head->eps,
+                 unit + (int64_t)r * width);
+    }
+#pragma omp barrier
+    made = multiply(head->output, width, 2 * token, bf16, unit, rows, out, 0);
+    for (int r = 0; r < rows; r++)
+        for (int i = made.begin; i < made.end; i += LANES)
+            *(vec *)(out + (int64_t)r * 2 * token + i) += *(const vec *)(head->output_bias + i);
+#pragma omp barrier
+}
+
+/* Mean and log of the standard deviation of the state before x, from the guided noise and the conditional logit: with a
+   limit, t2 * clamp(t0 * x - t1 * noise) + t3 * x, else t0 * x - t1 * noise; and t4 + t5 * logit. */
+static void reverse(const Head *head, const Denoising *call, int step, int token, const float *out) {
+    const int numbers = head->token;
+    const float *t = call->table + 6 * step, scale = call->scales[token], limit = call->limit;
+    const int64_t place = ((int64_t)step * call->tokens + token) * numbers;
+    const float *told = out + ((int64_t)step * call->copies * call->tokens + token) * 2 * numbers;
+    const float *null = call->copies > 1 ? told + (int64_t)call->tokens * 2 * numbers : told;
+    for (int i = 0; i < numbers; i++) {
+        const float x = call->x[place + i], noise = null[i] + scale * (told[i] - null[i]);
+        float aim = t[0] * x - t[1] * noise;
+        if (limit > 0) aim = t[2] * (aim > limit ? limit : aim < -limit ? -limit : aim) + t[3] * x;
+        call->mean[place + i] = aim;
+        call->log_std[place + i] = t[4] + t[5] * told[numbers + i];
+    }
+}
+
+/* A reverse step of every state. `scratch` holds 3 * ROWS_AT_ONCE * max(width, token) numbers, then twice `token` for
+   each state and copy. */
+void studio_denoise(const Head *head, const Denoising *call, float *scratch) {
+    const int rows = call->steps * call->copies * call->tokens;
+    const int64_t room = (int64_t)ROWS_AT_ONCE * (head->width > head->token ? head->width : head->token);
+    float *out = scratch + 3 * room;
+
+#pragma omp parallel num_threads(call->threads)
+    {
+        for (int begin = 0; begin < rows; begin += ROWS_AT_ONCE)
+            denoise_rows(head, call, begin, rows - begin < ROWS_AT_ONCE ? rows - begin : ROWS_AT_ONCE, scratch,
+                         scratch + room, scratch + 2 * room, out + (int64_t)begin * 2 * head->token);
+        const Share own = share_of(call->steps * call->tokens, omp_get_thread_num(), omp_get_num_threads());
+        for (int state = own.begin; state < own.end; state++)
+            reverse(head, call, state / call->tokens, state % call->tokens, out);
+    }
 }

@@ -108,13 +108,13 @@ class NativeBlocks:
         self._kept["ffn_norm"] = [_norm_weight(layer.ffn_norm) for layer in layers]
         self._norm = None if norm is None else norm.detach().clone()
         self._turns = model.rope().contiguous()
-        self._lists = {name: _pointers(group) for name, group in self._kept.items()}
+        self._lists = {name: pointers(group) for name, group in self._kept.items()}
         self.network = _Network(
             dim=model.config.dim, heads=attention.num_heads, kv_heads=attention.num_kv_heads,
             head_dim=attention.head_dim, hidden=feed_forward.w1.out_features, layers=len(layers), bf16=halves,
             positions=len(self._turns), eps=model.config.norm_eps, turns=self._turns.data_ptr(),
             norm=None if norm is None else self._norm.data_ptr(),
-            **{name: ctypes.addressof(pointers) for name, pointers in self._lists.items()},
+            **{name: ctypes.addressof(group) for name, group in self._lists.items()},
         )  # fmt: skip
         outputs = attention.wqkv.out_features + attention.num_heads * attention.head_dim
         self._numbers = outputs + 2 * feed_forward.w1.out_features
@@ -160,5 +160,6 @@ def _norm_weight(norm) -> torch.Tensor | None:
     return None if weight is None else weight.detach().clone()
 
 
-def _pointers(tensors) -> ctypes.Array:
+def pointers(tensors) -> ctypes.Array:
+    """Where tensors lie, for a list in C; keep it, and them, as long as it is used."""
     return (ctypes.c_void_p * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])

@@ -37,7 +37,8 @@ def library():
         pointer, number = ctypes.c_void_p, ctypes.c_int32
         loaded.studio_blocks.argtypes, loaded.studio_blocks.restype = [pointer] * 4, None
         loaded.studio_product.argtypes = [pointer, *[number] * 5, pointer, pointer]
-        loaded.studio_product.restype = None
+        loaded.studio_denoise.argtypes = [pointer] * 3
+        loaded.studio_product.restype = loaded.studio_denoise.restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logger.info("No compiled decoding step (%s): %s", compiler, getattr(error, "stderr", None) or error)
         return None

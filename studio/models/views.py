@@ -1,6 +1,6 @@
 """Which arrangement of a model a decoding loop runs: the model itself, or a faster view of the same weights.
 
-"native" (`studio.models.native`, `native_drafter`) runs in C; "float32", "float16" and "int8" (`studio.models.packed`)
+"native" (`studio.models.native`, `native_drafter`, `native_head`) runs in C; "float32", "float16" and "int8" (`studio.models.packed`)
 need no compiler. A view is kept and reused until one of the model's weights changes, moves or disappears.
 """
 
@@ -12,6 +12,7 @@ import torch
 from studio.models.native import NativeLlamaGen, is_available
 from studio.models.native_blocks import can_run
 from studio.models.native_drafter import NativeDrafter
+from studio.models.native_head import NativeHead, can_denoise
 from studio.models.packed import PackedLlamaGen, can_pack
 
 _LARGEST_COPY_BYTES = 4 * 2**30
@@ -40,6 +41,13 @@ def drafter_view(drafter, weights: str = "auto"):
     if weights == "plain" or _is_large(drafter) or not can_run(drafter):
         return drafter
     return _kept(drafter, "native", lambda: NativeDrafter(drafter))
+
+
+def head_view(network) -> NativeHead | None:
+    """The view of a `DenoisingNetwork` with which a reverse step is one call; None where that does not work."""
+    if _is_large(network) or not can_denoise(network):
+        return None
+    return _kept(network, "native", lambda: NativeHead(network))
 
 
 def _kept(model, name: str, make: Callable):
