@@ -3,8 +3,8 @@
 
 The noise is guided, `null + scale * (conditional - null)`, and the variance is the conditional one; both conditions see
 one state. What a step reads besides the state is known before the first step: times are embedded once for all calls,
-conditions once for all steps, and the shifts, scales and gates of many steps are one product. On a processor a step is one
-call of C (`studio.models.native_head`) where that works.
+conditions once for all steps, and the shifts, scales and gates of many steps are one product. On a processor a step is
+one call of C (`studio.models.native_head`) where that works.
 """
 
 from collections.abc import Iterator

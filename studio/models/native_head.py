@@ -1,4 +1,4 @@
-"""Reverse steps of a diffusion-loss head in C (`native.c`), for processors: a whole step, guidance included, is one call.
+"""Reverse steps of a diffusion-loss head in C (`native.c`), for processors: a step, guidance included, is one call.
 
 A step over a few tokens is a few dozen operations on small matrices; started one by one from Python, they wait longer
 than they work. Weights that are bfloat16 numbers are read as such, as in `native_blocks`.

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -34,7 +33,9 @@ CONFIG = {
 FITTED_TO = 256
 """Pictures that the start is fitted to."""
 GROUPS = 4
-"""Parts of a batch that are restored from numbers of tokens of their own: as dear as one number for all, less noisy."""
+"""Parts of a batch that are restored from numbers of tokens of their own, the last one from all of them: as dear as one
+number for all, less noisy.
+"""
 
 
 class TrainableOneD(nn.Module):
@@ -55,9 +56,7 @@ class TrainableOneD(nn.Module):
     def start(self, images):
         """Starts as a pyramid (`studio.training.pyramid_start`), and with codes that are tokens of some pictures."""
         start_as_pyramid(self.tokenizer, images)
-        vectors = F.normalize(self.tokenizer.encode_features(images), dim=-1).flatten(0, 1)
-        chosen = torch.randperm(len(vectors))[: self.tokenizer.config.codebook_size]
-        start_codebooks(self, [vectors[chosen]])
+        start_codebooks(self, [self.tokenizer.codebook])
 
     def forward(self, images, lengths):
         """Loss of pictures (B, 3, H, W) in [-1, 1]: restoration and commitment.
@@ -92,9 +91,10 @@ class Emoji1D(Recipe):
         return muon_and_adamw(module, matrices, learning_rate)
 
     def batch(self, rng, batch_size, device):
-        lengths = random_lengths(min(GROUPS, batch_size), CONFIG["num_tokens"], rng)
+        most = CONFIG["num_tokens"]
+        lengths = [*random_lengths(min(GROUPS, batch_size) - 1, most, rng), most]
         images = random_pictures(self.pictures, batch_size, rng)
-        return {"images": images.to(device), "lengths": torch.from_numpy(lengths)}
+        return {"images": images.to(device), "lengths": torch.tensor(lengths)}
 
     def load(self, module, folder):
         load_with_codebook(module, folder)
@@ -110,4 +110,4 @@ class Emoji1D(Recipe):
 
 def random_lengths(count, most, rng):
     """As many numbers from 1 to `most`, each as likely as any other, one from each of equal parts of that range."""
-    return (1 + (np.arange(count) + rng.random(count)) * most / count).astype(np.int64).clip(1, most)
+    return (1 + (np.arange(count) + rng.random(count)) * most / max(1, count)).astype(np.int64).clip(1, most)

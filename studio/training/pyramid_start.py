@@ -4,7 +4,8 @@ From random weights the queries of a row are all alike, and training takes long 
 Here the untrained network already is a codec. Half of every vector tells a place, by random Fourier features, and is
 all that attention compares, so that near places read each other ("Mimetic Initialization of Self-Attention Layers",
 arXiv:2305.09828, goes the same way); the other half holds principal components of patches, which attention copies. The
-two layers at the bottleneck and the last one are fitted to pictures by linear algebra.
+two layers at the bottleneck and the last one are fitted to pictures by linear algebra. Tokens that stand for the same
+cell as one before them turn to the next components.
 """
 
 import math
@@ -13,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from studio.training.marked_rows import add_map_of_marked
+
 NEAR = 1.3
 """Scale of queries and keys: how sharply attention keeps to near places."""
 
 KIND = 4.0
 """What tells those that are to be read from the others, beside numbers of about one that tell places."""
+
+MARK = -2
+"""Which number of a vector marks tokens that stand for a cell once more; for all others it is zero."""
 
 COPIED = 0.7
 """Share of what is attended to that a block adds."""
@@ -54,15 +60,21 @@ def start_as_pyramid(tokenizer, images: torch.Tensor) -> None:
     """
     encoder, decoder = tokenizer.encoder, tokenizer.decoder
     shares = pyramid(encoder.side, tokenizer.config.num_tokens)
+    again = slice(sum(cells**2 for cells in _grids(encoder.side)), None)
     for part, read in ((encoder, "grid"), (decoder, "tokens")):
         _places(part, shares, read)
+        part.latent_token_positional_embedding[again, MARK] = KIND
         for block in part.transformer:
             _read_the_near(block)
     _components(encoder, images)
     components, places = tokenizer.latent_tokens.chunk(2, dim=1)
     components.normal_(std=NOISE)
     places.zero_()
-    _bottleneck(tokenizer, images)
+    strengths, directions = _bottleneck(tokenizer, images)
+    if len(shares[again]):
+        _turn_to_the_next(tokenizer, images, again, strengths, directions)
+    vectors = F.normalize(tokenizer.encode_features(images), dim=-1).flatten(0, 1)
+    tokenizer.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[: tokenizer.config.codebook_size]])
     _last_layer(tokenizer, images)
 
 
@@ -107,7 +119,7 @@ def _read_the_near(block):
     query, key, value = attention.in_proj_weight.view(3, width, width)
     attention.in_proj_weight.mul_(NOISE)
     for head in query.view(attention.heads, size, width):
-        nn.init.orthogonal_(head[:-1, half:-1], gain=NEAR)
+        nn.init.orthogonal_(head[:-1, half:MARK], gain=NEAR)
     key.copy_(query)
     key[size - 1 :: size, -1] = 1
     attention.in_proj_bias[size - 1 : width : size] = size**0.5
@@ -138,8 +150,11 @@ def _principal(rows):
 
 
 def _bottleneck(tokenizer, images):
-    """Tokens hold a constant and the strongest components of what the queries have read; the decoder embeds these."""
-    encoder, decoder = tokenizer.encoder, tokenizer.decoder
+    """Tokens hold a constant and the strongest components of what the queries have read; the decoder embeds these.
+
+    Returns all components, as `_principal`.
+    """
+    encoder, embed = tokenizer.encoder, tokenizer.decoder.decoder_embed
     read = encoder((images + 1) / 2, tokenizer.latent_tokens)
     half, kept = read.shape[2] // 2, tokenizer.config.code_dim - 1
     flat = read[..., :half].flatten(0, 1)
@@ -147,20 +162,39 @@ def _bottleneck(tokenizer, images):
     conv = encoder.conv_out
     conv.weight.zero_()
     conv.bias.zero_()
-    conv.weight[:kept, :half, 0, 0] = directions[:kept] / (strengths[:kept, None] * strengths[0]) ** 0.5
+    conv.weight[:kept, :half, 0, 0] = directions[:kept] / strengths[0]
     conv.bias[:kept] = -(conv.weight[:kept, :half, 0, 0] @ flat.mean(0))
     conv.bias[kept] = CONSTANT
-    embed = decoder.decoder_embed
     embed.weight.zero_()
     embed.bias.zero_()
     embed.weight[: kept + 1, : kept + 1] = torch.eye(kept + 1)
+    return strengths, directions
+
+
+def _turn_to_the_next(tokenizer, images, again, strengths, directions):
+    """Tokens `again` hold the components behind those that the bottleneck keeps, as strong as these; in the decoder
+    they move to where nothing else is.
+    """
+    encoder, decoder = tokenizer.encoder, tokenizer.decoder
+    half, kept = len(strengths), tokenizer.config.code_dim - 1
+    count = min(kept, half - kept)
+    kept_ones, next_ones = directions[:count], directions[kept : kept + count] * (strengths[0] / strengths[kept])
+    turned = kept_ones.new_zeros(2 * half, 2 * half)
+    turned[:half, :half] = kept_ones.T @ (next_ones - kept_ones)
+    tokens = torch.arange(-tokenizer.config.num_tokens, 0)[again]
+    add_map_of_marked(encoder.transformer[-1], turned, MARK, tokens, lambda: tokenizer.encode_features(images))
+    held = torch.arange(min(kept + 1, half - kept - 1))
+    moved = torch.zeros_like(turned)
+    moved[held + kept + 1, held], moved[held, held] = 1, -1
+    vectors = F.normalize(tokenizer.encode_features(images), dim=-1)
+    add_map_of_marked(decoder.transformer[0], moved, MARK, tokens, lambda: tokenizer.decode_features(vectors))
 
 
 def _last_layer(tokenizer, images):
     """Pixels by least squares from what the layer before the last says."""
     last, read = tokenizer.decoder.ffn[-1], []
     handle = last.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    tokenizer.decode_features(F.normalize(tokenizer.encode_features(images), dim=-1))
+    tokenizer.decode_features(tokenizer.quantize.lookup(tokenizer.encode(images)).transpose(1, 2))
     handle.remove()
     inputs = read[0].movedim(1, -1).flatten(0, 2)
     size = tokenizer.config.patch_size

@@ -104,7 +104,7 @@ def test_head_training(path):
 @pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 @torch.no_grad()
 def test_head_sampling(path, name, compiled):
-    """The noisiest steps multiply rounding by hundreds, so only torch's own rounding leaves all of their means alike."""
+    """The noisiest steps multiply rounding by hundreds: only torch's own rounding leaves all of their means alike."""
     head = Head(path)
     case, io = head.config["cases"][name], head.recording.under(name + ".")
     conditions = [head.recording["z"]] + ([head.recording["z_uncond"]] if case["cfg"] != 1 else [])

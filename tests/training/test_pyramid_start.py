@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from studio import LlamaGen
+from studio.tokenizers.latent_transformer import Block
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.training import pyramid_start
 from studio.training.emoji_1d_ar import read_what_tokens_stood_for
+from studio.training.marked_rows import add_map_of_marked
 from studio.training.pyramid_start import pyramid, start_as_pyramid
 
 SIZES = {
@@ -20,7 +23,7 @@ SIZES = {
     "decoder_layers": 2,
     "decoder_heads": 2,
     "code_dim": 12,
-    "codebook_size": 16,
+    "codebook_size": 1024,
     "legacy_reshape": False,
     "pixel_stage": "patches",
     "pixel_base_channels": 8,
@@ -33,12 +36,22 @@ def smooth_pictures(count, seed):
     return F.interpolate(coarse, size=16, mode="bicubic", align_corners=True).clamp(-1, 1)
 
 
-@pytest.fixture(scope="module")
-def started():
+def started_with(**sizes):
     torch.manual_seed(0)
-    tokenizer = OneDPieceTokenizer(**SIZES)
+    tokenizer = OneDPieceTokenizer(**{**SIZES, **sizes})
     start_as_pyramid(tokenizer, smooth_pictures(256, seed=1))
     return tokenizer.eval()
+
+
+@pytest.fixture(scope="module")
+def started():
+    return started_with()
+
+
+def left(tokenizer, images, length):
+    """Mean squared error from the first tokens, before quantisation, over the pictures' variance."""
+    vectors = F.normalize(tokenizer.encode_features(images), dim=-1)
+    return float((tokenizer.decode_vectors(vectors, length) - images).square().mean() / images.var())
 
 
 def test_a_pyramid_goes_from_quarters_to_cells_and_over_the_cells_again():
@@ -58,17 +71,45 @@ def test_a_pyramid_goes_from_quarters_to_cells_and_over_the_cells_again():
 
 @torch.no_grad()
 def test_untrained_it_restores_pictures_and_better_from_more_tokens(started):
-    """Mean squared error over the pictures' variance; random weights, the control, restore nothing."""
+    """Random weights, the control, restore nothing."""
     images = smooth_pictures(64, seed=2)
-
-    def left(tokenizer, length):
-        vectors = F.normalize(tokenizer.encode_features(images), dim=-1)
-        return float((tokenizer.decode_vectors(vectors, length) - images).square().mean() / images.var())
-
-    errors = [left(started, length) for length in (4, 12, 20)]
+    errors = [left(started, images, length) for length in (4, 12, 20)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.1
     torch.manual_seed(0)
-    assert left(OneDPieceTokenizer(**SIZES).eval(), 20) > 0.9
+    assert left(OneDPieceTokenizer(**SIZES).eval(), images, 20) > 0.9
+
+
+@torch.no_grad()
+def test_tokens_that_stand_for_a_cell_once_more_tell_more(monkeypatch):
+    """Of six numbers a token, so that one does not say it all; where they turn to nothing new, the control, they add
+    little.
+    """
+    images = smooth_pictures(64, seed=2)
+    gains = []
+    for turn in (pyramid_start._turn_to_the_next, lambda *args: None):
+        monkeypatch.setattr(pyramid_start, "_turn_to_the_next", turn)
+        tokenizer = started_with(num_tokens=36, code_dim=6)
+        gains.append(left(tokenizer, images, 20) / left(tokenizer, images, 36))
+    assert gains[0] > 1.5 and gains[1] < 1.05
+
+
+@torch.no_grad()
+def test_a_block_maps_marked_rows_and_leaves_others_alone():
+    torch.manual_seed(0)
+    block = Block(32, 2)
+    block.mlp.c_proj.weight.zero_()
+    rows = torch.randn(500, 6, 32)
+    rows[..., -1] = 0
+    rows[:, 4:, -1] = 5
+    change = torch.zeros(32, 32)
+    change[:3, :8] = torch.randn(3, 8)
+    before = block(rows)
+    add_map_of_marked(block, change, -1, torch.tensor([4, 5]), lambda: block(rows))
+    added = block(rows) - before
+    attended = rows + block.attn(block.ln_1(rows))
+    expected = attended @ change.T
+    assert (added[:, 4:] - expected[:, 4:]).std() < 0.15 * expected.std()
+    assert added[:, :4].std() < 0.05 * expected.std()
 
 
 @torch.no_grad()
