@@ -1,5 +1,7 @@
 """The app: one page, a tab per thing to do."""
 
+from importlib.util import find_spec
+
 import gradio as gr
 
 from studio.ui import ask, compare, generate, tokenize
@@ -43,12 +45,15 @@ def build_app(model="emoji-ar", places=None):
 
 
 def launch_settings():
-    """What Gradio 6 takes at `demo.launch(...)`: the look, and no run history (each PNG carries its own settings)."""
+    """What Gradio 6 takes at `demo.launch(...)`: the look, no run history (each PNG carries its own settings), and the
+    endpoints as MCP tools where the extra `mcp` is installed.
+    """
     return {
         "theme": studio_theme(),
         "css_paths": [CSS],
         "footer_links": ["api", "settings"],
         "run_history": False,
+        "mcp_server": find_spec("mcp") is not None,
     }
 
 

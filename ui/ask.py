@@ -111,7 +111,7 @@ def _example(number):
 def _endpoint(picture, question, method, keep):
     """What programs call."""
 
-    async def answer(picture, question, model, method="divprune", keep=0.2, max_new_tokens=64):
+    async def ask(picture, question, model, method="divprune", keep=0.2, max_new_tokens=64):
         """Answer a question about a picture from some of its visual tokens; streams the answer.
 
         Args:
@@ -133,7 +133,7 @@ def _endpoint(picture, question, method, keep):
         said, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
         endpoint = gr.Button("Ask")
     inputs = [picture, question, model, method, keep, longest]
-    endpoint.click(answer, inputs, [said, details], api_name="ask", **ON_THE_MODEL)
+    endpoint.click(ask, inputs, [said, details], api_name="ask", **ON_THE_MODEL)
 
 
 async def show_reading(*values):

@@ -80,13 +80,12 @@ def build_tab(model):
 def _endpoint(prompt, sides, count):
     """What programs call."""
 
-    async def answer(prompt, sides, count=1, seed=None):
+    async def compare(prompt, sides, count=1, seed=None):
         """Draw one prompt with several models and decodings; streams each when it is done.
 
         Args:
             prompt: what to draw, up to 2,000 characters, such as "a red apple".
-            sides: a list of 2 to 6 of what draws, each "MODEL" or "MODEL: DECODING", with options as in
-                "emoji-ar: lantern delta=0.3".
+            sides: a list of 2 to 6 of "MODEL: DECODING", with options as in "emoji-ar: lantern delta=0.3".
             count: how many pictures of each, 1 to 4.
             seed: seed of the first picture of each, the next use seed + 1 and so on; drawn when empty.
 
@@ -102,7 +101,7 @@ def _endpoint(prompt, sides, count):
         seed = gr.Number(label="Seed")
         found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
         endpoint = gr.Button("Compare")
-    endpoint.click(answer, [prompt, sides, count, seed], [found, details], api_name="compare", **ON_THE_MODEL)
+    endpoint.click(compare, [prompt, sides, count, seed], [found, details], api_name="compare", **ON_THE_MODEL)
 
 
 async def show_comparison(prompt, sides, count, seed):

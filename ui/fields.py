@@ -1,4 +1,4 @@
-"""Fields for numbers that may stay empty."""
+"""Fields that Gradio does not have: for numbers that may stay empty, and for options by name."""
 
 import gradio as gr
 
@@ -15,3 +15,13 @@ def number_field(label, info, elem_id, placeholder, **settings):
         html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         **settings,
     )
+
+
+def options_field(label):
+    """A field for options by name, for programs; Gradio's own tells them nothing that they could check (`{"type": {}}`).
+
+    Not a class: Gradio writes a file beside every component that is derived from one of its own.
+    """
+    field = gr.JSON(label=label)
+    field.api_info = lambda: {"type": "object", "description": "options by name"}
+    return field

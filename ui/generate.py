@@ -9,7 +9,7 @@ from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.components import columns_for, count_slider, duration, picture_grid, pictures, status_line
 from studio.ui.drawing import Drawn, draw
-from studio.ui.fields import number_field
+from studio.ui.fields import number_field, options_field
 from studio.ui.lanes import race_lanes, race_verdict
 from studio.ui.limits import limits
 from studio.ui.models import fitting_decodings, own_settings
@@ -151,7 +151,7 @@ def _with_options(values, fields):
 def _endpoint(model, prompt, count, plain):
     """What programs call."""
 
-    async def answer(
+    async def generate(
         prompt,
         count=4,
         seed=None,
@@ -172,8 +172,7 @@ def _endpoint(model, prompt, count, plain):
             temperature: randomness of each token, above 0; the model's own setting when empty.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
-            decoding: how tokens are drawn, such as "ar", "speculative" or "lantern"; "mar" or "cspd" of a MAR, of which
-                cspd with the mode "relaxed" is approximate.
+            decoding: how tokens are drawn, such as "ar" or "lantern"; "cspd" with the mode "relaxed" is approximate.
             options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
 
         Returns:
@@ -185,11 +184,11 @@ def _endpoint(model, prompt, count, plain):
 
     with gr.Group(visible=False):
         numbers = [gr.Number(label=name) for name in ("Seed", "Guidance", "Temperature", "Top-k", "Top-p")]
-        decoding, options = gr.Textbox(plain, label="Decoding"), gr.JSON(label="Options")
+        decoding, options = gr.Textbox(plain, label="Decoding"), options_field("Options")
         found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
         endpoint = gr.Button("Generate")
     inputs = [prompt, count, *numbers, decoding, options]
-    endpoint.click(answer, inputs, [found, details], api_name="generate", **ON_THE_MODEL)
+    endpoint.click(generate, inputs, [found, details], api_name="generate", **ON_THE_MODEL)
 
 
 async def show_drawing(model, *values):

@@ -124,16 +124,14 @@ def _scale_settings(scale):
 def _endpoints(picture):
     """What programs call."""
 
-    async def answer_picture(picture, tokenizer, count=None, tile=False):
+    async def tokenize(picture, tokenizer, count=None, tile=False):
         """Turn a picture into tokens and back; streams the restored picture, then what JPEG and WebP make of it.
 
         Args:
             picture: a picture file of any size.
-            tokenizer: a bundled tokenizer such as "emoji-vq", a folder of one or of a model that draws, or a Hugging
-                Face id.
+            tokenizer: a bundled one such as "emoji-vq", a folder, also of a model that draws, or a Hugging Face id.
             count: the length in tokens or the depth in levels to restore it from; all when empty.
-            tile: cut it into squares of the tokenizer's size, each of that length, instead of resizing it to one; only
-                where the tokenizer is a One-D-Piece.
+            tile: cut it into squares of the tokenizer's size instead of resizing it to one; only for a One-D-Piece.
 
         Returns:
             The restored picture as a PNG file of its own size; an .odp file where the tokenizer is a One-D-Piece, else
@@ -142,7 +140,7 @@ def _endpoints(picture):
         async for update in answer_restoring(picture, tokenizer, count, tile):
             yield update
 
-    async def answer_file(file, tokenizer=None):
+    async def detokenize(file, tokenizer=None):
         """Restore the picture of an .odp file.
 
         Args:
@@ -161,8 +159,8 @@ def _endpoints(picture):
         details = gr.JSON(label="Details")
         start, back = gr.Button("Tokenize"), gr.Button("Detokenize")
     given, answered = [picture, name, count, tile], [restored, file, details]
-    start.click(answer_picture, given, answered, api_name="tokenize", **ON_THE_MODEL)
-    back.click(answer_file, [file, name], [restored, details], api_name="detokenize", **ON_THE_MODEL)
+    start.click(tokenize, given, answered, api_name="tokenize", **ON_THE_MODEL)
+    back.click(detokenize, [file, name], [restored, details], api_name="detokenize", **ON_THE_MODEL)
 
 
 async def show_restoring(tokenizer, picture, count, tile=False):

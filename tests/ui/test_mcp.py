@@ -1,0 +1,59 @@
+"""The endpoints as tools of the Model Context Protocol, asked as an assistant would ask them."""
+
+import ast
+import asyncio
+import io
+from urllib.request import urlopen
+
+import pytest
+import torch
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from PIL import Image
+
+TOOLS = ["generate", "tokenize", "detokenize", "ask", "compare"]
+
+
+@pytest.fixture
+def asked(client):
+    """Runs what a coroutine makes of a session with the app."""
+
+    def run(use):
+        async def talk():
+            async with (
+                streamable_http_client(f"{client.src}gradio_api/mcp/") as (read, write, _),
+                ClientSession(read, write) as session,
+            ):
+                await session.initialize()
+                return await use(session)
+
+        return asyncio.run(talk())
+
+    return run
+
+
+def test_every_endpoint_is_a_documented_tool(asked):
+    tools = asked(lambda session: session.list_tools()).tools
+    assert [tool.name for tool in tools] == TOOLS
+    for tool in tools:
+        assert tool.description
+        for name, schema in tool.inputSchema["properties"].items():
+            text = schema["description"]
+            assert text.endswith("."), f"{tool.name}, {name}: only the first line of a description is shown: {text}"
+
+
+def test_a_tool_draws(asked, tiny_pipeline):
+    call = {"prompt": "a red apple", "count": 1, "seed": 7, "options": {}}
+    answer = asked(lambda session: session.call_tool("generate", call))
+    assert not answer.isError
+    [picture], details = ast.literal_eval(answer.content[0].text)
+    assert details["seeds"] == [7]
+    with urlopen(picture["image"]["url"]) as file:
+        found = Image.open(io.BytesIO(file.read())).convert("RGB")
+    generator = torch.Generator().manual_seed(7)
+    assert found.tobytes() == tiny_pipeline("a red apple", generator=generator).images[0].tobytes()
+
+
+def test_a_tool_says_what_is_wrong(asked):
+    answer = asked(lambda session: session.call_tool("generate", {"prompt": "a red apple", "count": 99}))
+    assert answer.isError and "between 1 and 16" in answer.content[0].text
