@@ -18,7 +18,7 @@ def number_field(label, info, elem_id, placeholder, **settings):
 
 
 def options_field(label):
-    """A field for options by name, for programs; Gradio's own tells them nothing that they could check (`{"type": {}}`).
+    """A field for options by name, for programs, to which Gradio's own says nothing that they could check.
 
     Not a class: Gradio writes a file beside every component that is derived from one of its own.
     """
