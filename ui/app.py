@@ -7,6 +7,7 @@ import gradio as gr
 from studio.ui import ask, compare, generate, tokenize
 from studio.ui.actions import ON_THE_MODEL
 from studio.ui.components import header
+from studio.ui.deep_link import connect_link
 from studio.ui.passing import connect_outlet
 from studio.ui.theme import CSS, studio_theme
 
@@ -29,14 +30,15 @@ def build_app(model="emoji-ar", places=None):
         header(model)
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                outlet = generate.build_tab(model)
+                outlet, form = generate.build_tab(model)
             with gr.Tab("Tokenize", id="tokenize"):
                 picture = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
-                asked = ask.build_tab()
+                asked, question = ask.build_tab()
             with gr.Tab("Compare", id="compare"):
-                compare.build_tab(model)
+                compared = compare.build_tab(model)
         connect_outlet(outlet, tabs, {"tokenize": picture, "ask": asked})
+        connect_link(demo, tabs, form, question, compared)
     if places is not None:
         for handler in demo.fns.values():
             if handler.concurrency_id == ON_THE_MODEL["concurrency_id"]:

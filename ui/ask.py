@@ -100,7 +100,7 @@ def build_tab():
     examples.click(_example, examples, [picture, question], queue=False, **PRIVATE)
     method.change(lambda chosen: gr.update(info=methods[chosen]), method, method, queue=False, **PRIVATE)
     _endpoint(picture, question, method, keep)
-    return picture
+    return picture, question
 
 
 def _example(number):

@@ -20,7 +20,11 @@ _MOST_COLUMNS = 3
 
 
 def build_tab(model):
-    """Lay the tab out inside the current Blocks and connect it; models are loaded by the first comparison."""
+    """Lay the tab out inside the current Blocks and connect it; models are loaded by the first comparison.
+
+    Returns:
+        The field of the prompt.
+    """
     offered = offered_sides(dict.fromkeys([model, *bundled_models("pipeline")]))
     with gr.Row(elem_id="studio-compare", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
@@ -75,6 +79,7 @@ def build_tab(model):
     dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(prompt, sides, count)
+    return prompt
 
 
 def _endpoint(prompt, sides, count):

@@ -56,7 +56,7 @@ def columns_for(count):
     return math.ceil(math.sqrt(count))
 
 
-def status_line(text, *, state="idle", fraction=None, details=()):
+def status_line(text, *, state="idle", fraction=None, details=(), link=None):
     """The line below the pictures.
 
     Args:
@@ -64,13 +64,15 @@ def status_line(text, *, state="idle", fraction=None, details=()):
         state: "idle", "running", "done" or "stopped".
         fraction: how much is done, 0-1, for a progress bar.
         details: pairs (label, value).
+        link: what a link behind them says, and where it leads.
     """
     bar = "" if fraction is None else progress_bar(fraction, "Progress")
     facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in details)
+    leading = "" if link is None else f'<a href="{escape(link[1])}">{escape(link[0])}</a>'
     live = "off" if state == "running" else "polite"
     return (
         f'<div class="studio-status {state}" role="status" aria-live="{live}">{bar}<p>{escape(text)}</p>'
-        f"{f'<dl>{facts}</dl>' if facts else ''}</div>"
+        f"{f'<dl>{facts}</dl>' if facts else ''}{leading}</div>"
     )
 
 

@@ -7,7 +7,7 @@ import gradio as gr
 from studio import DECODINGS, decoding_named
 from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.components import columns_for, count_slider, duration, picture_grid, pictures, status_line
+from studio.ui.components import columns_for, count_slider, duration, picture_grid, pictures, status_line, uploaded
 from studio.ui.drawing import Drawn, draw
 from studio.ui.fields import number_field, options_field
 from studio.ui.lanes import race_lanes, race_verdict
@@ -15,6 +15,7 @@ from studio.ui.limits import limits
 from studio.ui.models import fitting_decodings, own_settings
 from studio.ui.passing import build_outlet
 from studio.ui.race import race
+from studio.ui.recall import Form, from_picture, link_to
 from studio.ui.token_grid import token_grid
 from studio.ui.wish import Wish, draw_seed
 
@@ -34,7 +35,7 @@ def build_tab(model):
     """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first drawing.
 
     Returns:
-        The `Outlet` by which pictures go to the tabs "tokenize" and "ask".
+        The `Outlet` by which pictures go to the tabs "tokenize" and "ask", and the `Form` to which settings come back.
     """
     with gr.Row(elem_id="studio-generate", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
@@ -86,7 +87,14 @@ def build_tab(model):
                     top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
                     top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
 
-    form = [prompt, count, seed, guidance, temperature, top_k, top_p, decoding, *options.values()]
+            drawn = gr.File(
+                label="A picture that Studio drew brings its settings back",
+                file_types=[".png"],
+                height=132,
+                elem_id="recall",
+            )
+
+    form = Form(model, [prompt, count, seed, guidance, temperature, top_k, top_p], decoding, options, fitting)
 
     async def show(*values):
         async for update in show_drawing(model, *_with_options(values, options)):
@@ -98,17 +106,30 @@ def build_tab(model):
 
     connect_actions(
         [
-            ([generate.click, prompt.submit], show, form, [gallery, tokens, status]),
-            ([race_button.click], show_sides, form, [gallery, tokens, status]),
+            ([generate.click, prompt.submit], show, form.fields, [gallery, tokens, status]),
+            ([race_button.click], show_sides, form.fields, [gallery, tokens, status]),
         ],
         status,
         starts=[generate, race_button],
         cancel=cancel,
     )
     dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
+    drawn.upload(lambda file: recall(form, file), drawn, [drawn, *form.fields], preprocess=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(model, prompt, count, fitting[0])
-    return outlet
+    return outlet, form
+
+
+def recall(form, file):
+    """Bring the settings of an uploaded picture back: updates of the file's field, now empty again, and of the form's.
+
+    What is wrong becomes a toast, and the form stays as it is.
+    """
+    try:
+        return None, *form.filled(from_picture(uploaded(file)))
+    except StudioError as error:
+        gr.Warning(str(error), title="Please check", duration=10)
+        return None, *[gr.skip()] * len(form.fields)
 
 
 def _decoding_fields(fitting):
@@ -291,6 +312,7 @@ def summary(drawn, wish):
             *law,
             ("seed" if wish.count == 1 else "seeds", seeds),
         ],
+        link=("Link to these settings", link_to(wish)),
     )
 
 

@@ -1,0 +1,153 @@
+"""Settings come back out of pictures and links, whole, and what does not fit is said."""
+
+import json
+from urllib.parse import parse_qsl
+
+import gradio as gr
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from studio.errors import StudioError
+from studio.saving import png_writer
+from studio.ui import generate
+from studio.ui.app import build_app
+from studio.ui.deep_link import followed
+from studio.ui.recall import from_link, from_picture, link_to
+from studio.ui.wish import Wish
+
+LANTERN = {"prompt": "a fox", "count": 3, "seed": 7, "guidance_scale": 2.5, "top_k": 40, "decoding": "lantern"}
+NAMES = ("prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p")
+
+
+@pytest.fixture(scope="module")
+def form():
+    """That of the page for the bundled model."""
+    found = []
+    build_tab = generate.build_tab
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "build_tab", lambda model: found.append(build_tab(model)) or found[-1])
+        build_app("emoji-ar")
+    return found[0][1]
+
+
+def wish(**changed):
+    return Wish("emoji-ar", **{**LANTERN, "options": {"delta": 0.3}, **changed})
+
+
+def saved(tmp_path, record, seed):
+    png_writer(Image.new("RGB", (8, 8)), record, seed)(tmp_path / "drawn.png")
+    return tmp_path / "drawn.png"
+
+
+def held(form, updates):
+    """What the fields hold behind updates, of those that change."""
+    options = [f"{owner}.{name}" for owner, name in form.options]
+    skipped = gr.skip()
+    return {
+        name: value for name, value in zip((*NAMES, "decoding", *options), updates, strict=True) if value != skipped
+    }
+
+
+def test_a_picture_brings_its_call_back(form, tmp_path, toasts):
+    updates = held(form, form.filled(from_picture(saved(tmp_path, wish().record, 9))))
+    assert updates.pop("lantern.delta") == "0.3"
+    others = {name: value for name, value in updates.items() if name.startswith("lantern.")}
+    assert others and "2" not in others.values()
+    assert {name: updates[name] for name in (*NAMES, "decoding")} == {
+        "prompt": "a fox", "count": 1, "seed": "9", "guidance": "2.5", "temperature": "", "top_k": "40", "top_p": "",
+        "decoding": "lantern",
+    }  # fmt: skip
+    assert not toasts
+
+
+def test_a_sheet_brings_all_of_its_pictures_back(tmp_path):
+    assert from_picture(saved(tmp_path, wish().record, [7, 8, 9])).basic["count"] == 3
+
+
+def test_a_link_brings_the_same_back(form):
+    recalled = from_link(parse_qsl(link_to(wish())[1:]))
+    again = Wish.from_fields("emoji-ar", **recalled.basic | dict.fromkeys(["temperature", "top_p"], ""),
+                             decoding=recalled.decoding, options=recalled.options)  # fmt: skip
+    assert again == wish()
+
+
+def test_another_models_picture_comes_back_with_a_note(form, tmp_path, toasts):
+    record = {
+        "model": "emoji-mar",
+        "prompt": "a fox",
+        "decoding": {"name": "cspd", "mode": "relaxed", "approximate": True},
+    }
+    updates = held(form, form.filled(from_picture(saved(tmp_path, record, 1))))
+    assert updates["prompt"] == "a fox" and updates["decoding"] == "ar"
+    assert "emoji-mar drew this" in toasts[0] and "no decoding cspd" in toasts[0]
+
+
+def test_an_option_without_a_field_is_named(form, toasts):
+    form.filled(from_link({"decoding": "lantern", "delta": "0.2", "sigma": "1"}))
+    assert "no field for sigma" in toasts[0]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "no json", "[]", '{"call": {}, "seed": 1}', '{"call": {"prompt": "a"}, "seed": []}']
+)
+def test_a_picture_without_settings_is_refused(tmp_path, text):
+    info = PngInfo()
+    if text is not None:
+        info.add_itxt("studio", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png", pnginfo=info)
+    with pytest.raises(StudioError, match="carries no settings"):
+        from_picture(tmp_path / "other.png")
+
+
+def test_what_is_no_picture_is_refused_and_the_form_stays(form, tmp_path, toasts):
+    file = tmp_path / "notes.png"
+    file.write_text("no picture")
+    cleared, *updates = generate.recall(form, {"path": str(file)})
+    assert cleared is None and held(form, updates) == {} and "carries no settings" in toasts[0]
+
+
+def test_a_picture_with_wrong_settings_is_refused(form, tmp_path, toasts):
+    _, *updates = generate.recall(
+        form, {"path": str(saved(tmp_path, {"prompt": "a fox", "decoding": {"name": "lantern", "delta": 7}}, 1))}
+    )
+    assert held(form, updates) == {} and "delta" in toasts[0].lower()
+
+
+def test_a_link_opens_a_tab_and_fills_its_words(form):
+    tabs, question, prompt, *updates = followed({"tab": "ask", "question": "what is it"}, form)
+    assert tabs == gr.update(selected="ask") and question == "what is it" and held(form, updates) == {}
+    assert followed({"tab": "compare", "prompt": "a fox"}, form)[2] == "a fox"
+    assert held(form, followed({"prompt": "a fox", "__theme": "dark"}, form)[3:]) == {"prompt": "a fox"}
+    assert held(form, followed({"utm_source": "mail"}, form)[3:]) == {}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"tab": "draw"}, "no tab 'draw'"),
+        ({"count": "many"}, "a whole number"),
+        ({"prompt": "a fox", "count": "99"}, "between 1 and 16"),
+        ({"seed": "-1"}, "seed from 0"),
+        ({"guidance": "much"}, "must be a number"),
+        ({"tab": "ask", "question": "a" * 2001}, "at most 2000"),
+        ({"tab": "compare", "prompt": "a" * 2001}, "at most 2000"),
+    ],
+)
+def test_a_wrong_link_says_what_is_wrong(form, parameters, message):
+    with pytest.raises(StudioError, match=message):
+        followed(parameters, form)
+
+
+def test_what_was_drawn_tells_its_link():
+    assert json.dumps(dict(parse_qsl(link_to(wish())[1:]))) == json.dumps(
+        {
+            "prompt": "a fox",
+            "count": "3",
+            "seed": "7",
+            "guidance": "2.5",
+            "top_k": "40",
+            "decoding": "lantern",
+            "delta": "0.3",
+        }
+    )

@@ -1,0 +1,133 @@
+"""The settings of a drawing brought back: out of a picture that was drawn here, or out of a link."""
+
+import json
+from dataclasses import dataclass, field
+from urllib.parse import urlencode
+
+import gradio as gr
+
+from studio.errors import StudioError
+from studio.saving import METADATA_KEY
+from studio.ui.wish import Wish
+
+_SAMPLING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+_BASIC = ("prompt", "count", "seed", *_SAMPLING)
+KNOWN = {*_BASIC, "model", "decoding"}
+"""The parameters of a link, beside the options of its decoding."""
+_NO_PICTURE = "This file carries no settings: give a PNG as Studio saved it."
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a form is to hold again.
+
+    Args:
+        basic: by name of a field, "prompt", "count", "seed", "guidance", "temperature", "top_k" and "top_p"; what is
+            not there stays as it is.
+        model: what drew, or `None`.
+        decoding: its name, or `None`.
+        options: its options.
+    """
+
+    basic: dict
+    model: str | None = None
+    decoding: str | None = None
+    options: dict = field(default_factory=dict)
+
+
+def from_picture(path):
+    """The settings of the picture in a file, one of several of its call by its own seed.
+
+    Fields that the picture does not tell of are empty, and mean the model's own settings as they did then.
+
+    Raises:
+        StudioError: the file is no PNG with settings.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            record = json.loads(picture.info[METADATA_KEY])
+        call, seed = record["call"], record["seed"]
+        decoding = dict(call.get("decoding") or {})
+        seeds = seed if isinstance(seed, list) else [seed]
+        basic = {"prompt": str(call["prompt"]), "count": len(seeds), "seed": str(int(seeds[0]))}
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as error:
+        raise StudioError(_NO_PICTURE) from error
+    for name, argument in _SAMPLING.items():
+        basic[name] = "" if call.get(argument) is None else str(call[argument])
+    decoding.pop("approximate", None)
+    return Recalled(basic, call.get("model"), decoding.pop("name", None), decoding)
+
+
+def from_link(parameters):
+    """The settings that the parameters of a link name.
+
+    Raises:
+        StudioError: the number of pictures is none.
+    """
+    parameters = dict(parameters)
+    basic = {name: parameters.pop(name) for name in _BASIC if name in parameters}
+    if "count" in basic:
+        if not basic["count"].isdecimal():
+            raise StudioError(f"The link asks for {basic['count'][:40]!r} pictures: give a whole number.")
+        basic["count"] = int(basic["count"])
+    return Recalled(basic, parameters.pop("model", None), parameters.pop("decoding", None), parameters)
+
+
+def link_to(wish):
+    """A link, relative to the app's address, that brings the settings of a wish back."""
+    given = {"prompt": wish.prompt, "count": wish.count, "seed": wish.seed}
+    sampling = {name: wish.settings.get(argument) for name, argument in _SAMPLING.items()}
+    how = {"decoding": wish.decoding, **wish.options}
+    return "?" + urlencode({name: value for name, value in (given | sampling | how).items() if value is not None})
+
+
+class Form:
+    """The fields of a form that settings come back to.
+
+    Args:
+        model: what draws here.
+        basic: prompt, count, seed, guidance, temperature, top-k and top-p.
+        decoding: the choice of a decoding.
+        options: the fields of options, by (decoding, option).
+        fitting: the names of the decodings that can be chosen.
+    """
+
+    def __init__(self, model, basic, decoding, options, fitting):
+        self.model, self.fitting, self.options = model, fitting, options
+        self.fields = [*basic, decoding, *options.values()]
+
+    def filled(self, recalled):
+        """Updates of the fields. What does not fit this app is left out, with a note for the visitor.
+
+        Raises:
+            StudioError: for a value that is wrong here.
+        """
+        notes, decoding, options = [], recalled.decoding, recalled.options
+        if recalled.model not in (None, str(self.model)):
+            notes.append(f"{recalled.model} drew this, here {self.model} draws: the picture will be another.")
+        if decoding is not None and decoding not in self.fitting:
+            notes.append(f"There is no decoding {decoding} here: the usual one is chosen.")
+            decoding, options = self.fitting[0], {}
+        named = decoding or self.fitting[0]
+        decoding = named if options else decoding
+        if unknown := [name for name in options if (named, name) not in self.options]:
+            notes.append(f"This page has no field for {', '.join(unknown)}.")
+        texts = {name: str(value) for name, value in options.items() if name not in unknown}
+        basic = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
+        Wish.from_fields(self.model, *basic.values(), named, texts)
+        if notes:
+            gr.Warning(" ".join(notes), title="Please note", duration=12)
+        own = [recalled.basic.get(name, gr.skip()) for name in _BASIC]
+        chosen = gr.skip() if decoding is None else decoding
+        others = [
+            self._option(field, texts.get(name, "")) if owner == decoding else gr.skip()
+            for (owner, name), field in self.options.items()
+        ]
+        return [*own, chosen, *others]
+
+    @staticmethod
+    def _option(field, text):
+        """An empty text means the usual value: that of the page for a choice, none for a number."""
+        return text if text or not isinstance(field, gr.Radio) else field.value
