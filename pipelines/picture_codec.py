@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from PIL import Image
 from studio.errors import StudioError
 from studio.pipelines.odp_file import OdpFile
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.tokenizers.refinement import check_steps, refined_tokens
 
 _AT_ONCE = 64
+_REFINED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class EncodedPicture:
         data: the bytes of the file.
         psnr: of the restored picture, in dB, over 8-bit RGB at its own size; infinite for an equal one.
         restored: that picture, what `decode_picture` makes of the bytes.
-        tokens: (tiles, N) int64, those too that the file leaves out; without tiles one row.
-        seconds: "encode" for all tokens, and "decode" for the restored picture.
+        tokens: (tiles, N) int64, those too that the file leaves out; without tiles one row. Refined ones are of use
+            together only.
+        seconds: "encode" for all tokens, the search for better ones too, and "decode" for the restored picture.
     """
 
     file: OdpFile
@@ -49,6 +53,7 @@ def encode_picture(
     psnr: float | None = None,
     size: int | None = None,
     tile: bool = False,
+    refine: int = 0,
     name: str = "",
 ) -> EncodedPicture:
     """Encode a picture to the bytes of an `.odp` file.
@@ -60,10 +65,13 @@ def encode_picture(
         psnr: instead, the fewest tokens whose restored picture is that close in dB, found by bisection.
         size: instead, the most tokens whose file has at most so many bytes.
         tile: cut the picture into squares of the tokenizer's size instead of resizing it.
+        refine: steps of a search for tokens that restore this picture better, see `studio.tokenizers.refinement`; with
+            `psnr` at every length that is tried.
         name: the tokenizer's bundled name, to be written into the file.
 
     Raises:
-        StudioError: more than one of the three, a length out of range, or a target that cannot be met.
+        StudioError: more than one of the three, a length out of range, a target that cannot be met, or a number of
+            steps that is none.
 
     Example:
         >>> data = studio.encode_picture(picture, tokenizer, length=32).data
@@ -71,15 +79,19 @@ def encode_picture(
     """
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
+    check_steps(refine)
     picture = picture.convert("RGB")
     began = time.perf_counter()
     squares = _squares(picture, tokenizer.config.sample_size, tile)
-    tokens = _encode(squares, tokenizer)
-    seconds = {"encode": time.perf_counter() - began}
-    fewest, most = len(tokens), tokens.numel()
+    plain = _encode(squares, tokenizer)
+    fewest, most = len(plain), plain.numel()
     checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
 
-    def file_of(count: int) -> OdpFile:
+    @cache
+    def tokens_of(count: int) -> torch.Tensor:
+        return _refine(squares, tokenizer, tile_lengths(count, fewest), refine) if refine else plain
+
+    def file_of(count: int, tokens: torch.Tensor = plain) -> OdpFile:
         rows = zip(tokens.tolist(), tile_lengths(count, fewest))
         kept = tuple(token for row, first in rows for token in row[:first])
         return OdpFile(name, checksum, *picture.size, tile, bits, kept)
@@ -88,7 +100,11 @@ def encode_picture(
         return len(file_of(count).to_bytes()) <= size
 
     def close_enough(count: int) -> bool:
-        return picture_psnr(_restore(tokens, count, picture.size, tile, tokenizer), picture) >= psnr
+        return reached(count) >= psnr
+
+    @cache
+    def reached(count: int) -> float:
+        return picture_psnr(_restore(tokens_of(count), count, picture.size, tile, tokenizer), picture)
 
     if size is not None:
         if not fits(fewest):
@@ -97,14 +113,17 @@ def encode_picture(
         count = most if fits(most) else smallest(lambda n: not fits(n), fewest, most) - 1
     elif psnr is not None:
         if not close_enough(most):
-            best = picture_psnr(_restore(tokens, most, picture.size, tile, tokenizer), picture)
-            raise StudioError(f"All {most} tokens restore this picture to {best:.2f} dB, not to {psnr}: ask for less.")
+            raise StudioError(
+                f"All {most} tokens restore this picture to {reached(most):.2f} dB, not to {psnr}: ask for less."
+            )
         count = smallest(close_enough, fewest, most)
     else:
         count = most if length is None else length
         if not fewest <= count <= most:
             raise StudioError(f"This picture has from {fewest} to {most} tokens with this tokenizer, not {count}.")
-    file = file_of(count)
+    tokens = tokens_of(count)
+    seconds = {"encode": time.perf_counter() - began}
+    file = file_of(count, tokens)
     began = time.perf_counter()
     restored = _restore(tokens, count, picture.size, tile, tokenizer)
     seconds["decode"] = time.perf_counter() - began
@@ -200,12 +219,20 @@ def _squares(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]:
 @torch.inference_mode()
 def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
     """Token numbers (tiles, N) on the CPU."""
-    parts = []
-    for start in range(0, len(squares), _AT_ONCE):
-        pixels = np.stack([np.asarray(square) for square in squares[start : start + _AT_ONCE]])
-        images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device, tokenizer.dtype)
-        parts.append(tokenizer.encode(images / 127.5 - 1).cpu())
-    return torch.cat(parts)
+    parts = [squares[start : start + _AT_ONCE] for start in range(0, len(squares), _AT_ONCE)]
+    return torch.cat([tokenizer.encode(_images(part, tokenizer)).cpu() for part in parts])
+
+
+def _refine(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, lengths: list[int], steps: int) -> torch.Tensor:
+    """Token numbers (tiles, N) on the CPU, searched for so many steps."""
+    parts = [slice(start, start + _REFINED_AT_ONCE) for start in range(0, len(squares), _REFINED_AT_ONCE)]
+    found = [refined_tokens(tokenizer, _images(squares[part], tokenizer), lengths[part], steps) for part in parts]
+    return torch.cat([tokens.cpu() for tokens, _ in found])
+
+
+def _images(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
+    pixels = np.stack([np.asarray(square) for square in squares])
+    return torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device, tokenizer.dtype) / 127.5 - 1
 
 
 @torch.inference_mode()

@@ -30,6 +30,9 @@ def tokenize(
     tile: Annotated[
         bool, typer.Option("--tile", help="Cut the picture into the tokenizer's squares instead of resizing it.")
     ] = False,
+    refine: Annotated[
+        int, typer.Option(min=0, help="Steps of a search for tokens that restore this picture better; 20 do much.")
+    ] = 0,
     device: Device = None,
     as_json: Json = False,
 ):
@@ -46,7 +49,7 @@ def tokenize(
 
     from studio import encode_picture
 
-    encoded = encode_picture(picture, model, length=length, psnr=psnr, size=size, tile=tile, name=name)
+    encoded = encode_picture(picture, model, length=length, psnr=psnr, size=size, tile=tile, refine=refine, name=name)
     save_all({out: lambda path: path.write_bytes(encoded.data)})
     width, height = picture.size
     tokens, written = len(encoded.file.tokens), len(encoded.data)
@@ -58,6 +61,7 @@ def tokenize(
             "width": width,
             "height": height,
             "tiled": tile,
+            "refine": refine,
             "length": tokens,
             "bytes": written,
             "payload_bytes": encoded.file.payload_bytes,
@@ -103,6 +107,9 @@ def detokenize(
 def rate_distortion(
     tokenizer: Annotated[str, typer.Option(help="A One-D-Piece tokenizer.")] = DEFAULT_TOKENIZER,
     samples: Annotated[int, typer.Option(min=65, help="Pictures of held-out concepts.")] = 136,
+    refine: Annotated[
+        int, typer.Option(min=0, help="Steps of a search for better tokens, as of studio tokenize, beside none.")
+    ] = 0,
     seed: Seed = 0,
     figure: Annotated[
         Path | None, typer.Option(help="Write quality over bytes as this SVG file.", show_default=False)
@@ -126,7 +133,7 @@ def rate_distortion(
     from studio.evaluation.rate_distortion_figure import rate_distortion_chart
     from studio.evaluation.tables import records_table
 
-    result = bench_rate_distortion(model, name=name, samples=samples, seed=seed, device=device)
+    result = bench_rate_distortion(model, name=name, samples=samples, refine=refine, seed=seed, device=device)
     save_figure(figure, lambda: rate_distortion_chart(result["rows"], measure or "psnr"))
     emit(result)
     say(records_table(result["rows"]))

@@ -4,7 +4,8 @@ What is counted: whole files, `.odp` files with header and checksum too; and, in
 without its fixed parts. JPEG then has no tables, WebP no container and no frame header, `.odp` only packed tokens.
 Every file is at most as large as the tokenizer's of that row, or as a larger limit. JPEG (4:2:0, optimised tables) and
 WebP (lossy, slowest method) may shrink a picture before they encode it; of each picture the file is taken, over scales
-and qualities, that fits and restores it best. The tokenizer has no entropy coder, and its weights are not counted.
+and qualities, that fits and restores it best. The tokenizer has no entropy coder, and its weights are not counted; its
+tokens may be searched for each picture, as the other codecs' files are.
 """
 
 import io
@@ -23,6 +24,7 @@ from studio.evaluation.metrics import frechet_distance
 from studio.pipelines.odp_file import OdpFile
 from studio.pipelines.picture_codec import picture_psnr, token_bits
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+from studio.tokenizers.refinement import refined_tokens
 
 SCALES = (1, 2, 4, 8)
 QUALITIES = (1, 2, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -31,7 +33,7 @@ LARGER = (1.5, 2, 3, 4)
 COUNTED = ("file", "without fixed parts")
 WEBP_FIXED = 30
 """RIFF header, chunk header and VP8 frame header."""
-_BATCH = 64
+_BATCH = 34
 
 
 @dataclass(frozen=True)
@@ -47,42 +49,49 @@ class Encoded:
     psnr: float
 
 
-def bench_rate_distortion(tokenizer, *, name="", samples=136, seed=0, device=None) -> dict:
+def bench_rate_distortion(tokenizer, *, name="", samples=136, refine=0, seed=0, device=None) -> dict:
     """Compare a tokenizer with JPEG and WebP at equal bytes, on pictures of held-out concepts.
 
     Args:
         tokenizer: a One-D-Piece tokenizer, on its device.
         name: its bundled name, which a file of it holds; empty for another.
         samples: how many pictures; more than the judge's features have numbers (64).
+        refine: steps of a search for better tokens (`studio.tokenizers.refinement`), in rows of their own; none with 0.
         seed: chooses styles and backgrounds.
         device: where the judge runs.
 
     Returns:
-        `{"rows": [...], "samples", "seed", "resolution"}`. A row is `{"codec", "counted", "limit", "bytes", "psnr",
-        "frechet"}`: the most bytes a picture may have, the mean bytes it has, the mean PSNR in dB, and the distance
-        of the judge's features from those of the originals. Where not every picture fits there is no row.
+        `{"rows": [...], "samples", "refine", "seed", "resolution"}`. A row is `{"codec", "counted", "limit", "bytes",
+        "psnr", "frechet"}`: the most bytes a picture may have, the mean bytes it has, the mean PSNR in dB, and the
+        distance of the judge's features from those of the originals. Where not every picture fits there is no row.
 
     Raises:
-        StudioError: another kind of tokenizer, or more pictures than there are.
+        StudioError: another kind of tokenizer, more pictures than there are, or a number of steps that is none.
     """
     if not isinstance(tokenizer, OneDPieceTokenizer):
         raise StudioError("Rate and distortion are measured of One-D-Piece tokenizers: their files can be shortened.")
     pictures = held_out_pictures(tokenizer.config.sample_size, samples, seed)
     judge = load_judge(device=device)
     truth = _features(judge, pictures)
-    ours = {length: _by_tokens(tokenizer, pictures, length, name) for length in tokenizer.lengths}
+    ours = {
+        codec: [_by_tokens(tokenizer, pictures, length, name, steps) for length in tokenizer.lengths]
+        for codec, steps in {"one-d-piece": 0, f"one-d-piece refined {refine}": refine}.items()
+        if steps or codec == "one-d-piece"
+    }
     others = {codec: [ways(picture, codec) for picture in pictures] for codec in ("jpeg", "webp")}
     rows = []
     for counted in COUNTED:
-        limits = [_counted(some[0], counted) for some in ours.values()]
-        for limit, some in zip(limits, ours.values()):
-            rows.append(_row("one-d-piece", counted, limit, some, judge, truth))
+        limits = [_counted(some[0], counted) for some in ours["one-d-piece"]]
+        for codec, of_lengths in ours.items():
+            for limit, some in zip(limits, of_lengths):
+                rows.append(_row(codec, counted, limit, some, judge, truth))
         for codec, of_pictures in others.items():
             for limit in (*limits, *(int(limits[-1] * factor) for factor in LARGER)):
                 chosen = [best(each, limit, counted) for each in of_pictures]
                 if None not in chosen:
                     rows.append(_row(codec, counted, limit, chosen, judge, truth))
-    return {"rows": rows, "samples": samples, "seed": seed, "resolution": tokenizer.config.sample_size}
+    sizes = {"samples": samples, "refine": refine, "seed": seed, "resolution": tokenizer.config.sample_size}
+    return {"rows": rows, **sizes}
 
 
 def held_out_pictures(side, samples, seed) -> list[Image.Image]:
@@ -133,16 +142,17 @@ def _counted(way: Encoded, counted: str) -> int:
     return way.size - (way.fixed if counted != "file" else 0)
 
 
-@torch.inference_mode()
-def _by_tokens(tokenizer, pictures, length, name) -> list[Encoded]:
+def _by_tokens(tokenizer, pictures, length, name, refine) -> list[Encoded]:
     """The pictures restored from their first tokens; their files are equally long, whatever the tokens are."""
     side, encoded = tokenizer.config.sample_size, []
     file = OdpFile(name, 0, side, side, False, token_bits(tokenizer), (0,) * length)
     size = len(file.to_bytes())
     for start in range(0, len(pictures), _BATCH):
         some = pictures[start : start + _BATCH]
-        tokens = tokenizer.encode(_pixels(some).to(tokenizer.device, tokenizer.dtype) / 127.5 - 1)
-        restored = ((tokenizer.decode(tokens, length).float() + 1).clamp(0, 2) * 127.5).round().to(torch.uint8)
+        images = _pixels(some).to(tokenizer.device, tokenizer.dtype) / 127.5 - 1
+        tokens, _ = refined_tokens(tokenizer, images, [length] * len(some), refine)
+        with torch.no_grad():
+            restored = ((tokenizer.decode(tokens, length).float() + 1).clamp(0, 2) * 127.5).round().to(torch.uint8)
         for picture, pixels in zip(some, restored.movedim(1, -1).cpu().numpy()):
             image = Image.fromarray(pixels)
             encoded.append(Encoded(size, size - file.payload_bytes, image, picture_psnr(image, picture)))

@@ -76,7 +76,7 @@ class Emoji1D(Recipe):
     name = "emoji-1d"
     beginning = "a codec that linear algebra fits to pictures"
     data = "Fluent Emoji, both styles, without the concepts held out for tokenizers, on random plain backgrounds"
-    defaults = Defaults(steps=2000, batch_size=32, learning_rate=2e-3)
+    defaults = Defaults(steps=2400, batch_size=32, learning_rate=2e-3)
 
     def build(self, device):
         side = CONFIG["sample_size"]

@@ -17,7 +17,7 @@ SAMPLES = 70
 def result(tiny_one_d):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "QUALITIES", (1, 50, 95))
-        return bench.bench_rate_distortion(tiny_one_d, name="tiny", samples=SAMPLES, device="cpu")
+        return bench.bench_rate_distortion(tiny_one_d, name="tiny", samples=SAMPLES, refine=5, device="cpu")
 
 
 def test_no_file_is_larger_than_its_limit(result):
@@ -40,6 +40,16 @@ def test_our_rows_are_the_files_that_would_be_written(result, tiny_one_d):
                 assert row["bytes"] == (len(one.data) if counted == "file" else one.file.payload_bytes)
     whole = [encode_picture(picture, tiny_one_d, length=6).psnr for picture in pictures]
     assert rows[-1]["psnr"] == pytest.approx(sum(whole) / SAMPLES, abs=0.05)
+
+
+def test_searched_tokens_have_rows_of_their_own(result):
+    of_codec = {
+        codec: [row for row in result["rows"] if row["codec"] == codec and row["counted"] == "file"]
+        for codec in ("one-d-piece", "one-d-piece refined 5")
+    }
+    for plain, refined in zip(*of_codec.values(), strict=True):
+        assert refined["bytes"] == plain["bytes"] and refined["psnr"] >= plain["psnr"] - 0.01
+    assert refined["psnr"] > plain["psnr"]
 
 
 def test_more_bytes_never_restore_worse(result):

@@ -69,6 +69,23 @@ def test_bytes_are_a_limit_that_one_more_token_would_break(tokenizer):
         encode_picture(picture(20, 20), tokenizer, size=10)
 
 
+@pytest.mark.parametrize("wish", [{"length": 9}, {"size": 40}, {}], ids=["length", "size", "all"])
+def test_a_search_restores_better_in_a_file_of_the_same_form(tokenizer, wish):
+    original = picture(32, 32)
+    plain, refined = (encode_picture(original, tokenizer, tile=True, refine=steps, **wish) for steps in (0, 20))
+    assert len(refined.data) == len(plain.data) and refined.psnr > plain.psnr
+    assert decode_picture(refined.data, tokenizer).tobytes() == refined.restored.tobytes()
+    with pytest.raises(StudioError, match="whole number of steps"):
+        encode_picture(original, tokenizer, refine=-1)
+
+
+def test_a_search_meets_a_target_that_the_encoder_does_not(tokenizer):
+    original = picture(16, 16)
+    wish = encode_picture(original, tokenizer, refine=20).psnr
+    assert wish > encode_picture(original, tokenizer).psnr
+    assert encode_picture(original, tokenizer, psnr=wish, refine=20).psnr >= wish
+
+
 def test_psnr_is_a_target_that_is_met(tokenizer):
     original = picture(16, 16)
     reached = [encode_picture(original, tokenizer, length=n).psnr for n in range(1, 7)]

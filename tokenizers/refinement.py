@@ -1,0 +1,67 @@
+"""Tokens chosen by what the decoder makes of them: the picture is looked at while its tokens are searched.
+
+An encoder guesses the vectors once. Here gradient descent moves them on, for one picture, so that the decoder restores
+it better; the nearest codes are used throughout, and gradients pass them unchanged. "Content Adaptive Optimization for
+Neural Image Compression" (arXiv:1906.01223) does the same to the numbers of an entropy-coded network. Decoder and
+format stay as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from studio.errors import StudioError
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer
+
+RATE = 0.01
+"""Adam's learning rate, for unit vectors."""
+_DARKEST = 1e-6
+
+
+def refined_tokens(
+    tokenizer: OneDPieceTokenizer, images: torch.Tensor, lengths: list[int], steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that restore pictures better from their first few than those that the encoder gives.
+
+    Args:
+        tokenizer: a One-D-Piece tokenizer.
+        images: pictures (B, channels, side, side) in [-1, 1].
+        lengths: how many tokens of each picture count; only these are searched.
+        steps: of gradient descent, each as dear as decoding twice or three times; with 0 the encoder's tokens.
+
+    Returns:
+        Tokens (B, N), int64, the best of all steps for each picture, and their mean squared errors (B,) over numbers in
+        [0, 1]. No picture is worse than from the encoder's tokens.
+
+    Errors: `StudioError` for a number of steps that is none.
+    """
+    check_steps(steps)
+    best, least = None, None
+    with torch.inference_mode(False), torch.enable_grad():
+        images = images.clone()
+        with torch.no_grad():
+            vectors = F.normalize(tokenizer.encode_features(images).float(), dim=-1)
+        codebook, wanted = tokenizer.codebook.detach().float(), images.float()
+        vectors.requires_grad_(True)
+        optimizer = torch.optim.Adam([vectors], lr=RATE)
+        for step in range(steps + 1):
+            unit = F.normalize(vectors, dim=-1)
+            tokens = (unit.detach() @ codebook.T).argmax(dim=-1)
+            codes = unit + (codebook[tokens] - unit).detach()
+            restored = tokenizer.decode_vectors(codes.to(tokenizer.dtype), lengths).float()
+            shown = ((restored.detach().clamp(-1, 1) - wanted) / 2).square().mean(dim=(1, 2, 3))
+            if best is None:
+                best, least = tokens, shown
+            better = shown < least
+            best, least = torch.where(better[:, None], tokens, best), torch.where(better, shown, least)
+            if step < steps:
+                errors = ((restored - wanted) / 2).square().mean(dim=(1, 2, 3))
+                loss = errors.clamp(min=_DARKEST).log().sum()
+                (vectors.grad,) = torch.autograd.grad(loss, [vectors])
+                optimizer.step()
+    return best, least
+
+
+def check_steps(steps: int) -> None:
+    """Errors: `StudioError` for what is no whole number of at least 0."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise StudioError(f"refine must be a whole number of steps, at least 0, not {steps!r}.")
