@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import base64
 import io
 from urllib.request import urlopen
 
@@ -57,3 +58,17 @@ def test_a_tool_draws(asked, tiny_pipeline):
 def test_a_tool_says_what_is_wrong(asked):
     answer = asked(lambda session: session.call_tool("generate", {"prompt": "a red apple", "count": 99}))
     assert answer.isError and "between 1 and 16" in answer.content[0].text
+
+
+def test_a_picture_is_given_as_data_and_never_as_a_path(asked, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    data = base64.b64encode((tmp_path / "secret.png").read_bytes()).decode()
+    call = {"question": "what is it", "model": "tiny-reader", "method": "uniform", "keep": 0.5, "max_new_tokens": 2}
+
+    async def both(session):
+        given = (f"data:image/png;base64,{data}", str(tmp_path / "secret.png"))
+        return [await session.call_tool("ask", {"picture": picture, **call}) for picture in given]
+
+    as_data, as_path = asked(both)
+    assert not as_data.isError and "visual_tokens" in as_data.content[1].text
+    assert as_path.isError and "provide a url" in as_path.content[0].text
