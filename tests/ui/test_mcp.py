@@ -70,5 +70,5 @@ def test_a_picture_is_given_as_data_and_never_as_a_path(asked, tmp_path):
         return [await session.call_tool("ask", {"picture": picture, **call}) for picture in given]
 
     as_data, as_path = asked(both)
-    assert not as_data.isError and "visual_tokens" in as_data.content[1].text
+    assert not as_data.isError and "visual_tokens" in as_data.content[0].text
     assert as_path.isError and "provide a url" in as_path.content[0].text
