@@ -16,15 +16,28 @@ LOSSLESS = ("ar", "mar", "speculative")
 
 
 def fingerprint(model: str) -> str:
-    """SHA-256 over the weights that a model, a bundled name or a folder, draws with; parts of others are included."""
+    """SHA-256 over the weights that a model, a bundled name or a folder, draws with: its own, and what it shares."""
     if model in BUNDLED:
-        folders = [bundled_folder(name) for name in (model, *BUNDLED[model].shares)]
+        own = bundled_folder(model)
+        files = _weights(own)
+        for name in BUNDLED[model].shares:
+            files += [file for file in _weights(bundled_folder(name)) if _is_shared(file, bundled_folder(name), own)]
     else:
-        folders = [Path(model)]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.safetensors"))]
+        files = _weights(Path(model))
     if not files:
         raise StudioError(f"{model} is no folder with weights here: give a bundled name or a model folder.")
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def _is_shared(file: Path, folder: Path, own: Path) -> bool:
+    """Whether a pipeline in `own` draws with a file of another's folder: a model alone, or a part that it lacks."""
+    part = file.relative_to(folder).parts[0]
+    index = json.loads((own / "model_index.json").read_text(encoding="utf-8"))
+    return file.parent == folder or (part in index and not _weights(own / part))
 
 
 def save_measured(model: str, device: torch.device, rows: list[dict]) -> Path:

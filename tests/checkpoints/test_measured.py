@@ -1,10 +1,17 @@
 """`auto`: the fastest decoding that loses no more than is allowed."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from studio import StudioError
+from studio import StudioError, evaluation
+from studio.checkpoints import measured
+from studio.checkpoints.bundled import Bundled
 from studio.checkpoints.measured import fastest, fingerprint, read_measured, save_measured
+
+RECORDED = Path(evaluation.__file__).parent / "decodings"
 
 
 def row(decoding, seconds, top1, batch=1, dtype="float32", **settings):
@@ -66,3 +73,32 @@ def test_rows_are_kept_for_these_weights_and_this_device(tmp_path, monkeypatch):
     assert read_measured(str(model), torch.device("cuda")) is None
     (model / "weights.safetensors").write_bytes(b"two")
     assert read_measured(str(model), place) is None
+
+
+def test_a_model_is_marked_by_what_it_draws_with_alone(tmp_path, monkeypatch):
+    """Of another's folder only the parts that it lacks: not that one's transformer, nor its drafter."""
+    folders = {"tiny": ["transformer"], "whole": ["transformer", "text_encoder", "drafter"], "codes": ["."]}
+    for name, parts in folders.items():
+        for part in parts:
+            (tmp_path / name / part).mkdir(parents=True)
+            (tmp_path / name / part / "model.safetensors").write_bytes(f"{name} {part}".encode())
+    index = {"transformer": [], "text_encoder": [], "image_tokenizer": []}
+    (tmp_path / "tiny" / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(measured, "bundled_folder", tmp_path.joinpath)
+    monkeypatch.setattr(measured, "BUNDLED", {"tiny": Bundled("pipeline", "", shares=("whole", "codes"))})
+    before, changes = fingerprint("tiny"), {}
+    for file in sorted(tmp_path.rglob("*.safetensors")):
+        kept = file.read_bytes()
+        file.write_bytes(b"other")
+        changes[str(file.parent.relative_to(tmp_path))] = fingerprint("tiny") != before
+        file.write_bytes(kept)
+    assert changes == {
+        "codes": True, "tiny/transformer": True, "whole/text_encoder": True, "whole/drafter": False,
+        "whole/transformer": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", sorted(RECORDED.glob("*.json")), ids=lambda file: file.stem)
+def test_recorded_quality_is_of_the_bundled_weights(file):
+    recorded = json.loads(file.read_text())
+    assert recorded["fingerprint"] == fingerprint(recorded["model"])
