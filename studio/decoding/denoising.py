@@ -12,8 +12,6 @@ from copy import copy
 
 import torch
 
-from studio.models.views import head_view
-
 _PREPARED_NUMBERS = 2**22
 
 
@@ -26,7 +24,7 @@ class TimedHead:
         self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
         modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
         self.numbers = sum(layer.out_features for layer in modulations)
-        self.native, self.table = head_view(network), self.diffusion.table()
+        self.native, self.table = network.for_decoding(), self.diffusion.table()
 
 
 class Kernels:
