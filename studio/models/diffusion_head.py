@@ -119,7 +119,7 @@ class DenoisingNetwork(nn.Module):
         return self.final_layer(hidden, modulated[-1])
 
     def for_decoding(self):
-        """The view whose reverse steps are single calls of C (`studio.models.native_head`); None where there is none."""
+        """The view whose reverse steps are single calls of C (`studio.models.native_head`), or None."""
         from studio.models.views import head_view
 
         return head_view(self)
