@@ -15,6 +15,7 @@ def rate_distortion_chart(rows: list[dict], measure: str = "psnr") -> str:
             some = [row for row in rows if (row["codec"], row["counted"]) == (codec, counted)]
             points = tuple(sorted((row["bytes"], row[measure]) for row in some))
             if points:
-                series.append(Series(codec if counted == "file" else f"{codec} payload", points))
-    name = "PSNR in dB" if measure == "psnr" else "distance of the judge's features"
-    return chart("Held-out pictures from few bytes", "bytes a picture", name, series, log_x=True)
+                name = codec.removeprefix("one-d-piece ")
+                series.append(Series(name if counted == "file" else f"{name} payload", points))
+    quality = "PSNR in dB" if measure == "psnr" else "distance of the judge's features"
+    return chart("Held-out pictures from few bytes", "bytes a picture", quality, series, log_x=True)
