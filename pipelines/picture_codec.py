@@ -34,7 +34,8 @@ class EncodedPicture:
         restored: that picture, what `decode_picture` makes of the bytes.
         tokens: (tiles, N) int64, those too that the file leaves out; without tiles one row. Refined ones are of use
             together only.
-        seconds: "encode" for all tokens, the search for better ones too, and "decode" for the restored picture.
+        seconds: "encode" for the tokens, with the search for a length or for better ones, and "decode" for the restored
+            picture.
     """
 
     file: OdpFile
@@ -81,23 +82,27 @@ def encode_picture(
         raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
     check_steps(refine)
     picture = picture.convert("RGB")
+    checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
     began = time.perf_counter()
     squares = _squares(picture, tokenizer.config.sample_size, tile)
-    plain = _encode(squares, tokenizer)
-    fewest, most = len(plain), plain.numel()
-    checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
+    fewest, most = len(squares), len(squares) * tokenizer.config.num_tokens
 
     @cache
     def tokens_of(count: int) -> torch.Tensor:
-        return _refine(squares, tokenizer, tile_lengths(count, fewest), refine) if refine else plain
+        return _refine(squares, tokenizer, tile_lengths(count, fewest), refine) if refine else encoded()
 
-    def file_of(count: int, tokens: torch.Tensor = plain) -> OdpFile:
-        rows = zip(tokens.tolist(), tile_lengths(count, fewest))
-        kept = tuple(token for row, first in rows for token in row[:first])
+    @cache
+    def encoded() -> torch.Tensor:
+        return _encode(squares, tokenizer)
+
+    def file_of(kept: tuple[int, ...]) -> OdpFile:
         return OdpFile(name, checksum, *picture.size, tile, bits, kept)
 
+    def bytes_of(count: int) -> int:
+        return len(file_of((0,) * count).to_bytes())
+
     def fits(count: int) -> bool:
-        return len(file_of(count).to_bytes()) <= size
+        return bytes_of(count) <= size
 
     def close_enough(count: int) -> bool:
         return reached(count) >= psnr
@@ -108,7 +113,7 @@ def encode_picture(
 
     if size is not None:
         if not fits(fewest):
-            least = len(file_of(fewest).to_bytes())
+            least = bytes_of(fewest)
             raise StudioError(f"This picture takes at least {least} bytes with this tokenizer; {size} are too few.")
         count = most if fits(most) else smallest(lambda n: not fits(n), fewest, most) - 1
     elif psnr is not None:
@@ -123,7 +128,8 @@ def encode_picture(
             raise StudioError(f"This picture has from {fewest} to {most} tokens with this tokenizer, not {count}.")
     tokens = tokens_of(count)
     seconds = {"encode": time.perf_counter() - began}
-    file = file_of(count, tokens)
+    rows = zip(tokens.tolist(), tile_lengths(count, fewest))
+    file = file_of(tuple(token for row, first in rows for token in row[:first]))
     began = time.perf_counter()
     restored = _restore(tokens, count, picture.size, tile, tokenizer)
     seconds["decode"] = time.perf_counter() - began

@@ -14,7 +14,7 @@ from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 
 RATE = 0.01
 """Adam's learning rate, for unit vectors."""
-_DARKEST = 1e-6
+_LEAST_ERROR = 1e-6  # below it, no picture is worth another step
 
 
 def refined_tokens(
@@ -55,7 +55,7 @@ def refined_tokens(
             best, least = torch.where(better[:, None], tokens, best), torch.where(better, shown, least)
             if step < steps:
                 errors = ((restored - wanted) / 2).square().mean(dim=(1, 2, 3))
-                loss = errors.clamp(min=_DARKEST).log().sum()
+                loss = errors.clamp(min=_LEAST_ERROR).log().sum()
                 (vectors.grad,) = torch.autograd.grad(loss, [vectors])
                 optimizer.step()
     return best, least

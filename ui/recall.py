@@ -51,8 +51,8 @@ def from_picture(path):
         call, seed = record["call"], record["seed"]
         decoding = dict(call.get("decoding") or {})
         seeds = seed if isinstance(seed, list) else [seed]
-        basic = {"prompt": str(call["prompt"]), "count": len(seeds), "seed": str(int(seeds[0]))}
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as error:
+        basic = {"prompt": str(call["prompt"] or ""), "count": len(seeds), "seed": str(int(seeds[0]))}
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError) as error:
         raise StudioError(_NO_PICTURE) from error
     for name, argument in _SAMPLING.items():
         basic[name] = "" if call.get(argument) is None else str(call[argument])

@@ -98,7 +98,7 @@ class NativeHead:
         """
         steps, tokens, _ = x.shape
         _, copies, rows, _ = modulated[0].shape
-        x = x.contiguous()
+        x, modulated = x.contiguous(), [part.contiguous() for part in modulated]
         mean, log_std = torch.empty_like(x), torch.empty_like(x)
         states = steps * copies * tokens
         scratch = torch.empty(3 * _ROWS_AT_ONCE * max(self.width, self.token) + 2 * states * self.token)

@@ -54,7 +54,7 @@ class TrainableOneD(nn.Module):
 
     @torch.no_grad()
     def start(self, images):
-        """Starts as a pyramid (`studio.training.pyramid_start`), and with codes that are tokens of some pictures."""
+        """Starts as a pyramid (`studio.training.pyramid_start`), with its codes."""
         start_as_pyramid(self.tokenizer, images)
         start_codebooks(self, [self.tokenizer.codebook])
 

@@ -53,7 +53,7 @@ def pyramid(side: int, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def start_as_pyramid(tokenizer, images: torch.Tensor) -> None:
-    """Writes that start into a `OneDPieceTokenizer` with the pixel stage "patches".
+    """Writes that start into a `OneDPieceTokenizer` with the pixel stage "patches", codes from the pictures too.
 
     Args:
         images: pictures (B, channels, side, side) in [-1, 1] to fit to.

@@ -53,6 +53,11 @@ def test_every_step_equals_torchs(sizes, halves, copies, tokens):
         assert_same(ours.at(first, step), expected.at(first, step), table[step : step + 1])
     assert_same(ours.along(states[2:], 2), expected.along(states[2:], 2), table[2:])
     some = torch.arange(tokens) % 3 == 0
+    for step in (STEPS - 1, STEPS - 2):  # from what was prepared for all
+        ours.first = expected.first = STEPS
+        ours.at(states[-1], STEPS - 1), expected.at(states[-1], STEPS - 1)
+        found, wanted = (kernels.take(some).at(states[step, some], step) for kernels in (ours, expected))
+        assert_same(found, wanted, table[step : step + 1])
     assert_same(ours.take(some).along(states[:, some], 0), expected.take(some).along(states[:, some], 0), table)
 
 

@@ -72,6 +72,10 @@ def test_a_link_brings_the_same_back(form):
     assert again == wish()
 
 
+def test_a_picture_of_a_class_comes_back_without_words(tmp_path):
+    assert from_picture(saved(tmp_path, {"prompt": None, "class_label": 3}, 1)).basic["prompt"] == ""
+
+
 def test_another_models_picture_comes_back_with_a_note(form, tmp_path, toasts):
     record = {
         "model": "emoji-mar",
@@ -89,7 +93,7 @@ def test_an_option_without_a_field_is_named(form, toasts):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "no json", "[]", '{"call": {}, "seed": 1}', '{"call": {"prompt": "a"}, "seed": []}']
+    "text", [None, "no json", "[]", "[" * 100_000, '{"call": {}, "seed": 1}', '{"call": {"prompt": "a"}, "seed": []}']
 )
 def test_a_picture_without_settings_is_refused(tmp_path, text):
     info = PngInfo()
