@@ -27,42 +27,80 @@ from studio.commands.decodings import (
     given,
     named,
 )
-from studio.commands.options import Device, Json, Seed, number, parsed_tiles
+from studio.commands.options import Device, Json, number, parsed_tiles
 from studio.console import emit, quiet_libraries, say
-from studio.training.recipes import RECIPES, run
+from studio.training import KINDS
+from studio.training import train as run
+from studio.training import train_family as run_family
+
+Folder = Annotated[str | None, typer.Option(help="Bundled name, folder, or a run beside --out.", show_default=False)]
+
+
+def _count(help, least=1):
+    return Annotated[int | None, typer.Option(min=least, help=help, show_default="the kind's")]
 
 
 def train(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(RECIPES)}.")],
+    kind: Annotated[str | None, typer.Argument(help=f"{', '.join(KINDS)}.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of images, or emoji, the bundled set.", show_default="emoji")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Options of a bundled model, such as emoji-vq; family trains all.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of options; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")] = None,
-    seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    init_from: Annotated[
-        str | None, typer.Option(help="Start from these weights: a bundled name or a folder.", show_default=False)
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in the folder.")] = False,
+    size: _count("Side of the images in pixels.", 8) = None,
+    crop: Annotated[
+        str | None, typer.Option(help="centre, random or none (squeezed to a square).", show_default="centre")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="the recipe's")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures per step.", show_default="the recipe's")
-    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror training images at random.")] = False,
+    grid: _count("Tokens a side of a tokenizer.") = None,
+    tokens: _count("Tokens of a one-dimensional tokenizer.") = None,
+    codes: _count("Entries of a codebook.", 2) = None,
+    dim: _count("Width of the network.", 8) = None,
+    layers: _count("Depth of the network.") = None,
+    steps: _count("Optimiser steps.") = None,
+    minutes: Annotated[float | None, number(help="Train for this long instead of --steps.", min=0)] = None,
+    batch_size: _count("Images a step.") = None,
+    accumulate: _count("Batches whose gradients are added up.") = None,
     learning_rate: Annotated[float | None, number(help="Peak learning rate.", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Decides every random choice.", show_default="0")
+    ] = None,
+    init_from: Folder = None,
+    tokenizer: Folder = None,
+    text_encoder: Folder = None,
+    target: Annotated[
+        str | None, typer.Option(help="The pipeline that a drafter or student is for.", show_default=False)
+    ] = None,
+    sample_every: _count("Steps between validations with samples.") = None,
+    tracker: Annotated[
+        str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ):
-    """Train a bundled model anew, or go on training one."""
+    """Train a model on your own images, or a bundled one anew."""
     quiet_libraries()
-    result = run(
-        name,
-        out=out,
-        seed=seed,
-        resume=resume,
-        init_from=init_from,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        command=shlex.join(["studio", *(word for word in sys.argv[1:] if word != "--resume")]),
-    )
+    given = {
+        "kind": kind, "data": data, "size": size, "crop": crop, "flip": flip or None, "grid": grid, "tokens": tokens,
+        "codes": codes, "dim": dim, "layers": layers, "steps": steps, "minutes": minutes, "batch_size": batch_size,
+        "accumulate": accumulate, "learning_rate": learning_rate, "seed": seed, "init_from": init_from,
+        "tokenizer": tokenizer, "text_encoder": text_encoder, "target": target, "sample_every": sample_every,
+        "tracker": tracker,
+    }  # fmt: skip
+    command = shlex.join(["studio", *(word for word in sys.argv[1:] if word not in ("--resume", "--json"))])
+    if preset == "family":
+        results = run_family(out=out, resume=resume, command=command, **given)
+        emit(results)
+        for name, result in results.items():
+            say(f"{name:16} {result['steps']} steps, {result['seconds'] / 60:.1f} minutes: {result['folder']}")
+        return
+    result = run(preset=preset, config=config, out=out, resume=resume, command=command, **given)
     emit(result)
     for key, value in result.items():
-        say(f"{key:12} {value}")
+        say(f"{key:16} {value}")
 
 
 def evaluate(

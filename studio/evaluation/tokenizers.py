@@ -1,40 +1,39 @@
-"""How well a visual tokenizer restores pictures of concepts it has never seen."""
+"""How well an image tokenizer restores images it has never seen."""
 
 import torch
 
-from studio.data.archive import STYLES, load_pictures
-from studio.data.backgrounds import PALETTE, compose
-from studio.data.splits import concepts
+from studio.data.emoji import EmojiSource
+from studio.data.source import Source
 from studio.evaluation.metrics import psnr, ssim
 from studio.tokenizers.rvq import RVQTokenizer
 
 
 @torch.inference_mode()
-def evaluate_tokenizer(tokenizer, batch_size=64):
-    """Restoration of every held-out concept in both styles on all ten backgrounds, at the tokenizer's own resolution.
+def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None, batch_size: int = 64) -> dict:
+    """Reconstruction of images that training did not see, at the tokenizer's own resolution.
+
+    Args:
+        tokenizer: any image tokenizer.
+        source: the data; `None` for the emoji set, of which every concept held out for tokenizers is measured in both
+            styles on all ten backgrounds.
+        batch_size: images at a time.
 
     Returns:
-        `{"psnr", "ssim", "bits_per_pixel", "resolution", "samples"}`: means of per-picture values in RGB [0, 1].
+        `{"psnr", "ssim", "bits_per_pixel", "resolution", "samples"}`: means of per-image values in RGB [0, 1].
         A tokenizer of continuous tokens has "numbers_per_pixel" in place of the bits. One that restores from its first
         tokens also has "psnr_n" and "ssim_n" for some lengths n: the full one, halved up to four times; one of stacks
         of codes for every number n of levels below the full one.
     """
     resolution = tokenizer.config.sample_size
+    examples = (source or EmojiSource(resolution)).unseen
     device = next(tokenizer.parameters()).device
     dtype = next(tokenizer.parameters()).dtype
-    pictures = load_pictures(resolution)[concepts(held_out=True)]
-    cases = [
-        (i, style, background)
-        for i in range(len(pictures))
-        for style in range(len(STYLES))
-        for background in range(len(PALETTE))
-    ]
     noise, likeness, tokens_per_image = [], [], 0
     shorter = {length: ([], []) for length in _shorter_lengths(tokenizer)}
-    for start in range(0, len(cases), batch_size):
-        index, style, background = map(list, zip(*cases[start : start + batch_size], strict=True))
-        images = torch.from_numpy(compose(pictures[index, style], PALETTE[background])).to(device)
-        tokens = tokenizer.encode((images * 2 - 1).to(dtype))
+    for start in range(0, len(examples), batch_size):
+        images = examples.images(range(start, min(start + batch_size, len(examples)))).to(device)
+        tokens = tokenizer.encode(images.to(dtype))
+        images = images / 2 + 0.5
         tokens_per_image = tokens[0].numel()
         restored = (tokenizer.decode(tokens).float() / 2 + 0.5).clamp(0, 1)
         noise.append(psnr(restored, images))
@@ -50,7 +49,7 @@ def evaluate_tokenizer(tokenizer, batch_size=64):
         "ssim": float(torch.cat(likeness).mean()),
         **{name: value / resolution**2 for name, value in size.items()},
         "resolution": resolution,
-        "samples": len(cases),
+        "samples": len(examples),
         **{
             f"{measure}_{length}": float(torch.cat(values).mean())
             for length, both in shorter.items()

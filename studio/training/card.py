@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 CARD = """---
-license: apache-2.0
+license: {licence}
 library_name: {library}
-tags: [{task}, emoji]
+tags: [{tags}]
 ---
 # {name}
 
@@ -19,7 +19,7 @@ tags: [{task}, emoji]
 | Made by | `{command}` |
 | Started from | {init} |
 | Data | {data} |
-| Steps x pictures a step | {steps} x {batch_size} |
+| Steps x images a step | {steps} x {batch_size} |
 | Learning rate, seed | {learning_rate}, {seed} |
 | Training time | {minutes:.0f} minutes |
 | Hardware | {hardware} |
@@ -34,31 +34,33 @@ Quality of these weights, as `studio evaluate` measures it:
 """
 
 
-def write_card(recipe, settings, origin, result, command, accelerator):
-    """Write `README.md` into the exported folder; `origin` says in words what the run started from."""
+def write_card(recipe, options, name: str, result: dict, command: str, accelerator) -> None:
+    """Write `README.md` into the exported folder."""
     quality = "\n".join(
         f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
         for key, value in result["quality"].items()
     )
+    is_emoji = recipe.source.name == "emoji"
     text = CARD.format(
-        name=recipe.name,
+        name=name,
+        licence="apache-2.0" if is_emoji else "unknown",
         library=recipe.library,
-        task=recipe.task,
-        purpose=recipe.__doc__.strip().split("\n\n")[0].replace("\n", " "),
-        command=command or f"studio train {recipe.name}",
-        init=origin,
-        data=recipe.data,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
+        tags=", ".join([recipe.task, "studio", *(["emoji"] if is_emoji else [])]),
+        purpose=recipe.purpose,
+        command=command or f"studio train {recipe.kind}",
+        init=options.init_from or recipe.origin,
+        data=recipe.source.description,
+        steps=result["steps"],
+        batch_size=(options.batch_size or recipe.defaults.batch_size) * options.accumulate,
+        learning_rate=options.learning_rate or recipe.defaults.learning_rate,
+        seed=options.seed,
         minutes=result["seconds"] / 60,
         hardware=_hardware(accelerator),
         precision={"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         torch=torch.__version__,
         quality=quality,
     )
-    Path(result["folder"], "README.md").write_text(text)
+    Path(result["folder"], "README.md").write_text(text, encoding="utf-8")
 
 
 def _hardware(accelerator):

@@ -1,19 +1,20 @@
-"""Convolutional autoencoders that start from the encoder and the decoder of `emoji-vq`.
+"""Convolutional autoencoders that start from the encoder and the decoder of a trained `VQTokenizer`.
 
 They have the same blocks under other names, so that what one bottleneck has taught them is not learned anew for the
 next.
 """
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from studio.checkpoints.loading import load
 from studio.checkpoints.mar import kl_name, kl_weight
 from studio.checkpoints.official import renamed
+from studio.tokenizers.vq import VQTokenizer
 
-START = "emoji-vq"
 _RVQ = (
     (r"\.conv_blocks\.(\d+)\.res\.", r".conv_blocks.\1.block."),
     (r"^encoder\.conv_blocks\.", "encoder.down."),
@@ -24,35 +25,43 @@ _RVQ = (
 )
 
 
+def is_vq(folder: Path) -> bool:
+    """Whether a folder holds a `VQTokenizer`."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"] == VQTokenizer.__name__
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 @torch.no_grad()
-def start_rvq(network: torch.nn.Module) -> int:
-    """Copies the encoder and the decoder of `emoji-vq` into an `RVQTokenizer`, as far as names and sizes agree.
+def start_rvq(network: torch.nn.Module, folder: Path) -> int:
+    """Copies the encoder and the decoder of a `VQTokenizer` into an `RVQTokenizer`, as far as names and sizes agree.
 
     Returns:
         How many tensors of the network were found.
     """
-    return _fill(network, lambda name, weight, levels: (rvq_name(name, levels), weight))
+    return _fill(network, folder, lambda name, weight, levels: (rvq_name(name, levels), weight))
 
 
 @torch.no_grad()
-def start_kl(network: torch.nn.Module) -> int:
+def start_kl(network: torch.nn.Module, folder: Path) -> int:
     """The same for diffusers' `AutoencoderKL`, which has attention in its middle only."""
 
     def of_diffusers(name, weight, levels):
         name = rvq_name(name, levels)
         return kl_name(name, levels), kl_weight(name, weight)
 
-    return _fill(network, of_diffusers)
+    return _fill(network, folder, of_diffusers)
 
 
 def rvq_name(name: str, levels: int) -> str:
-    """The name in `RVQTokenizer`, whose decoder counts its levels from the picture, of a tensor of `VQTokenizer`."""
+    """The name in `RVQTokenizer`, whose decoder counts its levels from the image, of a tensor of `VQTokenizer`."""
     name = re.sub(r"(?<=^decoder\.conv_blocks\.)\d+", lambda at: str(levels - 1 - int(at[0])), name)
     return renamed(name, _RVQ)
 
 
-def _fill(network, converted: Callable[[str, torch.Tensor, int], tuple[str, torch.Tensor]]) -> int:
-    source = load(START, device="cpu")
+def _fill(network, folder, converted: Callable[[str, torch.Tensor, int], tuple[str, torch.Tensor]]) -> int:
+    source = VQTokenizer.from_pretrained(folder, dtype=torch.float32)
     own, levels, found = network.state_dict(), len(source.config.channel_multipliers), 0
     for name, weight in source.state_dict().items():
         name, weight = converted(name, weight, levels)

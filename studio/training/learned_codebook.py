@@ -2,23 +2,23 @@
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.export import save_bf16
 
 
-def load_with_codebook(module, folder):
+def load_with_codebook(module: nn.Module, folder) -> None:
     """Start a module with a `tokenizer`, and a `quantizer` (vector-quantize-pytorch's, plain or residual) that learns
     its codes, from the exported tokenizer in a folder."""
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
     tokenizer = module.tokenizer
-    tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
-    tables = tokenizer.codebooks if isinstance(tokenizer, RVQTokenizer) else [tokenizer.codebook]
-    start_codebooks(module, tables)
+    start_codebooks(module, tokenizer.codebooks if isinstance(tokenizer, RVQTokenizer) else [tokenizer.codebook])
 
 
 @torch.no_grad()
-def start_codebooks(module, tables):
+def start_codebooks(module: nn.Module, tables: list[torch.Tensor]) -> None:
     """Start such a module with codes (V, dim), one table for each of its codebooks."""
     for codes, table in zip(_learned(module), tables, strict=True):
         codes.embed.copy_(table)
@@ -27,14 +27,21 @@ def start_codebooks(module, tables):
         codes.initted.fill_(True)
 
 
-def export_with_codebook(module, folder):
+@torch.no_grad()
+def put_codebook(module: nn.Module) -> None:
+    """Gives the tokenizer of such a module the codes that its quantizer has learned."""
+    for codes, table in zip(_learned(module), _tables(module.tokenizer), strict=True):
+        table.weight.copy_(codes.embed[0])
+
+
+def export_with_codebook(module: nn.Module, folder) -> None:
     """Write the tokenizer of such a module with the codes that its quantizer has learned."""
-    tokenizer = module.tokenizer
-    tables = tokenizer.quantizer.codebooks if isinstance(tokenizer, RVQTokenizer) else [tokenizer.quantize.embedding]
-    with torch.no_grad():
-        for codes, table in zip(_learned(module), tables, strict=True):
-            table.weight.copy_(codes.embed[0])
-    save_bf16(tokenizer, folder)
+    put_codebook(module)
+    save_bf16(module.tokenizer, folder)
+
+
+def _tables(tokenizer):
+    return tokenizer.quantizer.codebooks if isinstance(tokenizer, RVQTokenizer) else [tokenizer.quantize.embedding]
 
 
 def _learned(module):

@@ -2,40 +2,32 @@
 
 import json
 import shutil
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from tqdm.auto import tqdm
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers.training_utils import EMAModel
 
-from studio.checkpoints.bundled import BUNDLED, bundled_folder
 from studio.errors import StudioError
 from studio.processes import join
 from studio.training.card import write_card
+from studio.training.options import Options
+from studio.training.recipe import Recipe
+from studio.training.report import Report
 from studio.training.schedule import Rates, learning_rate_factor
+from studio.training.state import has_state, load_state, save_state
 
-SAVE_EVERY_SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What one run was asked for; stored in the run's folder and compared on resume.
-
-    `init_from` is a bundled name, a folder, or `None` for what the recipe starts from.
-    """
-
-    recipe: str
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    init_from: str | None = None
+SAVE_EVERY_SECONDS = 110
+REPORT_EVERY = 20
+VALIDATION_BATCHES = 4
+FREE_ON_RESUME = ("steps", "minutes", "sample_every", "tracker")
+"""Options that may change when a run goes on."""
 
 
 def mixed_precision() -> str:
@@ -45,104 +37,146 @@ def mixed_precision() -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
-def train(recipe, settings: Settings, out: Path, *, resume: bool = False, command: str = "") -> dict:
-    """Run a recipe to its last step and export it.
+def train(
+    make_recipe, options: Options, out: Path, *, find, resume: bool = False, name: str = "", command: str = ""
+) -> dict:
+    """Train to the last step or minute and export.
 
     Args:
-        recipe: the `Recipe`.
-        settings: steps, pictures a step (over all processes), learning rate, seed, weights to start from.
-        out: folder of the run; the exported model is `out/model`, the state to resume from `out/state`. What the recipe
-            runs first, if it does, has the folder `out/first`.
-        resume: go on from `out/state`; with the same settings the result equals an unbroken run's.
-        command: the command line for the model card.
+        make_recipe: the class of the `Recipe`.
+        options: the run's.
+        out: its folder: the exported model is `out/model`, what it resumes from `out/state-STEP`, samples of its
+            progress `out/samples`, its losses `out/metrics.csv`.
+        find: as of `Recipe`.
+        resume: go on from the newest whole state; with the same options the result equals an unbroken run's.
+        name: the model's name on its card.
+        command: the command line for the card.
 
     Returns:
-        `{"folder", "steps", "seconds", "loss", "quality"}`.
+        `{"folder", "steps", "seconds", "loss", "validation_loss", "quality"}`, and `"skipped"`, the number of
+        unreadable files.
 
     Raises:
-        StudioError: there is nothing to resume, the settings differ from the stored ones, a fresh run would overwrite a
+        StudioError: there is nothing to resume, options differ from the stored ones, a fresh run would overwrite a
             state, `out` cannot be written, or what the run starts from holds no such weights.
     """
     join()
-    accelerator = Accelerator(mixed_precision=mixed_precision())
-    if settings.batch_size % accelerator.num_processes:
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(), log_with=options.tracker, project_dir=out if options.tracker else None
+    )
+    if options.tracker and not accelerator.trackers and not _has_tracker(options.tracker):
+        raise StudioError(f"The tracker {options.tracker!r} is not installed: pip install {options.tracker}.")
+    _check_folder(out, options, resume)
+    state = load_state(out) if resume else None
+    with _folder_of_run(out, options, fresh=state is None):
+        recipe: Recipe = make_recipe(options, accelerator.device, find)
+        seed = options.seed
+        set_seed(seed)
+        module = recipe.build()
+        if options.init_from:
+            _start_from(recipe, module, find(options.init_from))
+    size = options.batch_size or recipe.defaults.batch_size
+    if size % accelerator.num_processes:
         raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
-    state_folder = _check_state(out, settings, resume)
-    begun = resume and state_folder.exists()
-    start, origin, earlier = settings.init_from, settings.init_from or recipe.beginning, 0.0
-    with _folder_of_run(out, settings):
-        if start is None and (first := recipe.first(settings.steps)):
-            before = _settings_of(*first, settings.seed)
-            origin = f"{before.recipe}, {before.steps} steps of {before.batch_size} before"
-            if not begun:
-                made = train(first[0], before, out / "first", resume=_has_state(out / "first"), command=command)
-                start, earlier = made["folder"], made["seconds"]
-                accelerator.wait_for_everyone()
-        set_seed(settings.seed, device_specific=True)
-        module = recipe.build(accelerator.device)
-        if start:
-            _start_from(recipe, module, start)
-    optimizers = recipe.optimizers(module, settings.learning_rate)
-    progress = Progress(earlier)
-    wrapped, *optimizers = accelerator.prepare(module, *optimizers)
-    rates = Rates(optimizers)
-    accelerator.register_for_checkpointing(progress)
-    if begun:
-        accelerator.load_state(state_folder)
+    size //= accelerator.num_processes
+    steps = None if options.minutes else options.steps or recipe.defaults.steps
+    rate = options.learning_rate or recipe.defaults.learning_rate
+    warmup = _or(options.warmup, 0 if options.init_from else recipe.defaults.warmup)
+    cooldown = _or(options.cooldown, recipe.defaults.cooldown)
 
-    bar = tqdm(
-        total=settings.steps, initial=progress.step, unit="step", desc=recipe.name, file=sys.stderr,
-        disable=not accelerator.is_main_process, mininterval=2,
-    )  # fmt: skip
+    optimizers = recipe.optimizers(module, rate)
+    trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    average = EMAModel(trained.values(), decay=options.average)
+    progress = _Progress()
+    if state is not None:
+        _restore(state, module, trained, optimizers, average, progress)
+    wrapped, *prepared = accelerator.prepare(module, *optimizers)
+    if accelerator.device.type == "cuda" and recipe.compiles:
+        module.compile()
+    rates = Rates(optimizers)
+    if options.tracker:
+        accelerator.init_trackers(name or options.kind, {key: str(value) for key, value in asdict(options).items()})
+    report = Report(out, name or options.kind, progress.step, steps, accelerator.is_main_process)
+
+    def drawn(step):
+        key = (seed, step, accelerator.process_index)
+        return [recipe.batch(np.random.default_rng((*key, part)), size) for part in range(options.accumulate)]
+
+    def validated():
+        with _averaged(average, trained, module):
+            loss = _validation_loss(recipe, module, size, accelerator)
+            torch.manual_seed(seed)
+            report.sheet(progress.step, recipe.samples(module))
+        report.row(step=progress.step, seconds=progress.seconds, validation_loss=loss)
+        accelerator.log({"validation_loss": loss}, step=progress.step)
+        return loss
+
+    def share():
+        by_time = progress.seconds / (60 * options.minutes) if options.minutes else progress.step / steps
+        return broadcast_object_list([min(1.0, by_time)])[0] if accelerator.num_processes > 1 else min(1.0, by_time)
+
     wrapped.train()
-    warmup = 0 if settings.init_from else recipe.defaults.warmup
-    saved = time.monotonic()
-    share = settings.batch_size // accelerator.num_processes
-    while progress.step < settings.steps:
-        started = time.monotonic()
-        rates.scale(learning_rate_factor(progress.step, settings.steps, warmup, recipe.defaults.cooldown))
-        rng = np.random.default_rng((settings.seed, progress.step, accelerator.process_index))
-        batch = recipe.batch(rng, share, accelerator.device)
-        with accelerator.autocast():
-            loss = recipe.loss(wrapped, batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.advance(loss.detach(), time.monotonic() - started)
-        bar.update()
-        if progress.step % 20 == 0:
-            bar.set_postfix(loss=f"{progress.loss():.4f}", images_per_s=f"{progress.rate(settings.batch_size):.1f}")
-        due = accelerator.num_processes == 1 and time.monotonic() - saved > SAVE_EVERY_SECONDS
-        if due or progress.step == settings.steps or (accelerator.num_processes > 1 and progress.step % 500 == 0):
-            _save_state(accelerator, out / "state")
-            saved = time.monotonic()
-    bar.close()
+    saved, validation_loss = time.monotonic(), None
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        following = ahead.submit(drawn, progress.step)
+        while (done := share()) < 1:
+            started = time.monotonic()
+            rates.scale(factor := learning_rate_factor(progress.step, done, warmup, cooldown))
+            batches, following = following.result(), ahead.submit(drawn, progress.step + 1)
+            torch.manual_seed(_step_seed(seed, progress.step, accelerator.process_index))
+            total = 0.0
+            for batch in batches:
+                batch = {key: part.to(accelerator.device, non_blocking=True) for key, part in batch.items()}
+                with accelerator.autocast():
+                    loss = wrapped(**batch)
+                accelerator.backward(loss / len(batches))
+                total = total + loss.detach() / len(batches)
+            accelerator.clip_grad_norm_(trained.values(), 1.0)
+            for optimizer in prepared:
+                optimizer.step()
+                optimizer.zero_grad()
+            average.step(trained.values())
+            progress.advance(total, time.monotonic() - started)
+            report.bar.update()
+            if progress.step % REPORT_EVERY == 0:
+                speed = size * accelerator.num_processes * options.accumulate / max(progress.recent, 1e-9)
+                line = {"loss": progress.loss(), "learning_rate": rate * factor, "images_per_second": speed}
+                report.row(step=progress.step, seconds=progress.seconds, **line)
+                report.bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{speed:.1f}", done=f"{done:.0%}")
+                accelerator.log(line, step=progress.step)
+            if progress.step % options.sample_every == 0:
+                validation_loss = validated()
+                wrapped.train()
+            if accelerator.is_main_process and time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                _save(out, module, trained, optimizers, average, progress)
+                saved = time.monotonic()
+        following.cancel()
+    report.bar.close()
+    if accelerator.is_main_process:
+        _save(out, module, trained, optimizers, average, progress)
+    if validation_loss is None or progress.step % options.sample_every:
+        validation_loss = validated()
     result = {
-        "folder": str(out / "model"),
-        "steps": progress.step,
-        "seconds": progress.seconds,
-        "loss": progress.loss(),
-    }
+        "folder": str(out / "model"), "steps": progress.step, "seconds": progress.seconds, "loss": progress.loss(),
+        "validation_loss": validation_loss,
+    }  # fmt: skip
+    if recipe.source.skipped:
+        result["skipped"] = [f"{file}: {reason}" for file, reason in recipe.source.skipped]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _export(recipe, module, out / "model")
+        with _averaged(average, trained, module):
+            _export(recipe, module, out / "model")
         result["quality"] = recipe.quality(out / "model")
-        write_card(recipe, settings, origin, result, command, accelerator)
+        write_card(recipe, options, name or f"{options.kind} of {recipe.source.name}", result, command, accelerator)
+    accelerator.end_training()
     return result
 
 
-class Progress:
-    """Steps done, seconds spent over all resumed parts, and a running mean of the loss kept on the device.
+class _Progress:
+    """Steps done, seconds spent over all resumed parts, and a running mean of the loss kept on the device."""
 
-    Args:
-        seconds: spent before the first step.
-    """
-
-    def __init__(self, seconds):
-        self.step, self.seconds, self.mean = 0, seconds, torch.zeros(())
-        self.recent = 0.0
+    def __init__(self):
+        self.step, self.seconds, self.recent, self.mean = 0, 0.0, 0.0, torch.zeros(())
 
     def advance(self, loss, seconds):
         self.step += 1
@@ -153,94 +187,141 @@ class Progress:
     def loss(self):
         return float(self.mean)
 
-    def rate(self, batch_size):
-        return batch_size / max(self.recent, 1e-9)
 
-    def state_dict(self):
-        return {"step": self.step, "seconds": self.seconds, "mean": self.loss(), "recent": self.recent}
+def _save(out, module, trained, optimizers, average, progress):
+    model = {key: value for key, value in module.state_dict().items() if key in trained or key in _buffers(module)}
+    names = {id(p): key for key, p in trained.items()}
+    moments = {}
+    for number, optimizer in enumerate(optimizers):
+        for p, state in optimizer.state.items():
+            for what, value in state.items():
+                moments[f"{number}/{what}/{names[id(p)]}"] = torch.as_tensor(value)
+    tensors = {
+        "model.safetensors": model,
+        "average.safetensors": dict(zip(trained, average.shadow_params, strict=True)),
+        "optimizers.safetensors": moments,
+    }
+    values = {"seconds": progress.seconds, "recent": progress.recent, "loss": progress.loss()}
+    save_state(out, progress.step, tensors, {**values, "average_step": average.optimization_step})
 
-    def load_state_dict(self, state):
-        self.step, self.seconds, self.recent = state["step"], state["seconds"], state["recent"]
-        self.mean = torch.tensor(state["mean"])
+
+def _restore(state, module, trained, optimizers, average, progress):
+    step, tensors, values = state
+    model, averages = tensors["model.safetensors"], tensors["average.safetensors"]
+    if set(model) != set(trained) | _buffers(module) or set(averages) != set(trained):
+        raise StudioError("The saved state is that of another network: start anew with another --out.")
+    module.load_state_dict(model, strict=False)
+    average.shadow_params = [averages[key].to(p) for key, p in trained.items()]
+    average.optimization_step = values["average_step"]
+    for key, value in tensors["optimizers.safetensors"].items():
+        number, what, name = key.split("/", 2)
+        p = trained[name]
+        optimizers[int(number)].state[p][what] = value if what == "step" else value.to(p)
+    progress.step, progress.seconds, progress.recent = step, values["seconds"], values["recent"]
+    progress.mean = torch.tensor(values["loss"])
 
 
-def _settings_of(recipe, steps, seed):
-    """The settings of a run that another one begins with."""
-    return Settings(recipe.name, steps, recipe.defaults.batch_size, recipe.defaults.learning_rate, seed)
+def _buffers(module):
+    """Names of the buffers that belong to a module's state, without those of parts that are not trained."""
+    frozen = tuple(
+        f"{name}." for name, part in module.named_modules()
+        if name and list(part.parameters()) and not any(p.requires_grad for p in part.parameters())
+    )  # fmt: skip
+    names = {name for name, _ in module.named_buffers()} & set(module.state_dict())
+    return {name for name in names if not name.startswith(frozen)} if frozen else names
 
 
 @contextmanager
-def _folder_of_run(out, settings):
-    """The folder of a run with its settings, which vanish again when the block fails before there is more in it."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    file = out / "settings.json"
-    is_new = not file.exists()
+def _averaged(average, trained, module):
+    """Puts the averaged weights into a module, in evaluation mode without gradients, and back."""
+    parameters = list(trained.values())
+    average.store(parameters)
+    average.copy_to(parameters)
+    module.eval()
     try:
-        _write(file, json.dumps(asdict(settings), indent=1))
+        with torch.no_grad():
+            yield
+    finally:
+        average.restore(parameters)
+
+
+def _validation_loss(recipe, module, size, accelerator):
+    losses = []
+    for number in range(VALIDATION_BATCHES):
+        torch.manual_seed(number)
+        batch = recipe.batch(np.random.default_rng((2**31, number)), size, training=False)
+        with accelerator.autocast():
+            losses.append(float(module(**{key: part.to(accelerator.device) for key, part in batch.items()})))
+    return sum(losses) / len(losses)
+
+
+def _step_seed(seed, step, process):
+    return int(np.random.SeedSequence((seed, step, process, 1)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _or(value, other):
+    return other if value is None else value
+
+
+def _has_tracker(name):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import is_tensorboard_available
+
+    return name in LOGGER_TYPE_TO_CLASS and (name != "tensorboard" or is_tensorboard_available())
+
+
+def _check_folder(out, options, resume):
+    stored = out / "options.json"
+    if not resume:
+        if has_state(out) or (out / "model").exists():
+            raise StudioError(f"{out} holds an earlier run; add --resume to go on with it, or give another --out.")
+        return
+    if not has_state(out) or not stored.is_file():
+        raise StudioError(f"{out} holds no state to resume; start without --resume.")
+    before = json.loads(stored.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(options)))
+    if different := [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]:
+        raise StudioError(f"The stored run has another {', '.join(different)}; resume with the options in {stored}.")
+
+
+@contextmanager
+def _folder_of_run(out, options, fresh):
+    """The folder of a run with its options, which vanish again when the block fails in a fresh one."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    file = out / "options.json"
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise StudioError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
         yield
     except BaseException:
-        if is_new and not (out / "first").exists():
+        if fresh:
             with suppress(OSError):
                 file.unlink()
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
+            for folder in missing:
+                with suppress(OSError):
+                    folder.rmdir()
         raise
 
 
-def _write(file, text):
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    except OSError as error:
-        raise StudioError(f"{file.parent} cannot be written ({error.strerror}): choose another --out.") from error
-
-
-def _start_from(recipe, module, source):
-    """Gives a module the weights of a bundled name or an exported folder."""
-    folder = bundled_folder(source) if source in BUNDLED else Path(source)
+def _start_from(recipe, module, folder):
     try:
         recipe.load(module, folder)
     except StudioError:
         raise
     except Exception as error:
         raise StudioError(
-            f"{source} holds no weights of {recipe.name} to start from: give a folder that its training made."
+            f"{folder} holds no weights of such a {recipe.kind} to start from: give a folder that its training made, "
+            "of the same sizes."
         ) from error
-
-
-def _has_state(out):
-    return (out / "state").exists()
-
-
-def _check_state(out, settings, resume):
-    folder, stored = out / "state", out / "settings.json"
-    begun = _has_state(out) or _has_state(out / "first")
-    if not resume:
-        if begun:
-            raise StudioError(f"{out} holds an earlier run; add --resume to go on with it, or give another --out.")
-        return folder
-    if not begun or not stored.exists():
-        raise StudioError(f"{out} holds no state to resume; start without --resume.")
-    before = json.loads(stored.read_text())
-    different = [key for key, value in asdict(settings).items() if before.get(key) != value]
-    if different:
-        raise StudioError(f"The stored run has another {', '.join(different)}; resume with the settings in {stored}.")
-    return folder
-
-
-def _save_state(accelerator, folder):
-    partial = folder.with_name("state.part")
-    accelerator.save_state(partial)
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
 
 
 def _export(recipe, module, folder):
     partial = folder.with_name("model.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    recipe.export(module.eval(), partial)
+    recipe.export(module, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

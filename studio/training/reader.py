@@ -1,94 +1,124 @@
-"""The network of `emoji-vlm` before training, and what makes its inputs."""
+"""A reader: a LLaVA-NeXT that learns to answer questions about scenes.
 
-import math
+Its vision tower was taught by the kind tower, and stays as it is; projector and words start as they were taught there.
+The tokens of a picture are nearly all the cost. So many questions are asked about each, and most batches read a random
+part of its tokens at their places (as of patches: "FLIP", arXiv:2212.00794), which also prepares for pruned pictures.
+"""
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers import LlavaNextForConditionalGeneration
 
-from studio.data.backgrounds import NAMES
-from studio.data.scenes import TILE, WORDS, subjects
+from studio.data.scenes import draw_scene
+from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
+from studio.training.attention_supervision import AttentionLoss, cells_of_patches, what_shows
+from studio.training.export import save_bf16
+from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.reader_network import PATCH, build_model, build_processor
+from studio.training.recipe import Defaults, Recipe
+from studio.training.tower import PROCESSOR_FILE, load_aligned, open_scenes
 
-PATCH = 8
-TOWER = {
-    "hidden_size": 160,
-    "intermediate_size": 640,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 5,
-    "hidden_act": "relu",
-}
-TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
-_ROW = 2 * TILE // PATCH + 1
-"""Tokens of a row of two tiles, with its newline."""
-_PERIODS_BEFORE = 2
-ROPE_BASE = (_ROW / (2 * math.pi)) ** (TEXT["hidden_size"] / TEXT["num_attention_heads"] / 2 / _PERIODS_BEFORE)
-"""Such that the third period of the rotation is a row, by which attention finds a column."""
-_TEMPLATE = "what is in row , column ? how many times there a an colour behind the which word yes no nothing"
+TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
+QUESTIONS = 24
+KEEPS = (0.15, 0.15, 0.2, 0.2, 0.25, 0.3, 1.0)
+"""Parts of a picture's tokens that a batch reads; each is equally likely."""
+_LOOK = 0.5
+"""Weight of the attention loss."""
+_WORDS_SHARE = 0.05
+"""Learning rate of the words over the others': answers need words that the tower's pictures have not, but what these
+have taught is to stay."""
 
 
-def tower_config() -> CLIPVisionConfig:
-    """The vision tower: 12 x 12 patches of a 96 px tile, and CLS."""
-    return CLIPVisionConfig(image_size=TILE, patch_size=PATCH, **TOWER)
+class TrainableReader(nn.Module):
+    """A vision-language model with its loss on packed questions."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        model.model.vision_tower.requires_grad_(False)
+
+    def forward(self, pixel_values, image_sizes, read, shown, on_first, **packed):
+        """Mean cross-entropy of the answers' tokens, and of the attention on what shows them.
+
+        Args:
+            pixel_values, image_sizes: as of LLaVA-NeXT; all pictures have the same size.
+            read: (T,) which of a picture's tokens are read, in order.
+            shown, on_first: (B, Q, T) bool, which of those show the answers, and (B, Q), as of `AttentionLoss`.
+            packed: the tensors of `PackedQuestions`.
+        """
+        encoded = self.model.model.get_image_features(
+            pixel_values=pixel_values, image_sizes=image_sizes, return_dict=True
+        )
+        features = torch.stack(list(encoded.pooler_output))
+        packed = PackedQuestions(**packed)
+        with AttentionLoss(self.model.model.language_model) as looking:
+            logits = packed_logits(self.model, features[:, read], 1 + read, 1 + features.shape[1], packed)
+        answers = F.cross_entropy(logits.float().flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED)
+        last_words = len(read) + packed.ends(shown.shape[1])
+        return answers + _LOOK * looking(last_words, shown, on_first)
 
 
-def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
-    """A LLaVA-NeXT of random weights for pictures of up to 4 x 4 tiles."""
-    config = LlavaNextConfig(
-        vision_config=tower_config(),
-        text_config=LlamaConfig(
-            vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0,
-            bos_token_id=1, eos_token_id=2,
-            rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE}, **TEXT,
-        ),
-        image_token_id=4,
-        image_grid_pinpoints=_pinpoints(),
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlavaNextForConditionalGeneration(config)
-    for layer in model.model.language_model.layers:
-        _attend_to_alike(layer.self_attn)
-    return model
+class ReaderRecipe(Recipe):
+    """A LLaVA-NeXT of a CLIP tower and a Llama decoder, 96 px a tile."""
 
+    kind = "reader"
+    purpose = "Reads scenes of emoji and words: a LLaVA-NeXT of a CLIP tower and a Llama decoder, 96 px a tile."
+    library, task = "transformers", "image-text-to-text"
+    defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
+    compiles = False
 
-@torch.no_grad()
-def _attend_to_alike(attention):
-    """Lets attention begin as a search for what is alike, and as a copy of it (arXiv:2305.09828, section 3)."""
-    nn.init.orthogonal_(attention.q_proj.weight)
-    attention.k_proj.weight.copy_(attention.q_proj.weight)
-    nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
-    attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+    def build(self):
+        open_scenes(self)
+        self.processor = build_processor()
+        return TrainableReader(build_model(len(self.processor.tokenizer))).to(self.device)
 
+    def optimizers(self, module, learning_rate):
+        inner = module.model.model
+        words = [inner.get_input_embeddings().weight]
+        matrices = hidden_matrices(inner.language_model.layers)
+        return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=_WORDS_SHARE)
 
-def build_processor() -> LlavaNextProcessor:
-    """Its processor: tiles of 96 px, and a tokenizer of the words that questions and answers use."""
-    words = [*_TEMPLATE.split(), *map(str, range(17)), *NAMES, *WORDS, *(subject.label for subject in subjects())]
-    numbers = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "<image>"))}
-    for word in words:
-        numbers.setdefault(word, len(numbers))
-    text = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    text.normalizer = normalizers.Lowercase()
-    text.pre_tokenizer = pre_tokenizers.Whitespace()
-    text.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
-    )  # fmt: skip
-    pixels = LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=_pinpoints()
-    )
-    return LlavaNextProcessor(
-        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
+    def batch(self, rng, size, training=True):
+        tiles = TILES[rng.integers(len(TILES))]
+        scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(size)]
+        pixels = self.processor.image_processor(
+            [Image.fromarray(scene.picture) for scene in scenes], return_tensors="pt"
+        )
+        texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
+        packed = pack_questions(self.processor.tokenizer, texts).tensors()
+        cells = cells_of_patches(tiles, PATCH)
+        read = np.sort(rng.permutation(len(cells))[: round(len(cells) * KEEPS[rng.integers(len(KEEPS))])])
+        shown, on_first = what_shows([scene.questions for scene in scenes], cells[read])
+        return {
+            "read": torch.from_numpy(read),
+            "shown": shown,
+            "on_first": on_first,
+            "pixel_values": pixels["pixel_values"],
+            "image_sizes": torch.as_tensor(pixels["image_sizes"]),
+            **packed,
+        }
 
+    def load(self, module, folder):
+        """From a whole reader, or what a tower has learned."""
+        if (folder / PROCESSOR_FILE).is_file():
+            whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            module.model.load_state_dict(whole.state_dict())
+        else:
+            load_aligned(module.model, folder)
 
-def _pinpoints():
-    return [[rows * TILE, columns * TILE] for rows in range(1, 5) for columns in range(1, 5)]
+    def export(self, module, folder):
+        save_bf16(module.model, folder)
+        self.processor.save_pretrained(folder)
+
+    def quality(self, folder):
+        from studio.checkpoints.loading import load
+        from studio.evaluation.scenes import evaluate_reader
+
+        pipe = load(folder, device=self.device)
+        result = evaluate_reader(pipe.model, pipe.processor, methods=())
+        kinds = result["by_question"]["none"]["1.0"]
+        counts = {name: result[name] for name in ("scenes", "questions", "visual_tokens")}
+        return {"accuracy": result["accuracy"]["none"]["1.0"], **kinds, **counts}

@@ -1,19 +1,25 @@
 """The learning rate over a run."""
 
+import torch
 
-def learning_rate_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, a plateau, and a linear fall to zero over the last `cooldown` fraction (arXiv:2405.18392).
 
-    The fall does what an average of the weights would do, so none is kept.
+def learning_rate_factor(step: int, share: float, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, a plateau, and a linear fall to zero over the last part of a run (arXiv:2405.18392).
+
+    Args:
+        step: optimiser steps done.
+        share: of the run that is done, from 0 to 1.
+        warmup: steps until the peak.
+        cooldown: share of the run over which the rate falls.
     """
-    falling = max(1.0, cooldown * steps)
-    return min(1.0, (step + 1) / max(1, warmup), max(0.0, (steps - step) / falling))
+    falling = (1 - share) / cooldown if cooldown else 1.0
+    return min(1.0, (step + 1) / max(1, warmup), max(0.0, falling))
 
 
 class Rates:
     """The learning rates that optimizers start with, to be scaled together by a factor."""
 
-    def __init__(self, optimizers):
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.optimizers = optimizers
         self.bases = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 

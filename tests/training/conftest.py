@@ -2,18 +2,41 @@
 
 import pytest
 
-from studio.data.splits import combinations
-from studio.training import emoji_judge, latent_cache, token_cache
+from studio.data import emoji, splits
 
 
 @pytest.fixture
-def few_pictures(monkeypatch, tmp_path):
-    """A function: recipes see that many training pictures from then on, and their caches are empty."""
+def few_images(monkeypatch, tmp_path):
+    """A function: the emoji set has that many combinations on both sides from then on, and caches are empty."""
 
     def only(count):
-        few = combinations(held_out=False)[:count]
-        for module in (emoji_judge, latent_cache, token_cache):
-            monkeypatch.setattr(module, "combinations", lambda held_out: few)
+        few = splits.combinations(held_out=False)[:count]
+        monkeypatch.setattr(emoji, "combinations", lambda held_out: few)
         monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
 
     return only
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A function that writes random images of several sizes below a folder, in classes or with captions."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    def write(count=24, *, classes=(), captions=False, name="photos"):
+        folder, rng, rows = tmp_path / name, np.random.default_rng(0), []
+        for number in range(count):
+            below = folder / classes[number % len(classes)] if classes else folder
+            below.mkdir(parents=True, exist_ok=True)
+            width, height = 20 + number % 7, 18 + number % 5
+            pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((width, height)).save(below / f"{number:03}.png")
+            rows.append({"file_name": (below / f"{number:03}.png").relative_to(folder).as_posix(),
+                         "text": f"a {'red' if number % 2 else 'blue'} pattern {number}"})  # fmt: skip
+        if captions:
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write

@@ -1,0 +1,94 @@
+"""KL autoencoder (arXiv:2112.10752): diffusers' `AutoencoderKL`, whose latents are continuous tokens.
+
+Where the options name a trained VQ tokenizer (`--init-from` of the kind vq), encoder and decoder start from its blocks.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from studio.tokenizers.kl import KLTokenizer
+from studio.training.export import save_bf16
+from studio.training.from_vq import is_vq, start_kl
+from studio.training.muon import hidden_matrices, muon_and_adamw
+from studio.training.recipe import Defaults, TokenizerRecipe, downsampling
+from studio.training.vq import reconstruction_loss
+
+KL_WEIGHT = 3e-3
+"""Of the divergence of a latent number from a standard Gaussian, in nats. It gives latents a width, below which nothing
+has to be sampled, and empties the channels that restore little."""
+MEASURED = 512
+"""Images whose latents say what the scaling factor is."""
+
+
+class TrainableKL(nn.Module):
+    """A `KLTokenizer` with its loss."""
+
+    def __init__(self, tokenizer: KLTokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Reconstruction and divergence of images (B, 3, H, W) in [-1, 1]."""
+        latents = self.tokenizer.encode_distribution(images)
+        restored = self.tokenizer.decode(latents.sample()).float()
+        divergence = latents.kl().mean() / latents.mean[0].numel()
+        return reconstruction_loss(restored, images) + KL_WEIGHT * divergence
+
+
+class KLRecipe(TokenizerRecipe):
+    """An image tokenizer of continuous tokens."""
+
+    kind = "kl"
+    purpose = "Turns an image into a grid of continuous tokens and back."
+    task = "image-tokenizer"
+    defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
+    takes = frozenset({"size", "grid", "dim", "layers"})
+    model = {"latent_channels": 16}
+
+    def build(self):
+        options = self.options
+        size = options.size or 128
+        folded, halvings = downsampling(size, options.grid or size // 8)
+        levels = halvings + 1
+        self.open(size)
+        autoencoder = {
+            "in_channels": 3 * folded**2,
+            "out_channels": 3 * folded**2,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "block_out_channels": [options.dim or 96] * levels,
+            "layers_per_block": options.layers or 2,
+            "latent_channels": self.model["latent_channels"],
+            "sample_size": size // folded,
+        }
+        tokenizer = KLTokenizer(autoencoder, folded, scaling_factor=1.0, sample_size=size)
+        return TrainableKL(tokenizer).to(self.device, memory_format=torch.channels_last)
+
+    def optimizers(self, module, learning_rate):
+        network = module.tokenizer.network
+        return muon_and_adamw(module, hidden_matrices(network.encoder, network.decoder), learning_rate)
+
+    def batch(self, rng, size, training=True):
+        return {"images": self.images(rng, size, training).contiguous(memory_format=torch.channels_last)}
+
+    def load(self, module, folder):
+        if is_vq(folder):
+            start_kl(module.tokenizer.network, folder)
+        else:
+            super().load(module, folder)
+
+    def export(self, module, folder):
+        tokenizer = copy.deepcopy(module.tokenizer)
+        tokenizer.register_to_config(scaling_factor=1 / self.spread(tokenizer))
+        save_bf16(tokenizer, folder)
+
+    @torch.no_grad()
+    def spread(self, tokenizer: KLTokenizer) -> float:
+        """The standard deviation of latents, over training images."""
+        images = self.source.augmented(np.random.default_rng(0), MEASURED)
+        parts = [tokenizer.encode_distribution(part.to(tokenizer.device)) for part in images.split(64)]
+        means, variances = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "var"))
+        return float((means.var() + variances.mean()).sqrt())

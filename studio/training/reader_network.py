@@ -1,0 +1,94 @@
+"""The network of `emoji-vlm` before training, and what makes its inputs."""
+
+import math
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from studio.data.backgrounds import NAMES
+from studio.data.scenes import TILE, WORDS, subjects
+
+PATCH = 8
+TOWER = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 5,
+    "hidden_act": "relu",
+}
+TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
+_ROW = 2 * TILE // PATCH + 1
+"""Tokens of a row of two tiles, with its newline."""
+_PERIODS_BEFORE = 2
+ROPE_BASE = (_ROW / (2 * math.pi)) ** (TEXT["hidden_size"] / TEXT["num_attention_heads"] / 2 / _PERIODS_BEFORE)
+"""Such that the third period of the rotation is a row, by which attention finds a column."""
+_TEMPLATE = "what is in row , column ? how many times there a an colour behind the which word yes no nothing"
+
+
+def tower_config() -> CLIPVisionConfig:
+    """The vision tower: 12 x 12 patches of a 96 px tile, and CLS."""
+    return CLIPVisionConfig(image_size=TILE, patch_size=PATCH, **TOWER)
+
+
+def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
+    """A LLaVA-NeXT of random weights for pictures of up to 4 x 4 tiles."""
+    config = LlavaNextConfig(
+        vision_config=tower_config(),
+        text_config=LlamaConfig(
+            vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE}, **TEXT,
+        ),
+        image_token_id=4,
+        image_grid_pinpoints=_pinpoints(),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaNextForConditionalGeneration(config)
+    for layer in model.model.language_model.layers:
+        _attend_to_alike(layer.self_attn)
+    return model
+
+
+@torch.no_grad()
+def _attend_to_alike(attention):
+    """Lets attention begin as a search for what is alike, and as a copy of it (arXiv:2305.09828, section 3)."""
+    nn.init.orthogonal_(attention.q_proj.weight)
+    attention.k_proj.weight.copy_(attention.q_proj.weight)
+    nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+    attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+
+
+def build_processor() -> LlavaNextProcessor:
+    """Its processor: tiles of 96 px, and a tokenizer of the words that questions and answers use."""
+    words = [*_TEMPLATE.split(), *map(str, range(17)), *NAMES, *WORDS, *(subject.label for subject in subjects())]
+    numbers = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "<image>"))}
+    for word in words:
+        numbers.setdefault(word, len(numbers))
+    text = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    text.normalizer = normalizers.Lowercase()
+    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    text.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+    )  # fmt: skip
+    pixels = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=_pinpoints()
+    )
+    return LlavaNextProcessor(
+        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def _pinpoints():
+    return [[rows * TILE, columns * TILE] for rows in range(1, 5) for columns in range(1, 5)]

@@ -1,0 +1,86 @@
+"""TokenBridge (arXiv:2503.16430) over the quantised latents of a KL tokenizer.
+
+What is predicted from and in which order cells are hidden is as in `mar`. Latents are sampled from their Gaussians and
+then quantised; the order of dimensions is measured on the training images.
+
+Deviations from the authors' recipe: sampling gives the head's first input what training gave it, and the head learns
+from some masked cells of each image, which are chosen at random, as the order is.
+"""
+
+import torch
+
+from studio.checkpoints.loading import load_model
+from studio.errors import StudioError
+from studio.models.token_bridge import TokenBridge
+from studio.pipelines.token_bridge import TokenBridgePipeline
+from studio.tokenizers.token_bridge import TokenBridgeTokenizer, low_frequency_order
+from studio.training.generator import Conditioned
+from studio.training.mar import MARRecipe
+from studio.training.recipe import Defaults
+from studio.training.text import Text
+
+ASKED = 16
+"""Masked cells of an image that the head learns from at each step."""
+MEASURED = 2000
+"""Images whose latents say in which order dimensions are sampled."""
+
+
+class TrainableBridge(Conditioned):
+    """A TokenBridge, and the quantiser of its tokens."""
+
+    def __init__(self, transformer: TokenBridge, text: Text | None, image_tokenizer: TokenBridgeTokenizer):
+        super().__init__(transformer, text)
+        self.quantizer = image_tokenizer.quantizer
+        self.scale = image_tokenizer.continuous.config.scaling_factor
+
+    def forward(
+        self, latents: torch.Tensor, order: torch.Tensor, masked: torch.Tensor, **given: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean cross-entropy of latents (B, C, h, w) over some of the first `masked` cells (1,) of orders (B, L)."""
+        tokens = self.quantizer.encode((latents * self.scale).flatten(2).transpose(1, 2))
+        values = self.quantizer.decode(tokens)
+        return self.transformer(tokens, values, order, int(masked), asked=ASKED, **self.condition(**given))
+
+
+class TokenBridgeRecipe(MARRecipe):
+    """A TokenBridge from scratch."""
+
+    kind = "token-bridge"
+    purpose = "Samples a few cells of an image at a time and each dimension by dimension, under a caption or a class."
+    defaults = Defaults(steps=4000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
+    pipeline = TokenBridgePipeline
+    model = {
+        "encoder_layers": 1, "heads": None, "head_width": 128, "head_depth": 1, "head_heads": 4, "buffer_size": None,
+        "levels": 32,
+    }  # fmt: skip
+    sampling = {"default_guidance_scale": 1.0, "default_temperature": 0.7, "default_num_steps": 16}
+
+    def trainable(self, transformer):
+        return TrainableBridge(transformer, self.text, self.bridge)
+
+    def network(self, sizes):
+        some = self.latents[:: max(1, len(self.latents) // MEASURED), 0].float()
+        self.bridge = TokenBridgeTokenizer.from_autoencoder(
+            self.image_tokenizer, levels=self.model["levels"], dimension_order=low_frequency_order(some)
+        )
+        return TokenBridge(
+            levels=self.model["levels"],
+            dimension_order=self.bridge.config.dimension_order,
+            sampling_first_input_adds_step_embedding=False,
+            **{name: self.model[name] for name in ("head_width", "head_depth", "head_heads")},
+            **sizes,
+        )
+
+    def load(self, module, folder):
+        weights = load_model(TokenBridge, folder / "transformer", torch.float32)
+        ours = module.transformer.config
+        for name in ("levels", "dimension_order"):
+            if weights.config[name] != ours[name]:
+                raise StudioError(f"{folder} was trained with {name} {weights.config[name]}, not {ours[name]}.")
+        module.transformer.load_state_dict(weights.state_dict())
+
+    def pipeline_of(self, module, image_tokenizer=None):
+        return super().pipeline_of(module, image_tokenizer or self.bridge)
+
+    def save_pipeline(self, folder, module, image_tokenizer=None):
+        super().save_pipeline(folder, module, image_tokenizer or self.bridge)
