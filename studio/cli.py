@@ -14,6 +14,7 @@ from studio.commands import bench, convert, data, space
 from studio.commands.asking import ask
 from studio.commands.compressing import detokenize, rate_distortion, tokenize
 from studio.commands.drawing import generate
+from studio.commands.hub import push
 from studio.commands.installation import doctor, models, ui
 from studio.commands.restoring import bench_tokenizers
 from studio.commands.serving import bench_serve, serve
@@ -87,7 +88,7 @@ def _root(
     pass
 
 
-for command in (generate, tokenize, detokenize, ask, train, evaluate, models, doctor, ui, serve):
+for command in (generate, tokenize, detokenize, ask, train, evaluate, push, models, doctor, ui, serve):
     app.command()(command)
 for command in (data.build, data.scene):
     data_app.command()(command)

@@ -10,6 +10,8 @@ from studio.errors import StudioError
 
 ROOT = Path(__file__).parent / "bundled"
 CHECKSUMS = ROOT / "checksums.json"
+TRAINING_FILE = "training.json"
+"""In a trained model's folder: what it was trained on."""
 DEFAULT_TOKENIZER = "emoji-1d"
 """What makes tokens of a picture where nothing is named, on the command line and in the app."""
 

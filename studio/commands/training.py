@@ -114,6 +114,13 @@ def evaluate(
     tiles: Annotated[
         str | None, typer.Option(help="Of a reader's scenes: rows and columns of 96 px tiles.", show_default="2x2")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of images in place of the emoji set.", show_default=False)
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="A vision model whose features compare images of --data.", show_default="the tokenizer's"),
+    ] = None,
     decoding: Decoding = None,
     delta: Delta = None,
     neighbours: Neighbours = None,
@@ -155,7 +162,10 @@ def evaluate(
     is_plain = decoding is None and len(chosen) == 1
     how = None if is_plain else lambda pipe: decoding_of(**named(pipe=pipe, **chosen))
     shape = None if tiles is None else parsed_tiles(tiles)
-    result = measure(model, samples=samples, seed=seed, tiles=shape, device=device, decoding=how, shared=True)
+    result = measure(
+        model, samples=samples, seed=seed, tiles=shape, device=device, decoding=how, shared=True, data=data,
+        features=features,
+    )  # fmt: skip
     emit(result)
     for name, value in _flat(result):
         say(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")

@@ -70,6 +70,7 @@ class ImageFolder(Source):
             classes = {name: numbers[of] for name, of in classes.items()}
         held_out = _held_out(readable)
         sides = [[i for i, name in enumerate(readable) if held_out[name] == side] for side in (False, True)]
+        self._conditions = captions, classes
         self.train, self.validation = (_Files(self.pixels, side, captions, classes) for side in sides)
         self.unseen = self.validation
         self.name, self.checksum = self.folder.resolve().name, self.pixels.checksum
@@ -80,6 +81,10 @@ class ImageFolder(Source):
             f"{self.name}: {len(self.train)} {kinds} to train, {len(self.validation)} to validate{skipped}"
             f"{_licence(self.folder)}"
         )
+
+    def hold_out_everything(self) -> None:
+        """Lets every image be a validation example: for a model that was not trained on this folder."""
+        self.validation = self.unseen = _Files(self.pixels, range(len(self.pixels.names)), *self._conditions)
 
     def augmented(self, rng, count):
         chosen = self.train.numbers[rng.integers(len(self.train), size=count)]

@@ -3,7 +3,9 @@
 from studio.errors import StudioError
 
 
-def evaluate(model, *, samples=None, seed=None, tiles=None, device=None, decoding=None, shared=False):
+def evaluate(
+    model, *, samples=None, seed=None, tiles=None, device=None, decoding=None, shared=False, data=None, features=None
+):
     """Measure a model on what its training did not see.
 
     Args:
@@ -15,6 +17,10 @@ def evaluate(model, *, samples=None, seed=None, tiles=None, device=None, decodin
         device: where it runs; CUDA where there is one when `None`.
         decoding: how a pipeline draws, as in a call of it, or a function that says so of the pipeline; only for
             pipelines.
+        data: an image folder in place of the emoji set: a tokenizer restores its images, a generator samples their
+            captions or classes. Of the folder that the model was trained on only the validation images count.
+        features: a vision model of transformers, by name or folder, in whose features a generator's images of such
+            data are compared; its image tokenizer's when `None`.
         shared: whether all processes of `accelerate launch` call this: each then draws a part of what a pipeline draws,
             on its own device, and all return the same.
 
@@ -25,6 +31,8 @@ def evaluate(model, *, samples=None, seed=None, tiles=None, device=None, decodin
         StudioError: an option that would change nothing, or a pipeline that cannot draw from words.
     """
     from studio.checkpoints.loading import load
+    from studio.data.source import EMOJI
+    from studio.evaluation.folders import evaluate_on_folder, unseen_source
     from studio.evaluation.generators import evaluate_generator
     from studio.evaluation.judge import evaluate_judge, is_judge, load_judge
     from studio.evaluation.scenes import evaluate_reader
@@ -40,8 +48,11 @@ def evaluate(model, *, samples=None, seed=None, tiles=None, device=None, decodin
     if shared and device is None:
         device = join()
     chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
+    if features is not None and data is None:
+        raise StudioError("Images of the emoji set are compared in the judge's features: leave out --features.")
     if is_judge(model):
         _refuse(decoding)
+        _refuse_data(data)
         _refuse_tiles(tiles)
         return evaluate_judge(load_judge(model, device), **chosen)
     loaded = load(model, device=device)
@@ -51,17 +62,21 @@ def evaluate(model, *, samples=None, seed=None, tiles=None, device=None, decodin
     if not isinstance(loaded, VisualQuestionPipeline):
         _refuse_tiles(tiles)
     if isinstance(loaded, tokenizers):
-        if chosen:
-            raise StudioError("A tokenizer is measured on every held-out picture: leave out --samples and --seed.")
-        return evaluate_tokenizer(loaded)
+        if chosen or features:
+            raise StudioError("A tokenizer is measured on every unseen image: leave out --samples, --seed, --features.")
+        return evaluate_tokenizer(loaded, unseen_source(model, data, loaded.config.sample_size) if data else None)
     if isinstance(loaded, VisualQuestionPipeline):
+        _refuse_data(data)
         given = {"scenes": samples, "seed": seed, "tiles": tiles}
         scenes = {name: value for name, value in given.items() if value is not None}
         return evaluate_reader(loaded.model, loaded.processor, **scenes)
-    if not loaded.takes_text:
-        raise StudioError(f"{model} draws from class numbers; only pipelines that draw from words can be measured.")
     loaded.set_progress_bar_config(disable=True)
     how = decoding(loaded) if callable(decoding) else decoding
+    if data is not None and data != EMOJI:
+        source = unseen_source(model, data, loaded.image_tokenizer.config.sample_size)
+        return evaluate_on_folder(loaded, source, features=features, decoding=how, **chosen)
+    if not loaded.takes_text:
+        raise StudioError(f"{model} is conditioned on classes: give --data, a folder with those classes.")
     return evaluate_generator(loaded, decoding=how, shared=shared, **chosen)
 
 
@@ -73,3 +88,8 @@ def _refuse(decoding):
 def _refuse_tiles(tiles):
     if tiles is not None:
         raise StudioError("Only vision-language models read scenes: leave out --tiles.")
+
+
+def _refuse_data(data):
+    if data is not None:
+        raise StudioError("Judges and readers are measured on the emoji set only: leave out --data.")

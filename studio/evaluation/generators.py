@@ -4,17 +4,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from studio.data.archive import load_pictures
+from studio.data.backgrounds import render
 from studio.data.captions import full_caption
+from studio.data.source import EMOJI, Source
 from studio.errors import StudioError
 from studio.evaluation.judge import draw_combinations, held_out_features, load_judge, scores, verdicts
-from studio.evaluation.metrics import frechet_distance
+from studio.evaluation.metrics import frechet_distance, psnr, sharpness, uniform_ssim
 from studio.processes import gather, process_count, process_index
 
+TRUTH_SIZE = 128
 
-def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False):
+
+def evaluate_generator(
+    pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False, source: Source | None = None
+):
     """Draw held-out combinations from their full captions, and let the judge look.
+
+    A source other than the emoji set is measured by `studio.evaluation.folders.evaluate_on_folder` instead.
 
     Args:
         pipe: a text-conditional pipeline; its own default guidance and sampling are used.
@@ -28,12 +38,18 @@ def evaluate_generator(pipe, samples=500, seed=0, batch_size=50, decoding=None, 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples"}`:
         fractions, and the Frechet distance in the judge's features to the true pictures of all held-out combinations.
+        A combination has exactly one true image: "truth_psnr", "truth_ssim" (7x7 windows) and "sharpness" compare with
+        it, everything at 128 px, smaller images enlarged bicubically.
         A pipeline over rows of tokens also has "judge_top1_n" and "frechet_n", of pictures of the same draws' first n
         tokens, for some lengths n: the full one, halved up to four times.
 
     Raises:
         StudioError: too few samples, or more than there are combinations.
     """
+    if source is not None and source.name != EMOJI:
+        from studio.evaluation.folders import evaluate_on_folder
+
+        return evaluate_on_folder(pipe, source, decoding=decoding)
     return judge_drawings(pipe, held_out_drawings(pipe, samples, seed, batch_size, decoding, shared))
 
 
@@ -91,7 +107,22 @@ def judge_drawings(pipe, drawings):
     of_lengths = {length: measured(images) for length, images in drawings.shorter.items()}
     return {
         **measured(drawings.pictures),
+        **against_truth(drawings.pictures, drawings.combinations),
         "resolution": drawings.pictures.shape[-1],
         "samples": len(drawings.pictures),
         **{f"{name}_{length}": of[name] for length, of in of_lengths.items() for name in ("judge_top1", "frechet")},
     }
+
+
+def against_truth(images: torch.Tensor, combinations: np.ndarray) -> dict[str, float]:
+    """How close images (n, 3, H, W) in [0, 1] come to the true ones of their combinations (n, 3), at 128 px."""
+    measured = {"truth_psnr": [], "truth_ssim": [], "sharpness": []}
+    archive = load_pictures(TRUTH_SIZE)
+    for start in range(0, len(images), 100):
+        part = images[start : start + 100].float()
+        if part.shape[-1] != TRUTH_SIZE:
+            part = F.interpolate(part, size=(TRUTH_SIZE, TRUTH_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+        truth = render(archive, combinations[start : start + 100])
+        for name, metric in zip(measured, (psnr, uniform_ssim, sharpness)):
+            measured[name].append(metric(part, truth))
+    return {name: float(torch.cat(parts).mean()) for name, parts in measured.items()}

@@ -31,6 +31,53 @@ def ssim(images, references, sigma=1.5, size=11):
     return index.mean(dim=(1, 2, 3))
 
 
+def uniform_ssim(images: torch.Tensor, references: torch.Tensor, size: int = 7) -> torch.Tensor:
+    """Structural similarity with uniform windows: (B, C, H, W) in [0, 1] twice -> (B,).
+
+    Windows inside the image only, sample covariances, constants as in Wang et al. 2004: scikit-image's default.
+    """
+
+    def mean(x):
+        return F.avg_pool2d(x, size, stride=1)
+
+    images, references = images.double(), references.double()
+    mean_x, mean_y, sample = mean(images), mean(references), size**2 / (size**2 - 1)
+    var_x = (mean(images**2) - mean_x**2) * sample
+    var_y = (mean(references**2) - mean_y**2) * sample
+    covariance = (mean(images * references) - mean_x * mean_y) * sample
+    c1, c2 = 0.01**2, 0.03**2
+    index = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return index.mean(dim=(1, 2, 3)).float()
+
+
+def sharpness(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Mean absolute gradient of each image over that of its reference: (B, C, H, W) twice -> (B,)."""
+
+    def gradient(x):
+        return x.diff(dim=-1).abs().mean(dim=(1, 2, 3)) + x.diff(dim=-2).abs().mean(dim=(1, 2, 3))
+
+    return gradient(images) / gradient(references).clamp_min(1e-6)
+
+
+def precision_recall(features: torch.Tensor, references: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv:1904.06991, algorithm 1).
+
+    Args:
+        features, references: (n, d) and (m, d), of generated and of true images; more than `k` each.
+        k: a point's neighbourhood reaches to its k-th nearest neighbour on its own side.
+
+    Returns:
+        The share of generated images inside the neighbourhood of a true one, and the reverse.
+    """
+
+    def covered(points, centres):
+        own = torch.cdist(centres, centres)
+        radius = own.kthvalue(min(k + 1, len(centres)), dim=1).values
+        return float((torch.cdist(points, centres) <= radius).any(dim=1).float().mean())
+
+    return covered(features, references), covered(references, features)
+
+
 def frechet_distance(features, references):
     """Frechet distance between Gaussians fitted to two sets of features (Heusel et al., arXiv:1706.08500, eq. 6).
 

@@ -1,9 +1,12 @@
 """The model card beside every trained model: how it was made, and what it measures."""
 
+import json
 import platform
 from pathlib import Path
 
 import torch
+
+from studio.checkpoints.bundled import TRAINING_FILE
 
 CARD = """---
 license: {licence}
@@ -35,7 +38,7 @@ Quality of these weights, as `studio evaluate` measures it:
 
 
 def write_card(recipe, options, name: str, result: dict, command: str, accelerator) -> None:
-    """Write `README.md` into the exported folder."""
+    """Write `README.md`, and what the model was trained on, into the exported folder."""
     quality = "\n".join(
         f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
         for key, value in result["quality"].items()
@@ -60,7 +63,10 @@ def write_card(recipe, options, name: str, result: dict, command: str, accelerat
         torch=torch.__version__,
         quality=quality,
     )
-    Path(result["folder"], "README.md").write_text(text, encoding="utf-8")
+    folder, source = Path(result["folder"]), recipe.source
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    about = {"kind": recipe.kind, "data": source.name, "data_checksum": source.checksum}
+    (folder / TRAINING_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _hardware(accelerator):
