@@ -7,7 +7,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
-from studio.checkpoints.bundled import BUNDLED, bundled_folder, read_checksums, unknown_name
+from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model, read_checksums, unknown_name
 from studio.errors import StudioError
 
 PACKAGE = Path(__file__).parent
@@ -60,6 +60,7 @@ def build_space(folder, *, model="emoji-ar", title="Studio"):
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudioError(f"{folder} is not empty: name a new folder.")
+    model = folder_of_model(model) if Path(model).expanduser().is_dir() else model
     kind = _kind(model)
     pins = requirements()
     part = folder.with_name(f"{folder.name}.part")

@@ -4,9 +4,8 @@ import json
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
-from studio.checkpoints.bundled import BUNDLED, ROOT, read_checksums
+from studio.checkpoints.bundled import BUNDLED, ROOT, folder_of_model, read_checksums
 from studio.errors import StudioError
 from studio.ui.limits import check_model, is_offered
 from studio.ui.scales import scale_of
@@ -187,7 +186,7 @@ def _read_index(name):
 def _read_json(name, file):
     if not is_offered(name):
         return {}
-    folder = ROOT / name if name in BUNDLED else Path(name)
+    folder = ROOT / name if name in BUNDLED else folder_of_model(name)
     try:
         return json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError):

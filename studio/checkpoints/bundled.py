@@ -83,6 +83,12 @@ def bundled_folder(name):
     return ROOT / name
 
 
+def folder_of_model(folder: str | Path) -> Path:
+    """The folder of a model: that of a training run stands for the model in it."""
+    folder = Path(folder).expanduser()
+    return folder / "model" if (folder / "options.json").is_file() and (folder / "model").is_dir() else folder
+
+
 def bundled_name_of(folder):
     """Return the name of the bundled model whose own folder this is, or `None`."""
     folder = Path(folder).resolve()

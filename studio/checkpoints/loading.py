@@ -17,7 +17,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, unknown_name
+from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, folder_of_model, unknown_name
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
@@ -94,7 +94,7 @@ def _folder(name):
         if BUNDLED[name].kind == "judge":
             raise StudioError(f"{name} draws nothing, it only measures: `studio evaluate` uses it.")
         return bundled_folder(name)
-    path = Path(name).expanduser()
+    path = folder_of_model(name)
     if path.is_dir():
         bundled = bundled_name_of(path)
         return bundled_folder(bundled) if bundled else path

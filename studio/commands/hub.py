@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from studio.checkpoints.bundled import folder_of_model
 from studio.commands.options import Json
 from studio.console import emit, say
 from studio.errors import StudioError
@@ -22,7 +23,7 @@ def push(
 ):
     """Upload a model's folder to the Hugging Face Hub, with the token of `hf auth login`."""
     check_repo_id(repo_id)
-    folder = folder / "model" if (folder / "model").is_dir() else folder  # the folder of a run
+    folder = folder_of_model(folder)
     if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
         raise StudioError(f"{folder} holds no model: give the folder that training or convert wrote.")
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))

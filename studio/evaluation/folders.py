@@ -3,14 +3,13 @@
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from studio.checkpoints.bundled import TRAINING_FILE
+from studio.checkpoints.bundled import TRAINING_FILE, folder_of_model
 from studio.data.image_folder import ImageFolder
 from studio.data.source import Source, open_source
 from studio.errors import StudioError
@@ -29,7 +28,7 @@ def unseen_source(model: str, data: str, size: int) -> Source:
     all images."""
     source = open_source(data, size)
     try:
-        trained_on = json.loads((Path(model) / TRAINING_FILE).read_text(encoding="utf-8"))["data_checksum"]
+        trained_on = json.loads((folder_of_model(model) / TRAINING_FILE).read_text(encoding="utf-8"))["data_checksum"]
     except (OSError, ValueError, KeyError, TypeError):
         trained_on = None
     if isinstance(source, ImageFolder) and trained_on != source.checksum:

@@ -7,7 +7,6 @@ narrow enough for a Frechet distance from a few hundred pictures.
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from studio.checkpoints.bundled import BUNDLED, bundled_folder
+from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model
 from studio.checkpoints.loading import load_model, pick_device
 from studio.data.archive import load_pictures
 from studio.data.augmentation import distort
@@ -110,14 +109,15 @@ def is_judge(name):
     if name in BUNDLED:
         return BUNDLED[name].kind == "judge"
     try:
-        return json.loads((Path(name) / "config.json").read_text())["_class_name"] == Judge.__name__
+        config = json.loads((folder_of_model(name) / "config.json").read_text(encoding="utf-8"))
+        return config["_class_name"] == Judge.__name__
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def load_judge(name="emoji-judge", device=None):
     """A judge by bundled name or folder, ready to measure, in float32."""
-    folder = bundled_folder(name) if name in BUNDLED else Path(name)
+    folder = bundled_folder(name) if name in BUNDLED else folder_of_model(name)
     return load_model(Judge, folder, torch.float32).to(pick_device(device))
 
 

@@ -118,9 +118,9 @@ class Finder:
         Raises:
             StudioError: there is none of these.
         """
-        from studio.checkpoints.bundled import BUNDLED, bundled_folder, read_checksums
+        from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model, read_checksums
 
-        beside, folder = self.out.resolve().parent / name / "model", Path(name).expanduser()
+        beside, folder = self.out.resolve().parent / name / "model", folder_of_model(name)
         if beside.is_dir():
             return beside
         if name in BUNDLED and read_checksums().get(name):
