@@ -142,7 +142,8 @@ def train(
                 speed = size * accelerator.num_processes * options.accumulate / max(progress.recent, 1e-9)
                 line = {"loss": progress.loss(), "learning_rate": rate * factor, "images_per_second": speed}
                 report.row(step=progress.step, seconds=progress.seconds, **line)
-                report.bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{speed:.1f}", done=f"{done:.0%}")
+                left = {"minutes_left": f"{options.minutes * (1 - done):.1f}"} if options.minutes else {}
+                report.bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{speed:.1f}", **left)
                 accelerator.log(line, step=progress.step)
             if progress.step % options.sample_every == 0:
                 validation_loss = validated()
