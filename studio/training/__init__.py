@@ -92,7 +92,8 @@ def train_family(
             continue
         share, size = minutes * preset["minutes"] / total, preset["batch_size"] * (4 if has_cuda() else 1)
         going_on = resume and has_run(folder / name)
-        results[name] = train(preset=name, out=folder / name, resume=going_on, command=command, minutes=share, batch_size=size)
+        given = {"minutes": share, "batch_size": size}
+        results[name] = train(preset=name, out=folder / name, resume=going_on, command=command, **given)
     return results
 
 

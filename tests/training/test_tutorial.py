@@ -38,9 +38,8 @@ def test_from_photographs_to_images(repository, tmp_path, monkeypatch):
     script = re.search(r"```py\n(.*?)```", page, re.DOTALL)[1]
     exec(compile(script, "docs/training.md", "exec"), {})
     assert len(list(tmp_path.glob("photos/*/*.png"))) >= 400
-    train_tokenizer, train_generator, generate = [
-        line for line in page.splitlines() if line.startswith(("studio train vq", "studio train llamagen", "studio generate"))
-    ][:3]
+    starts = ("studio train vq", "studio train llamagen", "studio generate")
+    train_tokenizer, train_generator, generate = [line for line in page.splitlines() if line.startswith(starts)][:3]
     for command in (train_tokenizer, train_generator):
         minutes = re.search(r"--minutes (\d+)", command)[1]
         out = re.search(r"--out (\S+)", command)[1]
