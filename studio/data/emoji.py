@@ -83,8 +83,9 @@ class EmojiSource(Source):
         """Every name and tag of every concept, and captions with every style and background."""
         texts = [text for concept, known in zip(load_concepts(), names()) for text in (*known, *concept.tags)]
         return texts + [
-            full_caption(concept.index, concept.index % len(STYLES), concept.index % len(NAMES))
+            full_caption(concept.index, number % len(STYLES), (concept.index + number) % len(NAMES))
             for concept in load_concepts()
+            for number in range(4)
         ]
 
     def prompt_settings(self):
