@@ -1,37 +1,43 @@
 /* The blocks of a Llama-style network over a few positions of a few rows, and a denoising network, on a CPU.
 
-   One parallel region for the whole network, each thread with its share of every matrix's outputs, and a barrier where
-   the next matrix needs them all. Matrices are packed: for each block of 16 outputs (the last one filled up with zeros)
-   and each input, the 16 weights side by side, so that inputs are multiplied by whole vectors and nothing is left to
-   sum up. Weights are float32, or bfloat16 where that loses nothing; arithmetic is float32.
+   One call for the whole network, whose threads share every matrix's outputs (native_threads.h). Matrices are packed: for
+   each block of two widest vectors of outputs (the last one filled up with zeros) and each input, the block's weights
+   side by side, so that inputs are multiplied by whole vectors and nothing is left to sum up. Weights are float32, or
+   bfloat16 where that loses nothing; arithmetic is float32.
 
    Every sum is taken in an order of its own that depends neither on the number of rows or positions nor on what else is
    pending: a tree of tokens gets, bit by bit, the numbers of its paths taken one token at a time.
 
    Compiled on first use by native_library.py; native_blocks.py and native_head.py make the arguments. */
 
+#define _GNU_SOURCE
 #if defined(__FMA__)
 #include <immintrin.h>
 #endif
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "native_threads.h"
+
+#if defined(__AVX512F__)
+#define WIDE 16 /* numbers of the widest vector */
+#define MOST_TOGETHER 12 /* rows whose sums fit the registers, beside a block of weights */
+#else
+#define WIDE 8
+#define MOST_TOGETHER 6
+#endif
+
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define LANES 8
-#define BLOCK 16
+#define BLOCK (2 * WIDE)
 #define QUERIES 4
-#if defined(__AVX512VL__)
-#define MOST_TOGETHER 8 /* with twice the registers */
-#else
-#define MOST_TOGETHER 6
-#endif
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -68,6 +74,22 @@ INLINE vec fused(vec a, vec b, vec c) {
     return sum;
 #else
     return a * b + c;
+#endif
+}
+
+INLINE wide fused_wide(wide a, wide b, wide c) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return fused(a, b, c);
+#endif
+}
+
+INLINE wide all_wide(float number) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_set1_ps(number);
+#else
+    return (wide){number, number, number, number, number, number, number, number};
 #endif
 }
 
@@ -120,78 +142,84 @@ INLINE vec silu(vec x) {
 /* `blocks` blocks of outputs for `rows` inputs (rows, in): y (rows, out), added to what is there where `add`. */
 INLINE void products(const void *matrix, int64_t first, int in, int out, const float *x, const int rows,
                      const int blocks, const int bf16, float *y, int add) {
-    vec sums[2 * MOST_TOGETHER] = {0};
+    wide sums[2 * MOST_TOGETHER] = {0};
     for (int i = 0; i < in; i++)
         UNROLL for (int b = 0; b < blocks; b++) {
             const int64_t place = ((first + b) * in + i) * BLOCK;
-            vec low, high;
+            wide low, high;
             if (bf16) {
                 words pairs = *(const words *)((const uint16_t *)matrix + place);
-                low = (vec)(pairs << 16);
-                high = (vec)(pairs & 0xffff0000u);
+                low = (wide)(pairs << 16);
+                high = (wide)(pairs & 0xffff0000u);
             } else {
-                low = *(const vec *)((const float *)matrix + place);
-                high = *(const vec *)((const float *)matrix + place + LANES);
+                low = *(const wide *)((const float *)matrix + place);
+                high = *(const wide *)((const float *)matrix + place + WIDE);
             }
             UNROLL for (int r = 0; r < rows; r++) {
-                vec number = all(x[(int64_t)r * in + i]), *sum = sums + 2 * (b * rows + r);
-                sum[0] = fused(number, low, sum[0]);
-                sum[1] = fused(number, high, sum[1]);
+                wide number = all_wide(x[(int64_t)r * in + i]), *sum = sums + 2 * (b * rows + r);
+                sum[0] = fused_wide(number, low, sum[0]);
+                sum[1] = fused_wide(number, high, sum[1]);
             }
         }
     UNROLL for (int b = 0; b < blocks; b++)
-        UNROLL for (int r = 0; r < rows; r++)
-            for (int half = 0; half < 2; half++) {
-                const int64_t output = (first + b) * BLOCK + half * LANES;
-                if (output >= out) continue;
-                vec *to = (vec *)(y + (int64_t)r * out + output), sum = sums[2 * (b * rows + r) + half];
-                *to = add ? (vec)(*to + sum) : sum;
+        UNROLL for (int r = 0; r < rows; r++) {
+            const float *sum = (const float *)(sums + 2 * (b * rows + r));
+            const int64_t output = (first + b) * BLOCK;
+            float *to = y + (int64_t)r * out + output;
+            for (int i = 0; i < BLOCK && output + i < out; i += LANES) {
+                vec eight = *(const vec *)(sum + i);
+                *(vec *)(to + i) = add ? (vec)(*(vec *)(to + i) + eight) : eight;
             }
+        }
 }
 
-/* Block by block, as many at once as keep a core busy: more blocks for fewer rows. */
-INLINE void all_products(const void *matrix, int begin, int end, int in, int out, const float *x, int rows,
-                         const int bf16, float *y, int add) {
-    const int together = rows == 1 ? 4 : rows == 2 ? 2 : 1;
-    for (int b = begin, blocks; b < end; b += blocks) {
-        blocks = end - b < together ? 1 : together;
+/* How many blocks keep a core busy: more for fewer rows. */
+INLINE int blocks_at_once(int rows) {
+    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+}
+
+/* Block by block, each read once for up to MOST_TOGETHER rows. */
+INLINE void all_products(const void *matrix, Share share, int in, int out, const float *x, int rows, const int bf16,
+                         float *y, int add) {
+    const int together = blocks_at_once(rows);
+    for (int b = share.begin, blocks; b < share.end; b += blocks) {
+        blocks = share.end - b < together ? 1 : together;
         for (int done = 0, groups = (rows + MOST_TOGETHER - 1) / MOST_TOGETHER, n; done < rows; done += n, groups--) {
             const float *from = x + (int64_t)done * in;
             float *to = y + (int64_t)done * out;
             n = (rows - done + groups - 1) / groups;
-#if MOST_TOGETHER > 6
-            if (n == 8) products(matrix, b, in, out, from, 8, 1, bf16, to, add);
-            else if (n == 7) products(matrix, b, in, out, from, 7, 1, bf16, to, add);
+#define ROWS(number, blocks)                                                  \
+    case number:                                                              \
+        products(matrix, b, in, out, from, number, blocks, bf16, to, add);    \
+        break;
+            if (blocks == 4) products(matrix, b, in, out, from, 1, 4, bf16, to, add);
+            else if (blocks == 2) products(matrix, b, in, out, from, 2, 2, bf16, to, add);
             else
+                switch (n) {
+                    ROWS(1, 1) ROWS(2, 1) ROWS(3, 1) ROWS(4, 1) ROWS(5, 1) ROWS(6, 1)
+#if MOST_TOGETHER > 6
+                    ROWS(7, 1) ROWS(8, 1) ROWS(9, 1) ROWS(10, 1) ROWS(11, 1) ROWS(12, 1)
 #endif
-            if (n == 6) products(matrix, b, in, out, from, 6, 1, bf16, to, add);
-            else if (n == 5) products(matrix, b, in, out, from, 5, 1, bf16, to, add);
-            else if (n == 4) products(matrix, b, in, out, from, 4, 1, bf16, to, add);
-            else if (n == 3) products(matrix, b, in, out, from, 3, 1, bf16, to, add);
-            else if (n == 2 && blocks == 2) products(matrix, b, in, out, from, 2, 2, bf16, to, add);
-            else if (n == 2) products(matrix, b, in, out, from, 2, 1, bf16, to, add);
-            else if (blocks == 4) products(matrix, b, in, out, from, 1, 4, bf16, to, add);
-            else products(matrix, b, in, out, from, 1, 1, bf16, to, add);
+                }
+#undef ROWS
         }
     }
 }
 
-/* A thread's part of `count` things. */
-typedef struct {
-    int begin, end;
-} Share;
-
-INLINE Share share_of(int count, int thread, int threads) {
-    return (Share){(int)((int64_t)count * thread / threads), (int)((int64_t)count * (thread + 1) / threads)};
+/* The next blocks of a matrix with so many outputs, for this thread, as of `take`. */
+static int take_blocks(Worker *me, int out, int rows, Share *blocks) {
+    const int all = (out + BLOCK - 1) / BLOCK, unit = blocks_at_once(rows);
+    if (!take(me, (all + unit - 1) / unit, blocks)) return 0;
+    *blocks = (Share){blocks->begin * unit, blocks->end * unit < all ? blocks->end * unit : all};
+    return 1;
 }
 
-/* This thread's part of y = x W^T, or of y += x W^T where `add`; the outputs that it made. */
-static Share multiply(const void *matrix, int in, int out, int bf16, const float *x, int rows, float *y, int add) {
-    const Share blocks = share_of((out + BLOCK - 1) / BLOCK, omp_get_thread_num(), omp_get_num_threads());
-    if (bf16) all_products(matrix, blocks.begin, blocks.end, in, out, x, rows, 1, y, add);
-    else all_products(matrix, blocks.begin, blocks.end, in, out, x, rows, 0, y, add);
-    const int end = blocks.end * BLOCK;
-    return (Share){blocks.begin * BLOCK, end < out ? end : out};
+/* Some blocks of y = x W^T, or of y += x W^T where `add`; their outputs. */
+static Share multiply(const void *matrix, Share blocks, int in, int out, int bf16, const float *x, int rows, float *y,
+                      int add) {
+    if (bf16) all_products(matrix, blocks, in, out, x, rows, 1, y, add);
+    else all_products(matrix, blocks, in, out, x, rows, 0, y, add);
+    return (Share){blocks.begin * BLOCK, blocks.end * BLOCK < out ? blocks.end * BLOCK : out};
 }
 
 /* The norm of one position; without a weight, a copy. */
@@ -352,54 +380,91 @@ static void attend_group(const Network *net, const Call *call, int layer, int ro
                    to + ((int64_t)first * heads + h) * head_dim, heads * head_dim);
 }
 
-/* All blocks and the last norm over x (rows * nodes, dim), in place. `scratch` holds rows * nodes times (the outputs of
-   wqkv, heads * head_dim and twice hidden) numbers, then for each thread rows * nodes * dim and 2 * QUERIES *
-   (max_length + LANES). */
-void studio_blocks(const Network *net, const Call *call, float *x, float *scratch) {
+typedef struct {
+    Network net;
+    Call call;
+    float *x, *scratch;
+} Blocks;
+
+static void normalise_all(const float *x, const float *weight, int rows, const Network *net, float *y) {
+    for (int r = 0; r < rows; r++)
+        normalise(x + (int64_t)r * net->dim, weight, net->dim, net->eps, y + (int64_t)r * net->dim);
+}
+
+static void run_blocks(Worker *me, const void *arguments) {
+    const Blocks *blocks = arguments;
+    const Network *net = &blocks->net;
+    const Call *call = &blocks->call;
     const int dim = net->dim, inner = net->heads * net->head_dim, kv = net->kv_heads, hidden = net->hidden;
     const int width = inner + 2 * kv * net->head_dim, rows = call->rows * call->nodes, bf16 = net->bf16;
     const int64_t scores_size = (int64_t)QUERIES * (call->max_length + LANES);
-    float *qkv = scratch, *mixed = qkv + (int64_t)rows * width, *gates = mixed + (int64_t)rows * inner;
-    float *ups = gates + (int64_t)rows * hidden, *own = ups + (int64_t)rows * hidden;
+    float *x = blocks->x, *qkv = blocks->scratch, *mixed = qkv + (int64_t)rows * width;
+    float *gates = mixed + (int64_t)rows * inner, *ups = gates + (int64_t)rows * hidden;
+    float *unit = ups + (int64_t)rows * hidden + me->thread * ((int64_t)rows * dim + 2 * scores_size);
+    float *scores = unit + (int64_t)rows * dim;
+    int *seen = (int *)(scores + scores_size);
+    Share part;
 
-#pragma omp parallel num_threads(call->threads)
-    {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *unit = own + thread * ((int64_t)rows * dim + 2 * scores_size), *scores = unit + (int64_t)rows * dim;
-        int *seen = (int *)(scores + scores_size);
-        for (int layer = 0; layer < net->layers; layer++) {
-            for (int r = 0; r < rows; r++)
-                normalise(x + (int64_t)r * dim, net->attention_norm[layer], dim, net->eps, unit + (int64_t)r * dim);
-            multiply(net->wqkv[layer], dim, width, bf16, unit, rows, qkv, 0);
-#pragma omp barrier
-            for (int item = thread; item < call->rows * kv; item += threads)
+    for (int layer = 0; layer < net->layers; layer++) {
+        for (int first = 1; take_blocks(me, width, rows, &part); first = 0) {
+            if (first) normalise_all(x, net->attention_norm[layer], rows, net, unit);
+            multiply(net->wqkv[layer], part, dim, width, bf16, unit, rows, qkv, 0);
+        }
+        while (take(me, call->rows * kv, &part))
+            for (int item = part.begin; item < part.end; item++)
                 attend_group(net, call, layer, item / kv, item % kv, qkv, mixed, scores, seen);
-#pragma omp barrier
-            multiply(net->wo[layer], inner, dim, bf16, mixed, rows, x, 1);
-#pragma omp barrier
-            for (int r = 0; r < rows; r++)
-                normalise(x + (int64_t)r * dim, net->ffn_norm[layer], dim, net->eps, unit + (int64_t)r * dim);
-            multiply(net->w1[layer], dim, hidden, bf16, unit, rows, gates, 0);
-            const Share made = multiply(net->w3[layer], dim, hidden, bf16, unit, rows, ups, 0);
+        while (take_blocks(me, dim, rows, &part)) multiply(net->wo[layer], part, inner, dim, bf16, mixed, rows, x, 1);
+        for (int first = 1; take_blocks(me, hidden, rows, &part); first = 0) {
+            if (first) normalise_all(x, net->ffn_norm[layer], rows, net, unit);
+            multiply(net->w1[layer], part, dim, hidden, bf16, unit, rows, gates, 0);
+            const Share made = multiply(net->w3[layer], part, dim, hidden, bf16, unit, rows, ups, 0);
             for (int r = 0; r < rows; r++)
                 for (int i = made.begin; i < made.end; i += LANES) {
                     vec *gate = (vec *)(gates + (int64_t)r * hidden + i);
                     *gate = silu(*gate) * *(vec *)(ups + (int64_t)r * hidden + i);
                 }
-#pragma omp barrier
-            multiply(net->w2[layer], hidden, dim, bf16, gates, rows, x, 1);
-#pragma omp barrier
         }
-        for (int r = thread; r < rows; r += threads)
-            if (net->norm) normalise(x + (int64_t)r * dim, net->norm, dim, net->eps, x + (int64_t)r * dim);
+        while (take_blocks(me, dim, rows, &part)) multiply(net->w2[layer], part, hidden, dim, bf16, gates, rows, x, 1);
     }
+    while (take(me, rows, &part))
+        if (net->norm)
+            normalise_all(x + (int64_t)part.begin * dim, net->norm, part.end - part.begin, net,
+                          x + (int64_t)part.begin * dim);
+}
+
+/* All blocks and the last norm over x (rows * nodes, dim), in place. `scratch` holds rows * nodes times (the outputs of
+   wqkv, heads * head_dim and twice hidden) numbers, then for each thread rows * nodes * dim and 2 * QUERIES *
+   (max_length + LANES). */
+void studio_blocks(const Network *net, const Call *call, float *x, float *scratch) {
+    const Blocks blocks = {*net, *call, x, scratch};
+    const int64_t inner = net->heads * net->head_dim, width = 2 * inner + 2 * net->kv_heads * net->head_dim;
+    const int64_t rows = (int64_t)call->rows * call->nodes, weights = net->dim * (width + 3 * (int64_t)net->hidden);
+    if (rows) together(run_blocks, &blocks, sizeof blocks, call->threads, rows * net->layers * weights);
+}
+
+typedef struct {
+    const void *matrix;
+    int in, out, bf16, rows;
+    const float *x;
+    float *y;
+} Product;
+
+static void run_product(Worker *me, const void *arguments) {
+    const Product *p = arguments;
+    for (Share part; take_blocks(me, p->out, p->rows, &part);)
+        multiply(p->matrix, part, p->in, p->out, p->bf16, p->x, p->rows, p->y, 0);
 }
 
 /* y = x W^T for x (rows, in). */
 void studio_product(const void *matrix, int32_t in, int32_t out, int32_t bf16, int32_t threads, int32_t rows,
                     const float *x, float *y) {
-#pragma omp parallel num_threads(threads)
-    multiply(matrix, in, out, bf16, x, rows, y, 0);
+    const Product product = {matrix, in, out, bf16, rows, x, y};
+    if (rows) together(run_product, &product, sizeof product, threads, (int64_t)rows * in * out);
+}
+
+/* Numbers of the vectors that matrices are packed for: the first half of a block's outputs, and the second. */
+int32_t studio_lanes(void) {
+    return WIDE;
 }
 
 #define ROWS_AT_ONCE 48
@@ -448,58 +513,63 @@ INLINE const float *modulation_of(const Denoising *call, int layer, int row, int
 }
 
 /* The network over rows `begin` to `begin + rows`; `hidden`, `unit` and `inner` have room for them. */
-static void denoise_rows(const Head *head, const Denoising *call, int begin, int rows, float *hidden, float *unit,
-                         float *inner, float *out) {
+static void denoise_rows(Worker *me, const Head *head, const Denoising *call, int begin, int rows, float *hidden,
+                         float *unit, float *inner, float *out) {
     const int width = head->width, token = head->token, bf16 = head->bf16, per_step = call->copies * call->tokens;
-    const Share own = share_of(rows, omp_get_thread_num(), omp_get_num_threads());
-    for (int r = own.begin; r < own.end; r++) {
-        const int row = begin + r;
-        memcpy(inner + (int64_t)r * token,
-               call->x + ((int64_t)(row / per_step) * call->tokens + row % call->tokens) * token,
-               sizeof(float) * token);
-    }
-#pragma omp barrier
-    Share made = multiply(head->input, token, width, bf16, inner, rows, hidden, 0);
-    for (int r = 0; r < rows; r++)
-        for (int i = made.begin; i < made.end; i += LANES)
-            *(vec *)(hidden + (int64_t)r * width + i) += *(const vec *)(head->input_bias + i);
-#pragma omp barrier
-    for (int layer = 0; layer < head->depth; layer++) {
-        for (int r = own.begin; r < own.end; r++) {
-            const float *shift = modulation_of(call, layer, begin + r, 3 * width);
-            modulate(hidden + (int64_t)r * width, head->norm_weight[layer], head->norm_bias[layer], shift,
-                     shift + width, width, head->eps, unit + (int64_t)r * width);
+    Share part;
+    while (take(me, rows, &part))
+        for (int r = part.begin; r < part.end; r++) {
+            const int row = begin + r;
+            memcpy(inner + (int64_t)r * token,
+                   call->x + ((int64_t)(row / per_step) * call->tokens + row % call->tokens) * token,
+                   sizeof(float) * token);
         }
-#pragma omp barrier
-        made = multiply(head->first[layer], width, width, bf16, unit, rows, inner, 0);
+    while (take_blocks(me, width, rows, &part)) {
+        const Share made = multiply(head->input, part, token, width, bf16, inner, rows, hidden, 0);
         for (int r = 0; r < rows; r++)
-            for (int i = made.begin; i < made.end; i += LANES) {
-                vec *to = (vec *)(inner + (int64_t)r * width + i);
-                *to = silu(*to + *(const vec *)(head->first_bias[layer] + i));
+            for (int i = made.begin; i < made.end; i += LANES)
+                *(vec *)(hidden + (int64_t)r * width + i) += *(const vec *)(head->input_bias + i);
+    }
+    for (int layer = 0; layer < head->depth; layer++) {
+        while (take(me, rows, &part))
+            for (int r = part.begin; r < part.end; r++) {
+                const float *shift = modulation_of(call, layer, begin + r, 3 * width);
+                modulate(hidden + (int64_t)r * width, head->norm_weight[layer], head->norm_bias[layer], shift,
+                         shift + width, width, head->eps, unit + (int64_t)r * width);
             }
-#pragma omp barrier
-        made = multiply(head->second[layer], width, width, bf16, inner, rows, unit, 0);
-        for (int r = 0; r < rows; r++) {
-            const float *gate = modulation_of(call, layer, begin + r, 3 * width) + 2 * width;
-            for (int i = made.begin; i < made.end; i += LANES) {
-                vec *to = (vec *)(hidden + (int64_t)r * width + i);
-                vec change = *(const vec *)(unit + (int64_t)r * width + i) + *(const vec *)(head->second_bias[layer] + i);
-                *to = fused(*(const vec *)(gate + i), change, *to);
+        while (take_blocks(me, width, rows, &part)) {
+            const Share made = multiply(head->first[layer], part, width, width, bf16, unit, rows, inner, 0);
+            for (int r = 0; r < rows; r++)
+                for (int i = made.begin; i < made.end; i += LANES) {
+                    vec *to = (vec *)(inner + (int64_t)r * width + i);
+                    *to = silu(*to + *(const vec *)(head->first_bias[layer] + i));
+                }
+        }
+        while (take_blocks(me, width, rows, &part)) {
+            const Share made = multiply(head->second[layer], part, width, width, bf16, inner, rows, unit, 0);
+            for (int r = 0; r < rows; r++) {
+                const float *gate = modulation_of(call, layer, begin + r, 3 * width) + 2 * width;
+                for (int i = made.begin; i < made.end; i += LANES) {
+                    vec *to = (vec *)(hidden + (int64_t)r * width + i);
+                    vec change = *(const vec *)(unit + (int64_t)r * width + i);
+                    change += *(const vec *)(head->second_bias[layer] + i);
+                    *to = fused(*(const vec *)(gate + i), change, *to);
+                }
             }
         }
-#pragma omp barrier
     }
-    for (int r = own.begin; r < own.end; r++) {
-        const float *shift = modulation_of(call, head->depth, begin + r, 2 * width);
-        modulate(hidden + (int64_t)r * width, 0, 0, shift, shift + width, width, head->eps,
-                 unit + (int64_t)r * width);
+    while (take(me, rows, &part))
+        for (int r = part.begin; r < part.end; r++) {
+            const float *shift = modulation_of(call, head->depth, begin + r, 2 * width);
+            modulate(hidden + (int64_t)r * width, 0, 0, shift, shift + width, width, head->eps,
+                     unit + (int64_t)r * width);
+        }
+    while (take_blocks(me, 2 * token, rows, &part)) {
+        const Share made = multiply(head->output, part, width, 2 * token, bf16, unit, rows, out, 0);
+        for (int r = 0; r < rows; r++)
+            for (int i = made.begin; i < made.end; i += LANES)
+                *(vec *)(out + (int64_t)r * 2 * token + i) += *(const vec *)(head->output_bias + i);
     }
-#pragma omp barrier
-    made = multiply(head->output, width, 2 * token, bf16, unit, rows, out, 0);
-    for (int r = 0; r < rows; r++)
-        for (int i = made.begin; i < made.end; i += LANES)
-            *(vec *)(out + (int64_t)r * 2 * token + i) += *(const vec *)(head->output_bias + i);
-#pragma omp barrier
 }
 
 /* Mean and log of the standard deviation of the state before x, from the guided noise and the conditional logit: with a
@@ -519,20 +589,32 @@ static void reverse(const Head *head, const Denoising *call, int step, int token
     }
 }
 
+typedef struct {
+    Head head;
+    Denoising call;
+    float *scratch;
+} Step;
+
+static void run_denoise(Worker *me, const void *arguments) {
+    const Step *step = arguments;
+    const Head *head = &step->head;
+    const Denoising *call = &step->call;
+    const int rows = call->steps * call->copies * call->tokens;
+    const int64_t room = (int64_t)ROWS_AT_ONCE * (head->width > head->token ? head->width : head->token);
+    float *scratch = step->scratch, *out = scratch + 3 * room;
+    for (int begin = 0; begin < rows; begin += ROWS_AT_ONCE)
+        denoise_rows(me, head, call, begin, rows - begin < ROWS_AT_ONCE ? rows - begin : ROWS_AT_ONCE, scratch,
+                     scratch + room, scratch + 2 * room, out + (int64_t)begin * 2 * head->token);
+    for (Share part; take(me, call->steps * call->tokens, &part);)
+        for (int state = part.begin; state < part.end; state++)
+            reverse(head, call, state / call->tokens, state % call->tokens, out);
+}
+
 /* A reverse step of every state. `scratch` holds 3 * ROWS_AT_ONCE * max(width, token) numbers, then twice `token` for
    each state and copy. */
 void studio_denoise(const Head *head, const Denoising *call, float *scratch) {
-    const int rows = call->steps * call->copies * call->tokens;
-    const int64_t room = (int64_t)ROWS_AT_ONCE * (head->width > head->token ? head->width : head->token);
-    float *out = scratch + 3 * room;
-
-#pragma omp parallel num_threads(call->threads)
-    {
-        for (int begin = 0; begin < rows; begin += ROWS_AT_ONCE)
-            denoise_rows(head, call, begin, rows - begin < ROWS_AT_ONCE ? rows - begin : ROWS_AT_ONCE, scratch,
-                         scratch + room, scratch + 2 * room, out + (int64_t)begin * 2 * head->token);
-        const Share own = share_of(call->steps * call->tokens, omp_get_thread_num(), omp_get_num_threads());
-        for (int state = own.begin; state < own.end; state++)
-            reverse(head, call, state / call->tokens, state % call->tokens, out);
-    }
+    const Step step = {*head, *call, scratch};
+    const int64_t rows = (int64_t)call->steps * call->copies * call->tokens;
+    const int64_t weights = head->width * (3 * (int64_t)head->token + 2 * (int64_t)head->depth * head->width);
+    if (rows) together(run_denoise, &step, sizeof step, call->threads, rows * weights);
 }
