@@ -38,6 +38,7 @@ typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4), may_ali
 #define LANES 8
 #define BLOCK (2 * WIDE)
 #define QUERIES 4
+#define AHEAD 48 /* inputs whose weights are asked for early: a matrix is read once, from the slow end of the caches */
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -147,6 +148,7 @@ INLINE void products(const void *matrix, int64_t first, int in, int out, const f
         UNROLL for (int b = 0; b < blocks; b++) {
             const int64_t place = ((first + b) * in + i) * BLOCK;
             wide low, high;
+            __builtin_prefetch((const char *)matrix + (place + AHEAD * BLOCK) * (bf16 ? 2 : 4));
             if (bf16) {
                 words pairs = *(const words *)((const uint16_t *)matrix + place);
                 low = (wide)(pairs << 16);
@@ -245,24 +247,40 @@ INLINE void turn(float *x, const float *cos_sin, int head_dim) {
     }
 }
 
-/* Scores of up to QUERIES queries, `stride` numbers apart, against `kept` stored keys; room for 7 more is needed. */
+/* Scores of n queries, `stride` numbers apart, against eight keys. */
+INLINE void score_eight(const float *queries, int64_t stride, int n, const float *const *key, int head_dim,
+                        float *scores, int64_t width) {
+    const float scale = 1.0f / sqrtf((float)head_dim);
+    for (int q = 0; q < n; q++) {
+        vec sums[LANES] = {0};
+        for (int i = 0; i < head_dim; i += LANES) {
+            vec query = *(const vec *)(queries + q * stride + i);
+            UNROLL for (int j = 0; j < LANES; j++) sums[j] = fused(query, *(const vec *)(key[j] + i), sums[j]);
+        }
+        *(vec *)(scores + q * width) = totals(sums) * scale;
+    }
+}
+
+/* Scores of up to QUERIES queries against `kept` stored keys; room for 7 more is needed. */
 INLINE void score_kept(const float *queries, int64_t stride, int n, const float *keys, int kept, const float *bias,
                        int head_dim, float *scores, int64_t width) {
-    const float scale = 1.0f / sqrtf((float)head_dim);
     for (int t = 0; t < kept; t += LANES) {
         const float *key[LANES];
         for (int j = 0; j < LANES; j++) key[j] = keys + (int64_t)(t + j < kept ? t + j : kept - 1) * head_dim;
-        for (int q = 0; q < n; q++) {
-            vec sums[LANES] = {0};
-            for (int i = 0; i < head_dim; i += LANES) {
-                vec query = *(const vec *)(queries + q * stride + i);
-                UNROLL for (int j = 0; j < LANES; j++) sums[j] = fused(query, *(const vec *)(key[j] + i), sums[j]);
-            }
-            *(vec *)(scores + q * width + t) = totals(sums) * scale;
-        }
+        score_eight(queries, stride, n, key, head_dim, scores + t, width);
         if (bias)
             for (int q = 0; q < n; q++)
                 for (int j = 0; j < LANES && t + j < kept; j++) scores[q * width + t + j] += bias[t + j];
+    }
+}
+
+/* Scores of one query against the keys of a list; room for 7 more is needed. */
+INLINE void score_listed(const float *query, const float *keys, const int *places, int count, int head_dim,
+                         float *scores) {
+    for (int k = 0; k < count; k += LANES) {
+        const float *key[LANES];
+        for (int j = 0; j < LANES; j++) key[j] = keys + (int64_t)places[k + j < count ? k + j : count - 1] * head_dim;
+        score_eight(query, 0, 1, key, head_dim, scores + k, 0);
     }
 }
 
@@ -328,7 +346,7 @@ static void attend(const Call *call, int row, int first, int n, const float *que
                    const float *keys, const float *values, int head_dim, float *scores, int *seen, int64_t width,
                    float *out, int64_t out_stride) {
     const int kept = (int)call->kept[row], all = call->pending + call->nodes;
-    const float scale = 1.0f / sqrtf((float)head_dim), *bias = call->bias ? call->bias + row * call->bias_row : 0;
+    const float *bias = call->bias ? call->bias + row * call->bias_row : 0;
     int counts[QUERIES];
     float factors[QUERIES];
     score_kept(queries, stride, n, keys, kept, bias, head_dim, scores, width);
@@ -339,13 +357,9 @@ static void attend(const Call *call, int row, int first, int n, const float *que
         for (int j = 0; j < all; j++) {
             const int place = call->base + j;
             if (j != self && (!(visible ? visible[j] : j < self) || (bias && bias[place] < 0))) continue;
-            vec sum = {0};
-            for (int i = 0; i < head_dim; i += LANES)
-                sum = fused(*(const vec *)(queries + q * stride + i),
-                            *(const vec *)(keys + (int64_t)place * head_dim + i), sum);
-            seen[q * width + counts[q]] = place;
-            scores[q * width + kept + counts[q]++] = total(sum) * scale;
+            seen[q * width + counts[q]++] = place;
         }
+        score_listed(queries + q * stride, keys, seen + q * width, counts[q], head_dim, scores + q * width + kept);
         factors[q] = soften(scores + q * width, kept + counts[q]);
     }
     if (n == 4) mix_all(scores, width, 4, values, kept, seen, counts, head_dim, factors, out, out_stride);
