@@ -1,7 +1,7 @@
 """The library that `native.c` is compiled to, on first use, with the machine's C compiler; it is kept in the cache.
 
-What is kept there is executed: it is loaded only from a folder that nobody else can write to, and only with the checksum
-that was stored beside it. Where there is no such folder, the library is compiled anew by each process.
+What is kept there is executed: it is loaded only from a folder that nobody else can write to, and only with the
+checksum that was stored beside it. Where there is no such folder, the library is compiled anew by each process.
 """
 
 import ctypes
