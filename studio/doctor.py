@@ -22,7 +22,7 @@ def examine():
     import torch
 
     from studio import __version__
-    from studio.models import native_library
+    from studio.checkpoints.loading import compiled_step
 
     rows = list_models()
     return {
@@ -34,7 +34,7 @@ def examine():
         },
         "device": _device(torch),
         "threads": torch.get_num_threads(),
-        "compiled_step": native_library.state(),
+        "compiled_step": compiled_step(),
         "models": rows,
     }
 
