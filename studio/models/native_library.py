@@ -19,7 +19,8 @@ from pathlib import Path
 
 from studio.files import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "native_threads.h")]
+_PARTS = ("native.c", "native_threads.h", "native_vectors.h", "native_denoising.h")
+SOURCES = [Path(__file__).with_name(name) for name in _PARTS]
 FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 
 logger = logging.getLogger(__name__)

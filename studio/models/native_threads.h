@@ -5,6 +5,8 @@
    piece in its hands. Waiting is spinning for some microseconds, then sleeping: a thread that spins on takes the processor
    from the one that it waits for. Who does a piece changes none of its numbers. */
 
+#pragma once
+
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
