@@ -269,7 +269,7 @@ void studio_blocks(const Network *net, const Call *call, float *x, float *scratc
     const Blocks blocks = {*net, *call, x, scratch};
     const int64_t inner = net->heads * net->head_dim, width = 2 * inner + 2 * net->kv_heads * net->head_dim;
     const int64_t rows = (int64_t)call->rows * call->nodes, weights = net->dim * (width + 3 * (int64_t)net->hidden);
-    if (rows) together(run_blocks, &blocks, sizeof blocks, call->threads, rows * net->layers * weights);
+    if (rows) together(run_blocks, &blocks, sizeof blocks, call->threads, rows * weights / 5);
 }
 
 typedef struct {

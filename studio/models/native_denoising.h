@@ -152,6 +152,6 @@ static void run_denoise(Worker *me, const void *arguments) {
 void studio_denoise(const Head *head, const Denoising *call, float *scratch) {
     const Step step = {*head, *call, scratch};
     const int64_t rows = (int64_t)call->steps * call->copies * call->tokens;
-    const int64_t weights = head->width * (3 * (int64_t)head->token + 2 * (int64_t)head->depth * head->width);
-    if (rows) together(run_denoise, &step, sizeof step, call->threads, rows * weights);
+    const int64_t at_once = rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE, weights = (int64_t)head->width * head->width;
+    if (rows) together(run_denoise, &step, sizeof step, call->threads, at_once * weights * 2 / 3);
 }

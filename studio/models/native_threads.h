@@ -16,7 +16,7 @@
 
 #define MOST_THREADS 64
 #define PIECES 3                  /* of a phase, for each thread */
-#define LEAST_WORK 500000         /* products of two numbers that are worth a further thread */
+#define LEAST_WORK 100000         /* multiplications of a phase that are worth a further thread: some 3 microseconds */
 #define PHASE_SPIN 50000          /* nanoseconds */
 #define CALL_SPIN 100000          /* nanoseconds, between two calls */
 #define ARGUMENTS 320             /* bytes, at most */
@@ -163,8 +163,8 @@ static int hire(int threads) {
     return team.helpers + 1;
 }
 
-/* Runs a call of about so much work with at most so many threads: with this one alone where it is little, or where
-   another call has the helpers. */
+/* Runs a call with at most so many threads: with this one alone where a phase has little `work` (multiplications), or
+   where another call has the helpers. */
 static void together(Run *run, const void *arguments, size_t size, int threads, int64_t work) {
     Worker me = {.threads = 1};
     if (threads > MOST_THREADS) threads = MOST_THREADS;
