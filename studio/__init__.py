@@ -4,11 +4,18 @@ The public names are flat (`from studio import LlamaGenPipeline`) and are import
 `import studio` costs nothing.
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Torch's threads wait for one another by spinning, for milliseconds: on a busy machine each wait costs a time slice.
+# They sleep soon instead, unless the user has said how they wait. OpenMP reads this when it is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 if not (Path(__file__).parent / "pipelines").is_dir():
     # A checkout keeps the subpackages beside this folder; a wheel keeps them inside it.

@@ -94,7 +94,7 @@ for command in (data.build, data.scene):
     data_app.command()(command)
 for command in (space.build, space.push):
     space_app.command()(command)
-for command in (bench.decoding, bench.pruning, bench.verify, bench.mar, bench.residual):
+for command in (bench.decoding, bench.pruning, bench.verify, bench.cost, bench.contention, bench.mar, bench.residual):
     bench_app.command()(command)
 bench_app.command("all")(bench.everything)
 bench_app.command("tokenizers")(bench_tokenizers)

@@ -15,10 +15,14 @@ def list_models():
 
 
 def examine():
-    """Return versions, device, threads and bundled models; `ok` is false when weights are missing or damaged."""
+    """Return versions, device, threads, state of the compiled step, and bundled models.
+
+    `ok` is false when weights are missing or damaged.
+    """
     import torch
 
     from studio import __version__
+    from studio.checkpoints.loading import compiled_step
 
     rows = list_models()
     return {
@@ -30,6 +34,7 @@ def examine():
         },
         "device": _device(torch),
         "threads": torch.get_num_threads(),
+        "compiled_step": compiled_step(),
         "models": rows,
     }
 

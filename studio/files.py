@@ -1,10 +1,27 @@
 """Where Studio keeps what it can make again."""
 
 import os
+import tempfile
+from functools import cache
 from pathlib import Path
 
 
-def cache_folder():
-    """`STUDIO_CACHE`, else `studio` in the user's cache folder; it need not exist yet."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "studio"
-    return Path(os.environ.get("STUDIO_CACHE") or fallback)
+def cache_folder() -> Path:
+    """`STUDIO_CACHE`, else `studio` in the user's cache folder; it need not exist yet.
+
+    A user without a home, as in some containers, has a temporary folder for as long as the process runs.
+    """
+    if chosen := os.environ.get("STUDIO_CACHE"):
+        return Path(chosen)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "studio"
+    try:
+        return Path.home() / ".cache" / "studio"
+    except RuntimeError:
+        return Path(_temporary_folder().name)
+
+
+@cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="studio-", ignore_cleanup_errors=True)

@@ -323,7 +323,7 @@ def test_doctor_reports_versions_and_weights(run):
     code, out, _ = run("doctor", "--json")
     report = json.loads(out)
     assert code == 0 and report["ok"]
-    assert report["versions"]["torch"] and report["device"]
+    assert report["versions"]["torch"] and report["device"] and report["compiled_step"] == "ok"
     assert {row["state"] for row in report["models"]} == {"ok"}
     code, out, _ = run("doctor")
     weights = [name for row in report["models"] for name in row["sha256"].items() if name[0].endswith(".safetensors")]

@@ -63,7 +63,7 @@ def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", places=None, **sett
     """Serve the app until it is interrupted.
 
     Args:
-        host: address to listen on; "0.0.0.0" shows the app to the whole network.
+        host: address to listen on, IPv6 as well; "0.0.0.0" shows the app to the whole network.
         port: port to listen on.
         model: what `studio.load` takes.
         places: see `build_app`.
@@ -75,7 +75,8 @@ def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", places=None, **sett
     from studio.errors import StudioError
 
     threads = {} if places is None else {"max_threads": _LIGHT + places}
-    how = {"server_name": host, "server_port": port, **launch_settings(), **threads, **settings}
+    name = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as IPv6 addresses stand in a URL
+    how = {"server_name": name, "server_port": port, **launch_settings(), **threads, **settings}
     try:
         return build_app(model, places).launch(**how)
     except OSError as error:

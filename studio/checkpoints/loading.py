@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, folder_of_model, unknown_name
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.errors import StudioError
+from studio.models import native_library
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
@@ -308,6 +309,11 @@ def pick_device(device):
             f"The device {str(device)!r} is not there: use cpu, cuda, cuda:N or mps, whichever this machine has."
         ) from error
     return device
+
+
+def compiled_step() -> str:
+    """Say "ok" where models on this CPU are decoded in compiled C, else why they are not."""
+    return native_library.state()
 
 
 def _dtype(dtype, device):

@@ -156,6 +156,44 @@ def verify(
     _say_rows([result])
 
 
+def cost(
+    model: Annotated[
+        str | None, typer.Option(help="A bundled name or model folder with a LlamaGen.", show_default="emoji-ar")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights of a published size instead: llamagen-b, llamagen-l, llamagen-xl or llamagen-3b.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Time a step and calls for several positions: the tokens a call at which speculation breaks even here."""
+    if model is not None and preset is not None:
+        raise StudioError("--model and --preset exclude each other: leave one of them out.")
+    from studio.evaluation.bench_cost import bench_cost
+
+    quiet_libraries()
+    result = bench_cost(model or "emoji-ar", preset=preset, device=device)
+    emit(result)
+    _say_rows(result["rows"])
+
+
+def contention(
+    model: Annotated[str, typer.Option(help="A bundled name or model folder that draws.")] = "emoji-ar",
+    as_json: Json = False,
+):
+    """Time one image on the CPU with the machine idle, and with a busy process for each core."""
+    from studio.evaluation.bench_contention import bench_contention
+
+    quiet_libraries()
+    result = bench_contention(model)
+    emit(result)
+    _say_rows([result])
+
+
 def mar(
     random: Annotated[
         str,

@@ -25,7 +25,8 @@ def doctor(as_json: Json = False):
 
     report = examine()
     emit(report)
-    for name, value in {**report["versions"], "device": report["device"], "threads": report["threads"]}.items():
+    found = {"device": "device", "threads": "threads", "compiled step": "compiled_step"}
+    for name, value in {**report["versions"], **{name: report[key] for name, key in found.items()}}.items():
         say(f"{name:24} {value}")
     for row in report["models"]:
         say(f"{row['name']:24} {row['state']}")

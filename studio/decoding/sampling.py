@@ -7,8 +7,10 @@ temperature, top-p, top-k, where a token goes when the probability up to it, cou
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from studio.errors import StudioError
@@ -86,19 +88,45 @@ def _top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 def _top_p_from_likeliest(logits: torch.Tensor, p: float) -> torch.Tensor:
     if p >= 1:
         return logits
-    ordered, indices = logits.sort(dim=-1, descending=True)
-    cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)
-    dropped = torch.zeros_like(cumulative, dtype=torch.bool)
-    dropped[..., 1:] = cumulative[..., :-1] > p
-    return logits.masked_fill(dropped.scatter(-1, indices, dropped), float("-inf"))
+
+    def dropped_in_order(ordered):
+        dropped = torch.zeros_like(ordered, dtype=torch.bool)
+        dropped[..., 1:] = ordered.softmax(dim=-1).cumsum(dim=-1)[..., :-1] > p
+        return dropped
+
+    return _without(logits, dropped_in_order, descending=True)
 
 
 def _top_p_from_least_likely(logits: torch.Tensor, p: float) -> torch.Tensor:
     if p >= 1:
         return logits
-    ordered, indices = logits.sort(dim=-1, descending=False)
-    dropped = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    dropped[..., -1] = False
+
+    def dropped_in_order(ordered):
+        dropped = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+        dropped[..., -1] = False
+        return dropped
+
+    return _without(logits, dropped_in_order, descending=False)
+
+
+def _without(
+    logits: torch.Tensor, dropped_of: Callable[[torch.Tensor], torch.Tensor], descending: bool
+) -> torch.Tensor:
+    """Logits (rows, V) with -inf for those that `dropped_of` names among them in order.
+
+    On a CPU the values alone are sorted, which takes a fifth of the time, and the smallest kept one decides; where that
+    would keep another number of tokens, because of equal logits, their places are sorted too.
+    """
+    if logits.device.type == "cpu":
+        ordered = torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1))
+        ordered = ordered.flip(-1) if descending else ordered
+        dropped = dropped_of(ordered)
+        smallest = ordered.masked_fill(dropped, float("inf")).amin(dim=-1, keepdim=True)
+        below = logits < smallest
+        if torch.equal(below.sum(dim=-1), dropped.sum(dim=-1)):
+            return logits.masked_fill(below, float("-inf"))
+    ordered, indices = logits.sort(dim=-1, descending=descending)
+    dropped = dropped_of(ordered)
     return logits.masked_fill(dropped.scatter(-1, indices, dropped), float("-inf"))
 
 

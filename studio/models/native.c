@@ -1,43 +1,25 @@
 /* The blocks of a Llama-style network over a few positions of a few rows, and a denoising network, on a CPU.
 
-   One parallel region for the whole network, each thread with its share of every matrix's outputs, and a barrier where
-   the next matrix needs them all. Matrices are packed: for each block of 16 outputs (the last one filled up with zeros)
-   and each input, the 16 weights side by side, so that inputs are multiplied by whole vectors and nothing is left to
-   sum up. Weights are float32, or bfloat16 where that loses nothing; arithmetic is float32.
+   One call for the whole network, whose threads share every matrix's outputs (native_threads.h). Matrices are packed: for
+   each block of two widest vectors of outputs (the last one filled up with zeros) and each input, the block's weights
+   side by side, so that inputs are multiplied by whole vectors and nothing is left to sum up. Weights are float32, or
+   bfloat16 where that loses nothing; arithmetic is float32.
 
    Every sum is taken in an order of its own that depends neither on the number of rows or positions nor on what else is
    pending: a tree of tokens gets, bit by bit, the numbers of its paths taken one token at a time.
 
    Compiled on first use by native_library.py; native_blocks.py and native_head.py make the arguments. */
 
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
+#define _GNU_SOURCE
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
+#include "native_denoising.h"
+#include "native_threads.h"
+#include "native_vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define LANES 8
-#define BLOCK 16
 #define QUERIES 4
-#if defined(__AVX512VL__)
-#define MOST_TOGETHER 8 /* with twice the registers */
-#else
-#define MOST_TOGETHER 6
-#endif
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
-#endif
 
 typedef struct {
     int32_t dim, heads, kv_heads, head_dim, hidden, layers, bf16, positions;
@@ -57,142 +39,6 @@ typedef struct {
     const uint8_t *visible;
     const float *bias;
 } Call;
-
-/* a * b + c, rounded once where the processor can: said outright, as compilers fuse some of such sums and not others. */
-INLINE vec fused(vec a, vec b, vec c) {
-#if defined(__FMA__)
-    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    vec sum;
-    for (int i = 0; i < LANES; i++) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return sum;
-#else
-    return a * b + c;
-#endif
-}
-
-INLINE vec all(float number) {
-    return (vec){number, number, number, number, number, number, number, number};
-}
-
-INLINE float total(vec v) {
-    return ((v[0] + v[2]) + (v[1] + v[3])) + ((v[4] + v[6]) + (v[5] + v[7]));
-}
-
-/* The totals of eight vectors, each summed in the order of `total`. */
-INLINE vec totals(const vec *v) {
-    vec pairs[4], fours[2];
-    UNROLL for (int i = 0; i < 4; i++)
-        pairs[i] = SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
-                   SHUFFLE(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    UNROLL for (int i = 0; i < 2; i++)
-        fours[i] = SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-                   SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-           SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
-}
-
-/* e**x within 2 units in the last place for x <= 0, and 0 below -87. */
-INLINE vec exponential(vec x) {
-    const vec lowest = x * 0 - 87.0f;
-    x = (vec)(((ints)x & (x > lowest)) | ((ints)lowest & ~(x > lowest)));
-    vec whole = x * 1.44269504f - 0.5f;
-    ints n = __builtin_convertvector(whole, ints);
-    vec k = __builtin_convertvector(n, vec);
-    vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)((n + 127) << 23);
-}
-
-/* x / (1 + e**-x) */
-INLINE vec silu(vec x) {
-    ints positive = x > 0.0f;
-    vec e = exponential((vec)((ints)x | INT32_MIN));
-    vec top = (vec)((positive & (ints)x) | (~positive & (ints)(x * e)));
-    return top / (1.0f + e);
-}
-
-/* `blocks` blocks of outputs for `rows` inputs (rows, in): y (rows, out), added to what is there where `add`. */
-INLINE void products(const void *matrix, int64_t first, int in, int out, const float *x, const int rows,
-                     const int blocks, const int bf16, float *y, int add) {
-    vec sums[2 * MOST_TOGETHER] = {0};
-    for (int i = 0; i < in; i++)
-        UNROLL for (int b = 0; b < blocks; b++) {
-            const int64_t place = ((first + b) * in + i) * BLOCK;
-            vec low, high;
-            if (bf16) {
-                words pairs = *(const words *)((const uint16_t *)matrix + place);
-                low = (vec)(pairs << 16);
-                high = (vec)(pairs & 0xffff0000u);
-            } else {
-                low = *(const vec *)((const float *)matrix + place);
-                high = *(const vec *)((const float *)matrix + place + LANES);
-            }
-            UNROLL for (int r = 0; r < rows; r++) {
-                vec number = all(x[(int64_t)r * in + i]), *sum = sums + 2 * (b * rows + r);
-                sum[0] = fused(number, low, sum[0]);
-                sum[1] = fused(number, high, sum[1]);
-            }
-        }
-    UNROLL for (int b = 0; b < blocks; b++)
-        UNROLL for (int r = 0; r < rows; r++)
-            for (int half = 0; half < 2; half++) {
-                const int64_t output = (first + b) * BLOCK + half * LANES;
-                if (output >= out) continue;
-                vec *to = (vec *)(y + (int64_t)r * out + output), sum = sums[2 * (b * rows + r) + half];
-                *to = add ? (vec)(*to + sum) : sum;
-            }
-}
-
-/* Block by block, as many at once as keep a core busy: more blocks for fewer rows. */
-INLINE void all_products(const void *matrix, int begin, int end, int in, int out, const float *x, int rows,
-                         const int bf16, float *y, int add) {
-    const int together = rows == 1 ? 4 : rows == 2 ? 2 : 1;
-    for (int b = begin, blocks; b < end; b += blocks) {
-        blocks = end - b < together ? 1 : together;
-        for (int done = 0, groups = (rows + MOST_TOGETHER - 1) / MOST_TOGETHER, n; done < rows; done += n, groups--) {
-            const float *from = x + (int64_t)done * in;
-            float *to = y + (int64_t)done * out;
-            n = (rows - done + groups - 1) / groups;
-#if MOST_TOGETHER > 6
-            if (n == 8) products(matrix, b, in, out, from, 8, 1, bf16, to, add);
-            else if (n == 7) products(matrix, b, in, out, from, 7, 1, bf16, to, add);
-            else
-#endif
-            if (n == 6) products(matrix, b, in, out, from, 6, 1, bf16, to, add);
-            else if (n == 5) products(matrix, b, in, out, from, 5, 1, bf16, to, add);
-            else if (n == 4) products(matrix, b, in, out, from, 4, 1, bf16, to, add);
-            else if (n == 3) products(matrix, b, in, out, from, 3, 1, bf16, to, add);
-            else if (n == 2 && blocks == 2) products(matrix, b, in, out, from, 2, 2, bf16, to, add);
-            else if (n == 2) products(matrix, b, in, out, from, 2, 1, bf16, to, add);
-            else if (blocks == 4) products(matrix, b, in, out, from, 1, 4, bf16, to, add);
-            else products(matrix, b, in, out, from, 1, 1, bf16, to, add);
-        }
-    }
-}
-
-/* A thread's part of `count` things. */
-typedef struct {
-    int begin, end;
-} Share;
-
-INLINE Share share_of(int count, int thread, int threads) {
-    return (Share){(int)((int64_t)count * thread / threads), (int)((int64_t)count * (thread + 1) / threads)};
-}
-
-/* This thread's part of y = x W^T, or of y += x W^T where `add`; the outputs that it made. */
-static Share multiply(const void *matrix, int in, int out, int bf16, const float *x, int rows, float *y, int add) {
-    const Share blocks = share_of((out + BLOCK - 1) / BLOCK, omp_get_thread_num(), omp_get_num_threads());
-    if (bf16) all_products(matrix, blocks.begin, blocks.end, in, out, x, rows, 1, y, add);
-    else all_products(matrix, blocks.begin, blocks.end, in, out, x, rows, 0, y, add);
-    const int end = blocks.end * BLOCK;
-    return (Share){blocks.begin * BLOCK, end < out ? end : out};
-}
 
 /* The norm of one position; without a weight, a copy. */
 INLINE void normalise(const float *x, const float *weight, int dim, float eps, float *y) {
@@ -217,24 +63,40 @@ INLINE void turn(float *x, const float *cos_sin, int head_dim) {
     }
 }
 
-/* Scores of up to QUERIES queries, `stride` numbers apart, against `kept` stored keys; room for 7 more is needed. */
+/* Scores of n queries, `stride` numbers apart, against eight keys. */
+INLINE void score_eight(const float *queries, int64_t stride, int n, const float *const *key, int head_dim,
+                        float *scores, int64_t width) {
+    const float scale = 1.0f / sqrtf((float)head_dim);
+    for (int q = 0; q < n; q++) {
+        vec sums[LANES] = {0};
+        for (int i = 0; i < head_dim; i += LANES) {
+            vec query = *(const vec *)(queries + q * stride + i);
+            UNROLL for (int j = 0; j < LANES; j++) sums[j] = fused(query, *(const vec *)(key[j] + i), sums[j]);
+        }
+        *(vec *)(scores + q * width) = totals(sums) * scale;
+    }
+}
+
+/* Scores of up to QUERIES queries against `kept` stored keys; room for 7 more is needed. */
 INLINE void score_kept(const float *queries, int64_t stride, int n, const float *keys, int kept, const float *bias,
                        int head_dim, float *scores, int64_t width) {
-    const float scale = 1.0f / sqrtf((float)head_dim);
     for (int t = 0; t < kept; t += LANES) {
         const float *key[LANES];
         for (int j = 0; j < LANES; j++) key[j] = keys + (int64_t)(t + j < kept ? t + j : kept - 1) * head_dim;
-        for (int q = 0; q < n; q++) {
-            vec sums[LANES] = {0};
-            for (int i = 0; i < head_dim; i += LANES) {
-                vec query = *(const vec *)(queries + q * stride + i);
-                UNROLL for (int j = 0; j < LANES; j++) sums[j] = fused(query, *(const vec *)(key[j] + i), sums[j]);
-            }
-            *(vec *)(scores + q * width + t) = totals(sums) * scale;
-        }
+        score_eight(queries, stride, n, key, head_dim, scores + t, width);
         if (bias)
             for (int q = 0; q < n; q++)
                 for (int j = 0; j < LANES && t + j < kept; j++) scores[q * width + t + j] += bias[t + j];
+    }
+}
+
+/* Scores of one query against the keys of a list; room for 7 more is needed. */
+INLINE void score_listed(const float *query, const float *keys, const int *places, int count, int head_dim,
+                         float *scores) {
+    for (int k = 0; k < count; k += LANES) {
+        const float *key[LANES];
+        for (int j = 0; j < LANES; j++) key[j] = keys + (int64_t)places[k + j < count ? k + j : count - 1] * head_dim;
+        score_eight(query, 0, 1, key, head_dim, scores + k, 0);
     }
 }
 
@@ -300,7 +162,7 @@ static void attend(const Call *call, int row, int first, int n, const float *que
                    const float *keys, const float *values, int head_dim, float *scores, int *seen, int64_t width,
                    float *out, int64_t out_stride) {
     const int kept = (int)call->kept[row], all = call->pending + call->nodes;
-    const float scale = 1.0f / sqrtf((float)head_dim), *bias = call->bias ? call->bias + row * call->bias_row : 0;
+    const float *bias = call->bias ? call->bias + row * call->bias_row : 0;
     int counts[QUERIES];
     float factors[QUERIES];
     score_kept(queries, stride, n, keys, kept, bias, head_dim, scores, width);
@@ -311,13 +173,9 @@ static void attend(const Call *call, int row, int first, int n, const float *que
         for (int j = 0; j < all; j++) {
             const int place = call->base + j;
             if (j != self && (!(visible ? visible[j] : j < self) || (bias && bias[place] < 0))) continue;
-            vec sum = {0};
-            for (int i = 0; i < head_dim; i += LANES)
-                sum = fused(*(const vec *)(queries + q * stride + i),
-                            *(const vec *)(keys + (int64_t)place * head_dim + i), sum);
-            seen[q * width + counts[q]] = place;
-            scores[q * width + kept + counts[q]++] = total(sum) * scale;
+            seen[q * width + counts[q]++] = place;
         }
+        score_listed(queries + q * stride, keys, seen + q * width, counts[q], head_dim, scores + q * width + kept);
         factors[q] = soften(scores + q * width, kept + counts[q]);
     }
     if (n == 4) mix_all(scores, width, 4, values, kept, seen, counts, head_dim, factors, out, out_stride);
@@ -352,187 +210,89 @@ static void attend_group(const Network *net, const Call *call, int layer, int ro
                    to + ((int64_t)first * heads + h) * head_dim, heads * head_dim);
 }
 
-/* All blocks and the last norm over x (rows * nodes, dim), in place. `scratch` holds rows * nodes times (the outputs of
-   wqkv, heads * head_dim and twice hidden) numbers, then for each thread rows * nodes * dim and 2 * QUERIES *
-   (max_length + LANES). */
-void studio_blocks(const Network *net, const Call *call, float *x, float *scratch) {
+typedef struct {
+    Network net;
+    Call call;
+    float *x, *scratch;
+} Blocks;
+
+static void normalise_all(const float *x, const float *weight, int rows, const Network *net, float *y) {
+    for (int r = 0; r < rows; r++)
+        normalise(x + (int64_t)r * net->dim, weight, net->dim, net->eps, y + (int64_t)r * net->dim);
+}
+
+static void run_blocks(Worker *me, const void *arguments) {
+    const Blocks *blocks = arguments;
+    const Network *net = &blocks->net;
+    const Call *call = &blocks->call;
     const int dim = net->dim, inner = net->heads * net->head_dim, kv = net->kv_heads, hidden = net->hidden;
     const int width = inner + 2 * kv * net->head_dim, rows = call->rows * call->nodes, bf16 = net->bf16;
     const int64_t scores_size = (int64_t)QUERIES * (call->max_length + LANES);
-    float *qkv = scratch, *mixed = qkv + (int64_t)rows * width, *gates = mixed + (int64_t)rows * inner;
-    float *ups = gates + (int64_t)rows * hidden, *own = ups + (int64_t)rows * hidden;
+    float *x = blocks->x, *qkv = blocks->scratch, *mixed = qkv + (int64_t)rows * width;
+    float *gates = mixed + (int64_t)rows * inner, *ups = gates + (int64_t)rows * hidden;
+    float *unit = ups + (int64_t)rows * hidden + me->thread * ((int64_t)rows * dim + 2 * scores_size);
+    float *scores = unit + (int64_t)rows * dim;
+    int *seen = (int *)(scores + scores_size);
+    Share part;
 
-#pragma omp parallel num_threads(call->threads)
-    {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *unit = own + thread * ((int64_t)rows * dim + 2 * scores_size), *scores = unit + (int64_t)rows * dim;
-        int *seen = (int *)(scores + scores_size);
-        for (int layer = 0; layer < net->layers; layer++) {
-            for (int r = 0; r < rows; r++)
-                normalise(x + (int64_t)r * dim, net->attention_norm[layer], dim, net->eps, unit + (int64_t)r * dim);
-            multiply(net->wqkv[layer], dim, width, bf16, unit, rows, qkv, 0);
-#pragma omp barrier
-            for (int item = thread; item < call->rows * kv; item += threads)
+    for (int layer = 0; layer < net->layers; layer++) {
+        for (int first = 1; take_blocks(me, width, rows, &part); first = 0) {
+            if (first) normalise_all(x, net->attention_norm[layer], rows, net, unit);
+            multiply(net->wqkv[layer], part, dim, width, bf16, unit, rows, qkv, 0);
+        }
+        while (take(me, call->rows * kv, &part))
+            for (int item = part.begin; item < part.end; item++)
                 attend_group(net, call, layer, item / kv, item % kv, qkv, mixed, scores, seen);
-#pragma omp barrier
-            multiply(net->wo[layer], inner, dim, bf16, mixed, rows, x, 1);
-#pragma omp barrier
-            for (int r = 0; r < rows; r++)
-                normalise(x + (int64_t)r * dim, net->ffn_norm[layer], dim, net->eps, unit + (int64_t)r * dim);
-            multiply(net->w1[layer], dim, hidden, bf16, unit, rows, gates, 0);
-            const Share made = multiply(net->w3[layer], dim, hidden, bf16, unit, rows, ups, 0);
+        while (take_blocks(me, dim, rows, &part)) multiply(net->wo[layer], part, inner, dim, bf16, mixed, rows, x, 1);
+        for (int first = 1; take_blocks(me, hidden, rows, &part); first = 0) {
+            if (first) normalise_all(x, net->ffn_norm[layer], rows, net, unit);
+            multiply(net->w1[layer], part, dim, hidden, bf16, unit, rows, gates, 0);
+            const Share made = multiply(net->w3[layer], part, dim, hidden, bf16, unit, rows, ups, 0);
             for (int r = 0; r < rows; r++)
                 for (int i = made.begin; i < made.end; i += LANES) {
                     vec *gate = (vec *)(gates + (int64_t)r * hidden + i);
                     *gate = silu(*gate) * *(vec *)(ups + (int64_t)r * hidden + i);
                 }
-#pragma omp barrier
-            multiply(net->w2[layer], hidden, dim, bf16, gates, rows, x, 1);
-#pragma omp barrier
         }
-        for (int r = thread; r < rows; r += threads)
-            if (net->norm) normalise(x + (int64_t)r * dim, net->norm, dim, net->eps, x + (int64_t)r * dim);
+        while (take_blocks(me, dim, rows, &part)) multiply(net->w2[layer], part, hidden, dim, bf16, gates, rows, x, 1);
     }
+    while (take(me, rows, &part))
+        if (net->norm)
+            normalise_all(x + (int64_t)part.begin * dim, net->norm, part.end - part.begin, net,
+                          x + (int64_t)part.begin * dim);
+}
+
+/* All blocks and the last norm over x (rows * nodes, dim), in place. `scratch` holds rows * nodes times (the outputs of
+   wqkv, heads * head_dim and twice hidden) numbers, then for each thread rows * nodes * dim and 2 * QUERIES *
+   (max_length + LANES). */
+void studio_blocks(const Network *net, const Call *call, float *x, float *scratch) {
+    const Blocks blocks = {*net, *call, x, scratch};
+    const int64_t inner = net->heads * net->head_dim, width = 2 * inner + 2 * net->kv_heads * net->head_dim;
+    const int64_t rows = (int64_t)call->rows * call->nodes, weights = net->dim * (width + 3 * (int64_t)net->hidden);
+    if (rows) together(run_blocks, &blocks, sizeof blocks, call->threads, rows * weights / 5);
+}
+
+typedef struct {
+    const void *matrix;
+    int in, out, bf16, rows;
+    const float *x;
+    float *y;
+} Product;
+
+static void run_product(Worker *me, const void *arguments) {
+    const Product *p = arguments;
+    for (Share part; take_blocks(me, p->out, p->rows, &part);)
+        multiply(p->matrix, part, p->in, p->out, p->bf16, p->x, p->rows, p->y, 0);
 }
 
 /* y = x W^T for x (rows, in). */
 void studio_product(const void *matrix, int32_t in, int32_t out, int32_t bf16, int32_t threads, int32_t rows,
                     const float *x, float *y) {
-#pragma omp parallel num_threads(threads)
-    multiply(matrix, in, out, bf16, x, rows, y, 0);
+    const Product product = {matrix, in, out, bf16, rows, x, y};
+    if (rows) together(run_product, &product, sizeof product, threads, (int64_t)rows * in * out);
 }
 
-#define ROWS_AT_ONCE 48
-
-/* The network of a diffusion-loss head: `token` numbers in, twice as many out, `depth` residual blocks `width` wide. */
-typedef struct {
-    int32_t token, width, depth, bf16;
-    float eps;
-    const void *input, *output, **first, **second;
-    const float *input_bias, *output_bias, **first_bias, **second_bias, **norm_weight, **norm_bias;
-} Head;
-
-/* States x (steps, tokens, token), each under `copies` conditions. `modulated` has an entry per block (shift, scale,
-   gate) and the last layer's (shift, scale); what a state reads is in row `step` * step_rows + `copy` * copy_rows + token
-   of each. A row of `table` (steps, 6) has the numbers of `reverse`. */
-typedef struct {
-    int32_t steps, copies, tokens, threads;
-    int64_t step_rows, copy_rows;
-    const float *x, **modulated, *scales, *table;
-    float limit, *mean, *log_std;
-} Denoising;
-
-/* The norm of one row, without weight and bias where those are missing, then its modulation. */
-INLINE void modulate(const float *x, const float *weight, const float *bias, const float *shift, const float *scale,
-                     int dim, float eps, float *y) {
-    vec sums = {0}, squares = {0};
-    for (int i = 0; i < dim; i += LANES) sums += *(const vec *)(x + i);
-    const float mean = total(sums) / dim;
-    for (int i = 0; i < dim; i += LANES) {
-        vec apart = *(const vec *)(x + i) - mean;
-        squares = fused(apart, apart, squares);
-    }
-    const float factor = 1.0f / sqrtf(total(squares) / dim + eps);
-    for (int i = 0; i < dim; i += LANES) {
-        vec unit = (*(const vec *)(x + i) - mean) * factor;
-        if (weight) unit = fused(unit, *(const vec *)(weight + i), *(const vec *)(bias + i));
-        *(vec *)(y + i) = fused(unit, *(const vec *)(scale + i), *(const vec *)(shift + i));
-    }
-}
-
-/* What a layer's modulation has for a row, counted over steps, copies and tokens. */
-INLINE const float *modulation_of(const Denoising *call, int layer, int row, int numbers) {
-    const int token = row % call->tokens, copy = row / call->tokens % call->copies;
-    const int64_t step = row / call->tokens / call->copies;
-    return call->modulated[layer] + (step * call->step_rows + copy * call->copy_rows + token) * numbers;
-}
-
-/* The network over rows `begin` to `begin + rows`; `hidden`, `unit` and `inner` have room for them. */
-static void denoise_rows(const Head *head, const Denoising *call, int begin, int rows, float *hidden, float *unit,
-                         float *inner, float *out) {
-    const int width = head->width, token = head->token, bf16 = head->bf16, per_step = call->copies * call->tokens;
-    const Share own = share_of(rows, omp_get_thread_num(), omp_get_num_threads());
-    for (int r = own.begin; r < own.end; r++) {
-        const int row = begin + r;
-        memcpy(inner + (int64_t)r * token,
-               call->x + ((int64_t)(row / per_step) * call->tokens + row % call->tokens) * token,
-               sizeof(float) * token);
-    }
-#pragma omp barrier
-    Share made = multiply(head->input, token, width, bf16, inner, rows, hidden, 0);
-    for (int r = 0; r < rows; r++)
-        for (int i = made.begin; i < made.end; i += LANES)
-            *(vec *)(hidden + (int64_t)r * width + i) += *(const vec *)(head->input_bias + i);
-#pragma omp barrier
-    for (int layer = 0; layer < head->depth; layer++) {
-        for (int r = own.begin; r < own.end; r++) {
-            const float *shift = modulation_of(call, layer, begin + r, 3 * width);
-            modulate(hidden + (int64_t)r * width, head->norm_weight[layer], head->norm_bias[layer], shift,
-                     shift + width, width, head->eps, unit + (int64_t)r * width);
-        }
-#pragma omp barrier
-        made = multiply(head->first[layer], width, width, bf16, unit, rows, inner, 0);
-        for (int r = 0; r < rows; r++)
-            for (int i = made.begin; i < made.end; i += LANES) {
-                vec *to = (vec *)(inner + (int64_t)r * width + i);
-                *to = silu(*to + *(const vec *)(head->first_bias[layer] + i));
-            }
-#pragma omp barrier
-        made = multiply(head->second[layer], width, width, bf16, inner, rows, unit, 0);
-        for (int r = 0; r < rows; r++) {
-            const float *gate = modulation_of(call, layer, begin + r, 3 * width) + 2 * width;
-            for (int i = made.begin; i < made.end; i += LANES) {
-                vec *to = (vec *)(hidden + (int64_t)r * width + i);
-                vec change = *(const vec *)(unit + (int64_t)r * width + i) + *(const vec *)(head->second_bias[layer] + i);
-                *to = fused(*(const vec *)(gate + i), change, *to);
-            }
-        }
-#pragma omp barrier
-    }
-    for (int r = own.begin; r < own.end; r++) {
-        const float *shift = modulation_of(call, head->depth, begin + r, 2 * width);
-        modulate(hidden + (int64_t)r * width, 0, 0, shift, shift + width, width, head->eps,
-                 unit + (int64_t)r * width);
-    }
-#pragma omp barrier
-    made = multiply(head->output, width, 2 * token, bf16, unit, rows, out, 0);
-    for (int r = 0; r < rows; r++)
-        for (int i = made.begin; i < made.end; i += LANES)
-            *(vec *)(out + (int64_t)r * 2 * token + i) += *(const vec *)(head->output_bias + i);
-#pragma omp barrier
-}
-
-/* Mean and log of the standard deviation of the state before x, from the guided noise and the conditional logit: with a
-   limit, t2 * clamp(t0 * x - t1 * noise) + t3 * x, else t0 * x - t1 * noise; and t4 + t5 * logit. */
-static void reverse(const Head *head, const Denoising *call, int step, int token, const float *out) {
-    const int numbers = head->token;
-    const float *t = call->table + 6 * step, scale = call->scales[token], limit = call->limit;
-    const int64_t place = ((int64_t)step * call->tokens + token) * numbers;
-    const float *told = out + ((int64_t)step * call->copies * call->tokens + token) * 2 * numbers;
-    const float *null = call->copies > 1 ? told + (int64_t)call->tokens * 2 * numbers : told;
-    for (int i = 0; i < numbers; i++) {
-        const float x = call->x[place + i], noise = null[i] + scale * (told[i] - null[i]);
-        float aim = t[0] * x - t[1] * noise;
-        if (limit > 0) aim = t[2] * (aim > limit ? limit : aim < -limit ? -limit : aim) + t[3] * x;
-        call->mean[place + i] = aim;
-        call->log_std[place + i] = t[4] + t[5] * told[numbers + i];
-    }
-}
-
-/* A reverse step of every state. `scratch` holds 3 * ROWS_AT_ONCE * max(width, token) numbers, then twice `token` for
-   each state and copy. */
-void studio_denoise(const Head *head, const Denoising *call, float *scratch) {
-    const int rows = call->steps * call->copies * call->tokens;
-    const int64_t room = (int64_t)ROWS_AT_ONCE * (head->width > head->token ? head->width : head->token);
-    float *out = scratch + 3 * room;
-
-#pragma omp parallel num_threads(call->threads)
-    {
-        for (int begin = 0; begin < rows; begin += ROWS_AT_ONCE)
-            denoise_rows(head, call, begin, rows - begin < ROWS_AT_ONCE ? rows - begin : ROWS_AT_ONCE, scratch,
-                         scratch + room, scratch + 2 * room, out + (int64_t)begin * 2 * head->token);
-        const Share own = share_of(call->steps * call->tokens, omp_get_thread_num(), omp_get_num_threads());
-        for (int state = own.begin; state < own.end; state++)
-            reverse(head, call, state / call->tokens, state % call->tokens, out);
-    }
+/* Numbers of the vectors that matrices are packed for: the first half of a block's outputs, and the second. */
+int32_t studio_lanes(void) {
+    return WIDE;
 }

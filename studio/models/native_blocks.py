@@ -12,7 +12,7 @@ import torch
 from studio.models.kv_cache import KVCache
 from studio.models.native_library import library
 
-_LANES, _BLOCK, _QUERIES = 8, 16, 4
+_LANES, _QUERIES = 8, 4
 
 
 class _Network(ctypes.Structure):
@@ -50,17 +50,19 @@ def are_halves(*weights: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor, halves: bool) -> torch.Tensor:
-    """A matrix (out, in) as native.c reads it: (ceil(out / 16), in, 16), bfloat16 or float32.
+    """A matrix (out, in) as native.c reads it: (ceil(out / block), in, block), bfloat16 or float32.
 
-    Halves lie so that the low and high parts of eight 32-bit words are the first and the last eight outputs.
+    A block is two of the widest vectors. Halves lie so that the low and high parts of 32-bit words are its first and
+    its second vector.
     """
+    lanes = library().studio_lanes()
     rows, columns = weight.shape
-    blocks = -(-rows // _BLOCK)
-    filled = torch.zeros(blocks * _BLOCK, columns)
+    blocks = -(-rows // (2 * lanes))
+    filled = torch.zeros(blocks * 2 * lanes, columns)
     filled[:rows] = weight.detach()
-    packed = filled.view(blocks, 2, _LANES, columns)
+    packed = filled.view(blocks, 2, lanes, columns)
     packed = packed.permute(0, 3, 2, 1) if halves else packed.permute(0, 3, 1, 2)
-    return packed.to(torch.bfloat16 if halves else torch.float32).contiguous().view(blocks, columns, _BLOCK)
+    return packed.to(torch.bfloat16 if halves else torch.float32).contiguous().view(blocks, columns, 2 * lanes)
 
 
 class NativeProduct:

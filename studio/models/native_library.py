@@ -1,47 +1,155 @@
-"""The library that `native.c` is compiled to, on first use, with the machine's C compiler; it is kept in the cache."""
+"""The library that `native.c` is compiled to, on first use, with the machine's C compiler; it is kept in the cache.
+
+What is kept there is executed: it is loaded only from a folder that nobody else can write to, and only with the
+checksum that was stored beside it. Where there is no such folder, the library is compiled anew by each process.
+"""
 
 import ctypes
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
 from studio.files import cache_folder
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+_PARTS = ("native.c", "native_threads.h", "native_vectors.h", "native_denoising.h")
+SOURCES = [Path(__file__).with_name(name) for name in _PARTS]
+FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 
 logger = logging.getLogger(__name__)
 
 
+def library() -> ctypes.CDLL | None:
+    """The library with its functions declared, or `None` where it cannot be had; then one warning says why."""
+    return _outcome()[0]
+
+
+def state() -> str:
+    """What `studio doctor` tells: "ok", or why there is no library here."""
+    return _outcome()[1]
+
+
 @cache
-def library():
-    """The library with its functions declared, or `None` where it cannot be had."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler or os.environ.get("STUDIO_NATIVE") == "0":
-        return None
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    file = cache_folder() / f"native-{key}.so"
+def _outcome() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("STUDIO_NATIVE") == "0":
+        return None, "off, because STUDIO_NATIVE is 0"
     try:
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{file.name}.{os.getpid()}.part")
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(partial), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            partial.replace(file)
-        loaded = ctypes.CDLL(str(file))
-        pointer, number = ctypes.c_void_p, ctypes.c_int32
-        loaded.studio_blocks.argtypes, loaded.studio_blocks.restype = [pointer] * 4, None
-        loaded.studio_product.argtypes = [pointer, *[number] * 5, pointer, pointer]
-        loaded.studio_denoise.argtypes = [pointer] * 3
-        loaded.studio_product.restype = loaded.studio_denoise.restype = None
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        logger.info("No compiled decoding step (%s): %s", compiler, getattr(error, "stderr", None) or error)
-        return None
+        return find_library(), "ok"
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = f"no C compiler that works: {told[0] if told else type(error).__name__}"
+        logger.warning("Images are generated without the compiled step, which takes longer (%s).", reason)
+        return None, reason
+
+
+def find_library() -> ctypes.CDLL:
+    """The library from the cache, or compiled anew where the cache holds none that is whole and ours.
+
+    Raises:
+        OSError, AttributeError, ValueError, SubprocessError: there is no compiler that works.
+    """
+    compiler = _compiler()
+    sources = [source.read_text() for source in SOURCES]
+    key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    file = cache_folder() / "native" / f"{key}.so"
+    try:
+        _check_private(file.parent)
+        if _is_whole(file):
+            return _declared(file)
+    except OSError as error:
+        file, problem = None, error
+    with tempfile.TemporaryDirectory(prefix="studio-native-", ignore_cleanup_errors=True) as folder:
+        made = Path(folder) / f"{key}.so"
+        command = [*compiler, *FLAGS, str(SOURCES[0]), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+        if file is not None:
+            try:
+                _store(made.read_bytes(), file)
+                return _declared(file)
+            except OSError as error:
+                problem = error
+        logger.warning("The compiled step cannot be kept, and is compiled anew each time (%s).", problem)
+        return _declared(made)
+
+
+def _compiler() -> list[str]:
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        return chosen
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    raise FileNotFoundError("cc, gcc and clang are not on the path")
+
+
+def _check_private(folder: Path) -> None:
+    """Makes the folder if need be.
+
+    Raises:
+        OSError: it cannot be made, is a link or another's, or others can write to it or replace it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} must be a folder of yours that nobody else can write to")
+    for parent in folder.resolve().parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"everybody can write to {parent}")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether this file is there, a file of ours, and has the checksum beside it."""
+    try:
+        found, checksum = file.lstat(), _checksum_file(file).read_text()
+        is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        return is_ours and hashlib.sha256(file.read_bytes()).hexdigest() == checksum
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _store(content: bytes, file: Path) -> None:
+    _replace(content, file, 0o700)
+    _replace(hashlib.sha256(content).hexdigest().encode(), _checksum_file(file), 0o600)
+
+
+def _replace(content: bytes, file: Path, mode: int) -> None:
+    """Writes a file that is whole under its name, or not there, whenever the machine stops."""
+    descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
+    try:
+        with open(descriptor, "wb") as stream:
+            os.fchmod(descriptor, mode)
+            stream.write(content)
+            stream.flush()
+            os.fsync(descriptor)
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _checksum_file(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _declared(file: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(file))
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    loaded.studio_blocks.argtypes, loaded.studio_blocks.restype = [pointer] * 4, None
+    loaded.studio_product.argtypes = [pointer, *[number] * 5, pointer, pointer]
+    loaded.studio_denoise.argtypes = [pointer] * 3
+    loaded.studio_product.restype = loaded.studio_denoise.restype = None
+    loaded.studio_lanes.argtypes, loaded.studio_lanes.restype = [], number
     return loaded
 
 

@@ -71,3 +71,25 @@ def test_one_generator_per_row():
 def test_ranges(wrong):
     with pytest.raises(StudioError):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("order", ["llamagen", "lantern"])
+def test_rows_are_filtered_together_as_by_a_sort_of_each(order, ties):
+    """Bit by bit, beside a sort of each row with its places."""
+    logits = 3 * torch.randn(8, 500, generator=torch.Generator().manual_seed(0))
+    logits = logits.round() if ties else logits
+    settings = {"top_k": 60, "top_p": 0.8, "order": order}
+    together = filter_logits(logits, **settings)
+    for row, filtered in zip(logits, together, strict=True):
+        assert torch.equal(filter_logits(row[None], **settings)[0], filtered)
+        top_k = row.masked_fill(row < row.sort(descending=True).values[59], float("-inf"))
+        row, descending = (top_k, True) if order == "llamagen" else (row, False)
+        ordered, places = row.sort(descending=descending)
+        cumulative = ordered.softmax(dim=0).cumsum(dim=0)
+        if descending:
+            expected = row.index_fill(0, places[1:][cumulative[:-1] > 0.8], float("-inf"))
+        else:
+            expected = row.index_fill(0, places[:-1][cumulative[:-1] <= 1 - 0.8], float("-inf"))
+            expected = expected.masked_fill(expected < expected.sort(descending=True).values[59], float("-inf"))
+        assert torch.equal(filtered, expected)

@@ -5,7 +5,7 @@ import torch
 
 from studio.decoding.trees import Tree
 from studio.errors import StudioError
-from studio.models import native_blocks, native_library, views
+from studio.models import native_blocks, views
 from studio.models.llamagen import LlamaGen
 from studio.models.native import NativeLlamaGen
 from studio.models.packed import PackedLlamaGen
@@ -131,11 +131,3 @@ def test_without_a_compiler_the_next_best_is_taken(no_compiler):
     assert isinstance(model.for_decoding(), PackedLlamaGen)
     with pytest.raises(StudioError, match="compiler"):
         model.for_decoding("native")
-
-
-@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
-def test_a_compiler_that_fails_is_no_compiler(compiler, monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
-    assert native_library.library.__wrapped__() is None
-    assert not list(tmp_path.glob("*.so"))

@@ -1,0 +1,103 @@
+"""What a call of a network for several positions costs, and so what speculation must bring to pay on this machine."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+
+from studio.checkpoints.loading import load, pick_device
+from studio.errors import StudioError
+from studio.evaluation.decoding_cost import least_call_seconds
+from studio.models.llamagen import LlamaGen
+from studio.pipelines.llamagen import LlamaGenPipeline
+
+POSITIONS = (1, 2, 4, 8, 16, 32, 64)
+PRESETS = {"llamagen-b": "B", "llamagen-l": "L", "llamagen-xl": "XL", "llamagen-3b": "3B"}
+_GUIDED = 2
+
+
+def bench_cost(
+    model: str = "emoji-ar",
+    *,
+    preset: str | None = None,
+    positions: Sequence[int] = POSITIONS,
+    threads: Sequence[int] = (1, 2),
+    seconds: float = 5.0,
+    device: str | None = None,
+) -> dict:
+    """Times calls for one guided image (two sequences), half down it, logits included; the least of many counts.
+
+    Args:
+        model: a bundled name or folder of a pipeline with a `LlamaGen`.
+        preset: a name of `PRESETS` instead: random weights of that published size, 256 tokens of an image.
+        positions: numbers of positions of a call; 1, a step, is added.
+        threads: numbers of threads; on a CPU only.
+        seconds: how long to measure for each number of threads.
+        device: where it runs; CUDA where there is one when `None`.
+
+    Returns:
+        `{"model", "device", "dtype", "sequences", "rows"}`. A row has "positions", "seconds", "break_even_tokens", the
+        steps that take as long (a call that yields fewer tokens is slower than plain decoding), and on a CPU "threads".
+
+    Raises:
+        StudioError: an unknown preset, one that does not fit into memory, or another kind of model.
+    """
+    network = _loaded(model, device) if preset is None else _random(preset, pick_device(device))
+    on_cpu, rows, positions = network.device.type == "cpu", [], sorted({1, *positions})
+    for count in threads if on_cpu else [None]:
+        with _threads(count):
+            least = least_call_seconds(network, _GUIDED, positions, seconds)
+        for number in positions:
+            row = {"threads": count} if on_cpu else {}
+            row |= {"positions": number, "seconds": least[number]}
+            rows.append({**row, "break_even_tokens": least[number] / least[1]})
+    dtype = str(network.dtype).removeprefix("torch.")
+    name = model if preset is None else preset
+    return {"model": name, "device": network.device.type, "dtype": dtype, "sequences": _GUIDED, "rows": rows}
+
+
+def _loaded(model: str, device: str | None) -> LlamaGen:
+    pipe = load(model, device=device)
+    if not isinstance(pipe, LlamaGenPipeline):
+        raise StudioError(f"{model} has no LlamaGen whose calls could be timed: name emoji-ar, or give a --preset.")
+    return pipe.transformer
+
+
+def _random(preset: str, device: torch.device) -> LlamaGen:
+    """Random weights; their values change no time."""
+    if preset not in PRESETS:
+        raise StudioError(f"There is no preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with torch.device("meta"):
+        network = LlamaGen.preset(PRESETS[preset])
+    # A view of the model for a CPU may hold a second copy of the weights.
+    copies = 2 if device.type == "cpu" else 1
+    needed = copies * dtype.itemsize * sum(weight.numel() for weight in network.parameters())
+    free = _free_bytes(device)
+    if needed > free:
+        have = f"{free / 2**30:.1f} GB of memory are free"
+        raise StudioError(f"{preset} needs {needed / 2**30:.1f} GB where {have}: choose a smaller preset.")
+    network = network.to(dtype).to_empty(device=device).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.fill_(0.01) if weight.dim() == 1 else weight.uniform_(-0.05, 0.05)
+    return network
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+@contextmanager
+def _threads(count: int | None):
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,65 @@
+"""Costs of calls and of a busy machine, measured on tiny models, and what the benchmarks refuse."""
+
+import json
+
+import pytest
+import torch
+
+from studio import StudioError
+from studio.evaluation import bench_contention, bench_cost
+from studio.models import llamagen
+
+TINY = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "grid_size": 4}
+
+
+def measured(*args, **options):
+    return bench_cost.bench_cost(*args, positions=(2, 16), seconds=0, device="cpu", **options)
+
+
+def test_a_row_for_every_number_of_threads_and_positions(tiny_folder):
+    threads = torch.get_num_threads()
+    result = measured(str(tiny_folder))
+    rows = result["rows"]
+    assert [(row["threads"], row["positions"]) for row in rows] == [(n, k) for n in (1, 2) for k in (1, 2, 16)]
+    assert all(row["seconds"] > 0 for row in rows) and torch.get_num_threads() == threads
+    for step, *calls in (rows[:3], rows[3:]):
+        assert step["break_even_tokens"] == 1
+        assert all(call["break_even_tokens"] == call["seconds"] / step["seconds"] for call in calls)
+    assert (result["device"], result["dtype"], result["sequences"]) == ("cpu", "float32", 2)
+
+
+@pytest.mark.parametrize("name", bench_cost.PRESETS)
+def test_random_weights_of_a_published_size(name, monkeypatch):
+    monkeypatch.setitem(llamagen.PRESETS, bench_cost.PRESETS[name], TINY)
+    result = measured(preset=name, threads=(1,))
+    assert result["model"] == name and [row["positions"] for row in result["rows"]] == [1, 2, 16]
+
+
+def test_a_size_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(bench_cost, "_free_bytes", lambda device: 2**30)
+    with pytest.raises(StudioError, match="llamagen-3b needs 2[0-9].[0-9] GB where 1.0 GB"):
+        measured(preset="llamagen-3b")
+
+
+def test_the_command_refuses_what_it_cannot_time(run):
+    for options, words in (
+        (("--preset", "llamagen-9b"), "llamagen-xl"),
+        (("--preset", "llamagen-b", "--model", "emoji-ar"), "exclude"),
+        (("--model", "emoji-mar"), "no LlamaGen"),
+    ):
+        code, out, err = run("bench", "cost", *options, "--json")
+        assert code == 2 and words in json.loads(out)["error"]
+
+
+def test_contention_is_busy_over_idle(tiny_folder):
+    result = bench_contention.bench_contention(str(tiny_folder), rounds=1, images=2)
+    assert set(result) == {"idle_seconds", "busy_seconds", "ratio"} and min(result.values()) > 0
+    assert result["ratio"] == result["busy_seconds"] / result["idle_seconds"]
+    with pytest.raises(StudioError, match="at least one round"):
+        bench_contention.bench_contention(str(tiny_folder), rounds=0)
+
+
+@pytest.mark.alone
+def test_a_busy_loop_on_each_core_costs_at_most_three_times(run):
+    code, out, err = run("bench", "contention", "--json")
+    assert code == 0 and json.loads(out)["ratio"] <= 3, (out, err)
