@@ -8,6 +8,7 @@ from studio.ui import ask, compare, generate, tokenize
 from studio.ui.actions import ON_THE_MODEL
 from studio.ui.components import header
 from studio.ui.deep_link import connect_link
+from studio.ui.failures import Page
 from studio.ui.passing import connect_outlet
 from studio.ui.theme import CSS, studio_theme
 
@@ -26,7 +27,7 @@ def build_app(model="emoji-ar", places=None):
     Returns:
         A `gr.Blocks`; launch it with `launch_settings()`, or use `launch`.
     """
-    with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
+    with Page(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
         header(model)
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):

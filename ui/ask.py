@@ -5,10 +5,10 @@ from pathlib import Path
 import gradio as gr
 
 from studio import pruning_methods
-from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.answers import answer_cards, verdict
 from studio.ui.components import picture_grid, status_line, uploaded
+from studio.ui.failures import sentence_of, toast
 from studio.ui.models import bundled_models
 from studio.ui.patches import draw_patches
 from studio.ui.reading import Inquiry, read
@@ -139,7 +139,7 @@ def _endpoint(picture, question, method, keep):
 async def show_reading(*values):
     """Answer for the page: yields updates of (gallery, cards, status).
 
-    A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
     """
     shown = None
     try:
@@ -150,22 +150,19 @@ async def show_reading(*values):
             if views is not shown:
                 shown, gallery = views, _gallery(reading)
             yield gallery, _cards(reading, inquiry) if reading.picture else gr.skip(), _status(reading, inquiry)
-    except StudioError as error:
-        gr.Warning(str(error), title="Please check", duration=10)
+    except Exception as error:
+        toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
 async def answer_reading(picture, question, model, method, keep, max_new_tokens):
-    """Answer for a program: yields (text, details); a mistake in the values is an error with the same sentence."""
-    try:
-        inquiry = Inquiry(
-            model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
-        )
-        async for reading in read(inquiry):
-            if (answer := reading.pruned) is not None:
-                yield answer.answer, _details(answer)
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Answer for a program: yields (text, details); what is wrong becomes an error with the same sentence."""
+    inquiry = Inquiry(
+        model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
+    )
+    async for reading in read(inquiry):
+        if (answer := reading.pruned) is not None:
+            yield answer.answer, _details(answer)
 
 
 def _gallery(reading):

@@ -8,6 +8,7 @@ import gradio as gr
 
 from studio.errors import StudioError
 from studio.saving import METADATA_KEY
+from studio.ui.failures import toast
 from studio.ui.wish import Wish
 
 _SAMPLING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
@@ -118,7 +119,7 @@ class Form:
         basic = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
         Wish.from_fields(self.model, *basic.values(), named, texts)
         if notes:
-            gr.Warning(" ".join(notes), title="Please note", duration=12)
+            toast(" ".join(notes), title="Please note", duration=12)
         own = [recalled.basic.get(name, gr.skip()) for name in _BASIC]
         chosen = gr.skip() if decoding is None else decoding
         others = [

@@ -7,10 +7,10 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
 from studio.checkpoints.bundled import DEFAULT_TOKENIZER
-from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.codecs import codec_caption, comparison_note, counted_bytes
 from studio.ui.components import duration, picture_grid, short_name, status_line, uploaded
+from studio.ui.failures import sentence_of, toast
 from studio.ui.models import bundled_models, tokenizer_scale
 from studio.ui.sizes import readable, resized
 from studio.ui.token_grid import code_grids
@@ -166,7 +166,7 @@ def _endpoints(picture):
 async def show_restoring(tokenizer, picture, count, tile=False):
     """Restore for the page: yields updates of its outputs, in the order of `OUTPUTS`.
 
-    A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
     """
     shown = None
     try:
@@ -178,7 +178,7 @@ async def show_restoring(tokenizer, picture, count, tile=False):
             fresh = {} if found.decoded is shown else _restored(found, path)
             shown = found.decoded
             yield _updates(**fresh, codecs=_codecs(found, tokenizer), codes=_codes(found), status=_status(found))
-    except StudioError as error:
+    except Exception as error:
         yield _refused(error)
 
 
@@ -201,31 +201,25 @@ async def show_opening(tokenizer, file):
                     details=[("bytes", f"{found.bytes}"), ("tokenizer", short_name(found.tokenizer))],
                 ),
             )
-    except StudioError as error:
+    except Exception as error:
         yield _refused(error)
 
 
 async def answer_restoring(picture, tokenizer, count, tile):
-    """Restore for a program: yields (picture, file, details); a mistake is an error with the same sentence."""
-    try:
-        path = uploaded(picture)
-        async for found in restore(TokenWish(tokenizer, path, count, tile)):
-            if found.decoded is not None:
-                yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Restore for a program: yields (picture, file, details); what is wrong becomes an error with the same sentence."""
+    path = uploaded(picture)
+    async for found in restore(TokenWish(tokenizer, path, count, tile)):
+        if found.decoded is not None:
+            yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
 
 
 async def answer_opening(file, tokenizer):
     """Restore the picture of a file for a program: yields (picture, details)."""
-    try:
-        async for found in open_file(FileWish(tokenizer, uploaded(file))):
-            if found.picture is not None:
-                size = {"width": found.picture.width, "height": found.picture.height}
-                counts = {"tokenizer": found.tokenizer, "tokens": found.tokens, "bytes": found.bytes}
-                yield found.picture, {**counts, **size}
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    async for found in open_file(FileWish(tokenizer, uploaded(file))):
+        if found.picture is not None:
+            size = {"width": found.picture.width, "height": found.picture.height}
+            counts = {"tokenizer": found.tokenizer, "tokens": found.tokens, "bytes": found.bytes}
+            yield found.picture, {**counts, **size}
 
 
 def _updates(**changes):
@@ -233,7 +227,7 @@ def _updates(**changes):
 
 
 def _refused(error):
-    gr.Warning(str(error), title="Please check", duration=10)
+    toast(sentence_of(error))
     return _updates(status=FAILED)
 
 

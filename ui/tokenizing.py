@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from studio.errors import StudioError
+from studio.ui.checks import check_flag, is_whole
 from studio.ui.lending import on_gpu
-from studio.ui.limits import limits
+from studio.ui.limits import check_model, limits
 from studio.ui.models import bundled_models, get_tokenizer, tokenizer_scale
 from studio.ui.scales import Scale
 from studio.ui.sizes import readable, resized
@@ -35,9 +36,10 @@ class TokenWish:
     tile: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
-        if not isinstance(self.tile, bool):
-            raise StudioError(f"Tiles are cut or not, true or false: not {self.tile!r}.")
+        object.__setattr__(self, "tokenizer", _name(self.tokenizer))
+        check_flag("Whether to cut tiles", self.tile)
+        if self.count is not None and not is_whole(self.count):
+            raise StudioError("The length or depth must be a whole number, or empty for all there is.")
         if not self.tokenizer:
             raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
         if not self.picture:
@@ -52,9 +54,14 @@ class FileWish:
     file: str | None
 
     def __post_init__(self):
-        object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
+        object.__setattr__(self, "tokenizer", _name(self.tokenizer))
         if not self.file:
             raise StudioError("Give an .odp file first, one that this tab or `studio tokenize` made.")
+
+
+def _name(tokenizer):
+    """The name of a tokenizer in a request, empty for none."""
+    return check_model(tokenizer).strip() if tokenizer not in (None, "") else ""
 
 
 @dataclasses.dataclass(frozen=True)
