@@ -1,13 +1,12 @@
 """The Ask tab: a question about a picture, answered from few of its tokens and from all of them."""
 
-from pathlib import Path
-
 import gradio as gr
 
 from studio import pruning_methods
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.answers import answer_cards, verdict
 from studio.ui.components import picture_grid, status_line, uploaded
+from studio.ui.examples import example
 from studio.ui.failures import sentence_of, toast
 from studio.ui.models import bundled_models
 from studio.ui.patches import draw_patches
@@ -25,7 +24,6 @@ NO_READER = status_line(
 )
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 _VIEWS = {"whole": "Whole picture", "crops": "Crops"}
-_FOLDER = Path(__file__).parent
 
 
 def build_tab():
@@ -52,7 +50,7 @@ def build_tab():
                 cancel = gr.Button("Cancel", variant="stop", elem_id="ask-cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[picture, question],
-                samples=[[str(_FOLDER / file), text] for file, text in EXAMPLES],
+                samples=[[example(file), text] for file, text in EXAMPLES],
                 headers=["Picture", "Question"],
                 label="Try",
                 elem_id="ask-examples",
@@ -105,7 +103,7 @@ def build_tab():
 
 def _example(number):
     file, text = EXAMPLES[number]
-    return str(_FOLDER / file), text
+    return example(file), text
 
 
 def _endpoint(picture, question, method, keep):

@@ -19,7 +19,7 @@ def check_text(what, value, most):
         The value.
     """
     if not isinstance(value, str):
-        raise StudioError(f"{what} must be text, not {_shown(value)}.")
+        raise StudioError(f"{what} must be text, not {shown(value)}.")
     if len(value) > most:
         raise StudioError(f"{what} has {len(value)} characters; at most {most} are read.")
     if not is_unicode(value):
@@ -30,14 +30,14 @@ def check_text(what, value, most):
 def check_number(what, value):
     """Refuse what is no finite number of a usable size; returns the value."""
     if not is_number(value) or not abs(value) <= _LARGEST_NUMBER:
-        raise StudioError(f"{what} must be a finite number of at most {_LARGEST_NUMBER:,}, not {_shown(value)}.")
+        raise StudioError(f"{what} must be a finite number of at most {_LARGEST_NUMBER:,}, not {shown(value)}.")
     return value
 
 
 def check_flag(what, value):
     """Refuse what is neither true nor false; returns the value."""
     if not isinstance(value, bool):
-        raise StudioError(f"{what} must be true or false, not {_shown(value)}.")
+        raise StudioError(f"{what} must be true or false, not {shown(value)}.")
     return value
 
 
@@ -52,7 +52,7 @@ def check_options(decoding, options):
         A new dict, whole numbers of whole options as `int`.
     """
     if not isinstance(options, dict):
-        raise StudioError(f"Options are given by name, as in {{'delta': 0.1}}, not as {_shown(options)}.")
+        raise StudioError(f"Options are given by name, as in {{'delta': 0.1}}, not as {shown(options)}.")
     kinds = {option.name: option.kind for option in decoding.options}
     checked = {}
     for name, value in options.items():
@@ -61,7 +61,7 @@ def check_options(decoding, options):
             value = check_text(what, value, 100)
         elif kind is int:
             if not is_whole(check_number(what, value)):
-                raise StudioError(f"{what} must be a whole number, not {_shown(value)}.")
+                raise StudioError(f"{what} must be a whole number, not {shown(value)}.")
             value = int(value)
         elif kind is float:
             value = float(check_number(what, value))
@@ -90,7 +90,7 @@ def is_whole(value):
     return is_number(value) and value == int(value)
 
 
-def _shown(value):
+def shown(value):
     """A value as a message names it: short, and in characters that every encoding has."""
     text = ascii(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of many digits"
     return text if len(text) <= 40 else f"{text[:40]}..."

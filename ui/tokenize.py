@@ -10,6 +10,7 @@ from studio.checkpoints.bundled import DEFAULT_TOKENIZER
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.codecs import codec_caption, comparison_note, counted_bytes
 from studio.ui.components import duration, picture_grid, short_name, status_line, uploaded
+from studio.ui.examples import example
 from studio.ui.failures import sentence_of, toast
 from studio.ui.models import bundled_models, tokenizer_scale
 from studio.ui.sizes import readable, resized
@@ -20,7 +21,6 @@ OUTPUTS = ("pair", "opened", "codecs", "codes", "count", "download", "status")
 EXAMPLES = ("scene-melon.png", "scene-ewes.png")
 IDLE = status_line("Give any picture, and see what is left of it when it is turned into tokens and back.")
 LOADING = status_line("Loading the tokenizer …", state="running", fraction=0)
-_FOLDER = Path(__file__).parent
 _SCALES = {
     "length": ("Length", "How many of the first tokens to keep; the first ones matter most."),
     "depth": ("Depth", "How many levels of codes to keep, coarse to fine."),
@@ -43,7 +43,7 @@ def build_tab():
                 cancel = gr.Button("Cancel", variant="stop", elem_id="tokenize-cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[picture],
-                samples=[[str(_FOLDER / file)] for file in EXAMPLES],
+                samples=[[example(file)] for file in EXAMPLES],
                 label="Try",
                 elem_id="tokenize-examples",
                 type="index",
@@ -102,7 +102,7 @@ def build_tab():
         starts=[start],
         cancel=cancel,
     )
-    examples.click(lambda number: str(_FOLDER / EXAMPLES[number]), examples, picture, queue=False, **PRIVATE)
+    examples.click(lambda number: example(EXAMPLES[number]), examples, picture, queue=False, **PRIVATE)
     tokenizer.change(
         lambda name: gr.update(**_scale_settings(tokenizer_scale((name or "").strip()))),
         tokenizer,

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from studio.errors import StudioError
-from studio.ui.checks import check_flag, is_whole
+from studio.ui.checks import check_flag
 from studio.ui.lending import on_gpu
 from studio.ui.limits import check_model, limits
 from studio.ui.models import bundled_models, get_tokenizer, tokenizer_scale
@@ -38,8 +38,6 @@ class TokenWish:
     def __post_init__(self):
         object.__setattr__(self, "tokenizer", _name(self.tokenizer))
         check_flag("Whether to cut tiles", self.tile)
-        if self.count is not None and not is_whole(self.count):
-            raise StudioError("The length or depth must be a whole number, or empty for all there is.")
         if not self.tokenizer:
             raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
         if not self.picture:

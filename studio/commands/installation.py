@@ -43,6 +43,10 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ):
     """Open the app in a browser."""
+    from studio.ui.storage import use_private_folder
+
+    folder = use_private_folder()  # before Gradio is imported
+
     from studio.ui.app import launch
 
-    launch(host=host, port=port)
+    launch(host=host, port=port, folder=folder)

@@ -11,6 +11,7 @@ from studio.models.native import NativeLlamaGen
 from studio.models.packed import PackedLlamaGen
 from studio.ui import models
 from studio.ui.app import build_app, launch_settings
+from studio.ui.server import running
 
 
 @pytest.fixture
@@ -44,10 +45,8 @@ def toasts(monkeypatch):
 
 @pytest.fixture
 def client(steps, reader):
-    app = build_app("tiny")
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
-    yield Client(url, verbose=False)
-    app.close()
+    with running(build_app("tiny"), "127.0.0.1", 0, **launch_settings()) as url:
+        yield Client(url, verbose=False)
 
 
 def _counted(method, calls, seconds):
