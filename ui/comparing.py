@@ -39,7 +39,7 @@ class CompareWish:
     seed: int | None = None
 
     def __post_init__(self):
-        listed = self.sides if isinstance(self.sides, list | tuple) else [self.sides]
+        listed = self.sides if isinstance(self.sides, list | tuple) else [self.sides or ""]
         sides = [check_text("A model and its decoding", side, _LONGEST_SIDE).strip() for side in listed]
         sides = [side for side in sides if side]
         if not 2 <= len(sides) <= MOST_SIDES:
