@@ -172,6 +172,14 @@ def fitting_decodings(name):
     return decodings_for(index.get("_class_name", ""), components) or list(DECODINGS)
 
 
+def runs_as(name):
+    """The "device" and the "dtype" of a pipeline that is loaded, as pictures carry them; `{}` for any other."""
+    loaded = [_pipelines, *(models for (kind, _), models in _elsewhere.items() if kind == "pipelines")]
+    for pipe in (pipelines[name] for pipelines in loaded if name in pipelines):
+        return {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    return {}
+
+
 def tokenizer_scale(name):
     """The `Scale` of a tokenizer that is loaded or on this machine, read without loading it; `None` for any other."""
     if loaded := _tokenizers.get(name):

@@ -78,7 +78,8 @@ def build_tab():
                 allow_custom_value=True,
                 elem_id="tokenizer",
             )
-            count = gr.Slider(1, 2, step=1, elem_id="scale", buttons=[], **_scale_settings(tokenizer_scale(first)))
+            scale = {"maximum": 2} | _scale_settings(tokenizer_scale(first))  # an argument by position would win
+            count = gr.Slider(minimum=1, step=1, elem_id="scale", buttons=[], **scale)
             tile = gr.Checkbox(
                 False,
                 label="Tiles",
