@@ -113,7 +113,7 @@ def _endpoint(picture, question, method, keep):
         """Answer a question about a picture from some of its visual tokens; streams the answer.
 
         Args:
-            picture: a picture file.
+            picture: a picture file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled reader, a Hugging Face id or a folder of a vision-language model.
             method: how tokens are chosen: divprune, hired, globalcom2, random or uniform.

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 from studio.ui.visitor import CLIENT, client_of
 
 API = "/gradio_api"
-UPLOAD = f"{API}/upload"
+UPLOAD, TOOLS = f"{API}/upload", f"{API}/mcp"
 _MOST_BYTES = 1 << 20  # of a message
 _MOST_FILES = 8  # of an upload
 _LONGEST_PAUSE = 30  # seconds between two parts of a message
@@ -37,7 +37,8 @@ class Gate:
 
     def __init__(self, app, listeners, upload_bytes, open_requests):
         self.app, self._listeners, self._open_requests = app, listeners, open_requests
-        self._most = {UPLOAD: upload_bytes + (1 << 16)}  # the names of the files and what is between them
+        most = upload_bytes + (1 << 16)  # and the names of the files, and what is between them
+        self._most = {UPLOAD: most, TOOLS: most * 4 // 3}  # tools are given files as base64
         self._secret = secrets.token_hex(16)
         self._asking = Counter()
 
@@ -85,7 +86,7 @@ class Gate:
         if body is None:
             return
         if _names_other_file(body):
-            raise _Refusal(400, "Only uploaded files are read here: upload the file itself.")
+            raise _Refusal(400, "No links are read here: upload the file itself, or give a tool its data.")
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay():

@@ -27,6 +27,7 @@ EXAMPLES = [
     "a rainbow, on a purple background",
     "a fox, flat style",
 ]
+_TEMPERATURE = "Below 1 calmer, above 1 wilder; at 0 only a style and a background that the prompt leaves open vary."
 IDLE = status_line("Say what to draw and press Generate.")
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 
@@ -82,7 +83,7 @@ def build_tab(model):
                 own = own_settings(model)
                 with gr.Row():
                     guidance = _setting("Guidance", "How closely to follow the words; 1 is off.", own)
-                    temperature = _setting("Temperature", "Below 1 calmer, above 1 wilder.", own)
+                    temperature = _setting("Temperature", _TEMPERATURE, own)
                 with gr.Row(visible=not own or "top-k" in own):
                     top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
                     top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
@@ -190,7 +191,7 @@ def _endpoint(model, prompt, count, plain):
             count: how many pictures, 1 to 16; a server may allow fewer.
             seed: seed of the first picture, the next use seed + 1 and so on; drawn when empty.
             guidance: how closely to follow the prompt (1 is off); the model's own setting when empty.
-            temperature: randomness of each token, above 0; the model's own setting when empty.
+            temperature: randomness of each token; at 0 only a style and a background that the prompt leaves open vary.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
             decoding: how tokens are drawn, such as "ar" or "lantern"; "cspd" with the mode "relaxed" is approximate.

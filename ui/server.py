@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from studio.errors import StudioError
 from studio.ui.gate import Gate
 from studio.ui.storage import kept_clean
+from studio.ui.tools import describe_files
 from studio.ui.visitor import Listeners, use_listeners
 from studio.ui.worker import drain
 
@@ -75,6 +76,7 @@ def running(blocks, host, port, *, upload_bytes=UPLOAD_BYTES, open_requests=floa
     gr.mount_gradio_app(
         app, blocks, "/", server_name=host, server_port=port, show_error=False, max_file_size=upload_bytes, **settings
     )
+    describe_files(blocks.mcp_server_obj)
     gate = Gate(app, listeners, upload_bytes, open_requests)
     config = uvicorn.Config(
         gate, log_level="warning", http=Connection, ws="none", server_header=False, timeout_graceful_shutdown=1

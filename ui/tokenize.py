@@ -129,7 +129,7 @@ def _endpoints(picture):
         """Turn a picture into tokens and back; streams the restored picture, then what JPEG and WebP make of it.
 
         Args:
-            picture: a picture file of any size.
+            picture: a picture file of any size; a tool is given its data (data:image/png;base64,... text), no link.
             tokenizer: a bundled one such as "emoji-vq", a folder, also of a model that draws, or a Hugging Face id.
             count: the length in tokens or the depth in levels to restore it from; all when empty.
             tile: cut it into squares of the tokenizer's size instead of resizing it to one; only for a One-D-Piece.
@@ -145,7 +145,7 @@ def _endpoints(picture):
         """Restore the picture of an .odp file.
 
         Args:
-            file: an .odp file, from here or from `studio tokenize`.
+            file: an .odp file; a tool is given its data (data:application/octet-stream;base64,... text), no link.
             tokenizer: the One-D-Piece tokenizer that it was made with, where the file names none that is bundled.
 
         Returns:

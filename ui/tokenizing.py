@@ -12,6 +12,7 @@ from studio.ui.limits import check_model, limits
 from studio.ui.models import bundled_models, get_tokenizer, tokenizer_scale
 from studio.ui.scales import Scale
 from studio.ui.sizes import readable, resized
+from studio.ui.stopping import stoppable
 from studio.ui.tiling import restored_tiles
 from studio.ui.worker import follow
 
@@ -169,14 +170,14 @@ def _restore(wish, job):
     found = Restoration(readable(picture), picture.size)
     job.report(found)
     tokenizer = get_tokenizer(wish.tokenizer, job.device)
-    if wish.tile:
-        given = picture
-        found = _with_tiles(found, wish, tokenizer, picture)
-    else:
-        given = _square(picture, tokenizer.config.sample_size)
-        found = _restored(found, wish, tokenizer, given)
-        if is_row(tokenizer):
-            found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
+    given = picture if wish.tile else _square(picture, tokenizer.config.sample_size)
+    with stoppable(tokenizer, job):
+        if wish.tile:
+            found = _with_tiles(found, wish, tokenizer, picture)
+        else:
+            found = _restored(found, wish, tokenizer, given)
+            if is_row(tokenizer):
+                found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
     job.report(found)
     for codec in CODECS if found.bytes is not None else ():
         if not job.stopped:
@@ -270,7 +271,9 @@ def _open(wish, job):
         raise StudioError(
             f"{name} was made with a One-D-Piece tokenizer: choose the one it was made with, not {chosen}."
         )
-    return Opened(decode_picture(content, tokenizer, name), chosen, len(content.tokens), len(data))
+    with stoppable(tokenizer, job):
+        picture = decode_picture(content, tokenizer, name)
+    return Opened(picture, chosen, len(content.tokens), len(data))
 
 
 def _read(path, name):
