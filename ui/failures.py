@@ -4,6 +4,7 @@ import logging
 from html import escape
 
 import gradio as gr
+from pydantic import ValidationError
 
 from studio.errors import StudioError
 
@@ -40,6 +41,13 @@ class Page(gr.Blocks):
             sentence = sentence_of(error)
             shown = escape(sentence, quote=False) if function.api_visibility == "private" else sentence
             raise gr.Error(shown, print_exception=False) from error
+
+    async def preprocess_data(self, block_fn, inputs, *args, **settings):
+        """As of `gr.Blocks`. Errors: `StudioError` where a value has not the form that its field has."""
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **settings)
+        except ValidationError as error:
+            raise StudioError("A file is given as what its upload answers: /gradio_api/info describes it.") from error
 
 
 def _check_number_of(inputs, function):

@@ -6,6 +6,8 @@ import secrets
 from collections import Counter
 from urllib.parse import parse_qs
 
+from python_multipart.multipart import parse_options_header
+
 from studio.ui.visitor import CLIENT, client_of
 
 API = "/gradio_api"
@@ -177,10 +179,9 @@ def _guarded(send, counted):
 
 
 def _boundary(scope):
-    """What stands before each part of a form, `None` where there is none."""
-    kind = dict(scope["headers"]).get(b"content-type", b"")
-    _, _, boundary = kind.partition(b"boundary=")
-    boundary = boundary.split(b";")[0].strip().strip(b'"')
+    """What stands before each part of a form, read as Gradio reads it; `None` where there is none."""
+    _, options = parse_options_header(dict(scope["headers"]).get(b"content-type", b""))
+    boundary = options.get(b"boundary")
     return b"--" + boundary if boundary else None
 
 

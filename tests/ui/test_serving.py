@@ -17,19 +17,16 @@ from PIL import Image
 
 from studio import StudioError, decoding_named
 from studio.ui import drawing, limits, models, worker
-from studio.ui.app import build_app, launch_settings
+from studio.ui.app import build_app
 from studio.ui.components import uploaded
 from studio.ui.drawing import Drawn, draw
 from studio.ui.limits import Limits
 from studio.ui.models import Device
 from studio.ui.preview import Sketch
 from studio.ui.scheduler import Bounds
-from studio.ui.server import running
 from studio.ui.serving import devices_of, prepare
 from studio.ui.wish import Wish
 from studio.ui.worker import Station
-
-HOW = {"bounds": Bounds(8, 2, 8), "limits": Limits(2, 40, 5000, 64)}
 
 
 @pytest.fixture
@@ -49,19 +46,6 @@ def calls(pipe, monkeypatch):
         drawing, "draw_together", lambda wishes, jobs: sizes.append(len(wishes)) or together(wishes, jobs)
     )
     return sizes
-
-
-@pytest.fixture(scope="module")
-def address(tiny_pipeline):
-    """Where the tiny pipeline is served."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_stations", [])
-        patch.setattr(limits, "_limits", Limits())
-        patch.setitem(models._pipelines, "tiny", tiny_pipeline)
-        how = prepare("tiny", devices_of(None, None), **HOW)
-        blocks = build_app(how.pop("model"), how.pop("places"))
-        with running(blocks, "127.0.0.1", 0, upload_bytes=100_000, **how, **launch_settings()) as url:
-            yield url
 
 
 def drawn(wishes):
@@ -243,7 +227,7 @@ def test_devices_are_listed_with_commas():
     assert devices_of(None, None) == [Device()]
     assert devices_of("cuda:0, cuda:1", "float32") == [Device("cuda:0", "float32"), Device("cuda:1", "float32")]
     with pytest.raises(StudioError, match="named twice"):
-        prepare("tiny", devices_of("cpu,cpu", None), **HOW)
+        prepare("tiny", devices_of("cpu,cpu", None), Bounds(), Limits())
 
 
 def test_every_device_has_models_of_its_own(tiny_pipeline, monkeypatch):
