@@ -1,6 +1,7 @@
 """The app on a socket: what stands in front of it, how connections end, and how the server stops."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -17,7 +18,7 @@ from studio.ui.gate import Gate
 from studio.ui.storage import kept_clean
 from studio.ui.tools import describe_files
 from studio.ui.visitor import Listeners, use_listeners
-from studio.ui.worker import drain
+from studio.ui.worker import drain, is_idle
 
 UPLOAD_BYTES = 1 << 28  # where nothing else is said
 _SESSIONS = 256  # that Gradio keeps the fields of, about 0.3 MiB each
@@ -131,6 +132,9 @@ def run(blocks, host, port, *, drain_seconds=0, **settings):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if not _wait(is_idle, _LONGEST_END):
+        shutil.rmtree(settings.get("folder") or "", ignore_errors=True)
+        os._exit(0)  # or the process would wait for work that does not stop
 
 
 def _announce(line):
@@ -151,6 +155,8 @@ def _address(host, port):
 
 
 def _wait(is_done, seconds):
+    """Wait until something is done, so many seconds at most; returns whether it is."""
     ends = time.monotonic() + seconds
-    while not is_done() and time.monotonic() < ends:
+    while not (done := is_done()) and time.monotonic() < ends:
         time.sleep(0.02)
+    return done

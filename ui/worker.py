@@ -201,6 +201,11 @@ def use_stations(stations):
     _stations[:] = stations
 
 
+def is_idle():
+    """Whether nothing waits or is being done."""
+    return not any(station.load for station in _stations)
+
+
 def drain(seconds):
     """Take no more work from now on, wait until what there is has been done, and after so many seconds refuse the rest.
 
@@ -210,11 +215,11 @@ def drain(seconds):
     for station in _stations:
         station.close()
     ends = time.monotonic() + seconds
-    while (busy := any(station.load for station in _stations)) and time.monotonic() < ends:
+    while not (idle := is_idle()) and time.monotonic() < ends:
         time.sleep(_SHORTEST_PAUSE)
     for station in _stations:
         station.abandon()
-    return not busy
+    return idle
 
 
 def _submit(request):

@@ -13,7 +13,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
     model: Annotated[str, typer.Option(help="What draws: a bundled name, a model folder or a Hub id.")] = "emoji-ar",
     devices: Annotated[
         str | None,
