@@ -94,6 +94,7 @@ def running(blocks, host, port, *, upload_bytes=UPLOAD_BYTES, open_requests=floa
     finally:
         blocks.is_running = False
         blocks._queue.close()
+        blocks.app.stop_event.set()  # ends the connections that a page keeps open
         server.should_exit = True
         thread.join(_LONGEST_END)
         use_listeners(None)

@@ -38,7 +38,7 @@ def sweep(folder, keep=frozenset(), now=None):
     """
     now = time.time() if now is None else now
     files = []
-    for path in list(folder.rglob("*")):
+    for path in reversed(list(folder.rglob("*"))):
         with suppress(OSError):
             state = path.lstat()
             if path.is_dir() and not path.is_symlink():

@@ -71,8 +71,8 @@ def test_a_picture_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_pat
 
     as_data, as_path, as_link = asked(both)
     assert not as_data.isError and "visual_tokens" in as_data.content[0].text
-    assert as_path.isError and "provide a url" in as_path.content[0].text
-    assert as_link.isError and "upload the file itself" in as_link.content[0].text
+    assert as_path.isError and "neither links nor paths" in as_path.content[0].text
+    assert as_link.isError and "neither links nor paths" in as_link.content[0].text
 
 
 def test_tools_say_how_a_file_is_given(asked):

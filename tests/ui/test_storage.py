@@ -17,7 +17,7 @@ from studio.ui.storage import forget_sessions, sweep
 from studio.ui.visitor import Listeners
 
 HOUR = 3600
-A_FILE = {"_type": "gradio.FileData"}
+TORN = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx'
 
 
 def put(path, size=1, age=0):
@@ -83,8 +83,9 @@ def test_idle_sessions_are_forgotten_and_others_kept():
 
 
 def test_the_folder_is_private_and_goes_with_the_process(tmp_path):
-    code = "from studio.ui.storage import use_private_folder as use; import os; folder = use(); (folder / 'a').touch()\n"
-    code += "print(oct(folder.stat().st_mode), oct((folder / 'a').stat().st_mode), os.environ['GRADIO_TEMP_DIR'] == str(folder))"
+    code = "from studio.ui.storage import use_private_folder; import os; folder = use_private_folder()\n"
+    code += "(folder / 'a').touch(); print(*(oct(path.stat().st_mode) for path in (folder, folder / 'a')))\n"
+    code += "print(os.environ['GRADIO_TEMP_DIR'] == str(folder))"
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["0o40700", "0o100600", "True"] and left(tmp_path) == []
@@ -92,7 +93,7 @@ def test_the_folder_is_private_and_goes_with_the_process(tmp_path):
 
 @pytest.mark.slow
 def test_a_soak_of_requests_leaves_a_bounded_number_of_files_bytes_and_sessions(steps, reader, tmp_path, monkeypatch):
-    """Rounds of images, uploads that are aborted, and answers that nobody takes; every round leaves what the first did."""
+    """Rounds of images, aborted uploads and answers that nobody takes; each leaves what the first one did."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(storage, "_ROUND", 0.2)
     monkeypatch.setattr(storage, "_OLDEST", 1)
@@ -118,5 +119,4 @@ def one_round(http, number):
         if seed % 2:
             http.get(f"gradio_api/call/generate/{event}").raise_for_status()
         http.post("gradio_api/upload", files={"files": ("a.png", os.urandom(10_000))}).raise_for_status()
-        http.post("gradio_api/upload", content=b"--x\r\nContent-Disposition: form-data; name=\"files\"; filename=\"a\"\r\n\r\nx",
-                  headers={"content-type": "multipart/form-data; boundary=x"})  # fmt: skip
+        http.post("gradio_api/upload", content=TORN, headers={"content-type": "multipart/form-data; boundary=x"})
