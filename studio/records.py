@@ -45,9 +45,20 @@ class Records:
 
 
 def read_records(folder):
-    """Every whole record in a folder of records, oldest first in each file; `[]` where there is no such folder."""
+    """Every whole record in a folder of records, oldest first in each file; `[]` where there is no such folder.
+
+    A damaged line is none: what it told of is done again.
+    """
     lines = (line for file in sorted(folder.glob("*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1])
-    return [json.loads(line) for line in lines]
+    return [record for line in lines if (record := _parsed(line)) is not None]
+
+
+def _parsed(line):
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def sync(file):

@@ -1,11 +1,16 @@
 """Where pictures go, and how they get there: checked before the model runs, written whole or not at all."""
 
+import filecmp
+import itertools
 import json
 import math
 import os
 import re
+import secrets
 import stat
 import tempfile
+import unicodedata
+import zlib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +22,7 @@ METADATA_KEY = "studio"
 _RECORDED = ("torch", "diffusers", "transformers")
 _SHEET_CELL = 256
 _SHEET_GAP = 8
+_SLUG_LENGTH, _SLUG_BYTES = 60, 120
 
 
 def plan_paths(out, title, seeds, sheet=False):
@@ -49,18 +55,20 @@ def plan_paths(out, title, seeds, sheet=False):
 
 
 def check_writable(path):
-    """Raise a `StudioError` unless a file can be made at `path`; leaves nothing behind."""
-    path = Path(path)
+    """Raise a `StudioError` unless a file can be made at `path`, or where a link there leads; leaves nothing behind."""
+    path = _target(path)
     try:
         with suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.stat(path).st_mode):
-                raise StudioError(f"{path} is a folder, not a file: choose another path.")
+            kind = os.stat(path).st_mode
+            if not stat.S_ISREG(kind):
+                what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
+                raise StudioError(f"{path} is {what}, not a file: choose another path.")
         folder = path.parent
         while not os.path.lexists(folder):
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if len(os.fsencode(path.name)) > os.pathconf(folder, "PC_NAME_MAX") - len(".part"):
+        if len(os.fsencode(path.name)) > os.pathconf(folder, "PC_NAME_MAX"):
             raise StudioError(f"{path.name[:40]}... is too long for a file name: choose a shorter one.")
     except StudioError:
         raise
@@ -72,20 +80,28 @@ def check_writable(path):
 def save_all(writers):
     """Write several files, or none: each under a temporary name first, all renamed when the last one is whole.
 
+    A link is followed: the file that it leads to is written.
+
     Args:
         writers: `{path: write}`, where `write(path)` writes one file.
+
+    Returns:
+        The paths at which something else was before.
 
     Raises:
         StudioError: a file cannot be written; nothing is left of any, nor of folders made for them.
     """
-    made, parts = [], {}
+    made, parts, replaced = [], {}, []
     try:
         for path, write in writers.items():
-            made += make_folders(path.parent)
-            parts[path] = path.with_name(f"{path.name}.part")
-            write(parts[path])
-        for path, part in parts.items():
-            os.replace(part, path)
+            target = _target(path)
+            made += make_folders(target.parent)
+            parts[target] = target.with_name(f".studio-{secrets.token_hex(8)}.part")
+            write(parts[target])
+            if target.exists() and not filecmp.cmp(parts[target], target, shallow=False):
+                replaced.append(path)
+        for target, part in parts.items():
+            os.replace(part, target)
     except BaseException as error:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -95,6 +111,37 @@ def save_all(writers):
         if isinstance(error, OSError):
             raise StudioError(f"The pictures cannot be written: {error.strerror or error}.") from error
         raise
+    return replaced
+
+
+def unused(path, call, seed):
+    """Return a path where nothing is lost: this one, or the first `name-2.png`, `name-3.png`, ... that will do.
+
+    Args:
+        path: of a PNG that is to be written.
+        call, seed: as of `png_writer`; a file that carries the same ones may be written again.
+    """
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if not os.path.lexists(candidate) or holds(candidate, call, seed):
+            return candidate
+
+
+def holds(path, call, seed):
+    """Whether the file at `path` is a PNG that carries this call and this seed."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            record = json.loads(image.info[METADATA_KEY])
+        return (record["call"], record["seed"]) == tuple(json.loads(json.dumps([call, seed])))
+    except (OSError, LookupError, TypeError, ValueError, SyntaxError, RecursionError):
+        return False
+
+
+def _target(path):
+    """The file that a path leads to, over links."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def make_folders(folder):
@@ -155,5 +202,12 @@ def package_version(name):
 
 
 def slug(title):
-    """What a title becomes in a file name: at most 60 lower-case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60].strip("-") or "picture"
+    """What a title becomes in a file name: letters and digits of any script in lower case, and hyphens.
+
+    At most 60 characters, and 120 bytes; a checksum where a title has neither letters nor digits.
+    """
+    letters = (char if unicodedata.category(char)[0] in "LMN" else "-" for char in title.lower())
+    name = re.sub("-+", "-", unicodedata.normalize("NFC", "".join(letters))).strip("-")[:_SLUG_LENGTH]
+    while len(name.encode()) > _SLUG_BYTES:
+        name = name[:-1]
+    return name.strip("-") or f"image-{zlib.crc32(title.encode('utf-8', 'surrogatepass')):08x}"

@@ -6,12 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PARTS = ("studio", "pipelines", "tokenizers", "ui", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 WORDS = "a red apple green pear blue sky on flat 3d style background".split()
 
 
@@ -19,6 +23,37 @@ WORDS = "a red apple green pear blue sky on flat 3d style background".split()
 def repository():
     """The root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder that holds what the wheel installs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, source / part)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,14 @@ from studio.ui import ask, compare, generate, tokenize
 from studio.ui.actions import ON_THE_MODEL
 from studio.ui.components import header
 from studio.ui.deep_link import connect_link
+from studio.ui.examples import EXAMPLE_FILES
+from studio.ui.failures import Page
 from studio.ui.passing import connect_outlet
 from studio.ui.theme import CSS, studio_theme
 
 _HOUR = 3600
 _LIGHT = 64  # places for what needs no model
+_ALONE = 1  # requests for a model under way where there are no queues of ours
 
 
 def build_app(model="emoji-ar", places=None):
@@ -26,7 +29,7 @@ def build_app(model="emoji-ar", places=None):
     Returns:
         A `gr.Blocks`; launch it with `launch_settings()`, or use `launch`.
     """
-    with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
+    with Page(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
         header(model)
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -43,18 +46,20 @@ def build_app(model="emoji-ar", places=None):
         for handler in demo.fns.values():
             if handler.concurrency_id == ON_THE_MODEL["concurrency_id"]:
                 handler.concurrency_limit = None
-    return demo.queue(max_size=_LIGHT + (places or 0))
+    return demo.queue(max_size=_LIGHT + (places or 0), api_open=False)
 
 
 def launch_settings():
-    """What Gradio 6 takes at `demo.launch(...)`: the look, no run history (each PNG carries its own settings), and the
-    endpoints as MCP tools where the extra `mcp` is installed.
+    """What Gradio 6 takes where an app is launched or mounted: the look, no run history (each PNG carries its own
+    settings), the files of the examples, which may lie outside of the working folder, and the endpoints as MCP tools
+    where the extra `mcp` is installed.
     """
     return {
         "theme": studio_theme(),
         "css_paths": [CSS],
         "footer_links": ["api", "settings"],
         "run_history": False,
+        "allowed_paths": [str(file) for file in EXAMPLE_FILES],
         "mcp_server": find_spec("mcp") is not None,
     }
 
@@ -67,17 +72,13 @@ def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", places=None, **sett
         port: port to listen on.
         model: what `studio.load` takes.
         places: see `build_app`.
-        settings: passed on to Gradio's `launch`.
+        settings: passed on to `studio.ui.server.run`.
 
     Raises:
         StudioError: nothing can listen there.
     """
-    from studio.errors import StudioError
+    from studio.ui.server import run
 
-    threads = {} if places is None else {"max_threads": _LIGHT + places}
-    name = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as IPv6 addresses stand in a URL
-    how = {"server_name": name, "server_port": port, **launch_settings(), **threads, **settings}
-    try:
-        return build_app(model, places).launch(**how)
-    except OSError as error:
-        raise StudioError(f"The app cannot listen on {host}:{port}: choose another with --host or --port.") from error
+    blocks = build_app(model, places)
+    blocks.max_threads = blocks._queue.max_thread_count = _LIGHT + (_ALONE if places is None else places)
+    run(blocks, host, port, **launch_settings(), **settings)

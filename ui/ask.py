@@ -1,14 +1,13 @@
 """The Ask tab: a question about a picture, answered from few of its tokens and from all of them."""
 
-from pathlib import Path
-
 import gradio as gr
 
 from studio import pruning_methods
-from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.answers import answer_cards, verdict
 from studio.ui.components import picture_grid, status_line, uploaded
+from studio.ui.examples import example
+from studio.ui.failures import sentence_of, toast
 from studio.ui.models import bundled_models
 from studio.ui.patches import draw_patches
 from studio.ui.reading import Inquiry, read
@@ -25,7 +24,6 @@ NO_READER = status_line(
 )
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 _VIEWS = {"whole": "Whole picture", "crops": "Crops"}
-_FOLDER = Path(__file__).parent
 
 
 def build_tab():
@@ -52,7 +50,7 @@ def build_tab():
                 cancel = gr.Button("Cancel", variant="stop", elem_id="ask-cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[picture, question],
-                samples=[[str(_FOLDER / file), text] for file, text in EXAMPLES],
+                samples=[[example(file), text] for file, text in EXAMPLES],
                 headers=["Picture", "Question"],
                 label="Try",
                 elem_id="ask-examples",
@@ -105,7 +103,7 @@ def build_tab():
 
 def _example(number):
     file, text = EXAMPLES[number]
-    return str(_FOLDER / file), text
+    return example(file), text
 
 
 def _endpoint(picture, question, method, keep):
@@ -115,7 +113,7 @@ def _endpoint(picture, question, method, keep):
         """Answer a question about a picture from some of its visual tokens; streams the answer.
 
         Args:
-            picture: a picture file.
+            picture: a picture file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled reader, a Hugging Face id or a folder of a vision-language model.
             method: how tokens are chosen: divprune, hired, globalcom2, random or uniform.
@@ -139,7 +137,7 @@ def _endpoint(picture, question, method, keep):
 async def show_reading(*values):
     """Answer for the page: yields updates of (gallery, cards, status).
 
-    A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
     """
     shown = None
     try:
@@ -150,22 +148,19 @@ async def show_reading(*values):
             if views is not shown:
                 shown, gallery = views, _gallery(reading)
             yield gallery, _cards(reading, inquiry) if reading.picture else gr.skip(), _status(reading, inquiry)
-    except StudioError as error:
-        gr.Warning(str(error), title="Please check", duration=10)
+    except Exception as error:
+        toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
 async def answer_reading(picture, question, model, method, keep, max_new_tokens):
-    """Answer for a program: yields (text, details); a mistake in the values is an error with the same sentence."""
-    try:
-        inquiry = Inquiry(
-            model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
-        )
-        async for reading in read(inquiry):
-            if (answer := reading.pruned) is not None:
-                yield answer.answer, _details(answer)
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Answer for a program: yields (text, details); what is wrong becomes an error with the same sentence."""
+    inquiry = Inquiry(
+        model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
+    )
+    async for reading in read(inquiry):
+        if (answer := reading.pruned) is not None:
+            yield answer.answer, _details(answer)
 
 
 def _gallery(reading):

@@ -4,10 +4,10 @@ import dataclasses
 
 import gradio as gr
 
-from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.comparing import MOST_OF_ONE, MOST_SIDES, CompareWish, compare, offered_sides
 from studio.ui.components import count_slider, duration, picture_grid, status_line
+from studio.ui.failures import sentence_of, toast
 from studio.ui.fields import number_field
 from studio.ui.limits import limits
 from studio.ui.models import bundled_models
@@ -112,32 +112,29 @@ def _endpoint(prompt, sides, count):
 async def show_comparison(prompt, sides, count, seed):
     """Compare for the page: yields updates of (gallery, cards, status).
 
-    A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
     """
     done = warned = 0
     try:
         wish = CompareWish(prompt, sides, count, number_of("seed", seed, int))
         async for found in compare(wish):
             if found.warning and not warned:
-                gr.Warning(found.warning, title="Please note", duration=12)
+                toast(found.warning, title="Please note", duration=12)
                 warned = True
             ended = sum(bool(side.stats) for side in found.sides)
             gallery = _gallery(found) if ended > done else gr.skip()
             done = ended
             yield gallery, gr.skip() if found.loading else side_cards(found), _status(found)
-    except StudioError as error:
-        gr.Warning(str(error), title="Please check", duration=10)
+    except Exception as error:
+        toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
 async def answer_comparison(prompt, sides, count, seed):
-    """Compare for a program: yields (pictures, details); a mistake is an error with the same sentence."""
-    try:
-        async for found in compare(CompareWish(prompt, sides, count, seed)):
-            done = [side for side in found.sides if side.stats]
-            yield _captioned(done) if done else gr.skip(), {"sides": [_details(side) for side in found.sides]}
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Compare for a program: yields (pictures, details); what is wrong becomes an error with the same sentence."""
+    async for found in compare(CompareWish(prompt, sides, count, seed)):
+        done = [side for side in found.sides if side.stats]
+        yield _captioned(done) if done else gr.skip(), {"sides": [_details(side) for side in found.sides]}
 
 
 def _gallery(found):

@@ -5,17 +5,19 @@ import time
 
 from studio import DECODINGS
 from studio.errors import StudioError
+from studio.ui.checks import check_text, is_whole
 from studio.ui.components import short_name
 from studio.ui.drawing import Call, as_files
 from studio.ui.lending import on_gpu
 from studio.ui.models import fitting_decodings, get_judge, get_pipeline
 from studio.ui.preview import Sketch
 from studio.ui.watching import TokenFates
-from studio.ui.wish import Wish, draw_seed, is_whole
+from studio.ui.wish import Wish, draw_seed
 from studio.ui.worker import follow
 
 MOST_SIDES = 6
 MOST_OF_ONE = 4  # pictures of each side
+_LONGEST_SIDE = 1000  # characters
 NOTHING_NAMED = "The prompt names nothing that the judge knows: it scores concepts such as a red apple."
 
 
@@ -37,8 +39,9 @@ class CompareWish:
     seed: int | None = None
 
     def __post_init__(self):
-        listed = self.sides if isinstance(self.sides, list | tuple) else [self.sides]
-        sides = [side.strip() for side in listed if isinstance(side, str) and side.strip()]
+        listed = self.sides if isinstance(self.sides, list | tuple) else [self.sides or ""]
+        sides = [check_text("A model and its decoding", side, _LONGEST_SIDE).strip() for side in listed]
+        sides = [side for side in sides if side]
         if not 2 <= len(sides) <= MOST_SIDES:
             raise StudioError(f"Choose from 2 to {MOST_SIDES} models and decodings to compare, not {len(sides)}.")
         if len(set(sides)) < len(sides):

@@ -8,9 +8,11 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from studio.errors import StudioError
+from studio.ui.checks import check_text
 from studio.ui.visitor import in_request
 
 _MARK_CLASSES = ["", "", "", "", "next", "open", "open", "open", "open"]
+_LONGEST_PATH = 4000  # characters
 
 
 def _mark():
@@ -108,9 +110,15 @@ def uploaded(file):
     """Where Gradio put an uploaded file, whatever it holds; `None` where none was given.
 
     Raises:
-        StudioError: a request names a file that was not uploaded. Gradio itself does not look at all of them.
+        StudioError: it is no file, or a request names one that was not uploaded. Gradio itself does not look at all of
+            them.
     """
-    path = file and file.get("path")
-    if path and in_request() and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+    if file is None:
+        return None
+    path = file.get("path") if isinstance(file, dict) else None
+    if not path:
+        raise StudioError("This is no file: upload one, and give what the upload answers.")
+    check_text("The path of a file", path, _LONGEST_PATH)
+    if "\0" in path or (in_request() and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve())):
         raise StudioError("This file was not uploaded: drop it on the field, or upload it first.")
     return path

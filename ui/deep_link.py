@@ -4,7 +4,8 @@ import gradio as gr
 
 from studio.errors import StudioError
 from studio.ui.actions import PRIVATE
-from studio.ui.limits import check_text
+from studio.ui.failures import sentence_of, toast
+from studio.ui.limits import check_words
 from studio.ui.recall import KNOWN, from_link
 
 TABS = ("generate", "tokenize", "ask", "compare")
@@ -25,8 +26,8 @@ def connect_link(demo, tabs, form, question, prompt):
     def follow(request: gr.Request):
         try:
             return followed(dict(request.query_params), form)
-        except StudioError as error:
-            gr.Warning(str(error), title="The link is wrong", duration=10)
+        except Exception as error:
+            toast(sentence_of(error), title="The link is wrong")
             return [gr.skip()] * len(outputs)
 
     demo.load(follow, None, outputs, **PRIVATE)
@@ -42,9 +43,10 @@ def followed(parameters, form):
     tab, question = own.pop("tab", None), own.pop("question", None)
     if tab not in (None, *TABS):
         raise StudioError(f"There is no tab {tab[:40]!r}: the tabs are {', '.join(TABS)}.")
-    check_text("The question", question)
     compared = own.pop("prompt", None) if tab == "compare" else None
-    check_text("The prompt", compared)
+    for what, text in (("The question", question), ("The prompt", compared)):
+        if text is not None:
+            check_words(what, text)
     fields = form.filled(from_link(own)) if own.keys() & KNOWN else [gr.skip()] * len(form.fields)
     shown = gr.skip() if tab is None else gr.update(selected=tab)
     return [shown, *(gr.skip() if text is None else text for text in (question, compared)), *fields]

@@ -5,10 +5,10 @@ import re
 import gradio as gr
 
 from studio import DECODINGS, decoding_named
-from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.components import columns_for, count_slider, duration, picture_grid, pictures, status_line, uploaded
 from studio.ui.drawing import Drawn, draw
+from studio.ui.failures import sentence_of, toast
 from studio.ui.fields import number_field, options_field
 from studio.ui.lanes import race_lanes, race_verdict
 from studio.ui.limits import limits
@@ -27,6 +27,7 @@ EXAMPLES = [
     "a rainbow, on a purple background",
     "a fox, flat style",
 ]
+_TEMPERATURE = "Below 1 calmer, above 1 wilder; at 0 only a style and a background that the prompt leaves open vary."
 IDLE = status_line("Say what to draw and press Generate.")
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 
@@ -82,7 +83,7 @@ def build_tab(model):
                 own = own_settings(model)
                 with gr.Row():
                     guidance = _setting("Guidance", "How closely to follow the words; 1 is off.", own)
-                    temperature = _setting("Temperature", "Below 1 calmer, above 1 wilder.", own)
+                    temperature = _setting("Temperature", _TEMPERATURE, own)
                 with gr.Row(visible=not own or "top-k" in own):
                     top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
                     top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
@@ -127,8 +128,8 @@ def recall(form, file):
     """
     try:
         return None, *form.filled(from_picture(uploaded(file)))
-    except StudioError as error:
-        gr.Warning(str(error), title="Please check", duration=10)
+    except Exception as error:
+        toast(sentence_of(error))
         return None, *[gr.skip()] * len(form.fields)
 
 
@@ -190,7 +191,7 @@ def _endpoint(model, prompt, count, plain):
             count: how many pictures, 1 to 16; a server may allow fewer.
             seed: seed of the first picture, the next use seed + 1 and so on; drawn when empty.
             guidance: how closely to follow the prompt (1 is off); the model's own setting when empty.
-            temperature: randomness of each token, above 0; the model's own setting when empty.
+            temperature: randomness of each token; at 0 only a style and a background that the prompt leaves open vary.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
             decoding: how tokens are drawn, such as "ar" or "lantern"; "cspd" with the mode "relaxed" is approximate.
@@ -215,14 +216,14 @@ def _endpoint(model, prompt, count, plain):
 async def show_drawing(model, *values):
     """Draw for the page: yields updates of (gallery, tokens, status).
 
-    A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
     """
     shown = warned = None
     try:
         wish = Wish.from_fields(model, *values)
         async for news in draw(wish):
             if news.warning and not warned:
-                gr.Warning(news.warning, title="Please note", duration=12)
+                toast(news.warning, title="Please note", duration=12)
                 warned = True
             if isinstance(news, Drawn):
                 yield _gallery(news.pictures, wish), _tokens(news.fates), summary(news, wish)
@@ -231,8 +232,8 @@ async def show_drawing(model, *values):
                 yield _gallery(shown, wish), _tokens(news.fates), progress(news, wish)
             else:
                 yield gr.skip(), gr.skip() if news.drawn != 1 else "", progress(news, wish)
-    except StudioError as error:
-        gr.Warning(str(error), title="Please check", duration=10)
+    except Exception as error:
+        toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
@@ -243,7 +244,7 @@ async def show_race(model, *values):
         wish = Wish.from_fields(model, *values)
         async for news in race(wish):
             if news.warning and not warned:
-                gr.Warning(news.warning, title="Please note", duration=12)
+                toast(news.warning, title="Please note", duration=12)
                 warned = True
             if not news.lanes:
                 yield gr.skip(), gr.skip(), LOADING
@@ -252,28 +253,25 @@ async def show_race(model, *values):
             fresh = found != shown and all(found)
             shown = found if fresh else shown
             yield _sides(news, wish) if fresh else gr.skip(), race_lanes(news), race_status(news, wish)
-    except StudioError as error:
-        gr.Warning(str(error), title="Please check", duration=10)
+    except Exception as error:
+        toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
 async def answer_drawing(model, *values):
-    """Draw for a program: yields (pictures, details); a mistake in the values is an error with the same sentence."""
-    try:
-        *basic, decoding, options = values
-        wish = Wish(model, *basic, decoding=decoding, options=options)
-        async for news in draw(wish):
-            if isinstance(news, Drawn):
-                yield _captioned(news.pictures, wish), _details(news, wish)
-            elif news.ahead is not None:
-                yield gr.skip(), {"waiting": news.ahead, "seeds": wish.seeds}
-            elif news.total:
-                yield (
-                    _captioned(news.pictures, wish) if news.pictures else gr.skip(),
-                    {"drawn": news.drawn, "total": news.total, "seeds": wish.seeds},
-                )
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Draw for a program: yields (pictures, details); what is wrong becomes an error with the same sentence."""
+    *basic, decoding, options = values
+    wish = Wish(model, *basic, decoding=decoding, options=options)
+    async for news in draw(wish):
+        if isinstance(news, Drawn):
+            yield _captioned(news.pictures, wish), _details(news, wish)
+        elif news.ahead is not None:
+            yield gr.skip(), {"waiting": news.ahead, "seeds": wish.seeds}
+        elif news.total:
+            yield (
+                _captioned(news.pictures, wish) if news.pictures else gr.skip(),
+                {"drawn": news.drawn, "total": news.total, "seeds": wish.seeds},
+            )
 
 
 def progress(news, wish):

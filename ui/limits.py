@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from studio.errors import StudioError
 from studio.pictures import MOST_PIXELS
+from studio.ui.checks import check_text
 
 MOST_PICTURES = 16
+_LONGEST_NAME = 1000  # characters of a model's name or folder
 
 
 @dataclass(frozen=True)
@@ -17,14 +19,15 @@ class Limits:
         characters: of a prompt or a question.
         pixels: of a picture that is given.
         answer: tokens of an answer, or `None` where that is left to whoever asks.
-        models: names of models that requests may use, or `None`: whatever `studio.load` takes, folders too.
+        models: the models that requests may use, what `studio.load` takes by name; or `None`: whatever that takes,
+            folders too.
     """
 
     pictures: int = MOST_PICTURES
     characters: int = 2000
     pixels: int = MOST_PIXELS
     answer: int | None = None
-    models: tuple[str, ...] | None = None
+    models: dict[str, str] | None = None
 
 
 _limits = Limits()
@@ -41,10 +44,9 @@ def set_limits(new):
     _limits = new
 
 
-def check_text(what, text):
-    """Raises a `StudioError` for a text that is too long; `what` names it, as in "The prompt"."""
-    if isinstance(text, str) and len(text) > _limits.characters:
-        raise StudioError(f"{what} has {len(text)} characters; at most {_limits.characters} are read.")
+def check_words(what, text):
+    """Refuse a prompt or a question that is none or too long; `what` names it, as in "The prompt"."""
+    return check_text(what, text, _limits.characters)
 
 
 def is_offered(name):
@@ -52,7 +54,14 @@ def is_offered(name):
     return _limits.models is None or name in _limits.models
 
 
+def source_of(name):
+    """What `studio.load` takes for a model of this name: a server may offer a folder without telling where it is."""
+    return (_limits.models or {}).get(name, name)
+
+
 def check_model(name):
-    """Raises a `StudioError` for a model that requests may not use, before anything looks for it."""
-    if not is_offered(name):
+    """Refuse a model that requests may not use, before anything looks for it; returns its name."""
+    check_text("The name of a model", name, _LONGEST_NAME)
+    if not is_offered(name.strip()):
         raise StudioError(f"This server offers {', '.join(_limits.models)}: choose one of these.")
+    return name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from studio.checkpoints.bundled import BUNDLED, ROOT, folder_of_model, read_checksums
 from studio.errors import StudioError
-from studio.ui.limits import check_model, is_offered
+from studio.ui.limits import check_model, is_offered, source_of
 from studio.ui.scales import scale_of
 
 _SETTINGS = {"guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
@@ -62,7 +62,7 @@ def get_pipeline(name, device=HERE):
     with _lock:
         pipelines = _pipelines if device == HERE else _elsewhere["pipelines", device]
         if name not in pipelines:
-            loaded = device.load(name, **({} if device.dtype is None else {"dtype": device.dtype}))
+            loaded = device.load(source_of(name), **({} if device.dtype is None else {"dtype": device.dtype}))
             if not hasattr(loaded, "image_tokenizer"):
                 raise StudioError(f"{name} turns pictures into tokens and cannot draw: choose one such as emoji-ar.")
             loaded.set_progress_bar_config(disable=True)
@@ -87,7 +87,7 @@ def get_reader(name, device=HERE):
         readers = _readers if device == HERE else _elsewhere["readers", device]
         if name not in readers:
             readers.clear()
-            loaded = device.load(name)
+            loaded = device.load(source_of(name))
             if not hasattr(loaded, "processor"):
                 raise StudioError(f"{name} reads no pictures: name a vision-language model of transformers.")
             loaded(_blank_picture(), "what", max_new_tokens=2)
@@ -109,7 +109,7 @@ def get_tokenizer(name, device=HERE):
         tokenizers = _tokenizers if device == HERE else _elsewhere["tokenizers", device]
         if name not in tokenizers:
             tokenizers.clear()
-            loaded = device.load(name, dtype="float32")
+            loaded = device.load(source_of(name), dtype="float32")
             loaded = getattr(loaded, "image_tokenizer", loaded)
             if not hasattr(loaded, "encode"):
                 raise StudioError(f"{name} makes no tokens of pictures: choose a tokenizer such as emoji-vq.")
@@ -171,6 +171,14 @@ def fitting_decodings(name):
     return decodings_for(index.get("_class_name", ""), components) or list(DECODINGS)
 
 
+def runs_as(name):
+    """The "device" and the "dtype" of a pipeline that is loaded, as pictures carry them; `{}` for any other."""
+    loaded = [_pipelines, *(models for (kind, _), models in _elsewhere.items() if kind == "pipelines")]
+    for pipe in (pipelines[name] for pipelines in loaded if name in pipelines):
+        return {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    return {}
+
+
 def tokenizer_scale(name):
     """The `Scale` of a tokenizer that is loaded or on this machine, read without loading it; `None` for any other."""
     if loaded := _tokenizers.get(name):
@@ -186,7 +194,7 @@ def _read_index(name):
 def _read_json(name, file):
     if not is_offered(name):
         return {}
-    folder = ROOT / name if name in BUNDLED else folder_of_model(name)
+    folder = ROOT / name if name in BUNDLED else folder_of_model(source_of(name))
     try:
         return json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ import dataclasses
 import gradio as gr
 
 from studio.ui.actions import PRIVATE
+from studio.ui.failures import toast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _number(event: gr.SelectData):
 def _pass_to(tab):
     def passed(pictures, chosen):
         if not pictures:
-            gr.Warning("There is no picture yet: draw one first.", title="Please check", duration=10)
+            toast("There is no picture yet: draw one first.")
             return gr.skip(), gr.skip()
         if chosen is None and len(pictures) > 1:
             gr.Info("This is the first picture: click on another one to choose it.", duration=6)

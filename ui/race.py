@@ -5,10 +5,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from studio import DECODINGS
 from studio.errors import StudioError
 from studio.ui.drawing import Call, as_files
 from studio.ui.lending import on_gpu
-from studio.ui.models import get_pipeline
+from studio.ui.models import fitting_decodings, get_pipeline
 from studio.ui.preview import Pace, Sketch, partial_pictures
 from studio.ui.watching import TokenFates
 from studio.ui.worker import follow
@@ -53,15 +54,26 @@ class Race:
 def race(wish):
     """Follow a race of plain decoding and the decoding of a wish: an asynchronous iterator over `Race`.
 
-    Both draw one picture with the same seed. They never run at the same time: the one whose clock is behind goes on, so
-    that the clocks run together, and each shows the seconds that its decoding takes alone.
+    A wish for plain decoding itself races against the next one that fits the model. Both draw one picture with the same
+    seed. They never run at the same time: the one whose clock is behind goes on, so that the clocks run together, and
+    each shows the seconds that its decoding takes alone.
 
     Raises:
-        StudioError: the wish is for plain decoding, or the model cannot be loaded or refuses it.
+        StudioError: the model has plain decoding only, cannot be loaded, or refuses the wish.
     """
-    if wish.decoding == wish.plain:
-        raise StudioError("The race is against plain decoding: choose another decoding, such as speculative, first.")
+    wish = _with_rival(wish)
     return follow(lambda job: _race(wish, job))
+
+
+def _with_rival(wish):
+    """The wish with a decoding that is not plain."""
+    if wish.decoding != wish.plain:
+        return wish
+    pipeline = DECODINGS[wish.plain].pipeline
+    rivals = [name for name in fitting_decodings(wish.model) if DECODINGS[name].pipeline == pipeline]
+    if not (rivals := [name for name in rivals if name != wish.plain]):
+        raise StudioError("This model has one decoding only: there is no other to race against.")
+    return dataclasses.replace(wish, decoding=rivals[0], options={})
 
 
 @on_gpu(seconds=120)

@@ -3,11 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+from studio import pruning_methods
 from studio.errors import StudioError
+from studio.ui.checks import check_flag, is_number, is_whole
 from studio.ui.lending import on_gpu
-from studio.ui.limits import check_text, limits
+from studio.ui.limits import check_model, check_words, limits
 from studio.ui.models import get_reader
 from studio.ui.worker import follow
+
+_MOST_TOKENS = 4096  # of an answer, where no limit is set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +36,25 @@ class Inquiry:
     max_new_tokens: int = 64
 
     def __post_init__(self):
-        if not (self.model or "").strip():
+        if self.model in (None, "") or not check_model(self.model).strip():
             raise StudioError(
                 "Name a model that reads pictures: a Hugging Face id, a folder, or what `studio train emoji-vlm` made."
             )
         if not self.picture:
             raise StudioError("Give a picture first: drop a file on the field, or take an example.")
-        if not (self.question or "").strip():
+        if self.question is None or not check_words("The question", self.question).strip():
             raise StudioError("The question is empty: ask something about the picture.")
-        check_text("The question", self.question)
-        most = limits().answer
-        if most is not None and isinstance(self.max_new_tokens, int) and self.max_new_tokens > most:
-            raise StudioError(f"An answer has at most {most} tokens here, not {self.max_new_tokens}.")
-        if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
-            raise StudioError(f"Keep a share of the tokens above 0 and at most 1, not {self.keep!r}.")
+        methods = pruning_methods()
+        if self.method not in list(methods):
+            raise StudioError(f"Choose how tokens are chosen: {', '.join(methods)}.")
+        check_flag("Whether to compare", self.compare)
+        most = _MOST_TOKENS if limits().answer is None else limits().answer
+        if not is_whole(self.max_new_tokens) or not 1 <= self.max_new_tokens <= most:
+            raise StudioError(f"An answer has at least 1 and at most {most} tokens here.")
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
+            raise StudioError("Keep a share of the tokens above 0 and at most 1.")
         object.__setattr__(self, "model", self.model.strip())
+        object.__setattr__(self, "max_new_tokens", int(self.max_new_tokens))
         object.__setattr__(self, "keep", float(self.keep))
 
     @property

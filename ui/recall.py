@@ -6,14 +6,23 @@ from urllib.parse import urlencode
 
 import gradio as gr
 
+from studio import DECODINGS
 from studio.errors import StudioError
 from studio.saving import METADATA_KEY
+from studio.ui.checks import is_whole
+from studio.ui.failures import toast
+from studio.ui.models import runs_as
 from studio.ui.wish import Wish
 
 _SAMPLING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
 _BASIC = ("prompt", "count", "seed", *_SAMPLING)
-KNOWN = {*_BASIC, "model", "decoding"}
-"""The parameters of a link, beside the options of its decoding."""
+_WHERE = {"device": "cpu", "dtype": "float32"}
+_OTHERS = ("cfg_interval", "num_tokens", "class_label", *_WHERE)
+"""What pictures carry beside fields of the page."""
+_OPTIONS = (option.name for choice in DECODINGS.values() for option in choice.options)
+KNOWN = {*_BASIC, *_OTHERS, *_OPTIONS, "model", "decoding"}
+"""The parameters of a link; others belong to somebody else, such as `utm_source`."""
+_LONGEST_NOTE = 40  # characters of a name or a value that is not ours
 _NO_PICTURE = "This file carries no settings: give a PNG as Studio saved it."
 
 
@@ -27,12 +36,14 @@ class Recalled:
         model: what drew, or `None`.
         decoding: its name, or `None`.
         options: its options.
+        others: settings by name that no page has a field for.
     """
 
     basic: dict
     model: str | None = None
     decoding: str | None = None
     options: dict = field(default_factory=dict)
+    others: dict = field(default_factory=dict)
 
 
 def from_picture(path):
@@ -46,18 +57,22 @@ def from_picture(path):
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             record = json.loads(picture.info[METADATA_KEY])
         call, seed = record["call"], record["seed"]
         decoding = dict(call.get("decoding") or {})
         seeds = seed if isinstance(seed, list) else [seed]
-        basic = {"prompt": str(call["prompt"] or ""), "count": len(seeds), "seed": str(int(seeds[0]))}
+        basic = {"prompt": call["prompt"] or "", "count": len(seeds), "seed": str(seeds[0])}
+        if not isinstance(basic["prompt"], str) or not all(map(is_whole, seeds)):
+            raise ValueError("neither words nor numbers")
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError) as error:
         raise StudioError(_NO_PICTURE) from error
     for name, argument in _SAMPLING.items():
         basic[name] = "" if call.get(argument) is None else str(call[argument])
     decoding.pop("approximate", None)
-    return Recalled(basic, call.get("model"), decoding.pop("name", None), decoding)
+    own = {"model", "prompt", "num_images", "decoding", *_SAMPLING.values()}
+    others = {name: value for name, value in call.items() if name not in own and value is not None}
+    return Recalled(basic, call.get("model"), decoding.pop("name", None), decoding, others)
 
 
 def from_link(parameters):
@@ -69,7 +84,7 @@ def from_link(parameters):
     parameters = dict(parameters)
     basic = {name: parameters.pop(name) for name in _BASIC if name in parameters}
     if "count" in basic:
-        if not basic["count"].isdecimal():
+        if not basic["count"].isdecimal() or len(basic["count"]) > 9:
             raise StudioError(f"The link asks for {basic['count'][:40]!r} pictures: give a whole number.")
         basic["count"] = int(basic["count"])
     return Recalled(basic, parameters.pop("model", None), parameters.pop("decoding", None), parameters)
@@ -104,21 +119,24 @@ class Form:
         Raises:
             StudioError: for a value that is wrong here.
         """
-        notes, decoding, options = [], recalled.decoding, recalled.options
+        notes, decoding, options, others = [], recalled.decoding, recalled.options, dict(recalled.others)
         if recalled.model not in (None, str(self.model)):
-            notes.append(f"{recalled.model} drew this, here {self.model} draws: the picture will be another.")
+            notes.append(f"{_cut(recalled.model)} drew this, here {self.model} draws: the picture will be another.")
         if decoding is not None and decoding not in self.fitting:
-            notes.append(f"There is no decoding {decoding} here: the usual one is chosen.")
-            decoding, options = self.fitting[0], {}
+            notes.append(f"There is no decoding {_cut(decoding)} here: the usual one is chosen.")
+            decoding, options, others = self.fitting[0], {}, others | options
         named = decoding or self.fitting[0]
         decoding = named if options else decoding
-        if unknown := [name for name in options if (named, name) not in self.options]:
-            notes.append(f"This page has no field for {', '.join(unknown)}.")
+        unknown = {name: value for name, value in options.items() if (named, name) not in self.options}
+        here = _WHERE | runs_as(self.model)
+        left = [f"{_cut(name)} {_cut(value)}" for name, value in (others | unknown).items() if here.get(name) != value]
+        if left:
+            notes.append(f"This page has no field for {', '.join(left)}: the picture may be another.")
         texts = {name: str(value) for name, value in options.items() if name not in unknown}
         basic = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
         Wish.from_fields(self.model, *basic.values(), named, texts)
         if notes:
-            gr.Warning(" ".join(notes), title="Please note", duration=12)
+            toast(" ".join(notes), title="Please note", duration=12)
         own = [recalled.basic.get(name, gr.skip()) for name in _BASIC]
         chosen = gr.skip() if decoding is None else decoding
         others = [
@@ -131,3 +149,9 @@ class Form:
     def _option(field, text):
         """An empty text means the usual value: that of the page for a choice, none for a number."""
         return text if text or not isinstance(field, gr.Radio) else field.value
+
+
+def _cut(value):
+    """A name or a value out of a picture or a link, short enough for a note."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_NOTE else f"{text[:_LONGEST_NOTE]}..."

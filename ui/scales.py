@@ -3,7 +3,7 @@
 import dataclasses
 
 from studio.errors import StudioError
-from studio.ui.wish import is_whole
+from studio.ui.checks import is_whole, shown
 
 _SCALES = {"OneDPieceTokenizer": ("length", "num_tokens"), "RVQTokenizer": ("depth", "depth")}
 
@@ -23,7 +23,7 @@ class Scale:
         """
         count = self.most if count is None else count
         if not is_whole(count) or not 1 <= count <= self.most:
-            raise StudioError(f"Choose a {self.name} from 1 to {self.most}, not {count!r}.")
+            raise StudioError(f"Choose a {self.name} from 1 to {self.most}, not {shown(count)}.")
         return {self.name: int(count)}
 
 

@@ -2,50 +2,63 @@
 
 from dataclasses import replace
 
-from starlette.middleware import Middleware
-
+from studio.checkpoints.bundled import BUNDLED
 from studio.errors import StudioError
 from studio.ui.app import launch
-from studio.ui.gate import Gate
+from studio.ui.components import short_name
 from studio.ui.limits import set_limits
 from studio.ui.models import Device, bundled_models, get_pipeline
 from studio.ui.worker import Station, use_stations
 
+_CONNECTIONS = 64  # of one client for each request that may wait; a page has two, and a program about three
 
-def serve(host, port, *, model, devices, bounds, limits, upload_bytes, **settings):
+
+def serve(host, port, *, model, devices, bounds, limits, **settings):
     """Load the model onto every device, and serve the app until it is interrupted.
-
-    Requests may use the model and the bundled ones, and no other: none of them names a folder or a repository.
 
     Args:
         host, port: where to listen.
+        settings: passed on to `studio.ui.app.launch`.
+        model, devices, bounds, limits: as of `prepare`.
+
+    Raises:
+        StudioError: as of `prepare`, or nothing can listen there.
+    """
+    launch(host, port, **prepare(model, devices, bounds, limits), **settings)
+
+
+def prepare(model, devices, bounds, limits):
+    """Let this process work within limits, and load the model onto every device.
+
+    Requests may use the model and the bundled ones, and no other: none of them names a folder or a repository. A folder
+    is called by its last part, in requests, messages and pictures.
+
+    Args:
         model: what `studio.load` takes; it draws in the Generate tab.
         devices: a `Device` each.
         bounds: those of the queue of every device.
         limits: what a request may ask for.
-        upload_bytes: of a file, at most.
-        settings: passed on to Gradio's `launch`.
+
+    Returns:
+        The settings for `studio.ui.app.launch` that follow.
 
     Raises:
-        StudioError: the model cannot be loaded, a device is not there or named twice, or nothing can listen there.
+        StudioError: the model cannot be loaded, or a device is not there or named twice.
     """
     if len(set(devices)) < len(devices):
         raise StudioError("One of the devices is named twice: leave one of them out.")
-    offered = [name for kind in ("pipeline", "tokenizer", "reader") for name in bundled_models(kind)]
-    set_limits(replace(limits, models=tuple(dict.fromkeys([model, *offered]))))
+    offered = {name: name for kind in ("pipeline", "tokenizer", "reader") for name in bundled_models(kind)}
+    name = model if model in BUNDLED else short_name(model)
+    name = f"own-{name}" if name in BUNDLED and name != model else name
+    set_limits(replace(limits, models={name: str(model)} | offered))
     for device in devices:
-        get_pipeline(model, device)
+        get_pipeline(name, device)
     use_stations([Station(device, bounds) for device in devices])
-    return launch(
-        host,
-        port,
-        model=model,
-        places=len(devices) * (bounds.waiting + bounds.together),
-        max_file_size=upload_bytes,
-        enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(Gate)]},
-        **settings,
-    )
+    return {
+        "model": name,
+        "places": len(devices) * (bounds.waiting + bounds.together),
+        "open_requests": _CONNECTIONS * bounds.of_one,
+    }
 
 
 def devices_of(text, dtype):

@@ -7,10 +7,11 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
 from studio.checkpoints.bundled import DEFAULT_TOKENIZER
-from studio.errors import StudioError
 from studio.ui.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.codecs import codec_caption, comparison_note, counted_bytes
 from studio.ui.components import duration, picture_grid, short_name, status_line, uploaded
+from studio.ui.examples import example
+from studio.ui.failures import sentence_of, toast
 from studio.ui.models import bundled_models, tokenizer_scale
 from studio.ui.sizes import readable, resized
 from studio.ui.token_grid import code_grids
@@ -20,7 +21,6 @@ OUTPUTS = ("pair", "opened", "codecs", "codes", "count", "download", "status")
 EXAMPLES = ("scene-melon.png", "scene-ewes.png")
 IDLE = status_line("Give any picture, and see what is left of it when it is turned into tokens and back.")
 LOADING = status_line("Loading the tokenizer …", state="running", fraction=0)
-_FOLDER = Path(__file__).parent
 _SCALES = {
     "length": ("Length", "How many of the first tokens to keep; the first ones matter most."),
     "depth": ("Depth", "How many levels of codes to keep, coarse to fine."),
@@ -43,7 +43,7 @@ def build_tab():
                 cancel = gr.Button("Cancel", variant="stop", elem_id="tokenize-cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[picture],
-                samples=[[str(_FOLDER / file)] for file in EXAMPLES],
+                samples=[[example(file)] for file in EXAMPLES],
                 label="Try",
                 elem_id="tokenize-examples",
                 type="index",
@@ -78,7 +78,8 @@ def build_tab():
                 allow_custom_value=True,
                 elem_id="tokenizer",
             )
-            count = gr.Slider(1, 2, step=1, elem_id="scale", buttons=[], **_scale_settings(tokenizer_scale(first)))
+            scale = {"maximum": 2} | _scale_settings(tokenizer_scale(first))  # an argument by position would win
+            count = gr.Slider(minimum=1, step=1, elem_id="scale", buttons=[], **scale)
             tile = gr.Checkbox(
                 False,
                 label="Tiles",
@@ -102,7 +103,7 @@ def build_tab():
         starts=[start],
         cancel=cancel,
     )
-    examples.click(lambda number: str(_FOLDER / EXAMPLES[number]), examples, picture, queue=False, **PRIVATE)
+    examples.click(lambda number: example(EXAMPLES[number]), examples, picture, queue=False, **PRIVATE)
     tokenizer.change(
         lambda name: gr.update(**_scale_settings(tokenizer_scale((name or "").strip()))),
         tokenizer,
@@ -128,7 +129,7 @@ def _endpoints(picture):
         """Turn a picture into tokens and back; streams the restored picture, then what JPEG and WebP make of it.
 
         Args:
-            picture: a picture file of any size.
+            picture: a picture file of any size; a tool is given its data (data:image/png;base64,... text), no link.
             tokenizer: a bundled one such as "emoji-vq", a folder, also of a model that draws, or a Hugging Face id.
             count: the length in tokens or the depth in levels to restore it from; all when empty.
             tile: cut it into squares of the tokenizer's size instead of resizing it to one; only for a One-D-Piece.
@@ -144,7 +145,7 @@ def _endpoints(picture):
         """Restore the picture of an .odp file.
 
         Args:
-            file: an .odp file, from here or from `studio tokenize`.
+            file: an .odp file; a tool is given its data (data:application/octet-stream;base64,... text), no link.
             tokenizer: the One-D-Piece tokenizer that it was made with, where the file names none that is bundled.
 
         Returns:
@@ -166,7 +167,7 @@ def _endpoints(picture):
 async def show_restoring(tokenizer, picture, count, tile=False):
     """Restore for the page: yields updates of its outputs, in the order of `OUTPUTS`.
 
-    A mistake in the values becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
     """
     shown = None
     try:
@@ -178,7 +179,7 @@ async def show_restoring(tokenizer, picture, count, tile=False):
             fresh = {} if found.decoded is shown else _restored(found, path)
             shown = found.decoded
             yield _updates(**fresh, codecs=_codecs(found, tokenizer), codes=_codes(found), status=_status(found))
-    except StudioError as error:
+    except Exception as error:
         yield _refused(error)
 
 
@@ -201,31 +202,25 @@ async def show_opening(tokenizer, file):
                     details=[("bytes", f"{found.bytes}"), ("tokenizer", short_name(found.tokenizer))],
                 ),
             )
-    except StudioError as error:
+    except Exception as error:
         yield _refused(error)
 
 
 async def answer_restoring(picture, tokenizer, count, tile):
-    """Restore for a program: yields (picture, file, details); a mistake is an error with the same sentence."""
-    try:
-        path = uploaded(picture)
-        async for found in restore(TokenWish(tokenizer, path, count, tile)):
-            if found.decoded is not None:
-                yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Restore for a program: yields (picture, file, details); what is wrong becomes an error with the same sentence."""
+    path = uploaded(picture)
+    async for found in restore(TokenWish(tokenizer, path, count, tile)):
+        if found.decoded is not None:
+            yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
 
 
 async def answer_opening(file, tokenizer):
     """Restore the picture of a file for a program: yields (picture, details)."""
-    try:
-        async for found in open_file(FileWish(tokenizer, uploaded(file))):
-            if found.picture is not None:
-                size = {"width": found.picture.width, "height": found.picture.height}
-                counts = {"tokenizer": found.tokenizer, "tokens": found.tokens, "bytes": found.bytes}
-                yield found.picture, {**counts, **size}
-    except StudioError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    async for found in open_file(FileWish(tokenizer, uploaded(file))):
+        if found.picture is not None:
+            size = {"width": found.picture.width, "height": found.picture.height}
+            counts = {"tokenizer": found.tokenizer, "tokens": found.tokens, "bytes": found.bytes}
+            yield found.picture, {**counts, **size}
 
 
 def _updates(**changes):
@@ -233,7 +228,7 @@ def _updates(**changes):
 
 
 def _refused(error):
-    gr.Warning(str(error), title="Please check", duration=10)
+    toast(sentence_of(error))
     return _updates(status=FAILED)
 
 

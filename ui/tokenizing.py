@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 from studio.errors import StudioError
+from studio.ui.checks import check_flag
 from studio.ui.lending import on_gpu
-from studio.ui.limits import limits
+from studio.ui.limits import check_model, limits
 from studio.ui.models import bundled_models, get_tokenizer, tokenizer_scale
 from studio.ui.scales import Scale
 from studio.ui.sizes import readable, resized
+from studio.ui.stopping import stoppable
 from studio.ui.tiling import restored_tiles
 from studio.ui.worker import follow
 
@@ -35,9 +37,8 @@ class TokenWish:
     tile: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
-        if not isinstance(self.tile, bool):
-            raise StudioError(f"Tiles are cut or not, true or false: not {self.tile!r}.")
+        object.__setattr__(self, "tokenizer", _name(self.tokenizer))
+        check_flag("Whether to cut tiles", self.tile)
         if not self.tokenizer:
             raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
         if not self.picture:
@@ -52,9 +53,14 @@ class FileWish:
     file: str | None
 
     def __post_init__(self):
-        object.__setattr__(self, "tokenizer", (self.tokenizer or "").strip())
+        object.__setattr__(self, "tokenizer", _name(self.tokenizer))
         if not self.file:
             raise StudioError("Give an .odp file first, one that this tab or `studio tokenize` made.")
+
+
+def _name(tokenizer):
+    """The name of a tokenizer in a request, empty for none."""
+    return check_model(tokenizer).strip() if tokenizer not in (None, "") else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +170,14 @@ def _restore(wish, job):
     found = Restoration(readable(picture), picture.size)
     job.report(found)
     tokenizer = get_tokenizer(wish.tokenizer, job.device)
-    if wish.tile:
-        given = picture
-        found = _with_tiles(found, wish, tokenizer, picture)
-    else:
-        given = _square(picture, tokenizer.config.sample_size)
-        found = _restored(found, wish, tokenizer, given)
-        if is_row(tokenizer):
-            found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
+    given = picture if wish.tile else _square(picture, tokenizer.config.sample_size)
+    with stoppable(tokenizer, job):
+        if wish.tile:
+            found = _with_tiles(found, wish, tokenizer, picture)
+        else:
+            found = _restored(found, wish, tokenizer, given)
+            if is_row(tokenizer):
+                found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
     job.report(found)
     for codec in CODECS if found.bytes is not None else ():
         if not job.stopped:
@@ -265,7 +271,9 @@ def _open(wish, job):
         raise StudioError(
             f"{name} was made with a One-D-Piece tokenizer: choose the one it was made with, not {chosen}."
         )
-    return Opened(decode_picture(content, tokenizer, name), chosen, len(content.tokens), len(data))
+    with stoppable(tokenizer, job):
+        picture = decode_picture(content, tokenizer, name)
+    return Opened(picture, chosen, len(content.tokens), len(data))
 
 
 def _read(path, name):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import math
 import secrets
 
 from studio import decoding_named, decodings_for
 from studio.errors import StudioError
-from studio.ui.limits import MOST_PICTURES, check_text, limits
+from studio.ui.checks import check_number, check_options, check_text, is_whole
+from studio.ui.limits import MOST_PICTURES, check_words, limits
 
 LARGEST_SEED = 2**53 - 1 - MOST_PICTURES  # a browser counts no further
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
@@ -37,12 +37,17 @@ class Wish:
         most = limits().pictures
         if not is_whole(self.count) or not 1 <= self.count <= most:
             raise StudioError(f"Choose between 1 and {most} pictures." if most > 1 else "Choose one picture.")
-        check_text("The prompt", self.prompt)
+        check_words("The prompt", self.prompt)
         if self.seed is not None and (not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
             raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one drawn.")
         object.__setattr__(self, "count", int(self.count))
         object.__setattr__(self, "seed", draw_seed() if self.seed is None else int(self.seed))
-        decoding_named(self.decoding).settings(**self.options)
+        for name in _SAMPLING:
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+        choice = decoding_named(check_text("The decoding", self.decoding, 100))
+        object.__setattr__(self, "options", check_options(choice, self.options))
+        choice.settings(**self.options)
 
     @classmethod
     def from_fields(cls, model, prompt, count, seed, guidance, temperature, top_k, top_p, decoding="ar", options=None):
@@ -116,8 +121,3 @@ def number_of(name, text, kind):
         what = "a whole number" if kind is int else "a number"
         called = name.replace("_", " ").capitalize()
         raise StudioError(f"{called} must be {what}, not {text[:40]!r}; or leave it empty.") from error
-
-
-def is_whole(number):
-    """Whether something is a finite number without a fraction."""
-    return isinstance(number, int | float) and math.isfinite(number) and number == int(number)

@@ -1,22 +1,29 @@
 """Long work beside the app: one thread a device that owns the models there, followed from the event loop.
 
 Handlers are asynchronous generators over `follow`. Cancelling one, closing it, or losing its visitor ends the
-`await` at once and sets the job's stop flag, which the work sees at its next step.
+`await` and sets the job's stop flag, which the work sees at its next step.
 """
 
 import asyncio
 import dataclasses
+import logging
 import threading
+import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context, copy_context
 
 from studio.errors import StudioError
 from studio.ui.models import Device
 from studio.ui.scheduler import Bounds, FairQueue
-from studio.ui.visitor import visitor
+from studio.ui.visitor import listening, visitor
 
 _SHORTEST_PAUSE = 0.04  # seconds between two items, so that fast models do not flood the browser
+_GLANCE = 1  # seconds between two looks at who listens
+CLOSING = "The server is about to stop and takes no more work: ask again when it is back."
+CLOSED = "The server stopped before this was done: ask again when it is back."
+_LOG = logging.getLogger(__name__)
 
 
 class Job:
@@ -47,7 +54,9 @@ class Job:
             self._loop.call_soon_threadsafe(self._news.set)
 
     async def _next(self):
-        await self._news.wait()
+        """The next item, or `None` where there is none for a while."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), _GLANCE)
         self._news.clear()
         item, self._latest = self._latest, None
         return item
@@ -98,18 +107,21 @@ class Station:
 
     def __init__(self, device, bounds):
         self.device = device
-        self._queue, self._lock, self._running = FairQueue(bounds), threading.Lock(), 0
+        self._queue, self._lock = FairQueue(bounds), threading.Lock()
+        self._running, self._closing = [], False
         self._thread = ThreadPoolExecutor(1, "studio-model", device.enter)
 
     @property
     def load(self):
         """Pictures that wait or are being drawn."""
         with self._lock:
-            return self._queue.pictures + self._running
+            return self._queue.pictures + sum(request.size for request in self._running)
 
     def submit(self, request):
-        """Let a request wait for its turn. Errors: `StudioError` where there is no room."""
+        """Let a request wait for its turn. Errors: `StudioError` where there is no room, or no more time."""
         with self._lock:
+            if self._closing:
+                raise StudioError(CLOSING)
             self._queue.add(request)
             self._tell()
         self._thread.submit(self._serve)
@@ -120,19 +132,30 @@ class Station:
             self._queue.remove(request)
             self._tell()
 
+    def close(self):
+        """Take no more requests; those that wait are still done."""
+        with self._lock:
+            self._closing = True
+
+    def abandon(self):
+        """Refuse all that wait and stop what is being done."""
+        with self._lock:
+            waiting = self._queue.places()
+            for request in waiting:
+                self._queue.remove(request)
+            for request in [*waiting, *self._running]:
+                request.job._stop.set()
+                _settle(request, StudioError(CLOSED))
+
     def _serve(self):
         with self._lock:
-            taken = [each for each in self._queue.take() if each.future.set_running_or_notify_cancel()]
-            self._running = sum(each.size for each in taken)
+            self._running = [each for each in self._queue.take() if each.future.set_running_or_notify_cancel()]
             self._tell()
-        results = _results(taken, self.device) if taken else []
+        results = _results(self._running, self.device) if self._running else []
         with self._lock:
-            self._running = 0
-        for request, result in zip(taken, results):
-            if isinstance(result, BaseException):
-                request.future.set_exception(result)
-            else:
-                request.future.set_result(result)
+            for request, result in zip(self._running, results):
+                _settle(request, result)
+            self._running = []
 
     def _tell(self):
         """Tell who waits how many turns come before, the one that is under way included."""
@@ -141,17 +164,33 @@ class Station:
                 request.job.report(request.share.waiting(ahead))
 
 
+def _settle(request, result):
+    """Give a request its result or its error, unless it has one or was withdrawn."""
+    with suppress(InvalidStateError):
+        if isinstance(result, BaseException):
+            request.future.set_exception(result)
+        else:
+            request.future.set_result(result)
+
+
 def _results(requests, device):
-    """What one call for these requests gives each of them, errors too: one that the call raises is everybody's."""
-    first, jobs = requests[0], [request.job for request in requests]
-    for job in jobs:
-        job.device = device
+    """What these requests give, errors too. A call for all of them that fails is done again for each alone."""
+    for request in requests:
+        request.job.device = device
+    if len(requests) > 1:
+        first, wishes = requests[0], [request.share.wish for request in requests]
+        try:
+            return first.context.run(first.share.together, wishes, [request.job for request in requests])
+        except BaseException as error:
+            _LOG.error("A call for %d requests failed; each is done alone", len(requests), exc_info=error)
+    return [_result(request) for request in requests]
+
+
+def _result(request):
     try:
-        if len(requests) == 1:
-            return [first.context.run(first.work, first.job)]
-        return first.context.run(first.share.together, [request.share.wish for request in requests], jobs)
+        return request.context.run(request.work, request.job)
     except BaseException as error:
-        return [error] * len(requests)
+        return error
 
 
 _stations = [Station(Device(), Bounds())]
@@ -160,6 +199,27 @@ _stations = [Station(Device(), Bounds())]
 def use_stations(stations):
     """Let all work from now on be done there, each by the least busy one that has room."""
     _stations[:] = stations
+
+
+def is_idle():
+    """Whether nothing waits or is being done."""
+    return not any(station.load for station in _stations)
+
+
+def drain(seconds):
+    """Take no more work from now on, wait until what there is has been done, and after so many seconds refuse the rest.
+
+    Returns:
+        Whether all of it was done.
+    """
+    for station in _stations:
+        station.close()
+    ends = time.monotonic() + seconds
+    while not (idle := is_idle()) and time.monotonic() < ends:
+        time.sleep(_SHORTEST_PAUSE)
+    for station in _stations:
+        station.abandon()
+    return idle
 
 
 def _submit(request):
@@ -184,9 +244,10 @@ async def follow(work, share=None):
     Yields the items it reports, newest only, and at last what it returns.
 
     Raises:
-        StudioError: too many wait already.
+        StudioError: too many wait already, the server stops, or nobody listens any more.
         Exception: whatever the work raises.
     """
+    is_heard = listening()
     job = Job(asyncio.get_running_loop())
     request = _Request(work, job, visitor(), share)
     station = _submit(request)
@@ -197,6 +258,8 @@ async def follow(work, share=None):
             if (item := await job._next()) is not None and not future.done():
                 yield item
                 await asyncio.sleep(_SHORTEST_PAUSE)
+            if not is_heard():
+                raise StudioError("Nobody listened for the answer: this request was dropped.")
         yield future.result()
     finally:
         job._stop.set()

@@ -40,8 +40,9 @@ def tokenize(
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
 
+    from studio.commands.saved import save
     from studio.pictures import open_picture
-    from studio.saving import check_writable, save_all
+    from studio.saving import check_writable
 
     picture = open_picture(image)
     check_writable(out)
@@ -50,7 +51,7 @@ def tokenize(
     from studio import encode_picture
 
     encoded = encode_picture(picture, model, length=length, psnr=psnr, size=size, tile=tile, refine=refine, name=name)
-    save_all({out: lambda path: path.write_bytes(encoded.data)})
+    save({out: lambda path: path.write_bytes(encoded.data)})
     width, height = picture.size
     tokens, written = len(encoded.file.tokens), len(encoded.data)
     emit(
@@ -83,7 +84,8 @@ def detokenize(
     as_json: Json = False,
 ):
     """Restore the picture of a file that `studio tokenize` wrote."""
-    from studio.saving import check_writable, png_writer, save_all
+    from studio.commands.saved import save
+    from studio.saving import check_writable, png_writer
 
     if out.suffix.lower() != ".png":
         raise StudioError(f"{out} does not end in .png: pictures are written as PNG.")
@@ -99,7 +101,7 @@ def detokenize(
     model, _ = _load(chosen, device)
     picture = decode_picture(content, model, file)
     call = {"file": file.name, "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
-    save_all({out: png_writer(picture, call, None)})
+    save({out: png_writer(picture, call, None)})
     emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
     say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")
 

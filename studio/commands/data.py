@@ -38,15 +38,16 @@ def scene(
     import numpy as np
     from PIL import Image
 
+    from studio.commands.saved import save
     from studio.data.scenes import draw_scene
-    from studio.saving import check_writable, save_all
+    from studio.saving import check_writable
 
     rows, columns = parsed_tiles(tiles)
     if out.suffix.lower() != ".png":
         raise StudioError(f"A scene is written as PNG: give a path that ends in .png, not {out}.")
     check_writable(out)
     drawn = draw_scene(np.random.default_rng(seed), (rows, columns), questions)
-    save_all({out: lambda path: Image.fromarray(drawn.picture).save(path, format="PNG")})
+    save({out: lambda path: Image.fromarray(drawn.picture).save(path, format="PNG")})
     asked = [{"kind": asked.kind, "question": asked.text, "answer": asked.answer} for asked in drawn.questions]
     emit({"path": str(out), "seed": seed, "tiles": [rows, columns], "questions": asked})
     for one in asked:

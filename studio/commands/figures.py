@@ -18,8 +18,8 @@ def check_figure(figure: Path | None) -> None:
 
 def save_figure(figure: Path | None, draw) -> None:
     """Writes what `draw()` returns, if a figure is wanted."""
-    from studio.saving import save_all
+    from studio.commands.saved import save
 
     if figure is not None:
         text = draw()
-        save_all({figure: lambda path: path.write_text(text, encoding="utf-8")})
+        save({figure: lambda path: path.write_text(text, encoding="utf-8")})

@@ -41,9 +41,13 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
 ):
     """Open the app in a browser."""
+    from studio.ui.storage import use_private_folder
+
+    folder = use_private_folder()  # before Gradio is imported
+
     from studio.ui.app import launch
 
-    launch(host=host, port=port)
+    launch(host=host, port=port, folder=folder)

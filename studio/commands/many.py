@@ -19,7 +19,7 @@ from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.processes import agreed, gather, join, process_count, process_index
 from studio.records import Records, read_records, sync
-from studio.saving import check_writable, png_writer, save_all, slug
+from studio.saving import check_writable, holds, png_writer, save_all, slug
 
 MANIFEST = "manifest.jsonl"
 _RECORDS = "records"
@@ -69,7 +69,7 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
     requests, pipe, device, weights = agreed(lambda: _prepare(file, out, model, seed, options, device, dtype))
     call = {"model": model, "dtype": weights}
     plan = plan_pictures(requests)
-    done = set(gather(agreed(lambda: _drawn_before(out, plan, call))))
+    done = set(gather(agreed(lambda: _drawn_before(out, plan, call, device))))
     mine = share(plan, done, batch_size or usual_batch_size(len(plan)))
     with closing(agreed(lambda: Records(out / _RECORDS, process_index()))) as records:
         _draw_share(pipe, mine, done, out, records, call, device)
@@ -188,18 +188,33 @@ def _warn_of_unknown_words(pipe, requests):
         warn(f"{len(found) - _WARNINGS} more lines have words that the model does not know.")
 
 
-def _drawn_before(out, plan, call):
-    """The paths of the pictures that an earlier run drew and this process can see."""
+def _drawn_before(out, plan, call, device):
+    """The paths of the pictures that an earlier run drew and this process can see.
+
+    Raises:
+        StudioError: there are pictures of other settings, or files that are none of ours, under the names of the plan.
+    """
     planned = {picture.path: picture.record(call) for picture in plan}
     done = []
     for record in read_records(out / _RECORDS):
-        if planned.get(record["path"]) != record:
+        if planned.get(record.get("path")) != record:
             raise StudioError(
-                f"{out} holds pictures of another file or other settings ({record['path']}): choose another --out."
+                f"{out} holds pictures of another file or other settings ({record.get('path')}): choose another --out."
             )
         if (out / record["path"]).is_file():
             done.append(record["path"])
+    for picture in plan:
+        path = out / picture.path
+        if picture.path not in done and os.path.lexists(path) and not holds(path, *_carried(picture, call, device)):
+            raise StudioError(f"{path} is a file that this command did not write: choose another --out.")
     return done
+
+
+def _carried(picture, call, device):
+    """The call and the seed that the file of a picture carries."""
+    record = picture.record(call)
+    shown = {name: record[name] for name in record if name not in {"path", "line", "index", "seed"}}
+    return {**shown, "device": device.type}, picture.seed
 
 
 def _draw_share(pipe, batches, done, out, records, call, device):
@@ -241,10 +256,9 @@ def _draw_share(pipe, batches, done, out, records, call, device):
 
 def _save(image, picture, out, records, call, device):
     record = picture.record(call)
-    shown = {name: value for name, value in record.items() if name not in {"path", "line", "index", "seed"}}
-    part = out / f"{picture.path}.part"
+    part = out / f".{picture.path}.part"
     try:
-        png_writer(image, {**shown, "device": device.type}, picture.seed)(part)
+        png_writer(image, *_carried(picture, call, device))(part)
         with open(part, "rb") as file:
             sync(file)
         records.append(record)

@@ -13,7 +13,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
     model: Annotated[str, typer.Option(help="What draws: a bundled name, a model folder or a Hub id.")] = "emoji-ar",
     devices: Annotated[
         str | None,
@@ -26,7 +26,7 @@ def serve(
                      show_default="by device"),
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that may wait for each device.")] = 64,
-    max_per_user: Annotated[int, typer.Option(min=1, help="Those of one browser tab or client among them.")] = 4,
+    max_per_user: Annotated[int, typer.Option(min=1, help="Those of one client (an address) among them.")] = 4,
     max_batch: Annotated[
         int, typer.Option(min=1, max=1024, help="Pictures of equal requests that are drawn in one call.")
     ] = 8,
@@ -35,10 +35,17 @@ def serve(
     max_answer: Annotated[int, typer.Option(min=64, help="Tokens of an answer to a question.")] = 256,
     max_upload: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a file that is given.")] = 10,
     max_pixels: Annotated[int, typer.Option(min=1, max=64, help="Million pixels of a picture that is given.")] = 16,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, max=3600, help="How long work may go on after SIGINT or SIGTERM.")
+    ] = 10,
 ):  # fmt: skip
     """Serve the app to many people: a queue per device, in turns, equal requests drawn together, within limits."""
     if max_pictures > max_batch:
         raise StudioError(f"--max-batch {max_batch} cannot hold --max-pictures {max_pictures}: raise the former.")
+    from studio.ui.storage import use_private_folder
+
+    folder = use_private_folder()  # before Gradio is imported
+
     from studio.ui.limits import Limits
     from studio.ui.scheduler import Bounds
     from studio.ui.serving import devices_of
@@ -53,6 +60,8 @@ def serve(
         bounds=Bounds(max_waiting, max_per_user, max_batch),
         limits=Limits(max_pictures, max_prompt, max_pixels * 1_000_000, max_answer),
         upload_bytes=max_upload * 1_000_000,
+        drain_seconds=drain_seconds,
+        folder=folder,
     )
 
 

@@ -77,7 +77,8 @@ def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device
     """
     rounds = [_round(number, clients) for number in range(requests + 1)]
     command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch), "--max-pictures", "1"]
-    command += ["--max-waiting", str(max(64, clients)), *(("--devices", str(device)) if device else ())]
+    command += ["--max-waiting", str(max(64, clients)), "--max-per-user", str(clients)]  # all come from one address
+    command += ["--devices", str(device)] if device else []
     with tempfile.TemporaryDirectory() as folder, _server(command, Path(folder)) as (url, process):
         with ThreadPoolExecutor(clients) as pool:
             asking = list(pool.map(lambda _: _client(url, folder), range(clients)))

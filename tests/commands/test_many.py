@@ -80,7 +80,7 @@ def test_a_second_run_draws_what_is_missing_and_nothing_else(run, tmp_path):
     lost = [rows[0]["path"], rows[3]["path"], rows[4]["path"]]
     (out / "manifest.jsonl").unlink()
     (out / lost[0]).unlink()
-    (out / lost[1]).rename(out / f"{lost[1]}.part")
+    (out / lost[1]).rename(out / f".{lost[1]}.part")
     (out / lost[2]).unlink()
     [records] = (out / "records").iterdir()
     records.write_bytes(records.read_bytes()[:-20])  # a kill in the middle of a line
@@ -90,6 +90,25 @@ def test_a_second_run_draws_what_is_missing_and_nothing_else(run, tmp_path):
     assert pictures(out) == before and manifest(out) == rows
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert not list(out.glob("*.part"))
+
+
+def test_a_damaged_record_costs_one_picture(run, tmp_path):
+    run(LINES, "out")
+    before, out = pictures(tmp_path / "out"), tmp_path / "out"
+    [records] = (out / "records").iterdir()
+    lines = records.read_bytes().split(b"\n")
+    records.write_bytes(b"\n".join([lines[0][:-9] + b"\xff", b"[]", *lines[1:]]))
+    code, document, err = run(LINES, "out")
+    assert code == 0 and document["drawn"] == 1 and pictures(out) == before, err
+
+
+def test_a_file_of_somebody_else_is_left_alone(run, tmp_path):
+    run(LINES, "other")
+    [name, *_] = [row["path"] for row in manifest(tmp_path / "other")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    code, _, err = run(LINES, "out")
+    assert code == 2 and "did not write" in err and (tmp_path / "out" / name).read_bytes() == b"mine"
 
 
 def test_added_lines_are_drawn_beside_the_earlier_ones(run, tmp_path):

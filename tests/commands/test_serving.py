@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from studio.ui import limits, models, serving, worker
+from studio.ui import limits, models, serving, storage, worker
 from studio.ui.limits import Limits
 from studio.ui.models import Device
 
@@ -13,6 +13,7 @@ from studio.ui.models import Device
 def launched(monkeypatch):
     """What the app was launched with, in place of launching it."""
     found = []
+    monkeypatch.setattr(storage, "use_private_folder", lambda: None)
     monkeypatch.setattr(worker, "_stations", [])
     monkeypatch.setattr(limits, "_limits", Limits())
     monkeypatch.setattr(models, "_elsewhere", defaultdict(dict))
@@ -26,13 +27,13 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
     code, _, err = run("serve", "--port", 7999, "--model", tiny_folder, *options, *more)
     assert code == 0, err
     [(where, how)] = launched
-    assert where == ("127.0.0.1", 7999) and how["max_file_size"] == 7_000_000 and how["places"] == 11
+    assert where == ("127.0.0.1", 7999) and how["upload_bytes"] == 7_000_000 and how["places"] == 11
     [station] = worker._stations
     assert station.device == Device("cpu", "float32")
     now = limits.limits()
     assert (now.pictures, now.characters, now.pixels, now.answer) == (3, 90, 9_000_000, 70)
-    assert now.models[0] == str(tiny_folder) and "emoji-vq" in now.models
-    assert list(models._elsewhere["pipelines", station.device]) == [str(tiny_folder)]
+    assert now.models[tiny_folder.name] == str(tiny_folder) and "emoji-vq" in now.models
+    assert list(models._elsewhere["pipelines", station.device]) == [how["model"]] == [tiny_folder.name]
 
 
 @pytest.mark.parametrize(

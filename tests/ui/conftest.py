@@ -9,8 +9,12 @@ from gradio_client import Client
 from studio import LlamaGen, VisualQuestionPipeline
 from studio.models.native import NativeLlamaGen
 from studio.models.packed import PackedLlamaGen
-from studio.ui import models
+from studio.ui import limits, models, worker
 from studio.ui.app import build_app, launch_settings
+from studio.ui.limits import Limits
+from studio.ui.scheduler import Bounds
+from studio.ui.server import running
+from studio.ui.serving import devices_of, prepare
 
 
 @pytest.fixture
@@ -44,10 +48,23 @@ def toasts(monkeypatch):
 
 @pytest.fixture
 def client(steps, reader):
-    app = build_app("tiny")
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
-    yield Client(url, verbose=False)
-    app.close()
+    with running(build_app("tiny"), "127.0.0.1", 0, **launch_settings()) as url:
+        yield Client(url, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(tiny_pipeline, tiny_reader):
+    """Where the tiny pipeline is served, within narrow limits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_stations", [])
+        patch.setattr(limits, "_limits", Limits())
+        patch.setitem(models._pipelines, "tiny", tiny_pipeline)
+        patch.setitem(models._readers, "tiny", VisualQuestionPipeline(*tiny_reader))
+        patch.setitem(models._tokenizers, "tiny", tiny_pipeline.image_tokenizer)
+        how = prepare("tiny", devices_of(None, None), Bounds(8, 2, 8), Limits(2, 40, 5000, 64))
+        blocks = build_app(how.pop("model"), how.pop("places"))
+        with running(blocks, "127.0.0.1", 0, upload_bytes=100_000, **how, **launch_settings()) as url:
+            yield url
 
 
 def _counted(method, calls, seconds):

@@ -62,9 +62,9 @@ def test_relaxed_is_approximate_in_a_race(mar, toasts):
     assert "plain" in status
 
 
-def test_a_race_needs_another_decoding(mar, toasts):
-    updates(generate.show_race, *FIELDS, "mar", {})
-    assert len(toasts) == 1 and "choose another decoding" in toasts[0]
+def test_plain_decoding_races_against_the_next_that_fits(mar, toasts):
+    _, lanes, _ = updates(generate.show_race, *FIELDS, "mar", {})[-1]
+    assert "Continuous speculative" in lanes and not toasts
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,24 @@ def test_a_tool_says_what_is_wrong(asked):
     assert answer.isError and "between 1 and 16" in answer.content[0].text
 
 
-def test_a_picture_is_given_as_data_and_never_as_a_path(asked, tmp_path):
+def test_a_picture_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     data = base64.b64encode((tmp_path / "secret.png").read_bytes()).decode()
     call = {"question": "what is it", "model": "tiny-reader", "method": "uniform", "keep": 0.5, "max_new_tokens": 2}
 
     async def both(session):
-        given = (f"data:image/png;base64,{data}", str(tmp_path / "secret.png"))
+        given = (f"data:image/png;base64,{data}", str(tmp_path / "secret.png"), "https://example.org/a.png")
         return [await session.call_tool("ask", {"picture": picture, **call}) for picture in given]
 
-    as_data, as_path = asked(both)
+    as_data, as_path, as_link = asked(both)
     assert not as_data.isError and "visual_tokens" in as_data.content[0].text
-    assert as_path.isError and "provide a url" in as_path.content[0].text
+    assert as_path.isError and "neither links nor paths" in as_path.content[0].text
+    assert as_link.isError and "neither links nor paths" in as_link.content[0].text
+
+
+def test_tools_say_how_a_file_is_given(asked):
+    tools = asked(lambda session: session.list_tools()).tools
+    described = {tool.name: tool.inputSchema["properties"] for tool in tools}
+    for name, value in (("ask", "picture"), ("tokenize", "picture"), ("detokenize", "file")):
+        assert "data:" in described[name][value]["format"] and "no link" in described[name][value]["description"]
+    assert "url to a file" not in str(described)

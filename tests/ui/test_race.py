@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from studio import DECODINGS
-from studio.ui import generate
+from studio.ui import generate, race
 from studio.ui.race import Turns
 
 FIELDS = ["a red apple", 4, "7", "", "", "", "", "speculative", {}]
@@ -40,9 +40,15 @@ def test_clocks_go_up_and_are_shown_before_the_end(steps):
     assert found[0] != found[-1]
 
 
-def test_a_race_needs_another_decoding(steps, toasts):
+def test_with_the_choice_that_a_page_begins_with_plain_decoding_races_against_the_next(steps, toasts):
     found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
-    assert len(toasts) == 1 and "choose another decoding" in toasts[0]
+    assert not toasts and "Speculative took" in found[-1][2]
+
+
+def test_a_model_with_one_decoding_cannot_race(steps, toasts, monkeypatch):
+    monkeypatch.setattr(race, "fitting_decodings", lambda name: ["ar"])
+    found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
+    assert len(toasts) == 1 and "one decoding only" in toasts[0]
     assert "unchanged" in found[-1][2] and not steps
 
 

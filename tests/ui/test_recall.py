@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from studio.errors import StudioError
 from studio.saving import png_writer
-from studio.ui import generate
+from studio.ui import failures, generate
 from studio.ui.app import build_app
 from studio.ui.deep_link import followed
 from studio.ui.recall import from_link, from_picture, link_to
@@ -89,7 +89,46 @@ def test_another_models_picture_comes_back_with_a_note(form, tmp_path, toasts):
 
 def test_an_option_without_a_field_is_named(form, toasts):
     form.filled(from_link({"decoding": "lantern", "delta": "0.2", "sigma": "1"}))
-    assert "no field for sigma" in toasts[0]
+    assert "no field for sigma 1" in toasts[0]
+
+
+ELSEWHERE = {"cfg_interval": 64, "num_tokens": 32, "device": "cuda:0", "dtype": "int8"}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_setting_without_a_field_is_named(form, tmp_path, toasts, name):
+    record = {"model": "emoji-ar", "prompt": "a fox", "class_label": None, name: ELSEWHERE[name]}
+    updates = held(form, form.filled(from_picture(saved(tmp_path, record, 9))))
+    assert updates["prompt"] == "a fox" and f"no field for {name} {ELSEWHERE[name]}:" in toasts[0]
+    followed({name: str(ELSEWHERE[name])}, form)
+    assert f"no field for {name} {ELSEWHERE[name]}:" in toasts[1]
+
+
+def test_where_it_was_drawn_is_no_news_where_it_is_drawn_alike(form, tmp_path, toasts):
+    record = {"model": "emoji-ar", "prompt": "a fox", "device": "cpu", "dtype": "float32"}
+    form.filled(from_picture(saved(tmp_path, record, 9)))
+    assert not toasts
+
+
+def test_the_options_of_a_decoding_that_is_not_here_are_named(form, toasts):
+    form.filled(from_link({"decoding": "cspd", "prefill": "0.5"}))
+    assert "no decoding cspd" in toasts[0] and "prefill 0.5" in toasts[0]
+
+
+HTML = "<img src='https://evil.example/x.png'><a href='https://evil.example'>Sign in</a>"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"model": HTML, "seed": "1"}, {"decoding": HTML}, {HTML: "1", "seed": "1"}, {"tab": HTML}, {"count": HTML},
+     {"seed": HTML}],  # fmt: skip
+)
+def test_words_of_a_link_are_text_in_toasts(form, toasts, parameters):
+    try:
+        followed(parameters, form)
+    except StudioError as error:
+        failures.toast(failures.sentence_of(error))
+    assert len(toasts) == 1 and "&lt;img" in toasts[0] and "<" not in toasts[0]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +170,7 @@ def test_a_link_opens_a_tab_and_fills_its_words(form):
     [
         ({"tab": "draw"}, "no tab 'draw'"),
         ({"count": "many"}, "a whole number"),
+        ({"count": "9" * 5000}, "a whole number"),
         ({"prompt": "a fox", "count": "99"}, "between 1 and 16"),
         ({"seed": "-1"}, "seed from 0"),
         ({"guidance": "much"}, "must be a number"),

@@ -24,11 +24,9 @@ from studio.ui.limits import Limits
 from studio.ui.models import Device
 from studio.ui.preview import Sketch
 from studio.ui.scheduler import Bounds
-from studio.ui.serving import devices_of, serve
+from studio.ui.serving import devices_of, prepare
 from studio.ui.wish import Wish
 from studio.ui.worker import Station
-
-HOW = {"bounds": Bounds(8, 2, 8), "limits": Limits(2, 40, 5000, 64), "upload_bytes": 100_000}
 
 
 @pytest.fixture
@@ -48,21 +46,6 @@ def calls(pipe, monkeypatch):
         drawing, "draw_together", lambda wishes, jobs: sizes.append(len(wishes)) or together(wishes, jobs)
     )
     return sizes
-
-
-@pytest.fixture(scope="module")
-def address(tiny_pipeline):
-    """Where the tiny pipeline is served."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_stations", [])
-        patch.setattr(limits, "_limits", Limits())
-        patch.setitem(models._pipelines, "tiny", tiny_pipeline)
-        devices = devices_of(None, None)
-        app, url, _ = serve(
-            "127.0.0.1", None, model="tiny", devices=devices, **HOW, prevent_thread_lock=True, quiet=True
-        )
-        yield url
-        app.get_blocks().close()
 
 
 def drawn(wishes):
@@ -150,13 +133,20 @@ def test_what_the_pipeline_refuses_keeps_nobody_else_from_drawing(pipe, calls):
     assert isinstance(bad, StudioError) and "prompt is empty" in str(bad)
 
 
-def test_an_error_of_a_call_reaches_everybody_in_it(pipe, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
+def test_a_call_that_fails_is_done_again_for_each_alone(pipe, calls, monkeypatch):
+    call = drawing.Call.__call__
+
+    def fail(self, on_step):
+        if any(wish.prompt == "a bad pear" for wish in self.wishes):
+            raise RuntimeError("out of memory")
+        return call(self, on_step)
 
     monkeypatch.setattr(drawing.Call, "__call__", fail)
-    found = drawn([Wish("tiny", "a pear", 1, seed) for seed in range(3)])
-    assert [str(error) for error in found] == ["out of memory"] * 3
+    prompts = ("a pear", "a bad pear", "a plum")
+    pear, bad, plum = drawn([Wish("tiny", prompt, 1, seed) for seed, prompt in enumerate(prompts)])
+    assert calls == [3, 1, 1, 1] and str(bad) == "out of memory"
+    for seed, prompt, found in ((0, "a pear", pear), (2, "a plum", plum)):
+        assert same(found[-1].pictures[0], alone(pipe, Wish("tiny", prompt, 1, seed)).images[0])
 
 
 def test_a_server_answers_within_its_limits(address):
@@ -237,7 +227,7 @@ def test_devices_are_listed_with_commas():
     assert devices_of(None, None) == [Device()]
     assert devices_of("cuda:0, cuda:1", "float32") == [Device("cuda:0", "float32"), Device("cuda:1", "float32")]
     with pytest.raises(StudioError, match="named twice"):
-        serve("127.0.0.1", 1, model="tiny", devices=devices_of("cpu,cpu", None), **HOW)
+        prepare("tiny", devices_of("cpu,cpu", None), Bounds(), Limits())
 
 
 def test_every_device_has_models_of_its_own(tiny_pipeline, monkeypatch):

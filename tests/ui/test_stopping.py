@@ -1,0 +1,181 @@
+"""Work that is given up: when nobody listens, when the server stops, and in the middle of a long call."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from gradio.context import LocalContext
+
+from studio import StudioError
+from studio.ui import visitor, worker
+from studio.ui.models import Device
+from studio.ui.scheduler import Bounds
+from studio.ui.stopping import Stopped, stoppable
+from studio.ui.visitor import Listeners
+from studio.ui.worker import CLOSED, CLOSING, Station, drain, follow
+
+LIMIT = 20  # seconds
+
+
+@pytest.fixture
+def station(monkeypatch):
+    """The only one, where a work lasts until it is told to end or to stop; `begun` are the works."""
+    found = Station(Device(), Bounds(waiting=8))
+    found.begun, found.end = [], threading.Event()
+    monkeypatch.setattr(worker, "_stations", [found])
+    yield found
+    found.end.set()
+
+
+@pytest.fixture
+def listeners(monkeypatch):
+    monkeypatch.setattr(visitor, "_PATIENCE", 0.5)
+    monkeypatch.setattr(worker, "_GLANCE", 0.1)
+    listeners = Listeners()
+    monkeypatch.setattr(visitor, "_listeners", listeners)
+    return listeners
+
+
+def ask(station, name):
+    """A task that follows a work."""
+
+    def work(job):
+        station.begun.append(name)
+        while not station.end.wait(0.01) and not job.stopped:
+            pass
+        return "stopped" if job.stopped else "done"
+
+    async def collect():
+        LocalContext.request.set(SimpleNamespace(session_hash=name))
+        return [item async for item in follow(work)][-1]
+
+    return asyncio.create_task(collect())
+
+
+def test_what_nobody_listens_for_is_dropped_and_frees_its_place(station, listeners):
+    async def scenario():
+        listeners.arrive("heard")
+        heard, never, left = ask(station, "heard"), ask(station, "never"), ask(station, "left")
+        listeners.arrive("left")
+        await asyncio.sleep(0.1)
+        listeners.leave("left")
+        never, left = await asyncio.gather(never, left, return_exceptions=True)
+        waiting = len(station._queue)
+        station.end.set()
+        return never, left, waiting, await heard
+
+    never, left, waiting, heard = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
+    assert "Nobody listened" in str(never) and "Nobody listened" in str(left)
+    assert waiting == 0 and heard == "done" and station.begun == ["heard"]
+
+
+def test_a_work_under_way_that_nobody_listens_for_stops(station, listeners):
+    async def scenario():
+        [error] = await asyncio.gather(ask(station, "never"), return_exceptions=True)
+        return error
+
+    assert "Nobody listened" in str(asyncio.run(asyncio.wait_for(scenario(), LIMIT)))
+    ends = time.monotonic() + LIMIT
+    while station.load and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert station.begun == ["never"] and not station.load
+
+
+def test_a_server_that_stops_does_what_it_has_time_for(station):
+    async def scenario():
+        tasks = [ask(station, name) for name in "ab"]
+        await asyncio.sleep(0.1)
+        drained = asyncio.create_task(asyncio.to_thread(drain, LIMIT))
+        await asyncio.sleep(0.1)
+        late = ask(station, "late")
+        station.end.set()
+        return await asyncio.gather(*tasks, late, drained, return_exceptions=True)
+
+    a, b, late, drained = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
+    assert (a, b, drained) == ("done", "done", True)
+    assert isinstance(late, StudioError) and str(late) == CLOSING
+
+
+def test_a_server_that_stops_refuses_the_rest_in_time(station):
+    async def scenario():
+        tasks = [ask(station, name) for name in "ab"]
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        drained = await asyncio.to_thread(drain, 0.3)
+        return await asyncio.gather(*tasks, return_exceptions=True), drained, time.monotonic() - began
+
+    (a, b), drained, seconds = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
+    assert not drained and 0.3 <= seconds < 2
+    assert [str(a), str(b)] == [CLOSED] * 2 and station.begun == ["a"]
+
+
+def test_a_network_stops_before_its_next_layer():
+    class Slow(torch.nn.Module):
+        def forward(self, pixels):
+            job.stopped = True
+            return pixels
+
+    job = SimpleNamespace(stopped=False)
+    network = torch.nn.Sequential(Slow(), torch.nn.Linear(1, 1))
+    with stoppable(network, job), pytest.raises(Stopped):
+        network(torch.zeros(1, 1))
+    network(torch.zeros(1, 1))  # and no longer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_everybody_is_told(number, tmp_path, tiny_folder):
+    """Four jobs that would take long: the one under way and those that wait end with a sentence, in time."""
+    code = (
+        "import time, studio\n"
+        "from studio import LlamaGen\n"
+        "from studio.models.native import NativeLlamaGen\n"
+        "from studio.models.packed import PackedLlamaGen\n"
+        "for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):\n"
+        "    def slow(self, *given, extend=network.extend, **how):\n"
+        "        time.sleep(1)\n"
+        "        return extend(self, *given, **how)\n"
+        "    network.extend = slow\n"
+        "from studio.cli import main\n"
+        "main()\n"
+    )
+    command = ["serve", "--port", "0", "--model", str(tiny_folder), "--drain-seconds", "1", "--max-batch", "4"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().split()[-1]
+        [folder] = tmp_path.glob("studio-*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        answers = []
+
+        def follow_one(seed):
+            data = {"data": ["a red apple", 1, seed, 1 + seed, None, None, None, "ar", {}]}
+            with httpx.Client(base_url=address, timeout=60) as http:
+                event = http.post("gradio_api/call/generate", json=data).json()["event_id"]
+                with http.stream("GET", f"gradio_api/call/generate/{event}") as found:
+                    answers.append(found.read().decode())
+
+        threads = [threading.Thread(target=follow_one, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(3)
+        began = time.monotonic()
+        process.send_signal(number)
+        for thread in threads:
+            thread.join(LIMIT)
+        assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+    assert time.monotonic() - began < LIMIT
+    assert len(answers) == 4 and all(CLOSED in answer for answer in answers), answers
+    assert not list(tmp_path.glob("studio-*"))
