@@ -9,9 +9,10 @@ format stay as they are.
 import torch
 import torch.nn.functional as F
 
-from studio.errors import StudioError
+from studio.checks import check_integer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 
+MAX_STEPS = 10_000
 RATE = 0.01
 """Adam's learning rate, for unit vectors."""
 _LEAST_ERROR = 1e-6  # below it, no picture is worth another step
@@ -34,7 +35,7 @@ def refined_tokens(
 
     Errors: `StudioError` for a number of steps that is none.
     """
-    check_steps(steps)
+    steps = check_steps(steps)
     best, least = None, None
     with torch.inference_mode(False), torch.enable_grad():
         images = images.clone()
@@ -61,7 +62,6 @@ def refined_tokens(
     return best, least
 
 
-def check_steps(steps: int) -> None:
-    """Errors: `StudioError` for what is no whole number of at least 0."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise StudioError(f"refine must be a whole number of steps, at least 0, not {steps!r}.")
+def check_steps(steps: int) -> int:
+    """The number of steps as an `int`. Raises: `StudioError` for what is no integer from 0 to 10,000."""
+    return check_integer("refine", steps, 0, MAX_STEPS)

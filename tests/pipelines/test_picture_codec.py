@@ -75,7 +75,7 @@ def test_a_search_restores_better_in_a_file_of_the_same_form(tokenizer, wish):
     plain, refined = (encode_picture(original, tokenizer, tile=True, refine=steps, **wish) for steps in (0, 20))
     assert len(refined.data) == len(plain.data) and refined.psnr > plain.psnr
     assert decode_picture(refined.data, tokenizer).tobytes() == refined.restored.tobytes()
-    with pytest.raises(StudioError, match="whole number of steps"):
+    with pytest.raises(StudioError, match="refine must be a whole number"):
         encode_picture(original, tokenizer, refine=-1)
 
 
