@@ -27,10 +27,12 @@ from studio.errors import StudioError
 MAGIC, VERSION = b"ODP", 1
 MOST_NAME = 8
 MOST_PIXELS = 64_000_000
+MOST_TOKENS = 1 << 21
 _TILED = 0x80
 _MOST_BITS = 24
 _SIDE_BYTES, _COUNT_BYTES = 3, 4
 _CHECKSUM_BYTES = 4
+_AT_ONCE = 1 << 16  # tokens, of which eight are whole bytes
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class OdpFile:
             raise StudioError(f"A file holds a picture of 1 to 64 million pixels, not {self.width} x {self.height}.")
         if not 1 <= self.bits <= _MOST_BITS:
             raise StudioError(f"A token number has from 1 to {_MOST_BITS} bits in a file, not {self.bits}.")
-        if not 1 <= len(self.tokens) < 1 << 7 * _COUNT_BYTES:
-            raise StudioError(f"A file holds from 1 to {(1 << 7 * _COUNT_BYTES) - 1} tokens, not {len(self.tokens)}.")
+        if not 1 <= len(self.tokens) <= MOST_TOKENS:
+            raise StudioError(f"A file holds from 1 to {MOST_TOKENS} tokens, not {len(self.tokens)}.")
         if not 0 <= min(self.tokens) <= max(self.tokens) < 1 << self.bits:
             raise StudioError(f"Not all token numbers fit into {self.bits} bits.")
 
@@ -84,6 +86,9 @@ class OdpFile:
 
         Errors: `StudioError` for bytes that are no such file, of a later version, cut short, or damaged.
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise StudioError(f"{name} must be given as bytes, not as a {type(data).__name__}.")
+        data = bytes(data)
         if data[: len(MAGIC)] != MAGIC:
             raise StudioError(f"{name} is not an .odp file: write one with `studio tokenize`.")
         if len(data) > 3 and data[3] != VERSION:
@@ -101,6 +106,8 @@ class OdpFile:
             tokenizer = reader.take(name_length).decode("ascii")
             checksum = int.from_bytes(reader.take(_CHECKSUM_BYTES), "big")
             width, height, count = reader.number(_SIDE_BYTES), reader.number(_SIDE_BYTES), reader.number(_COUNT_BYTES)
+            if count > MOST_TOKENS:
+                raise StudioError(f"{name} says it holds {count} tokens: at most {MOST_TOKENS} are read.")
             payload = reader.take(payload_bytes(count, bits))
             if reader.place != len(reader.data):
                 raise ValueError("more bytes than tokens")
@@ -156,15 +163,21 @@ def payload_bytes(count: int, bits: int) -> int:
 
 def pack(tokens, bits: int) -> bytes:
     """Token numbers (n,) as bits, highest first, filled up with zeros to whole bytes."""
-    numbers = np.asarray(tokens, dtype=np.int64)
-    places = np.arange(bits - 1, -1, -1)
-    return np.packbits((numbers[:, None] >> places & 1).astype(np.uint8).reshape(-1)).tobytes()
+    numbers = np.asarray(tokens, dtype=np.int32)
+    places = np.arange(bits - 1, -1, -1, dtype=np.int32)
+    parts = [numbers[start : start + _AT_ONCE, None] for start in range(0, len(numbers), _AT_ONCE)]
+    return b"".join(np.packbits((part >> places & 1).astype(np.uint8)).tobytes() for part in parts)
 
 
 def unpack(data: bytes, bits: int, count: int) -> list[int]:
     """The first `count` token numbers of packed bytes."""
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits)
-    return (flat.reshape(count, bits) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))).tolist()
+    packed, values = np.frombuffer(data, dtype=np.uint8), 1 << np.arange(bits - 1, -1, -1, dtype=np.int32)
+    numbers: list[int] = []
+    for start in range(0, count, _AT_ONCE):
+        some = min(_AT_ONCE, count - start)
+        flat = np.unpackbits(packed[start * bits // 8 :][: payload_bytes(some, bits)], count=some * bits)
+        numbers += (flat.reshape(some, bits) @ values).tolist()
+    return numbers
 
 
 def _number(value: int) -> bytes:

@@ -95,6 +95,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """A text that can be written as UTF-8: what is no Unicode in it, such as in a file name, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def set_fields(settings, **values) -> None:
     """Set fields of a frozen dataclass, from its `__post_init__`, to what its checks returned."""
     for name, value in values.items():
@@ -106,6 +111,6 @@ def shown(value) -> str:
     if isinstance(value, Integral) and abs(value) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     try:
-        return _repr.repr(value).encode("utf-8", "backslashreplace").decode()
+        return printable(_repr.repr(value))
     except ValueError:
         return f"a {type(value).__name__}"

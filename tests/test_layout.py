@@ -38,7 +38,17 @@ MAY_ALSO = {
     ("training", "evaluation"),
 }
 FOUNDATIONS = {"checks", "errors", "files", "pictures"}
-PUBLIC = {"studio", "studio.errors", "checkpoints", "training", "evaluation", "pictures", "processes", "saving"}
+PUBLIC = {
+    "studio",
+    "studio.errors",
+    "checks",
+    "checkpoints",
+    "training",
+    "evaluation",
+    "pictures",
+    "processes",
+    "saving",
+}
 """What the surfaces may use, as a user would: `studio.__all__`, and the public modules of these packages."""
 
 

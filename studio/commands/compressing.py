@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from studio.checkpoints.bundled import BUNDLED, DEFAULT_TOKENIZER
+from studio.checks import printable
 from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
-MOST_BYTES = 1 << 26
+MOST_BYTES = 1 << 23  # the longest file with as many tokens as are read has fewer
 
 
 def tokenize(
@@ -98,7 +99,7 @@ def detokenize(
     chosen = tokenizer or content.tokenizer
     model, _ = _load(chosen, device)
     picture = decode_picture(content, model, file)
-    call = {"file": file.name, "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
+    call = {"file": printable(file.name), "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
     save_all({out: png_writer(picture, call, None)})
     emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
     say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")

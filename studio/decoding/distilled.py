@@ -92,7 +92,9 @@ class Distilled:
         `steps` as of `distilled`.
         """
         total = steps or len(student.bounds) - 1
-        check_integer("The number of calls of this student", len(self.times or ()) or self.steps, 1, total)
+        calls = len(self.times or ()) or self.steps
+        if calls > total:
+            raise StudioError(f"The student draws {total} steps, too few for {calls} calls: give fewer steps.")
         times = self.times or spread_times(self.steps, total, student.horizon)
         if times[-1] > total or any(a >= b for a, b in pairwise(times)):
             raise StudioError(f"The student draws {total} steps, too few for calls at {', '.join(map(str, times))}.")
