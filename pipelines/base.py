@@ -3,6 +3,7 @@
 import functools
 import inspect
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -216,6 +217,15 @@ class ConditionalPipeline(DiffusionPipeline):
         if not return_dict:
             return images, tokens, stats
         return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
+
+    def decoded_pictures(self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str):
+        """Pictures of tokens (B, ...), in the form that was asked for.
+
+        `decode` makes pixels of some of them. On a CPU that is one at a time, which takes about half as long again: the
+        convolutions there round otherwise in a batch, and one seed would not always give one PNG.
+        """
+        parts = tokens.split(1) if tokens.device.type == "cpu" else [tokens]
+        return self.finished_pictures(torch.cat([decode(part) for part in parts]), output_type)
 
     def finished_pictures(self, pixels: torch.Tensor, output_type: str):
         """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""

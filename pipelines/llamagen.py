@@ -177,13 +177,13 @@ class LlamaGenPipeline(ConditionalPipeline):
 
         In a grid, what is missing repeats the first token; of a row, any n from 1 on are a picture.
         """
-        return self.finished_pictures(self.image_tokenizer.decode(self._laid_out(tokens)), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode, self._laid_out(tokens), output_type)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
         """The first code vectors (B, n, code_dim) to pictures, as of `decode_tokens`."""
         vectors = self._laid_out(latents.to(self.image_tokenizer.dtype))
-        return self.finished_pictures(self.image_tokenizer.decode_vectors(vectors), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode_vectors, vectors, output_type)
 
     def _laid_out(self, drawing: torch.Tensor) -> torch.Tensor:
         """The first tokens or vectors (B, n, ...) as the image tokenizer has them: a row, or a grid (B, h, w, ...)."""

@@ -151,7 +151,7 @@ class MARPipeline(ConditionalPipeline):
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
         """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
         latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
-        return self.finished_pictures(self.image_tokenizer.decode(latents), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode, latents, output_type)
 
     @torch.no_grad()
     def __call__(

@@ -108,7 +108,7 @@ class ContinuousDrawn(MaskedDrawn):
     """As of `MaskedDrawn`, but `seconds` holds "target" and "draft".
 
     `from_draft` (B, L) bool marks the tokens whose draft was accepted. `tested` and `accepted` count tokens, `trials`
-    rounds (relaxed) or single trials (exact) of drawing anew, and `fallbacks` tokens that no trial accepted.
+    rounds (relaxed) or single trials (exact) of drawing anew, and `fallbacks` rejected tokens that no trial accepted.
     """
 
     from_draft: torch.Tensor | None = None
@@ -261,15 +261,15 @@ class _Run:
     def _replace(self, places: Places, target: Ends, draft: Ends, rejected: torch.Tensor) -> None:
         if self.settings.reference:
             redrawn = redraw_reference(target, draft, places, self.noise, self.settings.max_rounds)
-            tokens = redrawn.tokens[rejected]
+            tokens, fallbacks = redrawn.tokens[rejected], redrawn.fallbacks[rejected]
         else:
             redrawn = redraw(
                 target.take(rejected), draft.take(rejected), places.take(rejected), self.noise, self.settings.max_rounds
             )
-            tokens = redrawn.tokens
+            tokens, fallbacks = redrawn.tokens, redrawn.fallbacks
         put(self.tokens, places.take(rejected), tokens)
         self.drawn.trials += redrawn.rounds
-        self.drawn.fallbacks += redrawn.fallbacks
+        self.drawn.fallbacks += int(fallbacks.sum())
 
     def _descend(self, painter: Painter, step: Step, scales: torch.Tensor | None = None):
         """Places of a step and the denoising steps of its tokens, lazily."""
