@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from studio.checks import check_choice, check_integer, check_number, check_text, shown
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
+from studio.pipelines.chat_template import reading
 from studio.pipelines.known_words import write_known_words
 from studio.pipelines.open_choices import completed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
@@ -144,7 +145,7 @@ class ConditionalPipeline(DiffusionPipeline):
         if self.config.lowercase_prompts:
             texts = [text.lower() for text in texts]
         length = self.transformer.config.caption_length
-        full = self.tokenizer(texts, truncation=False)["input_ids"]
+        full = reading(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
         if (longest := max(map(len, full))) > length:
             logger.warning("The prompt is cut: %d text tokens, of which the model reads %d.", longest, length)
         ids = self.tokenizer(

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from studio.checks import check_integer, check_number, check_text
 from studio.errors import StudioError
 from studio.pictures import rgb_image
+from studio.pipelines.chat_template import bounded_render, check_template, reading
 from studio.pruning.binding import prune_inputs
 from studio.pruning.patches import PatchView, patch_views
 from studio.pruning.shortening import PruneInfo
@@ -54,6 +55,7 @@ class VisualQuestionPipeline:
     """
 
     def __init__(self, model, processor):
+        check_template(getattr(processor, "chat_template", None))
         self.model, self.processor = model, processor
 
     @property
@@ -100,7 +102,8 @@ class VisualQuestionPipeline:
         max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
         share = check_number("keep", keep, 0, 1, above=True)
         image = rgb_image(image)
-        inputs = self.processor(images=image, text=self._prompt(question.strip()), return_tensors="pt").to(self.device)
+        prompt = self._prompt(question.strip())
+        inputs = reading(lambda: self.processor(images=image, text=prompt, return_tensors="pt")).to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         method, share = ("uniform", 1.0) if prune is None else (prune, float(share))
@@ -136,8 +139,9 @@ class VisualQuestionPipeline:
         if not getattr(self.processor, "chat_template", None):
             return f"{self.processor.image_token}\n{question}"
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        turn = [{"role": "user", "content": content}]
+        return bounded_render(
+            lambda: self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         )
 
 

@@ -4,6 +4,7 @@ A number that passes comes back as Python's own `int` or `float`, so that numpy'
 work everywhere and are written to JSON; callers put it in place of what was given. `bool` is no number here.
 """
 
+import json
 import reprlib
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -98,6 +99,17 @@ def is_unicode(text: str) -> bool:
 def printable(text: str) -> str:
     """A text that can be written as UTF-8: what is no Unicode in it, such as in a file name, is escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_text(value) -> str:
+    """JSON that can be written as UTF-8: readable, or ASCII where a text in it, such as a path, is no Unicode."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if is_unicode(text) else json.dumps(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def set_fields(settings, **values) -> None:

@@ -8,10 +8,11 @@ to 65,535, as 16-bit files have them, floating-point numbers (`F`) from 0 to 1, 
 black or white. Transparency is put on white.
 """
 
+import os
 import warnings
-from pathlib import Path
 
 from studio.errors import StudioError
+from studio.files import user_path
 
 MOST_PIXELS = 64_000_000
 SMALLEST_SIDE = 8
@@ -42,9 +43,9 @@ def open_picture(path, name=None, most_pixels=MOST_PIXELS):
     """
     from PIL import Image, UnidentifiedImageError
 
-    path = _file(path)
+    path = user_path(path)
     name = name or path
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise StudioError(f"There is no picture {name}.")
     try:
         with warnings.catch_warnings():
@@ -109,14 +110,6 @@ def check_shape(name, width, height):
         raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):
         raise StudioError(f"{name} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
-
-
-def _file(path):
-    """The path with a leading `~` replaced where that user is known."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def _why_unknown(path):

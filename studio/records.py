@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 
+from studio.checks import json_text
 from studio.errors import StudioError
 from studio.saving import make_folders
 
@@ -32,7 +33,7 @@ class Records:
 
     def append(self, record):
         """Write a record, a JSON value, and return when it will survive a loss of power."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json_text(record).encode() + b"\n")
         sync(self._file)
 
     def close(self):
@@ -45,9 +46,27 @@ class Records:
 
 
 def read_records(folder):
-    """Every whole record in a folder of records, oldest first in each file; `[]` where there is no such folder."""
-    lines = (line for file in sorted(folder.glob("*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1])
-    return [json.loads(line) for line in lines]
+    """The records of a folder, oldest first in each file.
+
+    Args:
+        folder: a `Path`; where there is none there are no records.
+
+    Returns:
+        The records, dicts, and how many lines are none: a disk or an editor damaged them, and what they recorded counts
+        as not done.
+    """
+    records, damaged = [], 0
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                damaged += 1
+    return records, damaged
 
 
 def sync(file):

@@ -1,5 +1,6 @@
 """`studio tokenize`, `studio detokenize`, and how they compare with other files (`studio bench rate-distortion`)."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -153,7 +154,7 @@ def _load(name, device):
 
 def _read(file):
     """The bytes of a file, of a very long one the first: it is no .odp file, and would fill the memory."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise StudioError(f"There is no file {file}.")
     try:
         with file.open("rb") as opened:

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from studio.checks import json_text, shown
 from studio.commands.decodings import decoding_of, named
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
@@ -76,7 +77,7 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
 
     drawn = set(gather([picture.path for picture in sum(mine, []) if picture.path not in done]))
     if process_index() == 0:
-        lines = [json.dumps(picture.record(call), ensure_ascii=False) for picture in plan]
+        lines = [json_text(picture.record(call)) for picture in plan]
         save_all({out / MANIFEST: lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")})
     emit(
         {
@@ -191,14 +192,18 @@ def _warn_of_unknown_words(pipe, requests):
 def _drawn_before(out, plan, call):
     """The paths of the pictures that an earlier run drew and this process can see."""
     planned = {picture.path: picture.record(call) for picture in plan}
+    records, damaged = read_records(out / _RECORDS)
     done = []
-    for record in read_records(out / _RECORDS):
-        if planned.get(record["path"]) != record:
+    for record in records:
+        path = record.get("path")
+        if not isinstance(path, str) or planned.get(path) != record:
             raise StudioError(
-                f"{out} holds pictures of another file or other settings ({record['path']}): choose another --out."
+                f"{out} holds pictures of another file or other settings ({shown(path)}): choose another --out."
             )
-        if (out / record["path"]).is_file():
-            done.append(record["path"])
+        if (out / path).is_file():
+            done.append(path)
+    if damaged:
+        warn(f"{out / _RECORDS} has {damaged} damaged lines: what they recorded is drawn again.")
     return done
 
 
