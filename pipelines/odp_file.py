@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 MAGIC, VERSION = b"ODP", 1
@@ -59,8 +60,9 @@ class OdpFile:
     tokens: tuple[int, ...]
 
     def __post_init__(self):
-        if not re.fullmatch(rf"[\x21-\x7e]{{0,{MOST_NAME}}}", self.tokenizer):
-            raise StudioError(f"A tokenizer's name in a file has at most {MOST_NAME} letters, not {self.tokenizer!r}.")
+        if not isinstance(self.tokenizer, str) or not re.fullmatch(rf"[\x21-\x7e]{{0,{MOST_NAME}}}", self.tokenizer):
+            named = shown(self.tokenizer)
+            raise StudioError(f"A tokenizer's name in a file has at most {MOST_NAME} letters, not {named}.")
         if min(self.width, self.height) < 1 or self.width * self.height > MOST_PIXELS:
             raise StudioError(f"A file holds a picture of 1 to 64 million pixels, not {self.width} x {self.height}.")
         if not 1 <= self.bits <= _MOST_BITS:

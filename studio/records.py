@@ -3,10 +3,13 @@
 import fcntl
 import json
 import os
+import zlib
 
 from studio.checks import json_text
 from studio.errors import StudioError
 from studio.saving import make_folders
+
+_CHECKSUM = "crc32"
 
 
 class Records:
@@ -32,8 +35,8 @@ class Records:
         self._cut_torn_line()
 
     def append(self, record):
-        """Write a record, a JSON value, and return when it will survive a loss of power."""
-        self._file.write(json_text(record).encode() + b"\n")
+        """Write a record, a dict of JSON values, and return when it will survive a loss of power."""
+        self._file.write(json_text({**record, _CHECKSUM: _checksum(record)}).encode() + b"\n")
         sync(self._file)
 
     def close(self):
@@ -62,11 +65,16 @@ def read_records(folder):
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict):
+            if isinstance(record, dict) and record.pop(_CHECKSUM, None) == _checksum(record):
                 records.append(record)
             else:
                 damaged += 1
     return records, damaged
+
+
+def _checksum(record):
+    """CRC-32 of what a record says."""
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def sync(file):

@@ -303,10 +303,8 @@ def _check_class(config, expected, folder):
 
 def _class_of(config):
     """The name of the class that a configuration is of, or None."""
-    architectures = config.get("architectures")
-    found = config.get("_class_name") or (
-        architectures[0] if isinstance(architectures, list) and architectures else None
-    )
+    named = config.get("_class_name") or config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else named
     return found if isinstance(found, str) else None
 
 
