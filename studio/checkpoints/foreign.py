@@ -18,6 +18,7 @@ from studio.errors import StudioError
 MAX_TEXT_BYTES = 64 << 20
 """Of one file of text: the largest vocabularies are half of that."""
 MAX_PATTERN_CHARACTERS = 2000
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1000
 _TEXT = {".json", ".txt", ".model", ".jinja"}
 _READ = {*_TEXT, ".safetensors"}
 
@@ -56,6 +57,15 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise StudioError(f"{path} is not a configuration file.")
     return content
+
+
+def check_sizes(config: Mapping, folder: Path) -> None:
+    """Raises a `StudioError` for sizes that no model has: a network is built by them before weights are read."""
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        most = MAX_LAYERS if re.search("layers|depth|blocks", name) else MAX_SIZE
+        if any(isinstance(number, int) and abs(number) > most for number in numbers):
+            raise StudioError(f"The config.json of {folder} is damaged: its {name} is above {most}.")
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], source: Path) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, unknown_name
-from studio.checkpoints.foreign import check_folder, check_weights, read_json
+from studio.checkpoints.foreign import check_folder, check_sizes, check_weights, read_json
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.checks import first_line, shown
 from studio.errors import StudioError
@@ -254,7 +254,9 @@ def load_model(model_class, folder, dtype):
 
     Errors: `StudioError` for another class or other weights.
     """
-    _check_class(read_json(folder / "config.json"), model_class, folder)
+    config = read_json(folder / "config.json")
+    _check_class(config, model_class, folder)
+    check_sizes(config, folder)
     return _load_weights(model_class, folder, dtype).to(memory_format=torch.channels_last)
 
 
@@ -315,9 +317,9 @@ def pick_device(device):
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise StudioError(
-            f"The device {str(device)!r} is not there: use cpu, cuda, cuda:N or mps, whichever this machine has."
+            f"The device {shown(str(device))} is not there: use cpu, cuda, cuda:N or mps, whichever this machine has."
         ) from error
     return device
 
@@ -327,6 +329,6 @@ def _dtype(dtype, device):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
-        raise StudioError(f"The dtype {str(dtype)!r} is unknown: use one of {', '.join(DTYPES)}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise StudioError(f"The dtype {shown(str(dtype))} is unknown: use one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
