@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from studio.checks import check_integer, check_number
+from studio.checks import check_flag, check_integer, check_number
 from studio.errors import StudioError, check_stopped
 from studio.pictures import rgb_image
 from studio.pipelines.odp_file import MOST_PIXELS, OdpFile
@@ -93,6 +93,7 @@ def encode_picture(
         size = check_integer("size", size, 1)
     if psnr is not None:
         psnr = check_number("psnr", psnr)
+    tile = check_flag("tile", tile)
     tiles = count_tiles(picture.size, tokenizer.config.sample_size) if tile else 1
     checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
     began = time.perf_counter()

@@ -67,6 +67,13 @@ def check_choice(name: str, value, allowed: Collection[str]) -> None:
         raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
 
 
+def check_flag(name: str, value) -> bool:
+    """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise StudioError(f"{name} must be True or False, not {shown(value)}.")
+    return bool(value)
+
+
 def check_text(name: str, value, maximum: int, empty: str) -> None:
     """Check words that a person gives.
 

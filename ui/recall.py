@@ -52,7 +52,9 @@ def from_picture(path):
         decoding = dict(call.get("decoding") or {})
         seeds = seed if isinstance(seed, list) else [seed]
         basic = {"prompt": str(call["prompt"] or ""), "count": len(seeds), "seed": str(int(seeds[0]))}
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError) as error:
+    except (
+        *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SyntaxError, TypeError, ValueError),
+    ) as error:
         raise StudioError(_NO_PICTURE) from error
     for name, argument in _SAMPLING.items():
         basic[name] = "" if call.get(argument) is None else str(call[argument])

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.checks import check_number
+from studio.checks import check_flag, check_number
 from studio.errors import StudioError
 
 _TINY = 1e-12
@@ -69,6 +69,7 @@ def check_budgets(
     tv_budget: float | None, ratio_budget: float | None, reference: bool
 ) -> tuple[float | None, float | None]:
     """Both budgets as Python's numbers. Raises: `StudioError` for budgets that cannot be used."""
+    reference = check_flag("reference", reference)
     if tv_budget is None and ratio_budget is None:
         raise StudioError("Relaxed acceptance needs a bound: give the mass that may move, or the ratio, or both.")
     if reference and tv_budget is not None and ratio_budget is not None:

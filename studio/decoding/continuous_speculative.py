@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.checks import check_choice, check_integer, check_number, set_fields
+from studio.checks import check_choice, check_flag, check_integer, check_number, set_fields
 from studio.decoding.aligned_acceptance import Ends, log_ratio, redraw, redraw_reference
 from studio.decoding.denoising import descend
 from studio.decoding.masked_autoregressive import (
@@ -68,6 +68,7 @@ class ContinuousSpeculative(MaskedAutoregressive):
         super().__post_init__()
         check_choice("mode", self.mode, MODES)
         set_fields(self, prefill=check_number("prefill", self.prefill, 0, 1))
+        set_fields(self, reference=check_flag("reference", self.reference))
         if self.mode == "exact":
             given = [name for name in _RELAXED if getattr(self, name) is not None]
             if given or self.reference:

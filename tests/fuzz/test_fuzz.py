@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def recall(rng, file):
     seed = 3
     for _ in range(rng.randint(0, 3)):
         name = rng.choice([*call, "guidance_scale", "top_k", "temperature", "seed", "call"])
-        value = rng.choice([value for value in ODD_JSON if value != "\ud800"])
+        value = deepcopy(rng.choice([value for value in ODD_JSON if value != "\ud800"]))
         if name == "seed":
             seed = value
         elif name == "call":
@@ -174,7 +175,7 @@ def give_value(rng, pipelines, tokenizer):
         option = rng.choice([*(option.name for option in studio.DECODINGS[name].options), "steps", "delta"])
         studio.decoding_named(name).settings(**{option: value})
     elif what == 2:
-        names = ["length", "psnr", "size", "refine", "name", "picture"]
+        names = ["length", "psnr", "size", "refine", "name", "tile", "picture"]
         given = {"picture": Image.new("RGB", (20, 20)), rng.choice(names): value}
         if isinstance(given.get("refine"), int):
             given["refine"] = min(given["refine"], 2) if given["refine"] <= 10_000 else given["refine"]
