@@ -148,12 +148,12 @@ class LlamaGenPipeline(ConditionalPipeline):
         Returns:
             What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
+        cfg_interval = check_integer("cfg_interval", cfg_interval, -1)
         steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         steering["cfg_interval"] = None if cfg_interval == -1 else cfg_interval
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        check_integer("cfg_interval", cfg_interval, -1)
         if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         self.check_number(num_tokens)

@@ -100,26 +100,23 @@ class OdpFile:
         if _crc(data[:-_CHECKSUM_BYTES]) != data[-_CHECKSUM_BYTES:]:
             raise StudioError(f"{name} is damaged or cut short: its checksum is not that of its content.")
         reader = _Reader(data[:-_CHECKSUM_BYTES], len(MAGIC) + 1)
+        damaged = f"{name} is not a whole .odp file: its header does not fit its content."
         try:
-            flags, name_length = reader.take(1)[0], reader.take(1)[0]
-            bits = flags & ~_TILED
-            if not 1 <= bits <= _MOST_BITS:
-                raise ValueError("no bits, or too many")
-            tokenizer = reader.take(name_length).decode("ascii")
-            checksum = int.from_bytes(reader.take(_CHECKSUM_BYTES), "big")
-            width, height, count = reader.number(_SIDE_BYTES), reader.number(_SIDE_BYTES), reader.number(_COUNT_BYTES)
-            if count > MOST_TOKENS:
-                raise StudioError(f"{name} says it holds {count} tokens: at most {MOST_TOKENS} are read.")
+            *header, count = reader.header()
+        except ValueError as error:
+            raise StudioError(damaged) from error
+        if count > MOST_TOKENS:
+            raise StudioError(f"{name} says that it holds {count} tokens: at most {MOST_TOKENS} are read.")
+        try:
+            bits = header[-1]
             payload = reader.take(payload_bytes(count, bits))
             if reader.place != len(reader.data):
                 raise ValueError("more bytes than tokens")
-            file = cls(
-                tokenizer, checksum, width, height, bool(flags & _TILED), bits, tuple(unpack(payload, bits, count))
-            )
+            file = cls(*header, tuple(unpack(payload, bits, count)))
             if file.to_bytes() != data:
                 raise ValueError("another way of writing the same")
         except ValueError as error:
-            raise StudioError(f"{name} is not a whole .odp file: its header does not fit its content.") from error
+            raise StudioError(damaged) from error
         return file
 
     def _header(self) -> bytes:
@@ -140,6 +137,17 @@ class _Reader:
 
     def __init__(self, data: bytes, place: int):
         self.data, self.place = data, place
+
+    def header(self) -> tuple[str, int, int, int, bool, int, int]:
+        """The fields of an `OdpFile` but its tokens, and how many of these there are."""
+        flags, name_length = self.take(1)[0], self.take(1)[0]
+        bits = flags & ~_TILED
+        if not 1 <= bits <= _MOST_BITS:
+            raise ValueError("no bits, or too many")
+        tokenizer = self.take(name_length).decode("ascii")
+        checksum = int.from_bytes(self.take(_CHECKSUM_BYTES), "big")
+        width, height, count = self.number(_SIDE_BYTES), self.number(_SIDE_BYTES), self.number(_COUNT_BYTES)
+        return tokenizer, checksum, width, height, bool(flags & _TILED), bits, count
 
     def take(self, count: int) -> bytes:
         taken = self.data[self.place : self.place + count]

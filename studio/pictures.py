@@ -86,9 +86,10 @@ def rgb_image(picture, name="The picture"):
         raise StudioError(f"{name} has no pixels.")
     check_pixels(name, *picture.size)
     try:
+        turn = _turn(picture)
         picture.load()
         check_pixels(name, *picture.size)
-        read = _rgb(_upright(picture))
+        read = _rgb(picture if turn is None else picture.transpose(turn))
     except StudioError:
         raise
     except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
@@ -125,14 +126,17 @@ def _damaged(name, error):
     return f"{name} is damaged and cannot be read whole: {reason.rstrip('.')}."
 
 
-def _upright(picture):
-    """The image turned as its orientation tag says; what else is in its EXIF, broken or not, is not looked at."""
+def _turn(picture):
+    """How to turn an image as its orientation tag says, or None; what else its EXIF holds, broken or not, is no matter.
+
+    It is asked before an image is loaded: Pillow then turns a TIFF itself, rightly only once its tags were read.
+    """
     from PIL import Image
 
     try:
         orientation = picture.getexif().get(_ORIENTATION_TAG)
     except Exception:  # a broken EXIF tells no orientation
-        orientation = None
+        return None
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -142,10 +146,7 @@ def _upright(picture):
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    turn = turns.get(orientation) if isinstance(orientation, int) else None
-    if turn is None:
-        return picture
-    return picture.transpose(turn)
+    return turns.get(orientation) if isinstance(orientation, int) and picture.format != "TIFF" else None
 
 
 def _rgb(picture):

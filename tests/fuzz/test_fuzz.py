@@ -31,6 +31,8 @@ LONGEST = 20
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory, tiny_one_d, tiny_pipeline, tiny_mar_pipeline, tiny_resgen_pipeline):
     """What is done with the generator of a case, by kind."""
+    import studio.ui.recall  # noqa: F401 (so that no case waits for Gradio)
+
     file = tmp_path_factory.mktemp("fuzz") / "file"
     pipelines = [tiny_pipeline, tiny_mar_pipeline, tiny_resgen_pipeline]
     for pipe in pipelines:
