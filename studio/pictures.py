@@ -41,23 +41,29 @@ def open_picture(path, name=None, most_pixels=MOST_PIXELS):
         StudioError: no such file, no picture of these formats, a damaged one, one with too many pixels, a side under 8
             pixels, or a side more than 100 times the other.
     """
-    from PIL import Image, UnidentifiedImageError
-
     path = user_path(path)
     name = name or path
     if not os.path.isfile(path):
         raise StudioError(f"There is no picture {name}.")
     try:
+        with open(path, "rb") as file:  # of a name Pillow would map the file, and turn a TIFF the wrong way
+            return _read(file, name, most_pixels)
+    except OSError as error:
+        raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def _read(file, name, most_pixels):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(path, formats=FORMATS)
+            picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise StudioError(f"{name} {_why_unknown(path)}.") from error
+        raise StudioError(f"{name} {_why_unknown(file)}.") from error
     except Image.DecompressionBombError as error:
         raise StudioError(f"{name} is too large: give one of at most 64 million pixels.") from error
     except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
-        if isinstance(error, OSError) and error.errno is not None:
-            raise StudioError(f"{name} cannot be read: {error.strerror}.") from error
         raise StudioError(_damaged(name, error)) from error
     with picture:
         check_pixels(name, *picture.size, most_pixels)
@@ -113,9 +119,9 @@ def check_shape(name, width, height):
         raise StudioError(f"{name} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
 
 
-def _why_unknown(path):
-    with open(path, "rb") as file:
-        start = file.read(12)
+def _why_unknown(file):
+    file.seek(0)
+    start = file.read(12)
     if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
         return "is a HEIC photo, which is not read: save it as JPEG, or set the camera to its most compatible format"
     return f"is not a picture that can be read: {_READ}"
@@ -129,7 +135,7 @@ def _damaged(name, error):
 def _turn(picture):
     """How to turn an image as its orientation tag says, or None; what else its EXIF holds, broken or not, is no matter.
 
-    It is asked before an image is loaded: Pillow then turns a TIFF itself, rightly only once its tags were read.
+    It is asked before an image is loaded: Pillow turns a TIFF itself as it loads it.
     """
     from PIL import Image
 
