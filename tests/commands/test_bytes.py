@@ -1,4 +1,4 @@
-"""Words and paths that are not UTF-8, given on a real command line."""
+"""Words and paths that are not UTF-8, given on a real command line: `pytest -m slow tests/commands/test_bytes.py`."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
