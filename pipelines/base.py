@@ -1,15 +1,19 @@
 """What pipelines share that draw from words or classes: conditions, random streams, pictures, and their checks."""
 
+import functools
 import inspect
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from studio.decoding.sampling import Sampling, is_finite_number
+from studio.checks import check_choice, check_integer, check_number, check_text, shown
+from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
+from studio.pipelines.chat_template import reading
 from studio.pipelines.known_words import write_known_words
 from studio.pipelines.open_choices import completed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
@@ -18,6 +22,15 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 MAX_PROMPT_CHARACTERS = 2000
+MAX_IMAGES = 10_000
+"""The most images of one call, over all of its prompts."""
+_INSTEAD = {
+    "negative_prompt": "there is no negative prompt, so say in the prompt what the image shows",
+    "num_inference_steps": "the number of steps is a setting of the decoding",
+    "height": "images have the size of the image tokenizer",
+    "width": "images have the size of the image tokenizer",
+}
+"""Arguments that pipelines of diffusers take, and what to do in their place."""
 
 
 class ConditionalPipeline(DiffusionPipeline):
@@ -31,6 +44,10 @@ class ConditionalPipeline(DiffusionPipeline):
     vocabulary: tuple[list[str], list[str]] | None = None
     """The words and the concepts that the model knows; None where any word may do."""
     _interrupt = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__call__ = _with_known_arguments(cls.__call__)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As of diffusers; the words that the pipeline knows are saved with it."""
@@ -65,20 +82,15 @@ class ConditionalPipeline(DiffusionPipeline):
                 raise StudioError("This model draws from words: pass a prompt and no class_labels.")
             if self.text_encoder is None or self.tokenizer is None:
                 raise StudioError("This pipeline has no text encoder: load or convert it with one to use a prompt.")
-            for text in prompt if isinstance(prompt, list) and prompt else [prompt]:
-                if not isinstance(text, str) or not text.strip():
-                    raise StudioError("The prompt is empty: say in a few words what to draw.")
-                if len(text) > MAX_PROMPT_CHARACTERS:
-                    raise StudioError(
-                        f"The prompt has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read."
-                    )
+            for text in listed(prompt) or [None]:
+                check_text(
+                    "The prompt", text, MAX_PROMPT_CHARACTERS, "The prompt is empty: say in a few words what to draw."
+                )
         else:
             if prompt is not None:
                 raise StudioError("This model draws from class numbers: pass class_labels and no prompt.")
-            labels = class_labels if isinstance(class_labels, list) and class_labels else [class_labels]
-            classes = self.transformer.config.num_classes
-            if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < classes for n in labels):
-                raise StudioError(f"class_labels must be whole numbers from 0 to {classes - 1}, not {class_labels!r}.")
+            for label in listed(class_labels) or [None]:
+                check_integer("Each of class_labels", label, 0, self.transformer.config.num_classes - 1)
 
     def checked_guidance(
         self, prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
@@ -89,14 +101,15 @@ class ConditionalPipeline(DiffusionPipeline):
         """
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self.check_condition(prompt, class_labels)
-        if not is_count(num_images_per_prompt):
-            raise StudioError(f"num_images_per_prompt must be a whole number above 0, not {num_images_per_prompt!r}.")
-        if not is_finite_number(guidance_scale) or guidance_scale < 0:
-            raise StudioError(f"guidance_scale must be a finite number of at least 0, not {guidance_scale!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise StudioError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
-            raise StudioError(f"Callbacks can ask for {self._callback_tensor_inputs}, not {sorted(unknown)}.")
+        subjects = len(listed(prompt if self.takes_text else class_labels))
+        if subjects > MAX_IMAGES:
+            raise StudioError(f"A call draws at most {MAX_IMAGES} images, not {subjects}: make several calls.")
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES // subjects)
+        guidance_scale = check_number("guidance_scale", guidance_scale)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        known = self._callback_tensor_inputs
+        if not isinstance(callback_inputs, list | tuple) or not all(name in known for name in callback_inputs):
+            raise StudioError(f"Callbacks can ask for {known}, not {shown(callback_inputs)}.")
         return guidance_scale
 
     def sampling(self, temperature, top_k, top_p, order: str = "llamagen") -> Sampling:
@@ -113,7 +126,8 @@ class ConditionalPipeline(DiffusionPipeline):
         """Raises a `StudioError` for names of arguments that a call of this pipeline does not take."""
         known = inspect.signature(type(self).__call__).parameters
         if unknown := [name for name in names if name not in known]:
-            raise StudioError(f"{type(self).__name__} knows no {', no '.join(unknown)}: leave that out.")
+            told = "; ".join(dict.fromkeys(_INSTEAD.get(name, "leave that out") for name in unknown))
+            raise StudioError(f"{type(self).__name__} knows no {', no '.join(unknown)}: {told}.")
 
     def caution(self, decoding) -> str | None:
         """What a user should know before drawing so, or None: settings outside those that were validated."""
@@ -131,7 +145,7 @@ class ConditionalPipeline(DiffusionPipeline):
         if self.config.lowercase_prompts:
             texts = [text.lower() for text in texts]
         length = self.transformer.config.caption_length
-        full = self.tokenizer(texts, truncation=False)["input_ids"]
+        full = reading(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
         if (longest := max(map(len, full))) > length:
             logger.warning("The prompt is cut: %d text tokens, of which the model reads %d.", longest, length)
         ids = self.tokenizer(
@@ -151,14 +165,13 @@ class ConditionalPipeline(DiffusionPipeline):
     ) -> dict[str, torch.Tensor]:
         """The condition of every picture; pictures of one prompt stand together."""
         if self.takes_text:
-            texts = prompt if isinstance(prompt, list) else [prompt]
+            texts = listed(prompt)
             different = list(dict.fromkeys(texts))
             captions, mask = self.encode_prompt(different, device)
             places = torch.tensor([different.index(text) for text in texts], device=captions.device)
             condition = {"captions": captions[places], "caption_mask": mask[places]}
         else:
-            labels = class_labels if isinstance(class_labels, list) else [class_labels]
-            condition = {"class_labels": torch.tensor(labels, device=device or self._execution_device)}
+            condition = {"class_labels": torch.tensor(listed(class_labels), device=device or self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
     def begin(self, prompt, class_labels, num_images_per_prompt: int, generator):
@@ -206,9 +219,23 @@ class ConditionalPipeline(DiffusionPipeline):
             return images, tokens, stats
         return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
 
+    def decoded_pictures(self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str):
+        """Pictures of tokens (B, ...), in the form that was asked for.
+
+        `decode` makes pixels of some of them. On a CPU that is one at a time, which takes about half as long again: the
+        convolutions there round otherwise in a batch, and one seed would not always give one PNG.
+        """
+        parts = tokens.split(1) if tokens.device.type == "cpu" else [tokens]
+        return self.finished_pictures(torch.cat([decode(part) for part in parts]), output_type)
+
     def finished_pictures(self, pixels: torch.Tensor, output_type: str):
         """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""
         pixels = pixels.float()
+        if not pixels.isfinite().all():
+            raise StudioError(
+                "The model gave no finite pixels: lower guidance and temperature, or run it in float32; "
+                "if nothing helps, its weights are damaged."
+            )
         if output_type == "pil":
             values = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
             return self.bytes_to_pil(values)
@@ -225,8 +252,26 @@ class ConditionalPipeline(DiffusionPipeline):
 
 def of_each_picture(subjects, num_images_per_prompt: int) -> list:
     """The prompt or class of every picture, of one or a list of them; pictures of one stand together."""
-    listed = subjects if isinstance(subjects, list) else [subjects]
-    return [subject for subject in listed for _ in range(num_images_per_prompt)]
+    return [subject for subject in listed(subjects) for _ in range(num_images_per_prompt)]
+
+
+def listed(subjects) -> list:
+    """Prompts or classes, of which one may be given by itself, as a list."""
+    return list(subjects) if isinstance(subjects, list | tuple) else [subjects]
+
+
+def _with_known_arguments(call):
+    """A pipeline's `__call__` that refuses keywords which it does not know as a `StudioError`."""
+
+    @functools.wraps(call)
+    def checked(self, *args, **kwargs):
+        self.check_arguments(kwargs)
+        callback = kwargs.get("callback_on_step_end")
+        if callback is not None and not callable(callback):
+            raise StudioError(f"callback_on_step_end is a function, not {shown(callback)}.")
+        return call(self, *args, **kwargs)
+
+    return checked
 
 
 def image_generators(generator, batch: int, device) -> list[torch.Generator]:
@@ -238,6 +283,8 @@ def image_generators(generator, batch: int, device) -> list[torch.Generator]:
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
             raise StudioError(f"{batch} pictures need {batch} generators, one each; {len(generator)} were given.")
+        if not all(isinstance(each, torch.Generator) for each in generator):
+            raise StudioError("Each generator of the list must be a torch.Generator: give one for every image.")
         return list(generator)
     if generator is None:
         return [_seeded(int(seed), device) for seed in torch.randint(2**62, (batch,))]
@@ -259,8 +306,3 @@ def timed(seconds: dict[str, float], phase: str):
     began = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - began
-
-
-def is_count(value) -> bool:
-    """Whether it is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from studio.checks import check_choice, check_integer
 from studio.decoding.autoregressive import Autoregressive
 from studio.decoding.cell_by_cell import CellByCell
 from studio.decoding.continuous_speculative import ContinuousSpeculative
@@ -76,6 +77,11 @@ def is_approximate(settings) -> bool:
     return getattr(settings, "approximate", False)
 
 
+def _distilled(steps: int, teacher_steps: int) -> Distilled:
+    first = check_integer("teacher_steps", teacher_steps)
+    return Distilled(steps, (1, first + 1) if first else None)
+
+
 _STEPS = (
     Option("steps", int, None, "Calls of the model, at most one a token."),
     Option("diffusion_steps", int, None, "Steps that denoise a token, 1 to 1000."),
@@ -117,7 +123,7 @@ DECODINGS = {
     "distilled": DecodingChoice(
         "Distilled",
         "A student draws all tokens in a call or a few, without guidance; for pipelines that have one.",
-        lambda steps, teacher_steps: Distilled(steps, (1, teacher_steps + 1) if teacher_steps else None),
+        _distilled,
         (
             Option("steps", int, 1, "Calls of the student."),
             Option("teacher_steps", int, 0, "How many tokens the model itself draws first, with its guidance."),
@@ -193,8 +199,7 @@ DECODINGS = {
 
 def decoding_named(name: str) -> DecodingChoice:
     """Errors: `StudioError` for an unknown name."""
-    if name not in DECODINGS:
-        raise StudioError(f"The decoding is one of {', '.join(DECODINGS)}, not {name!r}.")
+    check_choice("The decoding", name, DECODINGS)
     return DECODINGS[name]
 
 

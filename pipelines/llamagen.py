@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio.checks import check_integer
 from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
 from studio.decoding.distilled import Distilled, DistilledDrawn, distilled
 from studio.decoding.sampling import Sampling
@@ -12,7 +13,7 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.pipelines.base import ConditionalPipeline, is_count, timed
+from studio.pipelines.base import ConditionalPipeline, timed
 from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -98,8 +99,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                 "num_tokens is for rows of tokens, coarse to fine, of which the first few are a picture: "
                 "this model draws a grid, so leave it out."
             )
-        if not is_count(num_tokens) or num_tokens > row:
-            raise StudioError(f"num_tokens must be a whole number from 1 to {row}, not {num_tokens!r}.")
+        check_integer("num_tokens", num_tokens, 1, row)
 
     def check_distilled(self, settings: Distilled, given: list[str]) -> None:
         """Raises a `StudioError` where there is no student that fits, or for arguments that it cannot follow.
@@ -148,13 +148,12 @@ class LlamaGenPipeline(ConditionalPipeline):
         Returns:
             What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
+        cfg_interval = check_integer("cfg_interval", cfg_interval, -1)
         steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         steering["cfg_interval"] = None if cfg_interval == -1 else cfg_interval
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if isinstance(cfg_interval, bool) or not isinstance(cfg_interval, int) or cfg_interval < -1:
-            raise StudioError(f"cfg_interval must be a whole number of at least -1 (-1: no end), not {cfg_interval!r}.")
         if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         self.check_number(num_tokens)
@@ -178,13 +177,13 @@ class LlamaGenPipeline(ConditionalPipeline):
 
         In a grid, what is missing repeats the first token; of a row, any n from 1 on are a picture.
         """
-        return self.finished_pictures(self.image_tokenizer.decode(self._laid_out(tokens)), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode, self._laid_out(tokens), output_type)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
         """The first code vectors (B, n, code_dim) to pictures, as of `decode_tokens`."""
         vectors = self._laid_out(latents.to(self.image_tokenizer.dtype))
-        return self.finished_pictures(self.image_tokenizer.decode_vectors(vectors), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode_vectors, vectors, output_type)
 
     def _laid_out(self, drawing: torch.Tensor) -> torch.Tensor:
         """The first tokens or vectors (B, n, ...) as the image tokenizer has them: a row, or a grid (B, h, w, ...)."""

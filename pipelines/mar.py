@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from diffusers.utils import logging
 
+from studio.checks import check_number
 from studio.decoding.continuous_speculative import (
     ContinuousDrawn,
     ContinuousSpeculative,
@@ -14,7 +15,6 @@ from studio.decoding.continuous_speculative import (
 from studio.decoding.masked_autoregressive import (
     MaskedAutoregressive,
     MaskedDrawn,
-    check_temperature,
     masked_autoregressive,
 )
 from studio.errors import StudioError
@@ -102,7 +102,7 @@ class MARPipeline(ConditionalPipeline):
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
         temperature = self.config.default_temperature if temperature is None else temperature
-        check_temperature(temperature)
+        temperature = check_number("temperature", temperature)
         settings = MaskedAutoregressive() if decoding is None else decoding
         if not isinstance(settings, MaskedAutoregressive):
             raise StudioError(
@@ -151,7 +151,7 @@ class MARPipeline(ConditionalPipeline):
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
         """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
         latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
-        return self.finished_pictures(self.image_tokenizer.decode(latents), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode, latents, output_type)
 
     @torch.no_grad()
     def __call__(

@@ -22,15 +22,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 MAGIC, VERSION = b"ODP", 1
 MOST_NAME = 8
 MOST_PIXELS = 64_000_000
+MOST_TOKENS = 1 << 21
 _TILED = 0x80
 _MOST_BITS = 24
 _SIDE_BYTES, _COUNT_BYTES = 3, 4
 _CHECKSUM_BYTES = 4
+_AT_ONCE = 1 << 16  # tokens, of which eight are whole bytes
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,15 @@ class OdpFile:
     tokens: tuple[int, ...]
 
     def __post_init__(self):
-        if not re.fullmatch(rf"[\x21-\x7e]{{0,{MOST_NAME}}}", self.tokenizer):
-            raise StudioError(f"A tokenizer's name in a file has at most {MOST_NAME} letters, not {self.tokenizer!r}.")
+        if not isinstance(self.tokenizer, str) or not re.fullmatch(rf"[\x21-\x7e]{{0,{MOST_NAME}}}", self.tokenizer):
+            named = shown(self.tokenizer)
+            raise StudioError(f"A tokenizer's name in a file has at most {MOST_NAME} letters, not {named}.")
         if min(self.width, self.height) < 1 or self.width * self.height > MOST_PIXELS:
             raise StudioError(f"A file holds a picture of 1 to 64 million pixels, not {self.width} x {self.height}.")
         if not 1 <= self.bits <= _MOST_BITS:
             raise StudioError(f"A token number has from 1 to {_MOST_BITS} bits in a file, not {self.bits}.")
-        if not 1 <= len(self.tokens) < 1 << 7 * _COUNT_BYTES:
-            raise StudioError(f"A file holds from 1 to {(1 << 7 * _COUNT_BYTES) - 1} tokens, not {len(self.tokens)}.")
+        if not 1 <= len(self.tokens) <= MOST_TOKENS:
+            raise StudioError(f"A file holds from 1 to {MOST_TOKENS} tokens, not {len(self.tokens)}.")
         if not 0 <= min(self.tokens) <= max(self.tokens) < 1 << self.bits:
             raise StudioError(f"Not all token numbers fit into {self.bits} bits.")
 
@@ -84,6 +88,9 @@ class OdpFile:
 
         Errors: `StudioError` for bytes that are no such file, of a later version, cut short, or damaged.
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise StudioError(f"{name} must be given as bytes, not as a {type(data).__name__}.")
+        data = bytes(data)
         if data[: len(MAGIC)] != MAGIC:
             raise StudioError(f"{name} is not an .odp file: write one with `studio tokenize`.")
         if len(data) > 3 and data[3] != VERSION:
@@ -93,24 +100,23 @@ class OdpFile:
         if _crc(data[:-_CHECKSUM_BYTES]) != data[-_CHECKSUM_BYTES:]:
             raise StudioError(f"{name} is damaged or cut short: its checksum is not that of its content.")
         reader = _Reader(data[:-_CHECKSUM_BYTES], len(MAGIC) + 1)
+        damaged = f"{name} is not a whole .odp file: its header does not fit its content."
         try:
-            flags, name_length = reader.take(1)[0], reader.take(1)[0]
-            bits = flags & ~_TILED
-            if not 1 <= bits <= _MOST_BITS:
-                raise ValueError("no bits, or too many")
-            tokenizer = reader.take(name_length).decode("ascii")
-            checksum = int.from_bytes(reader.take(_CHECKSUM_BYTES), "big")
-            width, height, count = reader.number(_SIDE_BYTES), reader.number(_SIDE_BYTES), reader.number(_COUNT_BYTES)
+            *header, count = reader.header()
+        except ValueError as error:
+            raise StudioError(damaged) from error
+        if count > MOST_TOKENS:
+            raise StudioError(f"{name} says that it holds {count} tokens: at most {MOST_TOKENS} are read.")
+        try:
+            bits = header[-1]
             payload = reader.take(payload_bytes(count, bits))
             if reader.place != len(reader.data):
                 raise ValueError("more bytes than tokens")
-            file = cls(
-                tokenizer, checksum, width, height, bool(flags & _TILED), bits, tuple(unpack(payload, bits, count))
-            )
+            file = cls(*header, tuple(unpack(payload, bits, count)))
             if file.to_bytes() != data:
                 raise ValueError("another way of writing the same")
         except ValueError as error:
-            raise StudioError(f"{name} is not a whole .odp file: its header does not fit its content.") from error
+            raise StudioError(damaged) from error
         return file
 
     def _header(self) -> bytes:
@@ -131,6 +137,17 @@ class _Reader:
 
     def __init__(self, data: bytes, place: int):
         self.data, self.place = data, place
+
+    def header(self) -> tuple[str, int, int, int, bool, int, int]:
+        """The fields of an `OdpFile` but its tokens, and how many of these there are."""
+        flags, name_length = self.take(1)[0], self.take(1)[0]
+        bits = flags & ~_TILED
+        if not 1 <= bits <= _MOST_BITS:
+            raise ValueError("no bits, or too many")
+        tokenizer = self.take(name_length).decode("ascii")
+        checksum = int.from_bytes(self.take(_CHECKSUM_BYTES), "big")
+        width, height, count = self.number(_SIDE_BYTES), self.number(_SIDE_BYTES), self.number(_COUNT_BYTES)
+        return tokenizer, checksum, width, height, bool(flags & _TILED), bits, count
 
     def take(self, count: int) -> bytes:
         taken = self.data[self.place : self.place + count]
@@ -156,15 +173,21 @@ def payload_bytes(count: int, bits: int) -> int:
 
 def pack(tokens, bits: int) -> bytes:
     """Token numbers (n,) as bits, highest first, filled up with zeros to whole bytes."""
-    numbers = np.asarray(tokens, dtype=np.int64)
-    places = np.arange(bits - 1, -1, -1)
-    return np.packbits((numbers[:, None] >> places & 1).astype(np.uint8).reshape(-1)).tobytes()
+    numbers = np.asarray(tokens, dtype=np.int32)
+    places = np.arange(bits - 1, -1, -1, dtype=np.int32)
+    parts = [numbers[start : start + _AT_ONCE, None] for start in range(0, len(numbers), _AT_ONCE)]
+    return b"".join(np.packbits((part >> places & 1).astype(np.uint8)).tobytes() for part in parts)
 
 
 def unpack(data: bytes, bits: int, count: int) -> list[int]:
     """The first `count` token numbers of packed bytes."""
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits)
-    return (flat.reshape(count, bits) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))).tolist()
+    packed, values = np.frombuffer(data, dtype=np.uint8), 1 << np.arange(bits - 1, -1, -1, dtype=np.int32)
+    numbers: list[int] = []
+    for start in range(0, count, _AT_ONCE):
+        some = min(_AT_ONCE, count - start)
+        flat = np.unpackbits(packed[start * bits // 8 :][: payload_bytes(some, bits)], count=some * bits)
+        numbers += (flat.reshape(some, bits) @ values).tolist()
+    return numbers
 
 
 def _number(value: int) -> bytes:

@@ -11,18 +11,33 @@ import torch
 
 from studio.errors import StudioError
 
+_LONGEST, _MOST_OPTIONAL = 500, 10
+
 
 def check_choices(choices) -> None:
     """Raises a `StudioError` for choices that are not as `completed` takes them."""
     try:
         valid = all(
-            re.compile(choice["named"]) and choice["one_of"] and all(isinstance(way, str) for way in choice["one_of"])
+            _ends(choice["named"]) and choice["one_of"] and all(isinstance(way, str) for way in choice["one_of"])
             for choice in choices or ()
         )
-    except (TypeError, KeyError, re.error):
+    except (TypeError, KeyError, re.error, OverflowError, RecursionError):
         valid = False
     if not valid:
-        raise StudioError('open_choices is a list of {"named": a regular expression, "one_of": [phrases]}.')
+        raise StudioError(
+            'open_choices is a list of {"named": a regular expression that repeats nothing but white space, '
+            '"one_of": [phrases]}.'
+        )
+
+
+def _ends(pattern: str) -> bool:
+    """Whether a regular expression surely takes little time: words, of which few are optional, with space between.
+
+    Backtracking over anything that is repeated, or over many optional parts, may take for ever.
+    """
+    plain = re.sub(r"\\s[+*]|\\.|\(\?", "", pattern)
+    bounded = len(pattern) <= _LONGEST and not re.search(r"[*+{]", plain) and plain.count("?") <= _MOST_OPTIONAL
+    return bounded and not re.search(r"\\[1-9]|\(\?P", pattern) and re.compile(pattern) is not None
 
 
 def completed(prompt: str, choices: list[dict], generator: torch.Generator) -> str:
@@ -34,6 +49,7 @@ def completed(prompt: str, choices: list[dict], generator: torch.Generator) -> s
             where a prompt (in any case) names it, and `one_of`, phrases that are all as likely.
         generator: chooses; it is not used where nothing is open.
     """
+    prompt = re.sub(r"\s+", " ", prompt)  # what a pattern may repeat is then one space at most
     for index, choice in enumerate(choices):
         if _place(prompt, choice) is not None:
             continue

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from studio.errors import StudioError
-from studio.pipelines.odp_file import OdpFile
+from studio.checks import check_flag, check_integer, check_number
+from studio.errors import StudioError, check_stopped
+from studio.pictures import rgb_image
+from studio.pipelines.odp_file import MOST_PIXELS, OdpFile
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.refinement import check_steps, refined_tokens
 
+MOST_TILE_PIXELS = MOST_PIXELS * 3 // 2
 _AT_ONCE = 64
 _REFINED_AT_ONCE = 16
 
@@ -56,11 +59,12 @@ def encode_picture(
     tile: bool = False,
     refine: int = 0,
     name: str = "",
+    stopped: Callable[[], bool] | None = None,
 ) -> EncodedPicture:
     """Encode a picture to the bytes of an `.odp` file.
 
     Args:
-        picture: a PIL image; it is read as RGB.
+        picture: a PIL image of any mode, read as `studio.pictures.rgb_image` does.
         tokenizer: a One-D-Piece tokenizer.
         length: how many tokens to keep, over all tiles; all of them when none of the three is given.
         psnr: instead, the fewest tokens whose restored picture is that close in dB, found by bisection.
@@ -69,10 +73,12 @@ def encode_picture(
         refine: steps of a search for tokens that restore this picture better, see `studio.tokenizers.refinement`; with
             `psnr` at every length that is tried.
         name: the tokenizer's bundled name, to be written into the file.
+        stopped: asked before each batch of tiles is encoded, searched or decoded; True gives up.
 
     Raises:
-        StudioError: more than one of the three, a length out of range, a target that cannot be met, or a number of
-            steps that is none.
+        StudioError: more than one of the three, a length out of range, a target that cannot be met, a number of steps
+            that is none, or more tiles than a picture of 64 million pixels has.
+        Stopped: `stopped` said so.
 
     Example:
         >>> data = studio.encode_picture(picture, tokenizer, length=32).data
@@ -80,20 +86,27 @@ def encode_picture(
     """
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
-    check_steps(refine)
-    picture = picture.convert("RGB")
+    refine, picture = check_steps(refine), rgb_image(picture)
+    if length is not None:
+        length = check_integer("length", length, 1)
+    if size is not None:
+        size = check_integer("size", size, 1)
+    if psnr is not None:
+        psnr = check_number("psnr", psnr)
+    tile = check_flag("tile", tile)
+    tiles = count_tiles(picture.size, tokenizer.config.sample_size) if tile else 1
     checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
     began = time.perf_counter()
     squares = _squares(picture, tokenizer.config.sample_size, tile)
-    fewest, most = len(squares), len(squares) * tokenizer.config.num_tokens
+    fewest, most = tiles, tiles * tokenizer.config.num_tokens
 
     @cache
     def tokens_of(count: int) -> torch.Tensor:
-        return _refine(squares, tokenizer, tile_lengths(count, fewest), refine) if refine else encoded()
+        return _refine(squares, tokenizer, tile_lengths(count, fewest), refine, stopped) if refine else encoded()
 
     @cache
     def encoded() -> torch.Tensor:
-        return _encode(squares, tokenizer)
+        return _encode(squares, tokenizer, stopped)
 
     def file_of(kept: tuple[int, ...]) -> OdpFile:
         return OdpFile(name, checksum, *picture.size, tile, bits, kept)
@@ -109,7 +122,7 @@ def encode_picture(
 
     @cache
     def reached(count: int) -> float:
-        return picture_psnr(_restore(tokens_of(count), count, picture.size, tile, tokenizer), picture)
+        return picture_psnr(_restore(tokens_of(count), count, picture.size, tile, tokenizer, stopped), picture)
 
     if size is not None:
         if not fits(fewest):
@@ -131,30 +144,37 @@ def encode_picture(
     rows = zip(tokens.tolist(), tile_lengths(count, fewest))
     file = file_of(tuple(token for row, first in rows for token in row[:first]))
     began = time.perf_counter()
-    restored = _restore(tokens, count, picture.size, tile, tokenizer)
+    restored = _restore(tokens, count, picture.size, tile, tokenizer, stopped)
     seconds["decode"] = time.perf_counter() - began
     return EncodedPicture(file, file.to_bytes(), picture_psnr(restored, picture), restored, tokens, seconds)
 
 
-def decode_picture(data: bytes | OdpFile, tokenizer: OneDPieceTokenizer, name="The file") -> Image.Image:
+def decode_picture(
+    data: bytes | OdpFile,
+    tokenizer: OneDPieceTokenizer,
+    name="The file",
+    stopped: Callable[[], bool] | None = None,
+) -> Image.Image:
     """Decode the bytes of an `.odp` file.
 
     Args:
         data: the bytes, or what `OdpFile.from_bytes` made of them.
         tokenizer: the tokenizer that the picture was encoded with.
         name: what messages call the file.
+        stopped: asked before each batch of tiles is decoded; True gives up.
 
     Returns:
         A PIL image in mode RGB, of the size of the encoded one.
 
     Raises:
-        StudioError: a damaged or foreign file, or one of another tokenizer.
+        StudioError: a damaged or foreign file, one of another tokenizer, or one of more tiles than a picture of 64
+            million pixels has.
+        Stopped: `stopped` said so.
     """
     file = data if isinstance(data, OdpFile) else OdpFile.from_bytes(data, name)
     if file.checksum != tokenizer_checksum(tokenizer):
         raise StudioError(f"{name} was made with another tokenizer: give the one it was made with.")
-    side = tokenizer.config.sample_size
-    tiles = len(_corners(file.width, file.height, side)) if file.tiled else 1
+    tiles = count_tiles((file.width, file.height), tokenizer.config.sample_size, name) if file.tiled else 1
     most, codes = tokenizer.config.num_tokens, tokenizer.config.codebook_size
     if not tiles <= len(file.tokens) <= tiles * most or file.bits != token_bits(tokenizer) or max(file.tokens) >= codes:
         raise StudioError(f"{name} is damaged: this tokenizer does not write such tokens.")
@@ -162,7 +182,7 @@ def decode_picture(data: bytes | OdpFile, tokenizer: OneDPieceTokenizer, name="T
     for row, first in zip(rows, tile_lengths(len(file.tokens), tiles)):
         row[:first] = torch.tensor(file.tokens[place : place + first])
         place += first
-    return _restore(rows, len(file.tokens), (file.width, file.height), file.tiled, tokenizer)
+    return _restore(rows, len(file.tokens), (file.width, file.height), file.tiled, tokenizer, stopped)
 
 
 def tokenizer_checksum(tokenizer: OneDPieceTokenizer) -> int:
@@ -178,6 +198,22 @@ def tokenizer_checksum(tokenizer: OneDPieceTokenizer) -> int:
 def token_bits(tokenizer: OneDPieceTokenizer) -> int:
     """Whole bits of a token number."""
     return max(1, (tokenizer.config.codebook_size - 1).bit_length())
+
+
+def count_tiles(size: tuple[int, int], side: int, name="The picture") -> int:
+    """How many squares of a tokenizer's side a picture of (width, height) pixels is cut into.
+
+    Raises:
+        StudioError: they have more pixels than any picture needs that is neither too large nor hardly wider than a
+            line: what is decoded counts, not what is shown.
+    """
+    columns, rows = (-(-length // side) for length in size)
+    if columns * rows * side**2 > MOST_TILE_PIXELS:
+        raise StudioError(
+            f"{name} has {size[0]} x {size[1]} pixels, which are {columns * rows} tiles of {side} x {side}: give one "
+            "without tiles, or of another shape."
+        )
+    return columns * rows
 
 
 def tile_lengths(count: int, tiles: int) -> list[int]:
@@ -223,17 +259,26 @@ def _squares(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
+def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, stopped) -> torch.Tensor:
     """Token numbers (tiles, N) on the CPU."""
-    parts = [squares[start : start + _AT_ONCE] for start in range(0, len(squares), _AT_ONCE)]
-    return torch.cat([tokenizer.encode(_images(part, tokenizer)).cpu() for part in parts])
+    parts = _batches(len(squares), _AT_ONCE, stopped)
+    return torch.cat([tokenizer.encode(_images(squares[part], tokenizer)).cpu() for part in parts])
 
 
-def _refine(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, lengths: list[int], steps: int) -> torch.Tensor:
+def _refine(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, lengths: list[int], steps, stopped):
     """Token numbers (tiles, N) on the CPU, searched for so many steps."""
-    parts = [slice(start, start + _REFINED_AT_ONCE) for start in range(0, len(squares), _REFINED_AT_ONCE)]
-    found = [refined_tokens(tokenizer, _images(squares[part], tokenizer), lengths[part], steps) for part in parts]
+    parts = _batches(len(squares), _REFINED_AT_ONCE, stopped)
+    found = [
+        refined_tokens(tokenizer, _images(squares[part], tokenizer), lengths[part], steps, stopped) for part in parts
+    ]
     return torch.cat([tokens.cpu() for tokens, _ in found])
+
+
+def _batches(count: int, at_once: int, stopped):
+    """Slices of `count` tiles, each when it is wanted, and `Stopped` instead when `stopped` says so."""
+    for start in range(0, count, at_once):
+        check_stopped(stopped)
+        yield slice(start, start + at_once)
 
 
 def _images(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.Tensor:
@@ -242,21 +287,18 @@ def _images(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.
 
 
 @torch.inference_mode()
-def _restore(tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer):
+def _restore(
+    tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer, stopped
+) -> Image.Image:
     """The picture that the first `count` of the tokens (tiles, N) stand for, over all tiles, as a PIL image."""
-    lengths, squares = tile_lengths(count, len(tokens)), []
-    for start in range(0, len(tokens), _AT_ONCE):
-        some, kept = tokens[start : start + _AT_ONCE].to(tokenizer.device), lengths[start : start + _AT_ONCE]
-        images = (tokenizer.decode(some, kept).float() + 1).clamp(0, 2) * 127.5
-        squares.append(images.round().to(torch.uint8).movedim(1, -1).cpu().numpy())
-    pixels = np.concatenate(squares)
-    if not tiled:
-        picture = Image.fromarray(pixels[0])
-        return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
-    width, height = size
-    side = pixels.shape[1]
+    lengths, side = tile_lengths(count, len(tokens)), tokenizer.config.sample_size
+    width, height = size if tiled else (side, side)
+    corners = _corners(width, height, side)
     whole = np.empty((height, width, 3), dtype=np.uint8)
-    for (left, top), square in zip(_corners(width, height, side), pixels):
-        part = whole[top : top + side, left : left + side]
-        part[:] = square[: part.shape[0], : part.shape[1]]
-    return Image.fromarray(whole)
+    for part in _batches(len(tokens), _AT_ONCE, stopped):
+        images = (tokenizer.decode(tokens[part].to(tokenizer.device), lengths[part]).float() + 1).clamp(0, 2) * 127.5
+        for (left, top), square in zip(corners[part], images.round().to(torch.uint8).movedim(1, -1).cpu().numpy()):
+            tile = whole[top : top + side, left : left + side]
+            tile[:] = square[: tile.shape[0], : tile.shape[1]]
+    picture = Image.fromarray(whole)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)

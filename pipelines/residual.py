@@ -1,5 +1,7 @@
 """What pipelines share that draw stacks of residual codes."""
 
+from functools import partial
+
 import torch
 
 from studio.pipelines.base import ConditionalPipeline
@@ -22,7 +24,8 @@ class ResidualPipeline(ConditionalPipeline):
         """
         config = self.image_tokenizer.config
         rows = config.sample_size // self.image_tokenizer.pixels_per_cell[0]
-        return self.finished_pictures(self.image_tokenizer.decode(tokens.unflatten(1, (rows, -1)), depth), output_type)
+        decode = partial(self.image_tokenizer.decode, depth=depth)
+        return self.decoded_pictures(decode, tokens.unflatten(1, (rows, -1)), output_type)
 
 
 def first_difference(compared: list[tuple]) -> str | None:

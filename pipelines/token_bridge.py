@@ -110,7 +110,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         side = self.transformer.config.grid_size
         nothing = self.image_tokenizer.quantizer.encode(torch.zeros((), device=tokens.device))
         drawn = torch.where(tokens < 0, nothing, tokens)
-        return self.finished_pictures(self.image_tokenizer.decode(drawn.unflatten(1, (side, side))), output_type)
+        return self.decoded_pictures(self.image_tokenizer.decode, drawn.unflatten(1, (side, side)), output_type)
 
     @torch.no_grad()
     def __call__(

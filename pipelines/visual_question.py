@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from studio.checks import check_integer, check_number, check_text
 from studio.errors import StudioError
+from studio.pictures import rgb_image
+from studio.pipelines.chat_template import bounded_render, check_template, reading
 from studio.pruning.binding import prune_inputs
 from studio.pruning.patches import PatchView, patch_views
 from studio.pruning.shortening import PruneInfo
 
 MAX_QUESTION_CHARACTERS = 2000
+MAX_NEW_TOKENS = 100_000
 _CROPS_IN_PLACE = ("llava_next", "llava_onevision")
 """Families whose layouts tell where crops lie."""
 
@@ -51,6 +55,7 @@ class VisualQuestionPipeline:
     """
 
     def __init__(self, model, processor):
+        check_template(getattr(processor, "chat_template", None))
         self.model, self.processor = model, processor
 
     @property
@@ -77,11 +82,11 @@ class VisualQuestionPipeline:
         """Answers greedily.
 
         Args:
-            image: a PIL picture in RGB.
+            image: a PIL image of any mode, read as `studio.pictures.rgb_image` does.
             question: what to ask, at most 2,000 characters.
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
             keep: the fraction of the picture's tokens to keep, in (0, 1].
-            max_new_tokens: longest answer.
+            max_new_tokens: longest answer, at most 100,000.
             on_step: called with the answer so far when the tokens are chosen, and after each token of the answer; True
                 stops there.
             options: more settings of `studio.prune_inputs`.
@@ -89,19 +94,19 @@ class VisualQuestionPipeline:
         Errors: `StudioError` for a question that is empty, too long or holds the mark of a picture, a setting out of
             range, an unknown method, and a model and a method that do not go together.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise StudioError("The question is empty: ask something about the picture.")
-        if len(question) > MAX_QUESTION_CHARACTERS:
-            raise StudioError(f"The question has {len(question)} characters; at most {MAX_QUESTION_CHARACTERS} count.")
+        empty = "The question is empty: ask something about the picture."
+        check_text("The question", question, MAX_QUESTION_CHARACTERS, empty)
         for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
             if mark in question:
                 raise StudioError(f"The question holds {mark}, which stands for a picture: leave it out.")
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise StudioError(f"max_new_tokens must be a whole number above 0, not {max_new_tokens!r}.")
-        inputs = self.processor(images=image, text=self._prompt(question.strip()), return_tensors="pt").to(self.device)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        share = check_number("keep", keep, 0, 1, above=True)
+        image = rgb_image(image)
+        prompt = self._prompt(question.strip())
+        inputs = reading(lambda: self.processor(images=image, text=prompt, return_tensors="pt")).to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        method, share = ("uniform", 1.0) if prune is None else (prune, float(keep) if isinstance(keep, int) else keep)
+        method, share = ("uniform", 1.0) if prune is None else (prune, float(share))
         pruned, info = prune_inputs(self.model, inputs, method, share, **options)
         chosen = self._without_text(info, image.size)
         if on_step is not None and on_step(chosen):
@@ -134,8 +139,9 @@ class VisualQuestionPipeline:
         if not getattr(self.processor, "chat_template", None):
             return f"{self.processor.image_token}\n{question}"
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        turn = [{"role": "user", "content": content}]
+        return bounded_render(
+            lambda: self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         )
 
 

@@ -6,13 +6,13 @@ With `--json` the file descriptor of stdout itself points to stderr while the co
 a compiled one, can put a word in front of the document.
 """
 
-import json
 import math
 import os
 import sys
 from contextlib import contextmanager
 from logging import getLogger
 
+from studio.checks import json_text
 from studio.processes import process_index
 
 _document = None
@@ -32,7 +32,13 @@ def emit_error(sentence):
 def say(text):
     """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
     if process_index() == 0:
-        print(text, flush=True)
+        print(_on_terminal(text, sys.stdout), flush=True)
+
+
+def _on_terminal(text, stream):
+    """A text with everything escaped that a stream's encoding does not have: a result is told, whatever is in it."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def warn(text):
@@ -77,7 +83,7 @@ def only_json_on_stdout():
         os.dup2(real, 1)
         os.close(real)
         if process_index() == 0:
-            os.write(1, (json.dumps(_finite(_document), ensure_ascii=False) + "\n").encode())
+            os.write(1, (json_text(_finite(_document)) + "\n").encode())
 
 
 def _finite(value):

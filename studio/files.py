@@ -1,4 +1,4 @@
-"""Where Studio keeps what it can make again."""
+"""Where files lie: what Studio can make again, and what a person names."""
 
 import os
 import tempfile
@@ -25,3 +25,11 @@ def cache_folder() -> Path:
 def _temporary_folder() -> tempfile.TemporaryDirectory:
     """Removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="studio-", ignore_cleanup_errors=True)
+
+
+def user_path(path) -> Path:
+    """A path that a person gave, with a leading `~` replaced where that user is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

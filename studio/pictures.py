@@ -1,21 +1,36 @@
-"""Reading a picture file that anybody may have made: whole, upright, RGB, or one sentence why not."""
+"""Reading an image that anybody may have made: whole, upright, RGB, or one sentence why not.
 
+There is one reader. `open_picture` reads a file, and `rgb_image` an image that Pillow has open already; both end in the
+same pixels, so a file gives the same tokens on the command line, in the app and from `Image.open`.
+
+Levels are scaled by the mode of an image, never by what it shows: integers of more than 8 bits (`I;16`, `I`) run from 0
+to 65,535, as 16-bit files have them, floating-point numbers (`F`) from 0 to 1, as TIFF has them. What lies outside is
+black or white. Transparency is put on white.
+"""
+
+import os
 import warnings
-from pathlib import Path
 
 from studio.errors import StudioError
+from studio.files import user_path
 
 MOST_PIXELS = 64_000_000
 SMALLEST_SIDE = 8
 LONGEST_RATIO = 100
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What is decoded at all. Pillow knows more, some of which run other programs or take no account of their size."""
+
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_ORIENTATION_TAG = 0x0112
+_READ = "give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF file"
 
 
 def open_picture(path, name=None, most_pixels=MOST_PIXELS):
     """Read a picture as a person sees it.
 
     Args:
-        path: a file that Pillow reads. Of an animation the first frame counts, transparency is put on white, 16-bit and
-            CMYK colours become 8-bit RGB, and a camera's rotation is applied.
+        path: a file of one of `FORMATS`, whatever it is called. Of an animation the first frame counts, transparency is
+            put on white, deeper colours become 8-bit RGB, and a camera's rotation is applied.
         name: what messages call it; its path when `None`.
         most_pixels: the most it may have, at most 64 million.
 
@@ -23,33 +38,70 @@ def open_picture(path, name=None, most_pixels=MOST_PIXELS):
         A PIL image in mode RGB.
 
     Raises:
-        StudioError: no such file, no picture, a damaged one, one with too many pixels, a side under 8 pixels, or a
-            side more than 100 times the other.
+        StudioError: no such file, no picture of these formats, a damaged one, one with too many pixels, a side under 8
+            pixels, or a side more than 100 times the other.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    path = Path(path).expanduser()
+    path = user_path(path)
     name = name or path
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise StudioError(f"There is no picture {name}.")
     try:
+        with open(path, "rb") as file:  # of a name Pillow would map the file, and turn a TIFF the wrong way
+            return _read(file, name, most_pixels)
+    except OSError as error:
+        raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def _read(file, name, most_pixels):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path)
-        with picture:
-            check_pixels(name, *picture.size, most_pixels)
-            _check_shape(name, *picture.size)
-            picture.seek(0)
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+            warnings.simplefilter("ignore")
+            picture = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise StudioError(f"{name} {_why_unknown(file)}.") from error
+    except Image.DecompressionBombError as error:
+        raise StudioError(f"{name} is too large: give one of at most 64 million pixels.") from error
+    except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
+        raise StudioError(_damaged(name, error)) from error
+    with picture:
+        check_pixels(name, *picture.size, most_pixels)
+        check_shape(name, *picture.size)
+        return rgb_image(picture, name)
+
+
+def rgb_image(picture, name="The picture"):
+    """What `open_picture` makes of an image that is open already.
+
+    Args:
+        picture: a PIL image of any mode, of an animation the frame that it stands at; an orientation tag is applied.
+        name: what messages call it.
+
+    Returns:
+        A PIL image in mode RGB.
+
+    Raises:
+        StudioError: no PIL image, one without or with too many pixels, a damaged one, or one whose colours have no RGB.
+    """
+    from PIL import Image
+
+    if not isinstance(picture, Image.Image):
+        raise StudioError(f"A picture is a PIL image, not a {type(picture).__name__}: open it with PIL.Image.open.")
+    if min(picture.size) < 1:
+        raise StudioError(f"{name} has no pixels.")
+    check_pixels(name, *picture.size)
+    try:
+        turn = _turn(picture)
+        picture.load()
+        check_pixels(name, *picture.size)
+        read = _rgb(picture if turn is None else picture.transpose(turn))
     except StudioError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        big = isinstance(error, Image.DecompressionBombError)
-        reason = "is too large: give one of at most 64 million pixels" if big else "is not a picture that can be read"
-        raise StudioError(f"{name} {reason}.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise StudioError(f"{name} is damaged and cannot be read whole: {error}.") from error
+    except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
+        raise StudioError(_damaged(name, error)) from error
+    read.info = {}  # an orientation that was applied must not be applied again
+    return read
 
 
 def check_pixels(name, width, height, most_pixels=MOST_PIXELS):
@@ -59,23 +111,71 @@ def check_pixels(name, width, height, most_pixels=MOST_PIXELS):
         raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at most {most}.")
 
 
-def _check_shape(name, width, height):
+def check_shape(name, width, height):
+    """Raises a `StudioError` for a size that no model reads with any sense."""
     if min(width, height) < SMALLEST_SIDE:
         raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):
         raise StudioError(f"{name} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
 
 
+def _why_unknown(file):
+    file.seek(0)
+    start = file.read(12)
+    if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
+        return "is a HEIC photo, which is not read: save it as JPEG, or set the camera to its most compatible format"
+    return f"is not a picture that can be read: {_READ}"
+
+
+def _damaged(name, error):
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{name} is damaged and cannot be read whole: {reason.rstrip('.')}."
+
+
+def _turn(picture):
+    """How to turn an image as its orientation tag says, or None; what else its EXIF holds, broken or not, is no matter.
+
+    It is asked before an image is loaded: Pillow turns a TIFF itself as it loads it.
+    """
+    from PIL import Image
+
+    try:
+        orientation = picture.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a broken EXIF tells no orientation
+        return None
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return turns.get(orientation) if isinstance(orientation, int) and picture.format != "TIFF" else None
+
+
 def _rgb(picture):
     from PIL import Image
 
     if picture.mode.startswith("I") or picture.mode == "F":
-        import numpy as np
-
-        values = np.asarray(picture, dtype=np.float64)
-        whole = 65535.0 if values.max(initial=0) > 255 else 255.0
-        return Image.fromarray((values / whole * 255).clip(0, 255).round().astype("uint8")).convert("RGB")
+        return _eight_bits(picture)
+    if picture.mode in ("RGBa", "La"):
+        picture = picture.convert(picture.mode.upper())
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _eight_bits(picture):
+    """An image of one deep channel as RGB; a level that its file declares transparent is white."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(picture)
+    whole = 1.0 if picture.mode == "F" else 65535.0
+    levels = np.nan_to_num(values.astype(np.float32) * np.float32(255 / whole)).clip(0, 255).round().astype("uint8")
+    if isinstance(clear := picture.info.get("transparency"), int):
+        levels[values == clear] = 255
+    return Image.fromarray(levels).convert("RGB")

@@ -3,9 +3,13 @@
 import fcntl
 import json
 import os
+import zlib
 
+from studio.checks import json_text
 from studio.errors import StudioError
 from studio.saving import make_folders
+
+_CHECKSUM = "crc32"
 
 
 class Records:
@@ -31,8 +35,8 @@ class Records:
         self._cut_torn_line()
 
     def append(self, record):
-        """Write a record, a JSON value, and return when it will survive a loss of power."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        """Write a record, a dict of JSON values, and return when it will survive a loss of power."""
+        self._file.write(json_text({**record, _CHECKSUM: _checksum(record)}).encode() + b"\n")
         sync(self._file)
 
     def close(self):
@@ -45,20 +49,32 @@ class Records:
 
 
 def read_records(folder):
-    """Every whole record in a folder of records, oldest first in each file; `[]` where there is no such folder.
+    """The records of a folder, oldest first in each file.
 
-    A damaged line is none: what it told of is done again.
+    Args:
+        folder: a `Path`; where there is none there are no records.
+
+    Returns:
+        The records, dicts, and how many lines are none: a disk or an editor damaged them, and what they recorded counts
+        as not done.
     """
-    lines = (line for file in sorted(folder.glob("*.jsonl")) for line in file.read_bytes().split(b"\n")[:-1])
-    return [record for line in lines if (record := _parsed(line)) is not None]
+    records, damaged = [], 0
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and record.pop(_CHECKSUM, None) == _checksum(record):
+                records.append(record)
+            else:
+                damaged += 1
+    return records, damaged
 
 
-def _parsed(line):
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+def _checksum(record):
+    """CRC-32 of what a record says."""
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def sync(file):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model, read_checksums, unknown_name
 from studio.errors import StudioError
+from studio.files import user_path
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
@@ -57,7 +58,7 @@ def build_space(folder, *, model="emoji-ar", title="Studio"):
     Raises:
         StudioError: the folder holds something or cannot be written, there is no such model, or this is no checkout.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudioError(f"{folder} is not empty: name a new folder.")
     model = folder_of_model(model) if Path(model).expanduser().is_dir() else model

@@ -1,6 +1,7 @@
 """Picture files as people have them: read as they are seen, or refused with the reason."""
 
 import gc
+import io
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from studio.errors import StudioError
-from studio.pictures import open_picture
+from studio.pictures import open_picture, rgb_image
 
 
 def save(tmp_path, picture, name="picture.png", **settings):
@@ -85,3 +86,139 @@ def test_messages_call_a_picture_by_its_name(tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     with pytest.raises(StudioError, match="^my notes is not a picture"):
         open_picture(tmp_path / "notes.png", "my notes")
+
+
+def encoded(picture, form, **settings):
+    file = io.BytesIO()
+    picture.copy().save(file, form, **settings)
+    return file.getvalue()
+
+
+def deep(level, dtype=np.uint16):
+    return Image.fromarray(np.full((16, 16), level, dtype))
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype", "shown"),
+    [
+        (200, np.uint16, 1),
+        (300, np.uint16, 1),
+        (32_896, np.uint16, 128),
+        (65_535, np.uint16, 255),
+        (300, np.int32, 1),
+        (65_535, np.int32, 255),
+        (2**31 - 1, np.int32, 255),
+        (-5, np.int32, 0),
+        (0.5, np.float32, 128),
+        (1.0, np.float32, 255),
+        (300.0, np.float32, 255),
+        (np.nan, np.float32, 0),
+    ],
+)
+def test_levels_are_scaled_by_mode_and_not_by_what_is_shown(tmp_path, level, dtype, shown):
+    picture = deep(level, dtype)
+    assert np.all(np.asarray(rgb_image(picture)) == shown)
+    assert np.all(np.asarray(open_picture(save(tmp_path, picture, "deep.tiff"))) == shown)
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white(tmp_path):
+    picture = deep(1000)
+    picture.putpixel((3, 3), 2000)
+    read = open_picture(save(tmp_path, picture, transparency=2000))
+    assert read.getpixel((3, 3)) == (255, 255, 255) and read.getpixel((4, 4)) == (4, 4, 4)
+
+
+def upright_cases():
+    red_left = Image.new("RGB", (32, 16), "white")
+    red_left.paste((255, 0, 0), (0, 0, 8, 16))
+    clear = red_left.convert("RGBA")
+    clear.putalpha(128)
+    for orientation in (None, 1, 3, 6, 8):
+        exif = Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        files = {"JPEG": red_left, "PNG": clear, "WEBP": red_left, "TIFF": clear, "AVIF": red_left}
+        for form, picture in files.items():
+            yield pytest.param(
+                form, encoded(picture, form, exif=exif.tobytes()), orientation, id=f"{form}-{orientation}"
+            )
+
+
+@pytest.mark.parametrize(("form", "data", "orientation"), upright_cases())
+def test_a_file_and_an_open_image_are_read_alike(tmp_path, form, data, orientation):
+    """By every door: a path, an image that Pillow opened, one that was read before, and one that was converted."""
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    read = open_picture(path)
+    assert read.size == ((16, 32) if orientation in (6, 8) else (32, 16))
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    others = [Image.open(io.BytesIO(data)), loaded, loaded.copy(), loaded.convert("RGBA"), read, rgb_image(loaded)]
+    for other in others:
+        assert np.array_equal(rgb_image(other), read)
+
+
+def test_the_codec_and_the_reader_of_questions_use_the_same_pixels(tmp_path, tiny_one_d, tiny_reader):
+    from studio import OdpFile, VisualQuestionPipeline, encode_picture
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    levels = np.random.default_rng(0).integers(0, 256, (16, 32, 4), np.uint8)
+    path = save(tmp_path, Image.fromarray(levels), exif=exif)
+    data = [encode_picture(picture, tiny_one_d).data for picture in (open_picture(path), Image.open(path))]
+    assert data[0] == data[1] and OdpFile.from_bytes(data[1]).height == 32
+    pipe = VisualQuestionPipeline(*tiny_reader)
+    answers = [pipe(picture, "what", max_new_tokens=2) for picture in (open_picture(path), Image.open(path))]
+    assert answers[0].answer == answers[1].answer and answers[0].visual_tokens == answers[1].visual_tokens
+
+
+def test_only_the_orientation_of_an_exif_matters(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)
+    at = data.index((72).to_bytes(4, "big") + (1).to_bytes(4, "big"))
+    (tmp_path / "zero.jpg").write_bytes(data[: at + 4] + bytes(4) + data[at + 8 :])
+    assert open_picture(tmp_path / "zero.jpg").size == (16, 32)
+    start = data.index(b"Exif") + 14
+    (tmp_path / "broken.jpg").write_bytes(data[:start] + b"\xff" * 8 + data[start + 8 :])
+    assert open_picture(tmp_path / "broken.jpg").mode == "RGB"
+
+
+@pytest.mark.parametrize("form", ["ICO", "PPM", "TGA", "DDS", "JPEG2000", "EPS", "PCX", "ICNS", "SGI", "QOI", "BLP"])
+def test_other_formats_never_reach_their_decoder(tmp_path, form, monkeypatch):
+    Image.init()
+    picture = Image.new("P", (16, 16)) if form == "BLP" else Image.new("RGB", (16, 16))
+    (tmp_path / "picture.png").write_bytes(encoded(picture, form))
+    opened, accept = Image.OPEN[form]
+    monkeypatch.setitem(Image.OPEN, form, (lambda *_: pytest.fail("its decoder was called"), accept))
+    with pytest.raises(StudioError, match="not a picture that can be read: give a PNG, JPEG, WebP"):
+        open_picture(tmp_path / "picture.png")
+
+
+def test_a_photo_of_a_phone_gets_a_hint(tmp_path):
+    (tmp_path / "photo.heic").write_bytes(bytes(3) + b"\x18ftypheic" + bytes(40))
+    with pytest.raises(StudioError, match="HEIC photo.*save it as JPEG"):
+        open_picture(tmp_path / "photo.heic")
+
+
+@pytest.mark.parametrize("form", ["AVIF", "WEBP", "TIFF", "GIF", "BMP", "JPEG"])
+def test_every_cut_of_a_file_is_one_sentence(tmp_path, form):
+    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)), form)
+    for length in range(0, len(data), max(1, len(data) // 40)):
+        (tmp_path / "cut").write_bytes(data[:length])
+        try:
+            open_picture(tmp_path / "cut")
+        except StudioError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b", "\ud800", "~nobody-here/a.png", "/dev/zero"])
+def test_paths_of_no_file_are_refused(path):
+    with pytest.raises(StudioError, match="There is no picture"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize("picture", [None, "picture.png", np.zeros((16, 16, 3), np.uint8), Image.new("RGB", (0, 5))])
+def test_what_is_no_image_is_refused(picture):
+    with pytest.raises(StudioError):
+        rgb_image(picture)

@@ -6,19 +6,27 @@ Neural Image Compression" (arXiv:1906.01223) does the same to the numbers of an 
 format stay as they are.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from studio.errors import StudioError
+from studio.checks import check_integer
+from studio.errors import check_stopped
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 
+MAX_STEPS = 10_000
 RATE = 0.01
 """Adam's learning rate, for unit vectors."""
 _LEAST_ERROR = 1e-6  # below it, no picture is worth another step
 
 
 def refined_tokens(
-    tokenizer: OneDPieceTokenizer, images: torch.Tensor, lengths: list[int], steps: int
+    tokenizer: OneDPieceTokenizer,
+    images: torch.Tensor,
+    lengths: list[int],
+    steps: int,
+    stopped: Callable[[], bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens that restore pictures better from their first few than those that the encoder gives.
 
@@ -27,14 +35,15 @@ def refined_tokens(
         images: pictures (B, channels, side, side) in [-1, 1].
         lengths: how many tokens of each picture count; only these are searched.
         steps: of gradient descent, each as dear as decoding twice or three times; with 0 the encoder's tokens.
+        stopped: asked before each step; True gives up.
 
     Returns:
         Tokens (B, N), int64, the best of all steps for each picture, and their mean squared errors (B,) over numbers in
         [0, 1]. No picture is worse than from the encoder's tokens.
 
-    Errors: `StudioError` for a number of steps that is none.
+    Errors: `StudioError` for a number of steps that is none, `Stopped` when `stopped` says so.
     """
-    check_steps(steps)
+    steps = check_steps(steps)
     best, least = None, None
     with torch.inference_mode(False), torch.enable_grad():
         images = images.clone()
@@ -44,6 +53,7 @@ def refined_tokens(
         vectors.requires_grad_(True)
         optimizer = torch.optim.Adam([vectors], lr=RATE)
         for step in range(steps + 1):
+            check_stopped(stopped)
             unit = F.normalize(vectors, dim=-1)
             tokens = (unit.detach() @ codebook.T).argmax(dim=-1)
             codes = unit + (codebook[tokens] - unit).detach()
@@ -61,7 +71,6 @@ def refined_tokens(
     return best, least
 
 
-def check_steps(steps: int) -> None:
-    """Errors: `StudioError` for what is no whole number of at least 0."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise StudioError(f"refine must be a whole number of steps, at least 0, not {steps!r}.")
+def check_steps(steps: int) -> int:
+    """The number of steps as an `int`. Raises: `StudioError` for what is no integer from 0 to 10,000."""
+    return check_integer("refine", steps, 0, MAX_STEPS)

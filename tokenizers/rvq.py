@@ -16,6 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from studio.checks import check_integer
 from studio.errors import StudioError
 from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
@@ -142,9 +143,8 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
 
         Errors: `StudioError` for more levels than there are.
         """
-        available = tokens.shape[-1]
-        if depth is not None and not 1 <= depth <= available:
-            raise StudioError(f"depth must be from 1 to {available}, the levels of these tokens, not {depth!r}.")
+        if depth is not None:
+            depth = check_integer("depth", depth, 1, tokens.shape[-1])
         return self.decode_features(self.quantizer.lookup(tokens[..., :depth]).sum(dim=-2))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,12 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from studio.checks import check_integer
 from studio.errors import StudioError
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
+
+MAX_LEVELS = 2**16
 
 KL16_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 """The authors' order for the dimensions of MAR's KL-16: the first is drawn first."""
@@ -74,8 +77,7 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.continuous = KLTokenizer(**{**(autoencoder or {}), "sample_size": sample_size})
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise StudioError(f"levels must be a whole number of at least 2, not {levels!r}.")
+        levels = check_integer("levels", levels, 2, MAX_LEVELS)
         values = normal_levels(levels, std_range) if reconstruction_values is None else list(reconstruction_values)
         if len(values) != levels:
             raise StudioError(f"{levels} levels need {levels} reconstruction values; {len(values)} were given.")

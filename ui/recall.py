@@ -23,6 +23,9 @@ _OPTIONS = (option.name for choice in DECODINGS.values() for option in choice.op
 KNOWN = {*_BASIC, *_OTHERS, *_OPTIONS, "model", "decoding"}
 """The parameters of a link; others belong to somebody else, such as `utm_source`."""
 _LONGEST_NOTE = 40  # characters of a name or a value that is not ours
+_UNREADABLE = (
+    *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SyntaxError, TypeError, ValueError),
+)
 _NO_PICTURE = "This file carries no settings: give a PNG as Studio saved it."
 
 
@@ -65,7 +68,7 @@ def from_picture(path):
         basic = {"prompt": call["prompt"] or "", "count": len(seeds), "seed": str(seeds[0])}
         if not isinstance(basic["prompt"], str) or not all(map(is_whole, seeds)):
             raise ValueError("neither words nor numbers")
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise StudioError(_NO_PICTURE) from error
     for name, argument in _SAMPLING.items():
         basic[name] = "" if call.get(argument) is None else str(call[argument])

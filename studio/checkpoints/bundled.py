@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from studio.checks import shown
 from studio.errors import StudioError
+from studio.files import user_path
 
 ROOT = Path(__file__).parent / "bundled"
 CHECKSUMS = ROOT / "checksums.json"
@@ -85,7 +87,7 @@ def bundled_folder(name):
 
 def folder_of_model(folder: str | Path) -> Path:
     """The folder of a model: that of a training run stands for the model in it."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     return folder / "model" if (folder / "options.json").is_file() and (folder / "model").is_dir() else folder
 
 
@@ -97,9 +99,9 @@ def bundled_name_of(folder):
 
 def unknown_name(name):
     """Say in one sentence that nothing is called `name`, with the nearest bundled name."""
-    nearest = get_close_matches(name, BUNDLED, n=1, cutoff=0.5)
+    nearest = get_close_matches(name[:40], BUNDLED, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    return f"There is no model or folder called {name!r}{hint}; bundled are {', '.join(BUNDLED)}."
+    return f"There is no model or folder called {shown(name)}{hint}; bundled are {', '.join(BUNDLED)}."
 
 
 def read_checksums():

@@ -9,6 +9,7 @@ import torch
 
 from studio.checkpoints.distilled import read_student_state_dict, student_from_state_dict
 from studio.checkpoints.drafter import read_drafter
+from studio.checkpoints.foreign import check_folder, check_weights
 from studio.checkpoints.loading import load_model
 from studio.checkpoints.official import (
     ANY_PLACE,
@@ -191,10 +192,15 @@ def _text_parts(folder, transformer: LlamaGen):
     from transformers import AutoTokenizer, T5EncoderModel
 
     try:
-        encoder, info = T5EncoderModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        check_folder(Path(folder))
+        safely = {"local_files_only": True, "trust_remote_code": False}
+        encoder, info = T5EncoderModel.from_pretrained(folder, output_loading_info=True, **safely)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
+    except StudioError:
+        raise
     except Exception as error:
         raise StudioError(f"{folder} is not the folder of a T5 encoder and its tokenizer.") from error
+    check_weights(encoder.state_dict(), folder)
     if lacking := sorted(map(str, info["missing_keys"])):
         raise StudioError(f"{folder} is not a whole T5 encoder: {len(lacking)} missing weights, {lacking[0]}.")
     found, read = encoder.config.d_model, transformer.config.caption_dim

@@ -3,7 +3,6 @@
 Folders of diffusers' form hold our pipelines and tokenizers; those of transformers' form a vision-language model.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -12,13 +11,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, folder_of_model, unknown_name
+from studio.checkpoints.foreign import check_folder, check_sizes, check_weights, read_json
 from studio.checkpoints.vocabulary import read_vocabulary
+from studio.checks import first_line, shown
 from studio.errors import StudioError
 from studio.models import native_library
 from studio.models.distilled import DistilledStudent
@@ -90,16 +91,19 @@ def load(name, *, device=None, dtype=None):
 
 
 def _folder(name):
-    name = os.fspath(name)
+    try:
+        name = os.fsdecode(name)
+    except TypeError as error:
+        raise StudioError(f"Name a model by a bundled name, a folder or a Hub id, not by {shown(name)}.") from error
     if name in BUNDLED:
         if BUNDLED[name].kind == "judge":
             raise StudioError(f"{name} draws nothing, it only measures: `studio evaluate` uses it.")
         return bundled_folder(name)
     path = folder_of_model(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         bundled = bundled_name_of(path)
         return bundled_folder(bundled) if bundled else path
-    if path.exists():
+    if os.path.exists(path):
         raise StudioError(f"{name} is a file, not a model folder: convert published checkpoints with `studio convert`.")
     if _HUB_ID.fullmatch(name):
         return _fetch(name)
@@ -122,24 +126,24 @@ def _fetch(hub_id):
 
 
 def _load_folder(folder, dtype):
+    check_folder(folder)
     if (folder / "model_index.json").is_file():
         return _load_pipeline(folder, dtype)
     if (folder / "config.json").is_file():
-        config = _read_config(folder / "config.json")
-        if "architectures" in config:
+        config = read_json(folder / "config.json")
+        if config.get("architectures"):
             return _load_visual_question(folder, dtype)
-        if config.get("_class_name") == AutoencoderKL.__name__:
+        if _class_of(config) == AutoencoderKL.__name__:
             return KLTokenizer.from_autoencoder(load_model(AutoencoderKL, folder, dtype)).eval()
-        if config.get("_class_name") in _PARTS:
-            part = config["_class_name"]
+        if (part := _class_of(config)) in _PARTS:
             raise StudioError(f"{folder} holds a {part}, a part of a pipeline: read it with {part}.from_pretrained.")
-        return load_model(_TOKENIZERS.get(config.get("_class_name"), VQTokenizer), folder, dtype)
+        return load_model(_TOKENIZERS.get(part, VQTokenizer), folder, dtype)
     raise StudioError(f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json.")
 
 
 def _load_pipeline(folder, dtype):
-    index = _read_config(folder / "model_index.json")
-    kind = _PIPELINES.get(index.get("_class_name"), _LLAMAGEN)
+    index = _read_index(folder)
+    kind = _PIPELINES.get(_class_of(index), _LLAMAGEN)
     _check_class(index, kind.pipeline, folder)
     components = {
         "image_tokenizer": _load_image_tokenizer(index, kind.tokenizers, folder, dtype),
@@ -157,9 +161,19 @@ def _load_pipeline(folder, dtype):
             components[name] = load_model(model, folder / name, dtype)
     if mismatch := kind.mismatch(components["image_tokenizer"], components["transformer"].config):
         raise StudioError(f"{folder} does not fit together: {mismatch}.")
-    pipe = kind.pipeline.from_pretrained(folder, **components)
+    pipe = kind.pipeline.from_pretrained(folder, trust_remote_code=False, **components)
     pipe.vocabulary = read_vocabulary(_folder_of_words(folder))
     return pipe
+
+
+def _read_index(folder):
+    """What `model_index.json` says: the class of the pipeline, and [library, class] of each of its parts."""
+    index = read_json(folder / "model_index.json")
+    for name in ("image_tokenizer", "transformer", "text_encoder", "tokenizer", "drafter", "student"):
+        part = index.get(name) or [None, None]
+        if not isinstance(part, list) or len(part) != 2 or not all(isinstance(each, str | None) for each in part):
+            raise StudioError(f"{folder} is damaged: its model_index.json names no library and class of {name}.")
+    return index
 
 
 def _mismatch_of_latents(tokenizer, transformer):
@@ -200,14 +214,14 @@ _PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_
 
 
 def _load_visual_question(folder, dtype):
-    config = _read_config(folder / "config.json")
-    if config.get("model_type") not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise StudioError(f"{folder} holds {config['architectures'][0]}, which reads no pictures.")
+    config = read_json(folder / "config.json")
+    if str(config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise StudioError(f"{folder} holds {_class_of(config)}, which reads no pictures.")
     model = _load_weights(transformers.AutoModelForImageTextToText, folder, dtype)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise StudioError(f"The processor in {folder} cannot be read: {_first_line(error)}") from error
+        raise StudioError(f"The processor in {folder} cannot be read: {first_line(error)}") from error
     return VisualQuestionPipeline(model, processor)
 
 
@@ -240,19 +254,22 @@ def load_model(model_class, folder, dtype):
 
     Errors: `StudioError` for another class or other weights.
     """
-    _check_class(_read_config(folder / "config.json"), model_class, folder)
+    config = read_json(folder / "config.json")
+    _check_class(config, model_class, folder)
+    check_sizes(config, folder)
     return _load_weights(model_class, folder, dtype).to(memory_format=torch.channels_last)
 
 
 def _load_weights(model_class, folder, dtype):
-    """A model of safetensors: weights in a pickle, which could run code, are not looked at."""
+    """A model of safetensors: weights in a pickle, and classes beside them, which could run code, are not looked at."""
+    options = {} if issubclass(model_class, ModelMixin) else {"trust_remote_code": False}
     try:
         model, info = model_class.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, use_safetensors=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, use_safetensors=True, **options
         )
     except Exception as error:
         raise StudioError(
-            f"The weights in {folder} cannot be read as {model_class.__name__}: {_first_line(error)}"
+            f"The weights in {folder} cannot be read as {model_class.__name__}: {first_line(error)}"
         ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(problem) or ())):
@@ -260,6 +277,7 @@ def _load_weights(model_class, folder, dtype):
             raise StudioError(
                 f"The weights in {folder} are not those of its config.json: {len(keys)} {what}, first {keys[0]}."
             )
+    check_weights(model.state_dict(), folder)
     return model.eval()
 
 
@@ -273,28 +291,23 @@ def _transformers_class(index, part, folder):
 
 def _load_text_tokenizer(tokenizer_class, folder):
     try:
-        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+        return tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise StudioError(f"The text tokenizer in {folder} cannot be read: {_first_line(error)}") from error
-
-
-def _read_config(file):
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StudioError(f"{file.parent} is not a checkpoint: {file.name} is missing.") from error
-    except (OSError, ValueError) as error:
-        raise StudioError(f"{file} is not a configuration file: {_first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise StudioError(f"{file} is not a configuration file.")
-    return config
+        raise StudioError(f"The text tokenizer in {folder} cannot be read: {first_line(error)}") from error
 
 
 def _check_class(config, expected, folder):
-    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    found = _class_of(config)
     if found != expected.__name__:
         what = f"of another architecture ({found})" if found else "of an unknown architecture"
         raise StudioError(f"{folder} holds a checkpoint {what}, not {expected.__name__}.")
+
+
+def _class_of(config):
+    """The name of the class that a configuration is of, or None."""
+    named = config.get("_class_name") or config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else named
+    return found if isinstance(found, str) else None
 
 
 def pick_device(device):
@@ -304,9 +317,9 @@ def pick_device(device):
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise StudioError(
-            f"The device {str(device)!r} is not there: use cpu, cuda, cuda:N or mps, whichever this machine has."
+            f"The device {shown(str(device))} is not there: use cpu, cuda, cuda:N or mps, whichever this machine has."
         ) from error
     return device
 
@@ -321,10 +334,6 @@ def _dtype(dtype, device):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
-        raise StudioError(f"The dtype {str(dtype)!r} is unknown: use one of {', '.join(DTYPES)}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise StudioError(f"The dtype {shown(str(dtype))} is unknown: use one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from studio.checkpoints.foreign import check_weights
 from studio.errors import StudioError
+from studio.files import user_path
 from studio.models.llama_blocks import default_ffn_dim
 from studio.models.llamagen import PRESETS
 
@@ -35,8 +37,8 @@ def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
 
     Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = user_path(path)
+    if not os.path.isfile(path):
         raise StudioError(f"{path} is not a file: give the checkpoint's file.")
     try:
         if path.suffix == ".safetensors":
@@ -53,6 +55,7 @@ def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
         for name in place:
             found = found.get(name) if isinstance(found, dict) else None
         if isinstance(found, dict) and found and all(isinstance(weight, torch.Tensor) for weight in found.values()):
+            check_weights(found, path)
             return found
     named = ", ".join(".".join(place) for place in places if place)
     top = ", and none at its top either" if () in places else ""
@@ -148,7 +151,7 @@ def new_folder(out):
 
     Errors: `StudioError` when `out` is there and not empty, or cannot be written.
     """
-    out = Path(out).expanduser()
+    out = user_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StudioError(f"{out} exists already: choose another folder.")
     try:

@@ -30,8 +30,11 @@ def read_vocabulary(folder):
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return list(content["words"]), list(content["concepts"])
-    except (ValueError, KeyError, TypeError) as error:
+        words, concepts = list(content["words"]), list(content["concepts"])
+        if not all(isinstance(text, str) for text in words + concepts):
+            raise ValueError("not all words are text")
+        return words, concepts
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StudioError(f"{file} is damaged: copy the model again.") from error
 
 

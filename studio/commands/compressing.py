@@ -1,17 +1,19 @@
 """`studio tokenize`, `studio detokenize`, and how they compare with other files (`studio bench rate-distortion`)."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from studio.checkpoints.bundled import BUNDLED, DEFAULT_TOKENIZER
+from studio.checks import printable
 from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
-MOST_BYTES = 1 << 26
+MOST_BYTES = 1 << 23  # the longest file with as many tokens as are read has fewer
 
 
 def tokenize(
@@ -100,7 +102,7 @@ def detokenize(
     chosen = tokenizer or content.tokenizer
     model, _ = _load(chosen, device)
     picture = decode_picture(content, model, file)
-    call = {"file": file.name, "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
+    call = {"file": printable(file.name), "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
     save({out: png_writer(picture, call, None)})
     emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
     say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")
@@ -154,7 +156,7 @@ def _load(name, device):
 
 def _read(file):
     """The bytes of a file, of a very long one the first: it is no .odp file, and would fill the memory."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise StudioError(f"There is no file {file}.")
     try:
         with file.open("rb") as opened:

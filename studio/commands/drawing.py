@@ -33,6 +33,7 @@ from studio.commands.decodings import (
 from studio.commands.options import Device, DrawingDtype, Json, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
+from studio.files import user_path
 
 
 def generate(
@@ -48,7 +49,7 @@ def generate(
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
-    num_images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
     class_label: Annotated[
         int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
     ] = None,
@@ -126,7 +127,7 @@ def generate(
         options = {name: value for name, value in options.items() if value is not None}
         generate_many(
             prompts,
-            out.expanduser(),
+            user_path(out),
             model=model,
             seed=seed or 0,
             options=options,

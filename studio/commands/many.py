@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from studio.checks import json_text, shown
 from studio.commands.decodings import decoding_of, named
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
@@ -76,7 +77,7 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
 
     drawn = set(gather([picture.path for picture in sum(mine, []) if picture.path not in done]))
     if process_index() == 0:
-        lines = [json.dumps(picture.record(call), ensure_ascii=False) for picture in plan]
+        lines = [json_text(picture.record(call)) for picture in plan]
         save_all({out / MANIFEST: lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")})
     emit(
         {
@@ -195,14 +196,18 @@ def _drawn_before(out, plan, call, device):
         StudioError: there are pictures of other settings, or files that are none of ours, under the names of the plan.
     """
     planned = {picture.path: picture.record(call) for picture in plan}
+    records, damaged = read_records(out / _RECORDS)
     done = []
-    for record in read_records(out / _RECORDS):
-        if planned.get(record.get("path")) != record:
+    for record in records:
+        path = record.get("path")
+        if not isinstance(path, str) or planned.get(path) != record:
             raise StudioError(
-                f"{out} holds pictures of another file or other settings ({record.get('path')}): choose another --out."
+                f"{out} holds pictures of another file or other settings ({shown(path)}): choose another --out."
             )
-        if (out / record["path"]).is_file():
-            done.append(record["path"])
+        if (out / path).is_file():
+            done.append(path)
+    if damaged:
+        warn(f"{out / _RECORDS} has {damaged} damaged lines: what they recorded is drawn again.")
     for picture in plan:
         path = out / picture.path
         if picture.path not in done and os.path.lexists(path) and not holds(path, *_carried(picture, call, device)):

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from studio.checks import MAX_INTEGER, MAX_NUMBER, check_integer, check_number, first_line, is_unicode, shown
 from studio.commands.decodings import check_given, flag, given
 from studio.errors import StudioError
+from studio.files import user_path
 
 _SAMPLING = {
     "guidance": "guidance_scale",
@@ -47,7 +48,10 @@ _KINDS = {
     **_DECODING,
 }
 _SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "steps": 1, "cfg_interval": -1}
-_SEEDS, _LARGEST_SEED = 2**48, 2**63 - 1
+_MOST_IMAGES = 1_000_000
+_LARGEST = {"num_images": _MOST_IMAGES, "seed": MAX_INTEGER - _MOST_IMAGES}
+_SEEDS = 2**48
+_MOST_CHARACTERS = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,21 @@ def read_prompts(file, base_seed=0, options=None):
         StudioError: the file cannot be read, holds no prompt, or a line is not as above; it names the line. Or options
             of a decoding that no line has.
     """
-    file, requests, options = Path(file).expanduser(), [], options or {}
+    file, requests, options = user_path(file), [], options or {}
     of_decoding = [name for name in _DECODING if name in options]
     check_given(options.get("decoding"), **{name: options[name] for name in of_decoding})
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise StudioError(f"{file} is no file: give a file with one JSON object a line.")
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        with open(file, encoding="utf-8-sig", newline="\n") as opened:
+            text = opened.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise StudioError(f"{file} has more than {_MOST_CHARACTERS >> 20} million characters: split it.")
+        lines = text.split("\n")
+    except StudioError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise StudioError(f"{file} cannot be read ({reason}): give a file with one JSON object a line.") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -105,6 +117,8 @@ def read_prompts(file, base_seed=0, options=None):
             requests.append(_request(number, _fields(line), base_seed, options))
         except StudioError as error:
             raise StudioError(f"{file}, line {number}: {error}") from error
+    if (images := sum(request.num_images for request in requests)) > _MOST_IMAGES:
+        raise StudioError(f"{file} asks for {images} images: a run draws at most {_MOST_IMAGES}, so split the file.")
     if not requests:
         raise StudioError(f'{file} holds no prompts: write lines such as {{"prompt": "a red apple"}}.')
     if of_decoding and all(request.decoding["name"] != options.get("decoding") for request in requests):
@@ -122,13 +136,14 @@ def line_seed(base_seed, line):
 def _fields(line):
     try:
         fields = json.loads(line)
-    except ValueError as error:
-        raise StudioError(f"this is no JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise StudioError(f"this is no JSON ({reason}).") from error
     if not isinstance(fields, dict):
         raise StudioError('this is no JSON object: write {"prompt": "a red apple"}.')
     for name, value in fields.items():
         if name not in _KINDS:
-            raise StudioError(f"{name!r} is unknown: use {', '.join(_KINDS)}.")
+            raise StudioError(f"{shown(name)} is unknown: use {', '.join(_KINDS)}.")
         if value is not None:
             _check(name, value)
     return {name: value for name, value in fields.items() if value is not None}
@@ -136,18 +151,12 @@ def _fields(line):
 
 def _check(name, value):
     kind = _KINDS[name]
-    if kind is str:
-        if not isinstance(value, str):
-            raise StudioError(f"{name} must be text, not {value!r}.")
-        return
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise StudioError(f"{name} must be a {'whole ' if kind is int else ''}number, not {value!r}.")
-    if kind is float and not math.isfinite(value):
-        raise StudioError(f"{name} must be a finite number.")
-    if kind is int and value < (smallest := _SMALLEST.get(name, 0)):
-        raise StudioError(f"{name} must be at least {smallest}, not {value}.")
-    if name == "seed" and value > _LARGEST_SEED:
-        raise StudioError(f"seed must be at most {_LARGEST_SEED}, not {value}.")
+    if kind is int:
+        check_integer(name, value, _SMALLEST.get(name, 0), _LARGEST.get(name, MAX_INTEGER))
+    elif kind is float:
+        check_number(name, value, -MAX_NUMBER)
+    elif not isinstance(value, str) or not is_unicode(value):
+        raise StudioError(f"{name} must be text of valid Unicode, not {shown(value)}.")
 
 
 def _request(number, fields, base_seed, options):

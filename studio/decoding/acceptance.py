@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import check_flag, check_number
 from studio.errors import StudioError
 
 _TINY = 1e-12
@@ -64,16 +65,20 @@ class Relaxation:
             raise StudioError(f"k must be from 1 to {self.neighbours.shape[1]}, the width of the table, not {self.k}.")
 
 
-def check_budgets(tv_budget: float | None, ratio_budget: float | None, reference: bool) -> None:
-    """Raises a `StudioError` for budgets that cannot be used."""
+def check_budgets(
+    tv_budget: float | None, ratio_budget: float | None, reference: bool
+) -> tuple[float | None, float | None]:
+    """Both budgets as Python's numbers. Raises: `StudioError` for budgets that cannot be used."""
+    reference = check_flag("reference", reference)
     if tv_budget is None and ratio_budget is None:
         raise StudioError("Relaxed acceptance needs a bound: give the mass that may move, or the ratio, or both.")
     if reference and tv_budget is not None and ratio_budget is not None:
         raise StudioError("The authors' rule knows one bound: give the mass that may move or the ratio, not both.")
-    if tv_budget is not None and not 0 <= tv_budget <= 1:
-        raise StudioError(f"delta, the probability that may move at a token, must be from 0 to 1, not {tv_budget!r}.")
-    if ratio_budget is not None and not 1 <= ratio_budget < float("inf"):
-        raise StudioError(f"The ratio that bounds a token must be a finite number of at least 1, not {ratio_budget!r}.")
+    if tv_budget is not None:
+        tv_budget = check_number("delta, the probability that may move at a token,", tv_budget, 0, 1)
+    if ratio_budget is not None:
+        ratio_budget = check_number("The ratio that bounds a token", ratio_budget, 1)
+    return tv_budget, ratio_budget
 
 
 @dataclass

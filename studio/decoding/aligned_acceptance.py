@@ -53,11 +53,11 @@ class Ends:
 
 @dataclass
 class Redrawn:
-    """Tokens (n, D) in place of rejected ones, rounds of trials, and how many tokens no trial accepted."""
+    """Tokens (n, D) in place of rejected ones, rounds of trials, and which tokens (n,) no trial accepted."""
 
     tokens: torch.Tensor
     rounds: int
-    fallbacks: int
+    fallbacks: torch.Tensor
 
 
 def log_width_ratio(target: Ends, draft: Ends, reference: bool = False) -> torch.Tensor:
@@ -88,6 +88,7 @@ def trial_chance(x: torch.Tensor, target: Ends, draft: Ends, reference: bool = F
 def redraw(target: Ends, draft: Ends, places: Places, noise: PositionNoise, max_rounds: int) -> Redrawn:
     """Draws for rejected tokens: trials from the target's last step, at most `max_rounds` for each."""
     tokens, pending, rounds = target.mean.clone(), torch.arange(len(target.mean), device=target.mean.device), 0
+    fallbacks = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     while len(pending) and rounds < max_rounds:
         theirs, drafts = target.take(pending), draft.take(pending)
         normal, uniform = noise.trial(places.take(pending), rounds)
@@ -97,11 +98,15 @@ def redraw(target: Ends, draft: Ends, places: Places, noise: PositionNoise, max_
         pending, rounds = pending[~passed], rounds + 1
     normal, _ = noise.trial(places.take(pending), max_rounds)
     tokens[pending] = target.mean[pending] + target.std[pending] * normal
-    return Redrawn(tokens, rounds, len(pending))
+    fallbacks[pending] = True
+    return Redrawn(tokens, rounds, fallbacks)
 
 
 def redraw_reference(target: Ends, draft: Ends, places: Places, noise: PositionNoise, max_rounds: int) -> Redrawn:
-    """As the authors do it, for all tokens of a block: rounds until each was accepted once; later ones count."""
+    """As the authors do it, for all tokens of a block: rounds until each was accepted once; later ones count.
+
+    That includes tokens whose draft was accepted, which are never replaced: of the fallbacks, those are none.
+    """
     tokens, rounds = torch.zeros_like(target.mean), 0
     accepted = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     while not accepted.all() and rounds < max_rounds:
@@ -110,4 +115,4 @@ def redraw_reference(target: Ends, draft: Ends, places: Places, noise: PositionN
         passed = uniform < trial_chance(trial, target, draft, reference=True)
         tokens[passed] = trial[passed]
         accepted, rounds = accepted | passed, rounds + 1
-    return Redrawn(tokens, rounds, int((~accepted).sum()))
+    return Redrawn(tokens, rounds, ~accepted)

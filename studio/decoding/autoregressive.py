@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from studio.checks import check_choice
 from studio.decoding.sampling import Sampling
-from studio.errors import StudioError
 
 WEIGHTS = ("auto", "plain", "native", "float32", "float16", "int8")
 
@@ -34,8 +34,7 @@ class Autoregressive:
 
     def __post_init__(self):
         Sampling(order=self.filter_order)
-        if self.weights not in WEIGHTS:
-            raise StudioError(f"weights is one of {', '.join(WEIGHTS)}, not {self.weights!r}.")
+        check_choice("weights", self.weights, WEIGHTS)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import shown
 from studio.decoding.autoregressive import guided_logits, is_guided
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
@@ -29,8 +30,10 @@ class CellByCell:
     levels: tuple[Sampling, ...] | None = None
 
     def __post_init__(self):
-        if self.levels is not None and not all(isinstance(level, Sampling) for level in self.levels):
-            raise StudioError(f"levels is one Sampling for each level, not {self.levels!r}.")
+        if self.levels is None:
+            return
+        if not isinstance(self.levels, list | tuple) or not all(isinstance(level, Sampling) for level in self.levels):
+            raise StudioError(f"levels is one Sampling for each level, not {shown(self.levels)}.")
 
 
 @torch.no_grad()

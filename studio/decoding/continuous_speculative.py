@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import check_choice, check_flag, check_integer, check_number, set_fields
 from studio.decoding.aligned_acceptance import Ends, log_ratio, redraw, redraw_reference
 from studio.decoding.denoising import descend
 from studio.decoding.masked_autoregressive import (
@@ -29,16 +30,15 @@ from studio.decoding.masked_autoregressive import (
     MaskedDrawn,
     Painter,
     Step,
-    check_temperature,
     put,
 )
 from studio.decoding.path_verification import trace, verify_path
 from studio.decoding.position_noise import Places, PositionNoise
-from studio.decoding.sampling import is_finite_number
 from studio.errors import StudioError
 
 MODES = ("exact", "relaxed")
 VALIDATED_DRAFT_STEPS = 4
+MAX_ROUNDS = 10_000
 _RELAXED = {"draft_steps": 4, "inner_temperature": 42.0, "max_rounds": 100}
 
 
@@ -52,7 +52,7 @@ class ContinuousSpeculative(MaskedAutoregressive):
         reference: the authors' scheme to the letter, for their published numbers; "relaxed" only.
         draft_steps: steps that the draft runs ahead; 4 if None; "relaxed" only.
         inner_temperature: flattens the last step's densities in the test, above 0; 42 if None; "relaxed" only.
-        max_rounds: trials for a rejected token, at least 1; 100 if None; "relaxed" only.
+        max_rounds: trials for a rejected token, 1 to 10,000; 100 if None; "relaxed" only.
 
     Errors: `StudioError` for a value outside these, and for a setting of "relaxed" in "exact" mode.
     """
@@ -66,24 +66,21 @@ class ContinuousSpeculative(MaskedAutoregressive):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mode not in MODES:
-            raise StudioError(f"mode is one of {', '.join(MODES)}, not {self.mode!r}.")
-        if not is_finite_number(self.prefill) or not 0 <= self.prefill <= 1:
-            raise StudioError(f"prefill must be a number from 0 to 1, not {self.prefill!r}.")
+        check_choice("mode", self.mode, MODES)
+        set_fields(self, prefill=check_number("prefill", self.prefill, 0, 1))
+        set_fields(self, reference=check_flag("reference", self.reference))
         if self.mode == "exact":
             given = [name for name in _RELAXED if getattr(self, name) is not None]
             if given or self.reference:
                 raise StudioError(f'{", ".join(given or ["reference"])} goes with mode="relaxed" only: leave it out.')
             return
-        for name, default in _RELAXED.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        for name in ("draft_steps", "max_rounds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise StudioError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        if not is_finite_number(self.inner_temperature) or self.inner_temperature <= 0:
-            raise StudioError(f"inner_temperature must be a finite number above 0, not {self.inner_temperature!r}.")
+        filled = {name: value if (value := getattr(self, name)) is not None else _RELAXED[name] for name in _RELAXED}
+        set_fields(
+            self,
+            draft_steps=check_integer("draft_steps", filled["draft_steps"], 1),
+            inner_temperature=check_number("inner_temperature", filled["inner_temperature"], above=True),
+            max_rounds=check_integer("max_rounds", filled["max_rounds"], 1, MAX_ROUNDS),
+        )
 
     @property
     def approximate(self) -> bool:
@@ -112,7 +109,7 @@ class ContinuousDrawn(MaskedDrawn):
     """As of `MaskedDrawn`, but `seconds` holds "target" and "draft".
 
     `from_draft` (B, L) bool marks the tokens whose draft was accepted. `tested` and `accepted` count tokens, `trials`
-    rounds (relaxed) or single trials (exact) of drawing anew, and `fallbacks` tokens that no trial accepted.
+    rounds (relaxed) or single trials (exact) of drawing anew, and `fallbacks` rejected tokens that no trial accepted.
     """
 
     from_draft: torch.Tensor | None = None
@@ -162,7 +159,7 @@ def continuous_speculative(
 
 def check_pair(model, draft, settings: ContinuousSpeculative, temperature: float) -> None:
     """Raises the `StudioError` that `continuous_speculative` would raise for these, with settings that are filled."""
-    check_temperature(temperature)
+    check_number("temperature", temperature)
     if temperature == 0:
         raise StudioError("A temperature of 0 leaves nothing to verify: draw with MaskedAutoregressive instead.")
     if settings.diffusion_steps < 2:
@@ -265,15 +262,15 @@ class _Run:
     def _replace(self, places: Places, target: Ends, draft: Ends, rejected: torch.Tensor) -> None:
         if self.settings.reference:
             redrawn = redraw_reference(target, draft, places, self.noise, self.settings.max_rounds)
-            tokens = redrawn.tokens[rejected]
+            tokens, fallbacks = redrawn.tokens[rejected], redrawn.fallbacks[rejected]
         else:
             redrawn = redraw(
                 target.take(rejected), draft.take(rejected), places.take(rejected), self.noise, self.settings.max_rounds
             )
-            tokens = redrawn.tokens
+            tokens, fallbacks = redrawn.tokens, redrawn.fallbacks
         put(self.tokens, places.take(rejected), tokens)
         self.drawn.trials += redrawn.rounds
-        self.drawn.fallbacks += redrawn.fallbacks
+        self.drawn.fallbacks += int(fallbacks.sum())
 
     def _descend(self, painter: Painter, step: Step, scales: torch.Tensor | None = None):
         """Places of a step and the denoising steps of its tokens, lazily."""

@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 
+from studio.checks import check_choice, check_integer, set_fields, shown
 from studio.decoding.autoregressive import WEIGHTS, Drawn, condition_rows, guided_logits, is_guided
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
@@ -59,28 +61,25 @@ class Distilled:
 
     def __post_init__(self):
         Sampling(order=self.filter_order)
-        if not _is_whole(self.steps) or self.steps < 1:
-            raise StudioError(f"steps must be a whole number of at least 1, not {self.steps!r}.")
+        set_fields(self, steps=check_integer("steps", self.steps, 1))
         if self.times is not None:
-            object.__setattr__(self, "times", tuple(self.times))
-            if not self.times or self.times[0] != 0 or not _rises(self.times):
-                raise StudioError(f"times must be whole numbers that rise from 0, not {self.times!r}.")
-            if self.steps not in (1, len(self.times)):
-                raise StudioError(f"{len(self.times)} times are {len(self.times)} steps, not {self.steps}.")
+            times = _rising("times", self.times, 0)
+            set_fields(self, times=times)
+            if times[0] != 0:
+                raise StudioError(f"times must be whole numbers that rise from 0, not {shown(times)}.")
+            if self.steps not in (1, len(times)):
+                raise StudioError(f"{len(times)} times are {len(times)} steps, not {self.steps}.")
         if self.teacher_steps is not None:
-            object.__setattr__(self, "teacher_steps", tuple(self.teacher_steps))
-            if len(self.teacher_steps) != 2 or not _rises((0, *self.teacher_steps)):
-                raise StudioError(f"teacher_steps must be (n, m) with 1 <= n < m, not {self.teacher_steps!r}.")
+            set_fields(self, teacher_steps=_rising("teacher_steps", self.teacher_steps, 1))
+            if len(self.teacher_steps) != 2:
+                raise StudioError(f"teacher_steps must be (n, m) with 1 <= n < m, not {shown(self.teacher_steps)}.")
             if self.steps != 1 or self.times is not None:
                 raise StudioError("Steps of the teacher go with one call of the student: leave out steps and times.")
-        if self.split is not None and (not _is_whole(self.split) or self.split < 0):
-            raise StudioError(f"split must be a whole number of at least 0, not {self.split!r}.")
-        for name, value, allowed in (
-            ("snap", self.snap, SNAPS), ("teacher_draw", self.teacher_draw, TEACHER_DRAWS),
-            ("weights", self.weights, WEIGHTS),
-        ):  # fmt: skip
-            if value not in allowed:
-                raise StudioError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
+        if self.split is not None:
+            set_fields(self, split=check_integer("split", self.split))
+        check_choice("snap", self.snap, SNAPS)
+        check_choice("teacher_draw", self.teacher_draw, TEACHER_DRAWS)
+        check_choice("weights", self.weights, WEIGHTS)
         of_teacher = [name for name in _OF_TEACHER if getattr(self, name) != getattr(type(self), name)]
         if of_teacher and self.teacher_steps is None:
             raise StudioError(
@@ -93,8 +92,11 @@ class Distilled:
         `steps` as of `distilled`.
         """
         total = steps or len(student.bounds) - 1
+        calls = len(self.times or ()) or self.steps
+        if calls > total:
+            raise StudioError(f"The student draws {total} steps, too few for {calls} calls: give fewer steps.")
         times = self.times or spread_times(self.steps, total, student.horizon)
-        if not _rises(times) or times[-1] > total:
+        if times[-1] > total or any(a >= b for a, b in pairwise(times)):
             raise StudioError(f"The student draws {total} steps, too few for calls at {', '.join(map(str, times))}.")
         return times
 
@@ -110,8 +112,16 @@ class Distilled:
         """How often `distilled` calls `on_token`; `steps` as there."""
         if self.teacher_steps is None:
             return len(self.times_for(student, steps))
-        begin, end = self.teacher_steps
-        return end - begin + (end <= (steps or len(student.bounds) - 1))
+        total = steps or len(student.bounds) - 1
+        begin, end = self.teacher_span(total)
+        return end - begin + (end < total)
+
+    def teacher_span(self, total: int) -> tuple[int, int]:
+        """The teacher's steps of `total`, from the first to before the second, counted from 0."""
+        begin, end = (step - 1 for step in self.teacher_steps)
+        if end > total:
+            raise StudioError(f"The teacher draws {total} steps: teacher_steps must end at {total + 1} or before.")
+        return begin, end
 
 
 @dataclass
@@ -353,11 +363,9 @@ def distilled(
             call, codebook, noise, condition, times=times, split=split, on_call=after_call
         )
     else:
-        begin, end = (step - 1 for step in settings.teacher_steps)
+        begin, end = settings.teacher_span(total)
         if model is None:
             raise StudioError("teacher_steps needs the teacher: give the model that the student was distilled from.")
-        if end > total:
-            raise StudioError(f"The teacher draws {total} steps: teacher_steps must end at {total + 1} or before.")
         draw = partial(_sampled, sampling, generators)
         if settings.teacher_draw == "map":
             draw = map_draw(noise, noise_map or NoiseMap(codebook), sampling)
@@ -397,9 +405,11 @@ def _sampled(sampling: Sampling, generators: list[torch.Generator], index: int, 
     return sampling.draw(logits, generators)
 
 
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _rises(numbers) -> bool:
-    return all(map(_is_whole, numbers)) and all(a < b for a, b in zip(numbers, numbers[1:]))
+def _rising(name: str, values, minimum: int) -> tuple[int, ...]:
+    """Whole numbers that rise, as a tuple. Raises: `StudioError` for anything else."""
+    if not isinstance(values, list | tuple) or not values:
+        raise StudioError(f"{name} must be whole numbers in a tuple, not {shown(values)}.")
+    numbers = tuple(check_integer(f"Each of {name}", value, minimum) for value in values)
+    if any(a >= b for a, b in pairwise(numbers)):
+        raise StudioError(f"{name} must be whole numbers that rise, not {shown(values)}.")
+    return numbers

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import check_integer, set_fields
 from studio.decoding.acceptance import Relaxation, check_budgets
 from studio.decoding.drafts import DraftSource
 from studio.decoding.neighbours import neighbour_table
@@ -46,9 +47,8 @@ class Lantern(Speculative):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise StudioError(f"k must be a whole number above 0, not {self.k!r}.")
-        check_budgets(self.delta, self.ratio_budget, self.reference)
+        delta, ratio_budget = check_budgets(self.delta, self.ratio_budget, self.reference)
+        set_fields(self, k=check_integer("k", self.k, 1), delta=delta, ratio_budget=ratio_budget)
 
     def relaxation(self, codebook: torch.Tensor | None) -> Relaxation:
         """The rule, given the stored code vectors (V, C).

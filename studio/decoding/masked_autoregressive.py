@@ -15,12 +15,11 @@ from typing import ClassVar
 
 import torch
 
+from studio.checks import check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Drawn, condition_rows
 from studio.decoding.denoising import Kernels, TimedHead, descend
-from studio.decoding.masked_steps import MaskedSteps, Step, is_count
+from studio.decoding.masked_steps import MaskedSteps, Step
 from studio.decoding.position_noise import Places, PositionNoise
-from studio.decoding.sampling import is_finite_number
-from studio.errors import StudioError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,8 @@ class MaskedAutoregressive(MaskedSteps):
 
     def __post_init__(self):
         super().__post_init__()
-        given = self.diffusion_steps
-        if given is not None and not (is_count(given) and given <= 1000):
-            raise StudioError(f"diffusion_steps must be a whole number of at least 1, at most 1000, not {given!r}.")
+        if self.diffusion_steps is not None:
+            set_fields(self, diffusion_steps=check_integer("diffusion_steps", self.diffusion_steps, 1, 1000))
 
 
 @dataclass
@@ -103,7 +101,7 @@ def masked_autoregressive(
     Errors: `StudioError` for more steps than tokens and for a temperature that is none.
     """
     settings = (settings or MaskedAutoregressive()).filled()
-    check_temperature(temperature)
+    check_number("temperature", temperature)
     plan = settings.plan(model.num_tokens)
     began = time.perf_counter()
     painter = Painter(model, condition, guidance_scale != 1, settings.diffusion_steps)
@@ -123,9 +121,3 @@ def masked_autoregressive(
             break
     head = time.perf_counter() - began - painter.seconds
     return MaskedDrawn(tokens, painter.calls, painter.rows, {"transformer": painter.seconds, "head": head})
-
-
-def check_temperature(temperature: float) -> None:
-    """Errors: `StudioError` for what is no finite number of at least 0."""
-    if not is_finite_number(temperature) or temperature < 0:
-        raise StudioError(f"temperature must be a finite number of at least 0, not {temperature!r}.")

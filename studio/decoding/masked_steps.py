@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
+from studio.checks import check_choice, check_integer, set_fields
 from studio.errors import StudioError
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
@@ -42,12 +43,9 @@ class MaskedSteps:
     """What takes the place of None."""
 
     def __post_init__(self):
-        if self.steps is not None and not is_count(self.steps):
-            raise StudioError(f"steps must be a whole number of at least 1, not {self.steps!r}.")
-        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise StudioError(
-                f"guidance_schedule is one of {', '.join(GUIDANCE_SCHEDULES)}, not {self.guidance_schedule!r}."
-            )
+        if self.steps is not None:
+            set_fields(self, steps=check_integer("steps", self.steps, 1))
+        check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
 
     def filled(self, **defaults: int) -> Self:
         """These settings with a number for every None: one of `defaults`, such as a pipeline's, else of `DEFAULTS`."""
@@ -68,8 +66,3 @@ class MaskedSteps:
     def scale_at(self, step: Step, guidance_scale: float) -> float:
         """The guidance of a step."""
         return 1 + (guidance_scale - 1) * step.progress if self.guidance_schedule == "linear" else guidance_scale
-
-
-def is_count(value) -> bool:
-    """Whether this is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

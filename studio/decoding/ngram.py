@@ -5,8 +5,9 @@ Prompt lookup ("Inference with Reference", arXiv:2304.04487), with several conti
 
 from dataclasses import dataclass
 
+from studio.checks import check_integer, set_fields
 from studio.decoding.drafts import Memoryless, Progress, Setting
-from studio.decoding.trees import Tree, trees_of
+from studio.decoding.trees import MAX_NODES, Tree, trees_of
 from studio.errors import StudioError
 
 
@@ -30,9 +31,10 @@ class NGram:
 
     def __post_init__(self):
         for name in ("longest", "branches", "levels"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise StudioError(f"{name} of n-gram drafts must be a whole number above 0, not {value!r}.")
+            set_fields(self, **{name: check_integer(f"{name} of n-gram drafts", getattr(self, name), 1, MAX_NODES)})
+        nodes = self.branches * self.levels
+        if nodes > MAX_NODES:
+            raise StudioError(f"n-gram drafts have at most {MAX_NODES} nodes, not {nodes}: lower branches or levels.")
 
     def begin(self, setting: Setting) -> "_NGramDrafting":
         return _NGramDrafting(self)

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import torch
 
+from studio.checks import check_integer
 from studio.errors import StudioError
 
 METHODS = ("multistep", "euler", "rk4")
 BLOCK = 4096
+MAX_STEPS = 100_000
 _SETTLED = 0.99
 _TAIL_FACTOR = 0.75
 _TAIL_CANDIDATES = 256
@@ -212,8 +214,7 @@ class NoiseMap:
             raise StudioError(f"The codebook must be a table (V, C) of code vectors, not {tuple(codebook.shape)}.")
         if method not in METHODS:
             raise StudioError(f"The method is one of {', '.join(METHODS)}, not {method!r}.")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-            raise StudioError(f"steps must be a whole number of at least 2, not {steps!r}.")
+        steps = check_integer("steps", steps, 2, MAX_STEPS)
         if method == "euler" and not sigma_max is sigma_min is None:
             raise StudioError("euler steps in t from 0 to 1: leave out sigma_max and sigma_min.")
         self.steps, self.method, self.block = steps, method, block

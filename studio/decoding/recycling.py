@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import check_integer, set_fields
 from studio.decoding.drafts import Drafting, Memoryless, Progress, Setting
 from studio.decoding.sampling import exponential_noise
-from studio.decoding.trees import StaticTree, Tree, trees_of
-from studio.errors import StudioError
+from studio.decoding.trees import MAX_NODES, StaticTree, Tree, trees_of
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Recycling:
     candidates: int = 8
 
     def __post_init__(self):
-        count = self.candidates
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise StudioError(f"candidates of recycled drafts must be a whole number above 0, not {count!r}.")
+        set_fields(self, candidates=check_integer("candidates of recycled drafts", self.candidates, 1, MAX_NODES))
 
     def begin(self, setting: Setting) -> Drafting:
         if self.drawn and not setting.sampling.greedy:

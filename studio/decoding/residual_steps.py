@@ -6,11 +6,9 @@ from typing import ClassVar, Self
 
 import torch
 
-from studio.decoding.masked_steps import is_count
+from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.residual_laws import ResidualLaw
 from studio.decoding.residual_masks import SCHEDULES, hidden_after_calls
-from studio.decoding.sampling import is_finite_number
-from studio.errors import StudioError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +31,10 @@ class ResidualSteps(ABC):
     """What takes the place of None."""
 
     def __post_init__(self):
-        if self.steps is not None and not is_count(self.steps):
-            raise StudioError(f"steps must be a whole number of at least 1, not {self.steps!r}.")
-        check_one_of("schedule", self.schedule, SCHEDULES)
-        check_not_negative("scatter", self.scatter)
+        if self.steps is not None:
+            set_fields(self, steps=check_integer("steps", self.steps, 1))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        set_fields(self, scatter=check_number("scatter", self.scatter))
 
     def filled(self, steps: int = DEFAULT_STEPS) -> Self:
         """These settings with so many steps where there is None."""
@@ -61,15 +59,3 @@ class ResidualSteps(ABC):
             fading: falls from 1 to 0 over the calls.
             generators: one per picture.
         """
-
-
-def check_one_of(name: str, value, allowed) -> None:
-    """Raises a `StudioError` for a value that is none of those allowed."""
-    if value not in allowed:
-        raise StudioError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
-
-
-def check_not_negative(name: str, value) -> None:
-    """Raises a `StudioError` for what is no finite number of at least 0."""
-    if not is_finite_number(value) or value < 0:
-        raise StudioError(f"{name} must be a finite number of at least 0, not {value!r}.")

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import check_choice, check_number, set_fields
 from studio.decoding.autoregressive import Drawn, guided_logits
 from studio.decoding.residual_laws import LAWS, gumbel_noise
 from studio.decoding.residual_masks import reveal, shown
-from studio.decoding.residual_steps import ResidualSteps, check_not_negative, check_one_of
+from studio.decoding.residual_steps import ResidualSteps
 from studio.decoding.sampling import Sampling
 
 CONFIDENCES = ("cell", "level")
@@ -42,8 +43,8 @@ class ResidualUnmasking(ResidualSteps):
 
     def __post_init__(self):
         super().__post_init__()
-        check_one_of("confidence", self.confidence, CONFIDENCES)
-        check_not_negative("confidence_temperature", self.confidence_temperature)
+        check_choice("confidence", self.confidence, CONFIDENCES)
+        set_fields(self, confidence_temperature=check_number("confidence_temperature", self.confidence_temperature))
 
     def preference(self, law, codes, fading, generators):
         """The confidence (B, L, D), give or take noise that fades."""

@@ -6,13 +6,13 @@ temperature, top-p, top-k, where a token goes when the probability up to it, cou
 - p.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.errors import StudioError
 
 FILTER_ORDERS = ("llamagen", "lantern")
@@ -38,14 +38,13 @@ class Sampling:
     order: str = "llamagen"
 
     def __post_init__(self):
-        if not is_finite_number(self.temperature) or self.temperature < 0:
-            raise StudioError(f"temperature must be a finite number of at least 0, not {self.temperature!r}.")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise StudioError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), not {self.top_k!r}.")
-        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise StudioError(f"top_p must be above 0 and at most 1, not {self.top_p!r}.")
-        if self.order not in FILTER_ORDERS:
-            raise StudioError(f"The filter order is one of {', '.join(FILTER_ORDERS)}, not {self.order!r}.")
+        set_fields(
+            self,
+            temperature=check_number("temperature", self.temperature),
+            top_k=check_integer("top_k", self.top_k),
+            top_p=check_number("top_p", self.top_p, 0, 1, above=True),
+        )
+        check_choice("The filter order", self.order, FILTER_ORDERS)
 
     @property
     def greedy(self) -> bool:
@@ -61,10 +60,6 @@ class Sampling:
         if self.greedy:
             return logits.argmax(dim=-1)
         return sample_rows(self.probabilities(logits), generators)
-
-
-def is_finite_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def filter_logits(

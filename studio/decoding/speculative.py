@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.checks import shown
 from studio.decoding.acceptance import Relaxation
 from studio.decoding.autoregressive import Autoregressive, Drawn, condition_rows, is_guided
 from studio.decoding.drafts import DraftSource, Progress, Setting
@@ -51,7 +52,7 @@ class Speculative:
         Autoregressive(self.filter_order, self.weights)
         if not callable(getattr(self.drafts, "begin", None)):
             raise StudioError(
-                f"drafts is a source such as Recycling(), NGram() or DrafterDrafts(drafter), not {self.drafts!r}."
+                f"drafts is a source such as Recycling(), NGram() or DrafterDrafts(drafter), not {shown(self.drafts)}."
             )
 
     def relaxation(self, codebook: torch.Tensor | None) -> Relaxation | None:

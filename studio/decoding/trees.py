@@ -4,13 +4,16 @@ Node 0 is the root, a token that is drawn already and that the target has not re
 behind its parent. Nodes stand in level order, siblings in the order in which they are tried.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 
+from studio.checks import check_integer, set_fields, shown
 from studio.errors import StudioError
+
+MAX_NODES = 4096
 
 
 @dataclass
@@ -100,8 +103,12 @@ class StaticTree:
     paths: tuple[tuple[int, ...], ...]
 
     def __post_init__(self):
-        paths = tuple(sorted((tuple(path) for path in self.paths), key=lambda path: (len(path), path)))
-        object.__setattr__(self, "paths", paths)
+        if not isinstance(self.paths, Sequence) or not all(isinstance(path, Sequence) for path in self.paths):
+            raise StudioError(f"paths are tuples of ranks such as ((0,), (0, 0)), not {shown(self.paths)}.")
+        check_integer("The number of nodes of a draft tree", len(self.paths) + 1, 1, MAX_NODES)
+        ranks = [[check_integer("A rank in a draft tree", rank, 0, MAX_NODES) for rank in path] for path in self.paths]
+        paths = tuple(sorted(map(tuple, ranks), key=lambda path: (len(path), path)))
+        set_fields(self, paths=paths)
         known = {()}
         for path in paths:
             elder = (*path[:-1], path[-1] - 1) if path and path[-1] else ()
@@ -166,9 +173,7 @@ class DynamicTree:
 
     def __post_init__(self):
         for name, least in (("nodes", 2), ("levels", 1), ("width", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise StudioError(f"{name} of a draft tree must be a whole number of at least {least}, not {value!r}.")
+            set_fields(self, **{name: check_integer(f"{name} of a draft tree", getattr(self, name), least, MAX_NODES)})
 
 
 def grow(

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from studio.checkpoints.loading import pick_device
+from studio.checks import check_number
 from studio.decoding.autoregressive import Autoregressive, autoregressive
-from studio.decoding.sampling import Sampling, is_finite_number
+from studio.decoding.sampling import Sampling
 from studio.decoding.textbook import textbook
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
@@ -82,8 +83,7 @@ def bench_random_decoding(
 
     Errors: `StudioError` for sizes that do not fit together, a wrong guidance scale and an unknown dtype.
     """
-    if not is_finite_number(guidance) or guidance < 0:
-        raise StudioError(f"The guidance scale must be a finite number of at least 0, not {guidance!r}.")
+    guidance = check_number("The guidance scale", guidance)
     side = round(tokens**0.5)
     if side * side != tokens or tokens < 1:
         raise StudioError(f"tokens must be a square number, the grid's side squared, not {tokens}.")

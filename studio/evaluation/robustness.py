@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from studio.decoding.sampling import is_finite_number
+from studio.checks import check_integer, check_number, set_fields
 from studio.errors import StudioError
 from studio.evaluation.judge import verdicts
 from studio.evaluation.metrics import frechet_distance
@@ -40,10 +40,7 @@ class Perturbation:
     delta: int
 
     def __post_init__(self):
-        if not is_finite_number(self.alpha) or not 0 <= self.alpha <= 1:
-            raise StudioError(f"alpha is a share from 0 to 1, not {self.alpha!r}.")
-        if isinstance(self.delta, bool) or not isinstance(self.delta, int) or self.delta < 1:
-            raise StudioError(f"delta must be a whole number of at least 1, not {self.delta!r}.")
+        set_fields(self, alpha=check_number("alpha", self.alpha, 0, 1), delta=check_integer("delta", self.delta, 1))
 
 
 GRID = tuple(Perturbation(alpha, delta) for alpha in (0.1, 0.5) for delta in (2, 8))

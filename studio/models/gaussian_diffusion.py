@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from studio.checks import check_integer
 from studio.errors import StudioError
 
 _PIXEL = 1 / 255
@@ -53,8 +54,7 @@ class GaussianDiffusion:
     """
 
     def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999, limit: float | None = None):
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= train_steps:
-            raise StudioError(f"Denoising steps must be a whole number from 1 to {train_steps}, not {steps!r}.")
+        steps = check_integer("The number of denoising steps", steps, 1, train_steps)
         if limit is not None and not limit > 0:
             raise StudioError(f"The limit of the data must be above 0, not {limit!r}.")
         self.steps, self.limit = steps, limit

@@ -3,6 +3,7 @@
 import math
 from numbers import Integral, Real
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 
@@ -23,13 +24,13 @@ def count(budget: int | float, total: int) -> int:
     Errors: `StudioError` for any other budget.
     """
     if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise StudioError(f"A budget is a number of tokens or a fraction above 0 and at most 1, not {budget!r}.")
+        raise StudioError(f"A budget is a number of tokens or a fraction above 0 and at most 1, not {shown(budget)}.")
     if is_fraction(budget):
         if not 0 < budget <= 1:
-            raise StudioError(f"Keep a fraction of the tokens above 0 and at most 1, not {budget!r}.")
+            raise StudioError(f"Keep a fraction of the tokens above 0 and at most 1, not {shown(budget)}.")
         return min(max(1, round(float(budget) * total)), total)
     if budget < 1:
-        raise StudioError(f"Keep at least 1 token, not {budget}.")
+        raise StudioError(f"Keep at least 1 token, not {shown(budget)}.")
     return min(int(budget), total)
 
 

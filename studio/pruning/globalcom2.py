@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from studio.errors import StudioError
+from studio.checks import check_choice, check_number
 from studio.pruning.attention import Attention, scores_for
 from studio.pruning.budget import apportion, count, fraction
 from studio.pruning.hired import cell_of
@@ -112,10 +112,8 @@ def crop_ratios(
 
     Errors: `StudioError` for a tau that is not above 0 and an unknown pool.
     """
-    if not tau > 0:
-        raise StudioError(f"tau must be above 0, not {tau!r}.")
-    if pool not in POOLS:
-        raise StudioError(f"pool is one of {', '.join(POOLS)}, not {pool!r}.")
+    tau = check_number("tau", tau, above=True)
+    check_choice("pool", pool, POOLS)
     cell = cell_of(size, grid)
     sums = torch.zeros(grid[0] * grid[1], dtype=torch.float64).index_add_(0, cell, thumbnail.double())
     if pool == "mean":

@@ -17,7 +17,7 @@ Deviations from the authors' code, each with its reason:
 
 import torch
 
-from studio.errors import StudioError
+from studio.checks import check_choice, check_number
 from studio.pruning.attention import Attention, scores_for
 from studio.pruning.budget import apportion, count, fraction
 from studio.pruning.layout import Layout, layout_for
@@ -61,10 +61,8 @@ def hired(
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
     cells = cells or ("stripes" if reference else "blocks")
-    if cells not in CELLS:
-        raise StudioError(f"cells is one of {', '.join(CELLS)}, not {cells!r}.")
-    if not 0 <= alpha <= 1:
-        raise StudioError(f"alpha is the thumbnail's share of the budget, from 0 to 1, not {alpha!r}.")
+    check_choice("cells", cells, CELLS)
+    alpha = check_number("alpha, the thumbnail's share of the budget,", alpha, 0, 1)
     budget = fraction(budget) if reference else count(budget, len(features))
     if budget == len(features) and not reference:
         return torch.arange(len(features), device=features.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from studio.errors import StudioError
+from studio.checks import check_choice
 from studio.pruning.divprune import divprune
 from studio.pruning.globalcom2 import globalcom2
 from studio.pruning.hired import hired
@@ -31,6 +31,5 @@ def pruning_methods() -> dict[str, str]:
 
 def method_named(name: str) -> Callable:
     """Errors: `StudioError` for an unknown name."""
-    if name not in METHODS:
-        raise StudioError(f"The pruning method is one of {', '.join(METHODS)}, not {name!r}.")
+    check_choice("The pruning method", name, METHODS)
     return METHODS[name]

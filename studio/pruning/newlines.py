@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio.checks import check_choice
 from studio.errors import StudioError
 from studio.pruning.layout import Layout
 
@@ -12,8 +13,7 @@ NEWLINES = ("row", "keep", "drop", "compete")
 
 def check_newline(newline: str, *, compete: bool) -> None:
     """Errors: `StudioError` for an unknown name, and for "compete" with a method that has no score for newlines."""
-    if newline not in NEWLINES:
-        raise StudioError(f"newline is one of {', '.join(NEWLINES)}, not {newline!r}.")
+    check_choice("newline", newline, NEWLINES)
     if newline == "compete" and not compete:
         raise StudioError("This method has no score for newlines: choose row, keep or drop instead of compete.")
 

@@ -46,4 +46,4 @@ def test_a_file_of_prompts_has_lengths_of_its_own(run, tiny_row_folder, tmp_path
     assert [json.loads(line)["num_tokens"] for line in manifest] == [2, 5]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red apple", "length": 0}')
     code, _, err = run(*call)
-    assert code == 2 and "line 1: length must be at least 1" in err.splitlines()[-1]
+    assert code == 2 and "line 1: length must be a whole number of at least 1" in err.splitlines()[-1]

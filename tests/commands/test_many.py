@@ -199,3 +199,21 @@ def test_batches_do_not_depend_on_the_processes_and_are_shared_evenly(monkeypatc
 
 def test_few_pictures_are_drawn_one_by_one_and_many_in_batches():
     assert [many.usual_batch_size(pictures) for pictures in (1, 100, 300, 10**6)] == [1, 1, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe{}\n", b"[]\n", b"[" * 100_000 + b"\n", b'{"path": 3}\n', b"9" * 5000 + b"\n"]
+)
+def test_damaged_records_are_drawn_again(run, tmp_path, damage):
+    lines = [{"prompt": "a red apple", "seed": 1, "num_images": 3}]
+    run(lines, "out")
+    whole = pictures(tmp_path / "out")
+    (file,) = (tmp_path / "out/records").glob("*.jsonl")
+    records = file.read_bytes().splitlines(keepends=True)
+    flipped = records[1].replace(b'"seed": 2', b'"seed": 3')
+    assert flipped != records[1]
+    file.write_bytes(records[0] + damage + flipped + records[2])
+    (tmp_path / "out" / sorted(whole)[1]).unlink()
+    code, document, err = run(lines, "out")
+    assert (code, document["drawn"], document["drawn_before"]) == (0, 1, 2)
+    assert "2 damaged lines" in err and pictures(tmp_path / "out") == whole

@@ -1,6 +1,7 @@
 """Files of prompts: what a line may say, where seeds come from, and which line is to blame."""
 
 import json
+import os
 
 import pytest
 
@@ -126,3 +127,37 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(StudioError, match="nowhere.jsonl cannot be read"):
         read_prompts(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        (b'{"prompt": "a", "guidance": 1' + b"0" * 400 + b"}", "guidance must be a finite number"),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 400 + b"}", "seed must be a whole number"),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "no JSON"),
+        (b'{"prompt": "a", "num_images": 100000000000}', "num_images must be a whole number from 1 to 1000000"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"prompt": ' * 200_000, "nested too deeply"),
+        (b'{"prompt": "a \\ud83c apple"}', "valid Unicode"),
+        (b'{"prompt": "a", "' + b"x" * 100_000 + b'": 1}', "is unknown"),
+        (b'{"prompt": "a \xff"}', "not UTF-8"),
+    ],
+)
+def test_lines_of_any_bytes_are_one_short_sentence(tmp_path, line, word):
+    (tmp_path / "prompts.jsonl").write_bytes(line)
+    with pytest.raises(StudioError, match=word) as refusal:
+        read_prompts(tmp_path / "prompts.jsonl")
+    assert len(str(refusal.value)) < 1000
+
+
+def test_only_a_regular_file_of_prompts_is_read(tmp_path):
+    os.mkfifo(tmp_path / "prompts.jsonl")
+    for path in (tmp_path / "prompts.jsonl", tmp_path, tmp_path / "none", "~nobody-here/x", "a" * 5000, "a\0b"):
+        with pytest.raises(StudioError):
+            read_prompts(path)
+
+
+def test_a_run_of_more_images_than_it_can_plan_is_refused(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "num_images": 600000}\n' * 2)
+    with pytest.raises(StudioError, match="asks for 1200000 images"):
+        read_prompts(tmp_path / "prompts.jsonl")

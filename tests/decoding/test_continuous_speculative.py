@@ -94,7 +94,7 @@ def test_relaxed_falls_back_to_the_target_within_its_rounds():
     pictures = torch.arange(50)
     noise = PositionNoise(pictures, 2)
     redrawn = redraw(ends(0.0, 50), ends(0.0, 50), Places(pictures, pictures * 0), noise, 3)
-    assert (redrawn.rounds, redrawn.fallbacks) == (3, 50)
+    assert (redrawn.rounds, int(redrawn.fallbacks.sum())) == (3, 50)
     assert (redrawn.tokens != 0).all() and abs(float(redrawn.tokens.mean())) < 0.5
 
 
@@ -129,3 +129,17 @@ def test_refused_calls():
         draw({}, sizes={"steps": 4, "diffusion_steps": 1})
     with pytest.raises(StudioError, match="same tokens"):
         draw({}, draft=tiny_mar(0, grid_size=2))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_fallbacks_are_rejected_tokens_that_no_trial_accepted(monkeypatch, reference):
+    """With the authors' scheme too, which tries all tokens of a block, also those whose draft is kept."""
+
+    def every_other(x, *_):
+        return torch.where(torch.arange(len(x)) % 2 == 0, torch.inf, -torch.inf).double()
+
+    monkeypatch.setattr("studio.decoding.continuous_speculative.log_ratio", every_other)
+    monkeypatch.setattr("studio.decoding.aligned_acceptance.trial_chance", lambda x, *_, **__: x.new_zeros(len(x)))
+    drawn = draw({"mode": "relaxed", "reference": reference, "max_rounds": 1})
+    assert 0 < drawn.accepted < drawn.tested
+    assert drawn.fallbacks == drawn.tested - drawn.accepted

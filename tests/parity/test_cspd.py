@@ -83,9 +83,9 @@ def test_replacements(path, name):
     close(trial_chance(first, target, draft, reference=True).float(), io["res_alpha"], atol=1e-4)
     redrawn = redraw_reference(target, draft, places, noise, 100)
     assert redrawn.rounds == int(io["rounds"])
-    assert redrawn.fallbacks == recording.info["cases"][name]["zero_rows_emitted"]
     close(redrawn.tokens, io["residual"])
     accepted = log_ratio(io["x"], target, draft, tau, reference=True) > io["u"].double().log()
+    assert int((redrawn.fallbacks & ~accepted).sum()) == recording.info["cases"][name]["zero_rows_emitted"]
     out = io["x"] if accepted.all() else torch.where(accepted[:, None], io["x"], redrawn.tokens)
     close(out, io["out"])
 

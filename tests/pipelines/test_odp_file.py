@@ -1,13 +1,16 @@
 """The .odp file: a round trip, its size, and the refusal of every byte that is not as it was written."""
 
 import random
+import time
+import zlib
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from studio import StudioError
-from studio.pipelines.odp_file import OdpFile, pack, payload_bytes, unpack
+from studio.pipelines.odp_file import MAGIC, VERSION, OdpFile, pack, payload_bytes, unpack
 
 at_any_speed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -127,3 +130,31 @@ def test_headers_that_lie_are_refused_though_their_checksum_is_right():
 def test_what_the_format_cannot_hold_is_refused(wrong):
     with pytest.raises(StudioError):
         file(**wrong)
+
+
+def test_a_short_file_that_would_expand_is_refused_at_once():
+    """Ten million bytes of one-bit tokens were eighty million numbers."""
+    payload = bytes(10_000_000)
+    count = 8 * len(payload)
+    groups = bytes(((count >> shift) & 0x7F) | (0x80 if shift < 21 else 0) for shift in (0, 7, 14, 21))
+    content = MAGIC + bytes((VERSION, 1, 0)) + bytes(4) + b"\x10\x10" + groups + payload
+    began = time.monotonic()
+    with pytest.raises(StudioError, match="at most 2097152 are read"):
+        OdpFile.from_bytes(content + zlib.crc32(content).to_bytes(4, "big"))
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("bits", [1, 7, 24])
+def test_many_tokens_are_packed_as_few_are(bits):
+    rng = np.random.default_rng(bits)
+    tokens = rng.integers(0, 1 << bits, 2 * 65_536 + 13).tolist()
+    data = pack(tokens, bits)
+    text = "".join(f"{token:0{bits}b}" for token in tokens)
+    assert data == int(text.ljust(8 * len(data), "0"), 2).to_bytes(len(data), "big")
+    assert unpack(data, bits, len(tokens)) == tokens
+
+
+@pytest.mark.parametrize("data", [None, "ODP", 3, [1, 2]])
+def test_what_is_no_bytes_is_refused(data):
+    with pytest.raises(StudioError, match="given as bytes"):
+        OdpFile.from_bytes(data)

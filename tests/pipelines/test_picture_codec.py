@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from studio import OdpFile, StudioError, decode_picture, encode_picture
-from studio.pipelines.picture_codec import picture_psnr, smallest, tile_lengths, tokenizer_checksum
+from studio.errors import Stopped
+from studio.pipelines.picture_codec import (
+    count_tiles,
+    picture_psnr,
+    smallest,
+    tile_lengths,
+    token_bits,
+    tokenizer_checksum,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,7 @@ def test_a_search_restores_better_in_a_file_of_the_same_form(tokenizer, wish):
     plain, refined = (encode_picture(original, tokenizer, tile=True, refine=steps, **wish) for steps in (0, 20))
     assert len(refined.data) == len(plain.data) and refined.psnr > plain.psnr
     assert decode_picture(refined.data, tokenizer).tobytes() == refined.restored.tobytes()
-    with pytest.raises(StudioError, match="whole number of steps"):
+    with pytest.raises(StudioError, match="refine must be a whole number"):
         encode_picture(original, tokenizer, refine=-1)
 
 
@@ -150,3 +158,44 @@ def test_the_checksum_knows_every_weight_and_no_precision(tokenizer, tmp_path):
     with torch.no_grad():
         again.decoder.ffn[2].bias[0] += 1
     assert tokenizer_checksum(again) != checksum
+
+
+def test_the_work_of_tiles_is_bounded_before_it_begins(tiny_one_d, monkeypatch):
+    """A line of two million pixels has as many tiles as a picture of half a thousand million."""
+    monkeypatch.setattr(type(tiny_one_d), "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(type(tiny_one_d), "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("studio.pipelines.picture_codec.MOST_TILE_PIXELS", 16**2 * 1000)
+    line = OdpFile("", tokenizer_checksum(tiny_one_d), 2_097_151, 1, True, token_bits(tiny_one_d), (1,) * 131_072)
+    with pytest.raises(StudioError, match="131072 tiles of 16 x 16"):
+        decode_picture(line, tiny_one_d)
+    with pytest.raises(StudioError, match="2000 tiles"):
+        encode_picture(Image.new("RGB", (32_000, 1)), tiny_one_d, tile=True)
+
+
+def test_every_picture_that_is_read_may_be_cut_into_tiles():
+    """Those of 64 million pixels, and of the thinnest shape, with the bundled tokenizer and one of twice its side."""
+    for side in (64, 128, 256):
+        for size in ((8000, 8000), (80_000, 800), (800, 8), (8, 800)):
+            assert count_tiles(size, side) >= 1
+        with pytest.raises(StudioError, match="tiles"):
+            count_tiles((2_097_151, 1), side)
+
+
+@pytest.mark.parametrize("wish", [{}, {"refine": 3}, {"psnr": 5}], ids=str)
+def test_work_on_tiles_can_be_stopped(tiny_one_d, wish):
+    """It asks before each batch, so that no more than one is done after it was told to stop."""
+    picture = Image.new("RGB", (16 * 20, 16 * 10))
+    asked = []
+    with pytest.raises(Stopped):
+        encode_picture(picture, tiny_one_d, tile=True, stopped=lambda: asked.append(1) or len(asked) > 2, **wish)
+    assert len(asked) == 3
+    data = encode_picture(picture, tiny_one_d, tile=True).data
+    with pytest.raises(Stopped):
+        decode_picture(data, tiny_one_d, stopped=lambda: True)
+    assert decode_picture(data, tiny_one_d, stopped=lambda: False).size == picture.size
+
+
+@pytest.mark.parametrize("wish", [{"length": 2.5}, {"length": 10**30}, {"psnr": "20"}, {"size": None, "psnr": np.nan}])
+def test_wishes_of_no_number_are_refused(tiny_one_d, wish):
+    with pytest.raises(StudioError):
+        encode_picture(Image.new("RGB", (16, 16)), tiny_one_d, **wish)

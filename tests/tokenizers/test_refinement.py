@@ -74,5 +74,5 @@ def test_twenty_steps_of_emoji_1d_gain_half_a_decibel():
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True, None])
 def test_what_is_no_number_of_steps_is_refused(tokenizer, steps):
-    with pytest.raises(StudioError, match="whole number of steps"):
+    with pytest.raises(StudioError, match="refine must be a whole number"):
         refined_tokens(tokenizer, pictures(1), [6], steps)

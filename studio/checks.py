@@ -1,0 +1,135 @@
+"""The checks of what a caller gives: numbers, choices and text. Every setting goes through these.
+
+A number that passes comes back as Python's own `int` or `float`, so that numpy's numbers, which callers have at hand,
+work everywhere and are written to JSON; callers put it in place of what was given. `bool` is no number here.
+"""
+
+import json
+import reprlib
+from collections.abc import Collection
+from numbers import Integral, Real
+
+from studio.errors import StudioError
+
+MAX_INTEGER = 2**63 - 1
+MAX_NUMBER = 1e6
+"""The largest scale or temperature: beyond it float32 arithmetic overflows somewhere in a network."""
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
+    """Check an integer before anything is sized by it.
+
+    Args:
+        name: what the message calls it.
+        value: an `int` or a numpy integer.
+        minimum, maximum: the range, both included.
+
+    Returns:
+        The value as an `int`.
+
+    Raises:
+        StudioError: no integer, or one outside the range.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= value <= maximum:
+        limits = f"of at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
+        raise StudioError(f"{name} must be a whole number {limits}, not {shown(value)}.")
+    return int(value)
+
+
+def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
+    """Check a finite number.
+
+    Args:
+        name: what the message calls it.
+        value: an `int`, a `float` or a numpy number.
+        minimum, maximum: the range, both included.
+        above: leaves `minimum` itself out.
+
+    Returns:
+        The value as an `int` or a `float`.
+
+    Raises:
+        StudioError: no number, not finite, or outside the range.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not minimum <= value <= maximum or (above and value == minimum):
+        lower = f"above {minimum:g} and" if above else f"of at least {minimum:g} and"
+        raise StudioError(f"{name} must be a finite number {lower} at most {maximum:g}, not {shown(value)}.")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def check_choice(name: str, value, allowed: Collection[str]) -> None:
+    """Raises a `StudioError` for a value that is none of those allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
+
+
+def check_flag(name: str, value) -> bool:
+    """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise StudioError(f"{name} must be True or False, not {shown(value)}.")
+    return bool(value)
+
+
+def check_text(name: str, value, maximum: int, empty: str) -> None:
+    """Check words that a person gives.
+
+    Args:
+        name: what messages call them, as in "The prompt".
+        value: a `str` of real characters, not all of them space.
+        maximum: the most characters.
+        empty: the sentence for a value that is no text or has no words.
+
+    Raises:
+        StudioError: not such a text.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise StudioError(empty)
+    if len(value) > maximum:
+        raise StudioError(f"{name} has {len(value)} characters; at most {maximum} are read.")
+    if not is_unicode(value):
+        raise StudioError(f"{name} is not valid Unicode (half of a character, or bytes that are not UTF-8): retype it.")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    """A text that can be written as UTF-8: what is no Unicode in it, such as in a file name, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_text(value) -> str:
+    """JSON that can be written as UTF-8: readable, or ASCII where a text in it, such as a path, is no Unicode."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if is_unicode(text) else json.dumps(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def set_fields(settings, **values) -> None:
+    """Set fields of a frozen dataclass, from its `__post_init__`, to what its checks returned."""
+    for name, value in values.items():
+        object.__setattr__(settings, name, value)
+
+
+def shown(value) -> str:
+    """A value as messages show it: short, whatever it is."""
+    if isinstance(value, Integral) and abs(value) >= 10**40:
+        return f"an integer of {int(value).bit_length()} bits"
+    try:
+        return printable(_repr.repr(value))
+    except ValueError:
+        return f"a {type(value).__name__}"
