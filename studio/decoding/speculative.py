@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from studio.decoding.acceptance import Relaxation
-from studio.decoding.autoregressive import Autoregressive, Drawn, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, condition_rows, is_guided
 from studio.decoding.drafts import DraftSource, Progress, Setting
 from studio.decoding.guidance import Guidance
 from studio.decoding.own_drafts import OwnDrafts
+from studio.decoding.reporting import Reporter, SpeculativeDrawn
 from studio.decoding.sampling import Sampling, sample_rows
 from studio.decoding.trees import Tree
 from studio.decoding.verification import Verdict, verify, verify_greedy
@@ -59,18 +60,6 @@ class Speculative:
         return None
 
 
-@dataclass
-class SpeculativeDrawn(Drawn):
-    """As of `Drawn`; `picture_calls` counts pictures over all calls of the model, `picture_tokens` what those drew."""
-
-    picture_calls: int = 0
-    picture_tokens: int = 0
-
-    @property
-    def mean_accepted_length(self) -> float:
-        return self.picture_tokens / self.picture_calls
-
-
 @torch.no_grad()
 def speculative(
     model: torch.nn.Module,
@@ -104,7 +93,7 @@ def speculative(
         model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter, num_tokens
     )
     run.drawn.seconds["prefill"] = time.perf_counter() - began
-    reporter = _Reporter(run, on_token, editable and on_token is not None)
+    reporter = Reporter(run, on_token, editable)
     while not reporter.stopped() and not run.is_done:
         if not reporter.editable:
             run.retire()
@@ -245,24 +234,3 @@ class _Run:
         self.lengths = lengths
         self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
         self.drafting.rewind(lengths)
-
-
-class _Reporter:
-    """Tells `on_token` of tokens that all pictures have reached, and acts on what it changes."""
-
-    def __init__(self, run: _Run, on_token, editable: bool):
-        self.run, self.on_token, self.editable, self.reported = run, on_token, editable, 0
-
-    def stopped(self) -> bool:
-        """Reports what is new; whether to stop."""
-        run = self.run
-        while self.on_token is not None and self.reported < min(run.lengths):
-            index, self.reported = self.reported, self.reported + 1
-            before = run.tokens[:, index].clone()
-            if self.on_token(index, run.tokens[:, : index + 1]):
-                return True
-            changed = (run.tokens[:, index] != before).tolist()
-            lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
-            if self.editable and lengths != run.lengths:
-                run.rewind(lengths)
-        return False
