@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from studio.decoding.dimension_wise import DimensionWise
     from studio.decoding.distilled import Distilled
     from studio.decoding.first_hitting import FirstHitting
+    from studio.decoding.jacobi import Jacobi
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.masked_autoregressive import MaskedAutoregressive
     from studio.decoding.residual_unmasking import ResidualUnmasking
@@ -59,6 +60,7 @@ _EXPORTS = {
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
     "FirstHitting": "studio.decoding.first_hitting",
+    "Jacobi": "studio.decoding.jacobi",
     "KLTokenizer": "studio.tokenizers.kl",
     "Lantern": "studio.decoding.lantern",
     "LanternPlusPlus": "studio.decoding.lantern",
@@ -102,6 +104,7 @@ __all__ = [
     "Distilled",
     "DistilledStudent",
     "FirstHitting",
+    "Jacobi",
     "KLTokenizer",
     "Lantern",
     "LanternPlusPlus",

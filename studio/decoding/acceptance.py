@@ -200,9 +200,7 @@ def relaxed_mass(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation) 
     return (own + (masses * taken).sum(1, keepdim=True))[:, 0]
 
 
-def borrowed_mass(
-    p: torch.Tensor, tokens: torch.Tensor, share: torch.Tensor, relaxation: Relaxation
-) -> torch.Tensor:
+def borrowed_mass(p: torch.Tensor, tokens: torch.Tensor, share: torch.Tensor, relaxation: Relaxation) -> torch.Tensor:
     """What single drafts (R,), sampled with probabilities `share` (R,), may borrow under p (R, V): (R,).
 
     With a `tv_budget` delta, at most delta * share: summed over all tokens that a draft may be, that is delta.

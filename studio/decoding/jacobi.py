@@ -26,7 +26,7 @@ new places at the end of the window repeat the last guess; filters act once, bef
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,7 +35,7 @@ from studio.decoding.autoregressive import Autoregressive, condition_rows, is_gu
 from studio.decoding.call_cost import call_seconds
 from studio.decoding.guidance import Guidance
 from studio.decoding.reporting import Reporter, SpeculativeDrawn
-from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.decoding.sampling import Sampling, exponential_noise, fill_exponential, sample_rows
 from studio.decoding.verification import is_likeliest
 from studio.errors import StudioError
 
@@ -55,7 +55,7 @@ class Jacobi:
             "auto": with the coupling "seed", what should be fastest by the measured cost of a call; with others, whose
             samples depend on it, 8 tokens over the conditional and unconditional sequences of an image on a CPU, and 16
             elsewhere.
-        coupling: "seed", "none", "maximal" or "gumbel". None: "seed", and "maximal" as `drafts` of `Lantern`.
+        coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
         filter_order, weights: as of `Autoregressive`; as `drafts` of another decoding, those of that.
         on_round: called before each call of the model as (lengths (B,), tokens (B, n)): how many tokens of each image
             are final, the last of which is tokens[:, 0], and the guesses behind it.
@@ -109,7 +109,7 @@ def jacobi(
 
     Args:
         model, condition, generators, sampling, guidance_scale, cfg_interval, num_tokens: as of `autoregressive`.
-        relaxation: how the tests that commit a token are relaxed; not with the coupling "seed".
+        relaxation: how the tests that commit a token are relaxed; of `Lantern`, never with the coupling "seed".
         on_token: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
         editable: whether `on_token` may write to the last of those tokens. An image goes back to a token that it
             changes, so images that are complete stay in the batch until the others are.
@@ -118,7 +118,6 @@ def jacobi(
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
     guidance = Guidance(guidance_scale, cfg_interval, 2 if is_guided(0, guidance_scale, cfg_interval) else 1)
-    settings = replace(settings, coupling=settings.coupling or ("seed" if relaxation is None else "maximal"))
     window = choose_window(model, settings, len(generators), guidance.streams)
     total = num_tokens or model.num_tokens
     run = _Run(
@@ -149,7 +148,7 @@ class _Run:
     ):  # fmt: skip
         self.model, self.sampling, self.guidance = model.for_decoding(settings.weights), sampling, guidance
         self.total, self.window, self.relaxation, self.on_round = total, window, relaxation, settings.on_round
-        self.coupling = settings.coupling
+        self.coupling = settings.coupling or "seed"
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
         batch, self.before, device = len(generators), prefix.shape[1], prefix.device
         self.cache = self.model.new_tree_cache(len(prefix), window)
@@ -345,10 +344,9 @@ class _PositionRaces:
     def reach(self, numbers: list[int], ends: list[int]) -> None:
         """Takes the noise of all positions before `ends` of these images."""
         for number, end in zip(numbers, ends):
-            generator, vocab = [self.generators[number]], self.noise.shape[1]
             for position in range(self.taken[number], min(end, self.total)):
                 row = number * self.slots + position % self.slots
-                self.noise[row] = exponential_noise(1, vocab, generator, self.noise.device)[0]
+                fill_exponential(self.noise[row], self.generators[number])
                 self.taken[number] = position + 1
 
     def winners(self, laws: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -377,7 +375,7 @@ def choose_window(model: torch.nn.Module, settings: Jacobi, batch: int, streams:
     if settings.window != "auto":
         return settings.window
     on_cpu = model.device.type == "cpu"
-    if settings.coupling != "seed":
+    if settings.coupling not in (None, "seed"):
         return _CPU_ROWS // streams if on_cpu else _OTHER_WINDOW
     rows, known = batch * streams, _windows.setdefault(model, {})
     key = (rows, model.device, model.dtype, settings.weights, torch.get_num_threads())
