@@ -54,11 +54,14 @@ def race(wish):
     """Follow a race of plain decoding and the decoding of a wish: an asynchronous iterator over `Race`.
 
     Both draw one picture with the same seed. They never run at the same time: the one whose clock is behind goes on, so
-    that the clocks run together, and each shows the seconds that its decoding takes alone.
+    that the clocks run together, and each shows the seconds that its decoding takes alone. A wish for the faster of
+    plain and Jacobi decoding is a race of these two.
 
     Raises:
         StudioError: the wish is for plain decoding, or the model cannot be loaded or refuses it.
     """
+    if wish.decoding == "exact":
+        wish = dataclasses.replace(wish, decoding="jacobi")
     if wish.decoding == wish.plain:
         raise StudioError("The race is against plain decoding: choose another decoding, such as speculative, first.")
     return follow(lambda job: _race(wish, job))

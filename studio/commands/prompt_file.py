@@ -21,6 +21,9 @@ _DECODING = {
     "delta": float,
     "neighbours": int,
     "ratio": float,
+    "drafts": str,
+    "window": int,
+    "coupling": str,
     "steps": int,
     "teacher_steps": int,
     "mode": str,
@@ -46,7 +49,7 @@ _KINDS = {
     "decoding": str,
     **_DECODING,
 }
-_SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "steps": 1, "cfg_interval": -1}
+_SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "window": 1, "steps": 1, "cfg_interval": -1}
 _SEEDS, _LARGEST_SEED = 2**48, 2**63 - 1
 
 

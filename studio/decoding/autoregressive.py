@@ -42,13 +42,15 @@ class Autoregressive:
 class Drawn:
     """Tokens (B, n) int64, with n below the number asked for only when the loop was stopped, and what they cost.
 
-    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode".
+    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode"; `decoding` is the
+    name of the one that was taken, where the settings left that open.
     """
 
     tokens: torch.Tensor
     target_calls: int = 0
     row_calls: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    decoding: str | None = None
 
     @property
     def mean_accepted_length(self) -> float:
