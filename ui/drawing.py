@@ -116,7 +116,7 @@ class Call:
 
     def fates(self, sketch, number=0):
         """How the tokens of the first picture of a wish came about; `None` where no single drafts are seen."""
-        if self.rounds is None or not self.rounds[number]:
+        if self.rounds is None or (not self.rounds[number] and sketch.drawn > 1):
             return None
         return fates_of(self.rounds[number], sketch.tokens[self.rows[number].start].tolist(), self.total)
 

@@ -193,7 +193,7 @@ def _endpoint(model, prompt, count, plain):
             temperature: randomness of each token, above 0; the model's own setting when empty.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
-            decoding: how tokens are generated, such as "jacobi" or "lantern"; "cspd" with the mode "relaxed" is approximate.
+            decoding: how tokens are generated, such as "jacobi"; "cspd" with the mode "relaxed" is approximate.
             options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
 
         Returns:

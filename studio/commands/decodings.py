@@ -12,10 +12,10 @@ Decoding = Annotated[
     str | None,
     typer.Option(
         "--decoding",
-        help="How tokens are generated: ar, jacobi (the same image in fewer calls), exact (the faster of the "
-        "two), speculative (same distribution), lantern, lantern++ (relaxed), distilled (a student) or auto (the fastest that "
-        "was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge; of a "
-        "ResGen, resgen or first-hitting; of an RQ-Transformer, rq.",
+        help="How tokens are generated: ar, jacobi (the same image in fewer calls), exact (the faster of the two), "
+        "speculative (same distribution), lantern, lantern++ (relaxed), distilled (a student), auto (the fastest that "
+        "was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge; of a ResGen, resgen or "
+        "first-hitting; of an RQ-Transformer, rq.",
         show_default="exact, mar, bridge, resgen or rq",
     ),
 ]
