@@ -32,7 +32,7 @@ import torch
 
 from studio.decoding.acceptance import Relaxation, borrowed_mass
 from studio.decoding.autoregressive import Autoregressive, condition_rows, is_guided
-from studio.decoding.call_cost import call_seconds
+from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.guidance import Guidance
 from studio.decoding.reporting import Reporter, SpeculativeDrawn
 from studio.decoding.sampling import Sampling, exponential_noise, fill_exponential, sample_rows
@@ -391,7 +391,7 @@ def _fastest_window(model: torch.nn.Module, rows: int, weights: str, first: floa
         if not 0 <= place < len(windows):
             return 0.0
         if place not in speeds:
-            seconds = call_seconds(model, rows, windows[place], repeats=3, weights=weights)
+            seconds = least_call_seconds(model, rows, windows[place], weights)
             speeds[place] = _TOKENS_A_CALL[windows[place]] / seconds
         return speeds[place]
 

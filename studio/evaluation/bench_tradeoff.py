@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 from studio.checkpoints.loading import load
 from studio.checkpoints.measured import fingerprint, save_measured
 from studio.data.captions import full_caption
-from studio.decoding.call_cost import call_seconds
 from studio.errors import StudioError
 from studio.evaluation.bench_decoding import read_bandwidth, step_weights
-from studio.evaluation.decoding_cost import peak_flops
+from studio.evaluation.decoding_cost import call_seconds, peak_flops
 from studio.evaluation.generators import held_out_drawings, judge_drawings
 from studio.evaluation.judge import draw_combinations
 from studio.evaluation.metrics import sliced_distance

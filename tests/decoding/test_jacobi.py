@@ -12,6 +12,7 @@ from test_speculative import FLAT, GUIDANCE, conditions, exact_law, p_value, str
 from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
 from studio.decoding import jacobi as loop
 from studio.decoding.autoregressive import autoregressive
+from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.jacobi import choose_window, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
@@ -270,14 +271,14 @@ def test_the_window_follows_measured_costs(monkeypatch):
     asked = []
 
     def costs(per_row):
-        def seconds(model, rows, nodes, **how):
+        def seconds(model, rows, nodes, weights):
             asked.append((rows, nodes))
             return 1 + per_row * rows * nodes
 
         return seconds
 
     for per_row, least, most in ((0.0, 32, 32), (0.01, 16, 32), (1.0, 2, 4)):
-        monkeypatch.setattr(loop, "call_seconds", costs(per_row))
+        monkeypatch.setattr(loop, "least_call_seconds", costs(per_row))
         assert least <= choose_window(tiny(), Jacobi(), 1, 2) <= most
     model, count = tiny(), len(asked)
     first = choose_window(model, Jacobi(), 2, 2)
@@ -303,3 +304,11 @@ def test_settings_are_checked():
             settings(drafts=Jacobi(weights="plain"))
     with pytest.raises(StudioError, match="leave reference out"):
         Lantern(drafts=Jacobi(), reference=True)
+
+
+@pytest.mark.parametrize("weights", ["auto", "plain"])
+def test_a_call_is_measured_without_a_trace(weights):
+    model = tiny()
+    for nodes in (1, 40):
+        assert 0 < least_call_seconds(model, 2, nodes, weights) < 60
+    assert choose_window(model, Jacobi(weights=weights), 1, 2) in range(2, 33)
