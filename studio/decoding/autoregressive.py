@@ -67,7 +67,7 @@ def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
 def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
     """Combines logits (2B, V), conditional rows first, into (B, V)."""
     conditional, null = logits.chunk(2)
-    return null + scale * (conditional - null)
+    return (conditional - null).mul_(scale).add_(null)
 
 
 def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

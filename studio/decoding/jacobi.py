@@ -177,8 +177,9 @@ class _Run:
             self.cache.select_rows(range(len(self.numbers)))
         keeps_plain_tokens = self.proposals is None and self.relaxation is None
         width = min(self.window, self.total - min(self.lengths)) if keeps_plain_tokens else self.window
-        images, index = self.images[:, None], self.reached[:, None] + self.steps[:width]  # of the tokens to predict
-        fed = self.tokens[images, torch.minimum(index, self.guessed[:, None]) - 1]  # the last guess is repeated
+        index = self.reached[:, None] + self.steps[:width]  # of the tokens to predict
+        flat, starts = self.tokens.view(-1), self.images[:, None] * self.tokens.shape[1]
+        fed = flat.take(starts - 1 + torch.minimum(index, self.guessed[:, None]))  # the last guess is repeated
         if self.on_round is not None:
             self.on_round(self.reached, fed)
         rows = self.guidance.rows
@@ -189,7 +190,7 @@ class _Run:
 
         outcomes, right = self._decide(logits, fed[:, 1:], index)
         new = torch.minimum(right + 1, self.total - self.reached)
-        self.tokens[images, index] = outcomes
+        flat.scatter_(0, (starts + index).view(-1), outcomes.view(-1))
         self.reached, self.guessed = self.reached + new, self.reached + width
         counts = new.tolist()  # the only wait for the device
         for number, count in zip(self.numbers, counts):
