@@ -35,7 +35,7 @@ from studio.decoding.autoregressive import Autoregressive, condition_rows, is_gu
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.guidance import Guidance
 from studio.decoding.reporting import Reporter, SpeculativeDrawn
-from studio.decoding.sampling import Sampling, exponential_noise, fill_exponential, sample_rows
+from studio.decoding.sampling import Sampling, fill_exponential, sample_rows
 from studio.decoding.verification import is_likeliest
 from studio.errors import StudioError
 
@@ -219,7 +219,7 @@ class _Run:
         if self.coupling == "seed":
             outcomes = self.races.winners(laws, self.images, index)
             return outcomes, _leading(guesses == outcomes[:, :-1])
-        chance = _Chance.of([self.generators[number] for number in self.numbers], laws)
+        chance = _Chance.of([self.generators[number] for number in self.numbers], laws.shape[1], laws.device)
         outcomes, right = decide(laws, guesses, self.proposals, chance, self.coupling, self.relaxation)
         if self.coupling == "gumbel":
             behind = self.steps > right[:, None]
@@ -291,7 +291,7 @@ def decide(
     rest = (p - proposals).clamp(min=0)
     rest = torch.where(rest.sum(dim=2, keepdim=True) > 0, rest, p)
     weights = torch.cat((torch.where(replaced[:, :, None], rest, p), laws[:, -1:]), dim=1)
-    outcomes = chance.race(weights)
+    outcomes = chance.sample(weights)
     outcomes[:, :-1] = torch.where(kept, guesses, outcomes[:, :-1])
     return outcomes, right
 
@@ -308,26 +308,26 @@ def next_proposals(laws: torch.Tensor, outcomes: torch.Tensor, right: torch.Tens
 
 
 class _Chance:
-    """Fresh random numbers of one round: `uniforms` (B, n - 1) and Exp(1) `noise` (B, n, V)."""
+    """Fresh random numbers of one round, in [0, 1): `tests` (B, n - 1) and `samples` (B, n), float64."""
 
-    def __init__(self, uniforms: torch.Tensor, noise: torch.Tensor):
-        self.uniforms, self.noise = uniforms, noise
+    def __init__(self, tests: torch.Tensor, samples: torch.Tensor):
+        self.tests, self.samples = tests, samples
 
     @classmethod
-    def of(cls, generators: list[torch.Generator], laws: torch.Tensor) -> "_Chance":
-        """As for distributions (B, n, V), of each image's generator alone."""
-        _, places, vocab = laws.shape
-        uniforms = [torch.rand(places - 1, generator=g, device=g.device).to(laws.device) for g in generators]
-        noise = [exponential_noise(places, vocab, [g] * places, laws.device) for g in generators]
-        return cls(torch.stack(uniforms), torch.stack(noise))
+    def of(cls, generators: list[torch.Generator], places: int, device) -> "_Chance":
+        """For windows of n places, of each image's generator alone."""
+        numbers = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
+        numbers = torch.stack(numbers).to(device)
+        return cls(numbers[:, 1:places], numbers[:, places:])
 
     def test(self, share: torch.Tensor, *masses: torch.Tensor) -> list[torch.Tensor]:
         """Which guesses pass, each with probability mass / share, for each of the masses by the same numbers."""
-        return [self.uniforms * share < mass for mass in masses]
+        return [self.tests * share < mass for mass in masses]
 
-    def race(self, weights: torch.Tensor) -> torch.Tensor:
-        """Samples (B, n) of distributions (B, n, V), up to their sums."""
-        return sample_rows(weights.flatten(0, 1), noise=self.noise.flatten(0, 1)).view(weights.shape[:2])
+    def sample(self, weights: torch.Tensor) -> torch.Tensor:
+        """Samples (B, n) of distributions (B, n, V), up to their sums: the inverse of the distribution function."""
+        sums = weights.cumsum(dim=2, dtype=torch.float64)
+        return torch.searchsorted(sums, (1 - self.samples[:, :, None]) * sums[:, :, -1:])[:, :, 0]
 
 
 class _PositionRaces:

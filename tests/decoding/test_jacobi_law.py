@@ -58,7 +58,7 @@ class Forced:
         self.probability *= (edges.gather(0, rows + 1) - edges.gather(0, rows))[0].prod(dim=1)
         return [self.levels <= number for number in range(len(masses))]
 
-    def race(self, weights):
+    def sample(self, weights):
         chances = weights / weights.sum(dim=2, keepdim=True)
         self.probability *= chances.gather(2, self.samples[:, :, None])[:, :, 0].prod(dim=1)
         return self.samples.clone()
@@ -238,19 +238,30 @@ def chi_square(tokens, p):
     return float(((tokens.bincount(minlength=len(p)) - expected) ** 2 / expected).sum())
 
 
+def windows_of(*laws):
+    return torch.stack(laws).expand(SAMPLES, -1, -1)
+
+
+def fresh(places, generator):
+    """Random numbers for windows of some places."""
+    tests, samples = (torch.rand(SAMPLES, n, generator=generator, dtype=torch.float64) for n in (places - 1, places))
+    return loop._Chance(tests, samples)
+
+
+P, Q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+
 def test_what_replaces_a_guess_needs_noise_of_its_own():
     """400,000 windows of one guess each, seed 3, level 0.001; with the guess's own noise the statistic is enormous."""
     generator = torch.Generator().manual_seed(SEED)
-    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     noise = torch.empty(SAMPLES, 2, 4).exponential_(generator=generator)
-    guesses = sample_rows(q.expand(SAMPLES, -1), noise=noise[:, 0])[:, None]
-    laws, proposals = p.expand(SAMPLES, 2, -1), q.expand(SAMPLES, 1, -1)
-    uniforms = torch.rand(SAMPLES, 1, generator=generator)
-    fresh = torch.empty_like(noise).exponential_(generator=generator)
-    statistics = []
-    for used in (fresh, noise):
-        outcomes, _ = decide(laws, guesses, proposals, loop._Chance(uniforms, used), "gumbel")
-        statistics.append(chi_square(outcomes[:, 0], p))
+    guesses = sample_rows(windows_of(Q)[:, 0], noise=noise[:, 0])[:, None]
+    chance, statistics = fresh(2, generator), []
+    for reused in (False, True):
+        if reused:
+            chance.sample = lambda weights: sample_rows(weights.flatten(0, 1), noise=noise.flatten(0, 1)).view(-1, 2)
+        outcomes, _ = decide(windows_of(P, P), guesses, windows_of(Q), chance, "gumbel")
+        statistics.append(chi_square(outcomes[:, 0], P))
     assert statistics[0] < CHI_SQUARE and statistics[1] > 1000
 
 
@@ -260,23 +271,20 @@ def test_how_often_a_guess_stays():
     400,000 windows, seed 3, four standard errors; independent samples stay far less often.
     """
     generator = torch.Generator().manual_seed(SEED)
-    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    noise, other = (torch.empty(SAMPLES, 3, 4).exponential_(generator=generator) for _ in range(2))
-    guesses = sample_rows(q.expand(SAMPLES, -1), noise=noise[:, 1])
-    failing = torch.stack((torch.zeros_like(guesses), guesses), dim=1)
-    laws = torch.stack((torch.tensor([0.0, 1, 0, 0]), p, p)).expand(SAMPLES, -1, -1)
-    proposals = torch.stack((torch.tensor([1.0, 0, 0, 0]), q)).expand(SAMPLES, -1, -1)
-    chance = loop._Chance(torch.rand(SAMPLES, 2, generator=generator), other)
+    noise = torch.empty(SAMPLES, 4).exponential_(generator=generator)
+    guesses = sample_rows(windows_of(Q)[:, 0], noise=noise)
+    failing, chance = torch.stack((torch.zeros_like(guesses), guesses), dim=1), fresh(3, generator)
+    laws, proposals = windows_of(torch.tensor([0.0, 1, 0, 0]), P, P), windows_of(torch.tensor([1.0, 0, 0, 0]), Q)
     expected = {
-        "maximal": 1 - distance(p, q),
-        "gumbel": sum(1 / float(torch.maximum(p / p[a], q / q[a]).sum()) for a in range(4)),
-        "none": float((p * q).sum()),
+        "maximal": 1 - distance(P, Q),
+        "gumbel": sum(1 / float(torch.maximum(P / P[a], Q / Q[a]).sum()) for a in range(4)),
+        "none": float((P * Q).sum()),
     }
     kept = {name: decide(laws, failing, proposals, chance, name)[0][:, 1] for name in ("maximal", "none")}
-    kept["gumbel"] = sample_rows(p.expand(SAMPLES, -1), noise=noise[:, 1])
-    for name, chance_of in expected.items():
-        error = (chance_of * (1 - chance_of) / SAMPLES) ** 0.5
-        assert abs(float((kept[name] == guesses).float().mean()) - chance_of) < 4 * error, name
+    kept["gumbel"] = sample_rows(windows_of(P)[:, 0], noise=noise)
+    for name, probability in expected.items():
+        error = (probability * (1 - probability) / SAMPLES) ** 0.5
+        assert abs(float((kept[name] == guesses).float().mean()) - probability) < 4 * error, name
     assert expected["none"] < expected["gumbel"] < expected["maximal"]
 
 
