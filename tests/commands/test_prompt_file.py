@@ -126,3 +126,14 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(StudioError, match="nowhere.jsonl cannot be read"):
         read_prompts(tmp_path / "nowhere.jsonl")
+
+
+def test_settings_of_jacobi_decoding(tmp_path):
+    jacobi = {"decoding": "jacobi", "window": 8, "coupling": "maximal"}
+    lines = {"prompt": "a", **jacobi}, {"prompt": "b", "decoding": "exact"}
+    first, second = read_prompts(write(tmp_path, *lines))
+    assert first.decoding == {"name": "jacobi", "window": 8, "coupling": "maximal"}
+    assert second.decoding == {"name": "exact"}
+    for wrong, told in (({"window": 0}, "window must be at least 1"), ({"window": "wide"}, "whole number")):
+        with pytest.raises(StudioError, match=told):
+            read_prompts(write(tmp_path, {"prompt": "a", "decoding": "jacobi", **wrong}))
