@@ -9,9 +9,12 @@ from studio.decoding.cell_by_cell import CellByCell
 from studio.decoding.continuous_speculative import ContinuousSpeculative
 from studio.decoding.dimension_wise import DimensionWise
 from studio.decoding.distilled import Distilled
+from studio.decoding.fastest_exact import FastestExact
 from studio.decoding.first_hitting import FirstHitting
+from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.masked_autoregressive import MaskedAutoregressive
+from studio.decoding.own_drafts import OwnDrafts
 from studio.decoding.residual_unmasking import ResidualUnmasking
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
@@ -82,6 +85,21 @@ def _distilled(steps: int, teacher_steps: int) -> Distilled:
     return Distilled(steps, (1, first + 1) if first else None)
 
 
+def _drafts(name: str, drawn: bool = False):
+    """Where the drafts of LANTERN come from."""
+    if name not in _DRAFTS:
+        raise StudioError(f"drafts are one of {', '.join(_DRAFTS)}, not {name!r}.")
+    return Jacobi() if name == "jacobi" else OwnDrafts(drawn)
+
+
+_DRAFTS = {"own": "the model's own drafter, or recycled", "jacobi": "guesses of Jacobi decoding"}
+_DRAFTS_OPTION = Option("drafts", str, "own", "Where drafts come from.", _DRAFTS)
+_COUPLINGS = {
+    "seed": "the tokens of plain decoding",
+    "none": "sampled anew",
+    "maximal": "kept as often as can be",
+    "gumbel": "with noise of their own",
+}
 _STEPS = (
     Option("steps", int, None, "Calls of the model, at most one a token."),
     Option("diffusion_steps", int, None, "Steps that denoise a token, 1 to 1000."),
@@ -99,25 +117,43 @@ _CODE_STEPS = (
 
 DECODINGS = {
     "ar": DecodingChoice("Plain", "One token for each call of the model.", Autoregressive),
+    "exact": DecodingChoice(
+        "Fastest exact",
+        "Plain or Jacobi decoding, whichever is faster here: both generate the same image.",
+        FastestExact,
+    ),
+    "jacobi": DecodingChoice(
+        "Jacobi",
+        "The model checks its own guesses, several in one call; the image is that of plain decoding.",
+        lambda window, coupling: Jacobi("auto" if window is None else window, coupling),
+        (
+            Option("window", int, None, "Tokens of an image that a call reads, 1 or more."),
+            Option("coupling", str, "seed", "How guesses are made and tested; all keep the distribution.", _COUPLINGS),
+        ),
+    ),
     "speculative": DecodingChoice(
         "Speculative", "Several drafted tokens are tested in one call; pictures follow the same law.", Speculative
     ),
     "lantern": DecodingChoice(
         "Lantern",
         "As speculative, but a draft may stand in for codes that look like it.",
-        lambda neighbours, delta: Lantern(k=neighbours, delta=delta),
+        lambda neighbours, delta, drafts: Lantern(k=neighbours, delta=delta, drafts=_drafts(drafts)),
         (
             Option("delta", float, 0.1, "How far a token's law may move, 0 to 1; 0 is lossless."),
             Option("neighbours", int, 1000, "How many similar codes count."),
+            _DRAFTS_OPTION,
         ),
     ),
     "lantern++": DecodingChoice(
         "Lantern++",
         "As Lantern, with drafts drawn at random, and no token much likelier than the model has it.",
-        lambda neighbours, ratio: LanternPlusPlus(k=neighbours, ratio_budget=ratio),
+        lambda neighbours, ratio, drafts: LanternPlusPlus(
+            k=neighbours, ratio_budget=ratio, drafts=_drafts(drafts, drawn=True)
+        ),
         (
             Option("ratio", float, 5.0, "How many times likelier a token may become, 1 or more; 1 is lossless."),
             Option("neighbours", int, 10, "How many similar codes count."),
+            _DRAFTS_OPTION,
         ),
     ),
     "distilled": DecodingChoice(
@@ -220,3 +256,9 @@ def decodings_for(pipeline: str, components: Collection[str]) -> list[str]:
         for name, choice in DECODINGS.items()
         if choice.pipeline == pipeline and (choice.needs is None or choice.needs in components)
     ]
+
+
+def default_decoding(pipeline: str) -> str:
+    """The name of the decoding that the command line and the app take for a pipeline, where none is chosen."""
+    plain = decodings_for(pipeline, ())[0]
+    return "exact" if DECODINGS["exact"].pipeline == pipeline else plain

@@ -7,6 +7,8 @@ import torch
 from studio.checks import check_integer
 from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
 from studio.decoding.distilled import Distilled, DistilledDrawn, distilled
+from studio.decoding.fastest_exact import FastestExact, fastest_exact
+from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
@@ -142,7 +144,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         decoding=None,
         output_type="pil",
         callback_inputs=("tokens",),
-    ) -> tuple[float, Sampling, Autoregressive | Speculative | Distilled]:
+    ) -> tuple[float, Sampling, Autoregressive | Jacobi | FastestExact | Speculative | Distilled]:
         """Raises the `StudioError` that a call with these arguments would raise before it draws.
 
         Returns:
@@ -163,10 +165,10 @@ class LlamaGenPipeline(ConditionalPipeline):
             settings.reports_for(self.student, num_tokens)
         elif isinstance(settings, Speculative):
             settings.relaxation(self.image_tokenizer.quantize.embedding.weight)
-        elif not isinstance(settings, Autoregressive):
+        elif not isinstance(settings, (Autoregressive, Jacobi, FastestExact)):
             raise StudioError(
-                "LlamaGen draws with Autoregressive, Speculative, Lantern, LanternPlusPlus or Distilled decoding, "
-                f"not {type(settings).__name__}."
+                "LlamaGen draws with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
+                f"Distilled decoding, not {type(settings).__name__}."
             )
         sampling = self.sampling(temperature, top_k, top_p, settings.filter_order)
         return guidance_scale, sampling, settings
@@ -207,7 +209,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         cfg_interval: int = -1,
         num_tokens: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        decoding: Autoregressive | Speculative | Distilled | None = None,
+        decoding: Autoregressive | Jacobi | FastestExact | Speculative | Distilled | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
@@ -224,9 +226,9 @@ class LlamaGenPipeline(ConditionalPipeline):
             cfg_interval: index of the last token but one that is guided; -1 guides all.
             num_tokens: how many tokens to draw of a row, coarse to fine; all when None.
             generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
-            decoding: how tokens are drawn, `Autoregressive()` (when left out), `Speculative()`, `Lantern()`,
-                `LanternPlusPlus()` or `Distilled()`. The last takes guidance and filters with `teacher_steps` only, for
-                those steps.
+            decoding: how tokens are drawn, `Autoregressive()` (when left out), `Jacobi()`, `FastestExact()`,
+                `Speculative()`, `Lantern()`, `LanternPlusPlus()` or `Distilled()`. The last takes guidance and filters
+                with `teacher_steps` only, for those steps.
             output_type: "pil", "np", "pt", or "tokens" to leave out pixels.
             callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token that all
                 pictures have; may return a dict with a changed last token in "tokens", from which drawing goes on.
@@ -285,6 +287,9 @@ class LlamaGenPipeline(ConditionalPipeline):
             codebook = self.image_tokenizer.codebook
             call |= {"codebook": codebook, "student": self.student, "steps": num_tokens}
             return distilled(self.transformer, condition, **call)
+        if isinstance(settings, (Jacobi, FastestExact)):
+            loop = jacobi if isinstance(settings, Jacobi) else fastest_exact
+            return loop(self.transformer, condition, num_tokens=num_tokens, editable=editable, **call)
         return autoregressive(self.transformer, condition, num_tokens=num_tokens, **call)
 
     def _pictures(self, drawn: Drawn, output_type: str):
@@ -301,4 +306,6 @@ def _stats(drawn: Drawn, seconds: dict[str, float]) -> DecodingStats:
         tokens=drawn.tokens.numel(),
         mean_accepted_length=drawn.mean_accepted_length,
         seconds={name: phases[name] for name in ("text", "prefill", "decode", "pixels", "total")},
+        decoding=drawn.decoding,
+        window=getattr(drawn, "window", None),
     )

@@ -18,6 +18,8 @@ class DecodingStats(BaseOutput):
         seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total"; and what "decode" is made
             of, where a decoding tells: "transformer" and "head", or "target" and "draft".
         acceptance: share of the drafted tokens that were accepted, where a decoding tells.
+        decoding: the name of the decoding that was taken, where the settings left that open.
+        window: tokens that a call read for each image, in Jacobi decoding.
     """
 
     target_calls: int
@@ -25,6 +27,8 @@ class DecodingStats(BaseOutput):
     mean_accepted_length: float
     seconds: dict[str, float]
     acceptance: float | None = None
+    decoding: str | None = None
+    window: int | None = None
 
 
 @dataclass

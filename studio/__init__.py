@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from studio.decoding.continuous_speculative import ContinuousSpeculative
     from studio.decoding.dimension_wise import DimensionWise
     from studio.decoding.distilled import Distilled
+    from studio.decoding.fastest_exact import FastestExact
     from studio.decoding.first_hitting import FirstHitting
+    from studio.decoding.jacobi import Jacobi
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.masked_autoregressive import MaskedAutoregressive
     from studio.decoding.residual_unmasking import ResidualUnmasking
@@ -40,7 +42,13 @@ if TYPE_CHECKING:
     from studio.models.resgen import ResGen
     from studio.models.rq_transformer import RQTransformer
     from studio.models.token_bridge import TokenBridge
-    from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for, decodings_with
+    from studio.pipelines.decodings import (
+        DECODINGS,
+        decoding_named,
+        decodings_for,
+        decodings_with,
+        default_decoding,
+    )
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.mar import MARPipeline
     from studio.pipelines.odp_file import OdpFile
@@ -65,7 +73,9 @@ _EXPORTS = {
     "DimensionWise": "studio.decoding.dimension_wise",
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
+    "FastestExact": "studio.decoding.fastest_exact",
     "FirstHitting": "studio.decoding.first_hitting",
+    "Jacobi": "studio.decoding.jacobi",
     "KLTokenizer": "studio.tokenizers.kl",
     "Lantern": "studio.decoding.lantern",
     "LanternPlusPlus": "studio.decoding.lantern",
@@ -93,6 +103,7 @@ _EXPORTS = {
     "decoding_named": "studio.pipelines.decodings",
     "decodings_for": "studio.pipelines.decodings",
     "decodings_with": "studio.pipelines.decodings",
+    "default_decoding": "studio.pipelines.decodings",
     "encode_picture": "studio.pipelines.picture_codec",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.binding",
@@ -108,7 +119,9 @@ __all__ = [
     "DimensionWise",
     "Distilled",
     "DistilledStudent",
+    "FastestExact",
     "FirstHitting",
+    "Jacobi",
     "KLTokenizer",
     "Lantern",
     "LanternPlusPlus",
@@ -137,6 +150,7 @@ __all__ = [
     "decoding_named",
     "decodings_for",
     "decodings_with",
+    "default_decoding",
     "encode_picture",
     "load",
     "prune",

@@ -32,7 +32,8 @@ def test_generate_writes_one_picture_a_seed(run, tiny_folder, tmp_path):
 
 
 def test_generate_json_is_one_document_on_stdout(run, tiny_folder, tmp_path):
-    code, out, err = run("generate", "a red apple", "--model", tiny_folder, "--num-images", 2, "--seed", 7, "--json")
+    call = ("generate", "a red apple", "--model", tiny_folder, "--num-images", 2, "--seed", 7, "--json")
+    code, out, err = run(*call, "--decoding", "ar")
     assert code == 0, err
     document = json.loads(out)
     assert set(document) == {
@@ -125,8 +126,12 @@ def student_folder(tiny_pipeline, tmp_path_factory):
     ("decoding", "options"),
     [
         ("ar", []),
+        ("jacobi", []),
+        ("jacobi", ["--window", 4, "--coupling", "maximal"]),
         ("speculative", []),
         ("lantern", ["--delta", 0.2, "--neighbours", 8]),
+        ("lantern", ["--neighbours", 8, "--drafts", "jacobi"]),
+        ("lantern++", ["--neighbours", 8, "--drafts", "jacobi"]),
         ("lantern++", []),
         ("lantern++", ["--ratio", 2, "--neighbours", 8]),
         ("distilled", []),
@@ -143,6 +148,44 @@ def test_every_decoding_is_taken(run, student_folder, tmp_path, decoding, option
     assert document["tokens"] == 16 and 1 <= document["target_calls"] <= 16
     record = json.loads(Image.open(tmp_path / document["images"][0]["path"]).text["studio"])
     assert record["call"]["decoding"]["name"] == decoding
+    assert ("window" in document) == (decoding == "jacobi" or "jacobi" in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--decoding", "jacobi", "--coupling", "eagle"], "coupling is one of seed, none, maximal, gumbel"),
+        (["--decoding", "lantern", "--drafts", "eagle"], "drafts are one of own, jacobi"),
+        (["--window", 4], "--window belongs to --decoding jacobi: say which decoding you mean"),
+        (["--decoding", "ar", "--window", 4], "--window belongs to --decoding jacobi, not ar"),
+    ],
+    ids=str,
+)
+def test_what_jacobi_decoding_cannot_do_is_refused(run, tiny_folder, options, word):
+    refused(run("generate", "a red apple", "--model", tiny_folder, *options), word)
+
+
+def test_by_default_the_faster_of_plain_and_jacobi_decoding_is_taken(run, tiny_folder, tmp_path, monkeypatch):
+    """Each is timed as often as is needed; the image is the same whichever is taken."""
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    call = ("generate", "a red apple", "--model", tiny_folder, "--seed", 7, "--device", "cpu", "--json")
+    _, plain, _ = run(*call, "--decoding", "ar")
+    [image] = json.loads(plain)["images"]
+    pixels, taken = Image.open(tmp_path / image["path"]).tobytes(), []
+    for _ in range(7):
+        _, out, err = run(*call)
+        document = json.loads(out)
+        taken.append(document["decoding"])
+        assert f"{taken[-1]} decoding" in err
+        picture = Image.open(tmp_path / document["images"][0]["path"])
+        assert picture.tobytes() == pixels
+        assert json.loads(picture.text["studio"])["call"]["decoding"] == {"name": "exact"}
+    assert sorted(taken[:6]) == ["ar"] * 3 + ["jacobi"] * 3
+    [file] = (tmp_path / "cache" / "decodings").iterdir()
+    seconds = json.loads(file.read_text())["seconds"]
+    assert taken[6] == min(seconds, key=lambda name: min(seconds[name]))
+    _, out, _ = run(*call, "--dtype", "bfloat16")
+    assert json.loads(out)["decoding"] == "ar"
 
 
 def test_a_student_needs_few_calls(run, student_folder):

@@ -28,7 +28,7 @@ class CompareWish:
     Args:
         prompt: what to draw.
         sides: what draws, as `MODEL` or `MODEL: DECODING`, with options as in `MODEL: lantern delta=0.3`; without a
-            name they are those of its plain decoding.
+            name they are those of its usual decoding.
         count: pictures of each side.
         seed: of the first picture of every side; drawn when `None`.
     """

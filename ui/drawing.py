@@ -10,7 +10,7 @@ from studio.errors import StudioError
 from studio.ui.lending import on_gpu
 from studio.ui.models import get_pipeline
 from studio.ui.preview import Pace, Sketch, partial_pictures
-from studio.ui.watching import TokenFates, WatchedDrafts, fates_of
+from studio.ui.watching import TokenFates, fates_of, watched
 from studio.ui.worker import Share, follow
 
 
@@ -65,10 +65,7 @@ class Call:
         self.wish = wish = wishes[0]
         pipe.check_arguments(wish.settings)
         self.decoding = decoding_named(wish.decoding).settings(**wish.options)
-        self.watched = None
-        if hasattr(self.decoding, "drafts"):
-            self.watched = WatchedDrafts(self.decoding.drafts, [rows.start for rows in self.rows])
-            self.decoding = dataclasses.replace(self.decoding, drafts=self.watched)
+        self.decoding, self.rounds = watched(self.decoding, [rows.start for rows in self.rows])
 
     @property
     def warning(self):
@@ -82,7 +79,7 @@ class Call:
         """Draw; `on_step` sees a `Sketch` after each step, and stops the drawing with True."""
         import torch
 
-        watched = [name for name in ("tokens", "positions") if name in self.pipe._callback_tensor_inputs]
+        shown = [name for name in ("tokens", "positions") if name in self.pipe._callback_tensor_inputs]
         prompts = [wish.prompt for wish in self.wishes for _ in wish.seeds]
         seeds = [seed for wish in self.wishes for seed in wish.seeds]
         known = torch.zeros(len(seeds), self.total, dtype=torch.bool)
@@ -103,7 +100,7 @@ class Call:
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             decoding=self.decoding,
             callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=watched,
+            callback_on_step_end_tensor_inputs=shown,
             **self.wish.settings,
         )
 
@@ -119,9 +116,9 @@ class Call:
 
     def fates(self, sketch, number=0):
         """How the tokens of the first picture of a wish came about; `None` where no single drafts are seen."""
-        if not self.watched:
+        if self.rounds is None or (not self.rounds[number] and sketch.drawn > 1):
             return None
-        return fates_of(self.watched.rounds[number], sketch.tokens[self.rows[number].start].tolist(), self.total)
+        return fates_of(self.rounds[number], sketch.tokens[self.rows[number].start].tolist(), self.total)
 
 
 def as_files(images, wish):

@@ -194,7 +194,7 @@ def _endpoint(model, prompt, count, plain):
             temperature: randomness of each token; at 0 only a style and a background that the prompt leaves open vary.
             top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
             top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
-            decoding: how tokens are drawn, such as "ar" or "lantern"; "cspd" with the mode "relaxed" is approximate.
+            decoding: how tokens are generated, such as "jacobi"; "cspd" with the mode "relaxed" is approximate.
             options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
 
         Returns:
@@ -298,6 +298,7 @@ def summary(drawn, wish):
     seeds = f"{wish.seeds[0]}" if wish.count == 1 else f"{wish.seeds[0]} to {wish.seeds[-1]}"
     accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
     law = [("pictures", "approximate")] if "approximate" in wish.how else []
+    taken = [] if stats.decoding is None else [("decoding", decoding_named(stats.decoding).title.lower())]
     return status_line(
         f"{pictures(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
         state="done",
@@ -308,6 +309,7 @@ def summary(drawn, wish):
             ("tokens a call", f"{stats.mean_accepted_length:.2f}"),
             *accepted,
             *law,
+            *taken,
             ("seed" if wish.count == 1 else "seeds", seeds),
         ],
         link=("Link to these settings", link_to(wish)),
@@ -358,6 +360,8 @@ def _details(drawn, wish):
         "tokens": stats.tokens,
         "target_calls": stats.target_calls,
         "mean_accepted_length": stats.mean_accepted_length,
+        "taken": stats.decoding,
+        "window": stats.window,
         "tokens_per_second": round(_rate(stats), 1),
         "seconds": dict(stats.seconds),
         "drawn_together": drawn.together,

@@ -160,15 +160,17 @@ def own_settings(name):
 
 
 def fitting_decodings(name):
-    """The names of the decodings that fit a pipeline, the plain one first, read without loading it.
+    """The names of the decodings that fit a pipeline, the usual one first, read without loading it.
 
     All there are, for what is not on this machine.
     """
-    from studio import DECODINGS, decodings_for
+    from studio import DECODINGS, decodings_for, default_decoding
 
     index = _read_index(name)
     components = [part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None]
-    return decodings_for(index.get("_class_name", ""), components) or list(DECODINGS)
+    kind = index.get("_class_name", "")
+    found = decodings_for(kind, components)
+    return sorted(found, key=lambda each: each != default_decoding(kind)) or list(DECODINGS)
 
 
 def runs_as(name):

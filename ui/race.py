@@ -56,11 +56,14 @@ def race(wish):
 
     A wish for plain decoding itself races against the next one that fits the model. Both draw one picture with the same
     seed. They never run at the same time: the one whose clock is behind goes on, so that the clocks run together, and
-    each shows the seconds that its decoding takes alone.
+    each shows the seconds that its decoding takes alone. A
+    wish for the faster of plain and Jacobi decoding is a race of these two.
 
     Raises:
         StudioError: the model has plain decoding only, cannot be loaded, or refuses the wish.
     """
+    if wish.decoding == "exact":
+        wish = dataclasses.replace(wish, decoding="jacobi")
     wish = _with_rival(wish)
     return follow(lambda job: _race(wish, job))
 
@@ -71,7 +74,7 @@ def _with_rival(wish):
         return wish
     pipeline = DECODINGS[wish.plain].pipeline
     rivals = [name for name in fitting_decodings(wish.model) if DECODINGS[name].pipeline == pipeline]
-    if not (rivals := [name for name in rivals if name != wish.plain]):
+    if not (rivals := [name for name in rivals if name not in (wish.plain, "exact")]):
         raise StudioError("This model has one decoding only: there is no other to race against.")
     return dataclasses.replace(wish, decoding=rivals[0], options={})
 

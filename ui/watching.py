@@ -1,4 +1,4 @@
-"""What becomes of drafted tokens, seen from outside: a source of drafts that notes what it proposes."""
+"""What becomes of drafted tokens, seen from outside: a decoding whose drafts are noted."""
 
 import dataclasses
 
@@ -37,26 +37,59 @@ class TokenFates:
     places: frozenset | None = None
 
 
-class WatchedDrafts:
-    """A source of drafts that does what another does, and keeps the `rounds` of some pictures of one call.
+def watched(decoding, pictures):
+    """A decoding that does what another does, and what it notes of some pictures of one call.
 
     The call needs a callback: all pictures then stay in the batch until the end.
 
     Args:
+        decoding: settings, as `decoding=` of a pipeline takes them.
+        pictures: the numbers of the watched ones in the call.
+
+    Returns:
+        The settings, and a list of `Round` for each picture; None for a decoding that makes no drafts.
+    """
+    rounds = [[] for _ in pictures]
+    drafts = getattr(decoding, "drafts", None)
+    if hasattr(decoding, "on_round"):
+        return _noting(decoding, pictures, rounds), rounds
+    if hasattr(drafts, "on_round"):
+        return dataclasses.replace(decoding, drafts=_noting(drafts, pictures, rounds)), rounds
+    if drafts is not None:
+        return dataclasses.replace(decoding, drafts=WatchedDrafts(drafts, pictures, rounds)), rounds
+    return decoding, None
+
+
+def _noting(decoding, pictures, rounds):
+    """Jacobi decoding, whose drafts follow one another."""
+
+    def on_round(lengths, tokens):
+        depths = list(range(tokens.shape[1]))
+        parents = [depth - 1 for depth in depths]
+        for kept, start, nodes in zip(rounds, lengths[pictures].tolist(), tokens[pictures].tolist()):
+            kept.append(Round(start, nodes, parents, depths))
+
+    return dataclasses.replace(decoding, on_round=on_round)
+
+
+class WatchedDrafts:
+    """A source of drafts that does what another does, and keeps the rounds of some pictures of one call.
+
+    Args:
         source: what makes the drafts.
-        pictures: the numbers of the watched ones in the call; `rounds` is a list for each.
+        pictures: the numbers of the watched ones in the call.
+        rounds: a list for each, to which a `Round` is added.
     """
 
-    def __init__(self, source, pictures):
-        self._source, self._pictures = source, pictures
-        self.rounds = [[] for _ in pictures]
+    def __init__(self, source, pictures, rounds):
+        self._source, self._pictures, self._rounds = source, pictures, rounds
 
     def __getattr__(self, name):
         return getattr(self._source, name)
 
     def begin(self, setting):
         """Fresh state for the call."""
-        return _Watched(self._source.begin(setting), self._pictures, self.rounds)
+        return _Watched(self._source.begin(setting), self._pictures, self._rounds)
 
 
 class _Watched:
@@ -90,8 +123,8 @@ def fates_of(rounds, tokens, total):
         path = _path(each, tokens[each.start : end - 1])
         accepted.update(range(each.start, end - 1))
         for node, (parent, depth) in enumerate(zip(each.parents, each.depths)):
-            if parent >= 0 and node not in path:
-                place = each.start + depth - 1
+            place = each.start + depth - 1
+            if parent >= 0 and node not in path and place < total:
                 rejected[place] = rejected.get(place, 0) + 1
         drawn = end
     return TokenFates(total, drawn, frozenset(accepted), rejected)

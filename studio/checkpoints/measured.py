@@ -12,7 +12,7 @@ from studio.checkpoints.bundled import BUNDLED, bundled_folder, sha256
 from studio.errors import StudioError
 from studio.files import cache_folder
 
-LOSSLESS = ("ar", "mar", "speculative")
+LOSSLESS = ("ar", "jacobi", "mar", "speculative")
 
 
 def fingerprint(model: str) -> str:

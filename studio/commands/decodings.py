@@ -12,10 +12,11 @@ Decoding = Annotated[
     str | None,
     typer.Option(
         "--decoding",
-        help="How tokens are drawn: ar, speculative (same law), lantern, lantern++ (relaxed), distilled (a student) or "
-        "auto (the fastest that was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge; of a "
-        "ResGen, resgen or first-hitting; of an RQ-Transformer, rq.",
-        show_default="ar, mar, bridge, resgen or rq",
+        help="How tokens are generated: ar, jacobi (the same image in fewer calls), exact (the faster of the two), "
+        "speculative (same distribution), lantern, lantern++ (relaxed), distilled (a student), auto (the fastest that "
+        "was measured here); of a MAR, mar or cspd (a drafter); of a TokenBridge, bridge; of a ResGen, resgen or "
+        "first-hitting; of an RQ-Transformer, rq.",
+        show_default="exact, mar, bridge, resgen or rq",
     ),
 ]
 Delta = Annotated[
@@ -30,6 +31,33 @@ Neighbours = Annotated[
 Ratio = Annotated[
     float | None,
     number("--ratio", help="lantern++: how many times likelier a token may become, 1 or more.", show_default="5"),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        min=1,
+        help="jacobi: tokens of an image that a call of the model reads.",
+        show_default="by measured costs",
+    ),
+]
+Coupling = Annotated[
+    str | None,
+    typer.Option(
+        "--coupling",
+        help="jacobi: how guesses are made and tested: seed (the image of ar), none, maximal or gumbel (other images "
+        "of the same distribution).",
+        show_default="seed",
+    ),
+]
+Drafts = Annotated[
+    str | None,
+    typer.Option(
+        "--drafts",
+        help="lantern, lantern++: where drafts come from: own (the model's drafter, or recycled) or jacobi (guesses of "
+        "Jacobi decoding).",
+        show_default="own",
+    ),
 ]
 Steps = Annotated[
     int | None,
@@ -96,7 +124,7 @@ Tolerance = Annotated[
 
 
 def given(name, **options):
-    """`{"name": ..., and the options that were given}`; None is the plain decoding of whatever model draws."""
+    """`{"name": ..., and the options that were given}`; None is the usual decoding of whatever model draws."""
     return {"name": name, **{option: value for option, value in options.items() if value is not None}}
 
 
@@ -114,21 +142,21 @@ def check_given(name, **options):
 
 
 def named(name, pipe, **options):
-    """What `given` returned, with the name of a pipeline's plain decoding where it has none.
+    """What `given` returned, with the name of a pipeline's usual decoding where it has none.
 
-    Errors: `StudioError` for an option that another decoding of this pipeline has, and the plain one has not.
+    Errors: `StudioError` for an option that another decoding of this pipeline has, and the usual one has not.
     """
     if name is not None:
         return {"name": name, **options}
-    from studio import DECODINGS, decodings_for
+    from studio import DECODINGS, default_decoding
 
     kind = type(pipe).__name__
-    plain = decodings_for(kind, ())[0]
+    usual = default_decoding(kind)
     for option in options:
         fitting = [owner for owner in _owners(option) if DECODINGS[owner].pipeline == kind]
-        if fitting and plain not in fitting:
+        if fitting and usual not in fitting:
             raise _unnamed(option, fitting)
-    return {"name": plain, **options}
+    return {"name": usual, **options}
 
 
 def decoding_of(name, **options):
@@ -182,10 +210,10 @@ def picked(model, pipe, pictures, tolerance):
 
     rows = read_measured(model, pipe.device)
     if rows is None:
-        plain = named(None, pipe)
+        usual = named(None, pipe)
         command = f"studio bench decoding --model {model} --save"
-        warn(f"Nothing was measured here yet: run `{command}`. Drawing with {plain['name']}.")
-        return plain
+        warn(f"Nothing was measured here yet: run `{command}`. Drawing with {usual['name']}.")
+        return usual
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     row = fastest(rows, pictures, dtype, 0.03 if tolerance is None else tolerance)
     settings = "".join(f", {name} {value}" for name, value in row["settings"].items())

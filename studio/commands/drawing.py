@@ -9,9 +9,11 @@ import typer
 from studio.commands.decodings import (
     Confidence,
     ConfidenceTemperature,
+    Coupling,
     Decoding,
     Delta,
     DiffusionSteps,
+    Drafts,
     DraftSteps,
     InnerTemperature,
     Mode,
@@ -22,6 +24,7 @@ from studio.commands.decodings import (
     Steps,
     TeacherSteps,
     Tolerance,
+    Window,
     check_auto,
     check_given,
     decoding_of,
@@ -83,6 +86,9 @@ def generate(
     delta: Delta = None,
     neighbours: Neighbours = None,
     ratio: Ratio = None,
+    drafts: Drafts = None,
+    window: Window = None,
+    coupling: Coupling = None,
     steps: Steps = None,
     teacher_steps: TeacherSteps = None,
     mode: Mode = None,
@@ -114,7 +120,8 @@ def generate(
     chosen = {"delta": delta, "neighbours": neighbours, "ratio": ratio, "steps": steps, "teacher_steps": teacher_steps}
     chosen |= {"mode": mode, "diffusion_steps": diffusion_steps, "prefill": prefill, "draft_steps": draft_steps}
     chosen |= {"inner_temperature": inner_temperature, "schedule": schedule, "confidence": confidence}
-    chosen |= {"confidence_temperature": confidence_temperature}
+    chosen |= {"confidence_temperature": confidence_temperature, "drafts": drafts}
+    chosen |= {"window": window, "coupling": coupling}
     if prompts is not None:
         if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
             raise StudioError("With --prompts the lines say what to draw, and --out is a folder: leave out the rest.")
@@ -207,7 +214,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     emit(
         {
             "model": model,
-            "decoding": shown_name(decoding["name"], how),
+            "decoding": stats.decoding or shown_name(decoding["name"], how),
             "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
             **({"sheet": str(sheet_path)} if sheet_path else {}),
             **({"prompts": drawn_from} if drawn_from else {}),
@@ -215,6 +222,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
             "target_calls": stats.target_calls,
             "mean_accepted_length": stats.mean_accepted_length,
             **({} if stats.acceptance is None else {"acceptance": stats.acceptance}),
+            **({} if stats.window is None else {"window": stats.window}),
             "seconds": stats.seconds,
         }
     )
@@ -223,4 +231,5 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     if sheet_path:
         say(f"{sheet_path}  all {num_images}")
     total, decode = stats.seconds["total"], stats.seconds["decode"]
-    say(f"{total:.1f} seconds, {stats.tokens} tokens, {stats.tokens / max(decode, 1e-9):.0f} tokens per second")
+    taken = "" if stats.decoding is None else f", {stats.decoding} decoding"
+    say(f"{total:.1f} seconds, {stats.tokens} tokens, {stats.tokens / max(decode, 1e-9):.0f} tokens per second{taken}")

@@ -158,7 +158,8 @@ def _prepare(file, out, model, seed, options, device, dtype):
     cautions = set()
     for number, request in enumerate(requests):
         try:
-            request = replace(request, decoding=named(pipe=pipe, **request.decoding))
+            asked = {**request.decoding, "name": "ar"} if packed else request.decoding
+            request = replace(request, decoding=named(pipe=pipe, **asked))
             how = _decoding(request, packed)
             pipe.check_arguments(request.settings)
             pipe.check_call(request.prompt, class_labels=request.class_label, decoding=how, **request.settings)

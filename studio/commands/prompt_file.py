@@ -22,6 +22,9 @@ _DECODING = {
     "delta": float,
     "neighbours": int,
     "ratio": float,
+    "drafts": str,
+    "window": int,
+    "coupling": str,
     "steps": int,
     "teacher_steps": int,
     "mode": str,
@@ -47,7 +50,7 @@ _KINDS = {
     "decoding": str,
     **_DECODING,
 }
-_SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "steps": 1, "cfg_interval": -1}
+_SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "window": 1, "steps": 1, "cfg_interval": -1}
 _MOST_IMAGES = 1_000_000
 _LARGEST = {"num_images": _MOST_IMAGES, "seed": MAX_INTEGER - _MOST_IMAGES}
 _SEEDS = 2**48

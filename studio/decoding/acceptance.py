@@ -205,6 +205,18 @@ def relaxed_mass(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation) 
     return (own + (masses * taken).sum(1, keepdim=True))[:, 0]
 
 
+def borrowed_mass(p: torch.Tensor, tokens: torch.Tensor, share: torch.Tensor, relaxation: Relaxation) -> torch.Tensor:
+    """What single drafts (R,), sampled with probabilities `share` (R,), may borrow under p (R, V): (R,).
+
+    With a `tv_budget` delta, at most delta * share: summed over all tokens that a draft may be, that is delta.
+    """
+    own = p.gather(1, tokens[:, None])
+    raised = None if relaxation.tv_budget is None else relaxation.tv_budget * share[:, None]
+    bound = _smaller(raised, None if relaxation.ratio_budget is None else (relaxation.ratio_budget - 1) * own)
+    _, masses, taken = _borrow(p, tokens[:, None], bound, relaxation)
+    return (masses * taken).sum(1)
+
+
 def _reference_bound(own: torch.Tensor, relaxation: Relaxation) -> torch.Tensor:
     """Mass (R, 1) that each token may borrow when siblings are not counted together."""
     ratio = None if relaxation.ratio_budget is None else (relaxation.ratio_budget - 1) * own

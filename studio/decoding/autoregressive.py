@@ -41,13 +41,15 @@ class Autoregressive:
 class Drawn:
     """Tokens (B, n) int64, with n below the number asked for only when the loop was stopped, and what they cost.
 
-    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode".
+    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode"; `decoding` is the
+    name of the one that was taken, where the settings left that open.
     """
 
     tokens: torch.Tensor
     target_calls: int = 0
     row_calls: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    decoding: str | None = None
 
     @property
     def mean_accepted_length(self) -> float:
@@ -64,7 +66,7 @@ def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
 def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
     """Combines logits (2B, V), conditional rows first, into (B, V)."""
     conditional, null = logits.chunk(2)
-    return null + scale * (conditional - null)
+    return (conditional - null).mul_(scale).add_(null)
 
 
 def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

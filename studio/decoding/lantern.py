@@ -15,6 +15,7 @@ import torch
 from studio.checks import check_integer, set_fields
 from studio.decoding.acceptance import Relaxation, check_budgets
 from studio.decoding.drafts import DraftSource
+from studio.decoding.jacobi import Jacobi
 from studio.decoding.neighbours import neighbour_table
 from studio.decoding.own_drafts import OwnDrafts
 from studio.decoding.speculative import Speculative
@@ -49,6 +50,8 @@ class Lantern(Speculative):
         super().__post_init__()
         delta, ratio_budget = check_budgets(self.delta, self.ratio_budget, self.reference)
         set_fields(self, k=check_integer("k", self.k, 1), delta=delta, ratio_budget=ratio_budget)
+        if self.reference and isinstance(self.drafts, Jacobi):
+            raise StudioError("The authors' rule tests trees of drafts: leave reference out with Jacobi drafts.")
 
     def relaxation(self, codebook: torch.Tensor | None) -> Relaxation:
         """The rule, given the stored code vectors (V, C).
@@ -71,7 +74,7 @@ class LanternPlusPlus(Lantern):
     Args:
         k, ratio_budget: as of `Lantern`; the defaults are a setting of the authors.
         drafts: `OwnDrafts(drawn=True)`, `Recycling(drawn=True)`, which needs no training, or
-            `DrafterDrafts(drafter, StaticTree(...))`.
+            `DrafterDrafts(drafter, StaticTree(...))`, or `Jacobi()`.
         delta, reference, filter_order: as of `Lantern`.
 
     Errors: `StudioError` for a value outside these ranges, without a ratio, and for drafts that are not drawn.
@@ -80,7 +83,7 @@ class LanternPlusPlus(Lantern):
     k: int = 10
     delta: float | None = None
     ratio_budget: float | None = 5.0
-    drafts: DraftSource = OwnDrafts(drawn=True)
+    drafts: DraftSource | Jacobi = OwnDrafts(drawn=True)
 
     def __post_init__(self):
         super().__post_init__()

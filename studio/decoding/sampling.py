@@ -129,13 +129,18 @@ def exponential_noise(rows: int, vocab: int, generators: list[torch.Generator], 
     """Exp(1) noise (rows, vocab), float32; row i comes from generators[i] alone, in a batch as on its own."""
     if len(generators) != rows:
         raise StudioError(f"{rows} rows need {rows} generators, one each; {len(generators)} were given.")
-    if all(generator.device.type == torch.device(device).type for generator in generators):
-        noise = torch.empty(rows, vocab, device=device)
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
-        return noise
-    drawn = [torch.empty(vocab, device=g.device).exponential_(generator=g).to(device) for g in generators]
-    return torch.stack(drawn)
+    noise = torch.empty(rows, vocab, device=device)
+    for row, generator in zip(noise, generators, strict=True):
+        fill_exponential(row, generator)
+    return noise
+
+
+def fill_exponential(row: torch.Tensor, generator: torch.Generator) -> None:
+    """Writes Exp(1) noise into a row (vocab,); a generator of another device makes it there."""
+    if generator.device.type == row.device.type:
+        row.exponential_(generator=generator)
+    else:
+        row.copy_(torch.empty(row.shape, device=generator.device).exponential_(generator=generator))
 
 
 def sample_rows(

@@ -15,16 +15,18 @@ interval of it; trees end with the picture, so that no round is wasted behind it
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from studio.checks import shown
 from studio.decoding.acceptance import Relaxation
-from studio.decoding.autoregressive import Autoregressive, Drawn, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, condition_rows, is_guided
 from studio.decoding.drafts import DraftSource, Progress, Setting
 from studio.decoding.guidance import Guidance
+from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.own_drafts import OwnDrafts
+from studio.decoding.reporting import Reporter, SpeculativeDrawn
 from studio.decoding.sampling import Sampling, sample_rows
 from studio.decoding.trees import Tree
 from studio.decoding.verification import Verdict, verify, verify_greedy
@@ -37,39 +39,46 @@ class Speculative:
 
     Args:
         drafts: where drafts come from: `Recycling()` and `NGram()` need no training, `DrafterDrafts(drafter)` does;
-            `OwnDrafts()` takes the drafter that belongs to the model, or recycles.
+            `OwnDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses of
+            Jacobi decoding, whose loop it then is, with the tests of these settings.
         filter_order: as of `Autoregressive`; of target and drafter alike.
         weights: how the target is run, as of `Autoregressive`.
 
     Errors: `StudioError` for what is no source of drafts.
     """
 
-    drafts: DraftSource = OwnDrafts()
+    drafts: DraftSource | Jacobi = OwnDrafts()
     filter_order: str = "llamagen"
     weights: str = "auto"
 
     def __post_init__(self):
         Autoregressive(self.filter_order, self.weights)
-        if not callable(getattr(self.drafts, "begin", None)):
+        if isinstance(self.drafts, Jacobi):
+            self._check_jacobi(self.drafts)
+        elif not callable(getattr(self.drafts, "begin", None)):
             raise StudioError(
-                f"drafts is a source such as Recycling(), NGram() or DrafterDrafts(drafter), not {shown(self.drafts)}."
+                f"drafts is a source such as Recycling(), NGram(), Jacobi() or DrafterDrafts(drafter), not "
+                f"{shown(self.drafts)}."
             )
+
+    def _check_jacobi(self, drafts: Jacobi) -> None:
+        if drafts.coupling == "seed":
+            raise StudioError(
+                'Jacobi(coupling="seed") compares guesses with tokens that share their noise, which leaves no test to '
+                'relax: use coupling "maximal", "gumbel" or "none" as drafts, or Jacobi alone.'
+            )
+        if (drafts.filter_order, drafts.weights) != (Jacobi.filter_order, Jacobi.weights):
+            raise StudioError(f"Give filter_order and weights to {type(self).__name__}, not to its Jacobi drafts.")
+
+    @property
+    def guesses(self) -> Jacobi:
+        """The settings of Jacobi decoding that is tested by these settings, where `drafts` is that."""
+        order, weights = self.filter_order, self.weights
+        return replace(self.drafts, coupling=self.drafts.coupling or "maximal", filter_order=order, weights=weights)
 
     def relaxation(self, codebook: torch.Tensor | None) -> Relaxation | None:
         """How acceptance is relaxed, given the stored code vectors (V, C); None: lossless."""
         return None
-
-
-@dataclass
-class SpeculativeDrawn(Drawn):
-    """As of `Drawn`; `picture_calls` counts pictures over all calls of the model, `picture_tokens` what those drew."""
-
-    picture_calls: int = 0
-    picture_tokens: int = 0
-
-    @property
-    def mean_accepted_length(self) -> float:
-        return self.picture_tokens / self.picture_calls
 
 
 @torch.no_grad()
@@ -99,13 +108,19 @@ def speculative(
             changes, so pictures that are whole stay in the batch until the others are.
     """
     settings = settings or Speculative()
+    if isinstance(settings.drafts, Jacobi):
+        return jacobi(
+            model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
+            cfg_interval=cfg_interval, settings=settings.guesses, relaxation=settings.relaxation(codebook),
+            num_tokens=num_tokens, on_token=on_token, editable=editable,
+        )  # fmt: skip
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
     run = _Run(
         model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter, num_tokens
     )
     run.drawn.seconds["prefill"] = time.perf_counter() - began
-    reporter = _Reporter(run, on_token, editable and on_token is not None)
+    reporter = Reporter(run, on_token, editable)
     while not reporter.stopped() and not run.is_done:
         if not reporter.editable:
             run.retire()
@@ -246,24 +261,3 @@ class _Run:
         self.lengths = lengths
         self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
         self.drafting.rewind(lengths)
-
-
-class _Reporter:
-    """Tells `on_token` of tokens that all pictures have reached, and acts on what it changes."""
-
-    def __init__(self, run: _Run, on_token, editable: bool):
-        self.run, self.on_token, self.editable, self.reported = run, on_token, editable, 0
-
-    def stopped(self) -> bool:
-        """Reports what is new; whether to stop."""
-        run = self.run
-        while self.on_token is not None and self.reported < min(run.lengths):
-            index, self.reported = self.reported, self.reported + 1
-            before = run.tokens[:, index].clone()
-            if self.on_token(index, run.tokens[:, : index + 1]):
-                return True
-            changed = (run.tokens[:, index] != before).tolist()
-            lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
-            if self.editable and lengths != run.lengths:
-                run.rewind(lengths)
-        return False

@@ -94,7 +94,7 @@ def verify_greedy(tree: Tree, logits: torch.Tensor, relaxation: Relaxation | Non
     while accepted := [(row, node) for row, node in accepted if tree.children[row][node]]:
         rows, nodes = zip(*accepted)
         children = [tree.children[row][node] for row, node in accepted]
-        passed = _is_likeliest(_at(logits, rows, nodes), _tokens(tree, rows, children), relaxation).tolist()
+        passed = is_likeliest(_at(logits, rows, nodes), _tokens(tree, rows, children), relaxation).tolist()
         accepted = [
             (row, child)
             for row, below, marks in zip(rows, children, passed)
@@ -134,7 +134,7 @@ def _tokens(tree: Tree, rows, children: list[list[int]]) -> torch.Tensor:
     return torch.tensor(table, device=tree.tokens.device)
 
 
-def _is_likeliest(logits: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation | None) -> torch.Tensor:
+def is_likeliest(logits: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation | None) -> torch.Tensor:
     """Which tokens (R, c), -1 where there is none, would be drawn behind R nodes if they held what they may borrow."""
     likeliest = tokens == logits.argmax(dim=-1)[:, None]
     if relaxation is None:

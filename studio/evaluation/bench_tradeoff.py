@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from studio.checkpoints.loading import load
 from studio.checkpoints.measured import fingerprint, save_measured
 from studio.data.captions import full_caption
+from studio.decoding.jacobi import Jacobi
 from studio.errors import StudioError
 from studio.evaluation.bench_decoding import read_bandwidth, step_weights
 from studio.evaluation.decoding_cost import call_seconds, peak_flops
@@ -62,7 +63,7 @@ def contenders(pipe) -> list[Contender]:
         return [Contender("rq")]
     if isinstance(pipe, TokenBridgePipeline):
         return [Contender("bridge"), *(Contender("bridge", {"steps": steps}) for steps in (4, 8, 32))]
-    found = [Contender("ar"), Contender("speculative")]
+    found = [Contender("ar"), Contender("jacobi"), Contender("speculative")]
     found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
     found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
     if pipe.student is not None:
@@ -101,10 +102,10 @@ def bench_tradeoff(
         seconds_per_image (picture decoding included), speedup against the first row of the same batch and dtype, which
         is plain decoding, target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples;
         over continuous tokens also latent_distance, the `sliced_distance` of a cell's numbers from plain decoding's
-        with other seeds, and with a drafter acceptance, the share of drafts that were kept; with draft trees
-        nodes, verify_ratio (a call with all nodes over a plain step), draft_ratio (all else in a round, drafts and
-        tests, over a plain step), break_even_length (their sum: what must be accepted to gain), and for every row
-        but a student's memory_bound_seconds and compute_bound_seconds for a picture.
+        with other seeds, and with a drafter acceptance, the share of drafts that were kept; with drafts nodes (tokens
+        that a call reads for an image), verify_ratio (a call with all nodes over a plain step), draft_ratio (all else
+        in a round, drafts and tests, over a plain step), break_even_length (their sum: what must be accepted to gain),
+        and for every row but a student's memory_bound_seconds and compute_bound_seconds for a picture.
 
     Errors: `StudioError` for another kind of model, for a name in `only` that it has no decoding of, and in a quick run
         when the committed quality is of other weights or lacks a setting.
@@ -120,11 +121,18 @@ def bench_tradeoff(
         pipe.set_progress_bar_config(disable=True)
         field = _chosen(contenders(pipe), only)
         name = str(pipe.transformer.dtype).removeprefix("torch.")
+        quality = []
         if committed is None:
             plain = _plain_cells(pipe, field[0], quality_samples) if isinstance(pipe, MARPipeline) else None
-            quality = [_quality(pipe, each, quality_samples, plain) for each in field]
+            judged = {}
+            for each in field:
+                same = _judged_as(each, name)
+                key = _key(same.decoding, same.settings, name)
+                if key not in judged:
+                    judged[key] = _quality(pipe, same, quality_samples, plain)
+                quality.append(judged[key])
         else:
-            quality = [_looked_up(committed, each, name) for each in field]
+            quality = [_looked_up(committed, _judged_as(each, name), name) for each in field]
         machine = _Machine(pipe.transformer) if isinstance(pipe, LlamaGenPipeline) else None
         for batch in batch_sizes:
             timed = _timed(pipe, field, batch, repeats, pictures)
@@ -168,13 +176,13 @@ def _timed(pipe, field, batch, repeats, pictures) -> list[_Run]:
     for _ in tqdm(range(repeats), desc=f"timing, {batch} at a time", unit="round"):
         for number, contender in enumerate(field):
             settings, counted = contender.make(), None
-            if hasattr(settings, "drafts"):
+            if hasattr(settings, "drafts") and not isinstance(settings.drafts, Jacobi):
                 counted = _CountedDrafts(settings.drafts)
                 settings = dataclasses.replace(settings, drafts=counted)
             stats = [
                 _draw(pipe, settings, prompts[start : start + batch], start) for start in range(0, pictures, batch)
             ]
-            runs[number].append((stats, counted.nodes if counted else 1))
+            runs[number].append((stats, counted.nodes if counted else stats[0].window or 1))
     streams = 1 if pipe.config.default_guidance_scale in (0, 1) else 2
     return [_median(each, pictures, batch, streams) for each in runs]
 
@@ -265,6 +273,12 @@ def _row(contender, batch, dtype, run, base, judged, machine) -> dict:
     if is_approximate(contender.make()):
         row["approximate"] = True
     return row if contender.decoding == "distilled" or machine is None else row | machine.bounds(run, batch)
+
+
+def _judged_as(contender: Contender, dtype: str) -> Contender:
+    """Whose images the judge needs to see: in float32, Jacobi decoding with the seed's noise makes plain decoding's."""
+    keeps_tokens = contender.decoding == "jacobi" and contender.settings.get("coupling", "seed") == "seed"
+    return Contender("ar") if keeps_tokens and dtype == "float32" else contender
 
 
 def _quality(pipe, contender, samples, plain) -> dict:

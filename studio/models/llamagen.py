@@ -242,6 +242,12 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
         return view_of(self, weights)
 
+    def weight_sums(self) -> list[float]:
+        """A number for each of the weights, by which models of one configuration can be told apart."""
+        from studio.models.views import weight_sums
+
+        return weight_sums(self)
+
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` sequences, in the model's dtype and on its device."""
         return KVCache(**self._cache_sizes(rows))

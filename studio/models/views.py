@@ -76,8 +76,13 @@ def _signature(model) -> tuple:
 
     The sum is for writes through `.data`, such as a moving average's, which are not counted.
     """
-    with torch.no_grad():
-        weights = [*model.parameters(), *model.buffers()]
-        some = [weight.view(-1)[::_SUMMED_STEP] if weight.is_contiguous() else weight for weight in weights]
-        sums = torch.stack([part.sum(dtype=torch.float64) for part in some]).tolist()
+    weights, sums = [*model.parameters(), *model.buffers()], weight_sums(model)
     return tuple((weight.data_ptr(), weight._version, total) for weight, total in zip(weights, sums, strict=True))
+
+
+@torch.no_grad()
+def weight_sums(model) -> list[float]:
+    """The sum of some numbers of each of a model's weights: other weights have other sums."""
+    weights = [*model.parameters(), *model.buffers()]
+    some = [weight.view(-1)[::_SUMMED_STEP] if weight.is_contiguous() else weight for weight in weights]
+    return torch.stack([part.sum(dtype=torch.float64) for part in some]).tolist()

@@ -44,7 +44,7 @@ def test_decodings(run, tiny_mar_folder, tmp_path, options, shown):
         ("mar", ["--schedule", "circle"], "--schedule belongs to --decoding resgen or first-hitting, not mar"),
         ("ar", ["--steps", "2"], "--steps belongs to --decoding distilled: say which"),
         ("ar", ["--delta", "0.1"], "--delta belongs to --decoding lantern: say which"),
-        ("ar", ["--diffusion-steps", "2"], "--diffusion-steps belongs to --decoding mar or cspd, not ar: leave"),
+        ("ar", ["--diffusion-steps", "2"], "--diffusion-steps belongs to --decoding mar or cspd, not exact: leave"),
         ("ar", ["--tolerance", "0.1"], "--tolerance belongs to --decoding auto: say which"),
         ("mar", ["--decoding", "cspd", "--mode", "sloppy"], "exact, relaxed"),
         ("mar", ["--decoding", "cspd", "--draft-steps", "2"], 'mode="relaxed"'),

@@ -161,3 +161,14 @@ def test_a_run_of_more_images_than_it_can_plan_is_refused(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "num_images": 600000}\n' * 2)
     with pytest.raises(StudioError, match="asks for 1200000 images"):
         read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_settings_of_jacobi_decoding(tmp_path):
+    jacobi = {"decoding": "jacobi", "window": 8, "coupling": "maximal"}
+    lines = {"prompt": "a", **jacobi}, {"prompt": "b", "decoding": "exact"}
+    first, second = read_prompts(write(tmp_path, *lines))
+    assert first.decoding == {"name": "jacobi", "window": 8, "coupling": "maximal"}
+    assert second.decoding == {"name": "exact"}
+    for wrong, told in (({"window": 0}, "window must be at least 1"), ({"window": "wide"}, "whole number")):
+        with pytest.raises(StudioError, match=told):
+            read_prompts(write(tmp_path, {"prompt": "a", "decoding": "jacobi", **wrong}))

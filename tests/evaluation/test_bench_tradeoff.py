@@ -59,8 +59,27 @@ def test_some_decodings_are_timed_beside_plain_decoding(tiny_folder):
     result = bench.bench_tradeoff(str(tiny_folder), only=("lantern++",), **options)
     assert [row["decoding"] for row in result["rows"]] == ["ar", "lantern++", "lantern++"]
     assert result["left_out"] == {}
-    with pytest.raises(StudioError, match="no decoding 'distilled'.*ar, speculative, lantern"):
+    with pytest.raises(StudioError, match="no decoding 'distilled'.*ar, jacobi, speculative, lantern"):
         bench.bench_tradeoff(str(tiny_folder), only=("distilled",), **options)
+
+
+def test_jacobi_decoding_has_the_quality_of_plain_decoding_in_float32(recorded, monkeypatch):
+    field = [
+        bench.Contender("ar"),
+        bench.Contender("jacobi", {"window": 4}),
+        bench.Contender("lantern", {"delta": 0.2, "neighbours": 100, "drafts": "jacobi"}),
+    ]
+    recorded(fingerprint("emoji-ar"), [field[0], field[2]])
+    monkeypatch.setattr(bench, "contenders", lambda pipe: field)
+    call = {"quick": True, "batch_sizes": (1,), "device": "cpu", "repeats": 1, "pictures": 2}
+    plain, ours, relaxed = bench.bench_tradeoff("emoji-ar", **call)["rows"]
+    assert plain["judge_top1"] == ours["judge_top1"] == 0.5 and relaxed["judge_top1"] == 0.6
+    assert ours["nodes"] == 4 and relaxed["nodes"] == 4 and "nodes" not in plain
+    assert ours["target_calls"] < 50 and relaxed["target_calls"] < 50
+    recorded(fingerprint("emoji-ar"), [field[0]])
+    monkeypatch.setattr(bench, "contenders", lambda pipe: [field[0], bench.Contender("jacobi", {"coupling": "none"})])
+    with pytest.raises(StudioError, match="No quality is recorded for jacobi"):
+        bench.bench_tradeoff("emoji-ar", **call)
 
 
 def test_quality_of_other_weights_or_settings_is_an_error(recorded):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studio import DECODINGS, StudioError, decoding_named
+from studio import DECODINGS, StudioError, decoding_named, default_decoding
 
 
 @pytest.mark.parametrize("name", DECODINGS)
@@ -23,3 +23,24 @@ def test_unknown_names_and_options_are_refused():
         decoding_named("speculative").settings(delta=0.1)
     with pytest.raises(StudioError, match="delta, neighbours"):
         decoding_named("lantern").settings(colour=1)
+
+
+def test_a_pipeline_says_which_decoding_it_took_where_that_was_open(tiny_pipeline, tmp_path, monkeypatch):
+    import torch
+
+    from studio import FastestExact, Jacobi
+
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
+    found = {}
+    for name, decoding in (("plain", None), ("jacobi", Jacobi(4)), ("first", FastestExact()), ("next", FastestExact())):
+        generator = torch.Generator().manual_seed(3)
+        found[name] = tiny_pipeline("a red apple", generator=generator, decoding=decoding, guidance_scale=2.5)
+        assert torch.equal(found[name].tokens, found["plain"].tokens)
+    told = {name: (output.stats.decoding, output.stats.window) for name, output in found.items()}
+    window = told["next"][1]
+    assert told == {"plain": (None, None), "jacobi": (None, 4), "first": ("ar", None), "next": ("jacobi", window)}
+    assert found["plain"].stats.target_calls == 16 and window >= 2
+
+
+def test_the_usual_decoding_of_a_pipeline():
+    assert default_decoding("LlamaGenPipeline") == "exact" and default_decoding("MARPipeline") == "mar"

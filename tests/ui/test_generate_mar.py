@@ -38,7 +38,7 @@ def test_decodings_that_fit_the_model_are_offered(tiny_mar_folder, tiny_folder, 
     assert fields["decoding"]["value"] == "mar"
     assert ["relaxed (approximate)", "relaxed"] in [list(choice) for choice in fields["cspd-mode"]["choices"]]
     names = [name for _, name in fields_of(tiny_folder)["decoding"]["choices"]]
-    assert names == ["ar", "speculative", "lantern", "lantern++"]
+    assert names == ["exact", "ar", "jacobi", "speculative", "lantern", "lantern++"]
     tiny_mar_class_pipeline.save_pretrained(tmp_path)
     assert fitting_decodings(tmp_path) == ["mar"]
 

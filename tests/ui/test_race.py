@@ -40,6 +40,13 @@ def test_clocks_go_up_and_are_shown_before_the_end(steps):
     assert found[0] != found[-1]
 
 
+def test_the_usual_choice_races_jacobi_against_plain_decoding(steps, tiny_pipeline):
+    found = updates("a red apple", 1, "7", "", "", "", "", "exact", {})
+    pictures = [picture for picture, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert "Jacobi took" in found[-1][2] and "plain" in found[-1][2]
+
+
 def test_with_the_choice_that_a_page_begins_with_plain_decoding_races_against_the_next(steps, toasts):
     found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
     assert not toasts and "Speculative took" in found[-1][2]

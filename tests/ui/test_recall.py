@@ -83,7 +83,7 @@ def test_another_models_picture_comes_back_with_a_note(form, tmp_path, toasts):
         "decoding": {"name": "cspd", "mode": "relaxed", "approximate": True},
     }
     updates = held(form, form.filled(from_picture(saved(tmp_path, record, 1))))
-    assert updates["prompt"] == "a fox" and updates["decoding"] == "ar"
+    assert updates["prompt"] == "a fox" and updates["decoding"] == "exact"
     assert "emoji-mar drew this" in toasts[0] and "no decoding cspd" in toasts[0]
 
 

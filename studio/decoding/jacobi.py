@@ -1,0 +1,403 @@
+"""Jacobi decoding: several tokens for a call of the model, without a drafter and without training.
+
+"Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding" (SJD,
+arXiv:2410.01699): a window of guesses behind the last token is read in one call, the guesses that are right are kept,
+and what the call predicts for the others is guessed next. The `coupling` says what is right, and what is guessed:
+
+- "seed", our default: the noise of a position is the noise that plain decoding would use there. A guess is right when
+  it is the token that wins with this noise, so the tokens are those of `autoregressive` for the same generators: with
+  the compiled step bit by bit, elsewhere in float32 up to rounding of the logits. At the end the generators are in the
+  same state, too.
+- "none", the paper's rule: a guess x from a distribution q is accepted with probability p(x) / q(x), else a sample of
+  max(p - q, 0) takes its place; guesses behind it are sampled anew from what this call predicts.
+- "maximal" ("Speculative Coupled Decoding", arXiv:2510.24211): guesses behind the first rejected one are tested too,
+  and stay as guesses where they pass. What comes out of such a test is distributed as p, so q becomes p for all of
+  them: with the old q, as in part of the authors' code, tokens follow another distribution.
+- "gumbel": guesses win with noise that each position keeps, and are tested as above with fresh random numbers.
+
+All but "seed" sample from the model's distribution, too, but other tokens for a seed. `Lantern(drafts=Jacobi())`
+relaxes the tests that commit a token, and only those: a guess x may then also borrow from its nearest codes, at most
+delta * q(x), so that each token's distribution moves by at most delta in total variation.
+
+Deviations from the authors' code: images of a batch advance by different lengths, and use their own generators alone;
+new places at the end of the window repeat the last guess; filters act once, before the test.
+"""
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from studio.decoding.acceptance import Relaxation, borrowed_mass
+from studio.decoding.autoregressive import Autoregressive, condition_rows, is_guided
+from studio.decoding.call_cost import least_call_seconds
+from studio.decoding.guidance import Guidance
+from studio.decoding.reporting import Reporter, SpeculativeDrawn
+from studio.decoding.sampling import Sampling, fill_exponential, sample_rows
+from studio.decoding.verification import is_likeliest
+from studio.errors import StudioError
+
+COUPLINGS = ("seed", "none", "maximal", "gumbel")
+_TOKENS_A_CALL = {2: 1.4, 3: 1.7, 4: 1.95, 6: 2.35, 8: 2.75, 12: 3.1, 16: 3.45, 24: 3.7, 32: 3.9}
+"""Tokens of an image for a call by window, as measured on `emoji-ar`."""
+_CPU_ROWS, _OTHER_WINDOW = 8, 16
+_windows: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, int]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """Settings of Jacobi decoding.
+
+    Args:
+        window: tokens that a call of the model reads for each image, the last token and guesses behind it, at least 1.
+            "auto": with the coupling "seed", what should be fastest by the measured cost of a call; with others, whose
+            samples depend on it, 8 tokens over the conditional and unconditional sequences of an image on a CPU, and 16
+            elsewhere.
+        coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
+        filter_order, weights: as of `Autoregressive`; as `drafts` of another decoding, those of that.
+        on_round: called before each call of the model as (lengths (B,), tokens (B, n)): how many tokens of each image
+            are final, the last of which is tokens[:, 0], and the guesses behind it.
+
+    Errors: `StudioError` for a value outside these ranges.
+    """
+
+    window: int | str = "auto"
+    coupling: str | None = None
+    filter_order: str = "llamagen"
+    weights: str = "auto"
+    on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        Autoregressive(self.filter_order, self.weights)
+        is_whole = isinstance(self.window, int) and not isinstance(self.window, bool)
+        if self.window != "auto" and (not is_whole or self.window < 1):
+            raise StudioError(f'window must be a whole number of at least 1, or "auto", not {self.window!r}.')
+        if self.coupling is not None and self.coupling not in COUPLINGS:
+            raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {self.coupling!r}.")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether guesses are random and tested as such: what `LanternPlusPlus` asks of its drafts."""
+        return self.coupling != "seed"
+
+
+@dataclass
+class JacobiDrawn(SpeculativeDrawn):
+    """As of `SpeculativeDrawn`; `window` is the one that was used."""
+
+    window: int = 0
+
+
+@torch.no_grad()
+def jacobi(
+    model: torch.nn.Module,
+    condition: dict,
+    *,
+    generators: list[torch.Generator],
+    sampling: Sampling | None = None,
+    guidance_scale: float = 1.0,
+    cfg_interval: int = -1,
+    settings: Jacobi | None = None,
+    relaxation: Relaxation | None = None,
+    num_tokens: int | None = None,
+    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    editable: bool = True,
+) -> JacobiDrawn:
+    """Generates the tokens of B images.
+
+    Args:
+        model, condition, generators, sampling, guidance_scale, cfg_interval, num_tokens: as of `autoregressive`.
+        relaxation: how the tests that commit a token are relaxed; of `Lantern`, never with the coupling "seed".
+        on_token: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
+        editable: whether `on_token` may write to the last of those tokens. An image goes back to a token that it
+            changes, so images that are complete stay in the batch until the others are.
+    """
+    settings = settings or Jacobi()
+    sampling = sampling or Sampling(order=settings.filter_order)
+    began = time.perf_counter()
+    guidance = Guidance(guidance_scale, cfg_interval, 2 if is_guided(0, guidance_scale, cfg_interval) else 1)
+    window = choose_window(model, settings, len(generators), guidance.streams)
+    total = num_tokens or model.num_tokens
+    run = _Run(
+        model, condition, generators, sampling, guidance, settings, relaxation, total, min(window, total),
+        editable and on_token is not None,
+    )  # fmt: skip
+    run.drawn.seconds["prefill"] = time.perf_counter() - began
+    reporter = Reporter(run, on_token, editable)
+    while not reporter.stopped() and min(run.lengths) < total:
+        if not reporter.editable:
+            run.retire()
+        run.round()
+    run.drawn.tokens = run.tokens[:, : reporter.reported if on_token is not None else total]
+    run.drawn.seconds["decode"] = time.perf_counter() - began - run.drawn.seconds["prefill"]
+    return run.drawn
+
+
+class _Run:
+    """The images of one call. `numbers`, and `images` (b,) on the device, are those that are still in the batch.
+
+    `tokens` (B, N + window) holds the first `lengths` tokens of each image, which are final, and guesses behind them,
+    up to `guessed` (b,) positions. `proposals` (b, window - 1, V) are the distributions q that the guesses of the
+    window were sampled from, where the coupling tests them.
+    """
+
+    def __init__(
+        self, model, condition, generators, sampling, guidance, settings, relaxation, total, window, editable
+    ):  # fmt: skip
+        self.model, self.sampling, self.guidance = model.for_decoding(settings.weights), sampling, guidance
+        self.total, self.window, self.relaxation, self.on_round = total, window, relaxation, settings.on_round
+        self.coupling = settings.coupling or "seed"
+        prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
+        batch, self.before, device = len(generators), prefix.shape[1], prefix.device
+        self.cache = self.model.new_tree_cache(len(prefix), window)
+        logits = self.model.logits(self.model.prefill_states(prefix, valid, self.cache)[:, -1:])
+        self.cache.keep_all()
+        self.tokens = torch.zeros(batch, total + window, dtype=torch.long, device=device)
+        self.tokens[:, 0] = sampling.draw(guidance.combine(logits, self.tokens[:, :1])[:, 0], generators)
+        self.lengths, self.numbers, self.images = [1] * batch, list(range(batch)), torch.arange(batch, device=device)
+        self.reached, self.guessed = torch.ones_like(self.images), torch.ones_like(self.images)
+        self.steps = torch.arange(window, device=device)
+        self.path = torch.ones(1, window, window, dtype=torch.bool, device=device).tril()
+        self.generators, self.races, self.proposals = generators, None, None
+        if not sampling.greedy and self.coupling in ("seed", "gumbel"):
+            self.races = _PositionRaces(generators, logits.shape[-1], total if editable else window, total, device)
+        if not sampling.greedy and self.coupling != "seed":
+            self.proposals = logits.new_empty(batch, window - 1, logits.shape[-1])
+            self.proposals[:] = _one_hot(self.tokens[:, :1], self.proposals)
+        self.drawn = JacobiDrawn(
+            self.tokens, 1, len(prefix), picture_calls=batch, picture_tokens=batch, window=window
+        )  # fmt: skip
+
+    def round(self) -> None:
+        """One call of the model over the window of each image."""
+        if self.guidance.is_over(min(self.lengths)):
+            self.guidance.streams = 1
+            self.cache.select_rows(range(len(self.numbers)))
+        keeps_plain_tokens = self.proposals is None and self.relaxation is None
+        width = min(self.window, self.total - min(self.lengths)) if keeps_plain_tokens else self.window
+        index = self.reached[:, None] + self.steps[:width]  # of the tokens to predict
+        flat, starts = self.tokens.view(-1), self.images[:, None] * self.tokens.shape[1]
+        fed = flat.take(starts - 1 + torch.minimum(index, self.guessed[:, None]))  # the last guess is repeated
+        if self.on_round is not None:
+            self.on_round(self.reached, fed)
+        rows = self.guidance.rows
+        positions = (self.before - 1 + index).clamp(max=self.before + self.total - 1)
+        visible = self.path[:, :width, :width].expand(len(fed) * self.guidance.streams, -1, -1)
+        states = self.model.extend_tree(rows(fed), self.cache, rows(positions), visible)
+        logits = self.guidance.combine(self.model.logits(states), index)
+
+        outcomes, right = self._decide(logits, fed[:, 1:], index)
+        new = torch.minimum(right + 1, self.total - self.reached)
+        flat.scatter_(0, (starts + index).view(-1), outcomes.view(-1))
+        self.reached, self.guessed = self.reached + new, self.reached + width
+        counts = new.tolist()  # the only wait for the device
+        for number, count in zip(self.numbers, counts):
+            self.lengths[number] += count
+        self.cache.keep([range(count) for count in counts] * self.guidance.streams)
+        self.drawn.target_calls += 1
+        self.drawn.row_calls += len(states)
+        self.drawn.picture_calls += sum(map(bool, counts))
+        self.drawn.picture_tokens += sum(counts)
+
+    def _decide(
+        self, logits: torch.Tensor, guesses: torch.Tensor, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What comes out at each place (b, n), and how many guesses of each image are right."""
+        if self.sampling.greedy:
+            outcomes = logits.argmax(dim=-1)
+            if self.relaxation is None:
+                return outcomes, _leading(guesses == outcomes[:, :-1])
+            passed = is_likeliest(logits[:, :-1].flatten(0, 1), guesses.reshape(-1, 1), self.relaxation)
+            right = _leading(passed.view_as(guesses))
+            outcomes[:, :-1] = torch.where(self.steps[:-1] < right[:, None], guesses, outcomes[:, :-1])
+            return outcomes, right
+        laws = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+        if self.races is not None:
+            self.races.reach(self.numbers, [self.lengths[number] + index.shape[1] for number in self.numbers])
+        if self.coupling == "seed":
+            outcomes = self.races.winners(laws, self.images, index)
+            return outcomes, _leading(guesses == outcomes[:, :-1])
+        chance = _Chance.of([self.generators[number] for number in self.numbers], laws.shape[1], laws.device)
+        outcomes, right = decide(laws, guesses, self.proposals, chance, self.coupling, self.relaxation)
+        if self.coupling == "gumbel":
+            behind = self.steps > right[:, None]
+            outcomes = torch.where(behind, self.races.winners(laws, self.images, index), outcomes)
+        self.proposals = next_proposals(laws, outcomes, right)
+        return outcomes, right
+
+    def retire(self) -> None:
+        """Goes on without the images that are complete."""
+        stay = [place for place, number in enumerate(self.numbers) if self.lengths[number] < self.total]
+        count = len(self.numbers)
+        if len(stay) == count:
+            return
+        self.numbers = [self.numbers[place] for place in stay]
+        self.cache.select_rows([stream * count + place for stream in range(self.guidance.streams) for place in stay])
+        self.images, self.reached, self.guessed = self.images[stay], self.reached[stay], self.guessed[stay]
+        self.proposals = None if self.proposals is None else self.proposals[stay]
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Goes back to the first `lengths` tokens of each image; all are still in the batch.
+
+        The tokens behind stay as guesses where any guess will do. Else they would need the distribution that they were
+        sampled from, which their tests have changed.
+        """
+        changed = self.images.new_tensor([new != old for new, old in zip(lengths, self.lengths)]).bool()
+        self.lengths, self.reached = lengths, self.images.new_tensor(lengths)
+        self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
+        if self.proposals is not None:
+            self.guessed = torch.where(changed, self.reached, self.guessed)
+            last = self.tokens.gather(1, self.reached[:, None] - 1)
+            self.proposals = torch.where(changed[:, None, None], _one_hot(last, self.proposals), self.proposals)
+
+
+def decide(
+    laws: torch.Tensor,
+    guesses: torch.Tensor,
+    proposals: torch.Tensor,
+    chance: "_Chance",
+    coupling: str,
+    relaxation: Relaxation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tests the guesses of B windows of n places, all places at once.
+
+    Args:
+        laws: the model's distributions p (B, n, V) of the token at each place, after filters, given all guesses before.
+        guesses: (B, n - 1), one for each place but the last.
+        proposals: the distributions q (B, n - 1, V) that they were sampled from; one-hot for a guess without any.
+        chance: fresh random numbers.
+        coupling: "none", "maximal" or "gumbel".
+        relaxation: what guesses may borrow in the tests that commit a token.
+
+    Returns:
+        Outcomes (B, n) and how many guesses pass before the first that fails, (B,). With r of these, outcomes 0 to r
+        are tokens: the guesses that passed and, behind them, a sample of max(p - q, 0), or of p at the last place. The
+        outcomes behind are the next guesses; with "gumbel", the caller's noise makes those.
+    """
+    p, steps = laws[:, :-1], torch.arange(laws.shape[1], device=laws.device)
+    own, share = (values.gather(2, guesses[:, :, None])[:, :, 0] for values in (p, proposals))
+    held = own
+    if relaxation is not None:
+        flat = (values.flatten(0, 1) for values in (p, guesses, share))
+        held = own + borrowed_mass(*flat, relaxation).view_as(own)
+    passed, relaxed = chance.test(share, own, held)
+    right = _leading(relaxed)
+    behind = steps[:-1] > right[:, None]
+    kept, replaced = steps[:-1] < right[:, None], steps[:-1] == right[:, None]
+    if coupling == "maximal":
+        kept, replaced = kept | (behind & passed), replaced | (behind & ~passed)
+    rest = (p - proposals).clamp(min=0)
+    rest = torch.where(rest.sum(dim=2, keepdim=True) > 0, rest, p)
+    weights = torch.cat((torch.where(replaced[:, :, None], rest, p), laws[:, -1:]), dim=1)
+    outcomes = chance.sample(weights)
+    outcomes[:, :-1] = torch.where(kept, guesses, outcomes[:, :-1])
+    return outcomes, right
+
+
+def next_proposals(laws: torch.Tensor, outcomes: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The distributions q (B, n - 1, V) of the guesses behind `right` + 1 new tokens, all of them this call's p.
+
+    That is so for guesses that passed a test and for those that replaced others: as an outcome, both have the
+    distribution p. Places beyond this window repeat its last outcome.
+    """
+    places, images = laws.shape[1], torch.arange(len(laws), device=laws.device)[:, None]
+    known = torch.cat((laws, _one_hot(outcomes[:, -1:], laws)), dim=1)
+    return known[images, (right[:, None] + 1 + torch.arange(places - 1, device=laws.device)).clamp(max=places)]
+
+
+class _Chance:
+    """Fresh random numbers of one round, in [0, 1): `tests` (B, n - 1) and `samples` (B, n), float64."""
+
+    def __init__(self, tests: torch.Tensor, samples: torch.Tensor):
+        self.tests, self.samples = tests, samples
+
+    @classmethod
+    def of(cls, generators: list[torch.Generator], places: int, device) -> "_Chance":
+        """For windows of n places, of each image's generator alone."""
+        numbers = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
+        numbers = torch.stack(numbers).to(device)
+        return cls(numbers[:, 1:places], numbers[:, places:])
+
+    def test(self, share: torch.Tensor, *masses: torch.Tensor) -> list[torch.Tensor]:
+        """Which guesses pass, each with probability mass / share, for each of the masses by the same numbers."""
+        return [self.tests * share < mass for mass in masses]
+
+    def sample(self, weights: torch.Tensor) -> torch.Tensor:
+        """Samples (B, n) of distributions (B, n, V), up to their sums: the inverse of the distribution function."""
+        sums = weights.cumsum(dim=2, dtype=torch.float64)
+        return torch.searchsorted(sums, (1 - self.samples[:, :, None]) * sums[:, :, -1:])[:, :, 0]
+
+
+class _PositionRaces:
+    """Exp(1) noise (V,) for each position of B images, as plain decoding takes it: in order, a row for a token.
+
+    Args:
+        slots: positions whose noise is kept at a time.
+        total: positions of an image; the first one has had its noise already.
+    """
+
+    def __init__(self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device):
+        self.generators, self.slots, self.total = generators, slots, total
+        self.noise, self.taken = torch.ones(len(generators) * slots, vocab, device=device), [1] * len(generators)
+
+    def reach(self, numbers: list[int], ends: list[int]) -> None:
+        """Takes the noise of all positions before `ends` of these images."""
+        for number, end in zip(numbers, ends):
+            for position in range(self.taken[number], min(end, self.total)):
+                row = number * self.slots + position % self.slots
+                fill_exponential(self.noise[row], self.generators[number])
+                self.taken[number] = position + 1
+
+    def winners(self, laws: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Samples (b, n) of distributions (b, n, V) of the tokens `index` (b, n) of these images."""
+        rows = images[:, None] * self.slots + index % self.slots
+        noise = self.noise.index_select(0, rows.flatten())
+        return sample_rows(laws.flatten(0, 1), noise=noise).view(index.shape)
+
+
+def _leading(passed: torch.Tensor) -> torch.Tensor:
+    """How many numbers (B,) of each row (B, n) are true before the first that is not."""
+    return passed.long().cumprod(dim=1).sum(dim=1)
+
+
+def _one_hot(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Distributions (B, n, V) of tokens (B, n) that are certain."""
+    return like.new_zeros(*tokens.shape, like.shape[2]).scatter_(2, tokens[:, :, None], 1.0)
+
+
+def choose_window(model: torch.nn.Module, settings: Jacobi, batch: int, streams: int) -> int:
+    """The window of settings, for a batch of images with `streams` sequences each; see `Jacobi`.
+
+    The measurement starts from a window of 8 sequences' tokens on a CPU, and goes on to larger and smaller ones as long
+    as more tokens a second are to be expected. It is made once for a model, device and batch.
+    """
+    if settings.window != "auto":
+        return settings.window
+    on_cpu = model.device.type == "cpu"
+    if settings.coupling not in (None, "seed"):
+        return _CPU_ROWS // streams if on_cpu else _OTHER_WINDOW
+    rows, known = batch * streams, _windows.setdefault(model, {})
+    key = (rows, model.device, model.dtype, settings.weights, torch.get_num_threads())
+    if key not in known:
+        known[key] = _fastest_window(model, rows, settings.weights, _CPU_ROWS / rows if on_cpu else _OTHER_WINDOW)
+    return known[key]
+
+
+def _fastest_window(model: torch.nn.Module, rows: int, weights: str, first: float) -> int:
+    windows, speeds = list(_TOKENS_A_CALL), {}
+
+    def speed(place: int) -> float:
+        if not 0 <= place < len(windows):
+            return 0.0
+        if place not in speeds:
+            seconds = least_call_seconds(model, rows, windows[place], weights)
+            speeds[place] = _TOKENS_A_CALL[windows[place]] / seconds
+        return speeds[place]
+
+    best = min(range(len(windows)), key=lambda place: abs(windows[place] - first))
+    for step in (1, -1):
+        while speed(best + step) > speed(best):
+            best += step
+    return windows[best]

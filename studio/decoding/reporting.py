@@ -1,0 +1,59 @@
+"""What loops share in which images of a batch advance by different lengths: what they cost, and what is reported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from studio.decoding.autoregressive import Drawn
+
+
+@dataclass
+class SpeculativeDrawn(Drawn):
+    """As of `Drawn`; `picture_calls` counts pictures over all calls of the model, `picture_tokens` what those drew."""
+
+    picture_calls: int = 0
+    picture_tokens: int = 0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        return self.picture_tokens / self.picture_calls
+
+
+class Run(Protocol):
+    """The images of one call: `tokens` (B, at least N), of which the first `lengths` of each image are final."""
+
+    tokens: torch.Tensor
+    lengths: list[int]
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Goes back to the first `lengths` tokens of each image, of which the last may have changed."""
+
+
+class Reporter:
+    """Tells `on_token` of tokens that all images have reached, and acts on what it changes.
+
+    Args:
+        on_token: called as (index, tokens (B, index + 1)); True stops the loop. None: nothing is reported.
+        editable: whether it may write to the last of those tokens.
+    """
+
+    def __init__(self, run: Run, on_token: Callable[[int, torch.Tensor], bool | None] | None, editable: bool):
+        self.run, self.on_token, self.reported = run, on_token, 0
+        self.editable = editable and on_token is not None
+
+    def stopped(self) -> bool:
+        """Reports what is new; whether to stop."""
+        run = self.run
+        while self.on_token is not None and self.reported < min(run.lengths):
+            index, self.reported = self.reported, self.reported + 1
+            before = run.tokens[:, index].clone() if self.editable else None
+            if self.on_token(index, run.tokens[:, : index + 1]):
+                return True
+            if self.editable:
+                changed = (run.tokens[:, index] != before).tolist()
+                lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
+                if lengths != run.lengths:
+                    run.rewind(lengths)
+        return False
