@@ -52,7 +52,7 @@ def train(
     asked = merge(read_preset(preset) if preset else {}, read_toml(config) if config else {}, options)
     if asked.kind not in KINDS:
         raise StudioError(f"There is no kind {asked.kind!r}; choose one of {', '.join(KINDS)}.")
-    name = preset or f"{Path(asked.data).name}-{asked.kind}"
+    name = preset or f"{Path(asked.data).expanduser().resolve().name}-{asked.kind}"
     out = Path(out or Path("runs") / name)
     module, recipe = KINDS[asked.kind].split(":")
     make_recipe = getattr(import_module(module), recipe)
