@@ -264,7 +264,7 @@ def _or(value, other):
 
 
 def _check_tracker(name):
-    if name is None or name in get_available_trackers():
+    if name is None or name in map(str, get_available_trackers()):
         return
     if name not in LOGGER_TYPE_TO_CLASS:
         raise StudioError(f"There is no tracker {name!r}; accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}.")
