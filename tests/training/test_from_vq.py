@@ -18,7 +18,7 @@ def folder(few_images, recipe, tmp_path):
     """A vq with random weights, as its training exports it."""
     few_images(8)
     torch.manual_seed(0)
-    made = recipe(VQRecipe, codes=16, model={"z_channels": 32, "decoder_layers": 1}, **SIZES)
+    made = recipe(VQRecipe, codes=16, model={"z_channels": 32}, **SIZES)
     made.export(made.build(), tmp_path / "vq")
     return tmp_path / "vq"
 
