@@ -31,7 +31,7 @@ def test_python_that_needs_published_weights_compiles(page):
 
 @pytest.mark.parametrize("line", LINES)
 def test_command_parses(line):
-    """Its command and options exist; what a decoding, a kind or a preset is called, and which options go with it, is right."""
+    """Its command and options exist; what a decoding, a kind or a preset is called, and what goes with it, is right."""
     from studio.commands.decodings import decoding_of, given
     from studio.pipelines.decodings import DECODINGS
     from studio.training import KINDS

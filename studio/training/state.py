@@ -26,7 +26,7 @@ _NAME = re.compile(r"state-(\d+)")
 
 
 def save_state(out: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], values: dict) -> None:
-    """Write a state and remove all but the last `KEPT`, and later ones, which were damaged if this run passed them over.
+    """Write a state; remove all but the last `KEPT`, and later ones, which are damaged where a run passed them over.
 
     A whole state of the same step is left as it is.
 

@@ -43,9 +43,13 @@ def test_the_first_examples_are_a_sample(source):
 
 def test_an_image_is_what_its_row_says(source):
     images = source.validation.images(range(10))
-    assert images.shape == (10, 3, 16, 16) and images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+    assert (
+        images.shape == (10, 3, 16, 16) and images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+    )
     corners = (images[:, :, 0, 0] + 1) / 2
-    torch.testing.assert_close(corners, torch.from_numpy(PALETTE[source.validation.rows[:10, 2]]).float(), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        corners, torch.from_numpy(PALETTE[source.validation.rows[:10, 2]]).float(), atol=0.01, rtol=0
+    )
     assert torch.equal(images, source.validation.images(range(10)))
 
 

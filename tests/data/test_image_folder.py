@@ -117,7 +117,12 @@ def test_several_wordings_of_an_image_are_chosen_at_random(folder):
 
 def test_train_and_validation_folders_are_the_split(folder):
     """With classes or captions below them; images of other folders, such as `test/`, are in neither."""
-    names = [f"{split}/{kind}/{number}.png" for split in ("train", "validation", "test") for kind in "ab" for number in "0123"]
+    names = [
+        f"{split}/{kind}/{number}.png"
+        for split in ("train", "validation", "test")
+        for kind in "ab"
+        for number in "0123"
+    ]
     write(folder, names)
     source = ImageFolder(folder, 8)
     assert sorted(greys(source.train)) == list(range(8)) and sorted(greys(source.validation)) == list(range(8, 16))
@@ -214,7 +219,9 @@ def test_crops(folder, monkeypatch):
     gradient(folder)
     monkeypatch.setattr(image_folder, "_held_out", lambda files: {name: name == "000.png" for name in files})
     centre, none = only(folder, "wide.png"), only(folder, "wide.png", crop="none")
-    assert centre[0, 0, 0] == pytest.approx(255 * 3 / 8, abs=12) and centre[0, 0, -1] == pytest.approx(255 * 5 / 8, abs=12)
+    assert centre[0, 0, 0] == pytest.approx(255 * 3 / 8, abs=12) and centre[0, 0, -1] == pytest.approx(
+        255 * 5 / 8, abs=12
+    )
     assert none[0, 0, 0] < 30 and none[0, 0, -1] > 225
     random = ImageFolder(folder, 8, crop="random")
     assert torch.equal(only(folder, "wide.png", crop="random"), centre)
@@ -345,7 +352,10 @@ def test_images_are_decoded_once_and_anew_when_they_change(folder, monkeypatch):
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, full_disk, tmp_path):
     write(folder, numbered(8))
-    with full_disk(1000), pytest.raises(StudioError, match="images cannot be kept in .*: free some space, or set STUDIO_CACHE"):
+    with (
+        full_disk(1000),
+        pytest.raises(StudioError, match="images cannot be kept in .*: free some space, or set STUDIO_CACHE"),
+    ):
         ImageFolder(folder, 64)
     assert not list((tmp_path / "cache").iterdir())
     assert len(ImageFolder(folder, 64).train) == 7

@@ -42,7 +42,11 @@ def test_tokens_are_those_of_the_training_images_in_order(tiny_vq, source, weigh
 def test_latents_are_means_and_widths(tiny_mar_pipeline, source, weights, monkeypatch):
     tokenizer = tiny_mar_pipeline.image_tokenizer
     latents = cached_latents(tokenizer, source)
-    assert latents.dtype == torch.float16 and latents.shape == (len(source.train), 2, 3, 4, 4) and latents[:, 1].gt(0).all()
+    assert (
+        latents.dtype == torch.float16
+        and latents.shape == (len(source.train), 2, 3, 4, 4)
+        and latents[:, 1].gt(0).all()
+    )
     expected = tokenizer.encode_distribution(source.train.images([3]))
     torch.testing.assert_close(latents[3, 0], expected.mean[0].half(), atol=1e-2, rtol=1e-2)
     monkeypatch.setattr(caches, "_encoded", None)

@@ -52,7 +52,9 @@ def test_goes_on_from_a_drafter(small, tiny_folder, tmp_path):
         run(tmp_path / "none", tiny_folder, init_from=str(tiny_folder))
 
 
-def test_a_target_of_words_needs_captions_and_the_reverse(small, tiny_folder, tiny_class_folder, image_folder, tmp_path):
+def test_a_target_of_words_needs_captions_and_the_reverse(
+    small, tiny_folder, tiny_class_folder, image_folder, tmp_path
+):
     classes = image_folder(classes=("a", "b"))
     with pytest.raises(StudioError, match="conditioned on captions, which photos has not"):
         run(tmp_path / "run", tiny_folder, data=str(classes))

@@ -27,7 +27,7 @@ from studio.training.report import read_metrics
 from studio.training.schedule import learning_rate_factor
 from studio.training.state import load_state
 
-DATA = SimpleNamespace(name="numbers", description="random numbers", skipped=[])
+DATA = SimpleNamespace(name="numbers", description="random numbers", checksum="0", skipped=[])
 
 
 class Network(nn.Module):
@@ -142,7 +142,9 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path):
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "average": 0.5, "sample_every": 2, "cooldown": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2, "average": 0.5, "sample_every": 2, "cooldown": 0.5}], ids=str
+)
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, options):
     """Stopped after every number of steps: weights, their average, codes, loss and `metrics.csv`."""
     whole = train(tmp_path / "whole", **options)

@@ -44,7 +44,9 @@ def test_a_resumed_run_drops_later_lines_and_writes_none_twice(tmp_path):
     assert steps(tmp_path) == [("20", ""), ("40", ""), ("60", ""), ("60", "0.25")]
 
 
-@pytest.mark.parametrize("torn", [b"80,1.", b"\x00\x00\x00\n", b"\xff\xfe,1,2,3,4,5\n", b"x,1,2,3,4,5\n", b"80,1,2,3,4,5,6,7\n"])
+@pytest.mark.parametrize(
+    "torn", [b"80,1.", b"\x00\x00\x00\n", b"\xff\xfe,1,2,3,4,5\n", b"x,1,2,3,4,5\n", b"80,1,2,3,4,5,6,7\n"]
+)
 def test_damaged_lines_are_left_out(tmp_path, torn):
     fill(tmp_path)
     with open(tmp_path / "metrics.csv", "ab") as stream:

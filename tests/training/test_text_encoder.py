@@ -66,7 +66,8 @@ def test_an_encoder_with_fewer_layers_grows(few_images, recipe, tmp_path, tiny_f
     few_images(8)
     tokenizer = str(tiny_folder / "image_tokenizer")
     small, grown = (
-        recipe(TextEncoderRecipe, tokenizer=tokenizer, dim=32, layers=layers, model={"plan_size": 2}) for layers in (1, 3)
+        recipe(TextEncoderRecipe, tokenizer=tokenizer, dim=32, layers=layers, model={"plan_size": 2})
+        for layers in (1, 3)
     )
     first, larger = small.build(), grown.build()
     for block in first.text_encoder.encoder.block:

@@ -35,7 +35,7 @@ class SharedRegression(Recipe):
 
     kind, purpose, compiles = "vq", "Adds.", False
     defaults = Defaults(steps=STEPS, batch_size=IMAGES, learning_rate=0.1, warmup=0)
-    source = SimpleNamespace(name="numbers", description="random numbers", skipped=[])
+    source = SimpleNamespace(name="numbers", description="random numbers", checksum="0", skipped=[])
 
     def build(self):
         self.sampled = 0
