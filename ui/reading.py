@@ -34,8 +34,8 @@ class Inquiry:
     def __post_init__(self):
         if not (self.model or "").strip():
             raise StudioError(
-                "Name a model that reads pictures: a Hugging Face id, a folder, or what `studio train --preset emoji-vlm` "
-                "made."
+                "Name a model that reads pictures: a Hugging Face id, a folder, or what "
+                "`studio train --preset emoji-vlm` made."
             )
         if not self.picture:
             raise StudioError("Give a picture first: drop a file on the field, or take an example.")

@@ -54,8 +54,8 @@ def train(
         command: the command line for the card.
 
     Returns:
-        `{"folder", "steps", "seconds", "loss", "validation_loss", "quality"}`, and `"skipped"`, the unreadable files with
-        the reasons, where there are any.
+        `{"folder", "steps", "seconds", "loss", "validation_loss", "quality"}`, and `"skipped"`, the unreadable files
+        with the reasons, where there are any.
 
     Raises:
         StudioError: there is nothing to resume, options differ from the stored ones, a fresh run would overwrite a
