@@ -52,15 +52,17 @@ def test_goes_on_from_a_drafter(small, tiny_folder, tmp_path):
         run(tmp_path / "none", tiny_folder, init_from=str(tiny_folder))
 
 
-def test_a_target_of_words_needs_captions_and_the_reverse(
+def test_a_target_of_words_needs_captions_and_one_of_classes_the_same_number(
     small, tiny_folder, tiny_class_folder, image_folder, tmp_path
 ):
-    classes = image_folder(classes=("a", "b"))
+    two, ten = image_folder(classes=("a", "b")), image_folder(classes="abcdefghij", name="ten")
     with pytest.raises(StudioError, match="conditioned on captions, which photos has not"):
-        run(tmp_path / "run", tiny_folder, data=str(classes))
+        run(tmp_path / "run", tiny_folder, data=str(two))
     with pytest.raises(StudioError, match="conditioned on classes, which emoji has not"):
         run(tmp_path / "run", tiny_class_folder)
-    assert run(tmp_path / "run", tiny_class_folder, data=str(classes))["quality"]["images"] == 2
+    with pytest.raises(StudioError, match="knows 10 classes, and photos has 2"):
+        run(tmp_path / "run", tiny_class_folder, data=str(two))
+    assert run(tmp_path / "run", tiny_class_folder, data=str(ten))["quality"]["mean_accepted_length"] >= 1
 
 
 def tiny_target():

@@ -46,7 +46,7 @@ def test_an_rvq_has_the_whole_encoder_and_decoder(vq, folder, recipe):
 
 @torch.no_grad()
 def test_an_autoencoder_kl_has_all_but_what_touches_its_latents(vq, folder, recipe):
-    kl = recipe(KLRecipe, **SIZES).build().tokenizer.network
+    kl = recipe(KLRecipe, model={"latent_channels": 4}, **SIZES).build().tokenizer.network
     own = {"encoder.conv_out.weight", "encoder.conv_out.bias", "decoder.conv_in.weight"}
     assert start_kl(kl, folder) == len(blocks(kl) - own)
     hidden = torch.randn(1, 32, 4, 4)
