@@ -127,15 +127,13 @@ def test_in_a_process_of_its_own(photos, tmp_path):
     """As a user starts it: exit code 2 and one sentence on stderr, or 0 and one JSON document on stdout."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
-    def start(*arguments):
-        command = [sys.executable, "-m", "studio", "train", "vq", "--data", str(photos), *TINY, *arguments]
+    def start(kind, *arguments):
+        command = [sys.executable, "-m", "studio", "train", kind, "--data", str(photos), *TINY, *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
 
-    done = start("--steps", "1", "--out", "run", "--json")
+    done = start("vq", "--steps", "1", "--out", "run", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 1
-    again = start("--steps", "1", "--out", "run")
-    assert again.returncode == 2 and not again.stdout and "Traceback" not in again.stderr
-    assert (
-        again.stderr.splitlines()[-1]
-        == "Error: run holds an earlier run; add --resume to go on with it, or give another --out."
-    )
+    wrong = start("vqgan", "--out", "other")
+    assert wrong.returncode == 2 and not wrong.stdout and not (tmp_path / "other").exists()
+    assert wrong.stderr.startswith("Error: There is no kind 'vqgan'; choose one of vq, ")
+    assert wrong.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from studio.errors import StudioError
-from studio.training import KINDS
+from studio.training import KINDS, Finder
 from studio.training.options import Options, merge, preset_names, read_preset, read_toml
 
 
@@ -97,6 +97,16 @@ def test_unknown_options_and_kinds_are_refused():
         train(steps=3)
     with pytest.raises(StudioError, match="There is no preset 'emoji'; choose one of emoji-1d, .*, family"):
         train(preset="emoji")
+
+
+def test_a_name_is_a_run_beside_this_one_then_a_bundled_model_then_a_folder(tmp_path):
+    find = Finder(tmp_path / "runs" / "new")
+    with pytest.raises(StudioError, match="There is no model other: name a bundled one, a folder, or a run beside"):
+        find("other")
+    assert find("emoji-vq").name == "emoji-vq" and find(str(tmp_path)) == tmp_path
+    for name in ("other", "emoji-vq"):
+        (tmp_path / "runs" / name / "model").mkdir(parents=True)
+        assert find(name) == (tmp_path / "runs" / name / "model").resolve()
 
 
 @pytest.mark.parametrize("name", preset_names())
