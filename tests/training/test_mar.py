@@ -61,6 +61,6 @@ def test_a_drafter_learns_what_its_target_predicts(drafter_recipe, repository):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert not module.target.training and all(p.grad is None for p in module.target.parameters())
