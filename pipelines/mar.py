@@ -127,7 +127,7 @@ class MARPipeline(ConditionalPipeline):
         if self.drafter is None:
             raise StudioError(
                 "Continuous speculative decoding (cspd) needs a drafter and this pipeline has none: use the folder "
-                "that `studio train emoji-mar-draft` makes, or build the pipeline with drafter=, a smaller MAR."
+                "that `studio train mar-drafter` makes, or build the pipeline with drafter=, a smaller MAR."
             )
         for name in ("num_classes", "caption_dim", "latent_scale"):
             if self.drafter.config[name] != ours[name]:

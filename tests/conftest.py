@@ -395,20 +395,38 @@ def tiny_reader():
     """A random LLaVA-NeXT of tiny width and its real processor, as `emoji-vlm` has them; it never ends early."""
     import torch
 
-    from studio.training import reader
+    from studio.training import reader_network
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "TOWER", sizes)
-        patch.setattr(reader, "TEXT", sizes)
+        patch.setattr(reader_network, "TOWER", sizes)
+        patch.setattr(reader_network, "TEXT", sizes)
         torch.manual_seed(0)
-        processor = reader.build_processor()
-        model = reader.build_model(len(processor.tokenizer)).eval()
+        processor = reader_network.build_processor()
+        model = reader_network.build_model(len(processor.tokenizer)).eval()
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     model.generation_config.eos_token_id = None
     return model, processor
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file of this process grows beyond that many bytes: what would, fails as on a full disk."""
+    import resource
+    from contextlib import contextmanager
+
+    @contextmanager
+    def limited(most):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -31,14 +31,16 @@ def test_python_that_needs_published_weights_compiles(page):
 
 @pytest.mark.parametrize("line", LINES)
 def test_command_parses(line):
-    """Its command and options exist; what a decoding or a recipe is called, and which options go with it, is right."""
+    """Its command and options exist; what a decoding, a kind or a preset is called, and what goes with it, is right."""
     from studio.commands.decodings import decoding_of, given
     from studio.pipelines.decodings import DECODINGS
-    from studio.training.recipes import RECIPES
+    from studio.training import KINDS
+    from studio.training.options import preset_names
 
     options = parse(line)
     if line.startswith("studio train "):
-        assert options["name"] in RECIPES
+        assert options["kind"] in (None, *KINDS) and options["preset"] in (None, "family", *preset_names())
+        assert options["kind"] or options["preset"] or options["config"]
     if options.get("decoding") not in (None, "auto"):
         names = {option.name for choice in DECODINGS.values() for option in choice.options}
         assert decoding_of(**given(options["decoding"], **{name: options.get(name) for name in names}))

@@ -20,7 +20,7 @@ EXAMPLES = [
 IDLE = status_line("Give a picture, ask something about it, and see which patches the answer comes from.")
 NO_READER = status_line(
     "No model that reads pictures comes with this copy: name one of Hugging Face or a folder under Model, or train "
-    "your own: studio train emoji-vlm."
+    "your own: studio train --preset emoji-vlm."
 )
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 _VIEWS = {"whole": "Whole picture", "crops": "Crops"}

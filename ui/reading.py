@@ -38,7 +38,8 @@ class Inquiry:
     def __post_init__(self):
         if self.model in (None, "") or not check_model(self.model).strip():
             raise StudioError(
-                "Name a model that reads pictures: a Hugging Face id, a folder, or what `studio train emoji-vlm` made."
+                "Name a model that reads pictures: a Hugging Face id, a folder, or what "
+                "`studio train --preset emoji-vlm` made."
             )
         if not self.picture:
             raise StudioError("Give a picture first: drop a file on the field, or take an example.")

@@ -74,7 +74,7 @@ def bundled_folder(name):
     checksums = read_checksums().get(name)
     if not checksums:
         raise StudioError(
-            f"The weights of {name} are not in this copy of Studio: train them with `studio train {name}`."
+            f"The weights of {name} are not in this copy of Studio: train them with `studio train --preset {name}`."
         )
     for file, expected in checksums.items():
         path = ROOT / name / file

@@ -95,15 +95,20 @@ def train(
     }  # fmt: skip
     command = shlex.join(["studio", *(word for word in sys.argv[1:] if word not in ("--resume", "--json"))])
     if preset == "family":
-        results = run_family(out=out, resume=resume, command=command, **given)
+        results = run_family(out=out, resume=resume, command=command, config=config, **given)
         emit(results)
         for name, result in results.items():
             say(f"{name:16} {result['steps']} steps, {result['seconds'] / 60:.1f} minutes: {result['folder']}")
         return
     result = run(preset=preset, config=config, out=out, resume=resume, command=command, **given)
     emit(result)
-    for key, value in result.items():
+    skipped = result.get("skipped", [])
+    for key, value in _flat({key: value for key, value in result.items() if key != "skipped"}):
         say(f"{key:16} {value}")
+    if skipped:
+        say(f"{len(skipped)} files could not be read and were left out:")
+    for file in skipped:
+        say(f"  {file}")
 
 
 def evaluate(

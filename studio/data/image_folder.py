@@ -53,10 +53,12 @@ class ImageFolder(Source):
         self.folder, self.size, self.crop, self.flip = Path(folder).expanduser(), size, crop, flip
         if not self.folder.is_dir():
             raise StudioError(f"There is no folder {folder}: give --data a folder of images, or emoji.")
-        files = _images_below(self.folder)
+        files = every = _images_below(self.folder)
+        if _has_splits(files):
+            files = [file for file in files if Path(file).parts[0] in SPLITS]
         if not files:
             raise StudioError(f"{folder} holds no images (looked for {', '.join(sorted(_suffixes())[:6])}, ...).")
-        captions = _captions(self.folder, files)
+        captions = _captions(self.folder, files, every)
         classes = None if captions is not None else _classes(self.folder, files)
         self.has_captions, self.class_names = captions is not None, classes and sorted(set(classes.values()))
         self.pixels = _Pixels(self.folder, files, size, crop)
@@ -73,7 +75,9 @@ class ImageFolder(Source):
         self._conditions = captions, classes
         self.train, self.validation = (_Files(self.pixels, side, captions, classes) for side in sides)
         self.unseen = self.validation
-        self.name, self.checksum = self.folder.resolve().name, self.pixels.checksum
+        self.name = self.folder.resolve().name
+        known = [self.pixels.checksum, readable, sides, captions, classes]
+        self.checksum = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         of_classes = f"images of {len(self.class_names)} classes" if classes else "images"
         kinds = "captioned images" if captions else of_classes
         skipped = f", {len(self.skipped)} unreadable files left out" if self.skipped else ""
@@ -178,8 +182,9 @@ def _write_cache(cached, folder, files, size, squeeze):
                     position += pixels.size
         index = {"images": images, "skipped": skipped, "checksum": checksum.hexdigest()}
         (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        shutil.rmtree(cached, ignore_errors=True)
-        partial.rename(cached)
+        if not (cached / "index.json").is_file():  # another process may have been faster
+            shutil.rmtree(cached, ignore_errors=True)
+            partial.rename(cached)
     except OSError as error:
         raise StudioError(
             f"The images cannot be kept in {cached.parent} ({error.strerror or error}): free some space, or set "
@@ -198,12 +203,19 @@ def _read(path, size, squeeze):
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            image = _of_8_bits(image).convert("RGB")
             scale = size / min(image.size)
             shape = (size, size) if squeeze else tuple(max(size, round(side * scale)) for side in image.size)
             return np.asarray(image.resize(shape, Image.Resampling.LANCZOS))
     except Exception as error:  # Pillow's plugins raise errors of many kinds for damaged files
         return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _of_8_bits(image):
+    """An image whose greys have 16 bits in 8 bits; `Image.convert` would make all but the darkest of them white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image
 
 
 def _suffixes():
@@ -225,9 +237,12 @@ def _images_below(folder):
     return sorted(found)
 
 
-def _captions(folder, files):
-    """Captions by path, a list of wordings each; None where there is no metadata file."""
-    known, found = {}, False
+def _captions(folder, files, every):
+    """Captions by path, a list of wordings each; None where there is no metadata file.
+
+    All of `files` need one, and every image that is named must be there.
+    """
+    known, found, there = {}, False, set(every)
     for below in ("", *SPLITS):
         for name in METADATA:
             file = folder / below / name
@@ -238,7 +253,7 @@ def _captions(folder, files):
                 known.setdefault((Path(below) / path).as_posix(), []).append(text)
     if not found:
         return None
-    if missing := [path for path in known if path not in set(files)]:
+    if missing := [path for path in known if path not in there]:
         raise StudioError(f"The captions name {len(missing)} images that are not in {folder}, first {missing[0]}.")
     if without := [path for path in files if path not in known]:
         raise StudioError(f"{len(without)} images in {folder} have no caption, first {without[0]}.")
@@ -248,7 +263,7 @@ def _captions(folder, files):
 def _rows(file):
     """(file_name, text) of every line of a metadata file."""
     try:
-        with open(file, encoding="utf-8", newline="") as stream:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
             if file.suffix == ".csv":
                 rows = list(csv.DictReader(stream))
             else:

@@ -32,7 +32,7 @@ def bench_reading(
     """Time every method at every budget, and count exact answers.
 
     Args:
-        model: `emoji-vlm`, or a folder that `studio train emoji-vlm` made.
+        model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
         methods: names out of `METHODS`.
         keeps: shares of the picture's tokens, newlines included.
         scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.

@@ -46,13 +46,14 @@ def train(
     Raises:
         StudioError: what was asked for cannot be done.
     """
-    from studio.training.loop import train as run
     from studio.training.options import merge, read_preset, read_toml
 
     asked = merge(read_preset(preset) if preset else {}, read_toml(config) if config else {}, options)
     if asked.kind not in KINDS:
         raise StudioError(f"There is no kind {asked.kind!r}; choose one of {', '.join(KINDS)}.")
-    name = preset or f"{Path(asked.data).name}-{asked.kind}"
+    from studio.training.loop import train as run
+
+    name = preset or f"{Path(asked.data).expanduser().resolve().name}-{asked.kind}"
     out = Path(out or Path("runs") / name)
     module, recipe = KINDS[asked.kind].split(":")
     make_recipe = getattr(import_module(module), recipe)

@@ -39,6 +39,9 @@ class CompanionRecipe(Recipe):
         if self.pipe.takes_text != self.source.has_captions:
             needed = "captions" if self.pipe.takes_text else "classes"
             raise StudioError(f"{self.options.target} is conditioned on {needed}, which {self.source.name} has not.")
+        if not self.pipe.takes_text and self.pipe.transformer.config.num_classes != len(self.source.class_names or ()):
+            known, given = self.pipe.transformer.config.num_classes, len(self.source.class_names or ())
+            raise StudioError(f"{self.options.target} knows {known} classes, and {self.source.name} has {given}.")
 
     def component_of(self, module: torch.nn.Module) -> torch.nn.Module:
         """The trained component of a module."""

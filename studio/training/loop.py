@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 
@@ -21,7 +22,7 @@ from studio.training.options import Options
 from studio.training.recipe import Recipe
 from studio.training.report import Report
 from studio.training.schedule import Rates, learning_rate_factor
-from studio.training.state import has_state, load_state, save_state
+from studio.training.state import has_state, load_state, save_state, writing
 
 SAVE_EVERY_SECONDS = 110
 REPORT_EVERY = 20
@@ -53,19 +54,22 @@ def train(
         command: the command line for the card.
 
     Returns:
-        `{"folder", "steps", "seconds", "loss", "validation_loss", "quality"}`, and `"skipped"`, the number of
-        unreadable files.
+        `{"folder", "steps", "seconds", "loss", "validation_loss", "quality"}`, and `"skipped"`, the unreadable files
+        with the reasons, where there are any.
 
     Raises:
         StudioError: there is nothing to resume, options differ from the stored ones, a fresh run would overwrite a
             state, `out` cannot be written, or what the run starts from holds no such weights.
     """
     join()
+    _check_tracker(options.tracker)
     accelerator = Accelerator(
         mixed_precision=mixed_precision(), log_with=options.tracker, project_dir=out if options.tracker else None
     )
-    if options.tracker and not accelerator.trackers and not _has_tracker(options.tracker):
-        raise StudioError(f"The tracker {options.tracker!r} is not installed: pip install {options.tracker}.")
+    size = options.batch_size or make_recipe.defaults.batch_size
+    if size % accelerator.num_processes:
+        raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
+    size //= accelerator.num_processes
     _check_folder(out, options, resume)
     state = load_state(out) if resume else None
     with _folder_of_run(out, options, fresh=state is None):
@@ -75,10 +79,6 @@ def train(
         module = recipe.build()
         if options.init_from:
             _start_from(recipe, module, find(options.init_from))
-    size = options.batch_size or recipe.defaults.batch_size
-    if size % accelerator.num_processes:
-        raise StudioError(f"The batch size must be a multiple of the {accelerator.num_processes} processes.")
-    size //= accelerator.num_processes
     steps = None if options.minutes else options.steps or recipe.defaults.steps
     rate = options.learning_rate or recipe.defaults.learning_rate
     warmup = _or(options.warmup, 0 if options.init_from else recipe.defaults.warmup)
@@ -264,11 +264,12 @@ def _or(value, other):
     return other if value is None else value
 
 
-def _has_tracker(name):
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    from accelerate.utils import is_tensorboard_available
-
-    return name in LOGGER_TYPE_TO_CLASS and (name != "tensorboard" or is_tensorboard_available())
+def _check_tracker(name):
+    if name is None or name in map(str, get_available_trackers()):
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise StudioError(f"There is no tracker {name!r}; accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+    raise StudioError(f"The tracker {name} is not installed: pip install {name.replace('_', '-')}.")
 
 
 def _check_folder(out, options, resume):
@@ -279,7 +280,10 @@ def _check_folder(out, options, resume):
         return
     if not has_state(out) or not stored.is_file():
         raise StudioError(f"{out} holds no state to resume; start without --resume.")
-    before = json.loads(stored.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(stored.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StudioError(f"{stored} cannot be read ({error}): start anew with another --out.") from error
     now = json.loads(json.dumps(asdict(options)))
     if different := [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]:
         raise StudioError(f"The stored run has another {', '.join(different)}; resume with the options in {stored}.")
@@ -289,17 +293,19 @@ def _check_folder(out, options, resume):
 def _folder_of_run(out, options, fresh):
     """The folder of a run with its options, which vanish again when the block fails in a fresh one."""
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    file = out / "options.json"
+    file, partial = out / "options.json", out / "options.part"
     try:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
+            partial.write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
+            partial.replace(file)
         except OSError as error:
             raise StudioError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
         yield
     except BaseException:
         if fresh:
             with suppress(OSError):
+                partial.unlink(missing_ok=True)
                 file.unlink()
             for folder in missing:
                 with suppress(OSError):
@@ -321,8 +327,8 @@ def _start_from(recipe, module, folder):
 
 def _export(recipe, module, folder):
     partial = folder.with_name("model.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    recipe.export(module, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with writing("The model", folder, partial):
+        partial.mkdir(parents=True)
+        recipe.export(module, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)

@@ -121,6 +121,10 @@ def merge(*sources: dict) -> Options:
     """
     merged = {}
     for source in sources:
+        if unknown := [key for key in source if key not in _FIELDS]:
+            raise StudioError(f"There is no option {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
+        if source.get("steps") is not None and source.get("minutes") is not None:
+            raise StudioError("Say how long with steps or with minutes, not with both.")
         for key, value in source.items():
             if value is None:
                 continue

@@ -9,6 +9,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
+from studio.training.state import writing
+
 COLUMNS = ("step", "seconds", "loss", "learning_rate", "images_per_second", "validation_loss")
 
 
@@ -29,32 +31,47 @@ class Report:
             total=steps, initial=step, unit="step", desc=name, file=sys.stderr, disable=not active, mininterval=2
         )
         if active:
-            kept = [row for row in read_metrics(out) if int(row["step"]) <= step]
-            with open(self.file, "w", newline="") as stream:
-                writer = csv.DictWriter(stream, COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
+            self.rows = {_key(row): row for row in read_metrics(out) if int(row["step"]) <= step}
+            self._write()
 
     def row(self, **values: float) -> None:
-        """Add a line to `metrics.csv`."""
+        """Add a line to `metrics.csv`, or replace the one that says the same of the same step."""
         if self.active:
-            with open(self.file, "a", newline="") as stream:
-                csv.DictWriter(stream, COLUMNS).writerow(
-                    {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
-                )
+            row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+            self.rows[_key(row)] = row
+            self._write()
+
+    def _write(self):
+        partial = self.file.with_name("metrics.part")
+        with writing("metrics.csv", self.file.parent, partial):
+            with open(partial, "w", newline="") as stream:
+                writer = csv.DictWriter(stream, COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows.values())
+            partial.replace(self.file)
 
     def sheet(self, step: int, rows: torch.Tensor | None) -> None:
         """Write rows of images (rows, n, 3, H, W) in [0, 1] as `samples/STEP.png`."""
         if self.active and rows is not None:
-            self.samples.mkdir(exist_ok=True)
+            partial = self.samples / "part.png"
             pixels = (rows.flatten(0, 1).permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()
             images = [Image.fromarray(image) for image in pixels]
-            make_image_grid(images, rows.shape[0], rows.shape[1]).save(self.samples / f"{step:06d}.png")
+            with writing("samples", self.samples, partial):
+                self.samples.mkdir(exist_ok=True)
+                make_image_grid(images, rows.shape[0], rows.shape[1]).save(partial)
+                partial.replace(self.samples / f"{step:06d}.png")
 
 
 def read_metrics(out: Path) -> list[dict[str, str]]:
     """The lines of a run's `metrics.csv`."""
     if not (out / "metrics.csv").is_file():
         return []
-    with open(out / "metrics.csv", newline="") as stream:
-        return list(csv.DictReader(stream))
+    with open(out / "metrics.csv", newline="", encoding="utf-8", errors="replace") as stream:
+        rows = list(csv.DictReader(line.replace("\0", "") for line in stream))
+    whole = (row for row in rows if set(row) == set(COLUMNS) and None not in row.values())
+    return [row for row in whole if row["step"].isdigit()]
+
+
+def _key(row):
+    """What there is one line of: a step's training or its validation."""
+    return int(row["step"]), bool(row.get("validation_loss"))

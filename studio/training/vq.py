@@ -86,7 +86,7 @@ class VQRecipe(TokenizerRecipe):
 
     def batch(self, rng, size, training=True):
         images = self.images(rng, size, training).contiguous(memory_format=torch.channels_last)
-        return {"images": images, "cells": torch.from_numpy(rectangles(rng, size // 2, self.grid))}
+        return {"images": images, "cells": torch.from_numpy(rectangles(rng, max(1, size // 2), self.grid))}
 
     def load(self, module, folder):
         load_with_codebook(module, folder)

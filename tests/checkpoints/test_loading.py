@@ -172,7 +172,7 @@ def test_a_missing_file_of_a_bundled_model_is_noticed(release):
 
 
 def test_a_bundled_model_without_weights_says_how_to_get_them(release):
-    with pytest.raises(StudioError, match="studio train emoji-vq"):
+    with pytest.raises(StudioError, match="studio train --preset emoji-vq"):
         studio.load("emoji-vq")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from studio.data.augmentation import distort, move
-from studio.training.emoji_vq import rectangles
+from studio.training.vq import rectangles
 
 COLOURS = np.array([[0.2, 0.4, 0.6], [0.9, 0.1, 0.5]], dtype=np.float32)
 

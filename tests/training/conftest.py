@@ -1,29 +1,55 @@
 """What tests of recipes share."""
 
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from studio.data import emoji, splits
+from studio.training import text
+from studio.training.options import merge
+from studio.training.text_tokenizer import train_text_tokenizer
+
+
+@cache
+def _trained(texts, *lengths):
+    return train_text_tokenizer(list(texts), *lengths)
 
 
 @pytest.fixture
 def few_images(monkeypatch, tmp_path):
-    """A function: the emoji set has that many combinations on both sides from then on, and caches are empty."""
+    """A function: the emoji set has that many combinations on both sides from then on, and caches are empty.
+
+    A text tokenizer is trained once for all tests.
+    """
 
     def only(count):
         few = splits.combinations(held_out=False)[:count]
         monkeypatch.setattr(emoji, "combinations", lambda held_out: few)
+        monkeypatch.setattr(emoji, "concepts", lambda held_out: range(4))
+        monkeypatch.setattr(text, "train_text_tokenizer", lambda texts, *lengths: _trained(tuple(texts), *lengths))
         monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
 
     return only
 
 
 @pytest.fixture
+def recipe():
+    """A function: a recipe of a class with options, on the CPU."""
+
+    def made(cls, **options):
+        return cls(merge({"kind": cls.kind, **options}), torch.device("cpu"), Path)
+
+    return made
+
+
+@pytest.fixture
 def image_folder(tmp_path):
     """A function that writes random images of several sizes below a folder, in classes or with captions."""
-    import json
-
-    import numpy as np
-    from PIL import Image
 
     def write(count=24, *, classes=(), captions=False, name="photos"):
         folder, rng, rows = tmp_path / name, np.random.default_rng(0), []

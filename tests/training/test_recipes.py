@@ -31,6 +31,7 @@ from studio.training import (
     resgen,
     rvq,
     train,
+    vq,
 )
 from studio.training import options as options_module
 from studio.training.options import FAMILY, merge, preset_names, read_preset
@@ -53,6 +54,7 @@ TINY = {
     "tower": {},
     "judge": {"size": 32, "dim": 8},
 }
+RECIPES = {"vq": vq.VQRecipe, "rvq": rvq.RVQRecipe}
 LOADED = {
     "vq": VQTokenizer,
     "rvq": RVQTokenizer,
@@ -74,6 +76,8 @@ LOADED = {
 NEEDS = {"drafter": "llamagen", "mar-drafter": "mar", "student": "llamagen"}
 TOKENIZER = {"mar": "kl", "token-bridge": "kl", "resgen": "rvq", "rq-transformer": "rvq"}
 GENERATORS = ("llamagen", "mar", "token-bridge", "resgen", "rq-transformer")
+BUILT = {}
+"""Runs on the emoji set that others build on, by kind: each is trained once."""
 
 
 @pytest.fixture
@@ -83,6 +87,8 @@ def small(monkeypatch, few_images):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(reader_network, "TOWER", sizes)
     monkeypatch.setattr(reader_network, "TEXT", sizes)
+    text = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    monkeypatch.setattr("studio.training.text.TEXT", text)
     monkeypatch.setattr(reader, "TILES", ((1, 1),))
     monkeypatch.setattr(reader, "QUESTIONS", 4)
     monkeypatch.setattr(loop, "VALIDATION_BATCHES", 1)
@@ -105,10 +111,20 @@ def run(kind, out, *, data="emoji", steps=2, **options):
     if kind in NEEDS and "target" not in options:
         builds_on["target"] = NEEDS[kind]
     for name in builds_on.values():
-        if not (out.parent / name / "model").is_dir():
-            run(name, out.parent / name, data=data, steps=1)
+        _build(name, out.parent / name)
     given = {**TINY[kind], **builds_on, **options}
     return train(kind=kind, data=str(data), out=out, steps=steps, batch_size=4, **given)
+
+
+def _build(kind, folder):
+    """The run of a kind, of one step, beside the others; it may be that of an earlier test."""
+    if folder.exists():
+        return
+    if kind in BUILT:
+        folder.symlink_to(BUILT[kind])
+    else:
+        run(kind, folder, steps=1)
+        BUILT[kind] = folder
 
 
 def read(kind, folder):
@@ -161,6 +177,37 @@ def test_captions_of_a_folder_bring_a_text_encoder_of_their_own(kind, small, ima
     assert trained.abs().max() > 0  # starts at zero
 
 
+@pytest.mark.parametrize("kind", ["vq", "rvq"])
+def test_a_tokenizer_of_a_folder_resumes_to_the_same_weights(kind, small, image_folder, tmp_path, monkeypatch):
+    """Codebooks are averages, and dead codes are revived at random: stopped in the middle, the result is the same."""
+    folder, recipe = image_folder(), RECIPES[kind]
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1)
+    whole = run(kind, tmp_path / "whole", data=folder, steps=4, accumulate=2, flip=True, crop="random")
+    batch, calls = recipe.batch, []
+
+    def stopped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return batch(self, *args, **kwargs)
+
+    again = {"data": folder, "steps": 4, "accumulate": 2, "flip": True, "crop": "random"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recipe, "batch", stopped)
+        run(kind, tmp_path / "broken", **again)
+    resumed = run(kind, tmp_path / "broken", resume=True, **again)
+    before, after = (read(kind, result["folder"]).state_dict() for result in (whole, resumed))
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    assert resumed["loss"] == whole["loss"] and resumed["validation_loss"] == whole["validation_loss"]
+
+
+def test_a_batch_of_one_image_is_enough(small, image_folder, tmp_path):
+    for kind in ("vq", "rvq"):
+        result = train(kind=kind, data=str(image_folder()), out=tmp_path / kind, steps=1, batch_size=1, **TINY[kind])
+        assert np.isfinite(result["loss"]) and np.isfinite(result["validation_loss"]), kind
+
+
 def test_a_text_encoder_that_is_given_stays_as_it_is(small, tmp_path):
     taught = read("text-encoder", run("text-encoder", tmp_path / "words")["folder"]).state_dict()
     pipe = load(run("llamagen", tmp_path / "run", text_encoder="words")["folder"], device="cpu")
@@ -208,7 +255,7 @@ def test_a_generator_over_rows_samples_any_length(small, tmp_path):
 def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(kind, options, words, small, tmp_path):
     for name in ("vq", "kl"):
         if name in options.values():
-            run(name, tmp_path / name, steps=1)
+            _build(name, tmp_path / name)
     with pytest.raises(StudioError, match=words):
         run(kind, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
@@ -216,7 +263,7 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(kind, options, wor
 
 def test_captions_and_classes_are_not_mistaken_for_each_other(small, image_folder, tmp_path):
     classes, plain = image_folder(classes=("a", "b")), image_folder(name="plain")
-    run("vq", tmp_path / "vq", data=plain, steps=1)
+    _build("vq", tmp_path / "vq")
     with pytest.raises(StudioError, match="neither captions .* nor sub-folders"):
         run("llamagen", tmp_path / "run", data=plain)
     with pytest.raises(StudioError, match="no captions, which text-encoder"):
@@ -242,7 +289,7 @@ def built(kind, tmp_path, **options):
     from studio.training import Finder
 
     if kind in GENERATORS:
-        run("vq", tmp_path / "vq", steps=1)
+        _build("vq", tmp_path / "vq")
         options["tokenizer"] = "vq"
     cls = {"llamagen": llamagen.LlamaGenRecipe, "one-d-piece": one_d_piece.OneDPieceRecipe}[kind]
     recipe = cls(merge({"kind": kind, **TINY[kind], **options}), torch.device("cpu"), Finder(tmp_path / "run"))

@@ -199,7 +199,7 @@ def test_without_a_reader_the_tab_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(ask, "bundled_models", lambda kind: [])
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
-    assert "studio train emoji-vlm" in fields["ask-status"]["value"] and fields["reader"].get("value") is None
+    assert "studio train --preset emoji-vlm" in fields["ask-status"]["value"] and fields["reader"].get("value") is None
     monkeypatch.setattr(ask, "bundled_models", lambda kind: ["emoji-vlm"])
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
     assert "studio train" not in fields["ask-status"]["value"] and fields["reader"]["value"] == "emoji-vlm"

@@ -7,9 +7,9 @@ from PIL import Image
 
 from studio.data.scenes import CELL, Question, draw_scene
 from studio.evaluation.reading import pack_questions, packed_logits
-from studio.training import look_here
-from studio.training.look_here import AttentionLoss, cells_of_patches, what_shows
-from studio.training.reader import PATCH
+from studio.training import attention_supervision
+from studio.training.attention_supervision import AttentionLoss, cells_of_patches, what_shows
+from studio.training.reader_network import PATCH
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def test_what_no_token_shows_is_shown_by_the_first_and_numbers_are_shared_with_i
 def test_the_loss_is_that_of_the_attention_that_the_model_has(tiny_reader, monkeypatch):
     """Eager attention returns its weights; over the picture alone they are those that the loss is about."""
     model, processor = tiny_reader
-    monkeypatch.setattr(look_here, "_SHARE", 1.0)
+    monkeypatch.setattr(attention_supervision, "_SHARE", 1.0)
     language_model = model.model.language_model
     scenes = [draw_scene(np.random.default_rng(seed), (1, 1), questions=6) for seed in range(2)]
     packed = pack_questions(processor.tokenizer, [[(q.text, q.answer) for q in scene.questions] for scene in scenes])

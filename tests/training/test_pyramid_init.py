@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from studio import LlamaGen
 from studio.tokenizers.latent_transformer import Block
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
-from studio.training import pyramid_start
-from studio.training.emoji_1d_ar import read_what_tokens_stood_for
-from studio.training.marked_rows import add_map_of_marked
-from studio.training.pyramid_start import pyramid, start_as_pyramid
+from studio.training import pyramid_init
+from studio.training.llamagen import read_initial_regions
+from studio.training.pyramid_init import init_as_pyramid, pyramid
+from studio.training.row_map_init import add_map_of_marked
 
 SIZES = {
     "sample_size": 16,
@@ -39,7 +39,7 @@ def smooth_pictures(count, seed):
 def started_with(**sizes):
     torch.manual_seed(0)
     tokenizer = OneDPieceTokenizer(**{**SIZES, **sizes})
-    start_as_pyramid(tokenizer, smooth_pictures(256, seed=1))
+    init_as_pyramid(tokenizer, smooth_pictures(256, seed=1))
     return tokenizer.eval()
 
 
@@ -86,8 +86,8 @@ def test_tokens_that_stand_for_a_cell_once_more_tell_more(monkeypatch):
     """
     images = smooth_pictures(64, seed=2)
     gains = []
-    for turn in (pyramid_start._turn_to_the_next, lambda *args: None):
-        monkeypatch.setattr(pyramid_start, "_turn_to_the_next", turn)
+    for turn in (pyramid_init._turn_to_the_next, lambda *args: None):
+        monkeypatch.setattr(pyramid_init, "_turn_to_the_next", turn)
         tokenizer = started_with(num_tokens=36, code_dim=6)
         gains.append(left(tokenizer, images, 20) / left(tokenizer, images, 36))
     assert gains[0] > 1.5 and gains[1] < 1.05
@@ -126,7 +126,7 @@ def test_a_token_says_what_is_where_it_stands(started):
 def test_a_generator_over_rows_starts_with_reading_the_regions_that_its_tokens_stood_for():
     text = {"caption_dim": 8, "caption_length": 5, "plan_size": 2}
     transformer = LlamaGen(vocab_size=16, dim=16, num_layers=1, num_heads=2, grid_size=None, row_length=20, **text)
-    read_what_tokens_stood_for(transformer, side=4)
+    read_initial_regions(transformer, side=4)
     shares = transformer.plan_embeddings.shares.softmax(dim=1)
     assert torch.allclose(shares[:4], torch.eye(4), atol=0.05)
     cells = pyramid(4, 20)[4:].argmax(dim=1)

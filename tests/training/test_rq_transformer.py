@@ -1,4 +1,4 @@
-"""What `emoji-rq-ar` learns from: codes, earlier cells that mislead; and that learning helps."""
+"""What an rq-transformer learns from: codes, earlier cells that mislead; and that learning helps."""
 
 import numpy as np
 import pytest
@@ -6,29 +6,24 @@ import torch
 
 from studio.decoding.cell_by_cell import cell_by_cell
 from studio.decoding.sampling import Sampling
-from studio.training import emoji_rq_ar, from_codes, from_words
-
-CPU = torch.device("cpu")
+from studio.training.rq_transformer import RQTransformerRecipe
 
 
 @pytest.fixture
-def recipe(monkeypatch, few_pictures, tiny_folder, tiny_resgen_folder):
-    """The recipe over twenty pictures, at a tiny size."""
-    few_pictures(20)
-    monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
-    monkeypatch.setattr(from_codes, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
-    tiny = {"dim": 32, "spatial_layers": 1, "depth_layers": 1, "spatial_heads": 2, "depth_heads": 2}
-    monkeypatch.setattr(emoji_rq_ar, "SIZES", {**emoji_rq_ar.SIZES, **tiny})
-    return emoji_rq_ar.EmojiRQAR()
+def tiny(few_images, recipe, tiny_folder, tiny_resgen_folder):
+    """The recipe over twenty images, at a tiny size."""
+    few_images(20)
+    parts = {"tokenizer": str(tiny_resgen_folder / "image_tokenizer"), "text_encoder": str(tiny_folder)}
+    return recipe(RQTransformerRecipe, dim=32, layers=1, model={"depth_layers": 1, "num_heads": 2}, **parts)
 
 
-def test_what_it_learns_from(recipe):
-    module = recipe.build(CPU)
-    batch = recipe.batch(np.random.default_rng(0), 64, CPU)
+def test_what_it_learns_from(tiny):
+    module = tiny.build()
+    batch = tiny.batch(np.random.default_rng(0), 64)
     codes, fed = batch["codes"], batch["fed"]
     assert codes.shape == fed.shape == (64, 16, 3)
-    known = {tuple(picture.flatten().tolist()) for picture in recipe.codes}
-    assert all(tuple(picture.flatten().tolist()) in known for picture in codes)
+    known = {tuple(image.flatten().tolist()) for image in tiny.codes}
+    assert all(tuple(image.flatten().tolist()) in known for image in codes)
     wrong = (fed != codes).any(dim=-1)
     assert 0.2 < wrong.any(dim=1).double().mean() < 0.8 and torch.equal(fed[wrong], codes.roll(1, dims=0)[wrong])
     loss = module(**batch)
@@ -38,13 +33,13 @@ def test_what_it_learns_from(recipe):
         assert all(part.grad is None for part in frozen.parameters())
 
 
-def test_each_loss_is_that_of_the_network(recipe):
-    """Where nothing misleads, the loss is that of whole pictures; other earlier cells make it another."""
+def test_each_loss_is_that_of_the_network(tiny):
+    """Where nothing misleads, the loss is that of whole images; other earlier cells make it another."""
     torch.manual_seed(0)
-    module = recipe.build(CPU).eval()
+    module = tiny.build().eval()
     for part in module.transformer.parameters():
         torch.nn.init.normal_(part, std=0.5)
-    batch = recipe.batch(np.random.default_rng(0), 4, CPU)
+    batch = tiny.batch(np.random.default_rng(0), 4)
     words = {name: batch[name] for name in ("input_ids", "attention_mask")}
     said, grid, codes = module.condition(**words), (4, 4), batch["codes"]
     logits, _ = module.transformer(
@@ -55,11 +50,11 @@ def test_each_loss_is_that_of_the_network(recipe):
     assert not torch.allclose(module(codes, (codes + 1) % 16, **words), whole)
 
 
-def test_what_was_learned_is_drawn(recipe):
-    """Two captions of one picture each, 100 steps: the likeliest codes are those of the pictures."""
+def test_what_was_learned_is_drawn(tiny):
+    """Two captions of one image each, 100 steps: the likeliest codes are those of the images."""
     torch.manual_seed(0)
-    module = recipe.build(CPU)
-    batch = recipe.batch(np.random.default_rng(1), 2, CPU)
+    module = tiny.build()
+    batch = tiny.batch(np.random.default_rng(1), 2)
     batch |= {"codes": torch.randint(16, (2, 16, 3))}
     batch["fed"] = batch["codes"]
     optimizer = torch.optim.AdamW(module.transformer.parameters(), lr=1e-2, weight_decay=0.0)
@@ -68,7 +63,7 @@ def test_what_was_learned_is_drawn(recipe):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    said = module.eval().condition(batch["input_ids"], batch["attention_mask"])
+    said = module.eval().condition(**{name: batch[name] for name in ("input_ids", "attention_mask")})
     drawn = cell_by_cell(
         module.transformer,
         said["captions"],

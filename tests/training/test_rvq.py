@@ -1,12 +1,13 @@
-"""What `emoji-rvq` trains with: sums of first levels, gradients, and a scale that changes no code."""
+"""What an rvq trains with: sums of first levels, gradients, and a scale that changes no code."""
 
 import numpy as np
 import pytest
 import torch
 
-from studio.evaluation import tokenizers as evaluation
+from studio.data.emoji import EmojiSource
+from studio.evaluation.tokenizers import evaluate_tokenizer
 from studio.tokenizers.rvq import RVQTokenizer
-from studio.training import emoji_rvq
+from studio.training import rvq
 from studio.training.learned_codebook import export_with_codebook, load_with_codebook
 
 CONFIG = {
@@ -20,7 +21,7 @@ CONFIG = {
 def module():
     """A module that has seen two batches."""
     torch.manual_seed(0)
-    module = emoji_rvq.TrainableRVQ(CONFIG).train()
+    module = rvq.TrainableRVQ(CONFIG).train()
     for _ in range(2):
         module(torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([3]))
     return module
@@ -30,7 +31,7 @@ def module():
 def test_levels_leave_over_what_the_exported_quantiser_leaves_over(module, tmp_path):
     export_with_codebook(module, tmp_path)
     tokenizer = RVQTokenizer.from_pretrained(tmp_path, dtype=torch.float32)
-    again = emoji_rvq.TrainableRVQ(CONFIG).eval()
+    again = rvq.TrainableRVQ(CONFIG).eval()
     load_with_codebook(again, tmp_path)
     vectors = tokenizer.encode_features(torch.rand(2, 3, 16, 16) * 2 - 1)
     rests, commitment = again.residuals(vectors)
@@ -77,30 +78,27 @@ def test_another_scale_changes_no_code_and_no_picture(module):
         return codes, module.tokenizer.decode(codes), module.tokenizer.encode_features(images)
 
     codes, pictures, vectors = outcome()
-    emoji_rvq.scale_vectors(module, 4.0)
+    rvq.scale_vectors(module, 4.0)
     same, again, scaled = outcome()
     assert torch.equal(codes, same)
     torch.testing.assert_close(again, pictures, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(scaled, 4 * vectors, atol=1e-5, rtol=1e-4)
 
 
-def test_half_of_a_batch_keeps_all_levels(monkeypatch):
-    pictures = np.random.default_rng(0).integers(0, 256, (6, 2, 16, 16, 4), dtype=np.uint8)
-    monkeypatch.setattr(emoji_rvq, "CONFIG", CONFIG)
-    monkeypatch.setattr(emoji_rvq, "load_pictures", lambda side: pictures)
-    monkeypatch.setattr(emoji_rvq, "concepts", lambda held_out: range(6))
-    recipe = emoji_rvq.EmojiRVQ()
-    recipe.build(torch.device("cpu"))
+def test_half_of_a_batch_keeps_all_levels(few_images, recipe):
+    few_images(8)
+    made = recipe(rvq.RVQRecipe, size=16, grid=4, dim=8, codes=8, layers=1, model={"depth": 3, "z_channels": 32})
+    made.open(16)
     rng, cut = np.random.default_rng(0), set()
     for _ in range(20):
-        batch = recipe.batch(rng, 4, torch.device("cpu"))
+        batch = made.batch(rng, 4)
         assert batch["images"].shape == (4, 3, 16, 16) and batch["depths"][:2].tolist() == [3, 3]
         cut.update(batch["depths"][2:].tolist())
-    assert cut == {1, 2, 3}
+    assert cut == {1, 2, 3} and made.batch(rng, 4, training=False)["depths"].tolist() == [3] * 4
 
 
-def test_every_depth_is_measured(tiny_rvq, monkeypatch):
-    monkeypatch.setattr(evaluation, "concepts", lambda held_out: [0])
-    measured = evaluation.evaluate_tokenizer(tiny_rvq)
+def test_every_depth_is_measured(tiny_rvq, few_images):
+    few_images(8)
+    measured = evaluate_tokenizer(tiny_rvq, EmojiSource(16))
     assert {"psnr", "psnr_1", "psnr_2", "ssim_1", "ssim_2"} <= set(measured) and "psnr_3" not in measured
     assert measured["bits_per_pixel"] == 16 * 3 * 4 / 16**2

@@ -1,4 +1,4 @@
-"""What `emoji-resgen` learns from: hidden levels, where means start, how wide they are; and that learning helps."""
+"""What a resgen learns from: hidden levels, where means start, how wide they are; and that learning helps."""
 
 import numpy as np
 import pytest
@@ -10,28 +10,29 @@ from studio.decoding.residual_unmasking import ResidualUnmasking, residual_unmas
 from studio.decoding.sampling import Sampling
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
-from studio.training import emoji_resgen, emoji_resgen_softmax, from_codes, from_words
-
-CPU = torch.device("cpu")
+from studio.training.resgen import ResGenRecipe
 
 
 @pytest.fixture
-def tiny(monkeypatch, few_pictures, tiny_folder, tiny_resgen_folder):
-    """Twenty pictures, and a tiny size."""
-    few_pictures(20)
-    monkeypatch.setattr(from_words, "TEXT", str(tiny_folder))
-    monkeypatch.setattr(from_codes, "IMAGE_TOKENIZER", str(tiny_resgen_folder / "image_tokenizer"))
-    monkeypatch.setattr(emoji_resgen, "SIZES", {"dim": 16, "num_layers": 1, "num_heads": 2})
-    monkeypatch.setattr(emoji_resgen, "MIXTURE", {"components": 12, "rank": 2})
+def tiny(few_images, recipe, tiny_folder, tiny_resgen_folder):
+    """A function: a recipe over twenty images, at a tiny size."""
+    few_images(20)
+    parts = {"tokenizer": str(tiny_resgen_folder / "image_tokenizer"), "text_encoder": str(tiny_folder)}
+
+    def made(prediction="mixture"):
+        model = {"prediction": prediction, "num_heads": 2, "components": 12, "rank": 2}
+        return recipe(ResGenRecipe, dim=16, layers=1, model=model, **parts)
+
+    return made
 
 
-@pytest.mark.parametrize("kind", [emoji_resgen.EmojiResGen, emoji_resgen_softmax.EmojiResGenSoftmax])
-def test_what_it_learns_from(tiny, kind):
-    recipe = kind()
-    module = recipe.build(CPU)
-    assert recipe.codes.shape == (20, 16, 3) and recipe.codes.max() < 16
-    batch = recipe.batch(np.random.default_rng(0), 64, CPU)
-    known = {tuple(codes.flatten().tolist()) for codes in recipe.codes}
+@pytest.mark.parametrize("prediction", ["mixture", "levels"])
+def test_what_it_learns_from(tiny, prediction):
+    made = tiny(prediction)
+    module = made.build()
+    assert made.codes.shape == made.unseen.shape == (20, 16, 3) and made.codes.max() < 16
+    batch = made.batch(np.random.default_rng(0), 64)
+    known = {tuple(codes.flatten().tolist()) for codes in made.codes}
     assert all(tuple(codes.flatten().tolist()) in known for codes in batch["codes"])
     hidden = batch["hidden"]
     assert hidden.shape == (64, 16) and hidden.min() >= 0 and hidden.max() == 3 and (hidden.sum(dim=1) >= 1).all()
@@ -40,7 +41,7 @@ def test_what_it_learns_from(tiny, kind):
     loss.backward()
     assert loss.isfinite() and all(part.grad is None for part in module.text_encoder.parameters())
     assert all(part.grad is None for part in module.quantizer.parameters())
-    moved = [id(part) for group in recipe.optimizers(module, 1e-3) for part in _parameters(group)]
+    moved = [id(part) for group in made.optimizers(module, 1e-3) for part in _parameters(group)]
     assert sorted(moved) == sorted(id(part) for part in module.transformer.parameters() if part.requires_grad)
 
 
@@ -49,9 +50,7 @@ def _parameters(optimizer):
 
 
 def test_the_ablation_differs_in_its_head_alone(tiny):
-    mixture, softmax = (
-        kind().build(CPU).transformer for kind in (emoji_resgen.EmojiResGen, emoji_resgen_softmax.EmojiResGenSoftmax)
-    )
+    mixture, softmax = (tiny(prediction).build().transformer for prediction in ("mixture", "levels"))
     shapes, others = (
         {name: part.shape for name, part in model.state_dict().items() if not name.startswith("head.")}
         for model in (mixture, softmax)
@@ -61,19 +60,19 @@ def test_the_ablation_differs_in_its_head_alone(tiny):
 
 
 def test_components_start_where_the_data_lie(tiny):
-    recipe = emoji_resgen.EmojiResGen()
-    module, quantizer = recipe.build(CPU), recipe.image_tokenizer.quantizer
-    vectors = quantizer.lookup(recipe.codes.flatten(0, 1).unique(dim=0))
+    made = tiny()
+    module, quantizer = made.build(), made.image_tokenizer.quantizer
+    vectors = quantizer.lookup(made.codes.flatten(0, 1).unique(dim=0))
     sums = torch.cat([vectors[:, depth:].sum(dim=1) for depth in range(3)])
     nearest = torch.cdist(module.transformer.head.offsets, sums).amin(dim=1)
     assert nearest.max() < 1e-4
     rest = float(module.transformer.head.sigma)
-    assert rest == pytest.approx(recipe.left_over()) and 0 < rest < float(vectors.sum(dim=1).std()) * 10
+    assert rest == pytest.approx(made.left_over()) and 0 < rest < float(vectors.sum(dim=1).std()) * 10
 
 
 @pytest.mark.parametrize("prediction", ["mixture", "levels"])
 def test_what_was_learned_is_drawn(prediction):
-    """Two classes of one picture each, 200 steps: every sampler draws most of their codes, any number of calls."""
+    """Two classes of one image each, 200 steps: every sampler draws most of their codes, any number of calls."""
     torch.manual_seed(0)
     quantizer = ResidualQuantizer((4, 4), 3, shared=False)
     quantizer.codebooks[1].weight.data.mul_(0.3)
@@ -81,12 +80,12 @@ def test_what_was_learned_is_drawn(prediction):
         num_positions=4, depth=2, vocab_size=4, code_dim=3, dim=32, num_layers=1, num_heads=2, num_classes=2,
         prediction=prediction, components=8, rank=3, sigma=0.1,
     )  # fmt: skip
-    pictures, labels = torch.randint(4, (2, 4, 2)), torch.tensor([0, 1])
+    images, labels = torch.randint(4, (2, 4, 2)), torch.tensor([0, 1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(200):
         rows = torch.arange(16) % 2
         hidden = hide(torch.rand(16, 4, 2), hidden_slots(torch.rand(16), 8).clamp(min=1))
-        loss = model.loss(quantizer.lookup(pictures[rows]), pictures[rows], hidden, class_labels=labels[rows])
+        loss = model.loss(quantizer.lookup(images[rows]), images[rows], hidden, class_labels=labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -99,4 +98,4 @@ def test_what_was_learned_is_drawn(prediction):
             sampling=Sampling(temperature=0),
             settings=settings,
         ).tokens
-        assert (drawn == pictures).double().mean() > 0.9, settings
+        assert (drawn == images).double().mean() > 0.9, settings
