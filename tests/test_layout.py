@@ -41,7 +41,7 @@ FOUNDATIONS = {"checks", "errors", "files", "pictures"}
 PUBLIC = {
     "studio",
     "studio.errors",
-    "checks",
+    *FOUNDATIONS,
     "checkpoints",
     "training",
     "evaluation",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -88,7 +89,8 @@ def bundled_folder(name):
 def folder_of_model(folder: str | Path) -> Path:
     """The folder of a model: that of a training run stands for the model in it."""
     folder = user_path(folder)
-    return folder / "model" if (folder / "options.json").is_file() and (folder / "model").is_dir() else folder
+    is_run = os.path.isfile(folder / "options.json") and os.path.isdir(folder / "model")  # a name of any length
+    return folder / "model" if is_run else folder
 
 
 def bundled_name_of(folder):

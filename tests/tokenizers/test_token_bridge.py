@@ -129,7 +129,7 @@ def test_dimensions_are_ordered_by_low_frequencies():
 
 
 def test_refuses_what_does_not_fit():
-    with pytest.raises(StudioError, match="at least 2"):
+    with pytest.raises(StudioError, match="levels must be a whole number from 2"):
         tiny(levels=1)
     with pytest.raises(StudioError, match="4 reconstruction values; 3"):
         tiny(levels=4, reconstruction_values=[0.0, 1.0, 2.0])
