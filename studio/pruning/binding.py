@@ -6,7 +6,6 @@ so that prefill and KV cache really shrink. The model gets its features through 
 static caches work.
 """
 
-import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from studio.errors import StudioError
+from studio.pruning.blocks import block
 from studio.pruning.families import Family, family_of
 from studio.pruning.shortening import PruneInfo, Settings, checked, has_pictures, shorten
 
@@ -90,6 +90,11 @@ def prune(
     Logits and loss of `model(...)` are those of the shorter prompt. `max_length` and `min_length` of `generate` still
     count the whole prompt. Afterwards the model is as it was, also after an exception.
 
+    A block holds for the thread or asyncio task that opened it, as `torch.no_grad` does: others use the same model at
+    the same time, with blocks of their own or none. Start a thread of the block with
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`. A deep copy made inside is
+    not pruned. Models in `torch.compile`, PEFT and distributed wrappers may be given in their wrapper.
+
     Args:
         model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
@@ -103,29 +108,16 @@ def prune(
     """
     settings = checked(method, keep, positions, newline, reference, generator, options)
     family, record = family_of(model, method), PruneRecord()
-    wrappers = {"forward": _forward(model, family, settings, record)}
-    if hasattr(model, "generate"):
-        wrappers["generate"] = _generate(model, family, settings, record, restore_prompt)
-    before = {name: model.__dict__[name] for name in wrappers if name in model.__dict__}
-    try:
-        for name, wrapper in wrappers.items():
-            setattr(model, name, wrapper)
+    methods = {"forward": _forward(family, settings, record)}
+    if hasattr(family.model, "generate"):
+        methods["generate"] = _generate(family, settings, record, restore_prompt)
+    with block(family.model, methods):
         yield record
-    finally:
-        for name in wrappers:
-            if name in before:
-                setattr(model, name, before[name])
-            else:
-                model.__dict__.pop(name, None)
 
 
-def _forward(model, family: Family, settings: Settings, record: PruneRecord):
-    original = model.forward
-    names = [*inspect.signature(original).parameters]
-
-    @functools.wraps(original)
-    def forward(*arguments, **keywords):
-        keywords |= zip(names, arguments)
+def _forward(family: Family, settings: Settings, record: PruneRecord):
+    def forward(original, *arguments, **keywords):
+        keywords |= zip(inspect.signature(original).parameters, arguments)
         if has_pictures(keywords):
             keywords, record.info = shorten(family, keywords, settings)
         return original(**keywords)
@@ -133,20 +125,18 @@ def _forward(model, family: Family, settings: Settings, record: PruneRecord):
     return forward
 
 
-def _generate(model, family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
-    original = model.generate
-
-    @functools.wraps(original)
-    def generate(inputs=None, generation_config=None, *arguments, **keywords):
+def _generate(family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
+    def generate(original, inputs=None, generation_config=None, *arguments, **keywords):
         if not has_pictures(keywords):
             return original(inputs, generation_config, *arguments, **keywords)
         if inputs is not None:
             keywords["input_ids"] = inputs
         with torch.no_grad():
-            pruned, record.info = shorten(family, keywords, settings)
-        configs = [config for config in (generation_config, model.generation_config) if config is not None]
+            pruned, info = shorten(family, keywords, settings)
+        record.info = info
+        configs = [config for config in (generation_config, family.model.generation_config) if config is not None]
         _check_cache(pruned, configs, settings, family)
-        out = original(None, generation_config, *arguments, **_lengths(pruned, configs, record.info.removed))
+        out = original(None, generation_config, *arguments, **_lengths(pruned, configs, info.removed))
         if not restore_prompt:
             return out
         return _with_prompt(out, keywords["input_ids"], pruned["input_ids"].shape[1])

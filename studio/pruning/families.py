@@ -18,6 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
+from studio.pruning.blocks import unwrapped
 from studio.pruning.layout import NEWLINE, Layout
 from studio.pruning.methods import SCORES
 from studio.pruning.taps import QwenTap, TowerTap
@@ -235,6 +236,7 @@ def family_of(model, method: str) -> Family:
 
     Errors: `StudioError` for a model without pictures, an unknown family, and a method that does not work with it.
     """
+    model = unwrapped(model)
     name = getattr(getattr(model, "config", None), "model_type", None)
     if name not in FAMILIES:
         if not hasattr(getattr(model, "base_model", None), "get_image_features"):

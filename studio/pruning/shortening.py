@@ -75,10 +75,13 @@ def checked(method, keep, positions, newline, reference, generator, options) -> 
 
 
 def has_pictures(inputs: dict) -> bool:
-    """Whether there are pixels to encode."""
-    return inputs.get("pixel_values") is not None
+    """Whether there are pixels to encode, or features that a caller may have put in their place."""
+    embeds = inputs.get("inputs_embeds")
+    pixels = (inputs.get("pixel_values"), inputs.get("pixel_values_videos"))
+    return any(given is not None for given in pixels) or (embeds is not None and embeds.shape[1] > 1)
 
 
+@torch._disable_dynamo
 def shorten(family: Family, inputs: dict, settings: Settings) -> tuple[dict, PruneInfo]:
     """The inputs without pixels and without the tokens that were not chosen, and what was pruned.
 
@@ -135,8 +138,8 @@ def _encoder_inputs(family: Family, inputs: dict) -> dict:
 
 
 def _check_inputs(inputs: dict) -> None:
-    if inputs.get("input_ids") is None:
-        raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")
+    if inputs.get("input_ids") is None or inputs.get("inputs_embeds") is not None:
+        raise StudioError("Give input_ids and pixels: the image tokens of inputs_embeds cannot be told from text.")
     if inputs.get("pixel_values_videos") is not None:
         raise StudioError("Only pictures are pruned: give videos to the model outside of the block.")
     cache = inputs.get("past_key_values")
