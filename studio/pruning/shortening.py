@@ -15,6 +15,7 @@ from studio.pruning.methods import SCORES, WITH_REFERENCE, method_named
 from studio.pruning.newlines import check_newline
 
 POSITIONS = ("original", "compact")
+_TOWER_STATES = ("last_hidden_state", "hidden_states", "attentions")
 _OWN = ("features", "budget", "attention", "layout", "generator", "newline", "reference")
 
 
@@ -212,7 +213,8 @@ def _encoder_output(family: Family, encoded, features, kept, row_tokens):
     def take(parts):
         return [part[places.to(part.device)] for part, places in zip(parts, kept)]
 
-    given = {"pooler_output": family.pooled(take(features), row_tokens)}
-    if getattr(encoded, "deepstack_features", None) is not None:
+    given = {name: value for name, value in encoded.items() if name not in _TOWER_STATES}
+    given["pooler_output"] = family.pooled(take(features), row_tokens)
+    if "deepstack_features" in given:
         given["deepstack_features"] = [take(layer) for layer in encoded.deepstack_features]
     return type(encoded)(**given)

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models  # noqa: E402
-from tiny_models import ROWS, answer, tiny  # noqa: E402
+from tiny_families import ROWS, answer, tiny  # noqa: E402
 
 from studio.pruning.binding import prune, prune_inputs  # noqa: E402
 
@@ -29,12 +29,15 @@ def logits_when_pruned(model, inputs, keep):
     return model(**pruned).logits
 
 
-@pytest.mark.parametrize("given", ["the compiled model", "the model inside", "compiled in place"])
+@pytest.mark.parametrize(
+    "given",
+    ["the compiled model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("the model inside", "in place"))],
+)
 def test_a_compiled_model_is_pruned_in_the_block_alone(given):
     torch._dynamo.reset()
     model, inputs = tiny_models.Llava15().model, tiny("llava").prompt()
     plain, short = model(**inputs).logits, logits_when_pruned(model, inputs, 0.25)
-    if given == "compiled in place":
+    if given == "in place":
         model.compile(backend="eager")
         compiled = model
     else:
