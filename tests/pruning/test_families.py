@@ -187,19 +187,19 @@ def on_no_memory(name, **config):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "text", "reason"),
     [
-        ("Mllama", "cross-attention"),
-        ("Phi4Multimodal", "features of pictures in place of pixels"),
-        ("Qwen3_5", "linear attention layers carry a state"),
-        ("Lfm2Vl", "conv layers carry a state"),
-        ("MiniCPMV4_6", "linear attention layers carry a state"),
-        ("Llama4", "cannot be pruned yet"),
+        ("Mllama", {}, "cross-attention"),
+        ("Phi4Multimodal", None, "features of pictures in place of pixels"),
+        ("Qwen3_5", {}, "linear attention layers carry a state"),
+        ("Lfm2Vl", {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "conv layers carry a state"),
+        ("MiniCPMV4_6", {"model_type": "qwen3_5_text"}, "linear attention layers carry a state"),
     ],
 )
-def test_families_that_cannot_say_why(name, reason):
+def test_families_that_cannot_say_why(name, text, reason):
+    config = {} if text is None else {"text_config": {"num_hidden_layers": len(text.get("layer_types", "1234")), **text}}
     with pytest.raises(StudioError, match=reason):
-        prune_inputs(on_no_memory(name), {}, "divprune")
+        prune_inputs(on_no_memory(name, **config), {}, "divprune")
 
 
 @pytest.mark.parametrize("family", ["mistral3", "gemma4", "minicpmv4_6"])
