@@ -15,7 +15,10 @@ import torch
 
 from studio.errors import StudioError
 from studio.pruning.blocks import block
+from studio.pruning.budget import count
 from studio.pruning.families import Family, family_of
+from studio.pruning.inside import Inside
+from studio.pruning.methods import INSIDE, method_named
 from studio.pruning.shortening import PruneInfo, Settings, checked, has_pictures, shorten
 
 
@@ -78,6 +81,7 @@ def prune(
     newline: str = "row",
     reference: bool = False,
     generator: torch.Generator | None = None,
+    after_layer: int | tuple[int, ...] | None = None,
     restore_prompt: bool = True,
     **options,
 ) -> Iterator[PruneRecord]:
@@ -96,7 +100,14 @@ def prune(
     not pruned. Models in `torch.compile`, PEFT and distributed wrappers may be given in their wrapper.
 
     Args:
-        model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`.
+        model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`; "fastv" and
+            "pyramiddrop" too, which score tokens inside the language model.
+        after_layer: k, from 1 up: k layers of the language model see every token, and those behind it `keep` of each
+            prompt's image tokens, chosen by the method from the hidden states there (by the last token's attention for
+            "fastv", k = 2 by default, and "pyramiddrop"). Several layers cut in equal proportions, so that `keep` are
+            left behind the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
+            before the language model. Sequences and positions are then those of the whole prompt; go on with its cache
+            inside the block.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
             `out[:, inputs.input_ids.shape[1]:]` is the answer. `False` returns the short prompt, which fits the cache
             when a conversation goes on with it (use positions="compact" then).
@@ -106,8 +117,22 @@ def prune(
 
     Errors: `StudioError` as in `prune_inputs`, and for `use_cache=False` in `generate` with original positions.
     """
+    record = PruneRecord()
+    if after_layer is not None or method in INSIDE:
+        given = {"positions": positions, "reference": reference, "newline": newline, "restore_prompt": restore_prompt}
+        usual = {"positions": None, "reference": False, "newline": "row", "restore_prompt": True}
+        if unfit := [*options, *(name for name in usual if given[name] != usual[name])]:
+            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it out, or leave out after_layer.")
+        if method not in INSIDE:
+            method_named(method)
+        count(keep, 1)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        inside = Inside(family_of(model, method), method, keep, after_layer, generator, record)
+        with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
+            yield record
+        return
     settings = checked(method, keep, positions, newline, reference, generator, options)
-    family, record = family_of(model, method), PruneRecord()
+    family = family_of(model, method)
     methods = {"forward": _forward(family, settings, record)}
     if hasattr(family.model, "generate"):
         methods["generate"] = _generate(family, settings, record, restore_prompt)

@@ -113,10 +113,10 @@ class Llava15(Tiny):
 class LlavaNext(Tiny):
     sizes = list(SIZES.values())
 
-    def __init__(self, attention="sdpa"):
+    def __init__(self, attention="sdpa", text=TEXT):
         config = LlavaNextConfig(
             vision_config=CLIPVisionConfig(**CLIP),
-            text_config=LlamaConfig(**TEXT),
+            text_config=LlamaConfig(**text),
             image_token_id=IMAGE,
             image_grid_pinpoints=PINPOINTS,
             vision_feature_layer=-2,
