@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from studio.errors import StudioError
+from studio.pruning.binding import prune as pruning
 from studio.pruning.binding import prune_inputs
+from studio.pruning.methods import INSIDE
 from studio.pruning.patches import PatchView, patch_views
 from studio.pruning.shortening import PruneInfo
 
@@ -70,6 +73,7 @@ class VisualQuestionPipeline:
         *,
         prune: str | None = None,
         keep: float = 0.2,
+        after_layer: int | tuple[int, ...] | None = None,
         max_new_tokens: int = 64,
         on_step: Callable[[Answer], bool | None] | None = None,
         **options,
@@ -81,6 +85,8 @@ class VisualQuestionPipeline:
             question: what to ask, at most 2,000 characters.
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
             keep: the fraction of the picture's tokens to keep, in (0, 1].
+            after_layer: prune behind this layer of the language model and not before it (see `studio.prune`); then the
+                tokens that were kept are known in the answer, and not before its first token.
             max_new_tokens: longest answer.
             on_step: called with the answer so far when the tokens are chosen, and after each token of the answer; True
                 stops there.
@@ -101,19 +107,31 @@ class VisualQuestionPipeline:
         inputs = self.processor(images=image, text=self._prompt(question.strip()), return_tensors="pt").to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        method, share = ("uniform", 1.0) if prune is None else (prune, float(keep) if isinstance(keep, int) else keep)
-        pruned, info = prune_inputs(self.model, inputs, method, share, **options)
+        share = float(keep) if isinstance(keep, int) else keep
+        if prune is None and (after_layer is not None or options):
+            given = [*options, *(["after_layer"] if after_layer is not None else [])]
+            raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
+        inside = after_layer is not None or prune in INSIDE
+        if prune is None or inside:
+            pruned, info = prune_inputs(self.model, inputs, "uniform", 1.0)
+        else:
+            pruned, info = prune_inputs(self.model, inputs, prune, share, **options)
+        block = pruning(self.model, prune, share, after_layer=after_layer, **options) if inside else nullcontext()
         chosen = self._without_text(info, image.size)
         if on_step is not None and on_step(chosen):
             return chosen
         steps = _Steps(self, chosen, pruned["input_ids"].shape[1], on_step)
-        out = self.model.generate(
-            **pruned,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            stopping_criteria=StoppingCriteriaList([steps]),
-        )
+        with block as record:
+            out = self.model.generate(
+                **pruned,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([steps]),
+            )
+        if inside:
+            chosen = self._without_text(replace(record.info, layouts=info.layouts), image.size)
+            steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": info.seconds["encode"]})
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
 
     def _without_text(self, info: PruneInfo, image_size: tuple[int, int]) -> Answer:

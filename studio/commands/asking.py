@@ -14,10 +14,17 @@ def ask(
     image: Annotated[Path, typer.Argument(help="A picture file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     prune: Annotated[
-        str | None, typer.Option(help="divprune, hired, globalcom2, random or uniform.", show_default="keep all tokens")
+        str | None,
+        typer.Option(
+            help="divprune, hired, globalcom2, random, uniform, fastv or pyramiddrop.", show_default="keep all tokens"
+        ),
     ] = None,
     keep: Annotated[
         float | None, number(help="Share of the picture's tokens to keep, with --prune.", show_default="0.2")
+    ] = None,
+    after_layer: Annotated[
+        int | None,
+        number(min=1, help="Prune behind this layer of the language model.", show_default="the method's"),
     ] = None,
     model: Annotated[
         str, typer.Option(help="A bundled reader, or a vision-language model of transformers: a folder or Hub id.")
@@ -33,13 +40,17 @@ def ask(
 
     if keep is not None and prune is None:
         raise StudioError("--keep needs a method: add --prune divprune, or leave it out.")
+    if after_layer is not None and prune is None:
+        raise StudioError("--after-layer needs a method: add --prune fastv, or leave it out.")
     picture = open_picture(image)
     quiet_libraries()
     pipe = load(model, device=device, dtype=dtype)
     if not hasattr(pipe, "processor"):
         raise StudioError(f"{model} reads no pictures: name a vision-language model of transformers.")
     share = 0.2 if keep is None else keep
-    answer = pipe(picture, question, prune=prune, keep=share, max_new_tokens=max_new_tokens)
+    answer = pipe(
+        picture, question, prune=prune, keep=share, after_layer=after_layer, max_new_tokens=max_new_tokens
+    )
     emit(
         {
             "answer": answer.answer,

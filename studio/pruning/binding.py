@@ -9,7 +9,6 @@ static caches work.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -19,14 +18,7 @@ from studio.pruning.budget import count
 from studio.pruning.families import Family, family_of
 from studio.pruning.inside import Inside
 from studio.pruning.methods import INSIDE, method_named
-from studio.pruning.shortening import PruneInfo, Settings, checked, has_pictures, shorten
-
-
-@dataclass
-class PruneRecord:
-    """What `prune` yields: `info` of the latest call with pictures, `None` before the first."""
-
-    info: PruneInfo | None = None
+from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_pictures, shorten
 
 
 def prune_inputs(
@@ -122,7 +114,7 @@ def prune(
         given = {"positions": positions, "reference": reference, "newline": newline, "restore_prompt": restore_prompt}
         usual = {"positions": None, "reference": False, "newline": "row", "restore_prompt": True}
         if unfit := [*options, *(name for name in usual if given[name] != usual[name])]:
-            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it out, or leave out after_layer.")
+            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it or after_layer out.")
         if method not in INSIDE:
             method_named(method)
         count(keep, 1)

@@ -26,7 +26,7 @@ from studio.pruning.methods import INSIDE, METHODS, SCORES
 from studio.pruning.short_layers import Columns, ShortLayer
 from studio.pruning.shortening import PruneInfo
 
-_CALL: ContextVar["_Call | None"] = ContextVar("call", default=None)
+_CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
 
 
 def cuts_of(family: Family, method: str, keep: float, after_layer) -> dict[int, float]:
@@ -45,18 +45,33 @@ def cuts_of(family: Family, method: str, keep: float, after_layer) -> dict[int, 
         raise StudioError(f"after_layer is a layer from 1 to {layers - 1}, or several in ascending order, not {cuts}.")
     if len(cuts) > 1 and not is_fraction(keep):
         raise StudioError("Several cuts need a fraction to keep, not a number of tokens.")
+    windowless(family)
+    deep = len(getattr(family.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+    if cuts[0] < deep:
+        raise StudioError(f"The first {deep} layers are given features: choose after_layer={deep} or more.")
+    return {cut: keep ** (stage / len(cuts)) if len(cuts) > 1 else keep for stage, cut in enumerate(cuts, start=1)}
+
+
+def windowless(family: Family) -> None:
+    """Errors: `StudioError` for a model with layers that see a window of the prompt."""
     text = family.model.config.get_text_config()
     if any("sliding" in kind or "chunked" in kind for kind in getattr(text, "layer_types", None) or ()):
         raise StudioError(f"{family.model.config.model_type} has layers with a window: prune before the model instead.")
-    deep = len(getattr(family.model.config.vision_config, "deepstack_visual_indexes", None) or ())
-    if cuts[0] < deep:
-        raise StudioError(f"The first {deep} layers are given features of the picture: choose after_layer={deep} or more.")
-    return {cut: keep ** (stage / len(cuts)) if len(cuts) > 1 else keep for stage, cut in enumerate(cuts, start=1)}
 
 
 def layers_of(family: Family) -> torch.nn.ModuleList:
     """The decoder layers of the language model."""
     return (getattr(family.base, "language_model", None) or family.base.text_model).layers
+
+
+def with_short_mask(number: int, arguments: tuple, keywords: dict) -> dict:
+    """What a decoder layer is called with when its cache may hold fewer tokens than its mask tells of."""
+    cache = keywords.get("past_key_values")
+    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    if not isinstance(layer, ShortLayer):
+        return keywords
+    hidden = arguments[0] if arguments else keywords["hidden_states"]
+    return {**keywords, "attention_mask": layer.mask(keywords.get("attention_mask"), hidden.shape[1])}
 
 
 class Inside:
@@ -67,23 +82,37 @@ class Inside:
             raise StudioError(f"{method} needs scores of the vision tower: use it without after_layer.")
         self.family, self.method, self.keep, self.record = family, method, keep, record
         self.generator, self.cuts = generator, cuts_of(family, method, keep, after_layer)
-        attention = layers_of(family)[0].self_attn
-        heads = family.model.config.get_text_config().num_attention_heads * attention.head_dim
-        if method in INSIDE and getattr(getattr(attention, "q_proj", None), "out_features", None) != heads:
-            raise StudioError(f"{method} cannot read the queries of {family.model.config.model_type}: use divprune.")
+        self.check_queries(method in INSIDE)
+        self.call = CuttingCall
+
+    def check_queries(self, needed: bool) -> None:
+        """Errors: `StudioError` when attention is needed and the model has no plain projection of queries."""
+        text, attention = self.family.model.config.get_text_config(), layers_of(self.family)[0].self_attn
+        width = getattr(getattr(attention, "q_proj", None), "out_features", None)
+        if needed and width != text.num_attention_heads * attention.head_dim:
+            raise StudioError(f"{self.method} cannot read the queries of {self.family.model.config.model_type} models.")
 
     @contextmanager
     def hooks(self):
-        with ExitStack() as handles:
-            for number, layer in enumerate(layers_of(self.family)):
-                handle = layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
-                handles.callback(handle.remove)
+        with ExitStack() as stack:
+            for handle in self.handles():
+                stack.callback(handle.remove)
             yield
+
+    def handles(self):
+        """Hooks on the layers, put in place one by one."""
+        for number, layer in enumerate(layers_of(self.family)):
+            yield layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
+
+    def current(self) -> "Call | None":
+        """The call that runs in this context, if it is of this block."""
+        call = _CALL.get()
+        return call if call is not None and call.inside is self else None
 
     def _enter(self, number: int):
         def hook(layer, arguments, keywords):
-            call = _CALL.get()
-            if call is not None and call.inside is self:
+            call = self.current()
+            if call is not None:
                 return call.enter(number, arguments, keywords)
 
         return hook
@@ -97,7 +126,7 @@ class Inside:
 
     def forward(self, original, *arguments, **keywords):
         keywords |= zip(inspect.signature(original).parameters, arguments)
-        call = _Call(self, keywords)
+        call = self.call(self, keywords)
         outer = _CALL.set(call)
         try:
             out = original(**keywords)
@@ -107,12 +136,11 @@ class Inside:
         return out
 
 
-class _Call:
-    """One call of the model: a prompt with pictures, which is cut, or what follows it."""
+class Call:
+    """One call of the model: a prompt with pictures, or what follows it."""
 
     def __init__(self, inside: Inside, keywords: dict):
-        self.inside, self.cache, self.columns = inside, keywords.get("past_key_values"), None
-        self.after, self.masks, self.seconds = {}, {}, 0.0
+        self.inside, self.cache = inside, keywords.get("past_key_values")
         ids = keywords.get("input_ids")
         if self.cache is not None and self.cache.get_seq_length():
             self.image = None
@@ -132,17 +160,23 @@ class _Call:
         self.valid = attention_mask_of(keywords).bool()
         self.total = [int(row.sum()) for row in image]
         self.last = torch.where(self.valid, torch.arange(ids.shape[1], device=ids.device), -1).argmax(dim=1)
-        self.query = None
 
     def enter(self, number: int, arguments: tuple, keywords: dict):
-        """What a decoder layer is called with: shorter where tokens were cut."""
-        cache = keywords.get("past_key_values")
+        """What a decoder layer is called with."""
         if self.image is None:
-            layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
-            if isinstance(layer, ShortLayer):
-                keywords = {**keywords, "attention_mask": self._behind(layer, arguments, keywords)}
-            return arguments, keywords
-        self.cache = cache
+            return arguments, with_short_mask(number, arguments, keywords)
+        self.cache = keywords.get("past_key_values")
+        return self.cut(number, arguments, keywords)
+
+
+class CuttingCall(Call):
+    """A call in which layers behind a cut are entered by fewer tokens."""
+
+    def __init__(self, inside: Inside, keywords: dict):
+        super().__init__(inside, keywords)
+        self.columns, self.query, self.after, self.masks, self.seconds = None, None, {}, {}, 0.0
+
+    def cut(self, number: int, arguments: tuple, keywords: dict):
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         rotary = keywords["position_embeddings"]
         if number + 1 in self.inside.cuts and self.inside.method == "fastv":
@@ -166,17 +200,9 @@ class _Call:
         columns, mask = self.columns, keywords.get("attention_mask")
         if id(columns) not in self.masks:
             rotary = tuple(columns.take(table) for table in keywords["position_embeddings"])
-            self.masks = {id(columns): (columns.mask(mask, 0, columns.order), rotary)}
+            self.masks = {id(columns): (columns.mask(mask), rotary)}
         mask, rotary = self.masks[id(columns)]
         return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
-
-    def _behind(self, layer: ShortLayer, arguments: tuple, keywords: dict):
-        hidden = arguments[0] if arguments else keywords["hidden_states"]
-        new = layer.seen - layer.prompt + hidden.shape[1]
-        key = id(layer.columns.order)
-        if key not in self.masks:
-            self.masks[key] = layer.columns.mask(keywords.get("attention_mask"), new, None)
-        return self.masks[key]
 
     def _keep(self, number: int, hidden: torch.Tensor, rotary) -> torch.Tensor:
         """(B, n) bool: which of the columns that reach a layer enter it."""
@@ -223,15 +249,9 @@ class _Call:
             rotary = tuple(self.columns.take(table) for table in rotary)
         return self._project(number, take(hidden), tuple(map(take, rotary)), "q")
 
-    @torch.no_grad()
     def _project(self, number: int, hidden, rotary, part: str) -> torch.Tensor:
         layer = layers_of(self.inside.family)[number]
-        attention = layer.self_attn
-        heads = getattr(attention, f"{part}_proj")(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, f"{part}_norm"):
-            heads = getattr(attention, f"{part}_norm")(heads)
-        heads = heads.transpose(1, 2)
-        return sys.modules[type(attention).__module__].apply_rotary_pos_emb(heads, heads, *rotary)[0]
+        return rotated(layer.self_attn, layer.input_layernorm(hidden), rotary, part)
 
     def finish(self) -> None:
         """Gives layers behind a cut caches that know what they lack."""
@@ -240,7 +260,7 @@ class _Call:
         prompt = self.image.shape[1]
         for number, columns in self.after.items():
             layer = self.cache.layers[number]
-            self.cache.layers[number] = ShortLayer(layer.keys, layer.values, columns, prompt)
+            self.cache.layers[number] = ShortLayer(layer.keys, layer.values, columns.real, prompt)
         columns = self.columns
         kept = [
             (image.cumsum(0) - 1)[order[real & image[order]]].cpu()
@@ -254,3 +274,13 @@ class _Call:
             kept=kept,
             seconds={"encode": 0.0, "select": self.seconds},
         )
+
+
+@torch.no_grad()
+def rotated(attention: torch.nn.Module, hidden: torch.Tensor, rotary, part: str) -> torch.Tensor:
+    """Queries ("q") or keys ("k") of an attention layer, (B, heads, n, D), as it rotates them."""
+    heads = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{part}_norm"):
+        heads = getattr(attention, f"{part}_norm")(heads)
+    heads = heads.transpose(1, 2)
+    return sys.modules[type(attention).__module__].apply_rotary_pos_emb(heads, heads, *rotary)[0]

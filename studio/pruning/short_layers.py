@@ -36,46 +36,41 @@ class Columns:
         hidden = hidden.expand(len(self.order), -1, -1)
         return hidden.gather(1, self.order[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def mask(self, mask: torch.Tensor | None, new: int, queries: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask of a layer from that of the whole prompt.
-
-        Args:
-            mask: what the model gives its layers: (B, 1, Q, L + new), (B, L + new) or `None`, causal.
-            new: how many columns follow the prompt's.
-            queries: (B, n) columns whose queries stay; `None` for queries of new tokens, all of them.
-        """
-        after = torch.ones_like(self.real[:, :1]).expand(-1, new)
-        real = torch.cat((self.real, after), dim=1)
+    def mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask among these columns, from what the model gives its layers: 4-D, (B, L) or `None`, causal."""
         if mask is None:
-            if real.all():
+            if self.real.all():
                 return None
-            rows = real.shape[1] if queries is not None else new
-            causal = torch.ones(rows, real.shape[1], dtype=torch.bool, device=real.device)
-            return causal.tril(real.shape[1] - rows) & real[:, None, None]
-        prompt = mask.shape[-1] - new
-        columns = torch.cat((self.order, (prompt + torch.arange(new, device=real.device)).expand(len(real), -1)), dim=1)
+            causal = torch.ones(2 * self.real.shape[1:], dtype=torch.bool, device=self.real.device).tril()
+            return causal & self.real[:, None, None]
         if mask.dim() == 2:
-            return mask.gather(1, columns) & real.to(mask.dtype)
-        mask = mask.expand(len(real), -1, -1, -1)
-        if queries is not None:
-            mask = mask.gather(2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        if mask.dtype == torch.bool:
-            return mask & real[:, None, None]
-        return mask.masked_fill(~real[:, None, None], torch.finfo(mask.dtype).min)
+            return mask.gather(1, self.order) & self.real.to(mask.dtype)
+        mask = mask.expand(len(self.real), -1, -1, -1)
+        mask = mask.gather(2, self.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, self.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        return hidden_where(~self.real[:, None, None], mask)
+
+
+def hidden_where(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A mask that hides more: bool, true where seen, or added to the logits."""
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 class ShortLayer(DynamicLayer):
-    """A layer that stands for a prompt of `seen` tokens and holds those of `columns`.
+    """A layer that stands for a prompt of `prompt` tokens and holds n of them, per head perhaps others.
 
     Args:
-        keys, values: (B, heads, n, D) of the columns.
+        keys, values: (B, heads, n, D).
+        real: (B, n) bool, false where a row holds fewer than n.
+        prompt: how many tokens the layer has seen.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, columns: Columns, seen: int):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, prompt: int):
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.columns, self.prompt, self.seen = keys, values, columns, seen, seen
+        self.keys, self.values, self.real, self.prompt, self.seen = keys, values, real, prompt, prompt
 
     def update(self, key_states, value_states, *arguments, **keywords):
         self.seen += key_states.shape[-2]
@@ -84,21 +79,33 @@ class ShortLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.seen
 
+    def mask(self, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
+        """The mask of new queries over this layer, from that over all tokens: (B, 1, Q, seen), (B, seen) or `None`."""
+        if mask is None:
+            if self.real.all():
+                return None
+            new = torch.ones(queries, self.seen - self.prompt + queries, dtype=torch.bool, device=self.real.device)
+            mask = new.tril(self.seen - self.prompt)[None, None]
+        else:
+            mask = mask[..., self.prompt :]
+        if mask.dim() == 2:
+            return torch.cat((self.real.to(mask.dtype), mask), dim=1)
+        mask = mask.expand(len(self.real), -1, -1, -1)
+        seen = torch.ones_like if mask.dtype == torch.bool else torch.zeros_like
+        before = seen(mask[..., :1]).expand(-1, -1, -1, self.real.shape[1])
+        return torch.cat((hidden_where(~self.real[:, None, None], before), mask), dim=-1)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._take_rows(beam_idx)
+        self.real = self.real[beam_idx.to(self.real.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._take_rows(torch.arange(len(self.columns.order)).repeat_interleave(repeats))
+        self.real = self.real.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._take_rows(indices)
-
-    def _take_rows(self, rows: torch.Tensor) -> None:
-        rows = rows.to(self.columns.order.device)
-        self.columns = Columns(self.columns.order[rows], self.columns.real[rows])
+        self.real = self.real[indices]
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

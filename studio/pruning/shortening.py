@@ -44,6 +44,13 @@ class PruneInfo:
     seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "select": 0.0})
 
 
+@dataclass
+class PruneRecord:
+    """What `prune` yields: `info` of the latest call with pictures, `None` before the first."""
+
+    info: PruneInfo | None = None
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to prune; made by `checked`."""

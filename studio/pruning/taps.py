@@ -18,7 +18,6 @@ from studio.pruning.attention import (
     received_attention,
 )
 
-
 _ENTERED: ContextVar["_Tap | None"] = ContextVar("tap", default=None)
 
 

@@ -74,7 +74,8 @@ def test_original_positions_are_those_of_masked_tokens(family):
     expected = model(**{**inputs, "attention_mask": mask}, position_ids=positions).logits
     found = model(**pruned).logits
     for row, logits, before in zip(range(len(mask)), found, expected):
-        torch.testing.assert_close(logits[pruned["attention_mask"][row].bool()], before[mask[row].bool()], atol=1e-5, rtol=1e-5)
+        short, whole = logits[pruned["attention_mask"][row].bool()], before[mask[row].bool()]
+        torch.testing.assert_close(short, whole, atol=1e-5, rtol=1e-5)
     masked = answer(model, {**inputs, "attention_mask": mask}, position_ids=positions)
     with prune(model, "divprune", keep=0.2):
         short = answer(model, inputs)

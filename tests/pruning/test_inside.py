@@ -19,9 +19,7 @@ WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
 FIRST = ("llava", "llava_onevision", "qwen2_5_vl", "internvl", "paligemma")
 OTHERS = [name for name in FAMILIES if name not in (*WINDOWED, *DEEP, *FIRST)]
-families = pytest.mark.parametrize(
-    "family", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+families = pytest.mark.parametrize("family", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +154,7 @@ def test_the_conversation_goes_on_inside_the_block():
         at_once = made.model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False
         )
-        again, tokens = answer(made.model, inputs), []
+        again = answer(made.model, inputs)
         step = torch.cat((first.sequences[:, -1:], question), dim=1)
         for place in range(4):
             seen = mask[:, : inputs["input_ids"].shape[1] + 4 + place]
@@ -169,7 +167,6 @@ def test_the_conversation_goes_on_inside_the_block():
     assert record.info.tokens_after[0] < record.info.tokens_before[0]
     assert all(isinstance(layer, ShortLayer) for layer in first.past_key_values.layers[2:])
     assert torch.equal(at_once[:, ids.shape[1]], logits[:, -1].argmax(-1))
-    tokens.append(at_once)
 
 
 @pytest.mark.parametrize("family", [*WINDOWED, *DEEP])
