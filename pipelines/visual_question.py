@@ -1,5 +1,6 @@
 """A picture and a question to an answer: a vision-language model of transformers, with any token pruner."""
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,6 +12,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from studio.errors import StudioError
 from studio.pruning.binding import prune as pruning
 from studio.pruning.binding import prune_inputs
+from studio.pruning.compressing import compress
+from studio.pruning.families import family_of
 from studio.pruning.methods import INSIDE
 from studio.pruning.patches import PatchView, patch_views
 from studio.pruning.shortening import PruneInfo
@@ -43,6 +46,29 @@ class Answer:
     cache_bytes: int
     info: PruneInfo
     views: tuple[PatchView, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMemory:
+    """What a reader keeps of an image between questions; made by `VisualQuestionPipeline.remember`.
+
+    Args:
+        cache: keys and values of the prompt up to the end of the image.
+        ids: (1, L) that prompt.
+        method, keep: how the cache was made smaller.
+        visual_tokens, kept_tokens: tokens of the image, and how many of them each layer holds.
+        seconds: "remember", to read the image.
+        cache_bytes: what the cache takes.
+    """
+
+    cache: object
+    ids: torch.Tensor
+    method: str
+    keep: float
+    visual_tokens: int
+    kept_tokens: int
+    seconds: dict[str, float]
+    cache_bytes: int
 
 
 class VisualQuestionPipeline:
@@ -95,18 +121,8 @@ class VisualQuestionPipeline:
         Errors: `StudioError` for a question that is empty, too long or holds the mark of a picture, a setting out of
             range, an unknown method, and a model and a method that do not go together.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise StudioError("The question is empty: ask something about the picture.")
-        if len(question) > MAX_QUESTION_CHARACTERS:
-            raise StudioError(f"The question has {len(question)} characters; at most {MAX_QUESTION_CHARACTERS} count.")
-        for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
-            if mark in question:
-                raise StudioError(f"The question holds {mark}, which stands for a picture: leave it out.")
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise StudioError(f"max_new_tokens must be a whole number above 0, not {max_new_tokens!r}.")
-        inputs = self.processor(images=image, text=self._prompt(question.strip()), return_tensors="pt").to(self.device)
-        if inputs["pixel_values"].is_floating_point():
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        self._check(question, max_new_tokens)
+        inputs = self._inputs(image, question)
         share = float(keep) if isinstance(keep, int) else keep
         if prune is None and (after_layer is not None or options):
             given = [*options, *(["after_layer"] if after_layer is not None else [])]
@@ -133,6 +149,94 @@ class VisualQuestionPipeline:
             chosen = self._without_text(replace(record.info, layouts=info.layouts), image.size)
             steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": info.seconds["encode"]})
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
+
+    @torch.no_grad()
+    def remember(self, image, *, method: str = "coverage", keep: float = 0.05) -> ImageMemory:
+        """Reads an image once, for any number of questions.
+
+        The cache is made smaller before any question is known, so methods that score by attention see the image alone.
+
+        Args:
+            image: a PIL picture in RGB.
+            method: "coverage" or another of `studio.compress`.
+            keep: the fraction of the image's tokens that each layer keeps, in (0, 1].
+
+        Errors: `StudioError` as `studio.compress`, and for models that count positions on three axes.
+        """
+        if family_of(self.model, "uniform").mrope:
+            raise StudioError(f"{self.model.config.model_type} models keep positions outside of the cache: ask anew.")
+        began, probe = _now(self.device), "?"
+        inputs = self._inputs(image, probe)
+        ids = inputs["input_ids"][0].tolist()
+        follows = ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
+        end = len(ids) - len(self._tail(probe))
+        if follows[len(follows) - len(ids) + end :] != self._tail(probe):
+            raise StudioError(
+                f"The processor of {self.model.config.model_type} changes what follows an image: ask anew."
+            )
+        prompt = {
+            name: value[:, :end] if value.shape[:2] == (1, len(ids)) and value.dim() == 2 else value
+            for name, value in inputs.items()
+        }
+        with compress(self.model, method, keep) as record:
+            cache = self.model(**prompt, use_cache=True).past_key_values
+        return ImageMemory(
+            cache=cache,
+            ids=prompt["input_ids"],
+            method=method,
+            keep=keep,
+            visual_tokens=sum(record.info.tokens_before),
+            kept_tokens=sum(record.info.tokens_after),
+            seconds={"remember": _now(self.device) - began},
+            cache_bytes=_cache_bytes(cache),
+        )
+
+    @torch.no_grad()
+    def ask(self, memory: ImageMemory, question: str, *, max_new_tokens: int = 64) -> Answer:
+        """Answers greedily about an image that was read before; the memory stays as it is.
+
+        Args:
+            memory: from `remember` of the same pipeline.
+            question, max_new_tokens: as in a call.
+        """
+        self._check(question, max_new_tokens)
+        ids = torch.cat((memory.ids, torch.tensor([self._tail(question.strip())], device=self.device)), dim=1)
+        info = PruneInfo(memory.method, memory.keep, [memory.visual_tokens], [memory.kept_tokens])
+        unsaid = Answer("", memory.visual_tokens, memory.kept_tokens, dict(info.seconds), 0, info, ())
+        steps = _Steps(self, unsaid, ids.shape[1], None)
+        with compress(self.model, memory.method, memory.keep):
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=copy.deepcopy(memory.cache),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([steps]),
+            )
+        return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
+
+    def _check(self, question, max_new_tokens) -> None:
+        if not isinstance(question, str) or not question.strip():
+            raise StudioError("The question is empty: ask something about the picture.")
+        if len(question) > MAX_QUESTION_CHARACTERS:
+            raise StudioError(f"The question has {len(question)} characters; at most {MAX_QUESTION_CHARACTERS} count.")
+        for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
+            if mark in question:
+                raise StudioError(f"The question holds {mark}, which stands for a picture: leave it out.")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise StudioError(f"max_new_tokens must be a whole number above 0, not {max_new_tokens!r}.")
+
+    def _inputs(self, image, question: str):
+        inputs = self.processor(images=image, text=self._prompt(question.strip()), return_tensors="pt").to(self.device)
+        if inputs["pixel_values"].is_floating_point():
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
+
+    def _tail(self, question: str) -> list[int]:
+        """The ids of a prompt behind the mark of its image."""
+        ids = self.processor.tokenizer(self._prompt(question))["input_ids"]
+        return ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
 
     def _without_text(self, info: PruneInfo, image_size: tuple[int, int]) -> Answer:
         family = self.model.config.model_type
