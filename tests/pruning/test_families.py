@@ -229,7 +229,7 @@ def test_every_family_is_a_model_of_transformers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(method="fastv"), "divprune, hired"),
+        (dict(method="other"), "divprune, hired"),
         (dict(keep=0.0), "fraction"),
         (dict(keep=1.5), "fraction"),
         (dict(keep=0), "at least 1"),
