@@ -2,6 +2,7 @@
 are masked from there on."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,18 @@ def test_labels_are_refused():
     made = tiny("llava")
     with prune(made.model, "fastv", keep=0.3, after_layer=1), pytest.raises(StudioError, match="Labels"):
         made.model(**made.prompt(labels=True))
+
+
+def test_threads_with_cuts_of_their_own():
+    made = tiny("llava_next")
+    prompts = {keep: made.prompt(((number,),)) for number, keep in enumerate((0.2, 0.5, 0.8))}
+
+    def ask(keep):
+        with torch.no_grad(), prune(made.model, "fastv", keep=keep, after_layer=1) as record:
+            return answer(made.model, prompts[keep]).sequences, record.info.tokens_after
+
+    alone = [ask(keep) for keep in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            for (found, tokens), (expected, wanted) in zip(pool.map(ask, prompts), alone, strict=True):
+                assert torch.equal(found, expected) and tokens == wanted
