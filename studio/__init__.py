@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pruning.binding import prune, prune_inputs
+    from studio.pruning.compressing import compress
     from studio.pruning.methods import pruning_methods
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -99,6 +100,7 @@ _EXPORTS = {
     "TokenBridgeTokenizer": "studio.tokenizers.token_bridge",
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
+    "compress": "studio.pruning.compressing",
     "decode_picture": "studio.pipelines.picture_codec",
     "decoding_named": "studio.pipelines.decodings",
     "decodings_for": "studio.pipelines.decodings",
@@ -146,6 +148,7 @@ __all__ = [
     "VQTokenizer",
     "VisualQuestionPipeline",
     "__version__",
+    "compress",
     "decode_picture",
     "decoding_named",
     "decodings_for",

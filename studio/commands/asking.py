@@ -12,12 +12,25 @@ from studio.errors import StudioError
 
 def ask(
     image: Annotated[Path, typer.Argument(help="A picture file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    questions: Annotated[
+        list[str], typer.Argument(help="What to ask about it; several questions read the picture once.")
+    ],
     prune: Annotated[
-        str | None, typer.Option(help="divprune, hired, globalcom2, random or uniform.", show_default="keep all tokens")
+        str | None,
+        typer.Option(
+            help="divprune, hired, globalcom2, random, uniform, fastv or pyramiddrop.", show_default="keep all tokens"
+        ),
     ] = None,
     keep: Annotated[
-        float | None, number(help="Share of the picture's tokens to keep, with --prune.", show_default="0.2")
+        float | None,
+        number(
+            help="Share of the picture's tokens to keep, with --prune or for several questions.",
+            show_default="0.2 or all",
+        ),
+    ] = None,
+    after_layer: Annotated[
+        int | None,
+        number(min=1, help="Prune behind this layer of the language model.", show_default="the method's"),
     ] = None,
     model: Annotated[
         str, typer.Option(help="A bundled reader, or a vision-language model of transformers: a folder or Hub id.")
@@ -31,15 +44,24 @@ def ask(
     from studio import load
     from studio.pictures import open_picture
 
-    if keep is not None and prune is None:
+    if keep is not None and prune is None and len(questions) == 1:
         raise StudioError("--keep needs a method: add --prune divprune, or leave it out.")
+    if prune is not None and len(questions) > 1:
+        raise StudioError("Several questions share one cache: leave --prune out, or ask them one by one.")
+    if after_layer is not None and prune is None:
+        raise StudioError("--after-layer needs a method: add --prune fastv, or leave it out.")
     picture = open_picture(image)
     quiet_libraries()
     pipe = load(model, device=device, dtype=dtype)
     if not hasattr(pipe, "processor"):
         raise StudioError(f"{model} reads no pictures: name a vision-language model of transformers.")
+    if len(questions) > 1:
+        _ask_all(pipe, picture, questions, 1.0 if keep is None else keep, max_new_tokens)
+        return
     share = 0.2 if keep is None else keep
-    answer = pipe(picture, question, prune=prune, keep=share, max_new_tokens=max_new_tokens)
+    answer = pipe(
+        picture, questions[0], prune=prune, keep=share, after_layer=after_layer, max_new_tokens=max_new_tokens
+    )
     emit(
         {
             "answer": answer.answer,
@@ -52,3 +74,27 @@ def ask(
     say(answer.answer)
     spent = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in answer.seconds.items())
     say(f"{answer.kept_tokens} of {answer.visual_tokens} visual tokens; seconds: {spent}")
+
+
+def _ask_all(pipe, picture, questions: list[str], keep: float, max_new_tokens: int) -> None:
+    """Reads the picture once and asks about it, keeping a share of it in the cache."""
+    memory = pipe.remember(picture, keep=keep)
+    answers = [pipe.ask(memory, question, max_new_tokens=max_new_tokens) for question in questions]
+    emit(
+        {
+            "answers": [
+                {"question": question, "answer": answer.answer, "seconds": answer.seconds}
+                for question, answer in zip(questions, answers, strict=True)
+            ],
+            "visual_tokens": memory.visual_tokens,
+            "kept_tokens": memory.kept_tokens,
+            "seconds": memory.seconds,
+            "cache_bytes": memory.cache_bytes,
+        }
+    )
+    for answer in answers:
+        say(f"{answer.answer}  ({answer.seconds['prefill'] + answer.seconds['decode']:.2f} s)")
+    say(
+        f"{memory.kept_tokens} of {memory.visual_tokens} visual tokens, {memory.cache_bytes:,} bytes; "
+        f"seconds to read the picture: {memory.seconds['remember']:.2f}"
+    )

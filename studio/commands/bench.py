@@ -108,6 +108,16 @@ def pruning(
             show_default=False,
         ),
     ] = None,
+    after_layer: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --model: prune behind this layer of its language model.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With --model: share of the tokens to keep; give it again for more.", show_default="0.5 0.2 0.1 0.05"
+        ),
+    ] = None,
     scenes: Annotated[
         int | None, typer.Option(min=1, help="With --model: scenes to ask about.", show_default="100")
     ] = None,
@@ -121,7 +131,7 @@ def pruning(
     """Time how visual tokens are chosen, beside a plain textbook of each method, or what that buys a model."""
     chosen = {"methods": tuple(method)} if method else {}
     if model is None:
-        of_models = {"--scenes": scenes, "--figure": figure}
+        of_models = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
         if wrong := [flag for flag, value in of_models.items() if value is not None]:
             raise StudioError(f"{' and '.join(wrong)} belongs to --model: add --model emoji-vlm, or leave it out.")
         from studio.evaluation.bench_pruning import bench_pruning as measure
@@ -136,6 +146,10 @@ def pruning(
 
     quiet_libraries()
     asked = {"scenes": scenes} if scenes else {}
+    if keep:
+        asked["keeps"] = tuple(keep)
+    if after_layer is not None:
+        asked["after_layer"] = after_layer
     result = bench_reading(model, device=device, **chosen, **asked)
     save_figure(figure, lambda: reading_chart(result["rows"]))
     emit(result)

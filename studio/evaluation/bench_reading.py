@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from studio.checkpoints.loading import load
 from studio.data.scenes import draw_scene
 from studio.errors import StudioError
-from studio.evaluation.scenes import KEEPS, evaluate_reader
+from studio.evaluation.scenes import KEEPS, evaluate_inside, evaluate_reader
 from studio.pipelines.visual_question import VisualQuestionPipeline
-from studio.pruning.methods import METHODS, method_named
+from studio.pruning.methods import INSIDE, METHODS, method_named
 
 PHASES = ("encode", "select", "prefill", "decode")
 _STREAM = 1_000_000_009
@@ -21,8 +21,9 @@ _STREAM = 1_000_000_009
 def bench_reading(
     model: str = "emoji-vlm",
     *,
-    methods: tuple[str, ...] = tuple(METHODS),
+    methods: tuple[str, ...] | None = None,
     keeps: tuple[float, ...] = KEEPS,
+    after_layer: int | None = None,
     scenes: int = 100,
     pictures: int = 8,
     repeats: int = 3,
@@ -33,8 +34,11 @@ def bench_reading(
 
     Args:
         model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
-        methods: names out of `METHODS`.
+        methods: names out of `METHODS`; behind a layer "fastv" and "pyramiddrop" too. `None` is all of `METHODS`, and
+            "fastv", "divprune", "random" and "uniform" behind a layer.
         keeps: shares of the picture's tokens, newlines included.
+        after_layer: prune behind this layer of the language model (see `studio.prune`) instead of before it. Every
+            question is then read on its own, twelve times the work.
         scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
         pictures: scenes that are timed, one question each; all settings get the same.
         repeats: runs of each picture and setting, in turn with the others.
@@ -48,14 +52,26 @@ def bench_reading(
 
     Errors: `StudioError` for a model that reads no scenes.
     """
+    if methods is None:
+        methods = tuple(METHODS) if after_layer is None else ("fastv", "divprune", "random", "uniform")
     for name in methods:
-        method_named(name)
+        if after_layer is None or name not in INSIDE:
+            method_named(name)
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
-    answers = _answers(pipe, settings, pictures, repeats, tiles)
-    measured = evaluate_reader(pipe.model, pipe.processor, scenes=scenes, methods=methods, keeps=keeps, tiles=tiles)
+    answers = _answers(pipe, settings, after_layer, pictures, repeats, tiles)
+    inside = after_layer is not None
+    measured = evaluate_reader(
+        pipe.model, pipe.processor, scenes=scenes, methods=() if inside else methods, keeps=keeps, tiles=tiles
+    )
+    if inside:
+        cuts = [(method, keep, after_layer) for method, keep in settings[1:]]
+        for (method, keep, _), share in evaluate_inside(
+            pipe.model, pipe.processor, cuts, scenes=scenes, tiles=tiles
+        ).items():
+            measured["accuracy"].setdefault(method, {})[str(keep)] = share
     rows = [_row(setting, answers[setting], measured["accuracy"]) for setting in settings]
     for row in rows:
         row["speedup"] = rows[0]["total"] / row["total"]
@@ -67,20 +83,20 @@ def bench_reading(
     return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
 
 
-def _answers(pipe, settings, pictures, repeats, tiles):
+def _answers(pipe, settings, after_layer, pictures, repeats, tiles):
     answers = {setting: [] for setting in settings}
     asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(pictures)]
-    _ask(pipe, asked[0], *settings[-1])
+    _ask(pipe, asked[0], *settings[-1], after_layer)
     for _ in tqdm(range(repeats), desc="timing", unit="round"):
         for scene in asked:
             for setting in settings:
-                answers[setting].append(_ask(pipe, scene, *setting))
+                answers[setting].append(_ask(pipe, scene, *setting, after_layer))
     return answers
 
 
-def _ask(pipe, scene, method, keep):
-    prune = None if method == "none" else method
-    return pipe(Image.fromarray(scene.picture), scene.questions[0].text, prune=prune, keep=keep, max_new_tokens=4)
+def _ask(pipe, scene, method, keep, after_layer):
+    chosen = {} if method == "none" else {"prune": method, "keep": keep, "after_layer": after_layer}
+    return pipe(Image.fromarray(scene.picture), scene.questions[0].text, **chosen, max_new_tokens=4)
 
 
 def _row(setting, answers, accuracy):

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
-from studio.pruning.binding import prune_inputs
+from studio.pruning.binding import prune, prune_inputs
 from studio.pruning.methods import METHODS
 
 KEEPS = (0.5, 0.2, 0.1, 0.05)
@@ -58,3 +58,41 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
         "questions": 12 * scenes,
         "visual_tokens": tokens,
     }
+
+
+@torch.inference_mode()
+def evaluate_inside(model, processor, settings, scenes=100, seed=0, tiles=(2, 2)):
+    """Exact answers when tokens are pruned behind a layer of the language model: every question is asked on its own.
+
+    Args:
+        model, processor, scenes, seed, tiles: as in `evaluate_reader`; the scenes are the same.
+        settings: (method, keep, after_layer) of `studio.prune`, several.
+
+    Returns:
+        For each setting the fraction of 12 questions a scene that were answered exactly.
+    """
+    hits = {setting: [] for setting in settings}
+    processor.tokenizer.padding_side = "left"
+    for number in tqdm(range(scenes), desc="scenes", unit="scene"):
+        scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
+        prompts = [f"<image>\n{question.text}" for question in scene.questions]
+        image = Image.fromarray(scene.picture)
+        inputs = processor(images=[image] * len(prompts), text=prompts, padding=True, return_tensors="pt")
+        one = {name: value[:1] for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+        encoded = model.model.get_image_features(**one, return_dict=True)
+        ends = model.generation_config.eos_token_id
+        for method, keep, after_layer in settings:
+            again = type(encoded)(pooler_output=[*encoded.pooler_output] * len(prompts))
+            with prune(model, method, keep, after_layer=after_layer):
+                out = model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    mm_encoder_outputs={"image": again},
+                    max_new_tokens=8,
+                    do_sample=False,
+                    eos_token_id=ends,
+                )
+            answers = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right = [said.strip() == question.answer for said, question in zip(answers, scene.questions, strict=True)]
+            hits[method, keep, after_layer] += right
+    return {setting: float(np.mean(right)) for setting, right in hits.items()}

@@ -6,24 +6,19 @@ so that prefill and KV cache really shrink. The model gets its features through 
 static caches work.
 """
 
-import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from studio.errors import StudioError
+from studio.pruning.blocks import block
+from studio.pruning.budget import count
 from studio.pruning.families import Family, family_of
-from studio.pruning.shortening import PruneInfo, Settings, checked, has_pictures, shorten
-
-
-@dataclass
-class PruneRecord:
-    """What `prune` yields: `info` of the latest call with pictures, `None` before the first."""
-
-    info: PruneInfo | None = None
+from studio.pruning.inside import Inside
+from studio.pruning.methods import INSIDE, method_named
+from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_pictures, shorten
 
 
 def prune_inputs(
@@ -78,6 +73,7 @@ def prune(
     newline: str = "row",
     reference: bool = False,
     generator: torch.Generator | None = None,
+    after_layer: int | tuple[int, ...] | None = None,
     restore_prompt: bool = True,
     **options,
 ) -> Iterator[PruneRecord]:
@@ -90,8 +86,20 @@ def prune(
     Logits and loss of `model(...)` are those of the shorter prompt. `max_length` and `min_length` of `generate` still
     count the whole prompt. Afterwards the model is as it was, also after an exception.
 
+    A block holds for the thread or asyncio task that opened it, as `torch.no_grad` does: others use the same model at
+    the same time, with blocks of their own or none. Start a thread of the block with
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`. A deep copy made inside is
+    not pruned. Models in `torch.compile`, PEFT and distributed wrappers may be given in their wrapper.
+
     Args:
-        model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`.
+        model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`; "fastv" and
+            "pyramiddrop" too, which score tokens inside the language model.
+        after_layer: k, from 1 up: k layers of the language model see every token, and those behind it `keep` of each
+            prompt's image tokens, chosen by the method from the hidden states there (by the last token's attention for
+            "fastv", k = 2 by default, and "pyramiddrop"). Several layers cut in equal proportions, so that `keep` are
+            left behind the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
+            before the language model. Sequences and positions are then those of the whole prompt; go on with its cache
+            inside the block.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
             `out[:, inputs.input_ids.shape[1]:]` is the answer. `False` returns the short prompt, which fits the cache
             when a conversation goes on with it (use positions="compact" then).
@@ -101,31 +109,32 @@ def prune(
 
     Errors: `StudioError` as in `prune_inputs`, and for `use_cache=False` in `generate` with original positions.
     """
+    record = PruneRecord()
+    if after_layer is not None or method in INSIDE:
+        given = {"positions": positions, "reference": reference, "newline": newline, "restore_prompt": restore_prompt}
+        usual = {"positions": None, "reference": False, "newline": "row", "restore_prompt": True}
+        if unfit := [*options, *(name for name in usual if given[name] != usual[name])]:
+            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it or after_layer out.")
+        if method not in INSIDE:
+            method_named(method)
+        count(keep, 1)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        inside = Inside(family_of(model, method), method, keep, after_layer, generator, record)
+        with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
+            yield record
+        return
     settings = checked(method, keep, positions, newline, reference, generator, options)
-    family, record = family_of(model, method), PruneRecord()
-    wrappers = {"forward": _forward(model, family, settings, record)}
-    if hasattr(model, "generate"):
-        wrappers["generate"] = _generate(model, family, settings, record, restore_prompt)
-    before = {name: model.__dict__[name] for name in wrappers if name in model.__dict__}
-    try:
-        for name, wrapper in wrappers.items():
-            setattr(model, name, wrapper)
+    family = family_of(model, method)
+    methods = {"forward": _forward(family, settings, record)}
+    if hasattr(family.model, "generate"):
+        methods["generate"] = _generate(family, settings, record, restore_prompt)
+    with block(family.model, methods):
         yield record
-    finally:
-        for name in wrappers:
-            if name in before:
-                setattr(model, name, before[name])
-            else:
-                model.__dict__.pop(name, None)
 
 
-def _forward(model, family: Family, settings: Settings, record: PruneRecord):
-    original = model.forward
-    names = [*inspect.signature(original).parameters]
-
-    @functools.wraps(original)
-    def forward(*arguments, **keywords):
-        keywords |= zip(names, arguments)
+def _forward(family: Family, settings: Settings, record: PruneRecord):
+    def forward(original, *arguments, **keywords):
+        keywords |= zip(inspect.signature(original).parameters, arguments)
         if has_pictures(keywords):
             keywords, record.info = shorten(family, keywords, settings)
         return original(**keywords)
@@ -133,20 +142,18 @@ def _forward(model, family: Family, settings: Settings, record: PruneRecord):
     return forward
 
 
-def _generate(model, family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
-    original = model.generate
-
-    @functools.wraps(original)
-    def generate(inputs=None, generation_config=None, *arguments, **keywords):
+def _generate(family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
+    def generate(original, inputs=None, generation_config=None, *arguments, **keywords):
         if not has_pictures(keywords):
             return original(inputs, generation_config, *arguments, **keywords)
         if inputs is not None:
             keywords["input_ids"] = inputs
         with torch.no_grad():
-            pruned, record.info = shorten(family, keywords, settings)
-        configs = [config for config in (generation_config, model.generation_config) if config is not None]
+            pruned, info = shorten(family, keywords, settings)
+        record.info = info
+        configs = [config for config in (generation_config, family.model.generation_config) if config is not None]
         _check_cache(pruned, configs, settings, family)
-        out = original(None, generation_config, *arguments, **_lengths(pruned, configs, record.info.removed))
+        out = original(None, generation_config, *arguments, **_lengths(pruned, configs, info.removed))
         if not restore_prompt:
             return out
         return _with_prompt(out, keywords["input_ids"], pruned["input_ids"].shape[1])

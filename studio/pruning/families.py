@@ -3,9 +3,11 @@
 A family says which tokens belong to one picture, where they lie (`Layout`), how attention scores are read off, and in
 which form the model takes features back. A picture is one entry of the model's `pooler_output`, except:
 - InternVL, where it is one run of image tokens in the prompt;
-- SmolVLM, where all pictures of one prompt count as one, because the model gives them as one entry.
+- Idefics and SmolVLM, where all pictures of one prompt count as one, because the model gives them as one entry;
+- Aya Vision, Cohere2 Vision and Ovis2, where it is a tile.
 """
 
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
@@ -18,9 +20,13 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
+from studio.pruning.blocks import unwrapped
 from studio.pruning.layout import NEWLINE, Layout
 from studio.pruning.methods import SCORES
 from studio.pruning.taps import QwenTap, TowerTap
+
+_CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
+"""What configurations of models that attend to pictures beside the prompt have."""
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -165,7 +171,7 @@ class LlavaOnevision(LlavaNext):
 
 
 class Qwen(Family):
-    """Qwen2.5-VL and Qwen3-VL: one grid of merged patches, three-axis positions, scores by received attention."""
+    """Qwen-VL and GLM-4V: one grid of merged patches, three-axis positions, scores by received attention."""
 
     mrope = True
 
@@ -183,7 +189,15 @@ class Qwen(Family):
         return tap.scores()
 
 
-class InternVL(Family):
+class Stacked(Family):
+    """Families whose pictures or tiles have equally many tokens, in one tensor."""
+
+    def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]) -> torch.Tensor:
+        """One tensor, in equal pieces that never cross a row, so that beams repeat whole rows."""
+        return torch.cat(kept).unflatten(0, (-1, math.gcd(*row_tokens)))
+
+
+class InternVL(Stacked):
     """InternVL: crops, then the thumbnail, each a square of merged patches."""
 
     def refusal(self, method: str) -> str | None:
@@ -202,13 +216,24 @@ class InternVL(Family):
         height, width = (int(part * config.downsample_ratio) for part in _patches(config.vision_config))
         return [_stacked(len(part), height, width) for part in features]
 
-    def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]) -> torch.Tensor:
-        """One tensor, in equal pieces that never cross a row, so that beams repeat whole rows."""
-        return torch.cat(kept).unflatten(0, (-1, math.gcd(*row_tokens)))
+
+class Rectangles(Family):
+    """Mistral3, MiniCPM-V and Gemma4: one grid for each picture, in its own proportions."""
+
+    def layouts(self, features: list[torch.Tensor], inputs: dict) -> list[Layout]:
+        return [_grid_of(len(part), shape) for part, shape in zip(features, self._shapes(inputs))]
+
+    def _shapes(self, inputs: dict) -> list[tuple[int, int]]:
+        """Height and width of each picture, in any unit."""
+        if inputs.get("image_position_ids") is not None:
+            columns, rows = (inputs["image_position_ids"].amax(dim=1) + 1).unbind(-1)
+            return [*zip(rows.tolist(), columns.tolist())]
+        sizes = inputs.get("target_sizes")
+        return _pairs(inputs["image_sizes"] if sizes is None else sizes)
 
 
 class SmolVLM(Family):
-    """SmolVLM: crops, then the whole picture, each a square of merged patches."""
+    """Idefics3 and SmolVLM: crops, then the whole picture, each a square of merged patches."""
 
     def refusal(self, method: str) -> str | None:
         return "the grid of its crops is not in the inputs"
@@ -219,13 +244,30 @@ class SmolVLM(Family):
 
 
 FAMILIES: dict[str, type[Family]] = {
+    "aria": Stacked,
+    "aya_vision": Stacked,
+    "cohere2_vision": Stacked,
+    "gemma3": Stacked,
+    "gemma4": Rectangles,
+    "glm4v": Qwen,
+    "got_ocr2": Stacked,
+    "idefics2": Family,
+    "idefics3": SmolVLM,
+    "internvl": InternVL,
     "llava": Llava,
     "llava_next": LlavaNext,
+    "llava_next_video": LlavaNext,
     "llava_onevision": LlavaOnevision,
+    "minicpmv4_6": Rectangles,
+    "mistral3": Rectangles,
+    "ovis2": Stacked,
+    "paligemma": Stacked,
     "qwen2_5_vl": Qwen,
+    "qwen2_vl": Qwen,
     "qwen3_vl": Qwen,
-    "internvl": InternVL,
+    "qwen3_vl_moe": Qwen,
     "smolvlm": SmolVLM,
+    "vipllava": Stacked,
 }
 """By `config.model_type`."""
 
@@ -233,17 +275,39 @@ FAMILIES: dict[str, type[Family]] = {
 def family_of(model, method: str) -> Family:
     """The family of a model.
 
-    Errors: `StudioError` for a model without pictures, an unknown family, and a method that does not work with it.
+    Errors: `StudioError` for a model without pictures, a family whose tokens cannot be pruned (with the reason), and a
+        method that does not work with it.
     """
+    model = unwrapped(model)
     name = getattr(getattr(model, "config", None), "model_type", None)
+    if reason := _unfit(model):
+        raise StudioError(f"Tokens of this {name} model cannot be pruned: {reason}.")
     if name not in FAMILIES:
-        if not hasattr(getattr(model, "base_model", None), "get_image_features"):
-            raise StudioError(f"{type(model).__name__} reads no pictures: give a vision-language model.")
         raise StudioError(f"Tokens of {name} models cannot be pruned yet: use one of {', '.join(FAMILIES)}.")
     family = FAMILIES[name](model)
     if method in SCORES and (reason := family.refusal(method)):
         raise StudioError(f"{method} does not work with this {name} model because {reason}: use divprune.")
     return family
+
+
+def _unfit(model) -> str | None:
+    """Why taking image tokens out of the prompt is impossible, or another model than with those tokens masked.
+
+    Errors: `StudioError` for a model that reads no pictures at all.
+    """
+    forward = inspect.signature(model.forward).parameters if hasattr(model, "config") else {}
+    if not any(name.endswith("pixel_values") for name in forward):
+        raise StudioError(f"{type(model).__name__} reads no pictures: give a vision-language model.")
+    text = model.config.get_text_config()
+    if any(hasattr(text, name) for name in _CROSS_ATTENTION):
+        return "it reads pictures by cross-attention, and the prompt has no image tokens"
+    if others := sorted({kind for kind in getattr(text, "layer_types", None) or () if not kind.endswith("attention")}):
+        return f"its {', '.join(others)} layers carry a state from token to token"
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        return "its linear attention layers carry a state from token to token"
+    if "mm_encoder_outputs" not in forward:
+        return "its class takes no features of pictures in place of pixels"
+    return None
 
 
 def mismatch(ids: int, features: int) -> str:
@@ -255,6 +319,13 @@ def mismatch(ids: int, features: int) -> str:
 
 def _pairs(image_sizes) -> list[tuple[int, int]]:
     return [tuple(int(side) for side in size) for size in image_sizes]
+
+
+def _grid_of(tokens: int, shape: tuple[int, int]) -> Layout:
+    """A grid of `tokens` in the proportions of `shape`; a single row where there is none."""
+    height = round(math.sqrt(tokens * shape[0] / shape[1]))
+    fits = height and tokens % height == 0 and height * shape[1] == tokens // height * shape[0]
+    return Layout.plain(height, tokens // height) if fits else Layout.plain(1, tokens)
 
 
 def _square_or_row(tokens: int) -> Layout:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from studio.checks import check_choice
+from studio.errors import StudioError
 from studio.pruning.divprune import divprune
 from studio.pruning.globalcom2 import globalcom2
 from studio.pruning.hired import hired
@@ -20,16 +21,25 @@ METHODS: dict[str, Callable] = {
 SCORES: dict[str, tuple[str, ...]] = {"hired": ("first", "last"), "globalcom2": ("logits",)}
 """The fields of `Attention` a method needs; none when it is not named."""
 
+INSIDE = {
+    "fastv": "FastV: keep what the last token attends to in the layer before the cut.",
+    "pyramiddrop": "PyramidDrop: several cuts, each keeps what the last token attends to in the layer behind it.",
+}
+"""Methods that score tokens inside the language model and nowhere else (see `studio.pruning.inside`)."""
+
 WITH_REFERENCE = ("divprune", "hired", "globalcom2")
 """Methods with authors' code, whose numbers `reference=True` reproduces."""
 
 
 def pruning_methods() -> dict[str, str]:
     """The methods by name, each with the first line of its description."""
-    return {name: method.__doc__.strip().splitlines()[0] for name, method in METHODS.items()}
+    before = {name: method.__doc__.strip().splitlines()[0] for name, method in METHODS.items()}
+    return {**before, **INSIDE}
 
 
 def method_named(name: str) -> Callable:
     """Errors: `StudioError` for an unknown name."""
-    check_choice("The pruning method", name, METHODS)
+    if name in INSIDE:
+        raise StudioError(f"{name} scores tokens inside the language model: use a block of studio.prune.")
+    check_choice("The pruning method", name, (*METHODS, *INSIDE))
     return METHODS[name]

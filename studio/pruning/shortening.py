@@ -15,6 +15,7 @@ from studio.pruning.methods import SCORES, WITH_REFERENCE, method_named
 from studio.pruning.newlines import check_newline
 
 POSITIONS = ("original", "compact")
+_TOWER_STATES = ("last_hidden_state", "hidden_states", "attentions")
 _OWN = ("features", "budget", "attention", "layout", "generator", "newline", "reference")
 
 
@@ -41,6 +42,13 @@ class PruneInfo:
     removed: int = 0
     next_positions: torch.Tensor | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "select": 0.0})
+
+
+@dataclass
+class PruneRecord:
+    """What `prune` yields: `info` of the latest call with pictures, `None` before the first."""
+
+    info: PruneInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,13 @@ def checked(method, keep, positions, newline, reference, generator, options) -> 
 
 
 def has_pictures(inputs: dict) -> bool:
-    """Whether there are pixels to encode."""
-    return inputs.get("pixel_values") is not None
+    """Whether there are pixels to encode, or features that a caller may have put in their place."""
+    embeds = inputs.get("inputs_embeds")
+    pixels = (inputs.get("pixel_values"), inputs.get("pixel_values_videos"))
+    return any(given is not None for given in pixels) or (embeds is not None and embeds.shape[1] > 1)
 
 
+@torch._disable_dynamo
 def shorten(family: Family, inputs: dict, settings: Settings) -> tuple[dict, PruneInfo]:
     """The inputs without pixels and without the tokens that were not chosen, and what was pruned.
 
@@ -135,8 +146,8 @@ def _encoder_inputs(family: Family, inputs: dict) -> dict:
 
 
 def _check_inputs(inputs: dict) -> None:
-    if inputs.get("input_ids") is None:
-        raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")
+    if inputs.get("input_ids") is None or inputs.get("inputs_embeds") is not None:
+        raise StudioError("Give input_ids and pixels: the image tokens of inputs_embeds cannot be told from text.")
     if inputs.get("pixel_values_videos") is not None:
         raise StudioError("Only pictures are pruned: give videos to the model outside of the block.")
     cache = inputs.get("past_key_values")
@@ -209,7 +220,8 @@ def _encoder_output(family: Family, encoded, features, kept, row_tokens):
     def take(parts):
         return [part[places.to(part.device)] for part, places in zip(parts, kept)]
 
-    given = {"pooler_output": family.pooled(take(features), row_tokens)}
-    if getattr(encoded, "deepstack_features", None) is not None:
+    given = {name: value for name, value in encoded.items() if name not in _TOWER_STATES}
+    given["pooler_output"] = family.pooled(take(features), row_tokens)
+    if "deepstack_features" in given:
         given["deepstack_features"] = [take(layer) for layer in encoded.deepstack_features]
     return type(encoded)(**given)

@@ -1,8 +1,12 @@
-"""Attention scores of a vision tower, read off while it runs: hooks, any attention backend, no weight access."""
+"""Attention scores of a vision tower, read off while it runs: hooks, any attention backend, no weight access.
+
+The tower may be shared by threads: a hook records only the calls of the context that entered its tap.
+"""
 
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from contextvars import ContextVar
 
 import torch
 
@@ -14,8 +18,29 @@ from studio.pruning.attention import (
     received_attention,
 )
 
+_ENTERED: ContextVar["_Tap | None"] = ContextVar("tap", default=None)
 
-class TowerTap:
+
+class _Tap:
+    """A context in which `self.hooks()`, handles of hooks that first ask `self.entered()`, are on their modules."""
+
+    def __enter__(self):
+        with ExitStack() as handles:
+            for handle in self.hooks():
+                handles.callback(handle.remove)
+            self._handles = handles.pop_all()
+        self._outer = _ENTERED.set(self)
+        return self
+
+    def __exit__(self, *exception):
+        _ENTERED.reset(self._outer)
+        self._handles.close()
+
+    def entered(self) -> bool:
+        return _ENTERED.get() is self
+
+
+class TowerTap(_Tap):
     """A context in which a CLIP or SigLIP tower records queries and keys of the layers that some scores need.
 
     Args:
@@ -33,23 +58,17 @@ class TowerTap:
         self.has_cls = has_cls
         self.seen: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
 
-    def __enter__(self) -> "TowerTap":
-        with ExitStack() as hooks:
-            for layer in set(self.layers.values()):
-                for part in ("q_proj", "k_proj"):
-                    handle = getattr(layer, part).register_forward_hook(self._record(layer, part))
-                    hooks.callback(handle.remove)
-            self._hooks = hooks.pop_all()
-        return self
-
-    def __exit__(self, *exception):
-        self._hooks.close()
+    def hooks(self):
+        for layer in set(self.layers.values()):
+            for part in ("q_proj", "k_proj"):
+                yield getattr(layer, part).register_forward_hook(self._record(layer, part))
 
     def _record(self, layer, part):
         only_first = self.has_cls and part == "q_proj"
 
         def hook(module, arguments, output):
-            self.seen[layer, part] = (output[:, :1] if only_first else output).detach()
+            if self.entered():
+                self.seen[layer, part] = (output[:, :1] if only_first else output).detach()
 
         return hook
 
@@ -66,7 +85,7 @@ class TowerTap:
         return [Attention(**{name: parts[i] for name, parts in found.items()}) for i in range(len(partitions))]
 
 
-class QwenTap:
+class QwenTap(_Tap):
     """A context in which a Qwen vision tower records received attention of its last layer with full attention.
 
     Queries and keys are rotated as the tower does it, each picture attends to itself alone, the patches that are merged
@@ -78,15 +97,13 @@ class QwenTap:
         self.tower, self.grid_thw, self.attention = tower, grid_thw, tower.blocks[max(full)].attn
         self.received: list[torch.Tensor] = []
 
-    def __enter__(self) -> "QwenTap":
-        self._handle = self.attention.register_forward_pre_hook(self._record, with_kwargs=True)
-        return self
-
-    def __exit__(self, *exception):
-        self._handle.remove()
+    def hooks(self):
+        yield self.attention.register_forward_pre_hook(self._record, with_kwargs=True)
 
     @torch.no_grad()
     def _record(self, attention, arguments, keywords):
+        if not self.entered():
+            return
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         queries, keys, _ = attention.qkv(hidden).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision

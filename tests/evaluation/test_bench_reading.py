@@ -36,6 +36,18 @@ def test_rows(measured, tiny_reader):
     assert tenth["better_than_random"] is (tenth["accuracy"] > rows["random", 0.1]["accuracy"])
 
 
+def test_rows_behind_a_layer(tiny_reader, tmp_path):
+    for part in tiny_reader:
+        part.save_pretrained(tmp_path)
+    given = dict(keeps=(1.0, 0.1), scenes=1, pictures=1, repeats=1, tiles=(1, 1))
+    result = bench_reading(str(tmp_path), methods=("fastv", "random"), after_layer=1, **given)
+    rows = {(row["method"], row["keep"]): row for row in result["rows"]}
+    whole, all_kept, tenth = (rows[setting] for setting in (("none", 1.0), ("fastv", 1.0), ("fastv", 0.1)))
+    assert len(rows) == 5 and all_kept["accuracy"] == whole["accuracy"]
+    assert tenth["kept_tokens"] == round(0.1 * whole["visual_tokens"])
+    assert 0.4 * whole["cache_bytes"] < tenth["cache_bytes"] < whole["cache_bytes"]
+
+
 def test_the_table_says_what_does_not_pay(measured):
     rows = [dict(row, faster=True, better_than_random=True) for row in measured["rows"]]
     assert "not" not in reading_table(rows)
@@ -49,4 +61,6 @@ def test_refusals(tiny_folder):
     with pytest.raises(StudioError, match="emoji-vlm"):
         bench_reading(str(tiny_folder))
     with pytest.raises(StudioError, match="divprune"):
+        bench_reading(methods=("other",))
+    with pytest.raises(StudioError, match="inside the language model"):
         bench_reading(methods=("fastv",))

@@ -50,6 +50,41 @@ def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
     assert all(seconds >= 0 for seconds in part.seconds.values())
 
 
+@pytest.mark.parametrize(("method", "layer"), [("fastv", None), ("fastv", 1), ("divprune", 1)])
+def test_pruning_behind_a_layer_shrinks_the_caches_that_follow(pipe, picture, method, layer):
+    layers = pipe.model.config.text_config.num_hidden_layers
+    if layer is None and layers <= 2:
+        with pytest.raises(StudioError, match=f"from 1 to {layers - 1}"):
+            pipe(picture, "how many", prune=method, keep=0.25)
+        return
+    whole = pipe(picture, "how many", max_new_tokens=3)
+    part = pipe(picture, "how many", prune=method, keep=0.25, after_layer=layer, max_new_tokens=3)
+    assert part.kept_tokens == round(0.25 * whole.visual_tokens) and part.visual_tokens == whole.visual_tokens
+    each = whole.cache_bytes / (1 + whole.visual_tokens + 2 + 2) / layers
+    gone = (whole.visual_tokens - part.kept_tokens) * (layers - (layer or 2))
+    assert part.cache_bytes == pytest.approx(whole.cache_bytes - each * gone)
+    assert sum(int(view.kept.sum()) for view in part.views) <= part.kept_tokens
+    assert part.seconds["encode"] > 0
+
+
+def test_a_memory_answers_many_questions(pipe, picture, monkeypatch):
+    questions = ["how many", "what is at the left", "how many"]
+    alone = [pipe(picture, question, max_new_tokens=4).answer for question in questions]
+    memory = pipe.remember(picture, keep=1.0)
+    monkeypatch.setattr(pipe.model.model, "get_image_features", None)
+    assert [pipe.ask(memory, question, max_new_tokens=4).answer for question in questions] == alone
+    monkeypatch.undo()
+    small = pipe.remember(picture, keep=0.05)
+    assert small.kept_tokens == round(0.05 * memory.visual_tokens)
+    assert small.cache_bytes * (1 + memory.visual_tokens) == memory.cache_bytes * (1 + small.kept_tokens)
+    first, again = (pipe.ask(small, "how many", max_new_tokens=4) for _ in range(2))
+    assert first.answer == again.answer and first.cache_bytes == again.cache_bytes < memory.cache_bytes
+    with pytest.raises(StudioError, match="empty"):
+        pipe.ask(small, " ")
+    with pytest.raises(StudioError, match="coverage"):
+        pipe.remember(picture, method="none")
+
+
 def test_the_answer_grows_token_by_token_and_can_be_stopped(pipe, picture):
     whole = pipe(picture, "how many", max_new_tokens=4)
     seen = []
@@ -119,10 +154,27 @@ def test_ask_prints_answer_and_counts(folder, picture, tmp_path, capfd):
     assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out
 
 
+def test_ask_reads_the_picture_once_for_several_questions(folder, picture, tmp_path, capfd):
+    picture.save(tmp_path / "scene.png")
+    call = ("ask", tmp_path / "scene.png", "how many", "what is at the left", "--model", folder, "--max-new-tokens", 3)
+    code, out, err = run(capfd, *call, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["kept_tokens"] == document["visual_tokens"]
+    for said in document["answers"]:
+        code, out, err = run(capfd, "ask", call[1], said["question"], *call[4:], "--json")
+        assert json.loads(out)["answer"] == said["answer"]
+    code, out, err = run(capfd, *call, "--keep", 0.1, "--json")
+    assert json.loads(out)["kept_tokens"] == round(0.1 * document["visual_tokens"])
+    code, out, err = run(capfd, *call, "--prune", "divprune")
+    assert code == 2 and "one by one" in err
+
+
 def test_ask_refuses_what_changes_nothing_and_what_cannot_read(folder, tiny_folder, picture, tmp_path, capfd):
     picture.save(tmp_path / "scene.png")
     for model, extra, word in (
         (folder, ("--keep", 0.2), "--prune"),
+        (folder, ("--after-layer", 1), "--prune"),
         (tiny_folder, (), "reads no pictures"),
         (tiny_folder / "text_encoder", (), "reads no pictures"),
     ):

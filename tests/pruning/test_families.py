@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models  # noqa: E402
-from tiny_models import tiny  # noqa: E402
+from tiny_families import tiny  # noqa: E402
 
 from studio.errors import StudioError  # noqa: E402
 from studio.pruning.binding import prune, prune_inputs  # noqa: E402
@@ -174,9 +174,51 @@ def test_refused_models():
         with pytest.raises(StudioError, match="reads no pictures"), prune(model, "divprune"):
             pass
     other = tiny_models.Llava15().model
-    other.config.model_type = "paligemma"
-    with pytest.raises(StudioError, match="llava_next"):
+    other.config.model_type = "new_vl"
+    with pytest.raises(StudioError, match="new_vl models cannot be pruned yet: use one of aria, .*llava_next"):
         prune_inputs(other, {}, "divprune")
+
+
+def on_no_memory(name, **config):
+    with torch.device("meta"):
+        made = getattr(transformers, f"{name}Config")(**config)
+        kinds = (f"{name}ForConditionalGeneration", f"{name}ForCausalLM")
+        return next(getattr(transformers, kind) for kind in kinds if hasattr(transformers, kind))(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("Mllama", {}, "cross-attention"),
+        ("Phi4Multimodal", None, "features of pictures in place of pixels"),
+        ("Qwen3_5", {}, "linear attention layers carry a state"),
+        ("Lfm2Vl", {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "conv layers carry a state"),
+        ("MiniCPMV4_6", {"model_type": "qwen3_5_text"}, "linear attention layers carry a state"),
+    ],
+)
+def test_families_that_cannot_say_why(name, text, reason):
+    layers = len((text or {}).get("layer_types", "1234"))
+    config = {} if text is None else {"text_config": {"num_hidden_layers": layers, **text}}
+    with pytest.raises(StudioError, match=reason):
+        prune_inputs(on_no_memory(name, **config), {}, "divprune")
+
+
+@pytest.mark.parametrize("family", ["mistral3", "gemma4", "minicpmv4_6"])
+def test_grids_in_the_proportions_of_the_picture(family):
+    made = tiny(family)
+    _, info = prune_inputs(made.model, made.prompt(((0, 1, 2),)), "uniform", keep=0.5)
+    units = {"mistral3": 8, "gemma4": 2, "minicpmv4_6": 4}[family]
+    sizes = [made.size(number) if family == "mistral3" else made.grid(number) for number in range(3)]
+    assert [layout.size for layout in info.layouts] == [(height // units, width // units) for height, width in sizes]
+
+
+def test_videos_alone_are_refused_and_not_read_unpruned():
+    made = tiny("qwen2_5_vl")
+    inputs = made.prompt()
+    inputs["input_ids"][inputs["input_ids"] == tiny_models.IMAGE] = tiny_models.VIDEO
+    inputs["pixel_values_videos"], inputs["video_grid_thw"] = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
+    with prune(made.model, "divprune", keep=0.3), pytest.raises(StudioError, match="Only pictures are pruned"):
+        made.model.generate(**inputs, max_new_tokens=2)
 
 
 def test_every_family_is_a_model_of_transformers():
@@ -187,7 +229,7 @@ def test_every_family_is_a_model_of_transformers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(method="fastv"), "divprune, hired"),
+        (dict(method="other"), "divprune, hired"),
         (dict(keep=0.0), "fraction"),
         (dict(keep=1.5), "fraction"),
         (dict(keep=0), "at least 1"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import ROWS, answer, every_family, reads_attention, tiny  # noqa: E402
+from tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny  # noqa: E402
 
 from studio.pruning.binding import prune, prune_inputs  # noqa: E402
 
@@ -24,7 +24,7 @@ def hooks_of(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@every_family
+@rare(FAMILIES)
 def test_nothing_is_left_behind(family):
     model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
     plain, before = answer(model, inputs), set(model.__dict__)

@@ -119,7 +119,7 @@ def test_refusals_say_what_to_do():
     layout = LAYOUTS["square"]
     features, arguments = given(layout)
     with pytest.raises(StudioError, match="divprune, hired"):
-        method_named("fastv")
+        method_named("other")
     with pytest.raises(StudioError, match="newline is one of"):
         METHODS["divprune"](features, 5, newline="all", **arguments)
     with pytest.raises(StudioError, match="layout has"):

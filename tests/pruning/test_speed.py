@@ -38,7 +38,7 @@ def test_every_method_has_a_row():
 
 def test_refusals():
     with pytest.raises(StudioError, match="divprune"):
-        bench_pruning(methods=["fastv"])
+        bench_pruning(methods=["other"])
     for size in ((500, 5), (576, 576), (576, 0)):
         with pytest.raises(StudioError, match="multiple"):
             bench_pruning(sizes=[size])

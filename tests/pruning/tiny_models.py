@@ -1,8 +1,5 @@
-"""A tiny random model of each family, with prompts as its processor makes them."""
+"""Tiny random models of seven families, with prompts as their processors make them."""
 
-import functools
-
-import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -46,7 +43,7 @@ PINPOINTS = [[48, 48], [24, 48], [48, 24], [24, 72], [72, 24]]
 SIZES = {"square": (48, 48), "wide": (20, 48), "tall": (60, 40), "strip": (24, 70)}
 
 
-def _ready(model):
+def ready(model):
     """Larger weights, so that attention is not flat and pictures change the answer; no early end."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -104,7 +101,7 @@ class Llava15(Tiny):
             image_token_id=IMAGE,
             vision_feature_layer=-2,
         )
-        self.model = _ready(LlavaForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(LlavaForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def pixels(self, rows, numbers):
         return {"pixel_values": torch.stack([self.draw(number, 3, 24, 24) for number in numbers])}, {}
@@ -116,15 +113,15 @@ class Llava15(Tiny):
 class LlavaNext(Tiny):
     sizes = list(SIZES.values())
 
-    def __init__(self, attention="sdpa"):
+    def __init__(self, attention="sdpa", text=TEXT):
         config = LlavaNextConfig(
             vision_config=CLIPVisionConfig(**CLIP),
-            text_config=LlamaConfig(**TEXT),
+            text_config=LlamaConfig(**text),
             image_token_id=IMAGE,
             image_grid_pinpoints=PINPOINTS,
             vision_feature_layer=-2,
         )
-        self.model = _ready(LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def size(self, number):
         return self.sizes[number % len(self.sizes)]
@@ -158,7 +155,7 @@ class LlavaOnevision(LlavaNext):
             image_grid_pinpoints=PINPOINTS,
             vision_aspect_ratio=aspect,
         )
-        self.model = _ready(LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def pixels(self, rows, numbers):
         pictures, _ = super().pixels(rows, numbers)
@@ -185,7 +182,7 @@ class Qwen25(Tiny):
             text_config={**TEXT, "rope_parameters": self.rope},
             **self.tokens(),
         )
-        self.model = _ready(Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def tokens(self):
         return dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
@@ -220,7 +217,7 @@ class Qwen3(Qwen25):
             text_config={**TEXT, "head_dim": 16, "rope_parameters": self.rope},
             **self.tokens(),
         )
-        self.model = _ready(Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attention))
 
 
 class InternVL(Tiny):
@@ -238,7 +235,7 @@ class InternVL(Tiny):
         config = InternVLConfig(
             vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=9
         )
-        self.model = _ready(InternVLForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(InternVLForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def number_of_tiles(self, number):
         return self.tiles[number % len(self.tiles)]
@@ -260,7 +257,7 @@ class SmolVLM(Tiny):
             image_token_id=IMAGE,
             scale_factor=2,
         )
-        self.model = _ready(SmolVLMForConditionalGeneration._from_config(config, attn_implementation=attention))
+        self.model = ready(SmolVLMForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def number_of_tiles(self, number):
         return self.tiles[number % len(self.tiles)]
@@ -280,36 +277,3 @@ class SmolVLM(Tiny):
 
     def counts(self, numbers, rows):
         return [9 * self.number_of_tiles(number) for number in numbers]
-
-
-FAMILIES = {
-    "llava": Llava15,
-    "llava_next": LlavaNext,
-    "llava_onevision": LlavaOnevision,
-    "qwen2_5_vl": Qwen25,
-    "qwen3_vl": Qwen3,
-    "internvl": InternVL,
-    "smolvlm": SmolVLM,
-}
-
-ROWS = ((0,), (1, 2))
-every_family = pytest.mark.parametrize("family", FAMILIES)
-reads_attention = pytest.mark.parametrize(
-    "family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
-)
-
-
-@functools.cache
-def tiny(family, attention="sdpa"):
-    return FAMILIES[family](attention)
-
-
-def answer(model, inputs, tokens=4, **options):
-    return model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )

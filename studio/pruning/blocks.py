@@ -1,0 +1,97 @@
+"""Methods of a shared model that behave otherwise inside a `with` block, for the thread or task that opened it alone.
+
+The open blocks of a context lie in a `ContextVar`; the module holds only a `_Door` for each method, which asks there. A
+door is put in place by the first block on a model and taken away by the last, in whatever order threads close them.
+"""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_LOCK = threading.Lock()
+_OPEN: ContextVar[tuple["_Block", ...]] = ContextVar("blocks", default=())
+
+
+class _Block:
+    def __init__(self, model, methods: dict[str, Callable]):
+        self.model, self.methods, self.is_open = model, methods, True
+
+
+class _Door:
+    """Stands for the method `name` of a model: calls that of the innermost open block, or the original."""
+
+    def __init__(self, model, name: str):
+        self.model, self.name, self.users = model, name, 0
+        self.had_own = name in model.__dict__
+        self.original = getattr(model, name)
+        functools.update_wrapper(self, self.original, updated=())
+
+    @torch._disable_dynamo(recursive=False)
+    def __call__(self, *arguments, **keywords):
+        for block in reversed(_OPEN.get()):
+            if block.is_open and block.model is self.model and self.name in block.methods:
+                return block.methods[self.name](self.original, *arguments, **keywords)
+        return self.original(*arguments, **keywords)
+
+    def __deepcopy__(self, memo):
+        """A copy of the model gets the original method, bound to the copy."""
+        return copy.deepcopy(self.original, memo)
+
+    def close(self) -> None:
+        if self.model.__dict__.get(self.name) is not self:
+            return
+        if self.had_own:
+            self.model.__dict__[self.name] = self.original
+        else:
+            del self.model.__dict__[self.name]
+
+
+@contextmanager
+def block(model, methods: dict[str, Callable]) -> Iterator[None]:
+    """Within the block, in its context, `model.name(...)` is `methods[name](original, ...)`.
+
+    Of nested blocks on one model the innermost counts. Threads and tasks that inherit the context (`copy_context`,
+    `asyncio.create_task`) are inside until the block closes; all others call the model as it is.
+
+    Args:
+        model: the module itself, not a wrapper (see `unwrapped`).
+        methods: for each name of a method, a function of the original method and its arguments.
+    """
+    mine = _Block(model, methods)
+    with _LOCK:
+        doors = []
+        for name in methods:
+            door = model.__dict__.get(name)
+            if not isinstance(door, _Door) or door.model is not model:
+                door = model.__dict__[name] = _Door(model, name)
+            door.users += 1
+            doors.append(door)
+    _OPEN.set((*_OPEN.get(), mine))
+    try:
+        yield
+    finally:
+        mine.is_open = False
+        _OPEN.set(tuple(other for other in _OPEN.get() if other is not mine))
+        with _LOCK:
+            for door in doors:
+                door.users -= 1
+                if not door.users:
+                    door.close()
+
+
+def unwrapped(model):
+    """The model inside `torch.compile`, PEFT and distributed wrappers; any other as it is."""
+    while True:
+        if getattr(model, "_orig_mod", None) is not None:
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        elif callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model

@@ -1,0 +1,235 @@
+"""Pruning behind a layer of the language model: what later layers see is what they see of a prompt whose dropped tokens
+are masked from there on."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_families import FAMILIES, ROWS, answer, tiny  # noqa: E402
+from tiny_models import LlavaNext  # noqa: E402
+
+from studio.errors import StudioError  # noqa: E402
+from studio.pruning.binding import prune, prune_inputs  # noqa: E402
+from studio.pruning.short_layers import ShortLayer  # noqa: E402
+
+WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
+DEEP = ("qwen3_vl", "qwen3_vl_moe")
+GATED = ("minicpmv4_6",)
+FIRST = ("llava", "llava_onevision", "qwen2_5_vl", "internvl", "paligemma")
+OTHERS = [name for name in FAMILIES if name not in (*WINDOWED, *DEEP, *GATED, *FIRST)]
+families = pytest.mark.parametrize("family", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def layers(model):
+    base = model.base_model
+    return (getattr(base, "language_model", None) or base.text_model).layers
+
+
+def masked_from(model, number, dropped):
+    """Hooks on an eager model that hide dropped (B, L) columns from layer `number` on."""
+
+    def hook(layer, arguments, keywords):
+        mask = keywords["attention_mask"].clone()
+        mask.masked_fill_(dropped[:, None, None, : mask.shape[-1]], torch.finfo(mask.dtype).min)
+        return arguments, {**keywords, "attention_mask": mask}
+
+    return [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers(model)[number:]]
+
+
+def dropped_columns(model, inputs, info, new):
+    image = inputs["input_ids"] == model.config.image_token_id
+    dropped = torch.zeros(len(image), image.shape[1] + new, dtype=torch.bool)
+    for row, (places, kept) in enumerate(zip(image, info.kept)):
+        columns = places.nonzero().flatten()
+        gone = torch.ones(len(columns), dtype=torch.bool)
+        gone[kept] = False
+        dropped[row, columns[gone]] = True
+    return dropped
+
+
+@families
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+def test_later_layers_see_what_is_not_masked(family, method):
+    model, inputs, new = tiny(family, "eager").model, tiny(family).prompt(ROWS), 5
+    length = inputs["input_ids"].shape[1]
+    with prune(model, method, keep=0.2, after_layer=1) as record:
+        short = answer(model, inputs, tokens=new)
+    info = record.info
+    assert info.tokens_after == [max(1, round(0.2 * tokens)) for tokens in info.tokens_before]
+    hooks = masked_from(model, 1, dropped_columns(model, inputs, info, new))
+    try:
+        masked = answer(model, inputs, tokens=new)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(short.sequences, masked.sequences)
+    for ours, theirs in zip(short.logits, masked.logits):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    whole, cut = short.past_key_values.layers
+    assert whole.keys.shape[2] == length + new - 1 and cut.get_seq_length() == length + new - 1
+    real = inputs["attention_mask"].sum(1) - torch.tensor(info.tokens_before) + torch.tensor(info.tokens_after)
+    assert cut.keys.shape[2] == int(real.max()) + new - 1
+    assert cut.keys.untyped_storage().nbytes() == cut.keys.nbytes < whole.keys.nbytes
+
+
+@families
+def test_backends_agree_and_keeping_all_changes_nothing(family):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    plain = answer(model, inputs)
+    with prune(model, "fastv", keep=1.0, after_layer=1):
+        same = answer(model, inputs)
+    assert torch.equal(plain.sequences, same.sequences) and all(map(torch.equal, plain.logits, same.logits))
+    with prune(model, "fastv", keep=0.3, after_layer=1) as record:
+        short, kept = answer(model, inputs), record.info.kept
+    with prune(tiny(family, "eager").model, "fastv", keep=0.3, after_layer=1) as record:
+        eager = answer(tiny(family, "eager").model, inputs)
+    assert all(map(torch.equal, kept, record.info.kept))
+    for ours, theirs in zip(short.logits, eager.logits):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_equals_its_rows(beams):
+    rows, options = ((0,), (1, 2), (2,)), dict(num_beams=beams, num_return_sequences=beams)
+    made = tiny("llava_next")
+    whole = made.prompt(rows)
+    with prune(made.model, "fastv", keep=0.2, after_layer=1):
+        batch = answer(made.model, whole, **options).sequences[:, whole["input_ids"].shape[1] :]
+        for row, together in enumerate(batch.view(len(rows), beams, -1)):
+            real, alone = whole["attention_mask"][row].bool(), made.prompt((rows[row],))
+            alone |= {name: whole[name][row, real][None] for name in ("input_ids", "attention_mask")}
+            out = answer(made.model, alone, **options).sequences[:, int(real.sum()) :]
+            assert torch.equal(out, together)
+
+
+def test_scores_are_the_last_row_of_attention():
+    made = tiny("llava", "eager")
+    inputs = made.prompt()
+    weights = made.model(**inputs, output_attentions=True).attentions[0][0, :, -1].mean(0)
+    image = (inputs["input_ids"][0] == made.model.config.image_token_id).nonzero().flatten()
+    with prune(made.model, "fastv", keep=9, after_layer=1) as record:
+        made.model(**inputs)
+    assert torch.equal(record.info.kept[0], weights[image].topk(9).indices.sort().values)
+
+
+def deep(attention="sdpa"):
+    """LLaVA-NeXT with five layers."""
+    import tiny_models
+
+    return LlavaNext(attention, text={**tiny_models.TEXT, "num_hidden_layers": 5})
+
+
+def test_a_pyramid_has_shorter_and_shorter_caches():
+    made = deep("eager")
+    inputs = made.prompt()
+    length, tokens = inputs["input_ids"].shape[1], int((inputs["input_ids"] == 99).sum())
+    attention = made.model(**inputs, output_attentions=True).attentions[1][0, :, -1].mean(0)
+    image = (inputs["input_ids"][0] == 99).nonzero().flatten()
+    with prune(made.model, "pyramiddrop", keep=0.125) as record:
+        out = answer(made.model, inputs, tokens=3)
+        held = [layer.keys.shape[2] - 2 - (length - tokens) for layer in out.past_key_values.layers]
+    assert held == [tokens, round(tokens * 0.5), round(tokens * 0.25), round(tokens * 0.125), round(tokens * 0.125)]
+    assert record.info.tokens_after == [held[-1]]
+    with prune(made.model, "pyramiddrop", keep=0.5, after_layer=1) as record:
+        made.model(**inputs)
+    expected = attention[image].topk(round(tokens * 0.5)).indices.sort().values
+    assert torch.equal(record.info.kept[0], expected), "the row of the layer behind the cut"
+
+
+def test_the_conversation_goes_on_inside_the_block():
+    made = deep()
+    inputs, question = made.prompt(((0,), (1,))), torch.tensor([[5, 6, 7], [8, 9, 4]])
+    with prune(made.model, "fastv", keep=0.2, after_layer=2) as record:
+        first = answer(made.model, inputs)
+        ids = torch.cat((first.sequences, question), dim=1)
+        mask = torch.cat((inputs["attention_mask"], torch.ones(2, 7, dtype=torch.long)), dim=1)
+        at_once = made.model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False
+        )
+        again = answer(made.model, inputs)
+        step = torch.cat((first.sequences[:, -1:], question), dim=1)
+        for place in range(4):
+            seen = mask[:, : inputs["input_ids"].shape[1] + 4 + place]
+            logits = made.model(
+                input_ids=step[:, place : place + 1],
+                attention_mask=seen,
+                position_ids=(seen.sum(1) - 1)[:, None],
+                past_key_values=again.past_key_values,
+            ).logits
+    assert record.info.tokens_after[0] < record.info.tokens_before[0]
+    assert all(isinstance(layer, ShortLayer) for layer in first.past_key_values.layers[2:])
+    assert torch.equal(at_once[:, ids.shape[1]], logits[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("family", [*WINDOWED, *DEEP, *GATED])
+def test_families_that_cannot_be_cut_inside(family):
+    reason = "window" if family in WINDOWED else "first 2 layers" if family in DEEP else "queries of minicpmv4_6"
+    with pytest.raises(StudioError, match=reason):
+        with prune(tiny(family).model, "fastv", after_layer=1):
+            pass
+    assert "forward" not in tiny(family).model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(method="fastv", after_layer=0), "from 1 to 1"),
+        (dict(method="fastv", after_layer=2), "from 1 to 1"),
+        (dict(method="fastv", after_layer=(1, 1)), "ascending"),
+        (dict(method="hired", after_layer=1), "vision tower"),
+        (dict(method="other", after_layer=1), "fastv, pyramiddrop"),
+        (dict(method="fastv", after_layer=1, keep=2.0), "fraction"),
+        (dict(method="fastv", after_layer=1, positions="compact"), "no positions"),
+        (dict(method="divprune", after_layer=1, tau=3), "no tau"),
+    ],
+)
+def test_refused_settings(settings, message):
+    with pytest.raises(StudioError, match=message), prune(tiny("llava").model, **settings):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(use_cache=False), "needs a cache"),
+        (dict(cache_implementation="static"), "cache_implementation"),
+        (dict(prefill_chunk_size=8), "prefill_chunk_size"),
+    ],
+)
+def test_refused_calls(more, message):
+    made = tiny("llava")
+    with prune(made.model, "fastv", keep=0.3, after_layer=1), pytest.raises(StudioError, match=message):
+        made.model.generate(**made.prompt(), max_new_tokens=2, **more)
+    with pytest.raises(StudioError, match="studio.prune"):
+        prune_inputs(made.model, made.prompt(), "fastv")
+
+
+def test_labels_are_refused():
+    made = tiny("llava")
+    with prune(made.model, "fastv", keep=0.3, after_layer=1), pytest.raises(StudioError, match="Labels"):
+        made.model(**made.prompt(labels=True))
+
+
+def test_threads_with_cuts_of_their_own():
+    made = tiny("llava_next")
+    prompts = {keep: made.prompt(((number,),)) for number, keep in enumerate((0.2, 0.5, 0.8))}
+
+    def ask(keep):
+        with torch.no_grad(), prune(made.model, "fastv", keep=keep, after_layer=1) as record:
+            return answer(made.model, prompts[keep]).sequences, record.info.tokens_after
+
+    alone = [ask(keep) for keep in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            for (found, tokens), (expected, wanted) in zip(pool.map(ask, prompts), alone, strict=True):
+                assert torch.equal(found, expected) and tokens == wanted
