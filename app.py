@@ -3,10 +3,10 @@
 from importlib.util import find_spec
 
 if find_spec("spaces"):
-    import spaces  # noqa: F401 - before torch, whose GPU it lends
+    pass
 
 from studio.ui.app import build_app, launch_settings
-from studio.ui.lending import place
+from studio.ui.server.zerogpu import place
 
 MODEL = "emoji-ar"
 

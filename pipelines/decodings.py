@@ -5,18 +5,17 @@ from dataclasses import dataclass, field
 
 from studio.checks import check_choice, check_integer
 from studio.decoding.autoregressive import Autoregressive
-from studio.decoding.cell_by_cell import CellByCell
-from studio.decoding.continuous_speculative import ContinuousSpeculative
-from studio.decoding.dimension_wise import DimensionWise
+from studio.decoding.cspd import ContinuousSpeculative
 from studio.decoding.distilled import Distilled
+from studio.decoding.eagle import OwnDrafts
 from studio.decoding.fastest_exact import FastestExact
-from studio.decoding.first_hitting import FirstHitting
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
-from studio.decoding.masked_autoregressive import MaskedAutoregressive
-from studio.decoding.own_drafts import OwnDrafts
-from studio.decoding.residual_unmasking import ResidualUnmasking
+from studio.decoding.mar import MaskedAutoregressive
+from studio.decoding.resgen import FirstHitting, ResidualUnmasking
+from studio.decoding.rq_transformer import CellByCell
 from studio.decoding.speculative import Speculative
+from studio.decoding.token_bridge import DimensionWise
 from studio.errors import StudioError
 
 

@@ -6,17 +6,8 @@ import torch
 from diffusers.utils import logging
 
 from studio.checks import check_number
-from studio.decoding.continuous_speculative import (
-    ContinuousDrawn,
-    ContinuousSpeculative,
-    check_pair,
-    continuous_speculative,
-)
-from studio.decoding.masked_autoregressive import (
-    MaskedAutoregressive,
-    MaskedDrawn,
-    masked_autoregressive,
-)
+from studio.decoding.cspd import ContinuousDrawn, ContinuousSpeculative, check_pair, continuous_speculative
+from studio.decoding.mar import MaskedAutoregressive, MaskedDrawn, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
 from studio.pipelines.base import ConditionalPipeline, timed

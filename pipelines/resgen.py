@@ -4,9 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from studio.decoding.residual_laws import LAWS
-from studio.decoding.residual_steps import ResidualSteps
-from studio.decoding.residual_unmasking import ResidualDrawn, ResidualUnmasking, residual_unmasking
+from studio.decoding.resgen import LAWS, ResidualDrawn, ResidualSteps, ResidualUnmasking, residual_unmasking
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen

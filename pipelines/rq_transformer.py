@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from studio.decoding.cell_by_cell import CellByCell, cell_by_cell
+from studio.decoding.rq_transformer import CellByCell, cell_by_cell
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.rq_transformer import RQTransformer
@@ -68,7 +68,7 @@ class RQTransformerPipeline(ResidualPipeline):
         if transformer.config.caption_words is not None:
             raise StudioError(
                 "This RQ-Transformer reads words as numbers of its own, which no pipeline can tell: draw with "
-                "studio.decoding.cell_by_cell, or take one of classes or of a text encoder."
+                "studio.decoding.rq_transformer, or take one of classes or of a text encoder."
             )
         self.register_modules(
             image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer

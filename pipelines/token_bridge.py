@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from studio.decoding.dimension_wise import DimensionWise, dimension_wise
 from studio.decoding.sampling import Sampling
+from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.base import ConditionalPipeline, timed

@@ -13,12 +13,12 @@ from studio.checks import check_integer, check_number, check_text
 from studio.errors import StudioError
 from studio.pictures import rgb_image
 from studio.pipelines.chat_template import bounded_render, check_template, reading
-from studio.pruning.binding import prune as pruning
-from studio.pruning.binding import prune_inputs
-from studio.pruning.compressing import compress
-from studio.pruning.families import family_of
-from studio.pruning.methods import INSIDE
-from studio.pruning.patches import PatchView, patch_views
+from studio.pruning.adapters import family_of
+from studio.pruning.api import prune as pruning
+from studio.pruning.api import prune_inputs
+from studio.pruning.kv_cache import compress
+from studio.pruning.layout import PatchView, patch_views
+from studio.pruning.registry import INSIDE
 from studio.pruning.shortening import PruneInfo
 
 MAX_QUESTION_CHARACTERS = 2000

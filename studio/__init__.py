@@ -24,17 +24,16 @@ if not (Path(__file__).parent / "pipelines").is_dir():
 if TYPE_CHECKING:
     from studio.checkpoints.loading import load
     from studio.decoding.autoregressive import Autoregressive
-    from studio.decoding.cell_by_cell import CellByCell
-    from studio.decoding.continuous_speculative import ContinuousSpeculative
-    from studio.decoding.dimension_wise import DimensionWise
+    from studio.decoding.cspd import ContinuousSpeculative
     from studio.decoding.distilled import Distilled
     from studio.decoding.fastest_exact import FastestExact
-    from studio.decoding.first_hitting import FirstHitting
     from studio.decoding.jacobi import Jacobi
     from studio.decoding.lantern import Lantern, LanternPlusPlus
-    from studio.decoding.masked_autoregressive import MaskedAutoregressive
-    from studio.decoding.residual_unmasking import ResidualUnmasking
+    from studio.decoding.mar import MaskedAutoregressive
+    from studio.decoding.resgen import FirstHitting, ResidualUnmasking
+    from studio.decoding.rq_transformer import CellByCell
     from studio.decoding.speculative import Speculative
+    from studio.decoding.token_bridge import DimensionWise
     from studio.errors import StudioError
     from studio.models.distilled import DistilledStudent
     from studio.models.llamagen import LlamaGen
@@ -42,13 +41,7 @@ if TYPE_CHECKING:
     from studio.models.resgen import ResGen
     from studio.models.rq_transformer import RQTransformer
     from studio.models.token_bridge import TokenBridge
-    from studio.pipelines.decodings import (
-        DECODINGS,
-        decoding_named,
-        decodings_for,
-        decodings_with,
-        default_decoding,
-    )
+    from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for, decodings_with, default_decoding
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.mar import MARPipeline
     from studio.pipelines.odp_file import OdpFile
@@ -57,9 +50,9 @@ if TYPE_CHECKING:
     from studio.pipelines.rq_transformer import RQTransformerPipeline
     from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
-    from studio.pruning.binding import prune, prune_inputs
-    from studio.pruning.compressing import compress
-    from studio.pruning.methods import pruning_methods
+    from studio.pruning.api import prune, prune_inputs
+    from studio.pruning.kv_cache import compress
+    from studio.pruning.registry import pruning_methods
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.one_d_piece import OneDPieceTokenizer
     from studio.tokenizers.rvq import RVQTokenizer
@@ -68,14 +61,14 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
-    "CellByCell": "studio.decoding.cell_by_cell",
-    "ContinuousSpeculative": "studio.decoding.continuous_speculative",
+    "CellByCell": "studio.decoding.rq_transformer",
+    "ContinuousSpeculative": "studio.decoding.cspd",
     "DECODINGS": "studio.pipelines.decodings",
-    "DimensionWise": "studio.decoding.dimension_wise",
+    "DimensionWise": "studio.decoding.token_bridge",
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
     "FastestExact": "studio.decoding.fastest_exact",
-    "FirstHitting": "studio.decoding.first_hitting",
+    "FirstHitting": "studio.decoding.resgen",
     "Jacobi": "studio.decoding.jacobi",
     "KLTokenizer": "studio.tokenizers.kl",
     "Lantern": "studio.decoding.lantern",
@@ -84,7 +77,7 @@ _EXPORTS = {
     "LlamaGenPipeline": "studio.pipelines.llamagen",
     "MAR": "studio.models.mar",
     "MARPipeline": "studio.pipelines.mar",
-    "MaskedAutoregressive": "studio.decoding.masked_autoregressive",
+    "MaskedAutoregressive": "studio.decoding.mar",
     "OdpFile": "studio.pipelines.odp_file",
     "OneDPieceTokenizer": "studio.tokenizers.one_d_piece",
     "RQTransformer": "studio.models.rq_transformer",
@@ -92,7 +85,7 @@ _EXPORTS = {
     "RVQTokenizer": "studio.tokenizers.rvq",
     "ResGen": "studio.models.resgen",
     "ResGenPipeline": "studio.pipelines.resgen",
-    "ResidualUnmasking": "studio.decoding.residual_unmasking",
+    "ResidualUnmasking": "studio.decoding.resgen",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
     "TokenBridge": "studio.models.token_bridge",
@@ -100,7 +93,7 @@ _EXPORTS = {
     "TokenBridgeTokenizer": "studio.tokenizers.token_bridge",
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
-    "compress": "studio.pruning.compressing",
+    "compress": "studio.pruning.kv_cache",
     "decode_picture": "studio.pipelines.picture_codec",
     "decoding_named": "studio.pipelines.decodings",
     "decodings_for": "studio.pipelines.decodings",
@@ -108,9 +101,9 @@ _EXPORTS = {
     "default_decoding": "studio.pipelines.decodings",
     "encode_picture": "studio.pipelines.picture_codec",
     "load": "studio.checkpoints.loading",
-    "prune": "studio.pruning.binding",
-    "prune_inputs": "studio.pruning.binding",
-    "pruning_methods": "studio.pruning.methods",
+    "prune": "studio.pruning.api",
+    "prune_inputs": "studio.pruning.api",
+    "pruning_methods": "studio.pruning.registry",
 }
 
 __all__ = [

@@ -11,14 +11,14 @@ import typer
 
 from studio import __version__
 from studio.commands import bench, convert, data, space
-from studio.commands.asking import ask
-from studio.commands.compressing import detokenize, rate_distortion, tokenize
-from studio.commands.drawing import generate
-from studio.commands.hub import push
-from studio.commands.installation import doctor, models, ui
+from studio.commands.ask import ask
+from studio.commands.generate import generate
+from studio.commands.info import doctor, models, ui
+from studio.commands.push import push
 from studio.commands.restoring import bench_tokenizers
-from studio.commands.serving import bench_serve, serve
-from studio.commands.training import evaluate, train
+from studio.commands.serve import bench_serve, serve
+from studio.commands.tokenize import detokenize, rate_distortion, tokenize
+from studio.commands.train import evaluate, train
 from studio.console import complain, emit_error, only_json_on_stdout, say, warn
 from studio.errors import StudioError
 from studio.processes import launch_problem

@@ -17,8 +17,7 @@ from studio import (
     decoding_named,
 )
 from studio.checks import check_integer, check_number, check_text, json_text, shown
-from studio.decoding.ngram import NGram
-from studio.decoding.recycling import Recycling
+from studio.decoding.drafts import NGram, Recycling
 from studio.decoding.sampling import Sampling
 from studio.decoding.trees import DynamicTree, StaticTree
 from studio.errors import StudioError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from documents import ROOT, blocks, commands, dead_links, parse  # noqa: E402
+from documents import ROOT, blocks, commands, dead_links, parse
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 LINES = sorted({line for text in PAGES.values() for line in commands(text)})

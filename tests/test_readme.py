@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from documents import ROOT, blocks, commands, dead_links, parse  # noqa: E402
+from documents import ROOT, blocks, commands, dead_links, parse
 
-from studio.evaluation.printed import printed_by  # noqa: E402
+from studio.bench.report import printed_by
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)

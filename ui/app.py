@@ -4,14 +4,14 @@ from importlib.util import find_spec
 
 import gradio as gr
 
-from studio.ui import ask, compare, generate, tokenize
-from studio.ui.actions import ON_THE_MODEL
-from studio.ui.components import header
-from studio.ui.deep_link import connect_link
-from studio.ui.examples import EXAMPLE_FILES
-from studio.ui.failures import Page
-from studio.ui.passing import connect_outlet
-from studio.ui.theme import CSS, studio_theme
+from studio.ui.server.deep_link import connect_link
+from studio.ui.server.failures import Page
+from studio.ui.server.send_to import connect_outlet
+from studio.ui.tabs import ask, compare, generate, tokenize
+from studio.ui.tabs.actions import ON_THE_MODEL
+from studio.ui.tabs.components import header
+from studio.ui.tabs.examples import EXAMPLE_FILES
+from studio.ui.tabs.theme import CSS, studio_theme
 
 _HOUR = 3600
 _LIGHT = 64  # places for what needs no model
@@ -23,7 +23,7 @@ def build_app(model="emoji-ar", places=None):
 
     Args:
         model: what `studio.load` takes: a bundled name, a model folder or a Hub id.
-        places: how many requests for a model may be under way, where `studio.ui.worker` has queues for them; `None` to
+        places: how many requests for a model may be under way, where `studio.ui.server.worker` has queues for them; `None` to
             have one under way and the others wait in Gradio's queue.
 
     Returns:
@@ -72,12 +72,12 @@ def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", places=None, **sett
         port: port to listen on.
         model: what `studio.load` takes.
         places: see `build_app`.
-        settings: passed on to `studio.ui.server.run`.
+        settings: passed on to `studio.ui.server.run.run`.
 
     Raises:
         StudioError: nothing can listen there.
     """
-    from studio.ui.server import run
+    from studio.ui.server.run import run
 
     blocks = build_app(model, places)
     blocks.max_threads = blocks._queue.max_thread_count = _LIGHT + (_ALONE if places is None else places)

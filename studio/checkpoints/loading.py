@@ -16,12 +16,12 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from studio.backends import native_library
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, folder_of_model, unknown_name
 from studio.checkpoints.foreign import check_folder, check_sizes, check_weights, read_json
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.checks import first_line, shown
 from studio.errors import StudioError
-from studio.models import native_library
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen

@@ -60,7 +60,7 @@ def decoding(
         of_models = {"--model": model, "--decoding": only, "--quick": quick, "--save": save, "--figure": figure}
         if wrong := [flag for flag, value in of_models.items() if value]:
             raise StudioError(f"{' and '.join(wrong)} cannot go with --random: leave one side out.")
-        from studio.evaluation.bench_decoding import bench_decoding as measure
+        from studio.bench.decoding import bench_decoding as measure
 
         result = measure(
             random=random,
@@ -77,8 +77,7 @@ def decoding(
     if only and save:
         raise StudioError("--save keeps what is known of all decodings: leave --decoding out.")
     check_figure(figure)
-    from studio.evaluation.bench_tradeoff import bench_tradeoff
-    from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
+    from studio.bench.tradeoff import bench_tradeoff, tradeoff_chart, tradeoff_table
 
     sizes = tuple(batch or (1, 8))
     result = bench_tradeoff(
@@ -134,15 +133,14 @@ def pruning(
         of_models = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
         if wrong := [flag for flag, value in of_models.items() if value is not None]:
             raise StudioError(f"{' and '.join(wrong)} belongs to --model: add --model emoji-vlm, or leave it out.")
-        from studio.evaluation.bench_pruning import bench_pruning as measure
+        from studio.bench.pruning import bench_pruning as measure
 
         result = measure(device=device or "cpu", **chosen)
         emit(result)
         _say_rows(result["rows"])
         return
     check_figure(figure)
-    from studio.evaluation.bench_reading import bench_reading
-    from studio.evaluation.reading_figure import reading_chart, reading_table
+    from studio.bench.reading import bench_reading, reading_chart, reading_table
 
     quiet_libraries()
     asked = {"scenes": scenes} if scenes else {}
@@ -163,7 +161,7 @@ def verify(
     as_json: Json = False,
 ):
     """Time LANTERN's verification of a draft tree, beside a plain textbook loop."""
-    from studio.evaluation.bench_verify import bench_verify
+    from studio.bench.verify import bench_verify
 
     result = bench_verify(vocab=vocab, nodes=nodes, k=k)
     emit(result)
@@ -187,7 +185,7 @@ def cost(
     """Time a step and calls for several positions: the tokens a call at which speculation breaks even here."""
     if model is not None and preset is not None:
         raise StudioError("--model and --preset exclude each other: leave one of them out.")
-    from studio.evaluation.bench_cost import bench_cost
+    from studio.bench.cost import bench_cost
 
     quiet_libraries()
     result = bench_cost(model or "emoji-ar", preset=preset, device=device)
@@ -200,7 +198,7 @@ def contention(
     as_json: Json = False,
 ):
     """Time one image on the CPU with the machine idle, and with a busy process for each core."""
-    from studio.evaluation.bench_contention import bench_contention
+    from studio.bench.contention import bench_contention
 
     quiet_libraries()
     result = bench_contention(model)
@@ -222,7 +220,7 @@ def mar(
     as_json: Json = False,
 ):
     """Time masked autoregressive drawing of continuous tokens, beside a plain textbook sampler."""
-    from studio.evaluation.bench_mar import bench_mar as measure
+    from studio.bench.mar import bench_mar as measure
 
     result = measure(random=random, guidance_scale=guidance, batch=batch, device=device or "cpu")
     emit(result)
@@ -242,7 +240,7 @@ def residual(
     as_json: Json = False,
 ):
     """Judge pictures of a ResGen over the number of calls and the levels that are decoded."""
-    from studio.evaluation.bench_residual import STEPS, bench_residual, residual_table
+    from studio.bench.residual import STEPS, bench_residual, residual_table
 
     result = bench_residual(model, steps=tuple(steps or STEPS), samples=samples, device=device)
     emit(result)
@@ -258,7 +256,7 @@ def everything(
     as_json: Json = False,
 ):
     """Measure anew what documents show: runs the command beside every table, and writes there what it prints."""
-    from studio.evaluation.printed import renew
+    from studio.bench.report import renew
 
     chosen = documents or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
     if not chosen:
@@ -270,6 +268,6 @@ def everything(
 
 
 def _say_rows(rows):
-    from studio.evaluation.tables import records_table
+    from studio.bench.report import records_table
 
     say(records_table(rows))

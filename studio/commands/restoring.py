@@ -28,9 +28,9 @@ def bench_tokenizers(
     as_json: Json = False,
 ):
     """Compare tokenizers: size, restoration, speed, and what wrong tokens do."""
-    from studio.evaluation.bench_tokenizers import bench_tokenizers as measure
+    from studio.bench.report import records_table
+    from studio.bench.tokenizers import bench_tokenizers as measure
     from studio.evaluation.robustness import GRID
-    from studio.evaluation.tables import records_table
 
     quiet_libraries()
     grid = tuple(_perturbation(text) for text in perturbation) if perturbation else GRID

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.hub import DryRun, Private, check_repo_id, readable_size, report, upload
 from studio.commands.options import Json
+from studio.commands.push import DryRun, Private, check_repo_id, readable_size, report, upload
 from studio.console import emit, say
 from studio.space import build_space
 

@@ -4,6 +4,8 @@ With classifier-free guidance (arXiv:2207.12598) the conditional rows and their 
 the same token: `logits = null + scale * (conditional - null)`. Inside the guidance interval only (LlamaGen,
 arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the null rows leave
 the batch and the cache, and a step costs half.
+
+Classifier-free guidance (arXiv:2207.12598) when the tokens of one call stand at different places of the picture.
 """
 
 import time
@@ -14,6 +16,34 @@ import torch
 
 from studio.checks import check_choice
 from studio.decoding.sampling import Sampling
+
+
+@dataclass
+class Guidance:
+    """Scale and interval as of `autoregressive`; `streams` is 2 while null rows follow the conditional ones, else 1."""
+
+    scale: float
+    interval: int
+    streams: int
+
+    def combine(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Logits (B, n, V) out of those of all rows (B or 2B, n, V); `index` (B, n) is of the token they predict."""
+        if self.streams == 1:
+            return logits
+        guided = guided_logits(logits, self.scale)
+        if self.interval < 0:
+            return guided
+        inside = (index == 0) | (index - 1 <= self.interval)
+        return torch.where(inside[:, :, None], guided, logits[: len(guided)])
+
+    def rows(self, per_picture: torch.Tensor) -> torch.Tensor:
+        """What belongs to pictures (B, ...), for all rows."""
+        return torch.cat((per_picture, per_picture)) if self.streams == 2 else per_picture
+
+    def is_over(self, length: int) -> bool:
+        """Whether no token behind the first `length` is guided, though null rows are still there."""
+        return self.streams == 2 and 0 <= self.interval < length - 1
+
 
 WEIGHTS = ("auto", "plain", "native", "float32", "float16", "int8")
 

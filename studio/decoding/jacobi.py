@@ -31,9 +31,8 @@ from dataclasses import dataclass, field
 import torch
 
 from studio.decoding.acceptance import Relaxation, borrowed_mass
-from studio.decoding.autoregressive import Autoregressive, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.call_cost import least_call_seconds
-from studio.decoding.guidance import Guidance
 from studio.decoding.reporting import Reporter, SpeculativeDrawn
 from studio.decoding.sampling import Sampling, fill_exponential, sample_rows
 from studio.decoding.verification import is_likeliest

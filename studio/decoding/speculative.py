@@ -21,11 +21,10 @@ import torch
 
 from studio.checks import shown
 from studio.decoding.acceptance import Relaxation
-from studio.decoding.autoregressive import Autoregressive, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.drafts import DraftSource, Progress, Setting
-from studio.decoding.guidance import Guidance
+from studio.decoding.eagle import OwnDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
-from studio.decoding.own_drafts import OwnDrafts
 from studio.decoding.reporting import Reporter, SpeculativeDrawn
 from studio.decoding.sampling import Sampling, sample_rows
 from studio.decoding.trees import Tree

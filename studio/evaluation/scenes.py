@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
-from studio.pruning.binding import prune, prune_inputs
-from studio.pruning.methods import METHODS
+from studio.pruning.api import prune, prune_inputs
+from studio.pruning.registry import METHODS
 
 KEEPS = (0.5, 0.2, 0.1, 0.05)
 _STREAM = 1_000_000_007

@@ -22,11 +22,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.conditions import CaptionEmbedder, ClassEmbedder
-from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
+from studio.models.llama_blocks import Block, CaptionEmbedder, ClassEmbedder, RMSNorm, check_layout, default_ffn_dim
 from studio.models.llamagen import LlamaGen
 from studio.models.plan import plan_reader
-from studio.models.positions import check_layout
 
 
 class RegressionHead(nn.Module):

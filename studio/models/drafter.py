@@ -8,7 +8,7 @@ target, with no norm before the first attention. Position i is turned like the c
 Deviations from the authors' code: padding of captions is hidden from attention, as in the target; beside the embedding
 of a token stands the plan for the cell behind it, where the target has one.
 
-Scope: the network. How drafts are made with it is in `studio.decoding.drafter_drafts`.
+Scope: the network. How drafts are made with it is in `studio.decoding.eagle`.
 """
 
 import torch
@@ -18,10 +18,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.llama_blocks import Block, default_ffn_dim
+from studio.models.kv_cache import TreeCache
+from studio.models.llama_blocks import Block, check_layout, default_ffn_dim, rope_table
 from studio.models.llamagen import LlamaGen
-from studio.models.positions import check_layout, rope_table
-from studio.models.tree_cache import TreeCache
 
 
 class Drafter(ModelMixin, ConfigMixin):
@@ -162,7 +161,7 @@ class Drafter(ModelMixin, ConfigMixin):
         return self._run(x if plan is None else x + plan[:, :n], self.rope()[:n], mask, None)
 
     def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.models.views`).
+        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.backends.select`).
 
         Errors: `StudioError` when `read_embeddings` is needed and was not called.
         """
@@ -171,7 +170,7 @@ class Drafter(ModelMixin, ConfigMixin):
                 "This drafter reads the token embeddings of its model: load the two as one pipeline, "
                 "or call drafter.read_embeddings(model)."
             )
-        from studio.models.views import drafter_view
+        from studio.backends.select import drafter_view
 
         return drafter_view(self, weights)
 

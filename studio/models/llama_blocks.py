@@ -1,11 +1,134 @@
-"""Blocks of a Llama-style decoder as LlamaGen has them (arXiv:2406.06525), under the authors' parameter names."""
+"""Blocks of a Llama-style decoder as LlamaGen has them (arXiv:2406.06525), under the authors' parameter names.
+
+Rotary positions of image tokens behind a prefix, in a grid or in a row (arXiv:2104.09864).
+
+What an image model is conditioned on: a class, or the states of a text encoder, as LlamaGen embeds them.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from studio.errors import StudioError
 from studio.models.kv_cache import KVCache
-from studio.models.positions import rotate
+
+
+class ClassEmbedder(nn.Module):
+    """A table of classes; its last row is the null class."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+        if drop is not None:
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)[:, None]
+
+
+class CaptionProjection(nn.Module):
+    """Two linear layers with the tanh form of GELU between them."""
+
+    def __init__(self, caption_dim: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Projected caption vectors; a dropped row becomes the fixed (never trained) null caption."""
+
+    def __init__(self, caption_dim: int, caption_length: int, dim: int):
+        super().__init__()
+        self.cap_proj = CaptionProjection(caption_dim, dim)
+        self.register_buffer("uncond_embedding", torch.randn(caption_length, caption_dim) / caption_dim**0.5)
+
+    def forward(self, captions: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+        if drop is not None:
+            captions = torch.where(drop[:, None, None], self.uncond_embedding.to(captions.dtype), captions)
+        return self.cap_proj(captions)
+
+
+def left_pad(captions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the valid vectors of captions (B, T, C) to the end, in order, and zeroes the padding.
+
+    `mask` (B, T) is true at valid vectors, wherever they are; rows that are left-padded already come back unchanged.
+    """
+    mask = mask.bool()
+    order = torch.argsort(mask.int(), dim=1, stable=True)
+    mask = mask.gather(1, order)
+    captions = captions.gather(1, order[:, :, None].expand_as(captions))
+    return captions * mask[:, :, None].to(captions.dtype), mask
+
+
+def prefix_mask(valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Attention mask (B, 1, length, length), true where a query sees a key: causal and not padding, or itself.
+
+    `valid` (B, T) is true at the first T positions that are no padding; without it there is no mask to make.
+    """
+    if valid is None:
+        return None
+    mask = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril().repeat(len(valid), 1, 1)
+    mask[:, :, : valid.shape[1]] &= valid[:, None, :length]
+    mask.diagonal(dim1=1, dim2=2).fill_(True)
+    return mask[:, None]
+
+
+def check_layout(grid_size: int | None, row_length: int | None) -> None:
+    """Raises a `StudioError` unless image tokens are either a grid or a row."""
+    if (grid_size is None) == (row_length is None) or (row_length is not None and row_length < 1):
+        raise StudioError(
+            "Image tokens are a grid or a row: give grid_size, or row_length of at least 1 and grid_size=None; got "
+            f"grid_size {grid_size!r} and row_length {row_length!r}."
+        )
+
+
+def rope_table(
+    grid_size: int | None,
+    head_dim: int,
+    prefix_length: int,
+    base: float,
+    prefix_rope: str,
+    row_length: int | None = None,
+) -> torch.Tensor:
+    """Rotation (cos, sin) for every position: (prefix_length + image tokens, head_dim // 2, 2), float32.
+
+    An image token in cell (row, column) of a grid turns the first half of its pairs by row and the second half by
+    column; one in a row of `row_length` turns all pairs by its place (arXiv:2104.09864). Prefix positions get
+    cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation ("identity").
+
+    Errors: `StudioError` without a grid and without a row.
+    """
+    half = head_dim // 2
+    if row_length is not None:
+        frequencies = 1.0 / (base ** (torch.arange(half).float() / half))
+        image = torch.outer(torch.arange(row_length).float(), frequencies)
+    elif grid_size is not None:
+        frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
+        angles = torch.outer(torch.arange(grid_size).float(), frequencies)
+        rows = angles[:, None, :].expand(grid_size, grid_size, -1)
+        columns = angles[None, :, :].expand(grid_size, grid_size, -1)
+        image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
+    else:
+        raise StudioError("Positions are turned by their place in a grid or a row: give grid_size or row_length.")
+    prefix = torch.zeros(prefix_length, half, 2)
+    if prefix_rope == "identity":
+        prefix[..., 0] = 1.0
+    return torch.cat((prefix, torch.stack((image.cos(), image.sin()), dim=-1)))
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turns the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in float32.
+
+    A table (rows, n, head_dim // 2, 2) turns each row by its own.
+    """
+    cos, sin = table[..., None, :, 0], table[..., None, :, 1]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).type_as(x)
 
 
 def default_ffn_dim(dim: int) -> int:

@@ -7,7 +7,7 @@ as they are.
 
 Scope: the network, its training forward, and the calls that cached decoding needs: `new_cache`, `prefill`, `extend`,
 and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. How tokens are drawn is the
-business of `studio.decoding`; `studio.models.views` has the same network arranged for speed.
+business of `studio.decoding`; `studio.backends.select` has the same network arranged for speed.
 """
 
 import torch
@@ -17,12 +17,19 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad, prefix_mask
-from studio.models.kv_cache import KVCache
-from studio.models.llama_blocks import Block, RMSNorm, default_ffn_dim
+from studio.models.kv_cache import KVCache, TreeCache
+from studio.models.llama_blocks import (
+    Block,
+    CaptionEmbedder,
+    ClassEmbedder,
+    RMSNorm,
+    check_layout,
+    default_ffn_dim,
+    left_pad,
+    prefix_mask,
+    rope_table,
+)
 from studio.models.plan import check_plan, plan_reader
-from studio.models.positions import check_layout, rope_table
-from studio.models.tree_cache import TreeCache
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
@@ -237,14 +244,14 @@ class LlamaGen(ModelMixin, ConfigMixin):
         return self.output(x[:, prefix.shape[1] - 1 :]).float()
 
     def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the model as it is, or a faster view of it (`studio.models.views`)."""
-        from studio.models.views import view_of
+        """What a decoding loop calls: the model as it is, or a faster view of it (`studio.backends.select`)."""
+        from studio.backends.select import view_of
 
         return view_of(self, weights)
 
     def weight_sums(self) -> list[float]:
         """A number for each of the weights, by which models of one configuration can be told apart."""
-        from studio.models.views import weight_sums
+        from studio.backends.select import weight_sums
 
         return weight_sums(self)
 

@@ -10,8 +10,8 @@ condition; captions are also read as positions in front, and may hold a plan), a
 ablation under the same masking is `prediction="levels"`: one softmax over the codes for every level, each independent
 of the others.
 
-Scope: the network and its training loss. Hiding and drawing are in `studio.decoding.residual_masks` and
-`studio.decoding.residual_unmasking`.
+Scope: the network and its training loss. Hiding and drawing are in `studio.decoding.resgen` and
+`studio.decoding.resgen`.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.conditions import CaptionEmbedder, ClassEmbedder, left_pad
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
+from studio.models.llama_blocks import CaptionEmbedder, ClassEmbedder, left_pad
 from studio.models.plan import PlanEmbeddings, check_plan
 
 PREDICTIONS = ("mixture", "levels")

@@ -20,8 +20,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.conditions import CaptionEmbedder, left_pad, prefix_mask
 from studio.models.kv_cache import KVCache
+from studio.models.llama_blocks import CaptionEmbedder, left_pad, prefix_mask
 from studio.models.rq_blocks import Classifier, LevelEmbedding, Stack
 
 PRESETS: dict[str, dict[str, int]] = {

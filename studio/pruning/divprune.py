@@ -22,9 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from studio.pruning.budget import count
-from studio.pruning.layout import Layout, layout_for
-from studio.pruning.newlines import check_newline, with_newlines
+from studio.pruning.layout import Layout, check_newline, count, layout_for, with_newlines
 
 _BLOCK = 256
 _LARGEST_MATRIX = 16384

@@ -2,13 +2,23 @@
 
 A partition is one run of the vision tower: 0 is the thumbnail (the whole picture), 1, 2, ... are crops, row by row over
 a grid. The packed sequence is what the language model receives for the picture, in its order; padding is not in it.
+
+Which newline embeddings stay, so that newlines and content together are exactly the budget.
+
+How many tokens are kept, and how a number is divided among parts without losing any.
+
+Where kept tokens lie in the picture: the grids of patches that the vision tower saw.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 
 import torch
 
+from studio.checks import check_choice, shown
 from studio.errors import StudioError
 
 NEWLINE = -1
@@ -155,3 +165,211 @@ def layout_for(features: torch.Tensor, layout: Layout | None) -> Layout:
             f"The layout has {len(layout)} tokens, the features {len(features)}: give those of one picture."
         )
     return layout
+
+
+NEWLINES = ("row", "keep", "drop", "compete")
+
+
+def check_newline(newline: str, *, compete: bool) -> None:
+    """Errors: `StudioError` for an unknown name, and for "compete" with a method that has no score for newlines."""
+    check_choice("newline", newline, NEWLINES)
+    if newline == "compete" and not compete:
+        raise StudioError("This method has no score for newlines: choose row, keep or drop instead of compete.")
+
+
+def with_newlines(pick: Callable[[int], torch.Tensor], budget: int, layout: Layout, newline: str) -> torch.Tensor:
+    """Picks content tokens and adds newlines.
+
+    Args:
+        pick: for a number of content tokens, their places in the packed sequence; asked for at most `budget`.
+        budget: content and newlines together, at least 1 and less than all.
+        layout: of the packed sequence.
+        newline: "row" keeps the newline of every row that keeps a content token; "keep" keeps all; "drop" none.
+
+    Returns:
+        (budget,) places, sorted. "drop" gives fewer when there is less content than `budget`, and so does "row" in a
+        picture so narrow that rows hold nothing but a newline; "row" gives one fewer, or leaves out one newline, where
+        a budget of a few tokens has no room for both.
+
+    Errors: `StudioError` when "keep" leaves no room for content.
+    """
+    contents = len(layout.content)
+    if newline == "drop" or not len(layout.newlines):
+        return pick(min(budget, contents)).sort().values
+    if newline == "keep":
+        if budget <= len(layout.newlines):
+            raise StudioError(
+                f"{budget} tokens are no room for {len(layout.newlines)} newlines and content: keep more, or use 'row'."
+            )
+        return torch.cat((pick(budget - len(layout.newlines)), layout.newlines)).sort().values
+    return _with_rows(pick, budget, layout)
+
+
+def _rows(chosen: torch.Tensor, layout: Layout) -> torch.Tensor:
+    rows = layout.newline_of[chosen].unique()
+    return rows[rows >= 0]
+
+
+def _with_rows(pick, budget: int, layout: Layout) -> torch.Tensor:
+    most = min(budget, len(layout.content))
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        chosen = pick(middle)
+        low, high = (middle, high) if middle + len(_rows(chosen, layout)) <= budget else (low, middle - 1)
+    chosen = pick(low)
+    rows = _rows(chosen, layout)
+    missing = budget - len(chosen) - len(rows)
+    if missing < 0:
+        return chosen.sort().values
+    if missing:
+        taken, ends = torch.zeros(len(layout), dtype=torch.bool), layout.newline_of
+        taken[chosen] = True
+        preferred = torch.cat((pick(most), layout.content))
+        free = ~taken[preferred] & ((ends[preferred] < 0) | torch.isin(ends[preferred], rows))
+        places = dict.fromkeys(preferred[free].tolist())
+        chosen = torch.cat((chosen, torch.tensor([*places][:missing], dtype=torch.long)))
+    return torch.cat((chosen, rows)).sort().values
+
+
+def is_fraction(budget) -> bool:
+    return isinstance(budget, Real) and not isinstance(budget, Integral)
+
+
+def count(budget: int | float, total: int) -> int:
+    """The number of tokens a budget stands for.
+
+    Args:
+        budget: a whole number of tokens, from 1 up (more than `total` means all), or a fraction in (0, 1].
+        total: how many tokens there are.
+
+    Returns:
+        A number from 1 to `total`; a fraction is rounded as Python's `round` does.
+
+    Errors: `StudioError` for any other budget.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise StudioError(f"A budget is a number of tokens or a fraction above 0 and at most 1, not {shown(budget)}.")
+    if is_fraction(budget):
+        if not 0 < budget <= 1:
+            raise StudioError(f"Keep a fraction of the tokens above 0 and at most 1, not {shown(budget)}.")
+        return min(max(1, round(float(budget) * total)), total)
+    if budget < 1:
+        raise StudioError(f"Keep at least 1 token, not {shown(budget)}.")
+    return min(int(budget), total)
+
+
+def fraction(budget: int | float) -> float:
+    """The budget as the ratio the authors' code takes. Errors: `StudioError` for anything but a fraction in (0, 1]."""
+    if not is_fraction(budget) or not 0 < budget <= 1:
+        raise StudioError(f"The authors' numbers need a fraction above 0 and at most 1 as budget, not {budget!r}.")
+    return float(budget)
+
+
+def apportion(total: int, weights: list[float], caps: list[int]) -> list[int]:
+    """Divides `total` in proportion to `weights`, no part above its cap, by largest remainder.
+
+    What a cap cuts off goes to the other parts in proportion to their weights; parts without weight get something only
+    when the others are full, in proportion to the room they have.
+
+    Args:
+        total: at least 0; more than all caps together means all of them.
+        weights: one number of at least 0 for each part.
+        caps: the most each part can take.
+
+    Returns:
+        Whole numbers that add up to `min(total, sum(caps))`.
+    """
+    left = min(total, sum(caps))
+    shares = [0.0] * len(caps)
+    free = [part for part, cap in enumerate(caps) if cap > 0]
+    while free and left > 1e-9:
+        heavy = [part for part in free if weights[part] > 0]
+        weight = {part: weights[part] for part in heavy} or {part: float(caps[part] - shares[part]) for part in free}
+        scale = left / sum(weight.values())
+        full = [part for part, w in weight.items() if w * scale >= caps[part] - shares[part]]
+        for part in full or weight:
+            given = caps[part] - shares[part] if full else weight[part] * scale
+            shares[part] += given
+            left -= given
+        free = [part for part in free if part not in full] if full else []
+    return _whole(shares, caps, min(total, sum(caps)))
+
+
+def _whole(shares: list[float], caps: list[int], total: int) -> list[int]:
+    parts = [min(math.floor(share + 1e-9), cap) for share, cap in zip(shares, caps)]
+    by_remainder = sorted(range(len(parts)), key=lambda part: (parts[part] - shares[part], part))
+    for part in by_remainder:
+        if sum(parts) < total and parts[part] < caps[part]:
+            parts[part] += 1
+    return parts
+
+
+_WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchView:
+    """One look at the picture.
+
+    Args:
+        name: "whole" for the picture in one piece, "crops" for the canvas of all crops.
+        box: left, top, right, bottom of the grid as fractions of the picture's width and height; beyond 0 and 1 where
+            the canvas is padded, within them where the tower did not see the picture's margins.
+        read: (rows, columns) bool, the patches that have a token (padding has none).
+        kept: (rows, columns) bool, those whose token the language model receives.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+    read: torch.Tensor
+    kept: torch.Tensor
+
+
+def patch_views(
+    layout: Layout, kept: torch.Tensor, image_size: tuple[int, int], *, centred: bool, crops: bool
+) -> tuple[PatchView, ...]:
+    """The looks at one picture; none where the layout is a row of tokens that tells no places.
+
+    Args:
+        layout: of the packed sequence.
+        kept: places in it.
+        image_size: width and height of the picture.
+        centred: whether the tower saw only the largest square in the middle.
+        crops: whether the layout tells where the crops lie.
+    """
+    if layout.size[0] == 1 and 2 * image_size[0] < layout.size[1] * image_size[1]:
+        return ()
+    box = _middle_square(image_size) if centred else _WHOLE
+    views = [_view("whole", box, layout.size, layout, layout.partition == 0, kept)]
+    on_canvas = layout.partition > 0
+    if crops and on_canvas.any():
+        views.append(_view("crops", *_canvas(layout, on_canvas, image_size), layout, on_canvas, kept))
+    return tuple(views)
+
+
+def _view(name, box, size, layout: Layout, tokens: torch.Tensor, kept: torch.Tensor) -> PatchView:
+    chosen = torch.zeros_like(tokens)
+    chosen[kept] = True
+    places = layout.row[tokens], layout.column[tokens]
+    read, stays = torch.zeros(2, *size, dtype=torch.bool)
+    read[places] = True
+    stays[places] = chosen[tokens]
+    return PatchView(name, box, read, stays)
+
+
+def _canvas(layout: Layout, on_canvas: torch.Tensor, image_size: tuple[int, int]):
+    """Box and size of the canvas; one that the model has shrunk has no padding."""
+    if layout.grid is None:
+        return _WHOLE, (int(layout.row[on_canvas].max()) + 1, int(layout.column[on_canvas].max()) + 1)
+    rows, columns = (side * number for side, number in zip(layout.size, layout.grid))
+    width, height = image_size
+    scale = min(columns / width, rows / height)
+    beside, above = (columns / (scale * width) - 1) / 2, (rows / (scale * height) - 1) / 2
+    return (-beside, -above, 1 + beside, 1 + above), (rows, columns)
+
+
+def _middle_square(image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    width, height = image_size
+    across, down = min(1, height / width) / 2, min(1, width / height) / 2
+    return 0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down

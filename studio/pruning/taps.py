@@ -10,13 +10,7 @@ from contextvars import ContextVar
 
 import torch
 
-from studio.pruning.attention import (
-    Attention,
-    cls_logits,
-    cls_probabilities,
-    mean_query_logits,
-    received_attention,
-)
+from studio.pruning.attention import Attention, cls_logits, cls_probabilities, mean_query_logits, received_attention
 
 _ENTERED: ContextVar["_Tap | None"] = ContextVar("tap", default=None)
 

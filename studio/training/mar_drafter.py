@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from studio.checkpoints.loading import load
-from studio.decoding.continuous_speculative import ContinuousSpeculative
+from studio.decoding.cspd import ContinuousSpeculative
 from studio.models.mar import MAR
 from studio.models.masked_autoencoder import both_halves, take_rows
 from studio.pipelines.mar import MARPipeline

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from studio.decoding.residual_masks import hidden_slots, hide, shown
+from studio.decoding.resgen import hidden_slots, hide, shown
 from studio.models.plan import plan_layers
 from studio.models.resgen import ResGen
 from studio.pipelines.resgen import ResGenPipeline

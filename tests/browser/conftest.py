@@ -78,8 +78,8 @@ def slow_steps(monkeypatch):
     from transformers import LlavaNextForConditionalGeneration
 
     from studio import LlamaGen
-    from studio.models.native import NativeLlamaGen
-    from studio.models.packed import PackedLlamaGen
+    from studio.backends.cpu_c import NativeLlamaGen
+    from studio.backends.packed import PackedLlamaGen
 
     steps = Steps()
     for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):

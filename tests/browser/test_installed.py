@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from studio.ui import ask, compare, generate, tokenize
+from studio.ui.tabs import ask, compare, generate, tokenize
 
 pytestmark = pytest.mark.browser
 

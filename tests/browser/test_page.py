@@ -4,8 +4,8 @@ import urllib.parse
 
 import pytest
 
-from studio.ui import models
 from studio.ui.app import build_app, launch_settings
+from studio.ui.server import models
 
 pytestmark = pytest.mark.browser
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from studio import cli
-from studio.commands import many
+from studio.commands import generate_batch as many
 from studio.commands.prompt_file import Request
 
 LINES = [

@@ -4,9 +4,10 @@ from collections import defaultdict
 
 import pytest
 
-from studio.ui import limits, models, serving, storage, worker
-from studio.ui.limits import Limits
-from studio.ui.models import Device
+from studio.ui.server import limits, models, storage, worker
+from studio.ui.server import options as serving
+from studio.ui.server.limits import Limits
+from studio.ui.server.models import Device
 
 
 @pytest.fixture

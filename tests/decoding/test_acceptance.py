@@ -7,11 +7,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance, law_of_node, without_replacement  # noqa: E402
+from laws import distance, law_of_node, without_replacement
 
-from studio import StudioError  # noqa: E402
-from studio.decoding.acceptance import Relaxation, Weighed, weigh  # noqa: E402
-from studio.decoding.neighbours import neighbour_table  # noqa: E402
+from studio import StudioError
+from studio.decoding.acceptance import Relaxation, Weighed, weigh
+from studio.decoding.lantern import neighbour_table
 
 ROUNDING = 1e-6
 

@@ -6,7 +6,7 @@ import torch
 from studio import LlamaGen, StudioError
 from studio.decoding.autoregressive import Autoregressive, autoregressive, is_guided
 from studio.decoding.sampling import Sampling
-from studio.decoding.textbook import textbook
+from studio.reference.autoregressive import textbook
 
 SAMPLINGS = [
     Sampling(temperature=0),

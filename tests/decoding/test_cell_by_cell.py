@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.cell_by_cell import CellByCell, cell_by_cell
+from studio.decoding.rq_transformer import CellByCell, cell_by_cell
 from studio.decoding.sampling import Sampling
 from studio.models.rq_transformer import RQTransformer
 

@@ -13,23 +13,22 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from law_tests import (  # noqa: E402
-    LEVEL,
-    cell_excess,
-    energy_excess,
-    ks_excess,
-    mmd_excess,
-    moments_fit,
-    normal_cdf,
-)
-from tiny_mar import tiny_mar  # noqa: E402
+from law_tests import LEVEL, cell_excess, energy_excess, ks_excess, mmd_excess, moments_fit, normal_cdf
+from tiny_mar import tiny_mar
 
-from studio.decoding.aligned_acceptance import Ends, log_ratio, redraw, redraw_reference  # noqa: E402
-from studio.decoding.continuous_speculative import ContinuousSpeculative, continuous_speculative  # noqa: E402
-from studio.decoding.denoising import descend  # noqa: E402
-from studio.decoding.masked_autoregressive import MaskedAutoregressive, masked_autoregressive  # noqa: E402
-from studio.decoding.path_verification import log_density, trace, verify_path  # noqa: E402
-from studio.decoding.position_noise import Places, PositionNoise  # noqa: E402
+from studio.decoding.counter_rng import Places, PositionNoise
+from studio.decoding.cspd import (
+    ContinuousSpeculative,
+    Ends,
+    continuous_speculative,
+    log_density,
+    log_ratio,
+    redraw,
+    redraw_reference,
+    trace,
+    verify_path,
+)
+from studio.decoding.mar import MaskedAutoregressive, descend, masked_autoregressive
 
 COUNT = 20000
 

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar  # noqa: E402
+from tiny_mar import generators, tiny_mar
 
-from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError  # noqa: E402
-from studio.decoding.aligned_acceptance import Ends, redraw  # noqa: E402
-from studio.decoding.continuous_speculative import continuous_speculative  # noqa: E402
-from studio.decoding.masked_autoregressive import masked_autoregressive  # noqa: E402
-from studio.decoding.path_verification import draw_rest  # noqa: E402
-from studio.decoding.position_noise import Places, PositionNoise  # noqa: E402
+from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
+from studio.decoding.counter_rng import Places, PositionNoise
+from studio.decoding.cspd import Ends, continuous_speculative, draw_rest, redraw
+from studio.decoding.mar import masked_autoregressive
 
 TARGET, DRAFT = tiny_mar(0).double(), tiny_mar(1, depth=1).double()
 """Heads in float64 say the same to a float32 state whatever else is in the batch."""
@@ -99,7 +97,7 @@ def test_relaxed_falls_back_to_the_target_within_its_rounds():
 
 
 def test_exact_refuses_to_draw_from_nothing(monkeypatch):
-    monkeypatch.setattr("studio.decoding.path_verification._MOST_TRIALS", 10)
+    monkeypatch.setattr("studio.decoding.cspd._MOST_TRIALS", 10)
     law = (torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises(StudioError, match="rounding"):
         draw_rest(law, law, Places(torch.tensor([0]), torch.tensor([0])), PositionNoise(torch.tensor([1]), 2), 1)
@@ -138,8 +136,8 @@ def test_fallbacks_are_rejected_tokens_that_no_trial_accepted(monkeypatch, refer
     def every_other(x, *_):
         return torch.where(torch.arange(len(x)) % 2 == 0, torch.inf, -torch.inf).double()
 
-    monkeypatch.setattr("studio.decoding.continuous_speculative.log_ratio", every_other)
-    monkeypatch.setattr("studio.decoding.aligned_acceptance.trial_chance", lambda x, *_, **__: x.new_zeros(len(x)))
+    monkeypatch.setattr("studio.decoding.cspd.log_ratio", every_other)
+    monkeypatch.setattr("studio.decoding.cspd.trial_chance", lambda x, *_, **__: x.new_zeros(len(x)))
     drawn = draw({"mode": "relaxed", "reference": reference, "max_rounds": 1})
     assert 0 < drawn.accepted < drawn.tested
     assert drawn.fallbacks == drawn.tested - drawn.accepted

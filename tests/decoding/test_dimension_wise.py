@@ -7,11 +7,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_token_bridge import tiny_token_bridge as tiny  # noqa: E402
+from tiny_token_bridge import tiny_token_bridge as tiny
 
-from studio import DimensionWise, StudioError  # noqa: E402
-from studio.decoding.dimension_wise import dimension_wise, draw_cells  # noqa: E402
-from studio.decoding.sampling import Sampling, exponential_noise  # noqa: E402
+from studio import DimensionWise, StudioError
+from studio.decoding.sampling import Sampling, exponential_noise
+from studio.decoding.token_bridge import dimension_wise, draw_cells
 
 MODEL, VALUES = tiny(), torch.linspace(-2, 2, 5)
 FOUR_STEPS = DimensionWise(steps=4)

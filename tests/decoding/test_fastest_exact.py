@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_speculative import conditions, streams, tiny  # noqa: E402
+from test_speculative import conditions, streams, tiny
 
 from studio import FastestExact, StudioError
 from studio.decoding import fastest_exact as choice

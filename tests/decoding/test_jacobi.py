@@ -7,17 +7,17 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_speculative import FLAT, GUIDANCE, conditions, exact_law, p_value, streams, tiny  # noqa: E402
+from test_speculative import FLAT, GUIDANCE, conditions, exact_law, p_value, streams, tiny
 
 from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
+from studio.backends.cpu_c import NativeLlamaGen
 from studio.decoding import jacobi as loop
 from studio.decoding.autoregressive import autoregressive
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.jacobi import choose_window, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
-from studio.models.native import NativeLlamaGen
-from studio.models.tree_cache import TreeCache
+from studio.models.kv_cache import TreeCache
 
 SETTINGS = {
     "plain": {},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance  # noqa: E402
+from laws import distance
 
 from studio.decoding import jacobi as loop
 from studio.decoding.acceptance import Relaxation, borrowed_mass, weigh

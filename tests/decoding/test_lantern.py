@@ -7,16 +7,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance, law_of_node, without_replacement  # noqa: E402
+from laws import distance, law_of_node, without_replacement
 
-from studio import Lantern, LanternPlusPlus, LlamaGen, StudioError  # noqa: E402
-from studio.decoding.acceptance import weigh  # noqa: E402
-from studio.decoding.drafter_drafts import DrafterDrafts  # noqa: E402
-from studio.decoding.ngram import NGram  # noqa: E402
-from studio.decoding.recycling import Recycling  # noqa: E402
-from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.decoding.speculative import Speculative, speculative  # noqa: E402
-from studio.decoding.trees import DynamicTree, StaticTree  # noqa: E402
+from studio import Lantern, LanternPlusPlus, LlamaGen, StudioError
+from studio.decoding.acceptance import weigh
+from studio.decoding.drafts import NGram, Recycling
+from studio.decoding.eagle import DrafterDrafts
+from studio.decoding.sampling import Sampling
+from studio.decoding.speculative import Speculative, speculative
+from studio.decoding.trees import DynamicTree, StaticTree
 
 ROUNDING = 1e-6
 VOCAB = 6

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar  # noqa: E402
+from tiny_mar import generators, tiny_mar
 
-from studio import MaskedAutoregressive, StudioError  # noqa: E402
-from studio.decoding.denoising import Kernels, TimedHead  # noqa: E402
-from studio.decoding.masked_autoregressive import masked_autoregressive  # noqa: E402
-from studio.decoding.position_noise import Places, PositionNoise  # noqa: E402
-from studio.decoding.textbook_masked import textbook_masked  # noqa: E402
+from studio import MaskedAutoregressive, StudioError
+from studio.decoding.counter_rng import Places, PositionNoise
+from studio.decoding.mar import Kernels, TimedHead, masked_autoregressive
+from studio.reference.mar import textbook_masked
 
 MODEL = tiny_mar()
 PRECISE = tiny_mar().double()
@@ -74,7 +73,7 @@ def test_a_batch_equals_its_single_calls():
 
 def test_few_prepared_steps_at_a_time_change_nothing(monkeypatch):
     whole = draw(model=PRECISE, guidance_scale=2.0).tokens
-    monkeypatch.setattr("studio.decoding.denoising._PREPARED_NUMBERS", 1)
+    monkeypatch.setattr("studio.decoding.mar._PREPARED_NUMBERS", 1)
     torch.testing.assert_close(draw(model=PRECISE, guidance_scale=2.0).tokens, whole, atol=1e-4, rtol=1e-4)
 
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.first_hitting import FirstHitting
-from studio.decoding.residual_masks import hidden_after_calls
-from studio.decoding.residual_unmasking import ResidualUnmasking, residual_unmasking
+from studio.decoding.resgen import FirstHitting, ResidualUnmasking, hidden_after_calls, residual_unmasking
 from studio.decoding.sampling import Sampling
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
 from studio.models.resgen import ResGen

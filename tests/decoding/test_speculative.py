@@ -8,16 +8,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance  # noqa: E402
+from laws import distance
 
 from studio import LlamaGen, StudioError
-from studio.decoding import recycling
+from studio.decoding import drafts as recycling
 from studio.decoding import speculative as loop
 from studio.decoding.autoregressive import Autoregressive, autoregressive
-from studio.decoding.drafter_drafts import DrafterDrafts
+from studio.decoding.drafts import NGram, Recycling, continuations
+from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.lantern import Lantern
-from studio.decoding.ngram import NGram, continuations
-from studio.decoding.recycling import Recycling
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree

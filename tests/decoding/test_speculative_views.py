@@ -5,11 +5,10 @@ import torch
 
 from studio import LlamaGen, Speculative, StudioError
 from studio.decoding.autoregressive import Autoregressive, autoregressive
-from studio.decoding.drafter_drafts import DrafterDrafts
-from studio.decoding.own_drafts import OwnDrafts
+from studio.decoding.eagle import DrafterDrafts, OwnDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
-from studio.decoding.tree_choice import default_tree
+from studio.decoding.trees import default_tree
 from studio.models.drafter import Drafter
 
 GREEDY = {"sampling": Sampling(temperature=0), "guidance_scale": 3.0, "cfg_interval": 9}

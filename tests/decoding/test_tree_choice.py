@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.tree_choice import choose_tree, default_tree
-from studio.decoding.trees import StaticTree
+from studio.decoding.trees import StaticTree, choose_tree, default_tree
 
 ACCEPTANCE = (0.5, 0.2, 0.1)
 FREE = {nodes: 1.0 + 0.001 * nodes for nodes in range(1, 6)}

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance, without_replacement  # noqa: E402
+from laws import distance, without_replacement
 
-from studio import StudioError  # noqa: E402
-from studio.decoding.acceptance import Relaxation  # noqa: E402
-from studio.decoding.neighbours import neighbour_table  # noqa: E402
-from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.decoding.textbook_verification import leaf_paths, textbook_verify  # noqa: E402
-from studio.decoding.trees import DynamicTree, StaticTree, Tree, grow, trees_of  # noqa: E402
-from studio.decoding.verification import verify, verify_greedy  # noqa: E402
-from studio.evaluation.bench_verify import bench_verify  # noqa: E402
+from studio import StudioError
+from studio.bench.verify import bench_verify
+from studio.decoding.acceptance import Relaxation
+from studio.decoding.lantern import neighbour_table
+from studio.decoding.sampling import Sampling
+from studio.decoding.trees import DynamicTree, StaticTree, Tree, grow, trees_of
+from studio.decoding.verification import verify, verify_greedy
+from studio.reference.verification import leaf_paths, textbook_verify
 
 V, LENGTH = 4, 3
 PASS, FAIL = -1.0, 2.0

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge  # noqa: E402
+from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
 
-from studio import TokenBridgePipeline  # noqa: E402
-from studio.evaluation import bench_tradeoff as bench  # noqa: E402
+from studio import TokenBridgePipeline
+from studio.bench import tradeoff as bench
 
 
 def test_rows(tiny_pipeline, monkeypatch, tmp_path):

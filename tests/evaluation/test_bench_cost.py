@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.evaluation import bench_contention, bench_cost
+from studio.bench import contention as bench_contention
+from studio.bench import cost as bench_cost
 from studio.models import llamagen
 
 TINY = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "grid_size": 4}

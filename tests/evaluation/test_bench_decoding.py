@@ -3,7 +3,7 @@
 import pytest
 
 from studio import StudioError
-from studio.evaluation.bench_decoding import bench_decoding, parse_sizes
+from studio.bench.decoding import bench_decoding, parse_sizes
 
 TINY = "dim=32,layers=1,heads=2,vocab=32,tokens=16"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from studio import StudioError, cli
-from studio.evaluation.bench_mar import SIZES, bench_mar, parse_sizes
+from studio.bench.mar import SIZES, bench_mar, parse_sizes
 
 TINY = "dim=16,depth=1,heads=2,head_width=16,head_depth=1,tokens=4,steps=2,diffusion_steps=3"
 

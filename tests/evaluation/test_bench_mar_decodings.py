@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.evaluation import bench_tradeoff as bench
+from studio.bench import tradeoff as bench
+from studio.bench.tradeoff import tradeoff_table
 from studio.evaluation.metrics import sliced_distance
-from studio.evaluation.tradeoff_figure import tradeoff_table
 
 
 def test_rows(tiny_mar_folder, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from studio import StudioError, cli
-from studio.evaluation import bench_rate_distortion as bench
-from studio.evaluation.rate_distortion_figure import rate_distortion_chart
+from studio.bench import rate_distortion as bench
+from studio.bench.rate_distortion import rate_distortion_chart
 
 SAMPLES = 70
 

@@ -4,9 +4,8 @@ import xml.etree.ElementTree as tree
 
 import pytest
 
+from studio.bench.reading import PHASES, bench_reading, reading_chart, reading_table
 from studio.errors import StudioError
-from studio.evaluation.bench_reading import PHASES, bench_reading
-from studio.evaluation.reading_figure import reading_chart, reading_table
 from studio.evaluation.scenes import evaluate_reader
 
 

@@ -1,8 +1,8 @@
 """`studio bench decoding --model` of a ResGen: its own settings, and both orders at several calls."""
 
+from studio.bench import tradeoff as bench
+from studio.bench.tradeoff import tradeoff_table
 from studio.checkpoints.measured import fastest
-from studio.evaluation import bench_tradeoff as bench
-from studio.evaluation.tradeoff_figure import tradeoff_table
 
 
 def test_rows(tiny_resgen_folder, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from studio import StudioError, cli
-from studio.evaluation import bench_residual as bench
+from studio.bench import residual as bench
 from studio.evaluation import judge as judging
 from studio.evaluation.judge import Judge
 

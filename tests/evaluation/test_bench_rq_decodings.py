@@ -1,7 +1,7 @@
 """`studio bench decoding --model` of an RQ-Transformer, which is drawn in one way only."""
 
-from studio.evaluation import bench_tradeoff as bench
-from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
+from studio.bench import tradeoff as bench
+from studio.bench.tradeoff import tradeoff_chart, tradeoff_table
 
 
 def test_rows(tiny_rq_folder, monkeypatch):

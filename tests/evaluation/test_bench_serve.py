@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from studio import StudioError
-from studio.evaluation.bench_serve import Answer, Request, bench_serve, compared
+from studio.bench.serve import Answer, Request, bench_serve, compared
 
 ASKED = [Request("a fox", 1, None), Request("a fox", 2, None), Request("a fox", 3, 2.0)]
 ALONE = [np.full((4, 4, 3), level, np.uint8) for level in (0, 100, 200)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from studio import OneDPieceTokenizer, StudioError, TokenBridgeTokenizer, cli
-from studio.evaluation.bench_tokenizers import bench_tokenizers, bundled_tokenizers, variants
+from studio.bench.tokenizers import bench_tokenizers, bundled_tokenizers, variants
 from studio.evaluation.robustness import Perturbation
 from studio.tokenizers.kl import KLTokenizer
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from studio import StudioError
+from studio.bench import tradeoff as bench
+from studio.bench.tradeoff import tradeoff_chart, tradeoff_table
 from studio.checkpoints.measured import fingerprint
-from studio.evaluation import bench_tradeoff as bench
-from studio.evaluation.tradeoff_figure import tradeoff_chart, tradeoff_table
 
 FIELD = [bench.Contender("ar"), bench.Contender("lantern", {"delta": 0.2, "neighbours": 100})]
 

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as tree
 
 import pytest
 
-from studio.evaluation.chart import Series, chart
+from studio.bench.chart import Series, chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

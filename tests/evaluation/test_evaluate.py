@@ -35,7 +35,7 @@ def test_other_bundled_pipelines_draw_what_captions_name(name):
 
 def test_continuous_tokens_and_their_levels_restore_nearly_the_same():
     """TokenBridge's 64 levels lose less than 0.3 dB of what the continuous latents restore."""
-    from studio.evaluation.bench_tokenizers import bench_tokenizers
+    from studio.bench.tokenizers import bench_tokenizers
     from studio.evaluation.robustness import Perturbation
 
     measured = bench_tokenizers(["emoji-kl"], samples=65, grid=(Perturbation(0.5, 2),))

@@ -7,7 +7,7 @@ from PIL import Image
 from studio.data.archive import load_concepts
 from studio.errors import StudioError
 from studio.evaluation.judge import Judge, verdicts
-from studio.evaluation.opinions import named_concept, opinions
+from studio.evaluation.judge_predictions import named_concept, opinions
 
 LABELS = [concept.label for concept in load_concepts()]
 

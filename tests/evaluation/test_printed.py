@@ -2,9 +2,8 @@
 
 import pytest
 
+from studio.bench.report import printed_by, records_table, renew, run_command
 from studio.errors import StudioError
-from studio.evaluation.printed import printed_by, renew, run_command
-from studio.evaluation.tables import records_table
 
 PAGE = """# Title
 

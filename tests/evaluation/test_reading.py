@@ -8,7 +8,7 @@ from PIL import Image
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, exact_answers, pack_questions, packed_logits
 from studio.evaluation.scenes import evaluate_reader
-from studio.pruning.binding import prune_inputs
+from studio.pruning.api import prune_inputs
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mutations import ODD_JSON, image_files, mutated, odd_line, odd_values  # noqa: E402
+from mutations import ODD_JSON, image_files, mutated, odd_line, odd_values
 
-from studio.errors import StudioError  # noqa: E402
+from studio.errors import StudioError
 
 FULL = {"image": 10_000, "odp": 5_000, "recalled": 3_000, "prompts": 4_000, "value": 1_000}
 SHORT = {"image": 300, "odp": 200, "recalled": 150, "prompts": 200, "value": 150}
@@ -31,7 +31,6 @@ LONGEST = 20
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory, tiny_one_d, tiny_pipeline, tiny_mar_pipeline, tiny_resgen_pipeline):
     """What is done with the generator of a case, by kind."""
-    import studio.ui.recall  # noqa: F401 (so that no case waits for Gradio)
 
     file = tmp_path_factory.mktemp("fuzz") / "file"
     pipelines = [tiny_pipeline, tiny_mar_pipeline, tiny_resgen_pipeline]
@@ -131,7 +130,7 @@ def recall(rng, file):
     from PIL import Image
 
     from studio.saving import png_writer
-    from studio.ui.recall import from_picture
+    from studio.ui.server.png_metadata import from_picture
 
     call = {"model": "emoji-ar", "prompt": "a red apple", "num_images": 1, "decoding": {"name": "ar"}}
     seed = 3

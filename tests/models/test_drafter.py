@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from studio import LlamaGen, LlamaGenPipeline, Speculative, StudioError
-from studio.decoding.drafter_drafts import DrafterDrafts
+from studio.decoding.eagle import DrafterDrafts
 from studio.models.drafter import Drafter
 
 

@@ -5,7 +5,7 @@ import torch
 
 from studio import LlamaGen, StudioError
 from studio.models.kv_cache import KVCache
-from studio.models.positions import rotate
+from studio.models.llama_blocks import rotate
 
 SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4}
 
@@ -177,7 +177,7 @@ def test_conditions_that_do_not_fit():
 
 
 def test_packed_view_without_blocked_products(monkeypatch):
-    from studio.models import packed
+    from studio.backends import packed
 
     monkeypatch.setattr(packed, "_has_blocked_products", lambda: False)
     model, tokens, labels = tiny(), torch.randint(48, (2, 9)), torch.tensor([3, 4])

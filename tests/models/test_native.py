@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from studio.backends import cpu_c as native_blocks
+from studio.backends import select as views
+from studio.backends.cpu_c import NativeLlamaGen
+from studio.backends.packed import PackedLlamaGen
 from studio.decoding.trees import Tree
 from studio.errors import StudioError
-from studio.models import native_blocks, views
 from studio.models.llamagen import LlamaGen
-from studio.models.native import NativeLlamaGen
-from studio.models.packed import PackedLlamaGen
 
 CLASSES = {"vocab_size": 64, "dim": 64, "num_heads": 4, "num_layers": 2, "grid_size": 4, "num_classes": 10}
 CAPTIONS = {

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from studio import LlamaGen
+from studio.backends import cpu_c as native_blocks
+from studio.backends.cpu_c import NativeDrafter
 from studio.decoding.trees import trees_of
-from studio.models import native_blocks
 from studio.models.drafter import Drafter
-from studio.models.native_drafter import NativeDrafter
 
 
 def drafter_of(layers=1, halves=False, **sizes):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from studio.decoding.denoising import Kernels, TimedHead
-from studio.models import native_head, views
+from studio.backends import cpu_c_head as native_head
+from studio.backends import select as views
+from studio.backends.cpu_c_head import NativeHead
+from studio.decoding.mar import Kernels, TimedHead
 from studio.models.diffusion_head import DiffusionLoss
-from studio.models.native_head import NativeHead
 
 SMALL = {"token_dim": 4, "condition_dim": 8, "width": 24, "depth": 1}
 DEEP = {"token_dim": 16, "condition_dim": 20, "width": 40, "depth": 3, "limit": 2.0}

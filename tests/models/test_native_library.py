@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from studio.backends import native_library
 from studio.files import cache_folder
-from studio.models import native_library
 
 PROGRAM = """
 from studio.models import native_library

@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from studio.models import native_blocks, native_library
+from studio.backends import cpu_c as native_blocks
+from studio.backends import native_library
+from studio.backends.cpu_c import NativeLlamaGen
 from studio.models.llamagen import LlamaGen
-from studio.models.native import NativeLlamaGen
 
 SIZES = {"vocab_size": 1000, "dim": 144, "num_heads": 3, "num_layers": 4, "ffn_dim": 392, "grid_size": 8}
 FORKED = """
 import os, signal, sys, torch
-from studio.models.native_blocks import NativeProduct
+from studio.backends.cpu_c import NativeProduct
 torch.set_num_threads(2)
 product, x = NativeProduct(torch.randn(2048, 1024)), torch.randn(2, 1024)
 expected = product(x)
@@ -27,7 +28,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 ONE_CORE = """
 import os, time, torch
-from studio.models.native_blocks import NativeProduct
+from studio.backends.cpu_c import NativeProduct
 product, x = NativeProduct(torch.randn(2048, 2048)), torch.randn(2, 2048)
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 def seconds(threads):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import SIZES  # noqa: E402
-from tiny_token_bridge import tiny_token_bridge as tiny  # noqa: E402
+from tiny_token_bridge import SIZES
+from tiny_token_bridge import tiny_token_bridge as tiny
 
-from studio import StudioError, TokenBridge  # noqa: E402
+from studio import StudioError, TokenBridge
 
 
 @torch.no_grad()

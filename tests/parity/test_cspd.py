@@ -8,15 +8,22 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from arrays import Arrays, mar_sizes  # noqa: E402
-from noises import RecordedNoise  # noqa: E402
-from recordings import find  # noqa: E402
+from arrays import Arrays, mar_sizes
+from noises import RecordedNoise
+from recordings import find
 
-from studio.checkpoints.mar import mar_from_state_dict  # noqa: E402
-from studio.decoding.aligned_acceptance import Ends, log_ratio, redraw, redraw_reference, trial_chance  # noqa: E402
-from studio.decoding.continuous_speculative import ContinuousSpeculative, continuous_speculative  # noqa: E402
-from studio.decoding.position_noise import Places  # noqa: E402
-from studio.models.mar import unpatchify  # noqa: E402
+from studio.checkpoints.mar import mar_from_state_dict
+from studio.decoding.counter_rng import Places
+from studio.decoding.cspd import (
+    ContinuousSpeculative,
+    Ends,
+    continuous_speculative,
+    log_ratio,
+    redraw,
+    redraw_reference,
+    trial_chance,
+)
+from studio.models.mar import unpatchify
 
 MARGIN = 1e-4
 
@@ -92,7 +99,7 @@ def test_replacements(path, name):
 
 def generated(io):
     """Places and random numbers of our own for a case without recorded trials."""
-    from studio.decoding.position_noise import PositionNoise
+    from studio.decoding.counter_rng import PositionNoise
 
     places = Places.of(torch.arange(len(io["x"]))[None])
     return places, PositionNoise(torch.tensor([7]), io["x"].shape[1])

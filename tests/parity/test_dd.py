@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem  # noqa: E402
+from recordings import find, stem
 
-from studio.checkpoints.distilled import _student_config, student_from_state_dict  # noqa: E402
-from studio.checkpoints.llamagen import gpt_from_state_dict  # noqa: E402
-from studio.decoding.distilled import few_step, hybrid, nearest, teacher_tokens, trajectory  # noqa: E402
-from studio.decoding.noise_map import noise_to_token  # noqa: E402
-from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.models.distilled import DistilledStudent  # noqa: E402
+from studio.checkpoints.distilled import _student_config, student_from_state_dict
+from studio.checkpoints.llamagen import gpt_from_state_dict
+from studio.decoding.distilled import few_step, hybrid, nearest, teacher_tokens, trajectory
+from studio.decoding.noise_map import noise_to_token
+from studio.decoding.sampling import Sampling
+from studio.models.distilled import DistilledStudent
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 CLEAR = 1e-3

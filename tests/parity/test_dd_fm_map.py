@@ -9,9 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find  # noqa: E402
+from recordings import find
 
-from studio.decoding.noise_map import Flow, codebook_scales, euler, log_spaced, noise_to_token, rk4, velocity  # noqa: E402
+from studio.decoding.noise_map import Flow, codebook_scales, euler, log_spaced, noise_to_token, rk4, velocity
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 

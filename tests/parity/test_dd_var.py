@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem  # noqa: E402
+from recordings import find, stem
 
-from studio.checkpoints.distilled import (  # noqa: E402
+from studio.checkpoints.distilled import (
     _learned,
     _var_config,
     _var_tokenizer_config,
@@ -19,12 +19,12 @@ from studio.checkpoints.distilled import (  # noqa: E402
     var_student_from_state_dict,
     var_tokenizer_from_state_dict,
 )
-from studio.decoding.distilled import few_step, hybrid, mix, nearest  # noqa: E402
-from studio.decoding.next_scale import next_scale, scale_probabilities  # noqa: E402
-from studio.decoding.noise_map import noise_to_token  # noqa: E402
-from studio.models.distilled_var import DistilledVAR  # noqa: E402
-from studio.models.var import VAR  # noqa: E402
-from studio.tokenizers.var import VARTokenizer  # noqa: E402
+from studio.decoding.distilled import few_step, hybrid, mix, nearest
+from studio.decoding.next_scale import next_scale, scale_probabilities
+from studio.decoding.noise_map import noise_to_token
+from studio.models.distilled_var import DistilledVAR
+from studio.models.var import VAR
+from studio.tokenizers.var import VARTokenizer
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-4}
 CLEAR = 1e-3

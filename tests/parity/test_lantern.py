@@ -10,21 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem  # noqa: E402
+from recordings import Recording, find, stem
 
-from studio.checkpoints.drafter import drafter_from_state_dict  # noqa: E402
-from studio.checkpoints.llamagen import gpt_from_state_dict  # noqa: E402
-from studio.decoding import trees  # noqa: E402
-from studio.decoding.acceptance import Relaxation, weigh  # noqa: E402
-from studio.decoding.drafter_drafts import DrafterDrafts  # noqa: E402
-from studio.decoding.drafts import Progress, Setting  # noqa: E402
-from studio.decoding.guidance import Guidance  # noqa: E402
-from studio.decoding.lantern import Lantern  # noqa: E402
-from studio.decoding.neighbours import neighbour_table  # noqa: E402
-from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.decoding.speculative import Speculative, speculative  # noqa: E402
-from studio.decoding.trees import DynamicTree, StaticTree, Tree  # noqa: E402
-from studio.decoding.verification import verify, verify_greedy  # noqa: E402
+from studio.checkpoints.drafter import drafter_from_state_dict
+from studio.checkpoints.llamagen import gpt_from_state_dict
+from studio.decoding import trees
+from studio.decoding.acceptance import Relaxation, weigh
+from studio.decoding.autoregressive import Guidance
+from studio.decoding.drafts import Progress, Setting
+from studio.decoding.eagle import DrafterDrafts
+from studio.decoding.lantern import Lantern, neighbour_table
+from studio.decoding.sampling import Sampling
+from studio.decoding.speculative import Speculative, speculative
+from studio.decoding.trees import DynamicTree, StaticTree, Tree
+from studio.decoding.verification import verify, verify_greedy
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 DYNAMIC, STATIC, LAWS = find("lantern_accept_dynamic"), find("lantern_accept_static"), find("lantern_exact_law")

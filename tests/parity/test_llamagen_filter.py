@@ -7,9 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem  # noqa: E402
+from recordings import Recording, find, stem
 
-from studio.decoding.sampling import filter_logits  # noqa: E402
+from studio.decoding.sampling import filter_logits
 
 
 @pytest.mark.parametrize("path", find("llamagen_filter"), ids=stem)

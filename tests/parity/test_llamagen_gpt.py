@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem  # noqa: E402
+from recordings import Recording, find, stem
 
-from studio.checkpoints.llamagen import gpt_from_state_dict  # noqa: E402
-from studio.decoding.autoregressive import autoregressive, guided_logits, is_guided  # noqa: E402
-from studio.decoding.sampling import Sampling, sample_rows  # noqa: E402
-from studio.decoding.textbook import textbook  # noqa: E402
+from studio.checkpoints.llamagen import gpt_from_state_dict
+from studio.decoding.autoregressive import autoregressive, guided_logits, is_guided
+from studio.decoding.sampling import Sampling, sample_rows
+from studio.reference.autoregressive import textbook
 
 TOLERANCE = 1e-4
 C2I, T2I = find("llamagen_gpt_c2i"), find("llamagen_gpt_t2i")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find  # noqa: E402
+from recordings import find
 
-from studio.checkpoints.llamagen import _gpt_config, _vq_config  # noqa: E402
-from studio.models.llamagen import LlamaGen  # noqa: E402
-from studio.tokenizers.vq import VQTokenizer  # noqa: E402
+from studio.checkpoints.llamagen import _gpt_config, _vq_config
+from studio.models.llamagen import LlamaGen
+from studio.tokenizers.vq import VQTokenizer
 
 MODELS = [
     (path, name, entry)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem  # noqa: E402
+from recordings import Recording, find, stem
 
-from studio.checkpoints.llamagen import vq_from_state_dict  # noqa: E402
+from studio.checkpoints.llamagen import vq_from_state_dict
 
 TOLERANCE = 1e-4
 

@@ -11,17 +11,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from arrays import Arrays, mar_sizes  # noqa: E402
-from noises import RecordedNoise  # noqa: E402
-from recordings import find, stem  # noqa: E402
+from arrays import Arrays, mar_sizes
+from noises import RecordedNoise
+from recordings import find, stem
 
-from studio.checkpoints.mar import _kl_config, _mar_config, kl_from_state_dict, mar_from_state_dict  # noqa: E402
-from studio.decoding.denoising import Kernels, TimedHead, descend  # noqa: E402
-from studio.decoding.masked_autoregressive import MaskedAutoregressive, masked_autoregressive  # noqa: E402
-from studio.decoding.position_noise import Places  # noqa: E402
-from studio.models.diffusion_head import DiffusionLoss, time_waves  # noqa: E402
-from studio.models.gaussian_diffusion import GaussianDiffusion  # noqa: E402
-from studio.models.mar import MAR, patchify, take_rows, unpatchify  # noqa: E402
+from studio.checkpoints.mar import _kl_config, _mar_config, kl_from_state_dict, mar_from_state_dict
+from studio.decoding.counter_rng import Places
+from studio.decoding.mar import Kernels, MaskedAutoregressive, TimedHead, descend, masked_autoregressive
+from studio.models.diffusion_head import DiffusionLoss, GaussianDiffusion, time_waves
+from studio.models.mar import MAR, patchify, take_rows, unpatchify
 
 Z = {"atol": 2e-5, "rtol": 1e-4}
 HEAD = 1e-3

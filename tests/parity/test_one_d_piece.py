@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem  # noqa: E402
+from recordings import find, stem
 
-from studio.checkpoints.one_d_piece import _config, one_d_piece_from_state_dict  # noqa: E402
-from studio.tokenizers.one_d_piece import OneDPieceTokenizer, sizes  # noqa: E402
+from studio.checkpoints.one_d_piece import _config, one_d_piece_from_state_dict
+from studio.tokenizers.one_d_piece import OneDPieceTokenizer, sizes
 
 KEYS = find("one_d_piece_official_keys")
 recordings = pytest.mark.parametrize("path", [path for path in find("one_d_piece") if path not in KEYS], ids=stem)

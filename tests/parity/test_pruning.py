@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find  # noqa: E402
+from recordings import find
 
-from studio.pruning import globalcom2 as gc2  # noqa: E402
-from studio.pruning import hired as hi  # noqa: E402
-from studio.pruning.attention import Attention, cls_logits, cls_probabilities  # noqa: E402
-from studio.pruning.divprune import diverse_order, divprune  # noqa: E402
-from studio.pruning.layout import Layout  # noqa: E402
+from studio.pruning import globalcom2 as gc2
+from studio.pruning import hired as hi
+from studio.pruning.attention import Attention, cls_logits, cls_probabilities
+from studio.pruning.divprune import diverse_order, divprune
+from studio.pruning.layout import Layout
 
 TOLERANCE = 2e-5
 

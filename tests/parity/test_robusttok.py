@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find  # noqa: E402
+from recordings import find
 
-from studio.evaluation.robustness import Perturbation, perturbed_codes  # noqa: E402
+from studio.evaluation.robustness import Perturbation, perturbed_codes
 
 CASES = [
     pytest.param(path, number, id=f"{path.stem}-{number}")

@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem  # noqa: E402
+from recordings import find, stem
 
-from studio.checkpoints.residual import (  # noqa: E402
+from studio.checkpoints.residual import (
     _rvq_config,
     _transformer_config,
     residual_codebooks,
     rq_transformer_from_state_dict,
     rvq_from_state_dict,
 )
-from studio.decoding.cell_by_cell import cell_by_cell  # noqa: E402
-from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.models.rq_transformer import RQTransformer  # noqa: E402
-from studio.tokenizers.codebook_averages import CodebookAverages, learn_codebooks  # noqa: E402
-from studio.tokenizers.residual_quantizer import ResidualQuantizer, distances  # noqa: E402
-from studio.tokenizers.rvq import RVQTokenizer, depth_to_space, space_to_depth  # noqa: E402
+from studio.decoding.rq_transformer import cell_by_cell
+from studio.decoding.sampling import Sampling
+from studio.models.rq_transformer import RQTransformer
+from studio.tokenizers.codebook_averages import CodebookAverages, learn_codebooks
+from studio.tokenizers.residual_quantizer import ResidualQuantizer, distances
+from studio.tokenizers.rvq import RVQTokenizer, depth_to_space, space_to_depth
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 QUANTIZERS, AUTOENCODERS, TRANSFORMERS = find("rq_quantizer"), find("rqvae"), find("rqtransformer")

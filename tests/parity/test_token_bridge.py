@@ -10,18 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem  # noqa: E402
+from recordings import find, stem
 
-from studio.checkpoints.token_bridge import (  # noqa: E402
-    _BUFFERS,
-    _token_bridge_config,
-    token_bridge_from_state_dict,
-)
-from studio.decoding.dimension_wise import DimensionWise, dimension_wise, draw_cells  # noqa: E402
-from studio.decoding.sampling import Sampling  # noqa: E402
-from studio.models.masked_autoencoder import take_rows  # noqa: E402
-from studio.models.token_bridge import PRESETS, TokenBridge  # noqa: E402
-from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels  # noqa: E402
+from studio.checkpoints.token_bridge import _BUFFERS, _token_bridge_config, token_bridge_from_state_dict
+from studio.decoding.sampling import Sampling
+from studio.decoding.token_bridge import DimensionWise, dimension_wise, draw_cells
+from studio.models.masked_autoencoder import take_rows
+from studio.models.token_bridge import PRESETS, TokenBridge
+from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

@@ -13,7 +13,7 @@ from studio.data.scenes import TILE, draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
 from studio.evaluation.scenes import _STREAM, evaluate_reader
 from studio.training.reader_network import PATCH
-from studio.ui import ask
+from studio.ui.tabs import ask
 
 ANSWERS = ("2", "watermelon", "box")
 _THUMBNAIL = (TILE // PATCH) ** 2

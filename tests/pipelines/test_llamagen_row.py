@@ -15,12 +15,12 @@ from studio import (
     Speculative,
     StudioError,
 )
-from studio.decoding.ngram import NGram
-from studio.decoding.textbook import textbook
+from studio.decoding.drafts import NGram
 from studio.models.drafter import Drafter
-from studio.ui.preview import Sketch, partial_pictures
-from studio.ui.token_grid import token_grid
-from studio.ui.watching import TokenFates
+from studio.reference.autoregressive import textbook
+from studio.ui.jobs.draft_trace import TokenFates
+from studio.ui.render.preview import Sketch, partial_pictures
+from studio.ui.render.token_grid import token_grid
 
 PROMPTS = ["a red apple", "blue sky"]
 DRAFTED = [Speculative(), Speculative(drafts=NGram()), Lantern(20, 0.2), LanternPlusPlus(k=20)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from studio import StudioError
+from studio.decoding.drafts import NGram
 from studio.decoding.lantern import Lantern, LanternPlusPlus
-from studio.decoding.ngram import NGram
 from studio.decoding.speculative import Speculative
 
 DECODINGS = [Speculative(), Speculative(drafts=NGram()), Lantern(40, 0.2), LanternPlusPlus(k=40)]

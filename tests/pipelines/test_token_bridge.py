@@ -7,13 +7,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import AUTOENCODER, tiny_bridge_tokenizer  # noqa: E402
-from tiny_token_bridge import tiny_token_bridge as tiny_network  # noqa: E402
+from tiny_token_bridge import AUTOENCODER, tiny_bridge_tokenizer
+from tiny_token_bridge import tiny_token_bridge as tiny_network
 
-import studio  # noqa: E402
-from studio import Autoregressive, DimensionWise, StudioError, TokenBridgePipeline  # noqa: E402
-from studio.checkpoints.token_bridge import convert_token_bridge  # noqa: E402
-from studio.tokenizers.kl import KLTokenizer  # noqa: E402
+import studio
+from studio import Autoregressive, DimensionWise, StudioError, TokenBridgePipeline
+from studio.checkpoints.token_bridge import convert_token_bridge
+from studio.tokenizers.kl import KLTokenizer
 
 
 def pipeline(**more):

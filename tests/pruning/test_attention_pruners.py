@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from studio.errors import StudioError
-from studio.pruning import textbook
-from studio.pruning.attention import (
-    Attention,
-    cls_logits,
-    cls_probabilities,
-    mean_query_logits,
-    received_attention,
-)
+from studio.pruning.attention import Attention, cls_logits, cls_probabilities, mean_query_logits, received_attention
 from studio.pruning.globalcom2 import crop_ratios, crop_scores, globalcom2
 from studio.pruning.hired import cell_of, crop_hits, hired, reference_budgets
 from studio.pruning.layout import Layout
+from studio.reference import pruning as textbook
 
 LAYOUTS = [
     Layout.plain(6, 6),

@@ -9,11 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models  # noqa: E402
-from tiny_families import FAMILIES, ROWS, answer, every_family, rare, reads_attention, three_axes, tiny  # noqa: E402
+import tiny_models
+from tiny_families import FAMILIES, ROWS, answer, every_family, rare, reads_attention, three_axes, tiny
 
-from studio.pruning.binding import prune, prune_inputs  # noqa: E402
-from studio.pruning.methods import METHODS  # noqa: E402
+from studio.pruning.api import prune, prune_inputs
+from studio.pruning.registry import METHODS
 
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 one_axis = rare([family for family in FAMILIES if family not in three_axes])

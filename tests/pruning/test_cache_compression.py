@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, tiny  # noqa: E402
+from tiny_families import FAMILIES, ROWS, answer, tiny
 
-from studio.errors import StudioError  # noqa: E402
-from studio.pruning.compressing import COMPRESSION, compress, equal_shares  # noqa: E402
-from studio.pruning.coverage import coverage_order  # noqa: E402
+from studio.errors import StudioError
+from studio.pruning.kv_cache import COMPRESSION, compress, coverage_order, equal_shares
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 NEW = 5

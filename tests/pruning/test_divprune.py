@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from studio.pruning import divprune as module
-from studio.pruning import textbook
 from studio.pruning.divprune import diverse_order, divprune, similarities
+from studio.reference import pruning as textbook
 
 
 def rows(tokens=60, width=8, seed=0):

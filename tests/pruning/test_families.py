@@ -9,13 +9,13 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models  # noqa: E402
-from tiny_families import tiny  # noqa: E402
+import tiny_models
+from tiny_families import tiny
 
-from studio.errors import StudioError  # noqa: E402
-from studio.pruning.binding import prune, prune_inputs  # noqa: E402
-from studio.pruning.families import FAMILIES, family_of  # noqa: E402
-from studio.pruning.layout import Layout  # noqa: E402
+from studio.errors import StudioError
+from studio.pruning.adapters import FAMILIES, family_of
+from studio.pruning.api import prune, prune_inputs
+from studio.pruning.layout import Layout
 
 TOLERANCE = dict(atol=1e-6, rtol=1e-5)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, tiny  # noqa: E402
-from tiny_models import LlavaNext  # noqa: E402
+from tiny_families import FAMILIES, ROWS, answer, tiny
+from tiny_models import LlavaNext
 
-from studio.errors import StudioError  # noqa: E402
-from studio.pruning.binding import prune, prune_inputs  # noqa: E402
-from studio.pruning.short_layers import ShortLayer  # noqa: E402
+from studio.errors import StudioError
+from studio.pruning.api import prune, prune_inputs
+from studio.pruning.inside_model import ShortLayer
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 DEEP = ("qwen3_vl", "qwen3_vl_moe")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny  # noqa: E402
+from tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny
 
-from studio.pruning.binding import prune, prune_inputs  # noqa: E402
+from studio.pruning.api import prune, prune_inputs
 
 
 @pytest.fixture(autouse=True)

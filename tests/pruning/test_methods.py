@@ -5,9 +5,8 @@ import torch
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
-from studio.pruning.budget import apportion, count
-from studio.pruning.layout import Layout
-from studio.pruning.methods import METHODS, WITH_REFERENCE, method_named
+from studio.pruning.layout import Layout, apportion, count
+from studio.pruning.registry import METHODS, WITH_REFERENCE, method_named
 
 LAYOUTS = {
     "plain": Layout.plain(6, 6),

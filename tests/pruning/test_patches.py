@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from studio.pruning.layout import NEWLINE, Layout
-from studio.pruning.patches import patch_views
+from studio.pruning.layout import NEWLINE, Layout, patch_views
 
 
 def test_a_plain_grid_covers_the_picture():

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models  # noqa: E402
-from tiny_families import ROWS, answer, tiny  # noqa: E402
+import tiny_models
+from tiny_families import ROWS, answer, tiny
 
-from studio.pruning.binding import prune, prune_inputs  # noqa: E402
+from studio.pruning.api import prune, prune_inputs
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from studio.bench.pruning import bench_pruning
 from studio.errors import StudioError
-from studio.evaluation.bench_pruning import bench_pruning
-from studio.pruning.methods import METHODS
+from studio.pruning.registry import METHODS
 
 pytestmark = pytest.mark.alone
 

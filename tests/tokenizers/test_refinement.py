@@ -6,7 +6,7 @@ import torch
 
 import studio
 from studio import StudioError
-from studio.evaluation.bench_rate_distortion import held_out_pictures
+from studio.bench.rate_distortion import held_out_pictures
 from studio.tokenizers.refinement import refined_tokens
 
 

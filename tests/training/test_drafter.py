@@ -5,8 +5,8 @@ import torch
 
 import studio
 from studio import LlamaGen, Speculative, StudioError
-from studio.decoding.drafter_drafts import DrafterDrafts
-from studio.decoding.recycling import Recycling
+from studio.decoding.drafts import Recycling
+from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.decoding.trees import StaticTree

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from studio.decoding.first_hitting import FirstHitting
-from studio.decoding.residual_masks import hidden_slots, hide
-from studio.decoding.residual_unmasking import ResidualUnmasking, residual_unmasking
+from studio.decoding.resgen import FirstHitting, ResidualUnmasking, hidden_slots, hide, residual_unmasking
 from studio.decoding.sampling import Sampling
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from studio.decoding.cell_by_cell import cell_by_cell
+from studio.decoding.rq_transformer import cell_by_cell
 from studio.decoding.sampling import Sampling
 from studio.training.rq_transformer import RQTransformerRecipe
 

@@ -7,14 +7,14 @@ import pytest
 from gradio_client import Client
 
 from studio import LlamaGen, VisualQuestionPipeline
-from studio.models.native import NativeLlamaGen
-from studio.models.packed import PackedLlamaGen
-from studio.ui import limits, models, worker
+from studio.backends.cpu_c import NativeLlamaGen
+from studio.backends.packed import PackedLlamaGen
 from studio.ui.app import build_app, launch_settings
-from studio.ui.limits import Limits
-from studio.ui.scheduler import Bounds
-from studio.ui.server import running
-from studio.ui.serving import devices_of, prepare
+from studio.ui.server import limits, models, worker
+from studio.ui.server.limits import Limits
+from studio.ui.server.options import devices_of, prepare
+from studio.ui.server.run import running
+from studio.ui.server.scheduler import Bounds
 
 
 @pytest.fixture

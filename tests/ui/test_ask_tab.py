@@ -11,10 +11,11 @@ import torch
 from gradio_client import handle_file
 from PIL import Image
 
-from studio.pruning.patches import PatchView
-from studio.ui import ask, models
-from studio.ui.answers import answer_cards, verdict
-from studio.ui.patches import draw_patches
+from studio.pruning.layout import PatchView
+from studio.ui.render.patches import draw_patches
+from studio.ui.render.render_answers import answer_cards, verdict
+from studio.ui.server import models
+from studio.ui.tabs import ask
 
 
 @pytest.fixture(scope="module")

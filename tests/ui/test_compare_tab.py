@@ -12,8 +12,10 @@ from PIL import Image
 from studio import DECODINGS, StudioError
 from studio.checkpoints.bundled import BUNDLED, Bundled
 from studio.evaluation.judge import Judge
-from studio.ui import compare, comparing, models
-from studio.ui.comparing import CompareWish, offered_sides
+from studio.ui.jobs import compare_job as comparing
+from studio.ui.jobs.compare_job import CompareWish, offered_sides
+from studio.ui.server import models
+from studio.ui.tabs import compare
 
 SIDES = ["tiny", "tiny: speculative"]
 

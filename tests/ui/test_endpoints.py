@@ -9,7 +9,7 @@ import pytest
 from gradio_client import Client
 from PIL import Image
 
-from studio.ui.failures import UNEXPECTED
+from studio.ui.server.failures import UNEXPECTED
 
 ODD = [None, True, "", " ", "\ud83c", "red \udf4e", "x" * 3000, [], ["a", 1], {}, {"a": [1]}, {"path": 1}]
 ODD += [{"path": "\0"}, {"path": "\ud83c"}, -1, 0, 0.5, 1e300, 10**30, 10**400, float("nan"), float("inf")]
@@ -81,7 +81,7 @@ def test_a_fault_is_a_sentence_that_tells_nothing_of_this_machine(http, monkeypa
     def fail(*_):
         raise RuntimeError("/home/somebody/secret.txt")
 
-    monkeypatch.setattr("studio.ui.drawing.draw_together", fail)
+    monkeypatch.setattr("studio.ui.jobs.generate_job.draw_together", fail)
     event, data = answer(http, "generate", BASE["generate"])
     assert event == "error" and "RuntimeError" in data["error"] and "secret" not in data["error"]
 

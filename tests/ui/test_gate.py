@@ -9,9 +9,9 @@ import httpx
 import pytest
 from gradio.utils import get_upload_folder
 
-from studio.ui import server
-from studio.ui.gate import API, UPLOAD, Gate, _Counted, _names_other_file, _Refusal
-from studio.ui.visitor import CLIENT, Listeners, client_of
+from studio.ui.server import run as running
+from studio.ui.server.middleware import API, UPLOAD, Gate, _Counted, _names_other_file, _Refusal
+from studio.ui.server.session import CLIENT, Listeners, client_of
 
 MIB = 1 << 20
 A_FILE = {"_type": "gradio.FileData"}
@@ -100,7 +100,7 @@ def test_pages_of_other_sites_ask_and_read_nothing(address):
 
 
 def test_the_page_tells_no_folder_of_this_machine(address):
-    from studio.ui.theme import CSS
+    from studio.ui.tabs.theme import CSS
 
     folders = (str(CSS.parent.resolve()), "site-packages")
     for path in ("", "config", "gradio_api/info"):
@@ -113,7 +113,7 @@ def test_the_page_tells_no_folder_of_this_machine(address):
     [b"", b"POST /config HTTP/1.1\r\nHost: x\r\n", b"GET /theme.css HTTP/1.1\r\nHost: x\r\n\r\n"],
 )
 def test_idle_connections_are_closed(address, monkeypatch, sent):
-    monkeypatch.setattr(server, "_IDLE", 0.2)
+    monkeypatch.setattr(running, "_IDLE", 0.2)
     host, port = address.removeprefix("http://").rstrip("/").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(sent)

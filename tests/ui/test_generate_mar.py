@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from studio.ui import generate, models
 from studio.ui.app import build_app
-from studio.ui.models import fitting_decodings
-from studio.ui.preview import Sketch, partial_pictures
-from studio.ui.wish import Wish
+from studio.ui.jobs.request import Wish
+from studio.ui.render.preview import Sketch, partial_pictures
+from studio.ui.server import models
+from studio.ui.server.models import fitting_decodings
+from studio.ui.tabs import generate
 
 FIELDS = ["a red apple", 2, "7", "", "", "", ""]
 

@@ -7,11 +7,12 @@ import asyncio
 import pytest
 import torch
 
-from studio.ui import generate, models
-from studio.ui.drawing import Call
-from studio.ui.models import fitting_decodings, own_settings
-from studio.ui.preview import Sketch, partial_pictures
-from studio.ui.wish import Wish
+from studio.ui.jobs.generate_job import Call
+from studio.ui.jobs.request import Wish
+from studio.ui.render.preview import Sketch, partial_pictures
+from studio.ui.server import models
+from studio.ui.server.models import fitting_decodings, own_settings
+from studio.ui.tabs import generate
 
 FIELDS = ["a red apple", 2, "7", "", "", "", "0.9"]
 

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from studio import DECODINGS, StudioError
-from studio.ui import generate, models
 from studio.ui.app import build_app, launch, launch_settings
-from studio.ui.wish import Wish
+from studio.ui.jobs.request import Wish
+from studio.ui.server import models
+from studio.ui.tabs import generate
 
 FIELDS = ["a red apple", 2, "7", "", "", "", ""]
 LIMIT = 60  # seconds
@@ -255,7 +256,7 @@ def _generators(seeds):
 
 def test_empty_fields_show_the_models_own_settings(tiny_pipeline, tmp_path):
     from studio.ui.app import build_app
-    from studio.ui.models import own_settings
+    from studio.ui.server.models import own_settings
 
     tiny_pipeline.save_pretrained(tmp_path)
     assert own_settings(tmp_path) == {"guidance": "4", "temperature": "1", "top-k": "0", "top-p": "1"}

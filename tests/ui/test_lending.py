@@ -8,8 +8,8 @@ import types
 import pytest
 
 from studio import StudioError
-from studio.ui import lending
-from studio.ui.worker import follow
+from studio.ui.server import zerogpu as lending
+from studio.ui.server.worker import follow
 
 
 @pytest.fixture

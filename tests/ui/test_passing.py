@@ -4,7 +4,7 @@ import gradio as gr
 import pytest
 
 from studio.ui.app import build_app
-from studio.ui.passing import _pass_to
+from studio.ui.server.send_to import _pass_to
 
 PICTURES = [("/tmp/one.png", "one"), ("/tmp/two.png", None)]
 

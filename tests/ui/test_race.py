@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from studio import DECODINGS
-from studio.ui import generate, race
-from studio.ui.race import Turns
+from studio.ui.jobs import side_by_side as race
+from studio.ui.jobs.side_by_side import Turns
+from studio.ui.tabs import generate
 
 FIELDS = ["a red apple", 4, "7", "", "", "", "", "speculative", {}]
 

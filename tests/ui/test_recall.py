@@ -10,11 +10,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from studio.errors import StudioError
 from studio.saving import png_writer
-from studio.ui import failures, generate
 from studio.ui.app import build_app
-from studio.ui.deep_link import followed
-from studio.ui.recall import from_link, from_picture, link_to
-from studio.ui.wish import Wish
+from studio.ui.jobs.request import Wish
+from studio.ui.server import failures
+from studio.ui.server.deep_link import followed
+from studio.ui.server.png_metadata import from_link, from_picture, link_to
+from studio.ui.tabs import generate
 
 LANTERN = {"prompt": "a fox", "count": 3, "seed": 7, "guidance_scale": 2.5, "top_k": 40, "decoding": "lantern"}
 NAMES = ("prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from studio import StudioError
-from studio.ui.scheduler import Bounds, FairQueue
+from studio.ui.server.scheduler import Bounds, FairQueue
 
 
 @dataclass(eq=False)

@@ -16,17 +16,18 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from studio import StudioError, decoding_named
-from studio.ui import drawing, limits, models, worker
 from studio.ui.app import build_app
-from studio.ui.components import uploaded
-from studio.ui.drawing import Drawn, draw
-from studio.ui.limits import Limits
-from studio.ui.models import Device
-from studio.ui.preview import Sketch
-from studio.ui.scheduler import Bounds
-from studio.ui.serving import devices_of, prepare
-from studio.ui.wish import Wish
-from studio.ui.worker import Station
+from studio.ui.jobs import generate_job as drawing
+from studio.ui.jobs.generate_job import Drawn, draw
+from studio.ui.jobs.request import Wish
+from studio.ui.render.preview import Sketch
+from studio.ui.server import limits, models, worker
+from studio.ui.server.limits import Limits
+from studio.ui.server.models import Device
+from studio.ui.server.options import devices_of, prepare
+from studio.ui.server.scheduler import Bounds
+from studio.ui.server.worker import Station
+from studio.ui.tabs.components import uploaded
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ import torch
 from gradio.context import LocalContext
 
 from studio import StudioError
-from studio.ui import visitor, worker
-from studio.ui.models import Device
-from studio.ui.scheduler import Bounds
-from studio.ui.stopping import Stopped, stoppable
-from studio.ui.visitor import Listeners
-from studio.ui.worker import CLOSED, CLOSING, Station, drain, follow
+from studio.ui.jobs.stopping import Stopped, stoppable
+from studio.ui.server import session as visitor
+from studio.ui.server import worker
+from studio.ui.server.models import Device
+from studio.ui.server.scheduler import Bounds
+from studio.ui.server.session import Listeners
+from studio.ui.server.worker import CLOSED, CLOSING, Station, drain, follow
 
 LIMIT = 20  # seconds
 
@@ -137,8 +138,8 @@ def test_a_signal_ends_the_server_and_everybody_is_told(number, tmp_path, tiny_f
     code = (
         "import time, studio\n"
         "from studio import LlamaGen\n"
-        "from studio.models.native import NativeLlamaGen\n"
-        "from studio.models.packed import PackedLlamaGen\n"
+        "from studio.backends.cpu_c import NativeLlamaGen\n"
+        "from studio.backends.packed import PackedLlamaGen\n"
         "for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):\n"
         "    def slow(self, *given, extend=network.extend, **how):\n"
         "        time.sleep(1)\n"

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from studio.ui import storage
 from studio.ui.app import build_app, launch_settings
-from studio.ui.server import running
-from studio.ui.storage import forget_sessions, sweep
-from studio.ui.visitor import Listeners
+from studio.ui.server import storage
+from studio.ui.server.run import running
+from studio.ui.server.session import Listeners
+from studio.ui.server.storage import forget_sessions, sweep
 
 HOUR = 3600
 TORN = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx'
@@ -83,7 +83,7 @@ def test_idle_sessions_are_forgotten_and_others_kept():
 
 
 def test_the_folder_is_private_and_goes_with_the_process(tmp_path):
-    code = "from studio.ui.storage import use_private_folder; import os; folder = use_private_folder()\n"
+    code = "from studio.ui.server.storage import use_private_folder; import os; folder = use_private_folder()\n"
     code += "(folder / 'a').touch(); print(*(oct(path.stat().st_mode) for path in (folder, folder / 'a')))\n"
     code += "print(os.environ['GRADIO_TEMP_DIR'] == str(folder))"
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path)}
@@ -98,7 +98,7 @@ def test_a_soak_of_requests_leaves_a_bounded_number_of_files_bytes_and_sessions(
     monkeypatch.setattr(storage, "_ROUND", 0.2)
     monkeypatch.setattr(storage, "_OLDEST", 1)
     monkeypatch.setattr(storage, "_IDLE", 1)
-    monkeypatch.setattr("studio.ui.visitor._PATIENCE", 1)
+    monkeypatch.setattr("studio.ui.server.session._PATIENCE", 1)
     blocks, counts = build_app("tiny"), []
     with running(blocks, "127.0.0.1", 0, folder=tmp_path, **launch_settings()) as url:
         with httpx.Client(base_url=url, timeout=60) as http:

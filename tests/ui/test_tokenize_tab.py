@@ -15,11 +15,14 @@ from gradio_client import handle_file
 from PIL import Image
 
 from studio import OdpFile, TokenBridgeTokenizer, decode_picture, encode_picture
-from studio.ui import models, tiling, tokenize, tokenizing
 from studio.ui.app import build_app
-from studio.ui.models import tokenizer_scale
-from studio.ui.sizes import resized
-from studio.ui.token_planes import code_colours
+from studio.ui.jobs import tiling
+from studio.ui.jobs import tokenize_job as tokenizing
+from studio.ui.render.sizes import resized
+from studio.ui.render.token_planes import code_colours
+from studio.ui.server import models
+from studio.ui.server.models import tokenizer_scale
+from studio.ui.tabs import tokenize
 
 spec = importlib.util.spec_from_file_location(
     "tiny_tokenizers", Path(__file__).parents[1] / "evaluation" / "test_robustness.py"

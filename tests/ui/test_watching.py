@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from studio import DECODINGS, decodings_for
-from studio.ui.drawing import Call
-from studio.ui.preview import Sketch
-from studio.ui.token_grid import token_grid
-from studio.ui.watching import Round, TokenFates, fates_of
-from studio.ui.wish import Wish
+from studio.ui.jobs.draft_trace import Round, TokenFates, fates_of
+from studio.ui.jobs.generate_job import Call
+from studio.ui.jobs.request import Wish
+from studio.ui.render.preview import Sketch
+from studio.ui.render.token_grid import token_grid
 
 TREE = {"parents": [-1, 0, 0, 1], "depths": [0, 1, 1, 2]}
 

@@ -9,10 +9,10 @@ import pytest
 from gradio.context import LocalContext
 
 from studio import StudioError
-from studio.ui import worker
-from studio.ui.models import Device
-from studio.ui.scheduler import Bounds
-from studio.ui.worker import Share, Station, follow
+from studio.ui.server import worker
+from studio.ui.server.models import Device
+from studio.ui.server.scheduler import Bounds
+from studio.ui.server.worker import Share, Station, follow
 
 LIMIT = 10  # seconds
 

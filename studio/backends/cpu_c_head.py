@@ -1,0 +1,116 @@
+"""Reverse steps of a diffusion-loss head in C (`native.c`), for processors: a step, guidance included, is one call.
+
+A step over a few tokens is a few dozen operations on small matrices; started one by one from Python, they wait longer
+than they work. Weights that are bfloat16 numbers are read as such, as in `native_blocks`.
+"""
+
+import ctypes
+
+import torch
+
+from studio.backends.cpu_c import are_halves, pack, pointers
+from studio.backends.native_library import library
+
+_LANES, _ROWS_AT_ONCE = 8, 48
+
+
+class _Head(ctypes.Structure):
+    """The struct `Head` of native.c; a list has an entry per block."""
+
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ("token", "width", "depth", "bf16")]
+        + [("eps", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in ("input", "output", "first", "second")]
+        + [(name, ctypes.c_void_p) for name in ("input_bias", "output_bias", "first_bias", "second_bias")]
+        + [(name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")]
+    )
+
+
+class _Denoising(ctypes.Structure):
+    """The struct `Denoising` of native.c."""
+
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ("steps", "copies", "tokens", "threads")]
+        + [(name, ctypes.c_int64) for name in ("step_rows", "copy_rows")]
+        + [(name, ctypes.c_void_p) for name in ("x", "modulated", "scales", "table")]
+        + [("limit", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in ("mean", "log_std")]
+    )
+
+
+def can_denoise(network) -> bool:
+    """Whether a `DenoisingNetwork` runs in C here: float32 on a CPU, sizes in eights, and a compiler that works."""
+    weight = network.input_proj.weight
+    fits = not len(weight) % _LANES and not 2 * weight.shape[1] % _LANES
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and fits and library() is not None
+
+
+class NativeHead:
+    """A copy of a `DenoisingNetwork` that `can_denoise`, but for what makes the modulations; results differ by rounding
+    only.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network):
+        self._run = library().studio_denoise
+        blocks, ends = network.res_blocks, (network.input_proj, network.final_layer.linear)
+        layers = [[block.mlp[0] for block in blocks], [block.mlp[2] for block in blocks]]
+        norms = [block.in_ln for block in blocks]
+        halves = are_halves(*(layer.weight for layer in (*layers[0], *layers[1], *ends)))
+        self._kept = {
+            "input": [pack(ends[0].weight, halves)],
+            "output": [pack(ends[1].weight, halves)],
+            "first": [pack(layer.weight, halves) for layer in layers[0]],
+            "second": [pack(layer.weight, halves) for layer in layers[1]],
+            "input_bias": [_copy(ends[0].bias)],
+            "output_bias": [_copy(ends[1].bias)],
+            "first_bias": [_copy(layer.bias) for layer in layers[0]],
+            "second_bias": [_copy(layer.bias) for layer in layers[1]],
+            "norm_weight": [_copy(norm.weight) for norm in norms],
+            "norm_bias": [_copy(norm.bias) for norm in norms],
+        }
+        self._lists = {name: pointers(group) for name, group in self._kept.items()}
+        single = {name for name in self._kept if name.startswith(("input", "output"))}
+        self.width, self.token = ends[0].weight.shape
+        self._head = _Head(
+            token=self.token, width=self.width, depth=len(blocks), bf16=halves, eps=network.final_layer.norm_final.eps,
+            **{
+                name: group[0] if name in single else ctypes.addressof(group)
+                for name, group in self._lists.items()
+            },
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        modulated: list[torch.Tensor],
+        scales: torch.Tensor,
+        table: torch.Tensor,
+        limit: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log of the standard deviation (t, m, D) of the states before x (t, m, D), as of `Kernels.along`.
+
+        Args:
+            modulated: what each block and the last layer read, (t, S, n, numbers), of which the first m tokens count.
+            scales: of guidance, (m,).
+            table: rows of `GaussianDiffusion.table`, (t, 6).
+            limit: of `GaussianDiffusion`.
+        """
+        steps, tokens, _ = x.shape
+        _, copies, rows, _ = modulated[0].shape
+        x, modulated = x.contiguous(), [part.contiguous() for part in modulated]
+        mean, log_std = torch.empty_like(x), torch.empty_like(x)
+        states = steps * copies * tokens
+        scratch = torch.empty(3 * _ROWS_AT_ONCE * max(self.width, self.token) + 2 * states * self.token)
+        parts = pointers(modulated)
+        call = _Denoising(
+            steps, copies, tokens, torch.get_num_threads(), copies * rows, rows, x.data_ptr(),
+            ctypes.addressof(parts), scales.data_ptr(), table.data_ptr(), limit or 0.0, mean.data_ptr(),
+            log_std.data_ptr(),
+        )  # fmt: skip
+        self._run(ctypes.byref(self._head), ctypes.byref(call), scratch.data_ptr())
+        return mean, log_std
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().clone()

@@ -1,0 +1,189 @@
+"""What a call of a network for several positions costs, and so what speculation must bring to pay on this machine.
+
+What limits a decoding with drafts: the price of a call that reads a tree, and the bounds of the machine.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from studio.checkpoints.loading import load, pick_device
+from studio.decoding.trees import trees_of
+from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
+from studio.pipelines.llamagen import LlamaGenPipeline
+
+_IN_A_ROW = 4
+
+
+def call_seconds(model: LlamaGen, rows: int, nodes: int, repeats: int = 9) -> float:
+    """Median seconds of one call for a path of n nodes in each of some rows, logits included, half down a picture."""
+    call = _prepared(model, rows, nodes)
+    return statistics.median([_timed(call, model.device) for _ in range(repeats + 2)][2:])
+
+
+def least_call_seconds(
+    model: LlamaGen, rows: int, sizes: Sequence[int], seconds: float = 5.0, repeats: int = 3
+) -> dict[int, float]:
+    """The same for several numbers of nodes, measured in turns: the least seconds of each.
+
+    Args:
+        model: the model, whose fastest view runs.
+        rows: sequences of a call; two for one guided image.
+        sizes: numbers of nodes.
+        seconds: how long to measure in all, at least.
+        repeats: rounds over all sizes, at least; in each, a size is called several times, as decoding does.
+    """
+    calls = {nodes: _prepared(model, rows, nodes) for nodes in sizes}
+    least = {nodes: float("inf") for nodes in sizes}
+    for call in calls.values():
+        _timed(call, model.device)
+    began, rounds = time.perf_counter(), 0
+    while rounds < repeats or time.perf_counter() - began < seconds:
+        for nodes, call in calls.items():
+            least[nodes] = min(least[nodes], *(_timed(call, model.device) for _ in range(_IN_A_ROW)))
+        rounds += 1
+    return least
+
+
+def _prepared(model: LlamaGen, rows: int, nodes: int) -> Callable[[], None]:
+    """A call for a path of n nodes in each row, half down a picture, which leaves the cache as it was."""
+    view, device = model.for_decoding("auto"), model.device
+    last = len(model.rope()) - 1
+    length = last + 1 - model.num_tokens // 2
+    prefix = torch.zeros(rows, length, model.config.dim, device=device)
+    cache = view.new_tree_cache(rows, nodes)
+    with torch.no_grad():
+        view.prefill_states(prefix.to(model.dtype), None, cache)
+    cache.keep_all()
+    tree = trees_of([([0] * nodes, list(range(-1, nodes - 1)))] * rows, device)
+    positions = (length + tree.depths).clamp(max=last)
+    tokens, visible = tree.tokens, tree.ancestors
+
+    @torch.no_grad()
+    def call():
+        view.logits(view.extend_tree(tokens, cache, positions, visible))
+        cache.forget()
+
+    return call
+
+
+def _timed(call: Callable[[], None], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations a second of a square matrix product, at best."""
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        _wait(device)
+        began = time.perf_counter()
+        left @ right
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+POSITIONS = (1, 2, 4, 8, 16, 32, 64)
+PRESETS = {"llamagen-b": "B", "llamagen-l": "L", "llamagen-xl": "XL", "llamagen-3b": "3B"}
+_GUIDED = 2
+
+
+def bench_cost(
+    model: str = "emoji-ar",
+    *,
+    preset: str | None = None,
+    positions: Sequence[int] = POSITIONS,
+    threads: Sequence[int] = (1, 2),
+    seconds: float = 5.0,
+    device: str | None = None,
+) -> dict:
+    """Times calls for one guided image (two sequences), half down it, logits included; the least of many counts.
+
+    Args:
+        model: a bundled name or folder of a pipeline with a `LlamaGen`.
+        preset: a name of `PRESETS` instead: random weights of that published size, 256 tokens of an image.
+        positions: numbers of positions of a call; 1, a step, is added.
+        threads: numbers of threads; on a CPU only.
+        seconds: how long to measure for each number of threads.
+        device: where it runs; CUDA where there is one when `None`.
+
+    Returns:
+        `{"model", "device", "dtype", "sequences", "rows"}`. A row has "positions", "seconds", "break_even_tokens", the
+        steps that take as long (a call that yields fewer tokens is slower than plain decoding), and on a CPU "threads".
+
+    Raises:
+        StudioError: an unknown preset, one that does not fit into memory, or another kind of model.
+    """
+    network = _loaded(model, device) if preset is None else _random(preset, pick_device(device))
+    on_cpu, rows, positions = network.device.type == "cpu", [], sorted({1, *positions})
+    for count in threads if on_cpu else [None]:
+        with _threads(count):
+            least = least_call_seconds(network, _GUIDED, positions, seconds)
+        for number in positions:
+            row = {"threads": count} if on_cpu else {}
+            row |= {"positions": number, "seconds": least[number]}
+            rows.append({**row, "break_even_tokens": least[number] / least[1]})
+    dtype = str(network.dtype).removeprefix("torch.")
+    name = model if preset is None else preset
+    return {"model": name, "device": network.device.type, "dtype": dtype, "sequences": _GUIDED, "rows": rows}
+
+
+def _loaded(model: str, device: str | None) -> LlamaGen:
+    pipe = load(model, device=device)
+    if not isinstance(pipe, LlamaGenPipeline):
+        raise StudioError(f"{model} has no LlamaGen whose calls could be timed: name emoji-ar, or give a --preset.")
+    return pipe.transformer
+
+
+def _random(preset: str, device: torch.device) -> LlamaGen:
+    """Random weights; their values change no time."""
+    if preset not in PRESETS:
+        raise StudioError(f"There is no preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with torch.device("meta"):
+        network = LlamaGen.preset(PRESETS[preset])
+    # A view of the model for a CPU may hold a second copy of the weights.
+    copies = 2 if device.type == "cpu" else 1
+    needed = copies * dtype.itemsize * sum(weight.numel() for weight in network.parameters())
+    free = _free_bytes(device)
+    if needed > free:
+        have = f"{free / 2**30:.1f} GB of memory are free"
+        raise StudioError(f"{preset} needs {needed / 2**30:.1f} GB where {have}: choose a smaller preset.")
+    network = network.to(dtype).to_empty(device=device).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.fill_(0.01) if weight.dim() == 1 else weight.uniform_(-0.05, 0.05)
+    return network
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+@contextmanager
+def _threads(count: int | None):
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,189 @@
+"""How fast tokens are drawn, beside a plain textbook sampler and the bound that memory sets.
+
+The bound is the measured speed of reading the weights once per step, divided into tokens: no method that reads all
+weights for each token of a picture can pass it.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+
+from studio.checkpoints.loading import pick_device
+from studio.checks import check_number
+from studio.decoding.autoregressive import Autoregressive, autoregressive
+from studio.decoding.sampling import Sampling
+from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
+from studio.reference.autoregressive import textbook
+
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+_PACKED = {"float16": "float16", "fp16": "float16", "int8": "int8"}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+_SIZES = ("dim", "layers", "heads", "vocab", "tokens")
+
+
+def bench_decoding(
+    *,
+    random: str,
+    guidance_scale: float | None = None,
+    batch_sizes: list[int] | tuple[int, ...] = (1,),
+    dtypes: list[str] | tuple[str, ...] = ("float32",),
+    device: str | None = None,
+) -> dict:
+    """Times random weights of the sizes in a text such as "dim=384,layers=8,heads=6,vocab=4096,tokens=256"."""
+    return bench_random_decoding(
+        **parse_sizes(random),
+        guidance=4.0 if guidance_scale is None else guidance_scale,
+        device=pick_device(device),
+        batch=list(batch_sizes),
+        dtype=list(dtypes),
+    )
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """Sizes by name out of a text such as "dim=384,layers=8"."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name.strip() not in _SIZES or not value.strip().isdigit() or int(value) < 1:
+            raise StudioError(f"Write sizes as {'=N,'.join(_SIZES)}=N with whole numbers N above 0, not {text!r}.")
+        sizes[name.strip()] = int(value)
+    return sizes
+
+
+def bench_random_decoding(
+    dim: int = 384,
+    layers: int = 8,
+    heads: int = 6,
+    vocab: int = 4096,
+    tokens: int = 256,
+    *,
+    guidance: float = 4.0,
+    batch: int | list[int] = 1,
+    dtype: str | list[str] = "float32",
+    top_k: int = 2000,
+    device: str | torch.device = "cpu",
+    repeats: int = 3,
+) -> dict:
+    """Times a class-conditional model of random weights.
+
+    Args:
+        tokens: image tokens a picture; a square number.
+        batch: pictures at a time; a list gives a row for each.
+        dtype: "float32", "bfloat16", "float16" (float16 weights, float32 arithmetic) or "int8" (weights), or a list.
+        repeats: runs of each side, in turn; the fastest counts.
+
+    Returns:
+        `{"rows": [{"batch", "dtype", "tokens_per_second", "bound_tokens_per_second", "reference_tokens_per_second",
+        "speedup", "identical_tokens"}]}`. The reference is the textbook sampler in float32.
+
+    Errors: `StudioError` for sizes that do not fit together, a wrong guidance scale and an unknown dtype.
+    """
+    guidance = check_number("The guidance scale", guidance)
+    side = round(tokens**0.5)
+    if side * side != tokens or tokens < 1:
+        raise StudioError(f"tokens must be a square number, the grid's side squared, not {tokens}.")
+    torch.manual_seed(0)
+    model = LlamaGen(
+        vocab_size=vocab,
+        dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        grid_size=side,
+        num_classes=10,
+        prefix_rope="zero",
+    )
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    model = model.to(device).eval()
+    batches = batch if isinstance(batch, (list, tuple)) else [batch]
+    dtypes = dtype if isinstance(dtype, (list, tuple)) else [dtype]
+    bandwidth = read_bandwidth(model)
+    rows = []
+    for pictures in batches:
+        for name in dtypes:
+            rows.append(_row(model, guidance, pictures, name, top_k, repeats, bandwidth))
+    return {"rows": rows}
+
+
+def _row(model, guidance, pictures, name, top_k, repeats, bandwidth) -> dict:
+    if name not in _DTYPES and name not in _PACKED:
+        raise StudioError(f"dtype is one of {', '.join({**_DTYPES, **_PACKED})}, not {name!r}.")
+    precision = _DTYPES.get(name) or _PACKED[name]
+    settings = Autoregressive(weights=_PACKED.get(name, "auto"))
+    tested = model if precision != "bfloat16" else _copy(model, torch.bfloat16)
+    sampling = Sampling(top_k=min(top_k, model.config.vocab_size))
+    condition = _condition(model, pictures)
+
+    def draw(loop: Callable, network, **more):
+        seeded = [torch.Generator(model.device).manual_seed(seed) for seed in range(pictures)]
+        matched = {
+            key: value.to(network.dtype) if value.is_floating_point() else value for key, value in condition.items()
+        }
+        return loop(network, matched, generators=seeded, sampling=sampling, guidance_scale=guidance, **more)
+
+    ours, reference, fast, plain = [], [], None, None
+    gc.collect()
+    draw(autoregressive, tested, settings=settings)
+    for _ in range(repeats):
+        seconds, fast = _timed(model.device, lambda: draw(autoregressive, tested, settings=settings).tokens)
+        ours.append(seconds)
+        seconds, plain = _timed(model.device, lambda: draw(textbook, model))
+        reference.append(seconds)
+    drawn = pictures * model.num_tokens
+    view = tested.for_decoding(settings.weights)
+    step_bytes = getattr(view, "weight_bytes", None) or step_weights(model) * _BYTES[precision]
+    return {
+        "batch": pictures,
+        "dtype": precision,
+        "tokens_per_second": drawn / min(ours),
+        "bound_tokens_per_second": pictures * bandwidth / step_bytes,
+        "reference_tokens_per_second": drawn / min(reference),
+        "speedup": min(reference) / min(ours),
+        "identical_tokens": bool(torch.equal(fast, plain)),
+    }
+
+
+def _copy(model: LlamaGen, dtype: torch.dtype) -> LlamaGen:
+    twin = LlamaGen.from_config(dict(model.config))
+    twin.load_state_dict(model.state_dict())
+    return twin.to(model.device, dtype).eval()
+
+
+def _condition(model: LlamaGen, pictures: int) -> dict[str, torch.Tensor]:
+    if model.config.num_classes is not None:
+        return {"class_labels": torch.arange(pictures, device=model.device) % model.config.num_classes}
+    shape = (pictures, model.config.caption_length, model.config.caption_dim)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {
+        "captions": noise.to(model.device),
+        "caption_mask": torch.ones(shape[:2], dtype=torch.bool).to(model.device),
+    }
+
+
+def step_weights(model: LlamaGen) -> int:
+    """Numbers read by one step: all blocks and the output layer, not the tables of which one row is read."""
+    return sum(weight.numel() for part in (model.layers, model.norm, model.output) for weight in part.parameters())
+
+
+def read_bandwidth(model: LlamaGen, repeats: int = 10) -> float:
+    """Bytes a second at which a plain sum reads a buffer of the size of the model's step weights, at best."""
+    buffer = torch.ones(step_weights(model), device=model.device)
+    buffer.sum()
+    return buffer.nbytes / min(_timed(model.device, buffer.sum)[0] for _ in range(repeats))
+
+
+def _timed(device: torch.device, work: Callable) -> tuple[float, torch.Tensor]:
+    _wait(device)
+    began = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - began, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,154 @@
+"""What pruning buys a reader of scenes: seconds, tokens and memory of every method beside the share it answers.
+
+The rows of `bench_reading` for people: a chart and a table.
+"""
+
+import statistics
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from studio.bench.chart import Series, chart
+from studio.bench.report import markdown_table
+from studio.checkpoints.loading import load
+from studio.data.scenes import draw_scene
+from studio.errors import StudioError
+from studio.evaluation.scenes import KEEPS, evaluate_inside, evaluate_reader
+from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.pruning.registry import INSIDE, METHODS, method_named
+
+
+def reading_chart(rows: list[dict]) -> str:
+    """Exact answers over kept tokens, as SVG: a line for each method, which ends at the whole picture."""
+    whole = rows[0]
+    series = [Series("all tokens", (_point(whole),))]
+    for method in dict.fromkeys(row["method"] for row in rows[1:]):
+        own = sorted(_point(row) for row in rows if row["method"] == method)
+        series.append(Series(method, (*own, _point(whole))))
+    title = "Exact answers about unseen scenes"
+    return chart(title, "visual tokens that are read", "exact answers (%)", series, log_x=True)
+
+
+def reading_table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    head = ("Method", "Keep", "Tokens", *(f"{phase.capitalize()} ms" for phase in PHASES), "Speed-up", "Cache KiB")
+    head += ("Exact %", "Note")
+    lines = []
+    for row in rows:
+        cells = [row["method"], f"{row['keep']:g}", f"{row['kept_tokens']} of {row['visual_tokens']}"]
+        cells += [f"{1000 * row[phase]:.1f}" for phase in PHASES]
+        cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1024:.0f}", f"{100 * row['accuracy']:.1f}"]
+        lines.append([*cells, _note(row)])
+    return markdown_table(head, lines)
+
+
+def _point(row):
+    return row["kept_tokens"], 100 * row["accuracy"]
+
+
+def _note(row):
+    notes = [] if row["faster"] or row["method"] == "none" else ["not faster"]
+    notes += ["not better than random"] if row["better_than_random"] is False else []
+    return ", ".join(notes)
+
+
+PHASES = ("encode", "select", "prefill", "decode")
+_STREAM = 1_000_000_009
+"""First number of the seeds of the pictures that are timed."""
+
+
+def bench_reading(
+    model: str = "emoji-vlm",
+    *,
+    methods: tuple[str, ...] | None = None,
+    keeps: tuple[float, ...] = KEEPS,
+    after_layer: int | None = None,
+    scenes: int = 100,
+    pictures: int = 8,
+    repeats: int = 3,
+    tiles: tuple[int, int] = (2, 2),
+    device: str | None = None,
+) -> dict:
+    """Time every method at every budget, and count exact answers.
+
+    Args:
+        model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
+        methods: names out of `METHODS`; behind a layer "fastv" and "pyramiddrop" too. `None` is all of `METHODS`, and
+            "fastv", "divprune", "random" and "uniform" behind a layer.
+        keeps: shares of the picture's tokens, newlines included.
+        after_layer: prune behind this layer of the language model (see `studio.prune`) instead of before it. Every
+            question is then read on its own, twelve times the work.
+        scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
+        pictures: scenes that are timed, one question each; all settings get the same.
+        repeats: runs of each picture and setting, in turn with the others.
+        tiles: rows and columns of tiles of each scene.
+
+    Returns:
+        `{"model", "device", "scenes", "questions", "rows"}`. The first row has method "none", keep 1.0. A row holds
+        method, keep, visual_tokens, kept_tokens, the seconds `encode`, `select`, `prefill`, `decode` and their sum
+        `total` (medians), cache_bytes, accuracy, speedup (total of the first row over its own), faster (whether that
+        is above 1), and better_than_random (None for "none" and "random", or where random was left out).
+
+    Errors: `StudioError` for a model that reads no scenes.
+    """
+    if methods is None:
+        methods = tuple(METHODS) if after_layer is None else ("fastv", "divprune", "random", "uniform")
+    for name in methods:
+        if after_layer is None or name not in INSIDE:
+            method_named(name)
+    pipe = load(model, device=device)
+    if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
+        raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
+    settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
+    answers = _answers(pipe, settings, after_layer, pictures, repeats, tiles)
+    inside = after_layer is not None
+    measured = evaluate_reader(
+        pipe.model, pipe.processor, scenes=scenes, methods=() if inside else methods, keeps=keeps, tiles=tiles
+    )
+    if inside:
+        cuts = [(method, keep, after_layer) for method, keep in settings[1:]]
+        for (method, keep, _), share in evaluate_inside(
+            pipe.model, pipe.processor, cuts, scenes=scenes, tiles=tiles
+        ).items():
+            measured["accuracy"].setdefault(method, {})[str(keep)] = share
+    rows = [_row(setting, answers[setting], measured["accuracy"]) for setting in settings]
+    for row in rows:
+        row["speedup"] = rows[0]["total"] / row["total"]
+        row["faster"] = row["speedup"] > 1
+        by_chance = measured["accuracy"].get("random", {}).get(str(row["keep"]))
+        comparable = row["method"] not in ("none", "random") and by_chance is not None
+        row["better_than_random"] = row["accuracy"] > by_chance if comparable else None
+    counts = {name: measured[name] for name in ("scenes", "questions")}
+    return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
+
+
+def _answers(pipe, settings, after_layer, pictures, repeats, tiles):
+    answers = {setting: [] for setting in settings}
+    asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(pictures)]
+    _ask(pipe, asked[0], *settings[-1], after_layer)
+    for _ in tqdm(range(repeats), desc="timing", unit="round"):
+        for scene in asked:
+            for setting in settings:
+                answers[setting].append(_ask(pipe, scene, *setting, after_layer))
+    return answers
+
+
+def _ask(pipe, scene, method, keep, after_layer):
+    chosen = {} if method == "none" else {"prune": method, "keep": keep, "after_layer": after_layer}
+    return pipe(Image.fromarray(scene.picture), scene.questions[0].text, **chosen, max_new_tokens=4)
+
+
+def _row(setting, answers, accuracy):
+    method, keep = setting
+    seconds = {phase: statistics.median(answer.seconds[phase] for answer in answers) for phase in PHASES}
+    return {
+        "method": method,
+        "keep": keep,
+        "visual_tokens": answers[0].visual_tokens,
+        "kept_tokens": answers[0].kept_tokens,
+        **seconds,
+        "total": statistics.median(sum(answer.seconds.values()) for answer in answers),
+        "cache_bytes": int(statistics.median(answer.cache_bytes for answer in answers)),
+        "accuracy": accuracy[method][str(keep)],
+    }

@@ -1,0 +1,370 @@
+"""What each decoding of a pipeline buys: seconds for a picture beside quality, same prompts and seeds for all.
+
+The rows of `bench_tradeoff` for people: a chart and a table.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from studio.bench.chart import Series, chart
+from studio.bench.cost import call_seconds, peak_flops
+from studio.bench.decoding import read_bandwidth, step_weights
+from studio.bench.report import markdown_table
+from studio.checkpoints.loading import load
+from studio.checkpoints.measured import fingerprint, save_measured
+from studio.data.captions import full_caption
+from studio.decoding.jacobi import Jacobi
+from studio.errors import StudioError
+from studio.evaluation.generators import held_out_drawings, judge_drawings
+from studio.evaluation.judge import draw_combinations
+from studio.evaluation.metrics import sliced_distance
+from studio.pipelines.decodings import decoding_named, decodings_for, is_approximate
+from studio.pipelines.llamagen import LlamaGenPipeline
+from studio.pipelines.mar import MARPipeline
+from studio.pipelines.resgen import ResGenPipeline
+from studio.pipelines.rq_transformer import RQTransformerPipeline
+from studio.pipelines.token_bridge import TokenBridgePipeline
+
+_EXTRA = {
+    "verify_ratio": "Verify",
+    "draft_ratio": "Draft",
+    "break_even_length": "Break-even",
+    "acceptance": "Kept drafts",
+    "latent_distance": "Latents off by",
+}
+"""What only some rows have, and what it is called; a column is left out where no row has it."""
+_FINE = ("latent_distance",)
+
+
+def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
+    """Judge's top-1 over pictures a second, as SVG; one series a decoding, of the rows with one batch size."""
+    chosen = [row for row in rows if row["batch"] == batch]
+    names = list(dict.fromkeys(row["decoding"] for row in chosen))
+    series = []
+    for name in names:
+        own = [row for row in chosen if row["decoding"] == name]
+        points = tuple((1 / row["seconds_per_image"], 100 * row["judge_top1"]) for row in own)
+        series.append(Series(name, points, tuple(_setting(row) for row in own)))
+    title = f"Quality over speed, {batch} at a time"
+    return chart(title, "pictures a second", "judge top-1 (%)", series, log_x=True, least_height=10)
+
+
+def tradeoff_table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    head = ("Decoding", "Settings", "Batch", "s a picture", "Speed-up", "Calls", "Accepted", "Top-1 %", "Fréchet")
+    extra = {name: label for name, label in _EXTRA.items() if any(name in row for row in rows)}
+    head += tuple(extra.values())
+    lines = []
+    for row in rows:
+        cells = [row["decoding"], _setting(row) or "–", str(row["batch"]), f"{row['seconds_per_image']:.3f}"]
+        cells += [f"{row['speedup']:.2f}", f"{row['target_calls']:.1f}", f"{row['mean_accepted_length']:.2f}"]
+        cells += [f"{100 * row['judge_top1']:.1f}", f"{row['frechet']:.1f}"]
+        cells += [f"{row[name]:.{2 + (name in _FINE)}f}" if name in row else "–" for name in extra]
+        lines.append(cells)
+    return markdown_table(head, lines)
+
+
+def _setting(row):
+    short = {"delta": "δ", "ratio": "ratio", "steps": "steps", "teacher_steps": "teacher", "prefill": "prefill"}
+    short |= {"draft_steps": "drafts", "inner_temperature": "inner T"}
+    settings = {short[name]: value for name, value in row["settings"].items() if name in short and value}
+    parts = [f"{name} {value:g}" for name, value in settings.items()]
+    if mode := row["settings"].get("mode"):
+        parts.append(f"{mode} (approximate)" if row.get("approximate") else mode)
+    return " ".join(parts)
+
+
+COMMITTED = Path(__file__).with_name("decodings")
+"""The printed documents of full runs, one for a bundled model; `quick` takes their quality."""
+PICTURES = 16
+QUALITY_SAMPLES = 500
+_QUALITY = ("judge_top1", "frechet", "quality_samples")
+_NEEDED = {LlamaGenPipeline: {"distilled": "student"}, MARPipeline: {"cspd": "drafter"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A decoding by the name and the options that `studio generate` takes."""
+
+    decoding: str
+    settings: dict = dataclasses.field(default_factory=dict)
+
+    def make(self):
+        """What `decoding=` of a pipeline takes."""
+        return decoding_named(self.decoding).settings(**self.settings)
+
+
+def contenders(pipe) -> list[Contender]:
+    """Plain decoding, and every decoding that the pipeline has the parts for, at several settings."""
+    if isinstance(pipe, MARPipeline):
+        total = pipe.transformer.num_tokens
+        found = [Contender("mar"), Contender("mar", {"steps": total})]
+        if pipe.drafter is not None:
+            relaxed = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"steps": total}]
+            found.append(Contender("cspd", {"mode": "exact"}))
+            found += [Contender("cspd", {"mode": "relaxed", **more}) for more in relaxed]
+        return found
+    if isinstance(pipe, ResGenPipeline):
+        orders = decodings_for(type(pipe).__name__, ())
+        return [Contender("resgen"), *(Contender(name, {"steps": steps}) for name in orders for steps in (4, 8, 32))]
+    if isinstance(pipe, RQTransformerPipeline):
+        return [Contender("rq")]
+    if isinstance(pipe, TokenBridgePipeline):
+        return [Contender("bridge"), *(Contender("bridge", {"steps": steps}) for steps in (4, 8, 32))]
+    found = [Contender("ar"), Contender("jacobi"), Contender("speculative")]
+    found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
+    found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
+    if pipe.student is not None:
+        found += [Contender("distilled", {"steps": steps, "teacher_steps": 0}) for steps in (1, 2, 4)]
+        found.append(Contender("distilled", {"steps": 1, "teacher_steps": pipe.transformer.num_tokens // 4}))
+    return found
+
+
+def bench_tradeoff(
+    model: str = "emoji-ar",
+    *,
+    only: tuple[str, ...] = (),
+    quick: bool = False,
+    save: bool = False,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    dtypes: tuple[str, ...] = ("float32",),
+    device: str | None = None,
+    repeats: int = 3,
+    pictures: int = PICTURES,
+    quality_samples: int = QUALITY_SAMPLES,
+) -> dict:
+    """Time every decoding and judge what it draws.
+
+    Args:
+        model: a text-conditional pipeline over the emoji set, by bundled name or folder.
+        only: names of decodings to time beside plain decoding; all when empty.
+        quick: take the quality from the committed full run, instead of drawing `quality_samples` pictures a setting.
+        save: keep the rows for `--decoding auto` on this machine.
+        batch_sizes: pictures drawn at a time.
+        repeats: runs of every setting, in turn with the others; the median counts.
+        pictures: pictures a run, of held-out combinations.
+        quality_samples: pictures a setting for the judge.
+
+    Returns:
+        `{"model", "fingerprint", "device", "left_out", "rows"}`. A row holds decoding, settings, batch, dtype,
+        seconds_per_image (picture decoding included), speedup against the first row of the same batch and dtype, which
+        is plain decoding, target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples;
+        over continuous tokens also latent_distance, the `sliced_distance` of a cell's numbers from plain decoding's
+        with other seeds, and with a drafter acceptance, the share of drafts that were kept; with drafts nodes (tokens
+        that a call reads for an image), verify_ratio (a call with all nodes over a plain step), draft_ratio (all else
+        in a round, drafts and tests, over a plain step), break_even_length (their sum: what must be accepted to gain),
+        and for every row but a student's memory_bound_seconds and compute_bound_seconds for a picture.
+
+    Errors: `StudioError` for another kind of model, for a name in `only` that it has no decoding of, and in a quick run
+        when the committed quality is of other weights or lacks a setting.
+    """
+    mark = fingerprint(model)
+    committed = _committed_quality(model, mark) if quick else None
+    rows = []
+    for dtype in dtypes:
+        pipe = load(model, device=device, dtype=dtype)
+        kinds = (LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline, TokenBridgePipeline)
+        if not isinstance(pipe, kinds) or not pipe.takes_text:
+            raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
+        pipe.set_progress_bar_config(disable=True)
+        field = _chosen(contenders(pipe), only)
+        name = str(pipe.transformer.dtype).removeprefix("torch.")
+        quality = []
+        if committed is None:
+            plain = _plain_cells(pipe, field[0], quality_samples) if isinstance(pipe, MARPipeline) else None
+            judged = {}
+            for each in field:
+                same = _judged_as(each, name)
+                key = _key(same.decoding, same.settings, name)
+                if key not in judged:
+                    judged[key] = _quality(pipe, same, quality_samples, plain)
+                quality.append(judged[key])
+        else:
+            quality = [_looked_up(committed, _judged_as(each, name), name) for each in field]
+        machine = _Machine(pipe.transformer) if isinstance(pipe, LlamaGenPipeline) else None
+        for batch in batch_sizes:
+            timed = _timed(pipe, field, batch, repeats, pictures)
+            base = timed[0]
+            for contender, run, judged in zip(field, timed, quality):
+                rows.append(_row(contender, batch, name, run, base, judged, machine))
+    result = {"model": model, "fingerprint": mark, "device": pipe.device.type, "left_out": {}, "rows": rows}
+    for decoding, part in _NEEDED.get(type(pipe), {}).items():
+        if getattr(pipe, part) is None and (not only or decoding in only):
+            result["left_out"][decoding] = f"the pipeline has no {part}"
+    if save:
+        result["saved"] = str(save_measured(model, pipe.device, rows))
+    return result
+
+
+def _chosen(field, only):
+    """The first contender, which is plain decoding, and those of the names in `only`."""
+    names = dict.fromkeys(each.decoding for each in field)
+    if unknown := [name for name in only if name not in names]:
+        raise StudioError(f"This model has no decoding {unknown[0]!r} to time: choose among {', '.join(names)}.")
+    return [each for number, each in enumerate(field) if number == 0 or not only or each.decoding in only]
+
+
+@dataclasses.dataclass
+class _Run:
+    """Medians over the runs of one setting; `nodes` of its trees, 1 without; `acceptance` of drafts, or None."""
+
+    seconds: float
+    decode_seconds: float
+    calls: float
+    accepted: float
+    acceptance: float | None
+    nodes: int
+    batch_rows: int
+
+
+def _timed(pipe, field, batch, repeats, pictures) -> list[_Run]:
+    prompts = [full_caption(*row) for row in draw_combinations(pictures, np.random.default_rng(0)).tolist()]
+    _draw(pipe, field[-1].make(), prompts[:batch], 0)
+    runs = [[] for _ in field]
+    for _ in tqdm(range(repeats), desc=f"timing, {batch} at a time", unit="round"):
+        for number, contender in enumerate(field):
+            settings, counted = contender.make(), None
+            if hasattr(settings, "drafts") and not isinstance(settings.drafts, Jacobi):
+                counted = _CountedDrafts(settings.drafts)
+                settings = dataclasses.replace(settings, drafts=counted)
+            stats = [
+                _draw(pipe, settings, prompts[start : start + batch], start) for start in range(0, pictures, batch)
+            ]
+            runs[number].append((stats, counted.nodes if counted else stats[0].window or 1))
+    streams = 1 if pipe.config.default_guidance_scale in (0, 1) else 2
+    return [_median(each, pictures, batch, streams) for each in runs]
+
+
+def _draw(pipe, settings, prompts, seed):
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+    return pipe(prompts, generator=generators, decoding=settings, output_type="pt").stats
+
+
+def _median(runs, pictures, batch, streams) -> _Run:
+    def middle(of):
+        return statistics.median(of(stats) for stats, _ in runs)
+
+    return _Run(
+        seconds=middle(lambda stats: sum(each.seconds["total"] for each in stats)) / pictures,
+        decode_seconds=middle(lambda stats: sum(each.seconds["decode"] for each in stats)) / pictures,
+        calls=statistics.mean(each.target_calls for each in runs[0][0]),
+        accepted=statistics.mean(each.mean_accepted_length for each in runs[0][0]),
+        acceptance=_mean_of_known([each.acceptance for each in runs[0][0]]),
+        nodes=runs[0][1],
+        batch_rows=batch * streams,
+    )
+
+
+def _mean_of_known(numbers):
+    known = [number for number in numbers if number is not None]
+    return statistics.mean(known) if known else None
+
+
+class _CountedDrafts:
+    """A source of drafts that does what another does, and notes how many nodes its trees have."""
+
+    def __init__(self, source):
+        self._source, self.nodes = source, 1
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def begin(self, setting):
+        drafting = self._source.begin(setting)
+        self.nodes = drafting.nodes
+        return drafting
+
+
+class _Machine:
+    """What this machine does at best, and what calls of one model cost on it."""
+
+    def __init__(self, model):
+        self.model, self.weights = model, step_weights(model)
+        self.bandwidth, self.flops = read_bandwidth(model), peak_flops(model.device, model.dtype)
+        self._calls = {}
+
+    def call(self, rows, nodes):
+        if (rows, nodes) not in self._calls:
+            self._calls[rows, nodes] = call_seconds(self.model, rows, nodes)
+        return self._calls[rows, nodes]
+
+    def bounds(self, run, batch):
+        size = self.model.output.weight.element_size()
+        read = run.calls * self.weights * size / self.bandwidth
+        work = run.calls * run.batch_rows * run.nodes * 2 * self.weights / self.flops
+        return {"memory_bound_seconds": read / batch, "compute_bound_seconds": work / batch}
+
+
+def _row(contender, batch, dtype, run, base, judged, machine) -> dict:
+    row = {
+        "decoding": contender.decoding,
+        "settings": contender.settings,
+        "batch": batch,
+        "dtype": dtype,
+        "seconds_per_image": run.seconds,
+        "speedup": base.seconds / run.seconds,
+        "target_calls": run.calls,
+        "mean_accepted_length": run.accepted,
+        **judged,
+    }
+    if run.acceptance is not None:
+        row["acceptance"] = run.acceptance
+    if run.nodes > 1:
+        step = base.decode_seconds * batch / base.calls
+        call, round_ = machine.call(run.batch_rows, run.nodes), run.decode_seconds * batch / run.calls
+        row |= {
+            "nodes": run.nodes,
+            "verify_ratio": call / step,
+            "draft_ratio": (round_ - call) / step,
+            "break_even_length": round_ / step,
+        }
+    if is_approximate(contender.make()):
+        row["approximate"] = True
+    return row if contender.decoding == "distilled" or machine is None else row | machine.bounds(run, batch)
+
+
+def _judged_as(contender: Contender, dtype: str) -> Contender:
+    """Whose images the judge needs to see: in float32, Jacobi decoding with the seed's noise makes plain decoding's."""
+    keeps_tokens = contender.decoding == "jacobi" and contender.settings.get("coupling", "seed") == "seed"
+    return Contender("ar") if keeps_tokens and dtype == "float32" else contender
+
+
+def _quality(pipe, contender, samples, plain) -> dict:
+    """What the judge says of a setting, and how far its cells are from the `plain` ones (n, D), if there are any."""
+    drawings = held_out_drawings(pipe, samples, decoding=contender.make())
+    measured = judge_drawings(pipe, drawings)
+    distance = {} if plain is None else {"latent_distance": sliced_distance(drawings.tokens.flatten(0, 1), plain)}
+    return {key: measured[key] for key in ("judge_top1", "frechet")} | {"quality_samples": samples, **distance}
+
+
+def _plain_cells(pipe, contender, samples):
+    """Cells (n, D) of pictures of the same prompts by other seeds, which tell how far chance alone goes."""
+    return held_out_drawings(pipe, samples, decoding=contender.make(), first_stream=samples).tokens.flatten(0, 1)
+
+
+def _committed_quality(model, mark) -> dict:
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(COMMITTED.glob("*.json"))]
+    document = next((each for each in documents if each["fingerprint"] == mark), None)
+    if document is None:
+        raise StudioError(f"The recorded quality is of other weights than those of {model}: run without --quick.")
+    return {_key(row["decoding"], row["settings"], row["dtype"]): row for row in document["rows"]}
+
+
+def _looked_up(committed, contender, dtype) -> dict:
+    row = committed.get(_key(contender.decoding, contender.settings, dtype))
+    if row is None:
+        raise StudioError(
+            f"No quality is recorded for {contender.decoding} with {contender.settings} in {dtype}: "
+            "run without --quick."
+        )
+    return {key: row[key] for key in (*_QUALITY, "latent_distance") if key in row}
+
+
+def _key(decoding, settings, dtype):
+    return json.dumps([decoding, settings, dtype], sort_keys=True)

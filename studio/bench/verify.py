@@ -1,0 +1,80 @@
+"""How long one verification of a draft tree takes, beside the authors' way of doing it."""
+
+import time
+
+import torch
+
+from studio.decoding.acceptance import Relaxation
+from studio.decoding.lantern import neighbour_table
+from studio.decoding.sampling import Sampling
+from studio.decoding.trees import DynamicTree, Tree, grow
+from studio.decoding.verification import verify
+from studio.errors import StudioError
+from studio.reference.verification import leaf_paths, textbook_verify
+
+_CODE_DIM = 8
+_DELTA = 0.1
+
+
+def bench_verify(
+    *,
+    vocab: int = 16384,
+    nodes: int = 59,
+    k: int = 1000,
+    trees: int = 20,
+    repeats: int = 5,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Times relaxed verification (tv_budget 0.1) of dynamic trees of random logits, one picture, on the CPU.
+
+    Args:
+        vocab: codes of the codebook, random vectors of 8 numbers.
+        nodes: of a tree, with the root; at most 5 levels, 10 children a node.
+        k: nearest codes that count.
+        trees: trees of a run; every run takes both sides through the same trees and random numbers, in turn.
+        repeats: runs; the fastest of each side counts. The threads are those torch is set to.
+
+    Returns:
+        `{"ms", "reference_ms"}`, milliseconds for a tree; the reference applies the authors' rule.
+
+    Errors: `StudioError` for sizes that do not fit together.
+    """
+    for name, value in (("trees", trees), ("repeats", repeats)):
+        if value < 1:
+            raise StudioError(f"{name} must be at least 1, not {value}.")
+    generator = torch.Generator().manual_seed(seed)
+    width = min(k + 1, vocab - 1)
+    table = neighbour_table(torch.randn(vocab, _CODE_DIM, generator=generator), width)
+    if k > width:
+        raise StudioError(f"A codebook of {vocab} codes has neighbourhoods of 1 to {vocab - 1} codes, not {k}.")
+    ours = Relaxation(table, k, tv_budget=_DELTA)
+    authors = Relaxation(table, k, tv_budget=_DELTA, reference=True)
+    drawn = [_random_case(vocab, nodes, generator) for _ in range(trees)]
+    prepared = [(leaf_paths(tree), tree.tokens[0], numbers[0].tolist()) for tree, _, numbers in drawn]
+    sampling = Sampling()
+    times = {"ms": float("inf"), "reference_ms": float("inf")}
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for tree, logits, numbers in drawn:
+            verify(tree, logits, numbers, sampling, ours)
+        middle = time.perf_counter()
+        for (_, logits, _), (paths, tokens, numbers) in zip(drawn, prepared):
+            textbook_verify(paths, tokens, logits[0], numbers, sampling, authors)
+        ended = time.perf_counter()
+        times["ms"] = min(times["ms"], 1000 * (middle - began) / trees)
+        times["reference_ms"] = min(times["reference_ms"], 1000 * (ended - middle) / trees)
+    return times
+
+
+def _random_case(vocab: int, nodes: int, generator: torch.Generator) -> tuple[Tree, torch.Tensor, torch.Tensor]:
+    """A tree that grew on random laws, target logits near those, and uniform numbers."""
+    shape = DynamicTree(nodes=nodes)
+
+    def behind(*size):
+        return (3 * torch.randn(*size, vocab, generator=generator)).log_softmax(dim=-1)
+
+    tree = grow(shape, torch.zeros(1, dtype=torch.long), behind(1), lambda tokens, _: behind(*tokens.shape),
+                torch.tensor([shape.levels]))  # fmt: skip
+    tree.children, tree.token_lists  # noqa: B018 - known before verification, as in decoding
+    logits = 3 * torch.randn(1, tree.tokens.shape[1], vocab, generator=generator)
+    return tree, logits, torch.rand(1, tree.tokens.shape[1], generator=generator)

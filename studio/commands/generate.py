@@ -1,0 +1,235 @@
+"""`studio generate`."""
+
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.commands.decodings import (
+    Confidence,
+    ConfidenceTemperature,
+    Coupling,
+    Decoding,
+    Delta,
+    DiffusionSteps,
+    Drafts,
+    DraftSteps,
+    InnerTemperature,
+    Mode,
+    Neighbours,
+    Prefill,
+    Ratio,
+    Schedule,
+    Steps,
+    TeacherSteps,
+    Tolerance,
+    Window,
+    check_auto,
+    check_given,
+    decoding_of,
+    given,
+    named,
+    picked,
+    shown_name,
+)
+from studio.commands.options import Device, DrawingDtype, Json, number
+from studio.console import emit, quiet_libraries, say, warn
+from studio.errors import StudioError
+from studio.files import user_path
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help='What to draw, such as "a red apple".', show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='Draw a file of lines such as {"prompt": "a red apple", "num_images": 2}, with the names of these '
+            "options; in several processes too (accelerate launch -m studio ...), and going on where it stopped.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
+    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
+    class_label: Annotated[
+        int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Seed of the first picture; the next use seed+1, ... With --prompts, what seeds are derived from.",
+            show_default="drawn; 0 with --prompts",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, number(help="How closely to follow the prompt (1 = off; the model's own default).")
+    ] = None,
+    cfg_interval: Annotated[int, typer.Option(min=-1, help="Last token that guidance steers (-1: all of them).")] = -1,
+    temperature: Annotated[float | None, number(help="Randomness of each token (1 = as the model predicts).")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Draw from the k likeliest tokens (0: all).", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many tokens to draw of a model whose first ones are a picture.", show_default="all"
+        ),
+    ] = None,
+    decoding: Decoding = None,
+    delta: Delta = None,
+    neighbours: Neighbours = None,
+    ratio: Ratio = None,
+    drafts: Drafts = None,
+    window: Window = None,
+    coupling: Coupling = None,
+    steps: Steps = None,
+    teacher_steps: TeacherSteps = None,
+    mode: Mode = None,
+    diffusion_steps: DiffusionSteps = None,
+    prefill: Prefill = None,
+    draft_steps: DraftSteps = None,
+    inner_temperature: InnerTemperature = None,
+    schedule: Schedule = None,
+    confidence: Confidence = None,
+    confidence_temperature: ConfidenceTemperature = None,
+    tolerance: Tolerance = None,
+    device: Device = None,
+    dtype: DrawingDtype = None,
+    out: Annotated[
+        Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
+    ] = Path("out"),
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures as one sheet.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --prompts: pictures drawn at a time.", show_default="1 to 8 by their number"),
+    ] = None,
+    as_json: Json = False,
+):
+    """Draw pictures from words."""
+    sampling = {"cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if cfg_interval == -1:
+        del sampling["cfg_interval"]
+    chosen = {"delta": delta, "neighbours": neighbours, "ratio": ratio, "steps": steps, "teacher_steps": teacher_steps}
+    chosen |= {"mode": mode, "diffusion_steps": diffusion_steps, "prefill": prefill, "draft_steps": draft_steps}
+    chosen |= {"inner_temperature": inner_temperature, "schedule": schedule, "confidence": confidence}
+    chosen |= {"confidence_temperature": confidence_temperature, "drafts": drafts}
+    chosen |= {"window": window, "coupling": coupling}
+    if prompts is not None:
+        if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
+            raise StudioError("With --prompts the lines say what to draw, and --out is a folder: leave out the rest.")
+        if decoding == "auto" or tolerance is not None:
+            raise StudioError("With --prompts every process must draw alike: name the decoding, and leave out auto.")
+        from studio.commands.generate_batch import generate_many
+
+        options = {"num_images": num_images, "guidance": guidance, **sampling, "length": length}
+        options |= {"decoding": decoding, **chosen}
+        options = {name: value for name, value in options.items() if value is not None}
+        generate_many(
+            prompts,
+            user_path(out),
+            model=model,
+            seed=seed or 0,
+            options=options,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+        )
+        return
+    if batch_size is not None:
+        raise StudioError("--batch-size goes with --prompts: the pictures of one prompt are drawn together.")
+    if (prompt is None) == (class_label is None):
+        raise StudioError(
+            'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
+        )
+    settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
+    settings |= {} if length is None else {"num_tokens": length}
+    if dtype == "int8" and decoding not in (None, "ar"):
+        raise StudioError("--dtype int8 goes with --decoding ar only.")
+    chosen = given("ar" if dtype == "int8" else decoding, **chosen)
+    check_auto(decoding, tolerance, [name for name in chosen if name != "name"])
+    if decoding != "auto":
+        check_given(**chosen)
+    _generate(prompt, class_label, model, num_images, seed, settings, chosen, tolerance, device, dtype, out, sheet)
+
+
+def _generate(prompt, class_label, model, num_images, seed, settings, decoding, tolerance, device, dtype, out, sheet):
+    from studio.commands.saved import save
+    from studio.saving import make_sheet, plan_paths, png_writer, unused
+
+    seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
+    paths, sheet_path = plan_paths(out, prompt or f"class {class_label}", seeds, sheet)
+
+    import torch
+
+    from studio import Autoregressive, load
+    from studio.checkpoints.vocabulary import prompt_warning
+
+    packed = dtype == "int8"
+    quiet_libraries()
+    pipe = load(model, device=device, dtype=None if packed else dtype)
+    if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
+        raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
+    is_auto = decoding["name"] == "auto"
+    decoding = picked(model, pipe, num_images, tolerance) if is_auto else named(pipe=pipe, **decoding)
+    how = Autoregressive(weights="int8") if packed else decoding_of(**decoding)
+    pipe.check_arguments(settings)
+    pipe.check_call(prompt, class_labels=class_label, num_images_per_prompt=num_images, decoding=how, **settings)
+    if caution := pipe.caution(how):
+        warn(caution)
+    if warning := prompt_warning(pipe, prompt):
+        warn(warning)
+    output = pipe(
+        prompt,
+        class_labels=class_label,
+        num_images_per_prompt=num_images,
+        generator=[torch.Generator().manual_seed(each) for each in seeds],
+        decoding=how,
+        **settings,
+    )
+
+    call = {"model": model, "prompt": prompt, "class_label": class_label, "num_images": num_images, **settings}
+    call |= {
+        "decoding": {**decoding, "approximate": True} if getattr(how, "approximate", False) else decoding,
+        "device": str(pipe.device),
+        "dtype": "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch."),
+    }
+    if out.suffix.lower() != ".png":
+        paths = [unused(path, call, each) for path, each in zip(paths, seeds)]
+        sheet_path = sheet_path and unused(sheet_path, call, seeds)
+    writers = {path: png_writer(image, call, each) for path, image, each in zip(paths, output.images, seeds)}
+    if sheet_path:
+        writers[sheet_path] = png_writer(make_sheet(output.images), call, seeds)
+    save(writers)
+
+    stats = output.stats
+    drawn_from = output.prompts if set(output.prompts or [prompt]) != {prompt} else None
+    emit(
+        {
+            "model": model,
+            "decoding": stats.decoding or shown_name(decoding["name"], how),
+            "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
+            **({"sheet": str(sheet_path)} if sheet_path else {}),
+            **({"prompts": drawn_from} if drawn_from else {}),
+            "tokens": stats.tokens,
+            "target_calls": stats.target_calls,
+            "mean_accepted_length": stats.mean_accepted_length,
+            **({} if stats.acceptance is None else {"acceptance": stats.acceptance}),
+            **({} if stats.window is None else {"window": stats.window}),
+            "seconds": stats.seconds,
+        }
+    )
+    for path, each, words in zip(paths, seeds, drawn_from or [""] * num_images):
+        say(f"{path}  seed {each}  {words}".rstrip())
+    if sheet_path:
+        say(f"{sheet_path}  all {num_images}")
+    total, decode = stats.seconds["total"], stats.seconds["decode"]
+    taken = "" if stats.decoding is None else f", {stats.decoding} decoding"
+    say(f"{total:.1f} seconds, {stats.tokens} tokens, {stats.tokens / max(decode, 1e-9):.0f} tokens per second{taken}")

@@ -1,0 +1,53 @@
+"""`studio models`, `studio doctor` and `studio ui`."""
+
+from typing import Annotated
+
+import typer
+
+from studio.commands.options import Json
+from studio.console import emit, say
+from studio.errors import StudioError
+
+
+def models(as_json: Json = False):
+    """List the bundled models."""
+    from studio.doctor import list_models
+
+    rows = list_models()
+    emit({"models": rows})
+    for row in rows:
+        say(f"{row['name']:12} {row['kind']:10} {row['state']:10} {row['summary']}")
+
+
+def doctor(as_json: Json = False):
+    """Check this installation: device, versions, bundled weights with their SHA-256."""
+    from studio.doctor import examine
+
+    report = examine()
+    emit(report)
+    found = {"device": "device", "threads": "threads", "compiled step": "compiled_step"}
+    for name, value in {**report["versions"], **{name: report[key] for name, key in found.items()}}.items():
+        say(f"{name:24} {value}")
+    for row in report["models"]:
+        say(f"{row['name']:24} {row['state']}")
+        for file, checksum in row["sha256"].items():
+            if file.endswith(".safetensors"):
+                say(f"  {checksum}  {file}")
+    if not report["ok"]:
+        raise StudioError("Some bundled weights are missing or damaged: install Studio again.")
+
+
+def ui(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
+):
+    """Open the app in a browser."""
+    from studio.ui.server.storage import use_private_folder
+
+    folder = use_private_folder()  # before Gradio is imported
+
+    from studio.ui.app import launch
+
+    launch(host=host, port=port, folder=folder)

@@ -1,0 +1,164 @@
+"""`studio tokenize`, `studio detokenize`, and how they compare with other files (`studio bench rate-distortion`)."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio.checkpoints.bundled import BUNDLED, DEFAULT_TOKENIZER
+from studio.checks import printable
+from studio.commands.figures import check_figure, save_figure
+from studio.commands.options import Device, Json, Seed, number
+from studio.console import emit, quiet_libraries, say
+from studio.errors import StudioError
+
+MOST_BYTES = 1 << 23  # the longest file with as many tokens as are read has fewer
+
+
+def tokenize(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .odp file to write.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="A One-D-Piece tokenizer: a bundled name, a folder or a Hub id.")
+    ] = DEFAULT_TOKENIZER,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens to keep, over all tiles.", show_default="all")
+    ] = None,
+    psnr: Annotated[float | None, number(help="Instead: the fewest tokens that come this close, in dB.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--bytes", min=1, help="Instead: the most bytes of the file.", show_default=False)
+    ] = None,
+    tile: Annotated[
+        bool, typer.Option("--tile", help="Cut the picture into the tokenizer's squares instead of resizing it.")
+    ] = False,
+    refine: Annotated[
+        int, typer.Option(min=0, help="Steps of a search for tokens that restore this picture better; 20 do much.")
+    ] = 0,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Compress a picture to a row of tokens in a file."""
+    if sum(wish is not None for wish in (length, psnr, size)) > 1:
+        raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
+
+    from studio.commands.saved import save
+    from studio.pictures import open_picture
+    from studio.saving import check_writable
+
+    picture = open_picture(image)
+    check_writable(out)
+    model, name = _load(tokenizer, device)
+
+    from studio import encode_picture
+
+    encoded = encode_picture(picture, model, length=length, psnr=psnr, size=size, tile=tile, refine=refine, name=name)
+    save({out: lambda path: path.write_bytes(encoded.data)})
+    width, height = picture.size
+    tokens, written = len(encoded.file.tokens), len(encoded.data)
+    emit(
+        {
+            "path": str(out),
+            "tokenizer": tokenizer,
+            "checksum": f"{encoded.file.checksum:08x}",
+            "width": width,
+            "height": height,
+            "tiled": tile,
+            "refine": refine,
+            "length": tokens,
+            "bytes": written,
+            "payload_bytes": encoded.file.payload_bytes,
+            "bits_per_pixel": 8 * written / (width * height),
+            "psnr": encoded.psnr,
+        }
+    )
+    say(f"{out}  {tokens} tokens, {written} bytes, {encoded.psnr:.2f} dB")
+
+
+def detokenize(
+    file: Annotated[Path, typer.Argument(help="The .odp file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png file to write.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="The tokenizer that the file was made with.", show_default="the one that the file names"),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Restore the picture of a file that `studio tokenize` wrote."""
+    from studio.commands.saved import save
+    from studio.saving import check_writable, png_writer
+
+    if out.suffix.lower() != ".png":
+        raise StudioError(f"{out} does not end in .png: pictures are written as PNG.")
+    data = _read(file)
+    check_writable(out)
+
+    from studio import OdpFile, decode_picture
+
+    content = OdpFile.from_bytes(data, file)
+    if not (tokenizer or content.tokenizer):
+        raise StudioError(f"{file} names no bundled tokenizer: give the folder of its tokenizer with --tokenizer.")
+    chosen = tokenizer or content.tokenizer
+    model, _ = _load(chosen, device)
+    picture = decode_picture(content, model, file)
+    call = {"file": printable(file.name), "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
+    save({out: png_writer(picture, call, None)})
+    emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
+    say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")
+
+
+def rate_distortion(
+    tokenizer: Annotated[str, typer.Option(help="A One-D-Piece tokenizer.")] = DEFAULT_TOKENIZER,
+    samples: Annotated[int, typer.Option(min=65, help="Pictures of held-out concepts.")] = 136,
+    refine: Annotated[
+        int, typer.Option(min=0, help="Steps of a search for better tokens, as of studio tokenize, beside none.")
+    ] = 0,
+    seed: Seed = 0,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write quality over bytes as this SVG file.", show_default=False)
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="Of the figure: psnr, or frechet, the judge's distance.", show_default="psnr"),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Compare a tokenizer's files with JPEG and WebP of as many bytes."""
+    if measure not in (None, "psnr", "frechet"):
+        raise StudioError(f"The figure shows psnr or frechet, not {measure!r}.")
+    if figure is None and measure is not None:
+        raise StudioError("--measure is of the figure: give --figure too.")
+    check_figure(figure)
+    model, name = _load(tokenizer, device)
+
+    from studio.bench.rate_distortion import bench_rate_distortion, rate_distortion_chart
+    from studio.bench.report import records_table
+
+    result = bench_rate_distortion(model, name=name, samples=samples, refine=refine, seed=seed, device=device)
+    save_figure(figure, lambda: rate_distortion_chart(result["rows"], measure or "psnr"))
+    emit(result)
+    say(records_table(result["rows"]))
+
+
+def _load(name, device):
+    """A One-D-Piece tokenizer, and its name where it is bundled, else an empty one."""
+    from studio import OneDPieceTokenizer, load
+
+    quiet_libraries()
+    model = load(name, device=device, dtype="float32")
+    if not isinstance(model, OneDPieceTokenizer):
+        raise StudioError(f"{name} is no One-D-Piece tokenizer: only their first tokens are a picture by themselves.")
+    return model, name if name in BUNDLED else ""
+
+
+def _read(file):
+    """The bytes of a file, of a very long one the first: it is no .odp file, and would fill the memory."""
+    if not os.path.isfile(file):
+        raise StudioError(f"There is no file {file}.")
+    try:
+        with file.open("rb") as opened:
+            return opened.read(MOST_BYTES)
+    except OSError as error:
+        raise StudioError(f"{file} cannot be read: {error.strerror or error}.") from error

@@ -1,0 +1,203 @@
+"""Drafts of a trained `Drafter`: a tree of fixed shape, or one that grows where the drafter is sure.
+
+EAGLE (arXiv:2401.15077), EAGLE-2 (arXiv:2406.16858), LANTERN (arXiv:2410.03355) and LANTERN++ (arXiv:2502.06352). The
+drafter sees the target's own states up to the root; below it, its guesses stand for them. Both guidance streams are
+drafted, with the target's scale. When drawing at random, children in a tree of fixed shape are drawn without
+replacement, from the law that filters leave; otherwise they are the likeliest.
+
+Deviations from the authors' code: trees end with the picture; as many children are drawn as the shape has, not always
+ten; what is kept in the drafter's cache comes from the target's states alone, fed once.
+
+Drafts of the drafter that belongs to a model, or, where it has none, recycled ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from studio.decoding.drafts import Drafting, Progress, Recycling, Setting
+from studio.decoding.sampling import exponential_noise
+from studio.decoding.trees import DynamicTree, StaticTree, Tree, default_tree, grow
+from studio.errors import StudioError
+
+
+@dataclass(frozen=True)
+class DrafterDrafts:
+    """Settings.
+
+    Args:
+        drafter: a `Drafter` of the target's sizes, in evaluation mode.
+        tree: `DynamicTree` or `StaticTree`.
+
+    Errors: `StudioError` for another tree.
+    """
+
+    drafter: torch.nn.Module
+    tree: DynamicTree | StaticTree = DynamicTree()
+
+    def __post_init__(self):
+        if not isinstance(self.tree, (DynamicTree, StaticTree)):
+            raise StudioError(f"tree is a DynamicTree or a StaticTree, not {type(self.tree).__name__}.")
+
+    @property
+    def drawn(self) -> bool:
+        return isinstance(self.tree, StaticTree)
+
+    def begin(self, setting: Setting) -> "DrafterDrafting":
+        self.drafter.check_target(setting.model)
+        return DrafterDrafting(self.drafter, self.tree, setting)
+
+
+class DrafterDrafting:
+    """The drafter's cache during one call; row i of it belongs to row i of the target."""
+
+    uses_states = True
+
+    def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, setting: Setting):
+        self.nodes = shape.nodes
+        self.drafter, self.shape, self.setting = drafter.for_decoding(setting.weights), shape, setting
+        self.before = setting.model.prefix_length - 1
+        self.guidance = setting.guidance
+        pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
+        rows = setting.batch * self.guidance.streams
+        self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
+        self.cache.plan = drafter.plan(setting.plan)
+        if setting.valid is not None:
+            self.cache.mask_prefix(setting.valid)
+
+    def propose(self, progress: Progress) -> Tree:
+        root_states = self._catch_up(progress)
+        fill = self._static if isinstance(self.shape, StaticTree) else self._dynamic
+        tree = fill(progress, root_states)
+        self.cache.forget()
+        return tree
+
+    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+        pass
+
+    def rewind(self, lengths: list[int]) -> None:
+        self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
+
+    def select(self, pictures: list[int], rows: list[int]) -> None:
+        self.cache.select_rows(rows)
+
+    def _catch_up(self, progress: Progress) -> torch.Tensor:
+        """Feeds the target's states up to the root; the guesses (rows, 1, dim) behind the roots."""
+        batch = len(progress.lengths)
+        starts, ends = self.cache.lengths[:batch], [self.before + length for length in progress.lengths.tolist()]
+        counts = [end - start for start, end in zip(starts, ends)]
+        new = range(max(counts))
+        positions = [[min(start + step, end - 1) for step in new] for start, end in zip(starts, ends)]
+        positions = torch.tensor(positions, device=progress.tokens.device)
+        rows = self.guidance.rows(positions)
+        states = progress.states.gather(1, rows[:, :, None].expand(-1, -1, progress.states.shape[2]))
+        visible = torch.ones(len(new), len(new), dtype=torch.bool, device=rows.device).tril().expand(len(rows), -1, -1)
+        tokens = progress.tokens.gather(1, (positions - self.before).clamp(min=0))
+        tokens = self.guidance.rows(tokens.masked_fill(positions < self.before, 0))
+        out = self.drafter.extend_tree(tokens, states, self.cache, rows, visible)
+        self.cache.keep([range(count) for count in counts] * self.guidance.streams)
+        last = [max(count - 1, 0) for count in counts] * self.guidance.streams
+        return out[list(range(len(rows))), last][:, None]
+
+    def _logits(self, states: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
+        """Guided logits (B, n, V) behind nodes of one depth, from guesses (rows, n, dim) at their states."""
+        index = (progress.lengths + depth)[:, None].expand(-1, states.shape[1])
+        return self.guidance.combine(self.setting.model.logits(states), index)
+
+    def _laws(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.setting.sampling.greedy:
+            return logits.softmax(dim=-1)
+        return self.setting.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+
+    def _log_laws(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(dim=-1) if self.setting.sampling.greedy else self._laws(logits).log()
+
+    def _feed(self, tokens, states, progress: Progress, depth: int, visible) -> torch.Tensor:
+        """Guesses (rows, n, dim) behind nodes (B, n) of one depth, given those behind their parents."""
+        positions = (self.before + progress.lengths - 1 + depth)[:, None].expand_as(tokens)
+        rows = self.guidance.rows
+        return self.drafter.extend_tree(rows(tokens), states, self.cache, rows(positions), rows(visible))
+
+    def _dynamic(self, progress: Progress, root_states: torch.Tensor) -> Tree:
+        seen = torch.zeros(len(progress.lengths), 1, 0, dtype=torch.bool, device=root_states.device)
+        level = {"states": root_states, "seen": seen, "depth": 0}
+
+        def expand(tokens: torch.Tensor, came_from: torch.Tensor) -> torch.Tensor:
+            level["depth"] += 1
+            width = tokens.shape[1]
+            above = level["seen"].gather(1, came_from[:, :, None].expand(-1, -1, level["seen"].shape[2]))
+            own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
+            level["seen"] = torch.cat((above, own), dim=2)
+            parents = self.guidance.rows(came_from)[:, :, None].expand(-1, -1, root_states.shape[2])
+            states = level["states"].gather(1, parents)
+            level["states"] = self._feed(tokens, states, progress, level["depth"], level["seen"])
+            return self._log_laws(self._logits(level["states"], progress, level["depth"]))
+
+        first = self._log_laws(self._logits(root_states, progress, 0))[:, 0]
+        return grow(self.shape, progress.roots, first, expand, progress.room)
+
+    def _static(self, progress: Progress, root_states: torch.Tensor) -> Tree:
+        shape, device, batch = self.shape, root_states.device, len(progress.lengths)
+        tokens = torch.zeros(batch, shape.nodes, dtype=torch.long, device=device)
+        tokens[:, 0] = progress.roots
+        proposal_rows = torch.full((shape.nodes,), -1, dtype=torch.long, device=device)
+        laws, states, fed, behind = [], root_states, [], {0: 0}
+        for depth in range(min(shape.levels, int(progress.room.max()))):
+            nodes = [node for node in shape.expanded if shape.depths[node] == depth]
+            if depth:
+                places = torch.tensor([behind[shape.parents[node]] for node in nodes], device=device)
+                visible = self._ancestors(nodes, fed + nodes).to(device).expand(batch, -1, -1)
+                states = self._feed(tokens[:, nodes], states[:, places], progress, depth, visible)
+                fed += nodes
+            behind = {node: place for place, node in enumerate(nodes)}
+            proposal_rows[nodes] = len(laws) + torch.arange(len(nodes), device=device)
+            law = self._laws(self._logits(states, progress, depth))
+            laws += law.unbind(1)
+            ranked = self._ranked(law, progress, depth)
+            for child, parent in enumerate(shape.parents):
+                if parent in behind:
+                    tokens[:, child] = ranked[:, behind[parent], shape.ranks[child]]
+        parents = torch.tensor(shape.parents, device=device).expand_as(tokens)
+        exists = torch.tensor(shape.depths, device=device) <= progress.room[:, None]
+        parents = parents.masked_fill(~exists, -1)
+        if self.setting.sampling.greedy or not laws:
+            return Tree(tokens, parents)
+        return Tree(tokens, parents, torch.stack(laws, dim=1), proposal_rows)
+
+    def _ranked(self, law: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
+        """Children (B, n, width) of n nodes: the likeliest, or drawn without replacement from laws (B, n, V)."""
+        if self.setting.sampling.greedy:
+            return law.topk(self.shape.width, dim=-1).indices
+        nodes, vocab = law.shape[1:]
+        noise = torch.ones_like(law)
+        for row, (room, generator) in enumerate(zip(progress.room.tolist(), progress.generators)):
+            if depth < room:
+                noise[row] = exponential_noise(nodes, vocab, [generator] * nodes, law.device)
+        return (law / noise).topk(self.shape.width, dim=-1).indices
+
+    def _ancestors(self, nodes: list[int], pending: list[int]) -> torch.Tensor:
+        """Which of the pending nodes are above each of some nodes, or that node: (n, pending) bool."""
+        above = []
+        for node in nodes:
+            line = set()
+            while node > 0:
+                line.add(node)
+                node = self.shape.parents[node]
+            above.append([other in line for other in pending])
+        return torch.tensor(above)
+
+
+@dataclass(frozen=True)
+class OwnDrafts:
+    """A drafter's tree has the size that suits the device (`default_tree`).
+
+    Args:
+        drawn: whether siblings are drawn at random, in a tree of fixed shape; else they are the likeliest.
+    """
+
+    drawn: bool = False
+
+    def begin(self, setting: Setting) -> Drafting:
+        if setting.drafter is None:
+            return Recycling(drawn=self.drawn).begin(setting)
+        return DrafterDrafts(setting.drafter, default_tree(setting.model.device, self.drawn)).begin(setting)

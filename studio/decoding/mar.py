@@ -1,0 +1,299 @@
+"""Masked autoregressive decoding: in a random order, a few more tokens at each step, each drawn by a diffusion head.
+
+"Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4 and the authors' sampler.
+How many tokens a step draws: see `masked_steps`.
+
+The result is that of the authors' sampler on the same random numbers, up to rounding (`textbook_masked` has it written
+plainly), with less work: see `denoising`; and the last decoder block answers only for the tokens that are drawn.
+Deviations: each picture has its own generator; more steps than tokens are refused, as some would draw nothing.
+
+How many tokens each step of masked decoding draws: the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and how
+guidance grows meanwhile, as MAR (arXiv:2406.11838) and TokenBridge (arXiv:2503.16430) have it.
+
+Deviation from their authors' code: more steps than tokens are refused, as some would draw nothing.
+
+How a diffusion-loss head turns conditions into tokens: DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance
+(arXiv:2406.11838, section 3 and its sampling code).
+
+The noise is guided, `null + scale * (conditional - null)`, and the variance is the conditional one; both conditions see
+one state. What a step reads besides the state is known before the first step: times are embedded once for all calls,
+conditions once for all steps, and the shifts, scales and gates of many steps are one product. On a processor a step is
+one call of C (`studio.backends.cpu_c_head`) where that works.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+
+from studio.checks import check_choice, check_integer, check_number, set_fields
+from studio.decoding.autoregressive import Drawn, condition_rows
+from studio.decoding.counter_rng import Places, PositionNoise
+from studio.errors import StudioError
+
+_PREPARED_NUMBERS = 2**22
+
+
+class TimedHead:
+    """A `DiffusionLoss` with a schedule of `steps` steps, its times embedded."""
+
+    def __init__(self, head: torch.nn.Module, steps: int):
+        self.network, self.diffusion = head.net, head.schedule(steps)
+        network = self.network
+        self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
+        modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
+        self.numbers = sum(layer.out_features for layer in modulations)
+        self.native, self.table = network.for_decoding(), self.diffusion.table()
+
+
+class Kernels:
+    """The Gaussian reverse kernels of n tokens.
+
+    Args:
+        head: whose steps are T.
+        conditions: (S, n, C): the conditional vectors, and with S = 2 the null ones behind them.
+        scale: of guidance, a number or (n, 1); without meaning when S = 1.
+    """
+
+    def __init__(self, head: TimedHead, conditions: torch.Tensor, scale: float | torch.Tensor):
+        self.head, self.scale, self.steps = head, scale, head.diffusion.steps
+        self.embedded = head.network.cond_embed(conditions)
+        self.span = max(1, _PREPARED_NUMBERS // max(1, self.embedded[..., 0].numel() * head.numbers))
+        self.first, self.prepared = self.steps, []
+
+    def at(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log of the standard deviation (m, D) of the state before x (m, D), of the first m tokens.
+
+        What a step shares with those below it is prepared when it is first asked for: ask from the last step down.
+        """
+        if step < self.first:
+            self._prepare(max(0, step + 1 - self.span), step + 1)
+        within = slice(step - self.first, step - self.first + 1)
+        if self._is_native(x):
+            mean, log_std = self._in_c(x[None], [part[within] for part in self.prepared], slice(step, step + 1))
+            return mean[0], log_std[0]
+        modulated = [part[within.start, :, : len(x)] for part in self.prepared]
+        return self._guided(self.head.network.denoise(self._state(x), modulated), x, step)
+
+    def along(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`at` for states (t, n, D) of the steps first to first + t - 1, all in one call of the network."""
+        means, log_stds = [], []
+        for begin in range(0, len(states), self.span):
+            part = states[begin : begin + self.span]
+            steps = slice(first + begin, first + begin + len(part))
+            self._prepare(steps.start, steps.stop)
+            if self._is_native(part):
+                mean, log_std = self._in_c(part, self.prepared, steps)
+            else:
+                outputs = self.head.network.denoise(self._state(part)[:, None], self.prepared)
+                mean, log_std = self._guided(outputs.transpose(0, 1), part, steps)
+            means.append(mean)
+            log_stds.append(log_std)
+        return torch.cat(means), torch.cat(log_stds)
+
+    def take(self, rows: torch.Tensor) -> "Kernels":
+        """Those of some of the tokens."""
+        taken = copy(self)
+        taken.embedded = self.embedded[:, rows]
+        taken.prepared = [part[:, :, rows] for part in self.prepared]
+        taken.scale = self.scale[rows] if isinstance(self.scale, torch.Tensor) else self.scale
+        return taken
+
+    def _prepare(self, first: int, end: int) -> None:
+        self.first = first
+        self.prepared = self.head.network.modulations(self.head.times[first:end, None, None] + self.embedded)
+
+    def _is_native(self, x: torch.Tensor) -> bool:
+        return self.head.native is not None and x.dtype == torch.float32
+
+    def _in_c(self, x: torch.Tensor, prepared: list[torch.Tensor], steps: slice):
+        scale, n = self.scale, x.shape[1]
+        scales = scale[:n, 0].to(x) if isinstance(scale, torch.Tensor) else torch.full((n,), float(scale))
+        return self.head.native(x, prepared, scales, self.head.table[steps], self.head.diffusion.limit)
+
+    def _state(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.embedded.dtype)
+
+    def _guided(self, outputs: torch.Tensor, x: torch.Tensor, steps: int | slice):
+        noise, logit = outputs[0].to(x.dtype).chunk(2, dim=-1)
+        if len(outputs) == 2:
+            null = outputs[1, ..., : x.shape[-1]].to(x.dtype)
+            scale = self.scale[: x.shape[-2]] if isinstance(self.scale, torch.Tensor) else self.scale
+            noise = torch.lerp(null, noise, scale)
+        return self.head.diffusion.reverse(x, noise, logit, steps)
+
+
+def descend(
+    kernels: Kernels, x: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The reverse steps from x_T (n, D): `(step, state, mean, log_std)` for steps T - 1 to 0.
+
+    The last mean is the token. The standard deviation of a step is multiplied by the temperature; `log_std` is without
+    it. `noise` (T, n, D) is indexed by the step.
+    """
+    for step in reversed(range(kernels.steps)):
+        mean, log_std = kernels.at(x, step)
+        yield step, x, mean, log_std
+        x = mean + temperature * log_std.exp() * noise[step]
+
+
+GUIDANCE_SCHEDULES = ("linear", "constant")
+
+
+class Step(NamedTuple):
+    """Draws the entries `first` to `last` - 1 of each order; those from `last` on are known.
+
+    `progress` is the share of tokens that the schedule counts as known, which guidance grows with.
+    """
+
+    first: int
+    last: int
+    progress: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedSteps:
+    """Settings of a masked loop.
+
+    Args:
+        steps: calls of the transformer, 1 to the number of tokens; None leaves it to whoever draws.
+        guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not.
+
+    Errors: `StudioError` for a value outside these.
+    """
+
+    steps: int | None = None
+    guidance_schedule: str = "linear"
+
+    DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64}
+    """What takes the place of None."""
+
+    def __post_init__(self):
+        if self.steps is not None:
+            set_fields(self, steps=check_integer("steps", self.steps, 1))
+        check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
+
+    def filled(self, **defaults: int) -> Self:
+        """These settings with a number for every None: one of `defaults`, such as a pipeline's, else of `DEFAULTS`."""
+        missing = [name for name in self.DEFAULTS if getattr(self, name) is None]
+        return replace(self, **{name: defaults.get(name, self.DEFAULTS[name]) for name in missing})
+
+    def plan(self, total: int) -> list[Step]:
+        """The steps that draw `total` tokens, for settings that are filled."""
+        if self.steps > total:
+            raise StudioError(f"A picture has {total} tokens: draw them in at most as many steps, not {self.steps}.")
+        plan, last = [], total
+        for number in range(1, self.steps + 1):
+            left = max(1, min(last - 1, math.floor(total * math.cos(math.pi / 2 * number / self.steps))))
+            plan.append(Step(0 if number == self.steps else left, last, (total - left) / total))
+            last = left
+        return plan
+
+    def scale_at(self, step: Step, guidance_scale: float) -> float:
+        """The guidance of a step."""
+        return 1 + (guidance_scale - 1) * step.progress if self.guidance_schedule == "linear" else guidance_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedAutoregressive(MaskedSteps):
+    """Settings of the loop: those of `MaskedSteps`, and
+
+    Args:
+        diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever draws.
+
+    Errors: `StudioError` for a value outside these.
+    """
+
+    diffusion_steps: int | None = None
+
+    DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64, "diffusion_steps": 100}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.diffusion_steps is not None:
+            set_fields(self, diffusion_steps=check_integer("diffusion_steps", self.diffusion_steps, 1, 1000))
+
+
+@dataclass
+class MaskedDrawn(Drawn):
+    """As of `Drawn`, but `tokens` (B, L, D) are float32, and `seconds` holds "transformer" and "head"."""
+
+
+class Painter:
+    """A `MAR` at work on B pictures of one call: its conditions, its head, and the seconds of each."""
+
+    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int):
+        began = time.perf_counter()
+        self.model = model
+        self.buffer, _ = condition_rows(model, condition, guided=guided)
+        self.head = TimedHead(model.diffloss, diffusion_steps)
+        self.calls = self.rows = 0
+        self.seconds, self.lost = 0.0, time.perf_counter() - began
+
+    def kernels(self, tokens: torch.Tensor, order: torch.Tensor, step: Step, scale: float) -> Kernels:
+        """What the model makes of the known tokens: the kernels of the entries that the step draws, in their order."""
+        began = time.perf_counter()
+        visible, wanted = order[:, step.last :], order[:, step.first : step.last]
+        conditions = self.model.conditions(tokens.to(self.buffer.dtype), visible, wanted, self.buffer)
+        self.calls += 1
+        self.rows += len(self.buffer)
+        self.seconds += time.perf_counter() - began
+        return Kernels(self.head, conditions.flatten(1, 2), scale)
+
+
+def put(tokens: torch.Tensor, places: Places, values: torch.Tensor) -> None:
+    """Writes values (n, D) into tokens (B, L, D)."""
+    tokens[places.pictures, places.positions] = values
+
+
+@torch.no_grad()
+def masked_autoregressive(
+    model: torch.nn.Module,
+    condition: dict,
+    *,
+    generators: list[torch.Generator] | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    settings: MaskedAutoregressive | None = None,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], bool | None] | None = None,
+    noise: PositionNoise | None = None,
+) -> MaskedDrawn:
+    """Draws all tokens of B pictures.
+
+    Args:
+        model: a `MAR` in evaluation mode.
+        condition: `{"class_labels": (B,)}`.
+        generators: one per picture; a picture does not depend on the others.
+        guidance_scale: at its greatest; 1 is no guidance.
+        temperature: multiplies the standard deviation of every denoising step, at least 0.
+        on_step: called as (number of the step, positions (B, k) that it drew, tokens (B, L, D) which may be written
+            to); True stops the loop. Tokens not yet drawn are 0.
+        noise: random numbers in place of the generators'.
+
+    Errors: `StudioError` for more steps than tokens and for a temperature that is none.
+    """
+    settings = (settings or MaskedAutoregressive()).filled()
+    check_number("temperature", temperature)
+    plan = settings.plan(model.num_tokens)
+    began = time.perf_counter()
+    painter = Painter(model, condition, guidance_scale != 1, settings.diffusion_steps)
+    noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
+    order = noise.order(model.num_tokens)
+    tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
+    for number, step in enumerate(plan):
+        kernels = painter.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
+        drawn = order[:, step.first : step.last]
+        places = Places.of(drawn)
+        for _, _, mean, _ in descend(
+            kernels, noise.start(places), noise.steps(places, settings.diffusion_steps), temperature
+        ):
+            token = mean
+        put(tokens, places, token)
+        if on_step is not None and on_step(number, drawn, tokens):
+            break
+    head = time.perf_counter() - began - painter.seconds
+    return MaskedDrawn(tokens, painter.calls, painter.rows, {"transformer": painter.seconds, "head": head})

@@ -1,0 +1,384 @@
+"""Drawing all levels of all cells in a chosen number of calls, however deep the codes are (ResGen, arXiv:2412.10208).
+
+Every call predicts for each cell the sum of its hidden code vectors; a draw of that sum is quantised from the first
+hidden level on; the most confident slots stay, the shallowest levels of a cell first, and the rest is forgotten. After
+call t of T, ceil(gamma(t / T) L D) slots are hidden.
+
+Published: this loop, top-p on the mixture, a temperature on confidence, guidance. Ours, because nothing more is known:
+confidence is the log-likelihood of the quantised sum under the mixture, for a whole cell or as each level's gain, plus
+Gumbel noise that fades linearly; guidance (arXiv:2207.12598) extrapolates what the head gives, logits and scores, with
+a scale that rises linearly from 1; the sampling temperature divides the mixture's logits and multiplies the spread
+around a mean; every call shows at least one slot, so none is wasted where the schedule moves slowly.
+
+Drawing residual codes in a random order: ResGen's noising process run backwards, at any number of calls.
+
+ResGen (arXiv:2412.10208) hides slots in a random order, those of a cell from the deepest up. Its network is told which
+slots are hidden and not the time, so between two moments at which a slot is hit it has nothing new to say: "Masked
+Diffusion Models are Secretly Time-Agnostic Masked Models" (arXiv:2409.02908) therefore draws from one hit to the next
+(the first-hitting sampler) instead of through a grid of times. Here the order of the hits is drawn, and they are cut
+into as many groups as there may be calls, of the sizes that the schedule gives. With one call for each code no two
+codes of a picture are drawn at once and nothing is approximate but the network; with fewer calls those of a group that
+lie in different cells (in the ablation: all of them) are drawn independently, which is all that is lost.
+
+Ours: groups of planned sizes in place of random ones, so that the number of calls is exact and the same for all
+pictures; the moments themselves are left out, as nothing depends on them.
+
+Settings that every way to draw residual codes with ResGen (arXiv:2412.10208) has.
+
+What ResGen (arXiv:2412.10208) says of the hidden levels of a picture, as a law that codes are drawn from and that
+says how sure it is of them: a mixture over their sum, or, in the ablation, a softmax for each level.
+
+Which levels of residual codes are hidden: from the deepest up, so a number of levels per cell says all of it.
+
+ResGen (arXiv:2412.10208): of the L D slots of a picture, ceil(gamma(r) L D) are hidden, spread over the cells at
+random, and drawing lowers that number step by step. Ours: slots are chosen without replacement, so the numbers per cell
+follow the multivariate hypergeometric law and never exceed D (those of the paper's multinomial law may); which schedule
+the paper uses is not known to us, so three are here.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+
+from studio.checks import check_choice, check_integer, check_number, set_fields
+from studio.decoding.autoregressive import Drawn, guided_logits
+from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.errors import StudioError
+
+SCHEDULES = ("cosine", "circle", "arccos")
+_ROUNDING = 1e-9
+
+
+def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "cosine") -> torch.Tensor:
+    """ceil(gamma(r) slots), int64, for progress r in [0, 1]: all slots at 0, none at 1.
+
+    gamma is cos(pi r / 2), sqrt(1 - r^2) or 2 arccos(r) / pi.
+
+    Errors: `StudioError` for another schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise StudioError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}.")
+    r = torch.as_tensor(progress, dtype=torch.float64)
+    if schedule == "cosine":
+        gamma = (r * math.pi / 2).cos()
+    elif schedule == "circle":
+        gamma = (1 - r.square()).sqrt()
+    else:
+        gamma = r.arccos() * 2 / math.pi
+    return (gamma * slots - _ROUNDING).ceil().long().clamp(0, slots)
+
+
+def hidden_after_calls(calls: int, slots: int, schedule: str = "cosine") -> list[int]:
+    """How many slots are hidden after each call: as scheduled, but every call shows at least one, and the last all.
+
+    Errors: `StudioError` for more calls than slots.
+    """
+    if calls > slots:
+        raise StudioError(f"A picture has {slots} codes: draw them in at most as many steps, not {calls}.")
+    numbers, before = [], slots
+    for call in range(1, calls + 1):
+        scheduled = int(hidden_slots(call / calls, slots, schedule))
+        before = max(calls - call, min(before - 1, scheduled))
+        numbers.append(before)
+    return numbers
+
+
+def hide(noise: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """How many levels are hidden in each cell (B, L), when `count` (B,) slots of each picture are.
+
+    `noise` (B, L, D), independent and of one law, orders the slots: the smallest are hidden. The same noise with a
+    larger count hides more everywhere.
+    """
+    return _is_among_smallest(noise, count).sum(dim=-1)
+
+
+def reveal(hidden: torch.Tensor, preference: torch.Tensor, left: torch.Tensor | int) -> torch.Tensor:
+    """How many levels (B, L) stay hidden, `left` (B,) or one number in all, of those that were.
+
+    The hidden slots preferred most decide how many levels each cell shows; those are its shallowest ones.
+
+    Args:
+        hidden: levels (B, L) hidden before.
+        preference: (B, L, D) for every slot, such as a confidence; those of visible slots do not matter.
+        left: at most as many as were hidden.
+    """
+    was_hidden = ~shown(hidden, preference.shape[-1])
+    order = preference.masked_fill(~was_hidden, float("inf"))
+    left = torch.as_tensor(left, device=hidden.device).expand(len(hidden))
+    return (_is_among_smallest(order, left) & was_hidden).sum(dim=-1)
+
+
+def shown(hidden: torch.Tensor, depth: int) -> torch.Tensor:
+    """Which slots (B, L, D) are visible when so many levels (B, L) of each cell are hidden."""
+    return torch.arange(depth, device=hidden.device) < depth - hidden[..., None]
+
+
+def _is_among_smallest(values, count):
+    ranks = values.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+    return (ranks < count[:, None]).view(values.shape)
+
+
+class ResidualLaw(ABC):
+    """The law of one call.
+
+    Args:
+        head: that of the network.
+        said: what the head gave for every cell.
+        quantizer: the tokenizer's.
+
+    Attributes:
+        has_spread: whether there is one that `scatter` multiplies.
+    """
+
+    has_spread: bool
+
+    def __init__(self, head, said, quantizer):
+        self.head, self.said, self.quantizer = head, said, quantizer
+
+    @classmethod
+    def check(cls, scatter: float) -> None:
+        """Raises a `StudioError` for a `scatter` that would change nothing."""
+        if scatter != 1 and not cls.has_spread:
+            raise StudioError("This model has a softmax for every level and no spread: leave out scatter.")
+
+    @abstractmethod
+    def draw(
+        self, hidden: torch.Tensor, sampling: Sampling, scatter: float, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """Codes (B, L, D) of all hidden levels, of which each cell has `hidden` (B, L); -1 in the others."""
+
+    @abstractmethod
+    def level_confidence(self, codes: torch.Tensor) -> torch.Tensor:
+        """What each code (B, L, D) adds to the log-likelihood of its cell (B, L, D), in order; -1 adds nothing."""
+
+    @abstractmethod
+    def cell_confidence(self, codes: torch.Tensor) -> torch.Tensor:
+        """The log-likelihood of the codes (B, L, D) of a cell together, the same (B, L, D) for each of them."""
+
+
+class MixtureLaw(ResidualLaw):
+    """A component is drawn and a vector around its mean, which is quantised from the first hidden level on."""
+
+    has_spread = True
+
+    def draw(self, hidden, sampling, scatter, generators):
+        sums = self.head.mean(self.said, _draw(self.said.logits, sampling, generators))
+        if spread := scatter * sampling.temperature:
+            sums = sums + spread * self.head.sigma * _normal_noise(sums, generators)
+        return self.quantizer.encode(sums, first=self.quantizer.depth - hidden)
+
+    def level_confidence(self, codes):
+        partial = self.quantizer.lookup(codes).cumsum(dim=-2)
+        points = (torch.zeros_like(partial[..., 0, :]), *partial.unbind(-2))
+        return torch.stack([self.head.log_likelihood(self.said, point) for point in points], dim=-1).diff(dim=-1)
+
+    def cell_confidence(self, codes):
+        total = self.quantizer.lookup(codes).sum(dim=-2)
+        return self.head.log_likelihood(self.said, total)[..., None].expand(codes.shape)
+
+
+class LevelLaw(ResidualLaw):
+    """Every level is drawn on its own."""
+
+    has_spread = False
+
+    def draw(self, hidden, sampling, scatter, generators):
+        drawn = _draw(self.said.logits, sampling, generators)
+        return torch.where(shown(hidden, self.quantizer.depth), -1, drawn)
+
+    def level_confidence(self, codes):
+        chosen = self.said.logits.log_softmax(dim=-1).gather(-1, codes.clamp(min=0)[..., None])[..., 0]
+        return chosen.masked_fill(codes < 0, 0)
+
+    def cell_confidence(self, codes):
+        return self.level_confidence(codes).sum(dim=-1, keepdim=True).expand(codes.shape)
+
+
+LAWS = {"mixture": MixtureLaw, "levels": LevelLaw}
+"""By what the network predicts."""
+
+
+def gumbel_noise(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """Standard Gumbel noise in the shape of a tensor (B, ...), float32; that of row i by generators[i] alone."""
+    noise = exponential_noise(len(like), like[0].numel(), generators, like.device)
+    return -noise.log().view(like.shape)
+
+
+def _draw(logits, sampling, generators):
+    """Numbers (B, ...) out of logits (B, ..., V)."""
+    if sampling.greedy:
+        return logits.argmax(dim=-1)
+    laws = sampling.probabilities(logits.flatten(0, -2))
+    race = exponential_noise(len(logits), laws.numel() // len(logits), generators, laws.device)
+    return sample_rows(laws, noise=race.view_as(laws)).view(logits.shape[:-1])
+
+
+def _normal_noise(like, generators):
+    rows = [torch.randn(like.shape[1:], generator=g, device=g.device).to(like.device) for g in generators]
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSteps(ABC):
+    """Settings of a loop.
+
+    Args:
+        steps: calls of the network, 1 to the number of codes of a picture; None leaves it to whoever draws.
+        schedule: how the number of hidden slots falls, see `hidden_slots`.
+        scatter: multiplies the standard deviation around a mean, as the temperature does; 0 takes the mean itself.
+
+    Errors: `StudioError` for a value outside these ranges.
+    """
+
+    steps: int | None = None
+    schedule: str = "cosine"
+    scatter: float = 1.0
+
+    DEFAULT_STEPS: ClassVar[int] = 16
+    """What takes the place of None."""
+
+    def __post_init__(self):
+        if self.steps is not None:
+            set_fields(self, steps=check_integer("steps", self.steps, 1))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        set_fields(self, scatter=check_number("scatter", self.scatter))
+
+    def filled(self, steps: int = DEFAULT_STEPS) -> Self:
+        """These settings with so many steps where there is None."""
+        return self if self.steps is not None else replace(self, steps=steps)
+
+    def plan(self, slots: int) -> list[int]:
+        """How many of the slots of a picture are hidden after each call, for settings that are filled.
+
+        Errors: `StudioError` for more steps than slots.
+        """
+        return hidden_after_calls(self.steps, slots, self.schedule)
+
+    @abstractmethod
+    def preference(
+        self, law: ResidualLaw, codes: torch.Tensor, fading: float, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """Which slots are shown first: numbers (B, L, D), those of the first ones greatest.
+
+        Args:
+            law: that the codes were drawn from.
+            codes: (B, L, D), -1 in slots shown before.
+            fading: falls from 1 to 0 over the calls.
+            generators: one per picture.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstHitting(ResidualSteps):
+    """Settings for `residual_unmasking`, which then shows slots in a random order: those of `ResidualSteps`."""
+
+    def preference(self, law, codes, fading, generators):
+        """Noise (B, L, D): any hidden slot is as likely as any other."""
+        return gumbel_noise(codes, generators)
+
+
+CONFIDENCES = ("cell", "level")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualUnmasking(ResidualSteps):
+    """Settings of ResGen's loop: those of `ResidualSteps`, and what makes a slot stay.
+
+    Args:
+        confidence: "cell" (one number for all levels of a cell) or "level" (what each level adds).
+        confidence_temperature: of the noise on confidence at the start; 0: none.
+
+    Errors: `StudioError` for a value outside these ranges.
+    """
+
+    confidence: str = "cell"
+    confidence_temperature: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("confidence", self.confidence, CONFIDENCES)
+        set_fields(self, confidence_temperature=check_number("confidence_temperature", self.confidence_temperature))
+
+    def preference(self, law, codes, fading, generators):
+        """The confidence (B, L, D), give or take noise that fades."""
+        confidence = law.cell_confidence(codes) if self.confidence == "cell" else law.level_confidence(codes)
+        noise = self.confidence_temperature * fading
+        return confidence + noise * gumbel_noise(confidence, generators) if noise else confidence
+
+
+@dataclass
+class ResidualDrawn(Drawn):
+    """As of `Drawn`, but `tokens` are codes (B, L, D), -1 where a slot is hidden still because the loop was stopped,
+    and `seconds` holds "transformer" and "head".
+    """
+
+
+@torch.no_grad()
+def residual_unmasking(
+    model: torch.nn.Module,
+    quantizer: torch.nn.Module,
+    condition: dict,
+    *,
+    generators: list[torch.Generator],
+    sampling: Sampling | None = None,
+    guidance_scale: float = 1.0,
+    settings: ResidualSteps | None = None,
+    on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
+) -> ResidualDrawn:
+    """Draws B pictures.
+
+    Args:
+        model: a `ResGen` in evaluation mode.
+        quantizer: the `ResidualQuantizer` of its tokenizer.
+        condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
+        generators: one per picture; a picture does not depend on the others.
+        sampling: of components (of the ablation: of codes); its temperature also multiplies the spread around a mean.
+        guidance_scale: at the last call; 1 leaves out the null rows.
+        settings: which slots are shown when: `ResidualUnmasking()` when None.
+        on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
+
+    Errors: `StudioError` for more steps than a picture has codes, and for settings that would change nothing.
+    """
+    settings, sampling = (settings or ResidualUnmasking()).filled(), sampling or Sampling()
+    kind = LAWS[model.config.prediction]
+    kind.check(settings.scatter)
+    depth, positions = quantizer.depth, model.config.num_positions
+    codes = torch.full((len(generators), positions, depth), -1, device=next(iter(condition.values())).device)
+    drawn = ResidualDrawn(codes, seconds={"transformer": 0.0, "head": 0.0})
+    for step, left in enumerate(settings.plan(positions * depth)):
+        began = time.perf_counter()
+        scale = _scale_at(step, settings.steps, guidance_scale)
+        visible, hidden = quantizer.lookup(codes).sum(dim=-2), (codes < 0).sum(dim=-1)
+        said = _predict(model, visible, hidden, condition, scale)
+        drawn.target_calls += 1
+        drawn.row_calls += len(codes) * (1 if scale == 1 else 2)
+        answered = time.perf_counter()
+        law = kind(model.head, said, quantizer)
+        proposed = law.draw(hidden, sampling, settings.scatter, generators)
+        preference = settings.preference(law, proposed, 1 - (step + 1) / settings.steps, generators)
+        remains = shown(reveal(hidden, preference, left), depth)
+        drawn.tokens = codes = torch.where(remains, torch.where(codes < 0, proposed, codes), -1)
+        drawn.seconds["transformer"] += answered - began
+        drawn.seconds["head"] += time.perf_counter() - answered
+        if on_step is not None and on_step(step, codes):
+            break
+    return drawn
+
+
+def _scale_at(step, steps, scale):
+    return scale if steps == 1 or scale == 1 else 1 + (scale - 1) * step / (steps - 1)
+
+
+def _predict(model, visible, hidden, condition, scale):
+    """What the head gives for each cell, guided."""
+    if scale == 1:
+        return model(visible, hidden, **condition)
+    twice = {name: torch.cat((value, value)) for name, value in condition.items() if value is not None}
+    drop = torch.arange(2 * len(visible), device=visible.device) >= len(visible)
+    said = model(torch.cat((visible, visible)), torch.cat((hidden, hidden)), **twice, drop=drop)
+    return type(said)(*(guided_logits(part, scale) for part in said))

@@ -1,0 +1,107 @@
+"""TokenBridge's decoding: in a random order, a few more cells at each step, each cell dimension by dimension.
+
+"Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation" (arXiv:2503.16430), section 3.3 and the
+authors' sampler. Guidance (arXiv:2207.12598) extrapolates what the transformer says about a cell, not logits, so the
+head runs once.
+
+Deviations from the authors' code: each picture has its own generator; the head keeps a cache.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from studio.decoding.autoregressive import Drawn, condition_rows, guided_logits
+from studio.decoding.mar import MaskedSteps
+from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DimensionWise(MaskedSteps):
+    """Settings of the loop: those of `MaskedSteps`."""
+
+
+@dataclass
+class DimensionWiseDrawn(Drawn):
+    """As of `Drawn`, but `tokens` are (B, L, D), -1 in cells not yet drawn, and `seconds` holds "transformer" and
+    "head".
+    """
+
+
+@torch.no_grad()
+def dimension_wise(
+    model: torch.nn.Module,
+    level_values: torch.Tensor,
+    condition: dict,
+    *,
+    generators: list[torch.Generator],
+    sampling: Sampling | None = None,
+    guidance_scale: float = 1.0,
+    settings: DimensionWise | None = None,
+    on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
+    order: torch.Tensor | None = None,
+) -> DimensionWiseDrawn:
+    """Draws all tokens of B pictures, in the tokenizer's order of dimensions.
+
+    Args:
+        model: a `TokenBridge` in evaluation mode.
+        level_values: what levels stand for (V,), of its tokenizer.
+        condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
+        generators: one per picture; a picture does not depend on the others.
+        sampling: of every dimension.
+        guidance_scale: at its greatest; 1 is no guidance.
+        on_step: called as (number of the step, tokens (B, L, D) which may be written to); True stops the loop.
+        order: of the cells (B, L) in place of the generators'; cells at its end are drawn first.
+
+    Errors: `StudioError` for more steps than cells.
+    """
+    settings, sampling = (settings or DimensionWise()).filled(), sampling or Sampling()
+    plan = settings.plan(model.num_tokens)
+    began = time.perf_counter()
+    buffer, _ = condition_rows(model, condition, guided=guidance_scale != 1)
+    order = _random_order(generators, model.num_tokens, model.device) if order is None else order
+    pictures, dimensions = torch.arange(len(order), device=model.device)[:, None], model.order
+    tokens = torch.full((*order.shape, len(dimensions)), -1, device=model.device)
+    drawn = DimensionWiseDrawn(tokens, seconds={"transformer": 0.0, "head": 0.0})
+    for number, step in enumerate(plan):
+        wanted = order[:, step.first : step.last]
+        values = level_values.to(buffer.dtype)[tokens]
+        states = model.conditions(values, order[:, step.last :], wanted, buffer).flatten(0, 1)
+        if guidance_scale != 1:
+            states = guided_logits(states, settings.scale_at(step, guidance_scale))
+        drawn.target_calls += 1
+        drawn.row_calls += len(buffer)
+        said = time.perf_counter()
+        cells = draw_cells(model, states, sampling, generators)
+        tokens[pictures, wanted] = torch.empty_like(cells).index_copy_(2, dimensions, cells)
+        ended = time.perf_counter()
+        drawn.seconds["head"] += ended - said
+        drawn.seconds["transformer"] += said - began
+        began = ended
+        if on_step is not None and on_step(number, tokens):
+            break
+    return drawn
+
+
+def draw_cells(
+    model: torch.nn.Module, states: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]
+) -> torch.Tensor:
+    """Tokens (B, k, D), in the order of drawing, of cells about which the transformer says states (B, k, C)."""
+    head, (batch, count) = model.head, states.shape[:2]
+    said = head.condition_proj(states.flatten(0, 1))
+    cache, levels, first_step = head.new_cache(len(said)), [None], model.config.sampling_first_input_adds_step_embedding
+    for _ in range(head.dimensions):
+        logits = head.next_logits(said, levels[-1], cache, first_step)
+        if sampling.greedy:
+            levels.append(logits.argmax(dim=-1))
+        else:
+            race = exponential_noise(batch, count * logits.shape[1], generators, logits.device)
+            levels.append(sample_rows(sampling.probabilities(logits), noise=race.view_as(logits)))
+    return torch.stack(levels[1:], dim=-1).unflatten(0, (batch, count))
+
+
+def _random_order(generators, cells, device):
+    rows = [torch.randperm(cells, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack(rows).to(device)

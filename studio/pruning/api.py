@@ -1,0 +1,193 @@
+"""Pruning of visual tokens on a stock transformers model, by shorter inputs.
+
+The picture is encoded once, tokens are chosen, and the image tokens that were not chosen are taken out of the prompt,
+so that prefill and KV cache really shrink. The model gets its features through the public argument
+`mm_encoder_outputs`; no model code is touched, and any attention backend, beams, batches, several pictures, labels and
+static caches work.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from studio.errors import StudioError
+from studio.pruning.adapters import Family, family_of
+from studio.pruning.blocks import block
+from studio.pruning.inside_model import Inside
+from studio.pruning.layout import count
+from studio.pruning.registry import INSIDE, method_named
+from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_pictures, shorten
+
+
+def prune_inputs(
+    model,
+    inputs,
+    method: str,
+    keep: float = 0.1,
+    *,
+    positions: str | None = None,
+    newline: str = "row",
+    reference: bool = False,
+    generator: torch.Generator | None = None,
+    **options,
+) -> tuple[dict, PruneInfo]:
+    """Encodes the pictures of a prompt, chooses tokens, and shortens the prompt.
+
+    The result goes into `model.generate(**pruned)` or `model(**pruned)` unchanged, once: transformers repeats
+    `mm_encoder_outputs` in place for beams. Steps after the prefill that you make yourself need `position_ids` counted
+    on from `info.next_positions`; `generate` does so.
+
+    Args:
+        model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
+        inputs: what its processor returns, `labels` too; without pictures they come back as they are.
+        method: "divprune", "hired", "globalcom2", "random" or "uniform".
+        keep: the fraction in (0, 1] of the tokens that the language model receives for each picture, newlines included,
+            or a whole number of tokens. 1.0 keeps everything.
+        positions: "original", the tokens that stay keep their positions (as if the others were masked), or "compact",
+            positions are counted anew; on three-axis models compact positions are those of text. `None` is "compact"
+            for `reference` and "original" otherwise.
+        newline: "row", "keep", "drop" or "compete"; see `studio.pruning.layout`.
+        reference: the authors' selection, with its own count.
+        generator: for "random"; when `None`, one of seed 0 that a block of `prune` draws on from call to call.
+        options: settings of the method, such as `alpha` of hired or `tau` of globalcom2.
+
+    Returns:
+        The inputs without pixels and with `mm_encoder_outputs`, and a `PruneInfo`.
+
+    Errors: `StudioError` for settings that do not fit, a model or pair that is not supported (with the reason), videos,
+        `inputs_embeds`, a filled cache beside new pictures, and a prompt whose image tokens do not match the pictures.
+    """
+    settings = checked(method, keep, positions, newline, reference, generator, options)
+    return shorten(family_of(model, method), dict(inputs), settings)
+
+
+@contextmanager
+def prune(
+    model,
+    method: str,
+    keep: float = 0.1,
+    *,
+    positions: str | None = None,
+    newline: str = "row",
+    reference: bool = False,
+    generator: torch.Generator | None = None,
+    after_layer: int | tuple[int, ...] | None = None,
+    restore_prompt: bool = True,
+    **options,
+) -> Iterator[PruneRecord]:
+    """A block in which `model.generate` and `model(...)` prune the tokens of every picture they get.
+
+        with studio.prune(model, "divprune", keep=0.1) as record:
+            out = model.generate(**inputs, max_new_tokens=50)
+        print(record.info.tokens_before, record.info.tokens_after)
+
+    Logits and loss of `model(...)` are those of the shorter prompt. `max_length` and `min_length` of `generate` still
+    count the whole prompt. Afterwards the model is as it was, also after an exception.
+
+    A block holds for the thread or asyncio task that opened it, as `torch.no_grad` does: others use the same model at
+    the same time, with blocks of their own or none. Start a thread of the block with
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`. A deep copy made inside is
+    not pruned. Models in `torch.compile`, PEFT and distributed wrappers may be given in their wrapper.
+
+    Args:
+        model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`; "fastv" and
+            "pyramiddrop" too, which score tokens inside the language model.
+        after_layer: k, from 1 up: k layers of the language model see every token, and those behind it `keep` of each
+            prompt's image tokens, chosen by the method from the hidden states there (by the last token's attention for
+            "fastv", k = 2 by default, and "pyramiddrop"). Several layers cut in equal proportions, so that `keep` are
+            left behind the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
+            before the language model. Sequences and positions are then those of the whole prompt; go on with its cache
+            inside the block.
+        restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
+            `out[:, inputs.input_ids.shape[1]:]` is the answer. `False` returns the short prompt, which fits the cache
+            when a conversation goes on with it (use positions="compact" then).
+
+    Yields:
+        A `PruneRecord`.
+
+    Errors: `StudioError` as in `prune_inputs`, and for `use_cache=False` in `generate` with original positions.
+    """
+    record = PruneRecord()
+    if after_layer is not None or method in INSIDE:
+        given = {"positions": positions, "reference": reference, "newline": newline, "restore_prompt": restore_prompt}
+        usual = {"positions": None, "reference": False, "newline": "row", "restore_prompt": True}
+        if unfit := [*options, *(name for name in usual if given[name] != usual[name])]:
+            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it or after_layer out.")
+        if method not in INSIDE:
+            method_named(method)
+        count(keep, 1)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        inside = Inside(family_of(model, method), method, keep, after_layer, generator, record)
+        with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
+            yield record
+        return
+    settings = checked(method, keep, positions, newline, reference, generator, options)
+    family = family_of(model, method)
+    methods = {"forward": _forward(family, settings, record)}
+    if hasattr(family.model, "generate"):
+        methods["generate"] = _generate(family, settings, record, restore_prompt)
+    with block(family.model, methods):
+        yield record
+
+
+def _forward(family: Family, settings: Settings, record: PruneRecord):
+    def forward(original, *arguments, **keywords):
+        keywords |= zip(inspect.signature(original).parameters, arguments)
+        if has_pictures(keywords):
+            keywords, record.info = shorten(family, keywords, settings)
+        return original(**keywords)
+
+    return forward
+
+
+def _generate(family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
+    def generate(original, inputs=None, generation_config=None, *arguments, **keywords):
+        if not has_pictures(keywords):
+            return original(inputs, generation_config, *arguments, **keywords)
+        if inputs is not None:
+            keywords["input_ids"] = inputs
+        with torch.no_grad():
+            pruned, info = shorten(family, keywords, settings)
+        record.info = info
+        configs = [config for config in (generation_config, family.model.generation_config) if config is not None]
+        _check_cache(pruned, configs, settings, family)
+        out = original(None, generation_config, *arguments, **_lengths(pruned, configs, info.removed))
+        if not restore_prompt:
+            return out
+        return _with_prompt(out, keywords["input_ids"], pruned["input_ids"].shape[1])
+
+    return generate
+
+
+def _wanted(name: str, given: dict, configs: list):
+    """A setting as transformers finds it: an argument, or the first configuration that has one."""
+    values = (given.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def _check_cache(pruned: dict, configs: list, settings: Settings, family: Family) -> None:
+    uses = _wanted("use_cache", pruned, configs)
+    if uses is False and settings.positions == "original" and not family.mrope and "position_ids" in pruned:
+        raise StudioError("generate without a cache needs positions='compact': transformers would split at the gaps.")
+
+
+def _lengths(pruned: dict, configs: list, removed: int) -> dict:
+    """Limits that count the prompt, lowered by what it lost."""
+    lowered = dict(pruned)
+    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        limit = _wanted(name, pruned, configs)
+        if limit and removed and _wanted(instead, pruned, configs) is None:
+            lowered[name] = max(limit - removed, 0)
+    return lowered
+
+
+def _with_prompt(out, prompt: torch.Tensor, length: int):
+    sequences = out if isinstance(out, torch.Tensor) else out.sequences
+    prompt = prompt.to(sequences.device).repeat_interleave(len(sequences) // len(prompt), dim=0)
+    sequences = torch.cat((prompt, sequences[:, length:]), dim=1)
+    if isinstance(out, torch.Tensor):
+        return sequences
+    out.sequences = sequences
+    return out

@@ -1,0 +1,394 @@
+"""Pruning behind layer k of the language model: the first layers see every token, the others a few.
+
+- `fastv`: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv:2403.06764). Score: the attention of the
+  prompt's last token in the layer before the cut, mean over heads.
+- `pyramiddrop`: "PyramidDrop" (CVPR 2025, arXiv:2410.17247). Several cuts, each by the last token's attention in the
+  layer behind it, over all tokens that are still there.
+- any selector that needs features alone, which are here the hidden states before the cut.
+
+Only the last token's row of attention is ever computed, so any attention backend works. Positions are never counted
+anew, rows of a batch may be padded, and layers behind a cut have shorter caches.
+
+Layers of a KV cache that hold fewer tokens than the prompt had, and the masks and positions that go with them.
+
+Transformers makes one mask for all layers, as wide as the longest; each layer takes its own columns of it.
+"""
+
+import inspect
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from studio.errors import StudioError
+from studio.pruning.adapters import Family
+from studio.pruning.layout import count, is_fraction
+from studio.pruning.registry import INSIDE, METHODS, SCORES
+from studio.pruning.shortening import PruneInfo, attention_mask_of
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Which of the prompt's L columns a layer holds.
+
+    Args:
+        order: (B, n) long, columns in ascending order; rows that keep fewer than n begin with others.
+        real: (B, n) bool, false for those others.
+    """
+
+    order: torch.Tensor
+    real: torch.Tensor
+
+    @classmethod
+    def where(cls, keep: torch.Tensor) -> "Columns":
+        """The columns that `keep` (B, L) marks."""
+        order = torch.argsort(keep.int(), dim=1, stable=True)[:, -int(keep.sum(dim=1).max()) :]
+        return cls(order, keep.gather(1, order))
+
+    def among(self, earlier: "Columns") -> "Columns":
+        """These columns of columns that were taken `earlier`, in terms of the prompt."""
+        return Columns(earlier.order.gather(1, self.order), self.real & earlier.real.gather(1, self.order))
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows (B, n, D) of hidden states, or of a rotary table, (B or 1, L, D)."""
+        hidden = hidden.expand(len(self.order), -1, -1)
+        return hidden.gather(1, self.order[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask among these columns, from what the model gives its layers: 4-D, (B, L) or `None`, causal."""
+        if mask is None:
+            if self.real.all():
+                return None
+            causal = torch.ones(2 * self.real.shape[1:], dtype=torch.bool, device=self.real.device).tril()
+            return causal & self.real[:, None, None]
+        if mask.dim() == 2:
+            return mask.gather(1, self.order) & self.real.to(mask.dtype)
+        mask = mask.expand(len(self.real), -1, -1, -1)
+        mask = mask.gather(2, self.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, self.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        return hidden_where(~self.real[:, None, None], mask)
+
+
+def hidden_where(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A mask that hides more: bool, true where seen, or added to the logits."""
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+class ShortLayer(DynamicLayer):
+    """A layer that stands for a prompt of `prompt` tokens and holds n of them, per head perhaps others.
+
+    Args:
+        keys, values: (B, heads, n, D).
+        real: (B, n) bool, false where a row holds fewer than n.
+        prompt: how many tokens the layer has seen.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, prompt: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.real, self.prompt, self.seen = keys, values, real, prompt, prompt
+
+    def update(self, key_states, value_states, *arguments, **keywords):
+        self.seen += key_states.shape[-2]
+        return super().update(key_states, value_states, *arguments, **keywords)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def mask(self, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
+        """The mask of new queries over this layer, from that over all tokens: (B, 1, Q, seen), (B, seen) or `None`."""
+        if mask is None:
+            if self.real.all():
+                return None
+            new = torch.ones(queries, self.seen - self.prompt + queries, dtype=torch.bool, device=self.real.device)
+            mask = new.tril(self.seen - self.prompt)[None, None]
+        else:
+            mask = mask[..., self.prompt :]
+        if mask.dim() == 2:
+            return torch.cat((self.real.to(mask.dtype), mask), dim=1)
+        mask = mask.expand(len(self.real), -1, -1, -1)
+        seen = torch.ones_like if mask.dtype == torch.bool else torch.zeros_like
+        before = seen(mask[..., :1]).expand(-1, -1, -1, self.real.shape[1])
+        return torch.cat((hidden_where(~self.real[:, None, None], before), mask), dim=-1)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.real = self.real[beam_idx.to(self.real.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.real = self.real.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.real = self.real[indices]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.seen -= abs(tokens_to_remove)
+
+
+_CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
+
+
+def cuts_of(family: Family, method: str, keep: float, after_layer) -> dict[int, float]:
+    """For each layer that is entered by fewer tokens, the share of all tokens, or their number.
+
+    Several cuts leave equal shares of what reached them, so that behind the last `keep` are left.
+
+    Errors: `StudioError` for layers that the model does not have or that cannot be cut behind.
+    """
+    layers = len(layers_of(family))
+    if after_layer is None:
+        after_layer = tuple(layers * part // 4 for part in (1, 2, 3)) if method == "pyramiddrop" else 2
+    cuts = (after_layer,) if isinstance(after_layer, int) else tuple(after_layer)
+    whole = all(isinstance(cut, int) and not isinstance(cut, bool) and 0 < cut < layers for cut in cuts)
+    if not cuts or not whole or list(cuts) != sorted(set(cuts)):
+        raise StudioError(f"after_layer is a layer from 1 to {layers - 1}, or several in ascending order, not {cuts}.")
+    if len(cuts) > 1 and not is_fraction(keep):
+        raise StudioError("Several cuts need a fraction to keep, not a number of tokens.")
+    windowless(family)
+    deep = len(getattr(family.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+    if cuts[0] < deep:
+        raise StudioError(f"The first {deep} layers are given features: choose after_layer={deep} or more.")
+    return {cut: keep ** (stage / len(cuts)) if len(cuts) > 1 else keep for stage, cut in enumerate(cuts, start=1)}
+
+
+def windowless(family: Family) -> None:
+    """Errors: `StudioError` for a model with layers that see a window of the prompt."""
+    text = family.model.config.get_text_config()
+    if any("sliding" in kind or "chunked" in kind for kind in getattr(text, "layer_types", None) or ()):
+        raise StudioError(f"{family.model.config.model_type} has layers with a window: prune before the model instead.")
+
+
+def layers_of(family: Family) -> torch.nn.ModuleList:
+    """The decoder layers of the language model."""
+    return (getattr(family.base, "language_model", None) or family.base.text_model).layers
+
+
+def with_short_mask(number: int, arguments: tuple, keywords: dict) -> dict:
+    """What a decoder layer is called with when its cache may hold fewer tokens than its mask tells of."""
+    cache = keywords.get("past_key_values")
+    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    if not isinstance(layer, ShortLayer):
+        return keywords
+    hidden = arguments[0] if arguments else keywords["hidden_states"]
+    return {**keywords, "attention_mask": layer.mask(keywords.get("attention_mask"), hidden.shape[1])}
+
+
+class Inside:
+    """The cuts of one block of `prune`: `forward` and `generate` of the model, and hooks on its layers."""
+
+    def __init__(self, family: Family, method: str, keep: float, after_layer, generator, record):
+        if method in SCORES:
+            raise StudioError(f"{method} needs scores of the vision tower: use it without after_layer.")
+        self.family, self.method, self.keep, self.record = family, method, keep, record
+        self.generator, self.cuts = generator, cuts_of(family, method, keep, after_layer)
+        self.check_queries(method in INSIDE)
+        self.call = CuttingCall
+
+    def check_queries(self, needed: bool) -> None:
+        """Errors: `StudioError` when attention is needed and the model has no plain projection of queries."""
+        text, attention = self.family.model.config.get_text_config(), layers_of(self.family)[0].self_attn
+        width = getattr(getattr(attention, "q_proj", None), "out_features", None)
+        if needed and width != text.num_attention_heads * attention.head_dim:
+            raise StudioError(f"{self.method} cannot read the queries of {self.family.model.config.model_type} models.")
+
+    @contextmanager
+    def hooks(self):
+        with ExitStack() as stack:
+            for handle in self.handles():
+                stack.callback(handle.remove)
+            yield
+
+    def handles(self):
+        """Hooks on the layers, put in place one by one."""
+        for number, layer in enumerate(layers_of(self.family)):
+            yield layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
+
+    def current(self) -> "Call | None":
+        """The call that runs in this context, if it is of this block."""
+        call = _CALL.get()
+        return call if call is not None and call.inside is self else None
+
+    def _enter(self, number: int):
+        def hook(layer, arguments, keywords):
+            call = self.current()
+            if call is not None:
+                return call.enter(number, arguments, keywords)
+
+        return hook
+
+    def generate(self, original, inputs=None, generation_config=None, *arguments, **keywords):
+        configs = [config for config in (generation_config, self.family.model.generation_config) if config is not None]
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            if any(value is not None for value in (keywords.get(name), *(getattr(c, name, None) for c in configs))):
+                raise StudioError(f"Pruning behind a layer needs a cache that grows: leave out {name}.")
+        return original(inputs, generation_config, *arguments, **keywords)
+
+    def forward(self, original, *arguments, **keywords):
+        keywords |= zip(inspect.signature(original).parameters, arguments)
+        call = self.call(self, keywords)
+        outer = _CALL.set(call)
+        try:
+            out = original(**keywords)
+        finally:
+            _CALL.reset(outer)
+        call.finish()
+        return out
+
+
+class Call:
+    """One call of the model: a prompt with pictures, or what follows it."""
+
+    def __init__(self, inside: Inside, keywords: dict):
+        self.inside, self.cache = inside, keywords.get("past_key_values")
+        ids = keywords.get("input_ids")
+        if self.cache is not None and self.cache.get_seq_length():
+            self.image = None
+            if keywords.get("pixel_values") is not None:
+                raise StudioError("Give all pictures with the first prompt: new ones cannot be pruned behind a cache.")
+            return
+        if ids is None:
+            raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")
+        image = ids == inside.family.model.config.image_token_id
+        self.image = image if image.any() else None
+        if self.image is None:
+            return
+        if keywords.get("labels") is not None:
+            raise StudioError("Labels do not fit the shorter logits: prune before the model, without after_layer.")
+        if keywords.get("use_cache") is False:
+            raise StudioError("Pruning behind a layer needs a cache: leave out use_cache=False.")
+        self.valid = attention_mask_of(keywords).bool()
+        self.total = [int(row.sum()) for row in image]
+        self.last = torch.where(self.valid, torch.arange(ids.shape[1], device=ids.device), -1).argmax(dim=1)
+
+    def enter(self, number: int, arguments: tuple, keywords: dict):
+        """What a decoder layer is called with."""
+        if self.image is None:
+            return arguments, with_short_mask(number, arguments, keywords)
+        self.cache = keywords.get("past_key_values")
+        return self.cut(number, arguments, keywords)
+
+
+class CuttingCall(Call):
+    """A call in which layers behind a cut are entered by fewer tokens."""
+
+    def __init__(self, inside: Inside, keywords: dict):
+        super().__init__(inside, keywords)
+        self.columns, self.query, self.after, self.masks, self.seconds = None, None, {}, {}, 0.0
+
+    def cut(self, number: int, arguments: tuple, keywords: dict):
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        rotary = keywords["position_embeddings"]
+        if number + 1 in self.inside.cuts and self.inside.method == "fastv":
+            self.query = self._last_query(number, hidden, rotary)
+        if number in self.inside.cuts:
+            started = time.perf_counter()
+            chosen = Columns.where(self._keep(number, hidden, rotary))
+            hidden = chosen.take(hidden)
+            self.columns = chosen if self.columns is None else chosen.among(self.columns)
+            self.last = torch.full_like(self.last, hidden.shape[1] - 1)
+            self.seconds += time.perf_counter() - started
+        if self.columns is None:
+            return arguments, keywords
+        self.after[number] = self.columns
+        keywords = {**keywords, **self._shorter(keywords)}
+        if arguments:
+            return (hidden, *arguments[1:]), keywords
+        return arguments, {**keywords, "hidden_states": hidden}
+
+    def _shorter(self, keywords: dict) -> dict:
+        columns, mask = self.columns, keywords.get("attention_mask")
+        if id(columns) not in self.masks:
+            rotary = tuple(columns.take(table) for table in keywords["position_embeddings"])
+            self.masks = {id(columns): (columns.mask(mask), rotary)}
+        mask, rotary = self.masks[id(columns)]
+        return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
+
+    def _keep(self, number: int, hidden: torch.Tensor, rotary) -> torch.Tensor:
+        """(B, n) bool: which of the columns that reach a layer enter it."""
+        image, valid = self.image, self.valid
+        if self.columns is not None:
+            image, valid = image.gather(1, self.columns.order), self.columns.real
+            rotary = tuple(self.columns.take(table) for table in rotary)
+        image, keep = image & valid, valid & ~image
+        scores = self._scores(number, hidden, rotary, valid) if self.inside.method in INSIDE else None
+        for row, places in enumerate(image):
+            places = places.nonzero().flatten()
+            if not len(places):
+                continue
+            wanted = min(count(self.inside.cuts[number], self.total[row]), len(places))
+            if scores is not None:
+                chosen = scores[row, places].argsort(descending=True, stable=True)[:wanted]
+            else:
+                select = METHODS[self.inside.method]
+                chosen = select(hidden[row, places], wanted, generator=self.inside.generator)
+            keep[row, places[chosen.to(places.device)]] = True
+        return keep
+
+    def _scores(self, number: int, hidden, rotary, valid) -> torch.Tensor:
+        """(B, n) float32: the attention of the last token, mean over heads."""
+        if self.inside.method == "fastv":
+            query, keys = self.query, self.cache.layers[number - 1].keys
+        else:
+            query, keys = self._last_query(number, hidden, rotary), self._project(number, hidden, rotary, "k")
+        groups = query.shape[1] // keys.shape[1]
+        query = query.float().unflatten(1, (-1, groups)).squeeze(3)
+        attention = layers_of(self.inside.family)[number].self_attn
+        logits = torch.einsum("bhgd,bhnd->bhgn", query * attention.scaling, keys.float())
+        return logits.masked_fill(~valid[:, None, None], float("-inf")).softmax(dim=-1).mean(dim=(1, 2))
+
+    def _last_query(self, number: int, hidden, rotary) -> torch.Tensor:
+        """(B, heads, 1, D), rotated."""
+        at = self.last[:, None, None]
+
+        def take(table):
+            table = table.expand(len(hidden), -1, -1)
+            return table.gather(1, at.expand(-1, -1, table.shape[-1]))
+
+        if self.columns is not None and rotary[0].shape[1] != hidden.shape[1]:
+            rotary = tuple(self.columns.take(table) for table in rotary)
+        return self._project(number, take(hidden), tuple(map(take, rotary)), "q")
+
+    def _project(self, number: int, hidden, rotary, part: str) -> torch.Tensor:
+        layer = layers_of(self.inside.family)[number]
+        return rotated(layer.self_attn, layer.input_layernorm(hidden), rotary, part)
+
+    def finish(self) -> None:
+        """Gives layers behind a cut caches that know what they lack."""
+        if self.image is None:
+            return
+        prompt = self.image.shape[1]
+        for number, columns in self.after.items():
+            layer = self.cache.layers[number]
+            self.cache.layers[number] = ShortLayer(layer.keys, layer.values, columns.real, prompt)
+        columns = self.columns
+        kept = [
+            (image.cumsum(0) - 1)[order[real & image[order]]].cpu()
+            for image, order, real in zip(self.image, columns.order, columns.real)
+        ]
+        self.inside.record.info = PruneInfo(
+            method=self.inside.method,
+            keep=self.inside.keep,
+            tokens_before=self.total,
+            tokens_after=list(map(len, kept)),
+            kept=kept,
+            seconds={"encode": 0.0, "select": self.seconds},
+        )
+
+
+@torch.no_grad()
+def rotated(attention: torch.nn.Module, hidden: torch.Tensor, rotary, part: str) -> torch.Tensor:
+    """Queries ("q") or keys ("k") of an attention layer, (B, heads, n, D), as it rotates them."""
+    heads = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{part}_norm"):
+        heads = getattr(attention, f"{part}_norm")(heads)
+    heads = heads.transpose(1, 2)
+    return sys.modules[type(attention).__module__].apply_rotary_pos_emb(heads, heads, *rotary)[0]

@@ -1,0 +1,247 @@
+"""Fewer image tokens in the KV cache: all layers read the whole prompt, then each keeps a part of its keys and values.
+
+Scores come from queries and keys of each layer, in blocks of queries, so no attention matrix of the whole prompt is
+ever there and any attention backend works. Text always stays; of the image tokens exactly `keep` stay in each layer
+(for `prefixkv` on average over layers), and what goes gives its memory back.
+
+- `coverage`: the tokens that cover the others best (`studio.pruning.kv_cache`), the same in all layers; no attention.
+- `snapkv` (arXiv:2404.14469): attention of the prompt's last 32 tokens, smoothed over 5 places, for each head.
+- `h2o` (arXiv:2306.14048): half the latest, half the heaviest by attention received from all queries, for each head.
+  What is said later evicts nothing more: the paper goes on during decoding.
+- `prefixkv` (arXiv:2412.03409): attention received, one share of it for all layers, so that layers keep unlike numbers.
+- `kvcrush` (arXiv:2503.00022): 3/4 by the scores of `snapkv`; of the others, sorted by how many heads disagree with the
+  majority whether a token is in their upper half, evenly spaced ones.
+
+Coverage: the tokens to which all others are nearest, by greedy maximisation of a submodular function.
+
+The second factor of SCOPE (arXiv:2510.24214) alone, from features and nothing else:
+
+    gain(u) = sum_v max(0, cos(v, u) - best_v),    best_v = max over chosen c of cos(v, c), at first 0
+
+Each pick has the largest gain; the chosen set is within 1 - 1/e of the best of its size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from studio.errors import StudioError
+from studio.pruning.adapters import family_of
+from studio.pruning.blocks import block
+from studio.pruning.inside_model import Call, Inside, ShortLayer, layers_of, rotated, windowless
+from studio.pruning.layout import count
+from studio.pruning.shortening import PruneInfo, PruneRecord
+
+COMPRESSION = ("coverage", "snapkv", "h2o", "prefixkv", "kvcrush")
+_WINDOW, _POOL, _BLOCK = 32, 5, 256
+
+
+@contextmanager
+def compress(model, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
+    """A block in which the KV cache forgets most image tokens as soon as a prompt is read.
+
+        with studio.compress(model, "coverage", keep=0.05) as record:
+            out = model.generate(**inputs, max_new_tokens=50)
+
+    The first new token is that of the whole prompt. A cache made here is read inside such a block only; threads, tasks
+    and wrappers are as with `studio.prune`.
+
+    Args:
+        model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
+        method: "coverage", "snapkv", "h2o", "prefixkv" or "kvcrush".
+        keep: the fraction in (0, 1] of each prompt's image tokens that each layer keeps, or a whole number of them.
+
+    Yields:
+        A `PruneRecord`; the info of a prompt has no `kept`, because heads keep different tokens.
+
+    Errors: `StudioError` for an unknown method, a model that is not supported (with the reason), and calls whose cache
+        cannot shrink.
+    """
+    if method not in COMPRESSION:
+        raise StudioError(f"The method of the cache is one of {', '.join(COMPRESSION)}, not {method!r}.")
+    count(keep, 1)
+    record = PruneRecord()
+    inside = Compressing(family_of(model, "uniform"), method, keep, record)
+    with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
+        yield record
+
+
+class Compressing(Inside):
+    """The hooks of one block of `compress`."""
+
+    def __init__(self, family, method: str, keep: float, record):
+        self.family, self.method, self.keep, self.record = family, method, keep, record
+        windowless(family)
+        self.check_queries(method != "coverage")
+        self.call = CompressingCall
+
+    def handles(self):
+        yield from super().handles()
+        for number, layer in enumerate(layers_of(self.family)):
+            yield layer.self_attn.register_forward_hook(self._read(number), with_kwargs=True)
+
+    def _read(self, number: int):
+        def hook(attention, arguments, keywords, output):
+            call = self.current()
+            if call is not None and call.image is not None:
+                call.read(number, arguments, keywords)
+
+        return hook
+
+
+class CompressingCall(Call):
+    """One call of the model: a prompt whose cache is cut when it has been read, or what follows it."""
+
+    def __init__(self, inside, keywords: dict):
+        super().__init__(inside, keywords)
+        if self.image is not None:
+            self.wanted = [count(inside.keep, total) if total else 0 for total in self.total]
+            self.scores, self.places = {}, None
+
+    def cut(self, number: int, arguments: tuple, keywords: dict):
+        if number == 0 and self.inside.method == "coverage":
+            hidden = arguments[0] if arguments else keywords["hidden_states"]
+            self.places = [
+                places[coverage_order(hidden[row, places], self.wanted[row])] if len(places) else places
+                for row, places in enumerate(map(_places, self.image & self.valid))
+            ]
+        return arguments, keywords
+
+    @torch.no_grad()
+    def read(self, number: int, arguments: tuple, keywords: dict) -> None:
+        """Scores a layer whose keys are in the cache, and cuts it; `prefixkv` cuts when all are scored."""
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        method, keys = self.inside.method, self.cache.layers[number].keys
+        if method == "coverage":
+            self._hold(number, [[places] * keys.shape[1] for places in self.places])
+            return
+        window = _WINDOW if method in ("snapkv", "kvcrush") else hidden.shape[1]
+        received = self._received(number, hidden, keywords["position_embeddings"], keys, window)
+        if method == "prefixkv":
+            self.scores[number] = received.mean(dim=1)
+            return
+        if method != "h2o":
+            received = F.avg_pool1d(received, _POOL, stride=1, padding=_POOL // 2)
+        choose = {"snapkv": _heaviest, "h2o": _heavy_and_recent, "kvcrush": _crushed}[method]
+        images = map(_places, self.image & self.valid)
+        self._hold(number, [choose(received[row], places, self.wanted[row]) for row, places in enumerate(images)])
+
+    def _received(self, number: int, hidden, rotary, keys, window: int) -> torch.Tensor:
+        """(B, key heads, L) float32: attention from the last `window` queries of each row, mean over grouped heads."""
+        layer = layers_of(self.inside.family)[number]
+        columns = torch.arange(hidden.shape[1], device=hidden.device)
+        since = self.last[:, None] + 1 - window
+        asks = self.valid & (columns > since - 1)
+        received = torch.zeros(keys.shape[:3], device=keys.device)
+        for rows in columns.split(_BLOCK):
+            if not asks[:, rows].any():
+                continue
+            tables = tuple(table[:, rows] for table in rotary)
+            queries = rotated(layer.self_attn, hidden[:, rows], tables, "q").float().unflatten(1, (keys.shape[1], -1))
+            logits = torch.einsum("bhgqd,bhnd->bhgqn", queries * layer.self_attn.scaling, keys.float())
+            seen = (columns <= rows[:, None]) & self.valid[:, None]
+            weights = logits.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1).nan_to_num()
+            received += (weights * asks[:, None, None, rows, None]).sum(dim=3).mean(dim=2)
+        return received
+
+    def _hold(self, number: int, chosen: list[list[torch.Tensor]]) -> None:
+        """Cuts a layer: the text of each row and what each of its heads has chosen, `chosen[row][head]`."""
+        layer = self.cache.layers[number]
+        text = self.valid & ~self.image
+        held = [len(_places(text[row])) + len(heads[0]) for row, heads in enumerate(chosen)]
+        most, device = max(held), layer.keys.device
+        columns = torch.zeros(*layer.keys.shape[:2], most, dtype=torch.long, device=device)
+        for row, heads in enumerate(chosen):
+            for head, places in enumerate(heads):
+                columns[row, head, most - held[row] :] = torch.cat((_places(text[row]), places)).sort().values
+        real = torch.arange(most, device=device) >= most - torch.tensor(held, device=device)[:, None]
+        keys, values = (
+            part.gather(2, columns[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (layer.keys, layer.values)
+        )
+        self.cache.layers[number] = ShortLayer(keys, values, real, self.image.shape[1])
+
+    def finish(self) -> None:
+        if self.image is None:
+            return
+        if self.scores:
+            self._cut_to_one_share()
+        self.inside.record.info = PruneInfo(
+            method=self.inside.method, keep=self.inside.keep, tokens_before=self.total, tokens_after=self.wanted
+        )
+
+    def _cut_to_one_share(self) -> None:
+        """`prefixkv`: the same share of each layer's attention, with as many tokens in all layers together."""
+        chosen = {number: [] for number in self.scores}
+        for row, places in enumerate(map(_places, self.image & self.valid)):
+            masses = torch.stack([scores[row, places] for scores in self.scores.values()])
+            order = masses.argsort(dim=1, descending=True, stable=True)
+            numbers = equal_shares(masses.gather(1, order), self.wanted[row] * len(masses))
+            for number, best, most in zip(self.scores, order, numbers):
+                heads = self.cache.layers[number].keys.shape[1]
+                chosen[number].append([places[best[:most]]] * heads)
+        for number, rows in chosen.items():
+            self._hold(number, rows)
+
+
+def equal_shares(masses: torch.Tensor, total: int) -> list[int]:
+    """How many of each layer's tokens to keep, `total` together, so that the least share of mass kept is largest.
+
+    Args:
+        masses: (layers, n), descending in each row.
+        total: at least one for each layer, at most all.
+    """
+    layers, tokens = masses.shape
+    if not tokens:
+        return [0] * layers
+    kept = (masses / masses.sum(dim=1, keepdim=True).clamp(min=1e-12)).cumsum(dim=1).tolist()
+    numbers = [1] * layers
+    for _ in range(total - layers):
+        free = [layer for layer in range(layers) if numbers[layer] < tokens]
+        poorest = min(free, key=lambda layer: kept[layer][numbers[layer] - 1])
+        numbers[poorest] += 1
+    return numbers
+
+
+def _places(row: torch.Tensor) -> torch.Tensor:
+    return row.nonzero().flatten()
+
+
+def _heaviest(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[torch.Tensor]:
+    order = received[:, places].argsort(dim=1, descending=True, stable=True)[:, :wanted]
+    return [*places[order]]
+
+
+def _heavy_and_recent(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[torch.Tensor]:
+    recent = wanted // 2
+    before, latest = places[: len(places) - recent], places[len(places) - recent :]
+    return [torch.cat((heavy, latest)) for heavy in _heaviest(received, before, wanted - recent)]
+
+
+def _crushed(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[torch.Tensor]:
+    scores = received[:, places]
+    rank = scores.mean(dim=0).argsort(descending=True, stable=True)
+    heavy = wanted - wanted // 4
+    rest = rank[heavy:]
+    upper = scores > scores.median(dim=1, keepdim=True).values
+    majority = upper.float().mean(dim=1, keepdim=True) > 0.5
+    far = (upper != majority).sum(dim=0)
+    rest = rest[far[rest].argsort(stable=True)]
+    spread = (2 * torch.arange(wanted // 4, device=rest.device) + 1) * len(rest) // max(2 * (wanted // 4), 1)
+    return [places[torch.cat((rank[:heavy], rest[spread]))]] * len(received)
+
+
+def coverage_order(features: torch.Tensor, picks: int) -> torch.Tensor:
+    """`picks` different rows of features (N, D), in the order they are chosen; of equal gains the first row wins."""
+    rows = F.normalize(features.detach().float(), dim=1, eps=1e-12)
+    likeness = rows @ rows.T
+    best, order = likeness.new_zeros(len(rows)), []
+    chosen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for _ in range(min(picks, len(rows))):
+        gains = (likeness - best[:, None]).clamp(min=0).sum(dim=0).masked_fill(chosen, -1)
+        pick = gains.argmax(keepdim=True)
+        chosen[pick] = True
+        order.append(pick)
+        best = torch.maximum(best, likeness[:, pick[0]])
+    return torch.cat(order)

@@ -1,0 +1,1 @@
+"""Plain textbook loops that tests and benchmarks compare with."""

@@ -1,0 +1,235 @@
+"""What is looked at before Gradio, or any other route, sees a request: who asks, how much, and for which files."""
+
+import asyncio
+import json
+import secrets
+from collections import Counter
+from urllib.parse import parse_qs
+
+from python_multipart.multipart import parse_options_header
+
+from studio.ui.server.session import CLIENT, client_of
+
+API = "/gradio_api"
+UPLOAD, TOOLS = f"{API}/upload", f"{API}/mcp"
+_MOST_BYTES = 1 << 20  # of a message
+_MOST_FILES = 8  # of an upload
+_LONGEST_PAUSE = 30  # seconds between two parts of a message
+_READS = ("GET", "HEAD", "OPTIONS")
+_A_FILE = {"_type": "gradio.FileData"}
+_FORWARDED = b"x-studio-client"
+_CLOSED = ("/proxy=", "/deep_link", "/component_server", "/run-history", "/vibe-", "/undo-vibe", "/process_recording")
+"""Routes of Gradio that the app has no use for: they fetch addresses, or keep what they are sent."""
+
+
+class Gate:
+    """ASGI middleware in front of everything.
+
+    Every message is counted as it comes, whatever its route, type or encoding: Gradio keeps it in memory whole. Gradio
+    also fetches a file whose path is an address of the web, however long, and of a picture it checks the path only
+    where the message says that this is a file. Pages of other sites may ask for nothing, and read nothing: no `Origin`
+    but the server's own is allowed.
+
+    Args:
+        app: what comes behind.
+        listeners: a `studio.ui.server.session.Listeners`, which is told of connections on which answers are awaited.
+        upload_bytes: of all files of an upload together.
+        open_requests: of one client that are being answered at a time; a page has two of them.
+    """
+
+    def __init__(self, app, listeners, upload_bytes, open_requests):
+        self.app, self._listeners, self._open_requests = app, listeners, open_requests
+        most = upload_bytes + (1 << 16)  # and the names of the files, and what is between them
+        self._most = {UPLOAD: most, TOOLS: most * 4 // 3}  # tools are given files as base64
+        self._secret = secrets.token_hex(16)
+        self._asking = Counter()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].rstrip("/")
+        if _is_closed(path):
+            await _refuse(send, 404, "There is nothing at this address.")
+            return
+        if scope["method"] not in _READS and _is_foreign(dict(scope["headers"])):
+            await _refuse(send, 403, "A page of another site cannot ask this server: open its own page.")
+            return
+        scope = self._named(scope)
+        client = scope[CLIENT]
+        if self._asking[client] >= self._open_requests:
+            await _refuse(send, 429, f"{self._open_requests} requests of yours are open already: close some first.")
+            return
+        self._asking[client] += 1
+        key = _listens_for(path, scope) if scope["method"] == "GET" else None
+        if key:
+            self._listeners.arrive(key)
+        try:
+            await self._pass(path, scope, receive, send)
+        except _Refusal as refusal:
+            await _refuse(send, refusal.status, refusal.sentence)
+        finally:
+            self._asking[client] -= 1
+            if not self._asking[client]:
+                del self._asking[client]
+            if key:
+                self._listeners.leave(key)
+
+    async def _pass(self, path, scope, receive, send):
+        if scope["method"] in _READS:
+            await self.app(scope, receive, send)
+            return
+        counted = _Counted(receive, self._most.get(path, _MOST_BYTES))
+        if path == UPLOAD:
+            counted.boundary = _boundary(scope)
+            await self.app(scope, counted, _guarded(send, counted))
+            return
+        body = await counted.whole()
+        if body is None:
+            return
+        if _names_other_file(body):
+            raise _Refusal(400, "No links are read here: upload the file itself, or give a tool its data.")
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay():
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, replay, send)
+
+    def _named(self, scope):
+        """The scope with the client that asks, and without what it may not say.
+
+        The tools of the Model Context Protocol ask this server in turn: what they ask counts for their own client.
+        """
+        host = (scope.get("client") or ("",))[0]
+        client, headers = client_of(host), []
+        for name, value in scope["headers"]:
+            if name == _FORWARDED:
+                secret, _, forwarded = value.decode("latin-1").partition(" ")
+                client = forwarded if secrets.compare_digest(secret, self._secret) else client
+            elif name != b"origin":
+                headers.append((name, value))
+        headers.append((_FORWARDED, f"{self._secret} {client}".encode("latin-1", "replace")))
+        return {**scope, "headers": headers, CLIENT: client}
+
+
+class _Refusal(Exception):
+    """A request that goes no further."""
+
+    def __init__(self, status, sentence):
+        super().__init__(sentence)
+        self.status, self.sentence = status, sentence
+
+
+class _Counted:
+    """`receive` of a request that may send so many bytes, so many files, and not too slowly."""
+
+    def __init__(self, receive, most):
+        self._receive, self._most = receive, most
+        self._bytes, self._parts, self._tail, self._ended = 0, 0, b"", False
+        self.boundary = self.refusal = None
+
+    async def __call__(self):
+        if self.refusal:
+            raise self.refusal
+        if self._ended:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), _LONGEST_PAUSE)
+        except TimeoutError:
+            self._refuse(408, f"Nothing came for {_LONGEST_PAUSE} seconds: send the request again.")
+        chunk, self._ended = message.get("body", b""), not message.get("more_body", False)
+        self._bytes += len(chunk)
+        if self._bytes > self._most:
+            what = "shorten your text" if self.boundary is None else "give a smaller file"
+            self._refuse(413, f"A request has at most {self._most} bytes here: {what}.")
+        if self.boundary:
+            seen = self._tail + chunk
+            self._parts += seen.count(self.boundary)
+            self._tail = seen[-len(self.boundary) + 1 :]
+            if self._parts > _MOST_FILES + 1:
+                self._refuse(413, f"A request has at most {_MOST_FILES} files here: send fewer.")
+        return message
+
+    async def whole(self):
+        """The whole body; `None` where the client went away."""
+        body = bytearray()
+        while not self._ended:
+            message = await self()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+        return bytes(body)
+
+    def _refuse(self, status, sentence):
+        self.refusal = _Refusal(status, sentence)
+        raise self.refusal
+
+
+def _guarded(send, counted):
+    """`send` that leaves the answer to the gate once the request was refused; Gradio makes another error of that."""
+
+    async def guarded(message):
+        if counted.refusal is None:
+            await send(message)
+        else:
+            raise counted.refusal
+
+    return guarded
+
+
+def _boundary(scope):
+    """What stands before each part of a form, read as Gradio reads it; `None` where there is none."""
+    _, options = parse_options_header(dict(scope["headers"]).get(b"content-type", b""))
+    boundary = options.get(b"boundary")
+    return b"--" + boundary if boundary else None
+
+
+def _is_closed(path):
+    """Whether a path leads to what the app has no use for, or lets the server fetch an address."""
+    if not path.startswith(f"{API}/"):
+        return False
+    own = path.removeprefix(API)
+    fetches = own.startswith(("/file=", "/file/")) and ":/" in own
+    return fetches or own.startswith(_CLOSED)
+
+
+def _is_foreign(headers):
+    """Whether a browser sends this for a page of another site."""
+    origin = headers.get(b"origin")
+    own = (headers.get(b"host"), headers.get(b"x-forwarded-host"))
+    return origin is not None and origin.partition(b"://")[2] not in own
+
+
+def _listens_for(path, scope):
+    """The session or the event whose answers are awaited there; `None` on other routes."""
+    if path == f"{API}/queue/data":
+        return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
+    return path.rsplit("/", 1)[-1] if path.startswith(f"{API}/call/") else None
+
+
+def _names_other_file(body):
+    """Whether a message has a path that is an address, or that Gradio would not look at."""
+    try:
+        pending = [json.loads(body)]
+    except RecursionError:
+        return True
+    except ValueError:
+        return False  # nobody behind the gate can read it either
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str) and ("://" in path or value.get("meta") != _A_FILE):
+                return True
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return False
+
+
+async def _refuse(send, status, sentence):
+    content = json.dumps({"detail": sentence}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,163 @@
+"""The app on a socket: what stands in front of it, how connections end, and how the server stops."""
+
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from studio.errors import StudioError
+from studio.ui.server.middleware import Gate
+from studio.ui.server.session import Listeners, use_listeners
+from studio.ui.server.storage import kept_clean
+from studio.ui.server.tools import describe_files
+from studio.ui.server.worker import drain, is_idle
+
+UPLOAD_BYTES = 1 << 28  # where nothing else is said
+_SESSIONS = 256  # that Gradio keeps the fields of, about 0.3 MiB each
+_IDLE = 10  # seconds between two looks at a connection; one that asked for nothing at both is closed
+_LONGEST_START = 30  # seconds
+_LONGEST_ANSWER = 3  # seconds for what is done to reach those who wait
+_LONGEST_END = 5  # seconds for work that nobody waits for to come to its next step
+
+
+class Connection(H11Protocol):
+    """A connection that is closed when nothing is asked on it, from its first moment and between parts of a request."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._was_idle = False
+        self._look = self.loop.call_later(_IDLE, self._close_if_idle)
+
+    def connection_lost(self, error):
+        self._look.cancel()
+        super().connection_lost(error)
+
+    def _close_if_idle(self):
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._was_idle:
+            self.transport.close()
+            return
+        self._was_idle = idle
+        self._look = self.loop.call_later(_IDLE, self._close_if_idle)
+
+
+@contextmanager
+def running(blocks, host, port, *, upload_bytes=UPLOAD_BYTES, open_requests=float("inf"), folder=None, **settings):
+    """Serve an app from a thread.
+
+    Args:
+        blocks: what `studio.ui.app.build_app` made.
+        host, port: where to listen; any free port when it is 0.
+        upload_bytes: of a file, at most.
+        open_requests: of one client at a time.
+        folder: where visitors' files are, to be kept small; not looked after when `None`.
+        settings: passed on to `gr.mount_gradio_app`.
+
+    Yields:
+        The address of the app.
+
+    Raises:
+        StudioError: nothing can listen there.
+    """
+    listeners = Listeners()
+    listening = _socket(host, port)
+    app = FastAPI(
+        openapi_url=None, lifespan=lambda _: kept_clean(folder, blocks, listeners) if folder else nullcontext()
+    )
+    blocks.state_session_capacity, blocks.has_launched = _SESSIONS, True
+    port = listening.getsockname()[1]
+    gr.mount_gradio_app(
+        app, blocks, "/", server_name=host, server_port=port, show_error=False, max_file_size=upload_bytes, **settings
+    )
+    describe_files(blocks.mcp_server_obj)
+    gate = Gate(app, listeners, upload_bytes, open_requests)
+    config = uvicorn.Config(
+        gate, log_level="warning", http=Connection, ws="none", server_header=False, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    use_listeners(listeners)
+    thread.start()
+    try:
+        _wait(lambda: server.started or not thread.is_alive(), _LONGEST_START)
+        if not server.started:
+            raise StudioError("The app does not start; the lines above say why.")
+        yield _address(host, port)
+    finally:
+        blocks.is_running = False
+        blocks._queue.close()
+        blocks.app.stop_event.set()  # ends the connections that a page keeps open
+        server.should_exit = True
+        thread.join(_LONGEST_END)
+        use_listeners(None)
+
+
+def run(blocks, host, port, *, drain_seconds=0, **settings):
+    """Serve an app until SIGINT or SIGTERM; a second one ends the process at once.
+
+    From then on no new work is taken. What there is goes on for `drain_seconds`; whoever still waits then is told that
+    the server stops.
+
+    Args:
+        blocks, host, port, settings: as of `running`.
+        drain_seconds: how long work may still take.
+
+    Raises:
+        StudioError: nothing can listen there.
+    """
+    stopped = []
+
+    def stop(number, _):
+        if stopped:
+            os._exit(128 + number)
+        stopped.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with running(blocks, host, port, **settings) as address:
+            _announce(f"The app is at {address}")
+            while not stopped:
+                time.sleep(0.1)
+            _announce(f"Stopping: work under way has {drain_seconds:g} seconds. Press Ctrl+C to stop at once.")
+            drained = drain(drain_seconds)
+            _wait(lambda: not blocks._queue.event_ids_to_events, _LONGEST_ANSWER)
+        _announce("Stopped." if drained else "Stopped; work that took longer was refused.")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not _wait(is_idle, _LONGEST_END):
+        shutil.rmtree(settings.get("folder") or "", ignore_errors=True)
+        os._exit(0)  # or the process would wait for work that does not stop
+
+
+def _announce(line):
+    print(line, flush=True)
+
+
+def _socket(host, port):
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:
+        raise StudioError(f"The app cannot listen on {host}:{port}: choose another with --host or --port.") from error
+
+
+def _address(host, port):
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host).removeprefix("[").removesuffix("]")
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def _wait(is_done, seconds):
+    """Wait until something is done, so many seconds at most; returns whether it is."""
+    ends = time.monotonic() + seconds
+    while not (done := is_done()) and time.monotonic() < ends:
+        time.sleep(0.02)
+    return done

@@ -1,0 +1,204 @@
+"""The Ask tab: a question about a picture, answered from few of its tokens and from all of them."""
+
+import gradio as gr
+
+from studio import pruning_methods
+from studio.ui.jobs.ask_job import Inquiry, read
+from studio.ui.render.patches import draw_patches
+from studio.ui.render.render_answers import answer_cards, verdict
+from studio.ui.server.failures import sentence_of, toast
+from studio.ui.server.models import bundled_models
+from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
+from studio.ui.tabs.components import picture_grid, status_line, uploaded
+from studio.ui.tabs.examples import example
+
+EXAMPLES = [
+    ("scene-ewes.png", "How many times is there a sled?"),
+    ("scene-melon.png", "What is in row 2, column 3?"),
+    ("scene-words.png", "Which word is in row 3, column 2?"),
+]
+IDLE = status_line("Give a picture, ask something about it, and see which patches the answer comes from.")
+NO_READER = status_line(
+    "No model that reads pictures comes with this copy: name one of Hugging Face or a folder under Model, or train "
+    "your own: studio train --preset emoji-vlm."
+)
+LOADING = status_line("Loading the model …", state="running", fraction=0)
+_VIEWS = {"whole": "Whole picture", "crops": "Crops"}
+
+
+def build_tab():
+    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first question.
+
+    Returns:
+        The field of the picture.
+    """
+    readers = bundled_models("reader")
+    methods = pruning_methods()
+    with gr.Row(elem_id="studio-ask", elem_classes="studio-stage"):
+        with gr.Column(elem_classes="area-ask"):
+            picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=240, elem_id="picture")
+            question = gr.Textbox(
+                label="Question",
+                info="In plain words; the answer comes from the picture alone.",
+                placeholder=EXAMPLES[0][1],
+                lines=1,
+                max_lines=4,
+                elem_id="question",
+            )
+            with gr.Row(elem_classes="studio-actions"):
+                ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=2)
+                cancel = gr.Button("Cancel", variant="stop", elem_id="ask-cancel", visible=False, scale=2)
+            examples = gr.Dataset(
+                components=[picture, question],
+                samples=[[example(file), text] for file, text in EXAMPLES],
+                headers=["Picture", "Question"],
+                label="Try",
+                elem_id="ask-examples",
+                type="index",
+            )
+        with gr.Column(elem_classes="area-show"):
+            gallery = picture_grid(
+                label="What it reads", show_label=False, columns=2, elem_id="patches", captioned=True
+            )
+            status = gr.HTML(IDLE if readers else NO_READER, elem_id="ask-status", elem_classes="studio-line")
+            cards = gr.HTML("", elem_id="answers", elem_classes="studio-line")
+        with gr.Column(elem_classes="area-tune"):
+            method = gr.Radio(
+                list(methods), value="divprune", label="Pruning", info=methods["divprune"], elem_id="method"
+            )
+            keep = gr.Slider(
+                0.01,
+                1,
+                value=0.2,
+                step=0.01,
+                label="Keep",
+                info="The share of the picture's tokens that the language model reads.",
+                elem_id="keep",
+                buttons=[],
+            )
+            compare = gr.Checkbox(
+                True, label="Ask with all tokens too", info="The same question, for comparison.", elem_id="compare"
+            )
+            model = gr.Dropdown(
+                readers,
+                value=readers[0] if readers else None,
+                label="Model",
+                info="A bundled one, a Hugging Face id or a folder of a vision-language model.",
+                allow_custom_value=True,
+                elem_id="reader",
+            )
+
+    inputs = [model, picture, question, method, keep, compare]
+    connect_actions(
+        [([ask.click, question.submit], show_reading, inputs, [gallery, cards, status])],
+        status,
+        starts=[ask],
+        cancel=cancel,
+    )
+    examples.click(_example, examples, [picture, question], queue=False, **PRIVATE)
+    method.change(lambda chosen: gr.update(info=methods[chosen]), method, method, queue=False, **PRIVATE)
+    _endpoint(picture, question, method, keep)
+    return picture, question
+
+
+def _example(number):
+    file, text = EXAMPLES[number]
+    return example(file), text
+
+
+def _endpoint(picture, question, method, keep):
+    """What programs call."""
+
+    async def ask(picture, question, model, method="divprune", keep=0.2, max_new_tokens=64):
+        """Answer a question about a picture from some of its visual tokens; streams the answer.
+
+        Args:
+            picture: a picture file; a tool is given its data (data:image/png;base64,... text), no link.
+            question: what to ask, up to 2,000 characters.
+            model: a bundled reader, a Hugging Face id or a folder of a vision-language model.
+            method: how tokens are chosen: divprune, hired, globalcom2, random or uniform.
+            keep: the share of the picture's tokens to keep, above 0 and at most 1.
+            max_new_tokens: longest answer.
+
+        Returns:
+            The answer, and details: visual and kept tokens, seconds by phase and bytes of the cache.
+        """
+        async for update in answer_reading(picture, question, model, method, keep, max_new_tokens):
+            yield update
+
+    with gr.Group(visible=False):
+        model, longest = gr.Textbox(label="Model"), gr.Number(64, label="Longest answer", precision=0)
+        said, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
+        endpoint = gr.Button("Ask")
+    inputs = [picture, question, model, method, keep, longest]
+    endpoint.click(ask, inputs, [said, details], api_name="ask", **ON_THE_MODEL)
+
+
+async def show_reading(*values):
+    """Answer for the page: yields updates of (gallery, cards, status).
+
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
+    """
+    shown = None
+    try:
+        model, picture, *rest = values
+        inquiry = Inquiry(model, uploaded(picture), *rest)
+        async for reading in read(inquiry):
+            views, gallery = reading.pruned and reading.pruned.views, gr.skip()
+            if views is not shown:
+                shown, gallery = views, _gallery(reading)
+            yield gallery, _cards(reading, inquiry) if reading.picture else gr.skip(), _status(reading, inquiry)
+    except Exception as error:
+        toast(sentence_of(error))
+        yield gr.skip(), gr.skip(), FAILED
+
+
+async def answer_reading(picture, question, model, method, keep, max_new_tokens):
+    """Answer for a program: yields (text, details); what is wrong becomes an error with the same sentence."""
+    inquiry = Inquiry(
+        model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
+    )
+    async for reading in read(inquiry):
+        if (answer := reading.pruned) is not None:
+            yield answer.answer, _details(answer)
+
+
+def _gallery(reading):
+    drawn = [
+        (
+            draw_patches(reading.picture, view),
+            f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
+        )
+        for view in reading.pruned.views
+    ]
+    return gr.update(value=drawn, columns=len(drawn) or 1, selected_index=None)
+
+
+def _cards(reading, inquiry):
+    titles = {"pruned": f"{inquiry.method}, {inquiry.keep:.0%} of the tokens", "whole": "All tokens"}
+    names = list(inquiry.runs)
+    running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
+    return answer_cards([(titles[name], getattr(reading, name)) for name in names], running)
+
+
+def _status(reading, inquiry):
+    if reading.picture is None:
+        return LOADING
+    names = list(inquiry.runs)
+    if len(reading.answered) == len(names):
+        text = verdict(reading.pruned, reading.whole) if reading.whole else "Answered."
+        return status_line(text, state="done")
+    name = names[len(reading.answered)]
+    chosen = getattr(reading, name) is not None
+    what = "from all tokens" if name == "whole" else f"from {inquiry.keep:.0%} of the tokens"
+    text = f"{'Answering' if chosen else 'Looking at the picture, to answer'} {what} …"
+    return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
+
+
+def _details(answer):
+    return {
+        "visual_tokens": answer.visual_tokens,
+        "kept_tokens": answer.kept_tokens,
+        "seconds": answer.seconds,
+        "cache_bytes": answer.cache_bytes,
+    }

@@ -1,0 +1,373 @@
+"""The Generate tab: words in, pictures out, drawn before your eyes."""
+
+import re
+
+import gradio as gr
+
+from studio import DECODINGS, decoding_named
+from studio.ui.jobs.generate_job import Drawn, draw
+from studio.ui.jobs.request import Wish, draw_seed
+from studio.ui.jobs.side_by_side import race
+from studio.ui.render.render_lanes import race_lanes, race_verdict
+from studio.ui.render.token_grid import token_grid
+from studio.ui.server.failures import sentence_of, toast
+from studio.ui.server.limits import limits
+from studio.ui.server.models import fitting_decodings, own_settings
+from studio.ui.server.png_metadata import Form, from_picture, link_to
+from studio.ui.server.send_to import build_outlet
+from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
+from studio.ui.tabs.components import columns_for, count_slider, duration, picture_grid, pictures, status_line, uploaded
+from studio.ui.tabs.fields import number_field, options_field
+
+EXAMPLES = [
+    "a red apple",
+    "a rocket, flat style, on a blue background",
+    "an octopus, 3d style, on a pink background",
+    "a hot beverage, 3d style",
+    "a rainbow, on a purple background",
+    "a fox, flat style",
+]
+_TEMPERATURE = "Below 1 calmer, above 1 wilder; at 0 only a style and a background that the prompt leaves open vary."
+IDLE = status_line("Say what to draw and press Generate.")
+LOADING = status_line("Loading the model …", state="running", fraction=0)
+
+
+def build_tab(model):
+    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first drawing.
+
+    Returns:
+        The `Outlet` by which pictures go to the tabs "tokenize" and "ask", and the `Form` to which settings come back.
+    """
+    with gr.Row(elem_id="studio-generate", elem_classes="studio-stage"):
+        with gr.Column(elem_classes="area-ask"):
+            prompt = gr.Textbox(
+                label="Prompt",
+                info="A thing; a style, 3d or flat; a background colour.",
+                placeholder="a red apple",
+                lines=2,
+                max_lines=6,
+                autofocus=True,
+                elem_id="prompt",
+            )
+            with gr.Row(elem_classes="studio-actions"):
+                generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
+                race_button = gr.Button("Race", elem_id="race", scale=1, min_width=96)
+                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", visible=False, scale=2)
+            examples = gr.Dataset(
+                components=[prompt],
+                samples=[[text] for text in EXAMPLES],
+                label="Try",
+                elem_id="examples",
+                elem_classes="studio-examples",
+                type="values",
+            )
+        with gr.Column(elem_classes="area-show"):
+            gallery = picture_grid(label="Pictures", show_label=False, columns=2, elem_id="pictures")
+            status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
+            outlet = build_outlet(
+                gallery,
+                {"tokenize": "Tokenize this", "ask": "Ask about this picture"},
+                [generate.click, prompt.submit, race_button.click],
+            )
+            tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
+        with gr.Column(elem_classes="area-tune"):
+            fitting = fitting_decodings(model)
+            decoding, options = _decoding_fields(fitting)
+            most = limits().pictures
+            count = count_slider(most, value=min(4, most), label="Pictures", elem_id="count")
+            with gr.Row(elem_classes="studio-seed"):
+                seed = number_field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
+                dice = gr.Button("Roll", elem_id="dice", size="sm", scale=0, min_width=0)
+            with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+                gr.Markdown("Empty fields take the model's own setting, shown in grey.", elem_classes="studio-hint")
+                own = own_settings(model)
+                with gr.Row():
+                    guidance = _setting("Guidance", "How closely to follow the words; 1 is off.", own)
+                    temperature = _setting("Temperature", _TEMPERATURE, own)
+                with gr.Row(visible=not own or "top-k" in own):
+                    top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
+                    top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
+
+            drawn = gr.File(
+                label="A picture that Studio drew brings its settings back",
+                file_types=[".png"],
+                height=132,
+                elem_id="recall",
+            )
+
+    form = Form(model, [prompt, count, seed, guidance, temperature, top_k, top_p], decoding, options, fitting)
+
+    async def show(*values):
+        async for update in show_drawing(model, *_with_options(values, options)):
+            yield update
+
+    async def show_sides(*values):
+        async for update in show_race(model, *_with_options(values, options)):
+            yield update
+
+    connect_actions(
+        [
+            ([generate.click, prompt.submit], show, form.fields, [gallery, tokens, status]),
+            ([race_button.click], show_sides, form.fields, [gallery, tokens, status]),
+        ],
+        status,
+        starts=[generate, race_button],
+        cancel=cancel,
+    )
+    dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
+    drawn.upload(lambda file: recall(form, file), drawn, [drawn, *form.fields], preprocess=False, **PRIVATE)
+    examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
+    _endpoint(model, prompt, count, fitting[0])
+    return outlet, form
+
+
+def recall(form, file):
+    """Bring the settings of an uploaded picture back: updates of the file's field, now empty again, and of the form's.
+
+    What is wrong becomes a toast, and the form stays as it is.
+    """
+    try:
+        return None, *form.filled(from_picture(uploaded(file)))
+    except Exception as error:
+        toast(sentence_of(error))
+        return None, *[gr.skip()] * len(form.fields)
+
+
+def _decoding_fields(fitting):
+    """The choice of a decoding, and by (decoding, option) the fields of its options, shown when it is chosen."""
+    choices = {name: DECODINGS[name] for name in fitting}
+    plain = fitting[0]
+    names = [(choice.title, name) for name, choice in choices.items()]
+    decoding = gr.Radio(names, value=plain, label="Decoding", info=choices[plain].summary, elem_id="decoding")
+    fields, rows = {}, {}
+    for name, choice in choices.items():
+        is_shown = name == plain and bool(choice.options)
+        with gr.Row(visible=is_shown, elem_classes="studio-options") as rows[name]:
+            for option in choice.options:
+                fields[name, option.name] = _option_field(option, re.sub(r"\W", "-", f"{name}-{option.name}"))
+
+    def choose(chosen):
+        shown = [gr.update(visible=name == chosen and bool(DECODINGS[name].options)) for name in rows]
+        return gr.update(info=decoding_named(chosen).summary), *shown
+
+    decoding.change(choose, decoding, [decoding, *rows.values()], queue=False, **PRIVATE)
+    return decoding, fields
+
+
+def _option_field(option, elem_id):
+    title = option.name.replace("_", " ").capitalize()
+    if option.choices:
+        named = [(text, value) for value, text in option.choices.items()]
+        return gr.Radio(named, value=option.default, label=title, info=option.summary, elem_id=elem_id)
+    usual = "its own" if option.default is None else f"{option.default:g}"
+    return number_field(title, option.summary, elem_id, usual)
+
+
+def _with_options(values, fields):
+    """The values of a form with those of all options behind it, as `Wish.from_fields` takes them."""
+    *basic, decoding = values[: len(values) - len(fields)]
+    texts = zip(fields, values[len(values) - len(fields) :])
+    return *basic, decoding, {option: text for (owner, option), text in texts if owner == decoding}
+
+
+def _endpoint(model, prompt, count, plain):
+    """What programs call."""
+
+    async def generate(
+        prompt,
+        count=4,
+        seed=None,
+        guidance=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        decoding=plain,
+        options=None,
+    ):
+        """Draw pictures from words; streams previews, then the finished pictures.
+
+        Args:
+            prompt: what to draw, up to 2,000 characters (a server may allow fewer), such as "a red apple".
+            count: how many pictures, 1 to 16; a server may allow fewer.
+            seed: seed of the first picture, the next use seed + 1 and so on; drawn when empty.
+            guidance: how closely to follow the prompt (1 is off); the model's own setting when empty.
+            temperature: randomness of each token; at 0 only a style and a background that the prompt leaves open vary.
+            top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
+            top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
+            decoding: how tokens are generated, such as "jacobi"; "cspd" with the mode "relaxed" is approximate.
+            options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
+
+        Returns:
+            The pictures as PNG files, and details: seeds, tokens, target calls and seconds, or the progress so far.
+        """
+        wish = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding, options or {})
+        async for update in answer_drawing(model, *wish):
+            yield update
+
+    with gr.Group(visible=False):
+        numbers = [gr.Number(label=name) for name in ("Seed", "Guidance", "Temperature", "Top-k", "Top-p")]
+        decoding, options = gr.Textbox(plain, label="Decoding"), options_field("Options")
+        found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
+        endpoint = gr.Button("Generate")
+    inputs = [prompt, count, *numbers, decoding, options]
+    endpoint.click(generate, inputs, [found, details], api_name="generate", **ON_THE_MODEL)
+
+
+async def show_drawing(model, *values):
+    """Draw for the page: yields updates of (gallery, tokens, status).
+
+    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
+    """
+    shown = warned = None
+    try:
+        wish = Wish.from_fields(model, *values)
+        async for news in draw(wish):
+            if news.warning and not warned:
+                toast(news.warning, title="Please note", duration=12)
+                warned = True
+            if isinstance(news, Drawn):
+                yield _gallery(news.pictures, wish), _tokens(news.fates), summary(news, wish)
+            elif news.pictures is not shown:
+                shown = news.pictures
+                yield _gallery(shown, wish), _tokens(news.fates), progress(news, wish)
+            else:
+                yield gr.skip(), gr.skip() if news.drawn != 1 else "", progress(news, wish)
+    except Exception as error:
+        toast(sentence_of(error))
+        yield gr.skip(), gr.skip(), FAILED
+
+
+async def show_race(model, *values):
+    """Race for the page: yields updates as `show_drawing` does."""
+    shown = warned = None
+    try:
+        wish = Wish.from_fields(model, *values)
+        async for news in race(wish):
+            if news.warning and not warned:
+                toast(news.warning, title="Please note", duration=12)
+                warned = True
+            if not news.lanes:
+                yield gr.skip(), gr.skip(), LOADING
+                continue
+            found = [lane.picture for lane in news.lanes]
+            fresh = found != shown and all(found)
+            shown = found if fresh else shown
+            yield _sides(news, wish) if fresh else gr.skip(), race_lanes(news), race_status(news, wish)
+    except Exception as error:
+        toast(sentence_of(error))
+        yield gr.skip(), gr.skip(), FAILED
+
+
+async def answer_drawing(model, *values):
+    """Draw for a program: yields (pictures, details); what is wrong becomes an error with the same sentence."""
+    *basic, decoding, options = values
+    wish = Wish(model, *basic, decoding=decoding, options=options)
+    async for news in draw(wish):
+        if isinstance(news, Drawn):
+            yield _captioned(news.pictures, wish), _details(news, wish)
+        elif news.ahead is not None:
+            yield gr.skip(), {"waiting": news.ahead, "seeds": wish.seeds}
+        elif news.total:
+            yield (
+                _captioned(news.pictures, wish) if news.pictures else gr.skip(),
+                {"drawn": news.drawn, "total": news.total, "seeds": wish.seeds},
+            )
+
+
+def progress(news, wish):
+    """The status line of a drawing under way."""
+    if news.ahead is not None:
+        return status_line(waiting(news.ahead), state="running", fraction=0)
+    if not news.total:
+        return LOADING
+    text = f"Drawing {pictures(wish.count)}: {news.drawn} of {news.total} tokens"
+    if news.seconds > 0.3:
+        rate = (news.drawn - 1) / news.seconds
+        text += f", {rate * wish.count:.0f} tokens/s, {duration((news.total - news.drawn) / max(rate, 1e-6))} left"
+    return status_line(text, state="running", fraction=news.drawn / news.total)
+
+
+def waiting(ahead):
+    """What is said to somebody who waits for so many turns of others."""
+    return "Waiting: you are next." if ahead == 1 else f"Waiting: at most {ahead} turns before yours."
+
+
+def summary(drawn, wish):
+    """The status line of a finished drawing."""
+    stats = drawn.stats
+    seeds = f"{wish.seeds[0]}" if wish.count == 1 else f"{wish.seeds[0]} to {wish.seeds[-1]}"
+    accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
+    law = [("pictures", "approximate")] if "approximate" in wish.how else []
+    taken = [] if stats.decoding is None else [("decoding", decoding_named(stats.decoding).title.lower())]
+    return status_line(
+        f"{pictures(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
+        state="done",
+        details=[
+            ("tokens/s", f"{_rate(stats):.0f}"),
+            ("tokens", f"{stats.tokens}"),
+            ("target calls", f"{stats.target_calls}"),
+            ("tokens a call", f"{stats.mean_accepted_length:.2f}"),
+            *accepted,
+            *law,
+            *taken,
+            ("seed" if wish.count == 1 else "seeds", seeds),
+        ],
+        link=("Link to these settings", link_to(wish)),
+    )
+
+
+def race_status(news, wish):
+    """The status line of a race."""
+    if news.finished:
+        return status_line(race_verdict(news), state="done", details=[("seed", f"{wish.seed}")])
+    share = sum(lane.drawn for lane in news.lanes) / sum(lane.total for lane in news.lanes)
+    far = ", ".join(f"{lane.title} {lane.drawn}" for lane in news.lanes)
+    text = f"Racing, by turns so that neither slows the other: {far} of {news.lanes[0].total} tokens"
+    return status_line(text, state="running", fraction=share)
+
+
+def _setting(label, info, own):
+    name = label.lower()
+    return number_field(label, info, name, own.get(name, "model's own"))
+
+
+def _gallery(drawn, wish):
+    return gr.update(value=_captioned(drawn, wish), columns=columns_for(wish.count), selected_index=None)
+
+
+def _sides(news, wish):
+    found = [(lane.picture, f"{lane.title} · seed {wish.seed}") for lane in news.lanes]
+    return gr.update(value=found, columns=2, selected_index=None)
+
+
+def _tokens(fates):
+    return token_grid(fates, "Tokens of the first picture") if fates else ""
+
+
+def _captioned(drawn, wish):
+    prompt = " ".join(wish.prompt.split())
+    return [(picture, f"seed {seed} · {prompt}") for picture, seed in zip(drawn, wish.seeds)]
+
+
+def _details(drawn, wish):
+    stats = drawn.stats
+    return {
+        "model": str(wish.model),
+        "prompt": wish.prompt,
+        "seeds": wish.seeds,
+        "settings": wish.settings,
+        "decoding": wish.how,
+        "tokens": stats.tokens,
+        "target_calls": stats.target_calls,
+        "mean_accepted_length": stats.mean_accepted_length,
+        "taken": stats.decoding,
+        "window": stats.window,
+        "tokens_per_second": round(_rate(stats), 1),
+        "seconds": dict(stats.seconds),
+        "drawn_together": drawn.together,
+        "warning": drawn.warning,
+    }
+
+
+def _rate(stats):
+    return stats.tokens / max(stats.seconds["decode"], 1e-9)
