@@ -1,4 +1,4 @@
-"""What pipelines share that draw from words or classes: conditions, random streams, pictures, and their checks."""
+"""What pipelines share that sample from words or classes: conditions, random streams, images, and their checks."""
 
 import functools
 import inspect
@@ -15,8 +15,8 @@ from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.pipelines.chat_template import reading
 from studio.pipelines.known_words import write_known_words
-from studio.pipelines.open_choices import completed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.prompt_completion import fill_unspecified
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +37,9 @@ class ConditionalPipeline(DiffusionPipeline):
     """Base of a pipeline with a `transformer` conditioned on classes (`num_classes` in its configuration) or on text.
 
     A transformer of text has `caption_dim` and `caption_length` in its configuration, and the pipeline then has a
-    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and `lowercase_prompts` and `open_choices`
-    in its own: what is chosen at random for a picture where its prompt leaves it open; see `completed`.
+    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and `lowercase_prompts` and
+    `prompt_completion`
+    in its own: what is chosen at random for an image where its prompt leaves it open; see `fill_unspecified`.
     """
 
     vocabulary: tuple[list[str], list[str]] | None = None
@@ -79,16 +80,16 @@ class ConditionalPipeline(DiffusionPipeline):
         """Raises a `StudioError` for a prompt or classes that the transformer cannot be conditioned on."""
         if self.takes_text:
             if class_labels is not None:
-                raise StudioError("This model draws from words: pass a prompt and no class_labels.")
+                raise StudioError("This model samples from words: pass a prompt and no class_labels.")
             if self.text_encoder is None or self.tokenizer is None:
                 raise StudioError("This pipeline has no text encoder: load or convert it with one to use a prompt.")
             for text in listed(prompt) or [None]:
                 check_text(
-                    "The prompt", text, MAX_PROMPT_CHARACTERS, "The prompt is empty: say in a few words what to draw."
+                    "The prompt", text, MAX_PROMPT_CHARACTERS, "The prompt is empty: say in a few words what to sample."
                 )
         else:
             if prompt is not None:
-                raise StudioError("This model draws from class numbers: pass class_labels and no prompt.")
+                raise StudioError("This model samples from class numbers: pass class_labels and no prompt.")
             for label in listed(class_labels) or [None]:
                 check_integer("Each of class_labels", label, 0, self.transformer.config.num_classes - 1)
 
@@ -103,7 +104,7 @@ class ConditionalPipeline(DiffusionPipeline):
         self.check_condition(prompt, class_labels)
         subjects = len(listed(prompt if self.takes_text else class_labels))
         if subjects > MAX_IMAGES:
-            raise StudioError(f"A call draws at most {MAX_IMAGES} images, not {subjects}: make several calls.")
+            raise StudioError(f"A call samples at most {MAX_IMAGES} images, not {subjects}: make several calls.")
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES // subjects)
         guidance_scale = check_number("guidance_scale", guidance_scale)
         check_choice("output_type", output_type, OUTPUT_TYPES)
@@ -113,7 +114,7 @@ class ConditionalPipeline(DiffusionPipeline):
         return guidance_scale
 
     def sampling(self, temperature, top_k, top_p, order: str = "llamagen") -> Sampling:
-        """How a call draws, with this pipeline's defaults where it says nothing."""
+        """How a call samples, with this pipeline's defaults where it says nothing."""
         config = self.config
         return Sampling(
             config.default_temperature if temperature is None else temperature,
@@ -129,8 +130,8 @@ class ConditionalPipeline(DiffusionPipeline):
             told = "; ".join(dict.fromkeys(_INSTEAD.get(name, "leave that out") for name in unknown))
             raise StudioError(f"{type(self).__name__} knows no {', no '.join(unknown)}: {told}.")
 
-    def caution(self, decoding) -> str | None:
-        """What a user should know before drawing so, or None: settings outside those that were validated."""
+    def validation_warning(self, decoding) -> str | None:
+        """What a user should know before sampling so, or None: settings outside those that were validated."""
         return None
 
     @torch.no_grad()
@@ -163,7 +164,7 @@ class ConditionalPipeline(DiffusionPipeline):
     def condition(
         self, prompt=None, class_labels=None, num_images_per_prompt: int = 1, device: torch.device | None = None
     ) -> dict[str, torch.Tensor]:
-        """The condition of every picture; pictures of one prompt stand together."""
+        """The condition of every image; images of one prompt stand together."""
         if self.takes_text:
             texts = listed(prompt)
             different = list(dict.fromkeys(texts))
@@ -175,22 +176,22 @@ class ConditionalPipeline(DiffusionPipeline):
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
     def begin(self, prompt, class_labels, num_images_per_prompt: int, generator):
-        """What the pictures of a call are drawn from; each one's own stream chooses what its prompt leaves open.
+        """What the images of a call are sampled from; each one's own stream chooses what its prompt leaves open.
 
         Returns:
             A random stream for each, the condition, and the words of each, or None without words.
         """
-        subjects = of_each_picture(prompt if self.takes_text else class_labels, num_images_per_prompt)
+        subjects = of_each_image(prompt if self.takes_text else class_labels, num_images_per_prompt)
         device = self._execution_device
         generators = image_generators(generator, len(subjects), device)
         if not self.takes_text:
             return generators, self.condition(class_labels=subjects, device=device), None
-        choices = self.config.open_choices or []
-        words = [completed(text, choices, stream) for text, stream in zip(subjects, generators)]
+        choices = self.config.prompt_completion or []
+        words = [fill_unspecified(text, choices, stream) for text, stream in zip(subjects, generators)]
         return generators, self.condition(words, device=device), words
 
     def end_step(self, callback, number: int, names, *, tokens: torch.Tensor, **tensors: torch.Tensor) -> bool:
-        """Calls a `callback_on_step_end`, if any, with the tensors of these names; True where drawing should stop.
+        """Calls a `callback_on_step_end`, if any, with the tensors of these names; True where sampling should stop.
 
         Tokens that it returns are written into those that were shown.
         """
@@ -219,17 +220,17 @@ class ConditionalPipeline(DiffusionPipeline):
             return images, tokens, stats
         return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
 
-    def decoded_pictures(self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str):
-        """Pictures of tokens (B, ...), in the form that was asked for.
+    def decoded_images(self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str):
+        """Images of tokens (B, ...), in the form that was asked for.
 
         `decode` makes pixels of some of them. On a CPU that is one at a time, which takes about half as long again: the
         convolutions there round otherwise in a batch, and one seed would not always give one PNG.
         """
         parts = tokens.split(1) if tokens.device.type == "cpu" else [tokens]
-        return self.finished_pictures(torch.cat([decode(part) for part in parts]), output_type)
+        return self.postprocess(torch.cat([decode(part) for part in parts]), output_type)
 
-    def finished_pictures(self, pixels: torch.Tensor, output_type: str):
-        """Decoded pictures (B, 3, H, W), about [-1, 1], in the form that was asked for."""
+    def postprocess(self, pixels: torch.Tensor, output_type: str):
+        """Decoded images (B, 3, H, W), about [-1, 1], in the form that was asked for."""
         pixels = pixels.float()
         if not pixels.isfinite().all():
             raise StudioError(
@@ -244,14 +245,14 @@ class ConditionalPipeline(DiffusionPipeline):
 
     @staticmethod
     def bytes_to_pil(values: torch.Tensor) -> list:
-        """uint8 pictures (B, 3, H, W) to a list of PIL pictures."""
+        """uint8 images (B, 3, H, W) to a list of PIL images."""
         from PIL import Image
 
-        return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).cpu().numpy()]
+        return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def of_each_picture(subjects, num_images_per_prompt: int) -> list:
-    """The prompt or class of every picture, of one or a list of them; pictures of one stand together."""
+def of_each_image(subjects, num_images_per_prompt: int) -> list:
+    """The prompt or class of every image, of one or a list of them; images of one stand together."""
     return [subject for subject in listed(subjects) for _ in range(num_images_per_prompt)]
 
 
@@ -275,14 +276,14 @@ def _with_known_arguments(call):
 
 
 def image_generators(generator, batch: int, device) -> list[torch.Generator]:
-    """One random stream per picture.
+    """One random stream per image.
 
-    A list is used as it is. A single generator serves the first picture itself and seeds streams for the others; `None`
+    A list is used as it is. A single generator serves the first image itself and seeds streams for the others; `None`
     seeds every stream from torch's global generator.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
-            raise StudioError(f"{batch} pictures need {batch} generators, one each; {len(generator)} were given.")
+            raise StudioError(f"{batch} images need {batch} generators, one each; {len(generator)} were given.")
         if not all(isinstance(each, torch.Generator) for each in generator):
             raise StudioError("Each generator of the list must be a torch.Generator: give one for every image.")
         return list(generator)

@@ -1,4 +1,4 @@
-"""The ways to draw tokens, by the names that the command line and the app offer; a new one is one more entry."""
+"""The ways to sample tokens, by the names that the command line and the app offer; a new one is one more entry."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from studio.checks import check_choice, check_integer
 from studio.decoding.autoregressive import Autoregressive
 from studio.decoding.cspd import ContinuousSpeculative
 from studio.decoding.distilled import Distilled
-from studio.decoding.eagle import OwnDrafts
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.fastest_exact import FastestExact
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.mar import MaskedAutoregressive
-from studio.decoding.resgen import FirstHitting, ResidualUnmasking
-from studio.decoding.rq_transformer import CellByCell
+from studio.decoding.resgen import FirstHitting, ResGenDecoding
+from studio.decoding.rq_transformer import RQDecoding
 from studio.decoding.speculative import Speculative
 from studio.decoding.token_bridge import DimensionWise
 from studio.errors import StudioError
@@ -70,12 +70,13 @@ class DecodingChoice:
         return self.make(**{**known, **given})
 
     def label(self, settings) -> str:
-        """The title of what `settings` returned, which says so where pictures do not follow the model's law."""
+        """The title of what `settings` returned, which says so where images do not follow the model's distribution."""
         return f"{self.title}, approximate" if is_approximate(settings) else self.title
 
 
 def is_approximate(settings) -> bool:
-    """Whether pictures drawn with these settings do not follow the model's law, and no bound says how far off."""
+    """Whether images sampled with these settings do not follow the model's distribution, and no bound says how far
+    off."""
     return getattr(settings, "approximate", False)
 
 
@@ -84,11 +85,11 @@ def _distilled(steps: int, teacher_steps: int) -> Distilled:
     return Distilled(steps, (1, first + 1) if first else None)
 
 
-def _drafts(name: str, drawn: bool = False):
+def _drafts(name: str, sampled: bool = False):
     """Where the drafts of LANTERN come from."""
     if name not in _DRAFTS:
         raise StudioError(f"drafts are one of {', '.join(_DRAFTS)}, not {name!r}.")
-    return Jacobi() if name == "jacobi" else OwnDrafts(drawn)
+    return Jacobi() if name == "jacobi" else AutoDrafts(sampled)
 
 
 _DRAFTS = {"own": "the model's own drafter, or recycled", "jacobi": "guesses of Jacobi decoding"}
@@ -131,23 +132,25 @@ DECODINGS = {
         ),
     ),
     "speculative": DecodingChoice(
-        "Speculative", "Several drafted tokens are tested in one call; pictures follow the same law.", Speculative
+        "Speculative",
+        "Several drafted tokens are tested in one call; images follow the same distribution.",
+        Speculative,
     ),
     "lantern": DecodingChoice(
         "Lantern",
         "As speculative, but a draft may stand in for codes that look like it.",
         lambda neighbours, delta, drafts: Lantern(k=neighbours, delta=delta, drafts=_drafts(drafts)),
         (
-            Option("delta", float, 0.1, "How far a token's law may move, 0 to 1; 0 is lossless."),
+            Option("delta", float, 0.1, "How far a token's distribution may move, 0 to 1; 0 is lossless."),
             Option("neighbours", int, 1000, "How many similar codes count."),
             _DRAFTS_OPTION,
         ),
     ),
     "lantern++": DecodingChoice(
         "Lantern++",
-        "As Lantern, with drafts drawn at random, and no token much likelier than the model has it.",
+        "As Lantern, with drafts sampled at random, and no token much likelier than the model has it.",
         lambda neighbours, ratio, drafts: LanternPlusPlus(
-            k=neighbours, ratio_budget=ratio, drafts=_drafts(drafts, drawn=True)
+            k=neighbours, ratio_budget=ratio, drafts=_drafts(drafts, sampled=True)
         ),
         (
             Option("ratio", float, 5.0, "How many times likelier a token may become, 1 or more; 1 is lossless."),
@@ -157,11 +160,11 @@ DECODINGS = {
     ),
     "distilled": DecodingChoice(
         "Distilled",
-        "A student draws all tokens in a call or a few, without guidance; for pipelines that have one.",
+        "A student samples all tokens in a call or a few, without guidance; for pipelines that have one.",
         _distilled,
         (
             Option("steps", int, 1, "Calls of the student."),
-            Option("teacher_steps", int, 0, "How many tokens the model itself draws first, with its guidance."),
+            Option("teacher_steps", int, 0, "How many tokens the model itself samples first, with its guidance."),
         ),
         needs="student",
     ),
@@ -181,11 +184,11 @@ DECODINGS = {
                 "mode",
                 str,
                 "exact",
-                "Exact keeps the model's law; relaxed is approximate: pictures do not follow it.",
+                "Exact keeps the model's distribution; relaxed is approximate: images do not follow it.",
                 {"exact": "exact", "relaxed": "relaxed (approximate)"},
             ),
             *_STEPS,
-            Option("prefill", float, 0.05, "Share of the steps that the model draws itself first, 0 to 1."),
+            Option("prefill", float, 0.05, "BatchSpec of the steps that the model samples itself first, 0 to 1."),
             Option("draft_steps", int, None, "Relaxed: steps that are drafted before a test; 4 where none are given."),
             Option("inner_temperature", float, None, "Relaxed: how forgiving the test is; 42 where none is given."),
         ),
@@ -202,7 +205,7 @@ DECODINGS = {
     "resgen": DecodingChoice(
         "Most confident first",
         "All levels of residual codes in a few calls of the model; the codes that it is surest of stay.",
-        ResidualUnmasking,
+        ResGenDecoding,
         (
             *_CODE_STEPS,
             Option(
@@ -226,7 +229,7 @@ DECODINGS = {
     "rq": DecodingChoice(
         "Cell by cell",
         "A stack of residual codes for each call of the model, its codes one after the other, coarse to fine.",
-        CellByCell,
+        RQDecoding,
         pipeline="RQTransformerPipeline",
     ),
 }

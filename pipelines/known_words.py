@@ -12,7 +12,7 @@ def write_known_words(folder, words, concepts):
     Args:
         folder: where it goes.
         words: the words the model was trained with.
-        concepts: the labels of what it can draw.
+        concepts: the labels of what it can sample.
     """
     content = json.dumps({"words": words, "concepts": concepts}, ensure_ascii=False, indent=0)
     (Path(folder) / CONCEPTS_FILE).write_text(content + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
-"""Words or a class to pictures with LlamaGen (arXiv:2406.06525): text encoder, token model, image tokenizer."""
+"""Words or a class to images with LlamaGen (arXiv:2406.06525): text encoder, token model, image tokenizer."""
 
 from collections.abc import Callable
 
 import torch
 
 from studio.checks import check_integer
-from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive
-from studio.decoding.distilled import Distilled, DistilledDrawn, distilled
+from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive
+from studio.decoding.distilled import Distilled, DistilledOutput, distilled
 from studio.decoding.fastest_exact import FastestExact, fastest_exact
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import Sampling
@@ -16,38 +16,39 @@ from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.base import ConditionalPipeline, timed
-from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
 
 
-def mismatch_of(tokenizer: VQTokenizer | OneDPieceTokenizer, transformer: dict) -> str | None:
+def incompatibility(tokenizer: VQTokenizer | OneDPieceTokenizer, transformer: dict) -> str | None:
     """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
     codes, vocabulary = tokenizer.config.codebook_size, transformer["vocab_size"]
     if codes != vocabulary:
-        return f"the image tokenizer has {codes} codes but the transformer draws from {vocabulary}"
-    row, drawn = (length and f"a row of {length}" for length in (tokenizer.row_length, transformer["row_length"]))
-    if row != drawn:
-        return f"the image tokenizer's tokens are {row or 'a grid'}, those of the transformer {drawn or 'a grid'}"
+        return f"the image tokenizer has {codes} codes but the transformer samples from {vocabulary}"
+    row, sampled = (length and f"a row of {length}" for length in (tokenizer.row_length, transformer["row_length"]))
+    if row != sampled:
+        return f"the image tokenizer's tokens are {row or 'a grid'}, those of the transformer {sampled or 'a grid'}"
     return None
 
 
 class LlamaGenPipeline(ConditionalPipeline):
-    """Draws pictures token by token.
+    """Samples images token by token.
 
     Args:
         image_tokenizer: decodes tokens to pixels, a grid of them or a row, coarse to fine, of which the first few are a
-            picture already.
-        transformer: draws tokens; class- or text-conditional.
+            image already.
+        transformer: samples tokens; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
         drafter: guesses the transformer's next tokens, for `Speculative` and `Lantern` decoding.
-        student: draws all tokens in few calls; only for `Distilled` decoding. It was distilled from the transformer.
+        student: samples all tokens in few calls; only for `Distilled` decoding. It was distilled from the transformer.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
-        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
-            `prompts`; see `completed`.
+        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
+            output's
+            `prompts`; see `fill_unspecified`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
@@ -68,7 +69,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         default_top_k: int = 0,
         default_top_p: float = 1.0,
         lowercase_prompts: bool = False,
-        open_choices: list[dict] | None = None,
+        prompt_completion: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -85,21 +86,21 @@ class LlamaGenPipeline(ConditionalPipeline):
             default_top_k=default_top_k,
             default_top_p=default_top_p,
             lowercase_prompts=lowercase_prompts,
-            open_choices=open_choices,
+            prompt_completion=prompt_completion,
         )
-        check_choices(open_choices)
+        check_prompt_completion(prompt_completion)
         if drafter is not None:
             drafter.read_embeddings(transformer)
 
     def check_number(self, num_tokens: int | None) -> None:
-        """Raises a `StudioError` for a number of first tokens that are no picture of this model."""
+        """Raises a `StudioError` for a number of first tokens that are no image of this model."""
         if num_tokens is None:
             return
         row = self.transformer.config.row_length
         if row is None:
             raise StudioError(
-                "num_tokens is for rows of tokens, coarse to fine, of which the first few are a picture: "
-                "this model draws a grid, so leave it out."
+                "num_tokens is for rows of tokens, coarse to fine, of which the first few are an image: "
+                "this model samples a grid, so leave it out."
             )
         check_integer("num_tokens", num_tokens, 1, row)
 
@@ -107,7 +108,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         """Raises a `StudioError` where there is no student that fits, or for arguments that it cannot follow.
 
         Args:
-            given: names of the arguments of a call that say how the transformer's tokens are drawn.
+            given: names of the arguments of a call that say how the transformer's tokens are sampled.
         """
         if self.student is None:
             raise StudioError(
@@ -120,13 +121,13 @@ class LlamaGenPipeline(ConditionalPipeline):
                 raise StudioError(f"The student has {name} {ours[name]}, the transformer {teacher[name]}: use its own.")
         if ours.code_dim != self.image_tokenizer.config.code_dim:
             raise StudioError(
-                f"The student draws vectors of {ours.code_dim} numbers, "
+                f"The student samples vectors of {ours.code_dim} numbers, "
                 f"the image tokenizer reads {self.image_tokenizer.config.code_dim}: use the one it was made with."
             )
         if given and settings.teacher_steps is None:
             raise StudioError(
                 f"Distilled decoding knows no {', no '.join(given)}: "
-                "a student draws as it was taught, so leave that out, or let the teacher draw some tokens."
+                "a student samples as it was taught, so leave that out, or let the teacher sample some tokens."
             )
 
     def check_call(
@@ -145,10 +146,10 @@ class LlamaGenPipeline(ConditionalPipeline):
         output_type="pil",
         callback_inputs=("tokens",),
     ) -> tuple[float, Sampling, Autoregressive | Jacobi | FastestExact | Speculative | Distilled]:
-        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+        """Raises the `StudioError` that a call with these arguments would raise before it samples.
 
         Returns:
-            What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
+            What it would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
         cfg_interval = check_integer("cfg_interval", cfg_interval, -1)
         steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -156,7 +157,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         self.check_number(num_tokens)
         settings = Autoregressive() if decoding is None else decoding
@@ -167,7 +168,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             settings.relaxation(self.image_tokenizer.quantize.embedding.weight)
         elif not isinstance(settings, (Autoregressive, Jacobi, FastestExact)):
             raise StudioError(
-                "LlamaGen draws with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
+                "LlamaGen samples with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
                 f"Distilled decoding, not {type(settings).__name__}."
             )
         sampling = self.sampling(temperature, top_k, top_p, settings.filter_order)
@@ -175,25 +176,25 @@ class LlamaGenPipeline(ConditionalPipeline):
 
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """The first tokens (B, n) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+        """The first tokens (B, n) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
 
-        In a grid, what is missing repeats the first token; of a row, any n from 1 on are a picture.
+        In a grid, what is missing repeats the first token; of a row, any n from 1 on are an image.
         """
-        return self.decoded_pictures(self.image_tokenizer.decode, self._laid_out(tokens), output_type)
+        return self.decoded_images(self.image_tokenizer.decode, self._laid_out(tokens), output_type)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
-        """The first code vectors (B, n, code_dim) to pictures, as of `decode_tokens`."""
+        """The first code vectors (B, n, code_dim) to images, as of `decode_tokens`."""
         vectors = self._laid_out(latents.to(self.image_tokenizer.dtype))
-        return self.decoded_pictures(self.image_tokenizer.decode_vectors, vectors, output_type)
+        return self.decoded_images(self.image_tokenizer.decode_vectors, vectors, output_type)
 
-    def _laid_out(self, drawing: torch.Tensor) -> torch.Tensor:
+    def _laid_out(self, sampling: torch.Tensor) -> torch.Tensor:
         """The first tokens or vectors (B, n, ...) as the image tokenizer has them: a row, or a grid (B, h, w, ...)."""
         side = self.transformer.config.grid_size
         if side is None:
-            return drawing
-        missing = drawing[:, :1].repeat_interleave(side**2 - drawing.shape[1], dim=1)
-        return torch.cat((drawing, missing), dim=1).unflatten(1, (side, side))
+            return sampling
+        missing = sampling[:, :1].repeat_interleave(side**2 - sampling.shape[1], dim=1)
+        return torch.cat((sampling, missing), dim=1).unflatten(1, (side, side))
 
     @torch.no_grad()
     def __call__(
@@ -215,7 +216,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
-        """Draws `num_images_per_prompt` pictures for each prompt or class.
+        """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
             prompt: words, at most 2,000 characters each, for a text-conditional model.
@@ -224,15 +225,15 @@ class LlamaGenPipeline(ConditionalPipeline):
             temperature: 0 takes the likeliest token each time.
             top_k, top_p: keep the k likeliest tokens (0: all), or those that hold probability p (1: all).
             cfg_interval: index of the last token but one that is guided; -1 guides all.
-            num_tokens: how many tokens to draw of a row, coarse to fine; all when None.
-            generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
-            decoding: how tokens are drawn, `Autoregressive()` (when left out), `Jacobi()`, `FastestExact()`,
+            num_tokens: how many tokens to sample of a row, coarse to fine; all when None.
+            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
+            decoding: how tokens are sampled, `Autoregressive()` (when left out), `Jacobi()`, `FastestExact()`,
                 `Speculative()`, `Lantern()`, `LanternPlusPlus()` or `Distilled()`. The last takes guidance and filters
                 with `teacher_steps` only, for those steps.
             output_type: "pil", "np", "pt", or "tokens" to leave out pixels.
             callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token that all
-                pictures have; may return a dict with a changed last token in "tokens", from which drawing goes on.
-                A student's call draws all tokens at once, of which any may be changed: index is that of the last.
+                images have; may return a dict with a changed last token in "tokens", from which sampling goes on.
+                A student's call samples all tokens at once, of which any may be changed: index is that of the last.
 
         Errors: `StudioError` for a call that cannot be used.
         """
@@ -260,7 +261,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                 total = settings.reports_for(self.student, num_tokens)
             with self.progress_bar(total=total) as progress:
                 on_token = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                drawn = self._draw(
+                sampled = self._sample(
                     condition,
                     generators=generators,
                     sampling=sampling,
@@ -272,11 +273,11 @@ class LlamaGenPipeline(ConditionalPipeline):
                     editable=callback_on_step_end is not None,
                 )
             with timed(seconds, "pixels"):
-                images = drawn.tokens if output_type == "tokens" else self._pictures(drawn, output_type)
-        stats = _stats(drawn, seconds)
-        return self.output(images, drawn.tokens, stats, prompts, return_dict)
+                images = sampled.tokens if output_type == "tokens" else self._images(sampled, output_type)
+        stats = _stats(sampled, seconds)
+        return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
-    def _draw(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Drawn:
+    def _sample(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Sampled:
         """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""
         call["settings"] = settings
         if isinstance(settings, Speculative):
@@ -292,20 +293,20 @@ class LlamaGenPipeline(ConditionalPipeline):
             return loop(self.transformer, condition, num_tokens=num_tokens, editable=editable, **call)
         return autoregressive(self.transformer, condition, num_tokens=num_tokens, **call)
 
-    def _pictures(self, drawn: Drawn, output_type: str):
-        """Pictures of complete or interrupted drawings."""
-        if isinstance(drawn, DistilledDrawn):
-            return self.decode_latents(drawn.latents, output_type)
-        return self.decode_tokens(drawn.tokens, output_type)
+    def _images(self, sampled: Sampled, output_type: str):
+        """Images of complete or interrupted samples."""
+        if isinstance(sampled, DistilledOutput):
+            return self.decode_latents(sampled.latents, output_type)
+        return self.decode_tokens(sampled.tokens, output_type)
 
 
-def _stats(drawn: Drawn, seconds: dict[str, float]) -> DecodingStats:
-    phases = {**seconds, **drawn.seconds}
+def _stats(sampled: Sampled, seconds: dict[str, float]) -> DecodingStats:
+    phases = {**seconds, **sampled.seconds}
     return DecodingStats(
-        target_calls=drawn.target_calls,
-        tokens=drawn.tokens.numel(),
-        mean_accepted_length=drawn.mean_accepted_length,
+        target_calls=sampled.target_calls,
+        tokens=sampled.tokens.numel(),
+        mean_accepted_length=sampled.mean_accepted_length,
         seconds={name: phases[name] for name in ("text", "prefill", "decode", "pixels", "total")},
-        decoding=drawn.decoding,
-        window=getattr(drawn, "window", None),
+        decoding=sampled.decoding,
+        window=getattr(sampled, "window", None),
     )

@@ -1,4 +1,4 @@
-"""Words or a class to pictures with MAR (arXiv:2406.11838): text encoder, masked autoencoder, KL autoencoder."""
+"""Words or a class to images with MAR (arXiv:2406.11838): text encoder, masked autoencoder, KL autoencoder."""
 
 from collections.abc import Callable
 
@@ -6,32 +6,34 @@ import torch
 from diffusers.utils import logging
 
 from studio.checks import check_number
-from studio.decoding.cspd import ContinuousDrawn, ContinuousSpeculative, check_pair, continuous_speculative
-from studio.decoding.mar import MaskedAutoregressive, MaskedDrawn, masked_autoregressive
+from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
+from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
 from studio.pipelines.base import ConditionalPipeline, timed
-from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.kl import KLTokenizer
 
 logger = logging.get_logger(__name__)
 
 
 class MARPipeline(ConditionalPipeline):
-    """Draws pictures a few continuous tokens at a time.
+    """Samples images a few continuous tokens at a time.
 
     Args:
         image_tokenizer: decodes latents to pixels.
-        transformer: draws tokens; class- or text-conditional.
+        transformer: samples tokens; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
         drafter: a smaller `MAR` over the same tokens and conditions, for `ContinuousSpeculative` decoding.
-        default_guidance_scale, default_temperature, default_num_steps, default_diffusion_steps: used where a call
+        default_guidance_scale, default_temperature, default_num_inference_steps, default_diffusion_steps: used where a
+            call
             leaves them out. Steps are calls of the transformer, diffusion steps those that denoise a token.
         lowercase_prompts: whether prompts are lowercased first.
-        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
-            `prompts`; see `completed`.
+        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
+            output's
+            `prompts`; see `fill_unspecified`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
@@ -48,10 +50,10 @@ class MARPipeline(ConditionalPipeline):
         drafter: MAR | None = None,
         default_guidance_scale: float = 3.0,
         default_temperature: float = 1.0,
-        default_num_steps: int = 64,
+        default_num_inference_steps: int = 64,
         default_diffusion_steps: int = 100,
         lowercase_prompts: bool = False,
-        open_choices: list[dict] | None = None,
+        prompt_completion: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -64,12 +66,12 @@ class MARPipeline(ConditionalPipeline):
         self.register_to_config(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
-            default_num_steps=default_num_steps,
+            default_num_inference_steps=default_num_inference_steps,
             default_diffusion_steps=default_diffusion_steps,
             lowercase_prompts=lowercase_prompts,
-            open_choices=open_choices,
+            prompt_completion=prompt_completion,
         )
-        check_choices(open_choices)
+        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -79,15 +81,15 @@ class MARPipeline(ConditionalPipeline):
         num_images_per_prompt=1,
         guidance_scale=None,
         temperature=None,
-        num_steps=None,
+        num_inference_steps=None,
         decoding=None,
         output_type="pil",
         callback_inputs=("tokens",),
     ) -> tuple[float, float, MaskedAutoregressive]:
-        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+        """Raises the `StudioError` that a call with these arguments would raise before it samples.
 
         Returns:
-            What it would draw with: guidance scale, temperature and decoding, with this pipeline's defaults.
+            What it would sample with: guidance scale, temperature and decoding, with this pipeline's defaults.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
@@ -97,12 +99,14 @@ class MARPipeline(ConditionalPipeline):
         settings = MaskedAutoregressive() if decoding is None else decoding
         if not isinstance(settings, MaskedAutoregressive):
             raise StudioError(
-                "MAR draws with MaskedAutoregressive (mar) or ContinuousSpeculative (cspd) decoding, "
+                "MAR samples with MaskedAutoregressive (mar) or ContinuousSpeculative (cspd) decoding, "
                 f"not {type(settings).__name__}."
             )
-        if num_steps is not None and settings.steps is not None:
-            raise StudioError("The number of steps is given twice: leave out num_steps or the decoding's steps.")
-        settings = self._filled(settings, num_steps)
+        if num_inference_steps is not None and settings.steps is not None:
+            raise StudioError(
+                "The number of steps is given twice: leave out num_inference_steps or the decoding's steps."
+            )
+        settings = self._filled(settings, num_inference_steps)
         settings.plan(self.transformer.num_tokens)
         self._check_components(settings, temperature)
         return guidance_scale or 1.0, temperature, settings
@@ -112,7 +116,9 @@ class MARPipeline(ConditionalPipeline):
         ours = self.transformer.config
         numbers, latents = ours.token_dim // ours.patch_size**2, self.image_tokenizer.latent_channels
         if numbers != latents:
-            raise StudioError(f"The transformer draws latents of {numbers} numbers, the image tokenizer has {latents}.")
+            raise StudioError(
+                f"The transformer samples latents of {numbers} numbers, the image tokenizer has {latents}."
+            )
         if not isinstance(settings, ContinuousSpeculative):
             return
         if self.drafter is None:
@@ -127,22 +133,22 @@ class MARPipeline(ConditionalPipeline):
                 )
         check_pair(self.transformer, self.drafter, settings, temperature)
 
-    def caution(self, decoding) -> str | None:
+    def validation_warning(self, decoding) -> str | None:
         if not isinstance(decoding, ContinuousSpeculative):
             return None
-        return self._filled(decoding).caution(self.transformer.num_tokens)
+        return self._filled(decoding).validation_warning(self.transformer.num_tokens)
 
-    def _filled(self, settings: MaskedAutoregressive, num_steps: int | None = None) -> MaskedAutoregressive:
+    def _filled(self, settings: MaskedAutoregressive, num_inference_steps: int | None = None) -> MaskedAutoregressive:
         """The settings with this pipeline's numbers where none were given."""
         config = self.config
-        steps = config.default_num_steps if num_steps is None else num_steps
+        steps = config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         return settings.filled(steps=steps, diffusion_steps=config.default_diffusion_steps)
 
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
+        """Tokens (B, L, D) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
         latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
-        return self.decoded_pictures(self.image_tokenizer.decode, latents, output_type)
+        return self.decoded_images(self.image_tokenizer.decode, latents, output_type)
 
     @torch.no_grad()
     def __call__(
@@ -153,7 +159,7 @@ class MARPipeline(ConditionalPipeline):
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
-        num_steps: int | None = None,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         decoding: MaskedAutoregressive | None = None,
         output_type: str = "pil",
@@ -161,22 +167,22 @@ class MARPipeline(ConditionalPipeline):
         callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
-        """Draws `num_images_per_prompt` pictures for each prompt or class.
+        """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
             prompt: words, at most 2,000 characters each, for a text-conditional model.
             class_labels: class numbers, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
             temperature: multiplies the standard deviation of every denoising step; 0 leaves out their noise.
-            num_steps: calls of the transformer, at most one a token; more give better pictures.
-            generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
-            decoding: how tokens are drawn, `MaskedAutoregressive()` (when left out) or `ContinuousSpeculative()`.
+            num_inference_steps: calls of the transformer, at most one a token; more give better images.
+            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
+            decoding: how tokens are sampled, `MaskedAutoregressive()` (when left out) or `ContinuousSpeculative()`.
             output_type: "pil", "np", "pt", or "tokens" to leave out pixels; `transformer.unpatchify` makes latents of
                 tokens.
             callback_on_step_end: called as (pipe, index, index, {"tokens": (B, L, D)}) after each step whose tokens are
-                final; those not yet drawn are 0. "positions" (B, k) are those that the step drew. It may return a dict
-                with changed "tokens", from which drawing goes on. With `ContinuousSpeculative` a step ends when its
-                drafts are verified.
+                final; those not yet sampled are 0. "positions" (B, k) are those that the step drew. It may return a
+                dict with changed "tokens", from which sampling goes on. With `ContinuousSpeculative` a step ends when
+                its drafts are verified.
 
         Errors: `StudioError` for a call that cannot be used.
         """
@@ -186,14 +192,14 @@ class MARPipeline(ConditionalPipeline):
             num_images_per_prompt=num_images_per_prompt,
             guidance_scale=guidance_scale,
             temperature=temperature,
-            num_steps=num_steps,
+            num_inference_steps=num_inference_steps,
             decoding=decoding,
             output_type=output_type,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
         is_speculative = isinstance(settings, ContinuousSpeculative)
-        if caution := self.caution(settings):
-            logger.warning(caution)
+        if validation_warning := self.validation_warning(settings):
+            logger.warning(validation_warning)
         self._interrupt = False
         seconds: dict[str, float] = {}
         final = 0
@@ -218,13 +224,13 @@ class MARPipeline(ConditionalPipeline):
                     steps += 1
                     return stopped
 
-                drawn = self._draw(condition, on_step, is_speculative, call)
+                sampled = self._sample(condition, on_step, is_speculative, call)
             with timed(seconds, "pixels"):
-                images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
-        stats = _stats(drawn, final, seconds)
-        return self.output(images, drawn.tokens, stats, prompts, return_dict)
+                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+        stats = _stats(sampled, final, seconds)
+        return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
-    def _draw(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedDrawn:
+    def _sample(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedOutput:
         if not is_speculative:
             call["on_step"] = lambda number, positions, tokens: on_step(positions, tokens)
             return masked_autoregressive(self.transformer, condition, **call)
@@ -235,12 +241,12 @@ class MARPipeline(ConditionalPipeline):
         return continuous_speculative(self.transformer, condition, draft=self.drafter, on_call=on_call, **call)
 
 
-def _stats(drawn: MaskedDrawn, final: int, seconds: dict[str, float]) -> DecodingStats:
-    decode = sum(drawn.seconds.values())
+def _stats(sampled: MaskedOutput, final: int, seconds: dict[str, float]) -> DecodingStats:
+    decode = sum(sampled.seconds.values())
     return DecodingStats(
-        target_calls=drawn.target_calls,
-        tokens=len(drawn.tokens) * final,
-        mean_accepted_length=final / max(1, drawn.target_calls),
-        seconds={**seconds, "prefill": 0.0, "decode": decode, **drawn.seconds},
-        acceptance=drawn.acceptance if isinstance(drawn, ContinuousDrawn) else None,
+        target_calls=sampled.target_calls,
+        tokens=len(sampled.tokens) * final,
+        mean_accepted_length=final / max(1, sampled.target_calls),
+        seconds={**seconds, "prefill": 0.0, "decode": decode, **sampled.seconds},
+        acceptance=sampled.acceptance if isinstance(sampled, ContinuousOutput) else None,
     )

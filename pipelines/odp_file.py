@@ -1,19 +1,19 @@
-"""The `.odp` file: the token numbers of a picture, packed, with at most 32 bytes around them.
+"""The `.odp` file: the token numbers of an image, packed, with at most 32 bytes around them.
 
 | bytes | content |
 |---|---|
 | 3 | `ODP` |
 | 1 | version of the format, 1 |
-| 1 | bits of a token number; 128 is added when the picture is cut into tiles |
+| 1 | bits of a token number; 128 is added when the image is cut into tiles |
 | 1 + k | length k of the tokenizer's name, at most 8, and the name in ASCII; empty for one that is not bundled |
 | 4 | checksum of the tokenizer |
-| 1-3, 1-3 | width and height of the picture in pixels |
+| 1-3, 1-3 | width and height of the image in pixels |
 | 1-4 | number n of tokens |
 | ceil(bits n / 8) | token numbers, highest bit first, the last byte filled up with zeros |
 | 4 | CRC-32 of everything before |
 
 Checksums are big-endian; width, height and n are written in groups of seven bits, lowest first, with 128 added to all
-but the last (LEB128). Scope: bytes. What the tokens mean is in `studio.pipelines.picture_codec`.
+but the last (LEB128). Scope: bytes. What the tokens mean is in `studio.pipelines.image_codec`.
 """
 
 import re
@@ -43,7 +43,7 @@ class OdpFile:
     Args:
         tokenizer: name of the bundled tokenizer, or empty.
         checksum: of the tokenizer's weights, 32 bits.
-        width, height: size of the picture in pixels.
+        width, height: size of the image in pixels.
         tiled: whether the tokens are those of tiles, one after the other.
         bits: of a token number.
         tokens: the numbers (n,).
@@ -64,7 +64,7 @@ class OdpFile:
             named = shown(self.tokenizer)
             raise StudioError(f"A tokenizer's name in a file has at most {MOST_NAME} letters, not {named}.")
         if min(self.width, self.height) < 1 or self.width * self.height > MOST_PIXELS:
-            raise StudioError(f"A file holds a picture of 1 to 64 million pixels, not {self.width} x {self.height}.")
+            raise StudioError(f"A file holds an image of 1 to 64 million pixels, not {self.width} x {self.height}.")
         if not 1 <= self.bits <= _MOST_BITS:
             raise StudioError(f"A token number has from 1 to {_MOST_BITS} bits in a file, not {self.bits}.")
         if not 1 <= len(self.tokens) <= MOST_TOKENS:

@@ -1,21 +1,21 @@
-"""Words or a class to pictures with ResGen (arXiv:2412.10208): stacks of residual codes, in any number of calls."""
+"""Words or a class to images with ResGen (arXiv:2412.10208): stacks of residual codes, in any number of calls."""
 
 from collections.abc import Callable
 
 import torch
 
-from studio.decoding.resgen import LAWS, ResidualDrawn, ResidualSteps, ResidualUnmasking, residual_unmasking
+from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
 from studio.pipelines.base import timed
-from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.pipelines.residual import ResidualPipeline, first_difference
 from studio.tokenizers.rvq import RVQTokenizer
 
 
-def mismatch_of(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
+def incompatibility(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
     """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
     config, tables = tokenizer.config, tokenizer.codebooks
     rows, columns = tokenizer.pixels_per_cell
@@ -30,18 +30,20 @@ def mismatch_of(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
 
 
 class ResGenPipeline(ResidualPipeline):
-    """Draws all levels of many cells at a time; the number of calls does not depend on the depth.
+    """Samples all levels of many cells at a time; the number of calls does not depend on the depth.
 
     Args:
         image_tokenizer: quantises what is predicted, and decodes codes to pixels.
         transformer: predicts what is hidden; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
-        default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_steps: used where a call
+        default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_inference_steps: used
+            where a call
             leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
-        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
-            `prompts`; see `completed`.
+        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
+            output's
+            `prompts`; see `fill_unspecified`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -56,9 +58,9 @@ class ResGenPipeline(ResidualPipeline):
         default_temperature: float = 1.0,
         default_top_k: int = 0,
         default_top_p: float = 1.0,
-        default_num_steps: int = 16,
+        default_num_inference_steps: int = 16,
         lowercase_prompts: bool = False,
-        open_choices: list[dict] | None = None,
+        prompt_completion: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -69,11 +71,11 @@ class ResGenPipeline(ResidualPipeline):
             default_temperature=default_temperature,
             default_top_k=default_top_k,
             default_top_p=default_top_p,
-            default_num_steps=default_num_steps,
+            default_num_inference_steps=default_num_inference_steps,
             lowercase_prompts=lowercase_prompts,
-            open_choices=open_choices,
+            prompt_completion=prompt_completion,
         )
-        check_choices(open_choices)
+        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -89,23 +91,23 @@ class ResGenPipeline(ResidualPipeline):
         output_type="pil",
         callback_inputs=("tokens",),
     ) -> tuple[float, Sampling, ResidualSteps]:
-        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+        """Raises the `StudioError` that a call with these arguments would raise before it samples.
 
         Returns:
-            What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
+            What it would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, ResidualSteps):
             raise StudioError(
-                "ResGen draws with ResidualUnmasking (resgen) or FirstHitting (first-hitting) decoding, "
+                "ResGen samples with ResGenDecoding (resgen) or FirstHitting (first-hitting) decoding, "
                 f"not {type(decoding).__name__}."
             )
-        settings = (decoding or ResidualUnmasking()).filled(self.config.default_num_steps)
-        LAWS[self.transformer.config.prediction].check(settings.scatter)
+        settings = (decoding or ResGenDecoding()).filled(self.config.default_num_inference_steps)
+        DISTRIBUTIONS[self.transformer.config.prediction].check(settings.scatter)
         settings.plan(self.transformer.num_tokens * self.transformer.config.depth)
         sampling = self.sampling(temperature, top_k, top_p)
         return guidance_scale or 1.0, sampling, settings
@@ -128,7 +130,7 @@ class ResGenPipeline(ResidualPipeline):
         callback_on_step_end: Callable[["ResGenPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
-        """Draws `num_images_per_prompt` pictures for each prompt or class.
+        """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
             prompt: words, at most 2,000 characters each, for a text-conditional model.
@@ -137,12 +139,12 @@ class ResGenPipeline(ResidualPipeline):
                 (or 0) turns it off.
             temperature: of the choice of a component, and of the spread around its mean; 0 takes the likeliest mean.
             top_k, top_p: keep the k likeliest components (0: all), or those that hold probability p (1: all).
-            generator: one per picture, or one for all (each picture then gets a stream of its own derived from it).
-            decoding: which codes stay when, and after how many calls all do: `ResidualUnmasking()` (when left out), the
+            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
+            decoding: which codes stay when, and after how many calls all do: `ResGenDecoding()` (when left out), the
                 most confident first, or `FirstHitting()`, in a random order.
             output_type: "pil", "np", "pt", or "tokens" for the codes alone.
             callback_on_step_end: called after each step as (pipeline, step, step, {"tokens": codes (B, L, D)}), -1
-                where nothing is shown yet; may return a dict with changed "tokens", from which drawing goes on.
+                where nothing is shown yet; may return a dict with changed "tokens", from which sampling goes on.
 
         Returns:
             An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not come.
@@ -168,7 +170,7 @@ class ResGenPipeline(ResidualPipeline):
                 generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                drawn = residual_unmasking(
+                sampled = resgen_decoding(
                     self.transformer,
                     self.image_tokenizer.quantizer,
                     condition,
@@ -179,16 +181,16 @@ class ResGenPipeline(ResidualPipeline):
                     on_step=on_step,
                 )
             with timed(seconds, "pixels"):
-                images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
-        stats = _stats(drawn, seconds)
-        return self.output(images, drawn.tokens, stats, prompts, return_dict)
+                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+        stats = _stats(sampled, seconds)
+        return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
 
-def _stats(drawn: ResidualDrawn, seconds: dict[str, float]) -> DecodingStats:
-    shown = int((drawn.tokens >= 0).sum())
+def _stats(sampled: ResGenOutput, seconds: dict[str, float]) -> DecodingStats:
+    shown = int((sampled.tokens >= 0).sum())
     return DecodingStats(
-        target_calls=drawn.target_calls,
+        target_calls=sampled.target_calls,
         tokens=shown,
-        mean_accepted_length=shown / len(drawn.tokens) / drawn.target_calls,
-        seconds={**seconds, "prefill": 0.0, "decode": sum(drawn.seconds.values()), **drawn.seconds},
+        mean_accepted_length=shown / len(sampled.tokens) / sampled.target_calls,
+        seconds={**seconds, "prefill": 0.0, "decode": sum(sampled.seconds.values()), **sampled.seconds},
     )

@@ -1,4 +1,4 @@
-"""Words or a class to pictures with TokenBridge (arXiv:2503.16430): masked cells, drawn dimension by dimension."""
+"""Words or a class to images with TokenBridge (arXiv:2503.16430): masked cells, sampled dimension by dimension."""
 
 from collections.abc import Callable
 
@@ -9,35 +9,36 @@ from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.base import ConditionalPipeline, timed
-from studio.pipelines.open_choices import check_choices
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
 
-def mismatch_of(tokenizer: TokenBridgeTokenizer, transformer: dict) -> str | None:
+def incompatibility(tokenizer: TokenBridgeTokenizer, transformer: dict) -> str | None:
     """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
-    for name, ours, drawn in (
+    for name, ours, sampled in (
         ("tokens a cell", tokenizer.dimensions, transformer["token_dim"]),
         ("levels", tokenizer.config.levels, transformer["levels"]),
         ("as order of dimensions", list(tokenizer.config.dimension_order), list(transformer["dimension_order"])),
     ):
-        if ours != drawn:
-            return f"the image tokenizer has {name} {ours}, the transformer {drawn}"
+        if ours != sampled:
+            return f"the image tokenizer has {name} {ours}, the transformer {sampled}"
     return None
 
 
 class TokenBridgePipeline(ConditionalPipeline):
-    """Draws pictures a few cells at a time.
+    """Samples images a few cells at a time.
 
     Args:
         image_tokenizer: gives levels their values, and decodes cells to pixels.
-        transformer: draws cells; class- or text-conditional.
+        transformer: samples cells; class- or text-conditional.
         text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer that goes with it.
-        default_guidance_scale, default_temperature, default_num_steps: used where a call leaves them out.
+        default_guidance_scale, default_temperature, default_num_inference_steps: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
-        open_choices: what is chosen at random for a picture where its prompt leaves it open, and said in the output's
-            `prompts`; see `completed`.
+        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
+            output's
+            `prompts`; see `fill_unspecified`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
@@ -52,9 +53,9 @@ class TokenBridgePipeline(ConditionalPipeline):
         tokenizer=None,
         default_guidance_scale: float = 3.0,
         default_temperature: float = 1.0,
-        default_num_steps: int = 64,
+        default_num_inference_steps: int = 64,
         lowercase_prompts: bool = False,
-        open_choices: list[dict] | None = None,
+        prompt_completion: list[dict] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -63,11 +64,11 @@ class TokenBridgePipeline(ConditionalPipeline):
         self.register_to_config(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
-            default_num_steps=default_num_steps,
+            default_num_inference_steps=default_num_inference_steps,
             lowercase_prompts=lowercase_prompts,
-            open_choices=open_choices,
+            prompt_completion=prompt_completion,
         )
-        check_choices(open_choices)
+        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -83,34 +84,36 @@ class TokenBridgePipeline(ConditionalPipeline):
         output_type="pil",
         callback_inputs=("tokens",),
     ) -> tuple[float, Sampling, DimensionWise]:
-        """Raises the `StudioError` that a call with these arguments would raise before it draws.
+        """Raises the `StudioError` that a call with these arguments would raise before it samples.
 
         Returns:
-            What it would draw with: guidance scale, sampling and decoding, with this pipeline's defaults.
+            What it would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
         """
         config = self.config
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if mismatch := mismatch_of(self.image_tokenizer, self.transformer.config):
+        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
             raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, DimensionWise):
-            raise StudioError(f"TokenBridge draws with DimensionWise (bridge) decoding, not {type(decoding).__name__}.")
-        settings = (decoding or DimensionWise()).filled(steps=config.default_num_steps)
+            raise StudioError(
+                f"TokenBridge samples with DimensionWise (bridge) decoding, not {type(decoding).__name__}."
+            )
+        settings = (decoding or DimensionWise()).filled(steps=config.default_num_inference_steps)
         settings.plan(self.transformer.num_tokens)
         sampling = Sampling(config.default_temperature if temperature is None else temperature, top_k, top_p)
         return guidance_scale or 1.0, sampling, settings
 
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """Tokens (B, L, D) to pictures; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+        """Tokens (B, L, D) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
 
-        A cell that was not drawn, -1, has the level nearest to 0 in all dimensions.
+        A cell that was not sampled, -1, has the level nearest to 0 in all dimensions.
         """
         side = self.transformer.config.grid_size
         nothing = self.image_tokenizer.quantizer.encode(torch.zeros((), device=tokens.device))
-        drawn = torch.where(tokens < 0, nothing, tokens)
-        return self.decoded_pictures(self.image_tokenizer.decode, drawn.unflatten(1, (side, side)), output_type)
+        sampled = torch.where(tokens < 0, nothing, tokens)
+        return self.decoded_images(self.image_tokenizer.decode, sampled.unflatten(1, (side, side)), output_type)
 
     @torch.no_grad()
     def __call__(
@@ -130,7 +133,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         callback_on_step_end: Callable[["TokenBridgePipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
-        """Draws `num_images_per_prompt` pictures for each prompt or class.
+        """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
             prompt: words, for a text-conditional model.
@@ -138,7 +141,7 @@ class TokenBridgePipeline(ConditionalPipeline):
             guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 (or 0) turns it off.
             temperature: 0 takes the likeliest level each time.
             top_k, top_p: keep the k likeliest levels (0: all), or those that hold probability p (1: all).
-            generator: one for all pictures, or a list with one for each.
+            generator: one for all images, or a list with one for each.
             decoding: how many steps there are, and how guidance grows.
             output_type: "pil", "np", "pt", or "tokens" for the tokens alone.
             callback_on_step_end: called after each step as (pipeline, step, step, {"tokens": tokens (B, L, D)}).
@@ -168,7 +171,7 @@ class TokenBridgePipeline(ConditionalPipeline):
                 generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                drawn = dimension_wise(
+                sampled = dimension_wise(
                     self.transformer,
                     self.image_tokenizer.level_values,
                     condition,
@@ -179,12 +182,12 @@ class TokenBridgePipeline(ConditionalPipeline):
                     on_step=on_step,
                 )
             with timed(seconds, "pixels"):
-                images = drawn.tokens if output_type == "tokens" else self.decode_tokens(drawn.tokens, output_type)
-        final = self.transformer.num_tokens - plan[drawn.target_calls - 1].first
+                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+        final = self.transformer.num_tokens - plan[sampled.target_calls - 1].first
         stats = DecodingStats(
-            target_calls=drawn.target_calls,
-            tokens=len(drawn.tokens) * final * self.transformer.config.token_dim,
-            mean_accepted_length=final / drawn.target_calls,
-            seconds={**seconds, "prefill": 0.0, "decode": sum(drawn.seconds.values()), **drawn.seconds},
+            target_calls=sampled.target_calls,
+            tokens=len(sampled.tokens) * final * self.transformer.config.token_dim,
+            mean_accepted_length=final / sampled.target_calls,
+            seconds={**seconds, "prefill": 0.0, "decode": sum(sampled.seconds.values()), **sampled.seconds},
         )
-        return self.output(images, drawn.tokens, stats, prompts, return_dict)
+        return self.output(images, sampled.tokens, stats, prompts, return_dict)

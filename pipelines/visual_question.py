@@ -1,4 +1,4 @@
-"""A picture and a question to an answer: a vision-language model of transformers, with any token pruner."""
+"""An image and a question to an answer: a vision-language model of transformers, with any token pruner."""
 
 import copy
 import time
@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from studio.checks import check_integer, check_number, check_text
 from studio.errors import StudioError
-from studio.pictures import rgb_image
+from studio.images import rgb_image
 from studio.pipelines.chat_template import bounded_render, check_template, reading
 from studio.pruning.adapters import family_of
 from studio.pruning.api import prune as pruning
@@ -27,7 +27,7 @@ _CROPS_IN_PLACE = ("llava_next", "llava_onevision")
 """Families whose layouts tell where crops lie."""
 
 _MARKS = ("image_token", "video_token")
-"""What a processor calls the text that it takes for a picture or a video."""
+"""What a processor calls the text that it takes for an image or a video."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Answer:
 
     Args:
         answer: the text, so far or whole.
-        visual_tokens, kept_tokens: tokens of the picture before and after pruning, newlines included.
+        visual_tokens, kept_tokens: tokens of the image before and after pruning, newlines included.
         seconds: "encode" (vision tower), "select" (choice of tokens), "prefill" (prompt to first token), "decode".
         cache_bytes: keys and values that the language model holds at the end.
         info: which tokens were kept.
-        views: where those lie in the picture: the whole, and crops where their places are known.
+        views: where those lie in the image: the whole, and crops where their places are known.
     """
 
     answer: str
@@ -76,7 +76,7 @@ class ImageMemory:
 
 
 class VisualQuestionPipeline:
-    """Answers questions about pictures.
+    """Answers questions about images.
 
     Args:
         model: a vision-language model of transformers that `studio.prune` supports.
@@ -112,10 +112,10 @@ class VisualQuestionPipeline:
         """Answers greedily.
 
         Args:
-            image: a PIL image of any mode, read as `studio.pictures.rgb_image` does.
+            image: a PIL image of any mode, read as `studio.images.rgb_image` does.
             question: what to ask, at most 2,000 characters.
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
-            keep: the fraction of the picture's tokens to keep, in (0, 1].
+            keep: the fraction of the image's tokens to keep, in (0, 1].
             after_layer: prune behind this layer of the language model and not before it (see `studio.prune`); then the
                 tokens that were kept are known in the answer, and not before its first token.
             max_new_tokens: longest answer, at most 100,000.
@@ -123,7 +123,7 @@ class VisualQuestionPipeline:
                 stops there.
             options: more settings of `studio.prune_inputs`.
 
-        Errors: `StudioError` for a question that is empty, too long or holds the mark of a picture, a setting out of
+        Errors: `StudioError` for a question that is empty, too long or holds the mark of an image, a setting out of
             range, an unknown method, and a model and a method that do not go together.
         """
         max_new_tokens = self._checked(question, max_new_tokens)
@@ -163,7 +163,7 @@ class VisualQuestionPipeline:
         The cache is made smaller before any question is known, so methods that score by attention see the image alone.
 
         Args:
-            image: a PIL picture in RGB.
+            image: a PIL image in RGB.
             method: "coverage" or another of `studio.compress`.
             keep: the fraction of the image's tokens that each layer keeps, in (0, 1].
 
@@ -224,10 +224,10 @@ class VisualQuestionPipeline:
 
     def _checked(self, question, max_new_tokens) -> int:
         """The length of an answer; raises `StudioError` for a question that cannot be asked."""
-        check_text("The question", question, MAX_QUESTION_CHARACTERS, "The question is empty: ask about the picture.")
+        check_text("The question", question, MAX_QUESTION_CHARACTERS, "The question is empty: ask about the image.")
         for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
             if mark in question:
-                raise StudioError(f"The question holds {mark}, which stands for a picture: leave it out.")
+                raise StudioError(f"The question holds {mark}, which stands for an image: leave it out.")
         return check_integer("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
 
     def _inputs(self, image, question: str):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from studio.decoding.jacobi import Jacobi
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.mar import MaskedAutoregressive
-    from studio.decoding.resgen import FirstHitting, ResidualUnmasking
-    from studio.decoding.rq_transformer import CellByCell
+    from studio.decoding.resgen import FirstHitting, ResGenDecoding
+    from studio.decoding.rq_transformer import RQDecoding
     from studio.decoding.speculative import Speculative
     from studio.decoding.token_bridge import DimensionWise
     from studio.errors import StudioError
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from studio.models.rq_transformer import RQTransformer
     from studio.models.token_bridge import TokenBridge
     from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for, decodings_with, default_decoding
+    from studio.pipelines.image_codec import decode_image, encode_image
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.mar import MARPipeline
     from studio.pipelines.odp_file import OdpFile
-    from studio.pipelines.picture_codec import decode_picture, encode_picture
     from studio.pipelines.resgen import ResGenPipeline
     from studio.pipelines.rq_transformer import RQTransformerPipeline
     from studio.pipelines.token_bridge import TokenBridgePipeline
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
-    "CellByCell": "studio.decoding.rq_transformer",
+    "RQDecoding": "studio.decoding.rq_transformer",
     "ContinuousSpeculative": "studio.decoding.cspd",
     "DECODINGS": "studio.pipelines.decodings",
     "DimensionWise": "studio.decoding.token_bridge",
@@ -85,7 +85,7 @@ _EXPORTS = {
     "RVQTokenizer": "studio.tokenizers.rvq",
     "ResGen": "studio.models.resgen",
     "ResGenPipeline": "studio.pipelines.resgen",
-    "ResidualUnmasking": "studio.decoding.resgen",
+    "ResGenDecoding": "studio.decoding.resgen",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
     "TokenBridge": "studio.models.token_bridge",
@@ -94,12 +94,12 @@ _EXPORTS = {
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
     "compress": "studio.pruning.kv_cache",
-    "decode_picture": "studio.pipelines.picture_codec",
+    "decode_image": "studio.pipelines.image_codec",
     "decoding_named": "studio.pipelines.decodings",
     "decodings_for": "studio.pipelines.decodings",
     "decodings_with": "studio.pipelines.decodings",
     "default_decoding": "studio.pipelines.decodings",
-    "encode_picture": "studio.pipelines.picture_codec",
+    "encode_image": "studio.pipelines.image_codec",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.api",
     "prune_inputs": "studio.pruning.api",
@@ -108,7 +108,7 @@ _EXPORTS = {
 
 __all__ = [
     "Autoregressive",
-    "CellByCell",
+    "RQDecoding",
     "ContinuousSpeculative",
     "DECODINGS",
     "DimensionWise",
@@ -132,7 +132,7 @@ __all__ = [
     "RVQTokenizer",
     "ResGen",
     "ResGenPipeline",
-    "ResidualUnmasking",
+    "ResGenDecoding",
     "Speculative",
     "StudioError",
     "TokenBridge",
@@ -142,12 +142,12 @@ __all__ = [
     "VisualQuestionPipeline",
     "__version__",
     "compress",
-    "decode_picture",
+    "decode_image",
     "decoding_named",
     "decodings_for",
     "decodings_with",
     "default_decoding",
-    "encode_picture",
+    "encode_image",
     "load",
     "prune",
     "prune_inputs",

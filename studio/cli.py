@@ -25,13 +25,13 @@ from studio.processes import launch_problem
 
 app = typer.Typer(
     name="studio",
-    help="Pictures from words with token-based image models.",
+    help="Images from words with token-based image models.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="The Fluent Emoji set, and scenes drawn with it.", rich_markup_mode=None)
+data_app = typer.Typer(help="The Fluent Emoji set, and scenes sampled with it.", rich_markup_mode=None)
 bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode=None)
 convert_app = typer.Typer(help="Turn published checkpoints into model folders.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")

@@ -55,7 +55,7 @@ def complain(sentence):
 def quiet_libraries():
     """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show.
 
-    What pipelines log as a caution is told by the commands themselves.
+    What pipelines log as a validation_warning is told by the commands themselves.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

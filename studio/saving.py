@@ -1,4 +1,4 @@
-"""Where pictures go, and how they get there: checked before the model runs, written whole or not at all."""
+"""Where images go, and how they get there: checked before the model runs, written whole or not at all."""
 
 import filecmp
 import itertools
@@ -26,12 +26,12 @@ _SLUG_LENGTH, _SLUG_BYTES = 60, 120
 
 
 def plan_paths(out, title, seeds, sheet=False):
-    """Decide the file of each picture and check that it can be written.
+    """Decide the file of each image and check that it can be written.
 
     Args:
-        out: a file if it ends in `.png` (several pictures: `name-0.png`, ...), else a folder.
-        title: what the pictures show; names the files in a folder.
-        seeds: one number per picture.
+        out: a file if it ends in `.png` (several images: `name-0.png`, ...), else a folder.
+        title: what the images show; names the files in a folder.
+        seeds: one number per image.
         sheet: whether there is one more file for the sheet.
 
     Returns:
@@ -109,7 +109,7 @@ def save_all(writers):
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise StudioError(f"The pictures cannot be written: {error.strerror or error}.") from error
+            raise StudioError(f"The images cannot be written: {error.strerror or error}.") from error
         raise
     return replaced
 
@@ -161,7 +161,7 @@ def png_writer(image, call, seed):
     Args:
         image: a PIL image.
         call: the settings, a dict of JSON values.
-        seed: the number this picture was drawn with, or a list of them for a sheet.
+        seed: the number this image was sampled with, or a list of them for a sheet.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -171,7 +171,7 @@ def png_writer(image, call, seed):
 
 
 def make_sheet(images):
-    """Return one picture with all of them in a grid as square as it gets, small ones enlarged to be seen."""
+    """Return one image with all of them in a grid as square as it gets, small ones enlarged to be seen."""
     from PIL import Image
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -189,7 +189,7 @@ def make_sheet(images):
 
 
 def versions():
-    """Return the versions a picture depends on, `{package: version}`."""
+    """Return the versions an image depends on, `{package: version}`."""
     return {"studio": __version__, **{name: installed for name in _RECORDED if (installed := package_version(name))}}
 
 

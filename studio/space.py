@@ -29,12 +29,12 @@ sdk_version: {gradio}
 python_version: "{python}"
 app_file: app.py
 license: apache-2.0
-short_description: Pictures from words, token by token
+short_description: Images from words, token by token
 models: [{models}]
 ---
 # {title}
 
-Draws pictures from words with token-based image models, before your eyes.
+Samples images from words with token-based image models, before your eyes.
 Everything that `{model}` needs is in this Space{origin}. Run it anywhere:
 
 ```sh
@@ -49,7 +49,7 @@ def build_space(folder, *, model="emoji-ar", title="Studio"):
 
     Args:
         folder: must be empty or not exist; it is complete when it has this name.
-        model: what it draws with: a bundled name, a model folder (copied) or a Hub id (fetched when it is used).
+        model: what it samples with: a bundled name, a model folder (copied) or a Hub id (fetched when it is used).
         title: what the Space is called.
 
     Returns:
@@ -102,14 +102,16 @@ def files_of(folder):
 def _kind(model):
     if model in BUNDLED:
         if BUNDLED[model].kind != "pipeline":
-            raise StudioError(f"{model} cannot draw: choose a pipeline such as emoji-ar.")
+            raise StudioError(f"{model} cannot sample: choose a pipeline such as emoji-ar.")
         return "bundled"
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
             raise StudioError(f"{model} is no pipeline: it holds no model_index.json.")
         index = json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8"))
         if (index.get("text_encoder") or [None])[0] is None:
-            raise StudioError(f"{model} draws from class numbers, the app from words: choose one with a text encoder.")
+            raise StudioError(
+                f"{model} samples from class numbers, the app from words: choose one with a text encoder."
+            )
         return "folder"
     if _HUB_ID.fullmatch(model):
         return "hub"
@@ -126,9 +128,9 @@ def _write(folder, model, kind, title, pins):
         shutil.copytree(model, folder / MODEL_FOLDER)
     for name in ("LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder / name)
-    drawn_with = MODEL_FOLDER if kind == "folder" else model
+    sampled_with = MODEL_FOLDER if kind == "folder" else model
     app = (ROOT / "app.py").read_text(encoding="utf-8")
-    app = app.replace('MODEL = "emoji-ar"', f"MODEL = {drawn_with!r}".replace("'", '"'))
+    app = app.replace('MODEL = "emoji-ar"', f"MODEL = {sampled_with!r}".replace("'", '"'))
     (folder / "app.py").write_text(app, encoding="utf-8")
     lines = [f"{name}=={version}" for name, version in pins.items()]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

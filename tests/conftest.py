@@ -72,7 +72,7 @@ def tiny_text_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_vq():
-    """A random VQTokenizer: 16 px pictures, a 4x4 grid of 64 codes."""
+    """A random VQTokenizer: 16 px images, a 4x4 grid of 64 codes."""
     import torch
 
     from studio import VQTokenizer
@@ -93,7 +93,7 @@ def tiny_vq():
 
 @pytest.fixture(scope="session")
 def tiny_one_d():
-    """A random OneDPieceTokenizer: 16 px pictures, 6 tokens of 32 codes, weights that bfloat16 holds."""
+    """A random OneDPieceTokenizer: 16 px images, 6 tokens of 32 codes, weights that bfloat16 holds."""
     import torch
 
     from studio import OneDPieceTokenizer
@@ -118,7 +118,7 @@ def tiny_one_d():
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_vq, tiny_text_tokenizer):
-    """A random text-to-picture pipeline that draws 16 px pictures."""
+    """A random text-to-image pipeline that samples 16 px images."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -157,7 +157,7 @@ def tiny_class_pipeline(tiny_vq):
 
 @pytest.fixture(scope="session")
 def tiny_row_pipeline(tiny_one_d, tiny_pipeline):
-    """A random text-to-picture pipeline over rows of six tokens, that draws 16 px pictures."""
+    """A random text-to-image pipeline over rows of six tokens, that samples 16 px images."""
     import torch
 
     from studio import LlamaGen, LlamaGenPipeline
@@ -179,7 +179,7 @@ def tiny_row_folder(tiny_row_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_pipeline, tmp_path_factory):
-    """The text-to-picture pipeline as `save_pretrained` writes it; do not change the files."""
+    """The text-to-image pipeline as `save_pretrained` writes it; do not change the files."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline.save_pretrained(folder)
     return folder
@@ -195,7 +195,7 @@ def tiny_class_folder(tiny_class_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_mar_pipeline(tiny_pipeline):
-    """A random text-to-picture pipeline of MAR, with a drafter: 16 px pictures, 4x4 tokens in 4 steps."""
+    """A random text-to-image pipeline of MAR, with a drafter: 16 px images, 4x4 tokens in 4 steps."""
     import torch
 
     from studio import MARPipeline
@@ -208,7 +208,7 @@ def tiny_mar_pipeline(tiny_pipeline):
         tiny_pipeline.text_encoder,
         tiny_pipeline.tokenizer,
         _tiny_mar(1, depth=1, **text),
-        default_num_steps=4,
+        default_num_inference_steps=4,
         default_diffusion_steps=5,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -220,14 +220,14 @@ def tiny_mar_class_pipeline():
     """A random class-conditional pipeline of MAR, of five classes and without a drafter."""
     from studio import MARPipeline
 
-    pipe = MARPipeline(_tiny_kl(), _tiny_mar(0), default_num_steps=4, default_diffusion_steps=5)
+    pipe = MARPipeline(_tiny_kl(), _tiny_mar(0), default_num_inference_steps=4, default_diffusion_steps=5)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture(scope="session")
 def tiny_mar_folder(tiny_mar_pipeline, tmp_path_factory):
-    """The text-to-picture pipeline of MAR as `save_pretrained` writes it; do not change the files."""
+    """The text-to-image pipeline of MAR as `save_pretrained` writes it; do not change the files."""
     folder = tmp_path_factory.mktemp("models") / "tiny-mar"
     tiny_mar_pipeline.save_pretrained(folder)
     return folder
@@ -235,7 +235,7 @@ def tiny_mar_folder(tiny_mar_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_bridge_pipeline(tiny_pipeline):
-    """A random text-to-picture pipeline of TokenBridge: 3x3 cells of four numbers."""
+    """A random text-to-image pipeline of TokenBridge: 3x3 cells of four numbers."""
     sys.path.insert(0, str(ROOT / "tests" / "decoding"))
     from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
 
@@ -243,12 +243,12 @@ def tiny_bridge_pipeline(tiny_pipeline):
 
     transformer = tiny_token_bridge(num_classes=None, caption_dim=16, caption_length=8)
     words = (tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
-    return TokenBridgePipeline(tiny_bridge_tokenizer(), transformer, *words, default_num_steps=4)
+    return TokenBridgePipeline(tiny_bridge_tokenizer(), transformer, *words, default_num_inference_steps=4)
 
 
 @pytest.fixture(scope="session")
 def tiny_rvq():
-    """A random RVQTokenizer: 16 px pictures, a 4x4 grid of three levels of 16 codes."""
+    """A random RVQTokenizer: 16 px images, a 4x4 grid of three levels of 16 codes."""
     import torch
 
     from studio import RVQTokenizer
@@ -272,12 +272,12 @@ def tiny_rvq():
 
 @pytest.fixture(scope="session")
 def tiny_resgen_pipeline(tiny_rvq, tiny_pipeline):
-    """A random text-to-picture pipeline of ResGen that draws 16 px pictures: 16 cells in 4 steps."""
+    """A random text-to-image pipeline of ResGen that samples 16 px images: 16 cells in 4 steps."""
     from studio import ResGenPipeline
 
     text = {"caption_dim": 16, "caption_length": 8}
     parts = (tiny_rvq, _tiny_resgen(**text), tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
-    pipe = ResGenPipeline(*parts, default_num_steps=4)
+    pipe = ResGenPipeline(*parts, default_num_inference_steps=4)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -287,14 +287,14 @@ def tiny_resgen_class_pipeline(tiny_rvq):
     """A random class-conditional pipeline of ResGen, of five classes."""
     from studio import ResGenPipeline
 
-    pipe = ResGenPipeline(tiny_rvq, _tiny_resgen(num_classes=5), default_num_steps=4)
+    pipe = ResGenPipeline(tiny_rvq, _tiny_resgen(num_classes=5), default_num_inference_steps=4)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture(scope="session")
 def tiny_resgen_folder(tiny_resgen_pipeline, tmp_path_factory):
-    """The text-to-picture pipeline of ResGen as `save_pretrained` writes it; do not change the files."""
+    """The text-to-image pipeline of ResGen as `save_pretrained` writes it; do not change the files."""
     folder = tmp_path_factory.mktemp("models") / "tiny-resgen"
     tiny_resgen_pipeline.save_pretrained(folder)
     return folder
@@ -308,13 +308,13 @@ def tiny_softmax_folder(tiny_resgen_pipeline, tmp_path_factory):
     parts = {**tiny_resgen_pipeline.components}
     parts["transformer"] = _tiny_resgen(caption_dim=16, caption_length=8, prediction="levels")
     folder = tmp_path_factory.mktemp("models") / "tiny-softmax"
-    ResGenPipeline(**parts, default_num_steps=4).save_pretrained(folder)
+    ResGenPipeline(**parts, default_num_inference_steps=4).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_rq_pipeline(tiny_rvq, tiny_pipeline):
-    """A random text-to-picture pipeline of RQ-Transformer that draws 16 px pictures: 16 cells."""
+    """A random text-to-image pipeline of RQ-Transformer that samples 16 px images: 16 cells."""
     from studio import RQTransformerPipeline
 
     text = {"caption_dim": 16, "caption_length": 8}
@@ -336,7 +336,7 @@ def tiny_rq_class_pipeline(tiny_rvq):
 
 @pytest.fixture(scope="session")
 def tiny_rq_folder(tiny_rq_pipeline, tmp_path_factory):
-    """The text-to-picture pipeline of RQ-Transformer as `save_pretrained` writes it; do not change the files."""
+    """The text-to-image pipeline of RQ-Transformer as `save_pretrained` writes it; do not change the files."""
     folder = tmp_path_factory.mktemp("models") / "tiny-rq"
     tiny_rq_pipeline.save_pretrained(folder)
     return folder

@@ -35,6 +35,6 @@ def parse(line):
 
 
 def dead_links(file):
-    """Relative links of a document, pictures too, that lead to no file."""
+    """Relative links of a document, images too, that lead to no file."""
     links = re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text(encoding="utf-8"))
     return [link for link in links if not (file.parent / link).exists()]

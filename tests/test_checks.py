@@ -13,11 +13,11 @@ from studio import (
     Lantern,
     LanternPlusPlus,
     MaskedAutoregressive,
-    ResidualUnmasking,
+    ResGenDecoding,
     decoding_named,
 )
 from studio.checks import check_integer, check_number, check_text, json_text, shown
-from studio.decoding.drafts import NGram, Recycling
+from studio.decoding.drafts import NGram, TokenRecycling
 from studio.decoding.sampling import Sampling
 from studio.decoding.trees import DynamicTree, StaticTree
 from studio.errors import StudioError
@@ -81,12 +81,12 @@ def test_json_is_readable_where_it_can_be_and_valid_where_not():
         lambda: MaskedAutoregressive(diffusion_steps=10**9),
         lambda: ContinuousSpeculative(prefill="0"),
         lambda: ContinuousSpeculative(mode="relaxed", max_rounds=10**9),
-        lambda: ResidualUnmasking(confidence_temperature=1e300),
+        lambda: ResGenDecoding(confidence_temperature=1e300),
         lambda: Sampling(temperature=1e300),
         lambda: Autoregressive(weights=["auto"]),
         lambda: NGram(branches=10**9),
         lambda: NGram(branches=4000, levels=4000),
-        lambda: Recycling(candidates=10**9),
+        lambda: TokenRecycling(candidates=10**9),
         lambda: DynamicTree(nodes=10**9),
         lambda: StaticTree(5),
         lambda: StaticTree(((0,), (10**12,))),
@@ -144,8 +144,8 @@ def test_numpy_numbers_and_tuples_draw_the_same(tiny_pipeline):
 
 
 def test_classes_are_numpy_numbers_or_tuples_too(tiny_class_pipeline):
-    drawn = tiny_class_pipeline(class_labels=(np.int64(1), 0), output_type="tokens")
-    assert len(drawn.tokens) == 2
+    sampled = tiny_class_pipeline(class_labels=(np.int64(1), 0), output_type="tokens")
+    assert len(sampled.tokens) == 2
 
 
 def test_more_calls_of_a_student_than_steps_build_no_list():

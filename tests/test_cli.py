@@ -24,7 +24,7 @@ def refused(result, *words):
         assert word in lines[0]
 
 
-def test_generate_writes_one_picture_a_seed(run, tiny_folder, tmp_path):
+def test_generate_writes_one_image_a_seed(run, tiny_folder, tmp_path):
     code, out, err = run("generate", "a red apple", "--model", tiny_folder, "--num-images", 2, "--seed", 7)
     assert code == 0, err
     assert files(tmp_path) == ["out", "out/a-red-apple-7.png", "out/a-red-apple-8.png"]
@@ -47,7 +47,7 @@ def test_generate_json_is_one_document_on_stdout(run, tiny_folder, tmp_path):
 
 def test_what_a_prompt_leaves_open_is_said(run, tiny_pipeline, tmp_path):
     choices = [{"named": "red|green", "one_of": ["red", "green"]}]
-    LlamaGenPipeline(**tiny_pipeline.components, open_choices=choices).save_pretrained(tmp_path / "open")
+    LlamaGenPipeline(**tiny_pipeline.components, prompt_completion=choices).save_pretrained(tmp_path / "open")
     call = ("generate", "apple", "--model", "open", "--num-images", 3, "--seed", 1)
     code, out, _ = run(*call, "--json")
     document = json.loads(out)
@@ -72,7 +72,7 @@ def test_out_with_png_numbers_several_files(run, tiny_folder, tmp_path):
     assert files(tmp_path) == ["apple-0.png", "apple-1.png", "apple-sheet.png"]
 
 
-def test_picture_carries_call_seed_and_versions(run, tiny_folder, tmp_path):
+def test_image_carries_call_seed_and_versions(run, tiny_folder, tmp_path):
     run("generate", "a red apple", "--model", tiny_folder, "--seed", 3, "--top-k", 5, "--out", "apple.png")
     record = json.loads(Image.open(tmp_path / "apple.png").text["studio"])
     assert record["seed"] == 3
@@ -80,26 +80,26 @@ def test_picture_carries_call_seed_and_versions(run, tiny_folder, tmp_path):
     assert {"studio", "torch", "diffusers", "transformers"} <= set(record["versions"])
 
 
-def test_an_unset_seed_is_drawn_and_reproduces_the_picture(run, tiny_folder, tmp_path):
+def test_an_unset_seed_is_sampled_and_reproduces_the_image(run, tiny_folder, tmp_path):
     _, out, _ = run("generate", "a red apple", "--model", tiny_folder, "--out", "one.png", "--json")
     [image] = json.loads(out)["images"]
     run("generate", "a red apple", "--model", tiny_folder, "--out", "two.png", "--seed", image["seed"])
     assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "two.png").tobytes()
 
 
-def test_second_picture_equals_a_call_with_the_next_seed(run, tiny_folder, tmp_path):
+def test_second_image_equals_a_call_with_the_next_seed(run, tiny_folder, tmp_path):
     run("generate", "a red apple", "--model", tiny_folder, "--out", "both.png", "--num-images", 2, "--seed", 4)
     run("generate", "a red apple", "--model", tiny_folder, "--out", "single.png", "--seed", 5)
     assert Image.open(tmp_path / "both-1.png").tobytes() == Image.open(tmp_path / "single.png").tobytes()
 
 
-def test_sheet_holds_all_pictures(run, tiny_folder, tmp_path):
+def test_sheet_holds_all_images(run, tiny_folder, tmp_path):
     run("generate", "a red apple", "--model", tiny_folder, "--num-images", 4, "--seed", 0, "--sheet")
     sheet = Image.open(tmp_path / "out/a-red-apple-0-sheet.png")
     assert sheet.width == sheet.height == 2 * 256 + 3 * 8
 
 
-def test_class_label_draws_with_a_class_model(run, tiny_class_folder, tmp_path):
+def test_class_label_samples_with_a_class_model(run, tiny_class_folder, tmp_path):
     code, _, err = run("generate", "--class-label", 3, "--model", tiny_class_folder, "--seed", 1)
     assert code == 0, err
     assert files(tmp_path / "out") == ["class-3-1.png"]
@@ -177,9 +177,9 @@ def test_by_default_the_faster_of_plain_and_jacobi_decoding_is_taken(run, tiny_f
         document = json.loads(out)
         taken.append(document["decoding"])
         assert f"{taken[-1]} decoding" in err
-        picture = Image.open(tmp_path / document["images"][0]["path"])
-        assert picture.tobytes() == pixels
-        assert json.loads(picture.text["studio"])["call"]["decoding"] == {"name": "exact"}
+        original = Image.open(tmp_path / document["images"][0]["path"])
+        assert original.tobytes() == pixels
+        assert json.loads(original.text["studio"])["call"]["decoding"] == {"name": "exact"}
     assert sorted(taken[:6]) == ["ar"] * 3 + ["jacobi"] * 3
     [file] = (tmp_path / "cache" / "decodings").iterdir()
     seconds = json.loads(file.read_text())["seconds"]
@@ -194,7 +194,7 @@ def test_a_student_needs_few_calls(run, student_folder):
         assert json.loads(run(*call)[1])["target_calls"] == calls
 
 
-def test_evaluate_draws_as_it_is_told(run, student_folder):
+def test_evaluate_samples_as_it_is_told(run, student_folder):
     plain, student = (
         json.loads(run("evaluate", student_folder, "--samples", 70, *options, "--json")[1])
         for options in ([], ["--decoding", "distilled"])
@@ -278,8 +278,8 @@ def test_what_a_student_cannot_do_is_refused(run, student_folder, options, word)
         (["--model", "no such"], "no such"),
         (["--device", "quantum"], "quantum"),
         (["--dtype", "float1"], "float1"),
-        (["--out", "/proc/nowhere/picture.png"], "/proc/nowhere"),
-        (["--out", "/dev/null/picture.png"], "/dev/null"),
+        (["--out", "/proc/nowhere/image.png"], "/proc/nowhere"),
+        (["--out", "/dev/null/image.png"], "/dev/null"),
         (["--out", "/dev/null"], "/dev/null"),
         (["--out", "x" * 300 + ".png"], "long"),
     ],
@@ -313,8 +313,8 @@ def test_a_prompt_for_a_class_model_is_refused(run, tiny_class_folder):
     refused(run("generate", "a red apple", "--model", tiny_class_folder))
 
 
-def test_a_tokenizer_cannot_draw(run, tiny_folder):
-    refused(run("generate", "a red apple", "--model", tiny_folder / "image_tokenizer"), "cannot draw")
+def test_a_tokenizer_cannot_sample(run, tiny_folder):
+    refused(run("generate", "a red apple", "--model", tiny_folder / "image_tokenizer"), "cannot sample")
 
 
 def test_a_file_is_not_a_model(run, tmp_path):
@@ -322,7 +322,7 @@ def test_a_file_is_not_a_model(run, tmp_path):
     refused(run("generate", "a red apple", "--model", "model.pt"), "model.pt")
 
 
-def test_a_folder_in_the_way_of_the_picture_is_refused(run, tiny_folder, tmp_path):
+def test_a_folder_in_the_way_of_the_image_is_refused(run, tiny_folder, tmp_path):
     (tmp_path / "apple.png").mkdir()
     refused(run("generate", "a red apple", "--model", tiny_folder, "--out", "apple.png"), "folder")
     assert files(tmp_path) == ["apple.png"]
@@ -355,11 +355,11 @@ def test_wrong_commands_are_refused(run, tmp_path, arguments):
 def test_models_lists_every_bundled_model(run):
     code, out, _ = run("models", "--json")
     assert code == 0
-    draw, cut = (
+    sample, cut = (
         {"emoji-ar", "emoji-1d-ar", "emoji-bridge", "emoji-mar", "emoji-resgen"},
         {"emoji-vq", "emoji-1d", "emoji-rvq", "emoji-kl"},
     )
-    assert {row["name"] for row in json.loads(out)["models"]} == draw | cut | {"emoji-vlm", "emoji-judge"}
+    assert {row["name"] for row in json.loads(out)["models"]} == sample | cut | {"emoji-vlm", "emoji-judge"}
 
 
 def test_doctor_reports_versions_and_weights(run):

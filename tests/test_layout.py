@@ -15,7 +15,7 @@ LEVELS = {
     "ui": 5,
     "cli": 5,
     "commands": 5,
-    "pictures": 4,
+    "images": 4,
     "saving": 4,
     "training": 4,
     "evaluation": 4,
@@ -37,7 +37,7 @@ MAY_ALSO = {
     ("evaluation", "data"),
     ("training", "evaluation"),
 }
-FOUNDATIONS = {"checks", "errors", "files", "pictures"}
+FOUNDATIONS = {"checks", "errors", "files", "images"}
 PUBLIC = {
     "studio",
     "studio.errors",
@@ -45,7 +45,7 @@ PUBLIC = {
     "checkpoints",
     "training",
     "evaluation",
-    "pictures",
+    "images",
     "processes",
     "saving",
 }

@@ -167,9 +167,9 @@ def test_the_bare_python_sees_no_studio(tmp_path):
     assert done.stdout.strip() == "None", done.stderr
 
 
-def test_it_runs_alone_and_draws(built, tmp_path):
+def test_it_runs_alone_and_samples(built, tmp_path):
     python, environment = bare_python()
-    draw_a_picture(built, python, environment, tmp_path)
+    draw_a_image(built, python, environment, tmp_path)
 
 
 @pytest.mark.slow
@@ -180,10 +180,10 @@ def test_it_runs_in_a_clean_environment(built, tmp_path):
     install = [python, "-m", "pip", "install", "--quiet", "-r", built / "requirements.txt"]
     subprocess.run(install, check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    draw_a_picture(built, [python], environment, tmp_path)
+    draw_a_image(built, [python], environment, tmp_path)
 
 
-def draw_a_picture(folder, python, environment, scratch):
+def draw_a_image(folder, python, environment, scratch):
     """Start the Space as Hugging Face does, and use it as a program would."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -194,12 +194,12 @@ def draw_a_picture(folder, python, environment, scratch):
         try:
             wait_for_answer(app, f"http://127.0.0.1:{port}/", scratch / "log")
             client = Client(f"http://127.0.0.1:{port}/", verbose=False, download_files=str(scratch / "downloads"))
-            pictures, details = client.predict("a red apple", 1, 7, api_name="/generate")
+            images, details = client.predict("a red apple", 1, 7, api_name="/generate")
         finally:
             app.send_signal(signal.SIGINT)
             app.kill()
             app.wait()
-    assert Image.open(pictures[0]["image"]).size == (64, 64)
+    assert Image.open(images[0]["image"]).size == (64, 64)
     assert details["seeds"] == [7] and details["model"] == "emoji-ar"
 
 

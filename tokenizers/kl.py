@@ -1,8 +1,8 @@
-"""KL tokenizer: a variational autoencoder whose latents are continuous tokens, as MAR draws them.
+"""KL tokenizer: a variational autoencoder whose latents are continuous tokens, as MAR samples them.
 
 The network is diffusers' `AutoencoderKL` ("High-Resolution Image Synthesis with Latent Diffusion Models",
 arXiv:2112.10752, section 3.1), in the part `network`. Scope: encoding and decoding; how it is trained is the
-recipe's business, how latents are cut into tokens that of the model that draws them.
+recipe's business, how latents are cut into tokens that of the model that samples them.
 
 Added to that network: pixels can be folded into channels first, so that a small one never works at full resolution.
 """
@@ -17,11 +17,11 @@ from studio.errors import StudioError
 
 
 class KLTokenizer(ModelMixin, ConfigMixin):
-    """Pictures to a grid of latents and back.
+    """Images to a grid of latents and back.
 
     Args:
         autoencoder: arguments of diffusers' `AutoencoderKL`; those of that class where none are given. Its channels are
-            those of the folded pictures.
+            those of the folded images.
         pixel_unshuffle: side of the pixel blocks folded into channels before the first convolution (1: none).
         scaling_factor: what brings latents to a standard deviation of about 1; `encode` and `decode` are without it.
         sample_size: side in pixels that the weights were trained for.
@@ -60,25 +60,25 @@ class KLTokenizer(ModelMixin, ConfigMixin):
         return self.network.config.latent_channels
 
     def encode_distribution(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
-        """Gaussians over latents (B, C, h, w), of pictures (B, 3, H, W) in [-1, 1].
+        """Gaussians over latents (B, C, h, w), of images (B, 3, H, W) in [-1, 1].
 
-        Errors: `StudioError` for pictures whose shape does not fit.
+        Errors: `StudioError` for images whose shape does not fit.
         """
         factor, channels = self.downsample_factor, self.network.config.in_channels // self.config.pixel_unshuffle**2
         if images.ndim != 4 or images.shape[1] != channels:
-            raise StudioError(f"Pictures must be (B, {channels}, H, W); got {tuple(images.shape)}.")
+            raise StudioError(f"Images must be (B, {channels}, H, W); got {tuple(images.shape)}.")
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise StudioError(f"Height and width must be multiples of {factor}; got {tuple(images.shape[-2:])}.")
         return self.network.encode(F.pixel_unshuffle(images, self.config.pixel_unshuffle)).latent_dist
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w), the means, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w), the means, of images (B, 3, H, W) in [-1, 1]."""
         return self.encode_distribution(images).mode()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
+        """Images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
         return F.pixel_shuffle(self.network.decode(latents).sample, self.config.pixel_unshuffle)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of pictures (B, 3, H, W) in [-1, 1] through their latents."""
+        """Reconstruction of images (B, 3, H, W) in [-1, 1] through their latents."""
         return self.decode(self.encode(images))

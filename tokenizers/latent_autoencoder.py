@@ -49,7 +49,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (B, channels, H, W) to features (B, features, h, w); each level after the first halves the grid.
+    """Images (B, channels, H, W) to features (B, features, h, w); each level after the first halves the grid.
 
     Args:
         channels, base, features: colours, width behind the first convolution, width of what comes out.
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, features, h, w) to pictures (B, channels, H, W), with one residual block a level more than the
+    """Features (B, features, h, w) to images (B, channels, H, W), with one residual block a level more than the
     encoder. Arguments as there.
     """
 

@@ -1,6 +1,6 @@
 """Transformers between a grid of patches and a row of latent tokens, as in TiTok (arXiv:2406.07550, section 3.2).
 
-The encoder reads patches and learned queries together, and what becomes of the queries is the picture. The decoder
+The encoder reads patches and learned queries together, and what becomes of the queries is the image. The decoder
 reads a placeholder for every patch and any number of latent tokens. Pre-norm blocks, full attention, exact GELU,
 learned positions. Parameters carry the authors' names.
 """
@@ -91,7 +91,7 @@ class LatentTransformer(nn.Module):
 
 
 class LatentEncoder(LatentTransformer):
-    """Pictures to what becomes of the latent queries; `conv_out` projects that to vectors of `code_dim` numbers."""
+    """Images to what becomes of the latent queries; `conv_out` projects that to vectors of `code_dim` numbers."""
 
     def __init__(self, channels: int, patch_size: int, code_dim: int, **sizes):
         super().__init__(**sizes)
@@ -100,7 +100,7 @@ class LatentEncoder(LatentTransformer):
         self.conv_out = nn.Conv2d(width, code_dim, 1)
 
     def forward(self, images: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, channels, H, W) in [0, 1] and queries (N, width) to (B, N, width)."""
+        """Images (B, channels, H, W) in [0, 1] and queries (N, width) to (B, N, width)."""
         grid = self.with_class(self.patch_embed(images).flatten(2).transpose(1, 2))
         latents = (queries + self.latent_token_positional_embedding).expand(len(images), -1, -1)
         x = self.blocks(torch.cat((grid, latents.to(grid.dtype)), dim=1))
@@ -120,7 +120,7 @@ class LatentDecoder(LatentTransformer):
     def forward(self, vectors: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Vectors (B, n, code_dim) to (B, features, side, side); n may be less than N.
 
-        `lengths` (B,): how many of the n vectors of each picture count; all when None.
+        `lengths` (B,): how many of the n vectors of each image count; all when None.
         """
         n, cells = vectors.shape[1], self.side**2
         latents = self.decoder_embed(vectors) + self.latent_token_positional_embedding[:n]

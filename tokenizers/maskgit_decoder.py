@@ -49,7 +49,7 @@ class MaskGITLevel(nn.Module):
 
 
 class MaskGITDecoder(nn.Module):
-    """Features (B, features, h, w) to pictures (B, channels, h * f, w * f), f = 2 ** (levels - 1).
+    """Features (B, features, h, w) to images (B, channels, h * f, w * f), f = 2 ** (levels - 1).
 
     Args:
         features, channels: what comes in and what goes out.

@@ -1,11 +1,11 @@
-"""One-D-Piece tokenizer: a picture as a row of tokens of which any first few already are a picture.
+"""One-D-Piece tokenizer: an image as a row of tokens of which any first few already are an image.
 
 "One-D-Piece: Image Tokenizer Meets Quality-Controllable Compression" (arXiv:2501.10064), which is TiTok
 (arXiv:2406.07550) with Tail Token Drop: in training the decoder is given a random number of first tokens, so what
 matters most comes first. Parameters carry the authors' names.
 
-Deviations from the authors' code: pictures are in [-1, 1] here, as everywhere in Studio; a length is always asked for,
-never drawn because the module is in training mode; a batch may hold pictures of different lengths. The pixel stage may
+Deviations from the authors' code: images are in [-1, 1] here, as everywhere in Studio; a length is always asked for,
+never sampled because the module is in training mode; a batch may hold images of different lengths. The pixel stage may
 also be one linear layer a patch, for small models that are trained end to end.
 """
 
@@ -52,13 +52,13 @@ class QuantizedRow(NamedTuple):
 
 
 class OneDPieceTokenizer(ModelMixin, ConfigMixin):
-    """Pictures to rows of code numbers and back, from any first n of them.
+    """Images to rows of code numbers and back, from any first n of them.
 
     Args:
         in_channels: colour channels.
-        sample_size: side in pixels of the pictures.
+        sample_size: side in pixels of the images.
         patch_size: side in pixels of a patch.
-        num_tokens: tokens N of a picture, the most that `decode` takes.
+        num_tokens: tokens N of an image, the most that `decode` takes.
         encoder_width, encoder_layers, encoder_heads: size of the encoder; see `PRESETS`.
         decoder_width, decoder_layers, decoder_heads: size of the decoder.
         code_dim: length of a code vector.
@@ -108,7 +108,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if sample_size % patch_size:
-            raise StudioError(f"Pictures of {sample_size} pixels a side do not split into patches of {patch_size}.")
+            raise StudioError(f"Images of {sample_size} pixels a side do not split into patches of {patch_size}.")
         if pixel_stage not in PIXEL_STAGES:
             raise StudioError(f"pixel_stage is one of {', '.join(PIXEL_STAGES)}, not {pixel_stage!r}.")
         grid = {"side": sample_size // patch_size, "latents": num_tokens}
@@ -138,7 +138,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def row_length(self) -> int:
-        """Tokens N of a picture, which are a row: any first few are a picture."""
+        """Tokens N of an image, which are a row: any first few are an image."""
         return self.config.num_tokens
 
     @property
@@ -152,13 +152,13 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return sorted({self.config.num_tokens // 2**halvings for halvings in range(5)} - {0})
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, channels, side, side) in [-1, 1] to vectors before quantisation (B, N, code_dim).
+        """Images (B, channels, side, side) in [-1, 1] to vectors before quantisation (B, N, code_dim).
 
         Errors: `StudioError` for other shapes.
         """
         side, channels = self.config.sample_size, self.config.in_channels
         if images.ndim != 4 or images.shape[1:] != (channels, side, side):
-            raise StudioError(f"Pictures must be (B, {channels}, {side}, {side}); got {tuple(images.shape)}.")
+            raise StudioError(f"Images must be (B, {channels}, {side}, {side}); got {tuple(images.shape)}.")
         rows = self.encoder((images + 1) / 2, self.latent_tokens)
         if self.config.legacy_reshape:
             columns = rows.reshape(len(rows), rows.shape[2], rows.shape[1], 1)
@@ -167,7 +167,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return self.encoder.conv_out(columns)[..., 0].transpose(1, 2)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, channels, side, side) in [-1, 1] to code numbers (B, N), int64, what matters most first."""
+        """Images (B, channels, side, side) in [-1, 1] to code numbers (B, N), int64, what matters most first."""
         return self.quantize.nearest(self.encode_features(images).transpose(1, 2))
 
     def quantize_features(self, features: torch.Tensor) -> QuantizedRow:
@@ -190,7 +190,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return self.decoder(vectors.to(self.dtype), lengths)
 
     def decode_vectors(self, vectors: torch.Tensor, length: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Unit code vectors (B, n, code_dim) to pictures (B, channels, side, side), about [-1, 1]."""
+        """Unit code vectors (B, n, code_dim) to images (B, channels, side, side), about [-1, 1]."""
         features = self.decode_features(vectors, length)
         if self.config.pixel_stage == "patches":
             return self.pixel_decoder(features) * 2 - 1
@@ -198,27 +198,27 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return self.pixel_decoder(mixture.movedim(-1, 1)) * 2 - 1
 
     def decode(self, tokens: torch.Tensor, length: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Code numbers (B, n) to pictures (B, channels, side, side), about [-1, 1].
+        """Code numbers (B, n) to images (B, channels, side, side), about [-1, 1].
 
         Args:
-            tokens: the first n tokens of each picture, n from 1 to N.
-            length: how many of them count, one number for all or one for each picture; all when None.
+            tokens: the first n tokens of each image, n from 1 to N.
+            length: how many of them count, one number for all or one for each image; all when None.
 
-        Errors: `StudioError` for more tokens than there are, none, or another number of lengths than pictures.
+        Errors: `StudioError` for more tokens than there are, none, or another number of lengths than images.
         """
         return self.decode_vectors(self.quantize.lookup(tokens).transpose(1, 2), length)
 
     def forward(
         self, images: torch.Tensor, length: int | Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: pictures (B, channels, side, side) in [-1, 1] restored from their first tokens, and the loss
+        """For training: images (B, channels, side, side) in [-1, 1] restored from their first tokens, and the loss
         of the quantiser over all tokens, a quarter of the commitment and the codebook's.
         """
         quantized = self.quantize_features(self.encode_features(images))
         return self.decode_vectors(quantized.vectors, length), 0.25 * quantized.commitment + quantized.codebook
 
     def _first(self, vectors, length):
-        """The vectors that count for any picture, and how many for each (None: all of them)."""
+        """The vectors that count for any image, and how many for each (None: all of them)."""
         n, most = vectors.shape[1], self.config.num_tokens
         if not 1 <= n <= most:
             raise StudioError(f"This tokenizer decodes from 1 to {most} tokens, not from {n}.")
@@ -226,7 +226,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
             return vectors, None
         lengths = torch.as_tensor(length)
         if lengths.ndim and lengths.shape != vectors.shape[:1]:
-            raise StudioError(f"Give one length, or one for each of {len(vectors)} pictures, not {lengths.numel()}.")
+            raise StudioError(f"Give one length, or one for each of {len(vectors)} images, not {lengths.numel()}.")
         shortest, longest = int(lengths.min()), int(lengths.max())
         if not 1 <= shortest <= longest <= n:
             raise StudioError(f"length must be from 1 to {n}, the number of tokens given, not {length!r}.")

@@ -27,7 +27,7 @@ class PatchPixels(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Vectors (B, channels * patch_size^2, h, w) to pictures (B, channels, h * patch_size, w * patch_size)."""
+        """Vectors (B, channels * patch_size^2, h, w) to images (B, channels, h * patch_size, w * patch_size)."""
         pixels = F.pixel_shuffle(x, self.patch_size)
         folded = F.pixel_unshuffle(pixels, self.block)
         return pixels + F.pixel_shuffle(self.conv_out(F.silu(self.conv_in(folded))), self.block)

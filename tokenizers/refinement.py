@@ -1,6 +1,6 @@
-"""Tokens chosen by what the decoder makes of them: the picture is looked at while its tokens are searched.
+"""Tokens chosen by what the decoder makes of them: the image is looked at while its tokens are searched.
 
-An encoder guesses the vectors once. Here gradient descent moves them on, for one picture, so that the decoder restores
+An encoder guesses the vectors once. Here gradient descent moves them on, for one image, so that the decoder restores
 it better; the nearest codes are used throughout, and gradients pass them unchanged. "Content Adaptive Optimization for
 Neural Image Compression" (arXiv:1906.01223) does the same to the numbers of an entropy-coded network. Decoder and
 format stay as they are.
@@ -18,7 +18,7 @@ from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 MAX_STEPS = 10_000
 RATE = 0.01
 """Adam's learning rate, for unit vectors."""
-_LEAST_ERROR = 1e-6  # below it, no picture is worth another step
+_LEAST_ERROR = 1e-6  # below it, no image is worth another step
 
 
 def refined_tokens(
@@ -28,18 +28,18 @@ def refined_tokens(
     steps: int,
     stopped: Callable[[], bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that restore pictures better from their first few than those that the encoder gives.
+    """Tokens that restore images better from their first few than those that the encoder gives.
 
     Args:
         tokenizer: a One-D-Piece tokenizer.
-        images: pictures (B, channels, side, side) in [-1, 1].
-        lengths: how many tokens of each picture count; only these are searched.
+        images: images (B, channels, side, side) in [-1, 1].
+        lengths: how many tokens of each image count; only these are searched.
         steps: of gradient descent, each as dear as decoding twice or three times; with 0 the encoder's tokens.
         stopped: asked before each step; True gives up.
 
     Returns:
-        Tokens (B, N), int64, the best of all steps for each picture, and their mean squared errors (B,) over numbers in
-        [0, 1]. No picture is worse than from the encoder's tokens.
+        Tokens (B, N), int64, the best of all steps for each image, and their mean squared errors (B,) over numbers in
+        [0, 1]. No image is worse than from the encoder's tokens.
 
     Errors: `StudioError` for a number of steps that is none, `Stopped` when `stopped` says so.
     """

@@ -108,16 +108,16 @@ class ResidualQuantizer(nn.Module):
         """Soft targets of the second stage (section 3.2.3): probabilities (..., D, K) and the codes (..., D) passed.
 
         softmax(-squared distance / temperature) at each level, along the nearest codes, or, with a generator, along
-        codes drawn from these probabilities. Levels must be equally large.
+        codes sampled from these probabilities. Levels must be equally large.
         """
-        rest, laws, codes = vectors.float().flatten(0, -2), [], []
+        rest, distributions, codes = vectors.float().flatten(0, -2), [], []
         for table in self.tables:
-            laws.append((-distances(rest, table) / temperature).softmax(dim=-1))
-            drawn = laws[-1].argmax(dim=-1) if generator is None else _draw(laws[-1], generator)
-            codes.append(drawn)
-            rest = rest - table[drawn].float()
+            distributions.append((-distances(rest, table) / temperature).softmax(dim=-1))
+            sampled = distributions[-1].argmax(dim=-1) if generator is None else _sample(distributions[-1], generator)
+            codes.append(sampled)
+            rest = rest - table[sampled].float()
         shape = vectors.shape[:-1]
-        return torch.stack(laws, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)
+        return torch.stack(distributions, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)
 
     def forward(self, vectors: torch.Tensor) -> Quantized:
         """Quantises vectors (..., C) for training the network around it."""
@@ -125,5 +125,5 @@ class ResidualQuantizer(nn.Module):
         return straight_through(vectors, self.lookup(codes), codes)
 
 
-def _draw(law: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.multinomial(law, 1, generator=generator)[:, 0]
+def _sample(distribution: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.multinomial(distribution, 1, generator=generator)[:, 0]

@@ -1,10 +1,10 @@
 """RVQ tokenizer: a convolutional autoencoder whose bottleneck is a grid of stacks of codes, coarse to fine.
 
 RQ-VAE of "Autoregressive Image Generation using Residual Quantization" (arXiv:2203.01941): each cell of the grid is the
-sum of D code vectors, and the first few of them already are a picture. Parameters carry the authors' names.
+sum of D code vectors, and the first few of them already are an image. Parameters carry the authors' names.
 
 Deviations from the authors' code: a shared codebook is stored once, the padding row behind each codebook and the
-averages of its training are not stored at all, and pictures of any fitting size are taken, not only of the size in
+averages of its training are not stored at all, and images of any fitting size are taken, not only of the size in
 training.
 """
 
@@ -36,7 +36,7 @@ def depth_to_space(vectors: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor
 
 
 class RVQTokenizer(ModelMixin, ConfigMixin):
-    """Pictures to a grid of D code numbers a cell and back.
+    """Images to a grid of D code numbers a cell and back.
 
     Args:
         in_channels: colour channels.
@@ -113,12 +113,12 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         return sum(math.log2(len(self.codebooks[level])) for level in range(depth))
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, channels, H, W) in [-1, 1] to vectors before quantisation (B, h, w, C).
+        """Images (B, channels, H, W) in [-1, 1] to vectors before quantisation (B, h, w, C).
 
         Errors: `StudioError` for other shapes, and for sides that do not split into cells.
         """
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
-            raise StudioError(f"Pictures must be (B, {self.config.in_channels}, H, W); got {tuple(images.shape)}.")
+            raise StudioError(f"Images must be (B, {self.config.in_channels}, H, W); got {tuple(images.shape)}.")
         rows, columns = self.pixels_per_cell
         if images.shape[2] % rows or images.shape[3] % columns:
             raise StudioError(
@@ -128,16 +128,16 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         return space_to_depth(self.quant_conv(self.encoder(folded)), self.config.cell)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, channels, H, W) in [-1, 1] to code numbers (B, h, w, D), int64, coarse to fine."""
+        """Images (B, channels, H, W) in [-1, 1] to code numbers (B, h, w, D), int64, coarse to fine."""
         return self.quantizer.encode(self.encode_features(images))
 
     def decode_features(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Sums of code vectors (B, h, w, C) to pictures (B, channels, H, W), about [-1, 1]."""
+        """Sums of code vectors (B, h, w, C) to images (B, channels, H, W), about [-1, 1]."""
         folded = self.decoder(self.post_quant_conv(depth_to_space(vectors, self.config.cell)))
         return F.pixel_shuffle(folded, self.config.pixel_unshuffle)
 
     def decode(self, tokens: torch.Tensor, depth: int | None = None) -> torch.Tensor:
-        """Code numbers (B, h, w, d) of the first d levels to pictures (B, channels, H, W), about [-1, 1].
+        """Code numbers (B, h, w, d) of the first d levels to images (B, channels, H, W), about [-1, 1].
 
         Of these the first `depth` are used, all when None; a code of -1 adds nothing.
 
@@ -148,7 +148,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         return self.decode_features(self.quantizer.lookup(tokens[..., :depth]).sum(dim=-2))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: reconstruction of pictures (B, channels, H, W) in [-1, 1], and the commitment loss.
+        """For training: reconstruction of images (B, channels, H, W) in [-1, 1], and the commitment loss.
 
         Gradients pass the quantiser unchanged (straight-through); codebooks get none.
         """

@@ -3,8 +3,8 @@
 "Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation" (arXiv:2503.16430), section 3.2. Nothing
 is trained: any `KLTokenizer` becomes a tokenizer of discrete tokens, 16 of them a cell with MAR's KL-16.
 
-Deviations from the authors' code: `encode` takes the mean of a latent unless it is given a generator to draw with; the
-order of dimensions is theirs for MAR's autoencoder only and is measured for others (`low_frequency_order`), because
+Deviations from the authors' code: `encode` takes the mean of a latent unless it is given a generator to sample with;
+the order of dimensions is theirs for MAR's autoencoder only and is measured for others (`low_frequency_order`), because
 they publish the list but not how low a frequency is.
 """
 
@@ -23,14 +23,14 @@ from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
 MAX_LEVELS = 2**16
 
 KL16_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
-"""The authors' order for the dimensions of MAR's KL-16: the first is drawn first."""
+"""The authors' order for the dimensions of MAR's KL-16: the first is sampled first."""
 
 
 def low_frequency_order(latents: torch.Tensor, cutoff: float = 0.25) -> list[int]:
     """Dimensions of latents (n, C, h, w) by their share of energy in low frequencies, the greatest first.
 
     Args:
-        latents: of pictures of the kind that will be drawn.
+        latents: of images of the kind that will be sampled.
         cutoff: length, in cycles per cell, below which a frequency is low; the highest along an axis is 0.5.
 
     Errors: `StudioError` for a cutoff that is not above 0.
@@ -45,7 +45,7 @@ def low_frequency_order(latents: torch.Tensor, cutoff: float = 0.25) -> list[int
 
 
 class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
-    """Pictures to a grid of C level numbers a cell and back.
+    """Images to a grid of C level numbers a cell and back.
 
     Args:
         autoencoder: arguments of the `KLTokenizer` in the part `continuous`, but for its `sample_size`.
@@ -53,7 +53,7 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
         value_range: scaled latents at the ends of the axis; those outside take the outermost levels.
         std_range: where the Gaussian that the levels are laid for is cut off.
         reconstruction_values: places of the levels (B,) from -`std_range` to `std_range`; computed when None.
-        dimension_order: a permutation of the C dimensions, in which a generator draws them; as they are when None.
+        dimension_order: a permutation of the C dimensions, in which a generator samples them; as they are when None.
         sample_size: side in pixels that the weights were trained for.
 
     Errors: `StudioError` for levels that are fewer than two or other than their values, and for an order that is no
@@ -122,26 +122,26 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
         return self.quantizer.values(self.device)
 
     def encode_features(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w): means, or draws with a generator.
+        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w): means, or samples with a generator.
 
-        Errors: `StudioError` for pictures whose shape does not fit.
+        Errors: `StudioError` for images whose shape does not fit.
         """
-        law = self.continuous.encode_distribution(images)
-        latents = law.mode() if generator is None else law.sample(generator)
+        distribution = self.continuous.encode_distribution(images)
+        latents = distribution.mode() if generator is None else distribution.sample(generator)
         return latents * self.continuous.config.scaling_factor
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to level numbers (B, h, w, C), int64, in the autoencoder's order."""
+        """Images (B, 3, H, W) in [-1, 1] to level numbers (B, h, w, C), int64, in the autoencoder's order."""
         return self.quantizer.encode(self.encode_features(images, generator)).movedim(1, -1)
 
     def decode_features(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), about [-1, 1]."""
+        """Scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1]."""
         return self.continuous.decode((latents / self.continuous.config.scaling_factor).to(self.dtype))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Level numbers (B, h, w, C) to pictures (B, 3, H, W), about [-1, 1]."""
+        """Level numbers (B, h, w, C) to images (B, 3, H, W), about [-1, 1]."""
         return self.decode_features(self.quantizer.decode(tokens).movedim(-1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Restoration of pictures (B, 3, H, W) in [-1, 1] from their tokens."""
+        """Restoration of images (B, 3, H, W) in [-1, 1] from their tokens."""
         return self.decode(self.encode(images))

@@ -1,6 +1,6 @@
-"""VAR's tokenizer: a picture as code grids of rising size, each of which corrects the sum of those before.
+"""VAR's tokenizer: an image as code grids of rising size, each of which corrects the sum of those before.
 
-"Visual Autoregressive Modeling" (arXiv:2404.02905), algorithms 1 and 2. The features of a picture are the sum over
+"Visual Autoregressive Modeling" (arXiv:2404.02905), algorithms 1 and 2. The features of an image are the sum over
 scales of phi_k(enlarged code vectors); phi is half the identity and half a 3x3 convolution, and neighbouring scales
 share one. Codes are not normalised. Parameters carry the authors' names. Tokens of all scales stand in one row, coarse
 to fine, raster order in each.
@@ -16,7 +16,7 @@ from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
 
 
 class VARTokenizer(ModelMixin, ConfigMixin):
-    """Pictures to code numbers of all scales and back.
+    """Images to code numbers of all scales and back.
 
     Args:
         base_channels, channel_multipliers, res_blocks: as in VQGAN; each level after the first halves the grid.
@@ -55,7 +55,7 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         return self.quantize.embedding.weight
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to code numbers (B, n), int64."""
+        """Images (B, 3, H, W) in [-1, 1] to code numbers (B, n), int64."""
         return self.encode_features(self.quant_conv(self.encoder(images)))
 
     def encode_features(self, features: torch.Tensor) -> torch.Tensor:
@@ -104,11 +104,11 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         return sums
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, C, h, w) to pictures (B, 3, H, W) in [-1, 1]."""
+        """Features (B, C, h, w) to images (B, 3, H, W) in [-1, 1]."""
         return self.decoder(self.post_quant_conv(features)).clamp(-1, 1)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Code numbers (B, n) to pictures (B, 3, H, W) in [-1, 1]."""
+        """Code numbers (B, n) to images (B, 3, H, W) in [-1, 1]."""
         return self.decode_features(self.features(self.codebook[tokens]))
 
 

@@ -15,7 +15,7 @@ from studio.errors import StudioError
 
 
 class VQTokenizer(ModelMixin, ConfigMixin):
-    """Pictures to a grid of code numbers and back.
+    """Images to a grid of code numbers and back.
 
     Args:
         in_channels: colour channels.
@@ -70,7 +70,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def row_length(self) -> None:
-        """Tokens of a picture where they are a row: None, these are a grid."""
+        """Tokens of an image where they are a row: None, these are a grid."""
 
     @property
     def bits_per_token(self) -> float:
@@ -78,32 +78,32 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         return float(torch.log2(torch.tensor(float(self.config.codebook_size))))
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] to vectors before quantisation (B, code_dim, h, w)."""
+        """Images (B, C, H, W) in [-1, 1] to vectors before quantisation (B, code_dim, h, w)."""
         factor = self.downsample_factor
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
-            raise StudioError(f"Pictures must be (B, {self.config.in_channels}, H, W); got {tuple(images.shape)}.")
+            raise StudioError(f"Images must be (B, {self.config.in_channels}, H, W); got {tuple(images.shape)}.")
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise StudioError(f"Height and width must be multiples of {factor}; got {tuple(images.shape[-2:])}.")
         return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.pixel_unshuffle)))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] to code numbers (B, h, w), int64."""
+        """Images (B, C, H, W) in [-1, 1] to code numbers (B, h, w), int64."""
         return self.quantize.nearest(self.encode_features(images))
 
     def decode_features(self, codes: torch.Tensor) -> torch.Tensor:
-        """Unit code vectors (B, code_dim, h, w) to pictures (B, C, H, W), about [-1, 1]."""
+        """Unit code vectors (B, code_dim, h, w) to images (B, C, H, W), about [-1, 1]."""
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(codes)), self.config.pixel_unshuffle)
 
     def decode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Unit code vectors (B, h, w, code_dim) to pictures (B, C, H, W), about [-1, 1]."""
+        """Unit code vectors (B, h, w, code_dim) to images (B, C, H, W), about [-1, 1]."""
         return self.decode_features(vectors.movedim(-1, 1))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Code numbers (B, h, w) to pictures (B, C, H, W), about [-1, 1]."""
+        """Code numbers (B, h, w) to images (B, C, H, W), about [-1, 1]."""
         return self.decode_features(self.quantize.lookup(tokens))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of pictures (B, C, H, W) in [-1, 1] through their tokens."""
+        """Reconstruction of images (B, C, H, W) in [-1, 1] through their tokens."""
         return self.decode(self.encode(images))
 
 
@@ -203,7 +203,7 @@ def _middle(width: int, groups: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Folded pictures (B, channels, H, W) to features (B, z_channels, h, w)."""
+    """Folded images (B, channels, H, W) to features (B, z_channels, h, w)."""
 
     def __init__(self, channels: int, widths: list[int], blocks: int, z_channels: int, groups: int):
         super().__init__()
@@ -231,7 +231,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) to folded pictures (B, channels, H, W); `conv_blocks.0` is the coarsest level."""
+    """Features (B, z_channels, h, w) to folded images (B, channels, H, W); `conv_blocks.0` is the coarsest level."""
 
     def __init__(self, channels: int, widths: list[int], blocks: int, z_channels: int, groups: int):
         super().__init__()

@@ -6,7 +6,7 @@ import gradio as gr
 
 from studio.ui.server.deep_link import connect_link
 from studio.ui.server.failures import Page
-from studio.ui.server.send_to import connect_outlet
+from studio.ui.server.send_to import connect_send_to
 from studio.ui.tabs import ask, compare, generate, tokenize
 from studio.ui.tabs.actions import ON_THE_MODEL
 from studio.ui.tabs.components import header
@@ -19,11 +19,12 @@ _ALONE = 1  # requests for a model under way where there are no queues of ours
 
 
 def build_app(model="emoji-ar", places=None):
-    """Build the page without loading a model; the first drawing or question does.
+    """Build the page without loading a model; the first sampling or question does.
 
     Args:
         model: what `studio.load` takes: a bundled name, a model folder or a Hub id.
-        places: how many requests for a model may be under way, where `studio.ui.server.worker` has queues for them; `None` to
+        places: how many requests for a model may be under way, where `studio.ui.server.worker` has queues for them;
+            `None` to
             have one under way and the others wait in Gradio's queue.
 
     Returns:
@@ -35,12 +36,12 @@ def build_app(model="emoji-ar", places=None):
             with gr.Tab("Generate", id="generate"):
                 outlet, form = generate.build_tab(model)
             with gr.Tab("Tokenize", id="tokenize"):
-                picture = tokenize.build_tab()
+                image = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
                 asked, question = ask.build_tab()
             with gr.Tab("Compare", id="compare"):
                 compared = compare.build_tab(model)
-        connect_outlet(outlet, tabs, {"tokenize": picture, "ask": asked})
+        connect_send_to(outlet, tabs, {"tokenize": image, "ask": asked})
         connect_link(demo, tabs, form, question, compared)
     if places is not None:
         for handler in demo.fns.values():

@@ -1,4 +1,4 @@
-"""LlamaGen for drawing tokens on a CPU, compiled from C on first use (`native.c`, `native_blocks`).
+"""LlamaGen for sampling tokens on a CPU, compiled from C on first use (`native.c`, `native_blocks`).
 
 Where there is no compiler, `is_available` is false, and `studio.backends.packed` is the next best.
 

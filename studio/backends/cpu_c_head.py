@@ -88,7 +88,8 @@ class NativeHead:
         table: torch.Tensor,
         limit: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log of the standard deviation (t, m, D) of the states before x (t, m, D), as of `Kernels.along`.
+        """Mean and log of the standard deviation (t, m, D) of the states before x (t, m, D), as of
+        `ReverseTransitions.along`.
 
         Args:
             modulated: what each block and the last layer read, (t, S, n, numbers), of which the first m tokens count.

@@ -1,4 +1,4 @@
-"""LlamaGen arranged for drawing tokens quickly on a CPU.
+"""LlamaGen arranged for sampling tokens quickly on a CPU.
 
 One step over two rows reads every weight once, so its time is the time to stream them. This view of a model keeps each
 weight matrix prepacked in the layout of the library's best small-batch kernel, joins w1 with w3, adds residuals inside

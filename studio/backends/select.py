@@ -1,8 +1,8 @@
 """Which arrangement of a model a decoding loop runs: the model itself, or a faster view of the same weights.
 
 "native" (`studio.backends.cpu_c`, `native_drafter`, `native_head`) runs in C; "float32", "float16" and "int8"
-(`studio.backends.packed`) need no compiler. A view is kept and reused until one of the model's weights changes, moves or
-disappears.
+(`studio.backends.packed`) need no compiler. A view is kept and reused until one of the model's weights changes, moves
+or disappears.
 """
 
 import weakref

@@ -68,7 +68,7 @@ def chart(
 
 
 class _Axis:
-    """From values to places in the picture, with room at both ends."""
+    """From values to places in the image, with room at both ends."""
 
     def __init__(self, values, start, end, logarithmic, least=0.0):
         self.scale = log10 if logarithmic else float

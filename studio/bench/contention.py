@@ -19,7 +19,7 @@ def bench_contention(model: str = "emoji-ar", *, rounds: int = 5, images: int = 
     """Times one image on the CPU, in turns on the machine as it is and beside one busy process for each core.
 
     Args:
-        model: a bundled name or folder of a pipeline that draws from words.
+        model: a bundled name or folder of a pipeline that samples from words.
         rounds: how often both are measured.
         images: images of a round, one after the other.
 
@@ -33,25 +33,25 @@ def bench_contention(model: str = "emoji-ar", *, rounds: int = 5, images: int = 
         raise StudioError(f"Measure at least one round of one image, not {rounds} of {images}.")
     pipe = load(model, device="cpu")
     if not getattr(pipe, "takes_text", False):
-        raise StudioError(f"{model} does not draw from words: name emoji-ar or another pipeline that does.")
+        raise StudioError(f"{model} does not sample from words: name emoji-ar or another pipeline that does.")
     pipe.set_progress_bar_config(disable=True)
     idle, busy = [], []
 
-    def draw():
+    def sample():
         pipe(_PROMPT)
 
-    draw()
+    sample()
     for _ in range(rounds):
-        idle += [_seconds(draw) for _ in range(images)]
+        idle += [_seconds(sample) for _ in range(images)]
         with _busy_cores():
-            busy += [_seconds(draw) for _ in range(images)]
+            busy += [_seconds(sample) for _ in range(images)]
     seconds = {"idle_seconds": statistics.median(idle), "busy_seconds": statistics.median(busy)}
     return {**seconds, "ratio": seconds["busy_seconds"] / seconds["idle_seconds"]}
 
 
-def _seconds(draw: Callable[[], None]) -> float:
+def _seconds(sample: Callable[[], None]) -> float:
     began = time.perf_counter()
-    draw()
+    sample()
     return time.perf_counter() - began
 
 

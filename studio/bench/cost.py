@@ -20,7 +20,7 @@ _IN_A_ROW = 4
 
 
 def call_seconds(model: LlamaGen, rows: int, nodes: int, repeats: int = 9) -> float:
-    """Median seconds of one call for a path of n nodes in each of some rows, logits included, half down a picture."""
+    """Median seconds of one call for a path of n nodes in each of some rows, logits included, half down an image."""
     call = _prepared(model, rows, nodes)
     return statistics.median([_timed(call, model.device) for _ in range(repeats + 2)][2:])
 
@@ -50,7 +50,7 @@ def least_call_seconds(
 
 
 def _prepared(model: LlamaGen, rows: int, nodes: int) -> Callable[[], None]:
-    """A call for a path of n nodes in each row, half down a picture, which leaves the cache as it was."""
+    """A call for a path of n nodes in each row, half down an image, which leaves the cache as it was."""
     view, device = model.for_decoding("auto"), model.device
     last = len(model.rope()) - 1
     length = last + 1 - model.num_tokens // 2

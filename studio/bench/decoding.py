@@ -1,7 +1,7 @@
-"""How fast tokens are drawn, beside a plain textbook sampler and the bound that memory sets.
+"""How fast tokens are sampled, beside a plain textbook sampler and the bound that memory sets.
 
 The bound is the measured speed of reading the weights once per step, divided into tokens: no method that reads all
-weights for each token of a picture can pass it.
+weights for each token of an image can pass it.
 """
 
 import gc
@@ -72,8 +72,8 @@ def bench_random_decoding(
     """Times a class-conditional model of random weights.
 
     Args:
-        tokens: image tokens a picture; a square number.
-        batch: pictures at a time; a list gives a row for each.
+        tokens: image tokens an image; a square number.
+        batch: images at a time; a list gives a row for each.
         dtype: "float32", "bfloat16", "float16" (float16 weights, float32 arithmetic) or "int8" (weights), or a list.
         repeats: runs of each side, in turn; the fastest counts.
 
@@ -103,23 +103,23 @@ def bench_random_decoding(
     dtypes = dtype if isinstance(dtype, (list, tuple)) else [dtype]
     bandwidth = read_bandwidth(model)
     rows = []
-    for pictures in batches:
+    for images in batches:
         for name in dtypes:
-            rows.append(_row(model, guidance, pictures, name, top_k, repeats, bandwidth))
+            rows.append(_row(model, guidance, images, name, top_k, repeats, bandwidth))
     return {"rows": rows}
 
 
-def _row(model, guidance, pictures, name, top_k, repeats, bandwidth) -> dict:
+def _row(model, guidance, images, name, top_k, repeats, bandwidth) -> dict:
     if name not in _DTYPES and name not in _PACKED:
         raise StudioError(f"dtype is one of {', '.join({**_DTYPES, **_PACKED})}, not {name!r}.")
     precision = _DTYPES.get(name) or _PACKED[name]
     settings = Autoregressive(weights=_PACKED.get(name, "auto"))
     tested = model if precision != "bfloat16" else _copy(model, torch.bfloat16)
     sampling = Sampling(top_k=min(top_k, model.config.vocab_size))
-    condition = _condition(model, pictures)
+    condition = _condition(model, images)
 
-    def draw(loop: Callable, network, **more):
-        seeded = [torch.Generator(model.device).manual_seed(seed) for seed in range(pictures)]
+    def sample(loop: Callable, network, **more):
+        seeded = [torch.Generator(model.device).manual_seed(seed) for seed in range(images)]
         matched = {
             key: value.to(network.dtype) if value.is_floating_point() else value for key, value in condition.items()
         }
@@ -127,21 +127,21 @@ def _row(model, guidance, pictures, name, top_k, repeats, bandwidth) -> dict:
 
     ours, reference, fast, plain = [], [], None, None
     gc.collect()
-    draw(autoregressive, tested, settings=settings)
+    sample(autoregressive, tested, settings=settings)
     for _ in range(repeats):
-        seconds, fast = _timed(model.device, lambda: draw(autoregressive, tested, settings=settings).tokens)
+        seconds, fast = _timed(model.device, lambda: sample(autoregressive, tested, settings=settings).tokens)
         ours.append(seconds)
-        seconds, plain = _timed(model.device, lambda: draw(textbook, model))
+        seconds, plain = _timed(model.device, lambda: sample(textbook, model))
         reference.append(seconds)
-    drawn = pictures * model.num_tokens
+    sampled = images * model.num_tokens
     view = tested.for_decoding(settings.weights)
     step_bytes = getattr(view, "weight_bytes", None) or step_weights(model) * _BYTES[precision]
     return {
-        "batch": pictures,
+        "batch": images,
         "dtype": precision,
-        "tokens_per_second": drawn / min(ours),
-        "bound_tokens_per_second": pictures * bandwidth / step_bytes,
-        "reference_tokens_per_second": drawn / min(reference),
+        "tokens_per_second": sampled / min(ours),
+        "bound_tokens_per_second": images * bandwidth / step_bytes,
+        "reference_tokens_per_second": sampled / min(reference),
         "speedup": min(reference) / min(ours),
         "identical_tokens": bool(torch.equal(fast, plain)),
     }
@@ -153,10 +153,10 @@ def _copy(model: LlamaGen, dtype: torch.dtype) -> LlamaGen:
     return twin.to(model.device, dtype).eval()
 
 
-def _condition(model: LlamaGen, pictures: int) -> dict[str, torch.Tensor]:
+def _condition(model: LlamaGen, images: int) -> dict[str, torch.Tensor]:
     if model.config.num_classes is not None:
-        return {"class_labels": torch.arange(pictures, device=model.device) % model.config.num_classes}
-    shape = (pictures, model.config.caption_length, model.config.caption_dim)
+        return {"class_labels": torch.arange(images, device=model.device) % model.config.num_classes}
+    shape = (images, model.config.caption_length, model.config.caption_dim)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return {
         "captions": noise.to(model.device),

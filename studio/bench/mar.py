@@ -1,4 +1,4 @@
-"""How long a masked autoregressive model takes to draw continuous tokens, beside a plain textbook sampler."""
+"""How long a masked autoregressive model takes to sample continuous tokens, beside a plain textbook sampler."""
 
 import torch
 
@@ -33,7 +33,7 @@ def bench_mar(
         random: sizes as "dim=256,depth=6", those of `SIZES` where none are given: width, blocks and heads of encoder
             and of decoder, width and blocks of the head, tokens (a square number), and steps of both kinds. The buffer
             has 16 places, a token 16 numbers.
-        batch: pictures at a time.
+        batch: images at a time.
         repeats: runs of each side, in turn; the fastest counts.
 
     Returns:
@@ -54,10 +54,10 @@ def bench_mar(
     best, reference_seconds = None, float("inf")
     for _ in range(repeats):
         sides = []
-        for draw in (masked_autoregressive, textbook_masked):
-            generators = [torch.Generator().manual_seed(picture) for picture in range(batch)]
+        for sample in (masked_autoregressive, textbook_masked):
+            generators = [torch.Generator().manual_seed(image) for image in range(batch)]
             sides.append(
-                draw(model, condition, generators=generators, guidance_scale=guidance_scale, settings=settings)
+                sample(model, condition, generators=generators, guidance_scale=guidance_scale, settings=settings)
             )
         ours, reference = (side.seconds for side in sides)
         reference_seconds = min(reference_seconds, sum(reference.values()))

@@ -20,7 +20,7 @@ from studio.pruning.registry import INSIDE, METHODS, method_named
 
 
 def reading_chart(rows: list[dict]) -> str:
-    """Exact answers over kept tokens, as SVG: a line for each method, which ends at the whole picture."""
+    """Exact answers over kept tokens, as SVG: a line for each method, which ends at the whole image."""
     whole = rows[0]
     series = [Series("all tokens", (_point(whole),))]
     for method in dict.fromkeys(row["method"] for row in rows[1:]):
@@ -55,7 +55,7 @@ def _note(row):
 
 PHASES = ("encode", "select", "prefill", "decode")
 _STREAM = 1_000_000_009
-"""First number of the seeds of the pictures that are timed."""
+"""First number of the seeds of the images that are timed."""
 
 
 def bench_reading(
@@ -65,7 +65,7 @@ def bench_reading(
     keeps: tuple[float, ...] = KEEPS,
     after_layer: int | None = None,
     scenes: int = 100,
-    pictures: int = 8,
+    images: int = 8,
     repeats: int = 3,
     tiles: tuple[int, int] = (2, 2),
     device: str | None = None,
@@ -76,12 +76,12 @@ def bench_reading(
         model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
         methods: names out of `METHODS`; behind a layer "fastv" and "pyramiddrop" too. `None` is all of `METHODS`, and
             "fastv", "divprune", "random" and "uniform" behind a layer.
-        keeps: shares of the picture's tokens, newlines included.
+        keeps: shares of the image's tokens, newlines included.
         after_layer: prune behind this layer of the language model (see `studio.prune`) instead of before it. Every
             question is then read on its own, twelve times the work.
         scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
-        pictures: scenes that are timed, one question each; all settings get the same.
-        repeats: runs of each picture and setting, in turn with the others.
+        images: scenes that are timed, one question each; all settings get the same.
+        repeats: runs of each image and setting, in turn with the others.
         tiles: rows and columns of tiles of each scene.
 
     Returns:
@@ -101,7 +101,7 @@ def bench_reading(
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
-    answers = _answers(pipe, settings, after_layer, pictures, repeats, tiles)
+    answers = _answers(pipe, settings, after_layer, images, repeats, tiles)
     inside = after_layer is not None
     measured = evaluate_reader(
         pipe.model, pipe.processor, scenes=scenes, methods=() if inside else methods, keeps=keeps, tiles=tiles
@@ -123,9 +123,9 @@ def bench_reading(
     return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
 
 
-def _answers(pipe, settings, after_layer, pictures, repeats, tiles):
+def _answers(pipe, settings, after_layer, images, repeats, tiles):
     answers = {setting: [] for setting in settings}
-    asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(pictures)]
+    asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(images)]
     _ask(pipe, asked[0], *settings[-1], after_layer)
     for _ in tqdm(range(repeats), desc="timing", unit="round"):
         for scene in asked:
@@ -136,7 +136,7 @@ def _answers(pipe, settings, after_layer, pictures, repeats, tiles):
 
 def _ask(pipe, scene, method, keep, after_layer):
     chosen = {} if method == "none" else {"prune": method, "keep": keep, "after_layer": after_layer}
-    return pipe(Image.fromarray(scene.picture), scene.questions[0].text, **chosen, max_new_tokens=4)
+    return pipe(Image.fromarray(scene.image), scene.questions[0].text, **chosen, max_new_tokens=4)
 
 
 def _row(setting, answers, accuracy):

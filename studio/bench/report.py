@@ -63,7 +63,7 @@ def run_command(command: str) -> str:
     return done.stdout.strip()
 
 
-def renew(documents: list[Path], only: str = "", run: Callable[[str], str] = run_command) -> list[str]:
+def regenerate(documents: list[Path], only: str = "", run: Callable[[str], str] = run_command) -> list[str]:
     """Runs the commands of all blocks, each once, and writes what they print into the documents.
 
     Args:

@@ -1,4 +1,4 @@
-"""What calls and levels buy: pictures of a ResGen over the number of calls and the levels that are decoded, judged."""
+"""What calls and levels buy: images of a ResGen over the number of calls and the levels that are decoded, judged."""
 
 import time
 
@@ -10,7 +10,7 @@ from studio.bench.report import markdown_table
 from studio.checkpoints.loading import load
 from studio.data.captions import full_caption
 from studio.errors import StudioError
-from studio.evaluation.judge import draw_combinations, held_out_features, load_judge, scores, verdicts
+from studio.evaluation.judge import held_out_features, load_judge, sample_combinations, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
 from studio.pipelines.decodings import decoding_named, decodings_for
 from studio.pipelines.resgen import ResGenPipeline
@@ -27,45 +27,47 @@ def bench_residual(
     batch_size: int = 50,
     device: str | None = None,
 ) -> dict:
-    """Draws the same held-out combinations with every number of calls, and decodes each drawing at every depth.
+    """Samples the same held-out combinations with every number of calls, and decodes each sampling at every depth.
 
     Args:
         model: a folder or bundled name of a text-conditional `ResGenPipeline`.
         steps: numbers of calls.
-        samples: combinations, one picture each; more than the judge's features (64).
-        seed: chooses the combinations, and seeds picture i with seed + i.
-        batch_size: pictures drawn at a time; the result does not depend on it.
+        samples: combinations, one image each; more than the judge's features (64).
+        seed: chooses the combinations, and seeds image i with seed + i.
+        batch_size: images sampled at a time; the result does not depend on it.
 
     Returns:
         `{"model", "samples", "seed", "rows"}`. A row has "decoding", "steps", "depth" (the levels that are decoded),
-        "judge_top1" as a fraction, "frechet" in the judge's features, and "seconds_per_image" of drawing all levels.
+        "judge_top1" as a fraction, "frechet" in the judge's features, and "seconds_per_image" of sampling all levels.
 
-    Errors: `StudioError` for another kind of model, and for more calls than a picture has codes.
+    Errors: `StudioError` for another kind of model, and for more calls than an image has codes.
     """
     pipe = load(model, device=device)
     if not isinstance(pipe, ResGenPipeline) or not pipe.takes_text:
-        raise StudioError(f"{model} is no ResGen that draws from words: name emoji-resgen or a folder of its training.")
+        raise StudioError(
+            f"{model} is no ResGen that samples from words: name emoji-resgen or a folder of its training."
+        )
     pipe.set_progress_bar_config(disable=True)
-    drawn = draw_combinations(samples, np.random.default_rng(seed))
-    captions = [full_caption(*row) for row in drawn.tolist()]
+    sampled = sample_combinations(samples, np.random.default_rng(seed))
+    captions = [full_caption(*row) for row in sampled.tolist()]
     for number in steps:
         pipe.check_call(captions[0], decoding=decoding_named("resgen").settings(steps=number))
     judge = load_judge(device=pipe.device)
     truth, rows = held_out_features(judge), []
     settings = [(name, number) for name in decodings_for(type(pipe).__name__, ()) for number in steps]
-    for name, number in tqdm(settings, desc="drawing", unit="setting"):
+    for name, number in tqdm(settings, desc="sampling", unit="setting"):
         began = time.perf_counter()
         tokens = _tokens(pipe, captions, decoding_named(name).settings(steps=number), seed, batch_size)
         seconds = (time.perf_counter() - began) / samples
         for depth in range(1, tokens.shape[2] + 1):
-            pictures = torch.cat([pipe.decode_tokens(part, "pt", depth).cpu() for part in tokens.split(batch_size)])
-            verdict = verdicts(judge, pictures)
+            images = torch.cat([pipe.decode_tokens(part, "pt", depth).cpu() for part in tokens.split(batch_size)])
+            verdict = verdicts(judge, images)
             rows.append(
                 {
                     "decoding": name,
                     "steps": number,
                     "depth": depth,
-                    "judge_top1": scores(verdict, drawn)["judge_top1"],
+                    "judge_top1": scores(verdict, sampled)["judge_top1"],
                     "frechet": frechet_distance(verdict.features, truth),
                     "seconds_per_image": seconds,
                 }
@@ -76,7 +78,7 @@ def bench_residual(
 def residual_table(rows: list[dict]) -> str:
     """The rows as a Markdown table: a line for a decoding and a number of calls, a column for a depth."""
     depths = sorted({row["depth"] for row in rows})
-    head = ["Decoding", "Calls", "s a picture", *(f"Top-1 % (Fréchet), depth {depth}" for depth in depths)]
+    head = ["Decoding", "Calls", "s an image", *(f"Top-1 % (Fréchet), depth {depth}" for depth in depths)]
     lines = []
     for name, number in dict.fromkeys((row["decoding"], row["steps"]) for row in rows):
         own = {row["depth"]: row for row in rows if (row["decoding"], row["steps"]) == (name, number)}

@@ -1,7 +1,7 @@
-"""Whether `studio serve` gives everybody their own pictures when many ask at once, how fast, and in how much memory.
+"""Whether `studio serve` gives everybody their own images when many ask at once, how fast, and in how much memory.
 
 The server runs in a process of its own and is asked over the loopback as any program would ask it. Scope: the Generate
-endpoint, one picture a request.
+endpoint, one image a request.
 """
 
 import json
@@ -26,7 +26,7 @@ from studio.checkpoints.loading import load
 from studio.errors import StudioError
 
 _SUBJECTS = ("a red apple", "a fox", "a rocket", "a rainbow", "an octopus", "a hot beverage", "a green book")
-_GUIDANCE = (None, None, 2.0)  # of every third client another one, which is drawn in calls of its own
+_GUIDANCE = (None, None, 2.0)  # of every third client another one, which is sampled in calls of its own
 _LONGEST_START = 600  # seconds
 _MIB = 2**20
 
@@ -45,13 +45,13 @@ class Answer:
     """What came back.
 
     Args:
-        picture: (H, W, 3) uint8.
+        image: (H, W, 3) uint8.
         record: what the PNG says of its making.
         seconds: from the question to the answer.
-        together: pictures that its call drew.
+        together: images that its call drew.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     record: dict
     seconds: float
     together: int
@@ -60,23 +60,24 @@ class Answer:
 def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device=None):
     """Asks a server with `clients` clients at once, each `requests` times in a row; a first round more does not count.
 
-    Everything is drawn in float32, where a picture of a batch equals that of a single call.
+    Everything is sampled in float32, where an image of a batch equals that of a single call.
 
     Returns:
         A dict:
 
         - "requests", "answered", and "lost": no answer, or an error;
-        - "mixed_up": the PNG says something else than was asked, or the picture is nearer to that of another request;
-        - "different": not what a single call draws; a colour is off by more than the one level of 255 that the rounding
+        - "mixed_up": the PNG says something else than was asked, or the image is nearer to that of another request;
+        - "different": not what a single call samples; a colour is off by more than the one level of 255 that the
+        rounding
           of a batch may cost;
-        - "seconds" of all rounds, "pictures_per_second", "median_seconds" and "longest_seconds" of an answer;
-        - "pictures_a_call", on average;
+        - "seconds" of all rounds, "images_per_second", "median_seconds" and "longest_seconds" of an answer;
+        - "images_a_call", on average;
         - "memory_before_mib" and "memory_after_mib" of the server, around these rounds.
 
     Errors: `StudioError` where the server does not start.
     """
     rounds = [_round(number, clients) for number in range(requests + 1)]
-    command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch), "--max-pictures", "1"]
+    command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch), "--max-images", "1"]
     command += ["--max-waiting", str(max(64, clients)), "--max-per-user", str(clients)]  # all come from one address
     command += ["--devices", str(device)] if device else []
     with tempfile.TemporaryDirectory() as folder, _server(command, Path(folder)) as (url, process):
@@ -94,7 +95,7 @@ def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device
         "clients": clients,
         **compared(asked, answers, _alone(model, device, asked)),
         "seconds": seconds,
-        "pictures_per_second": sum(answer is not None for answer in answers) / seconds,
+        "images_per_second": sum(answer is not None for answer in answers) / seconds,
         **_waits([answer for answer in answers if answer is not None]),
         "memory_before_mib": before / _MIB,
         "memory_after_mib": after / _MIB,
@@ -107,7 +108,7 @@ def compared(asked, answers, alone):
     Args:
         asked: the requests.
         answers: an `Answer` each, or `None`.
-        alone: the pictures (H, W, 3) that single calls draw of them.
+        alone: the images (H, W, 3) that single calls sample of them.
     """
     counts = {"requests": len(asked), "answered": 0, "lost": 0, "mixed_up": 0, "different": 0}
     expected = np.stack(alone).astype(np.float32)
@@ -116,7 +117,7 @@ def compared(asked, answers, alone):
             counts["lost"] += 1
             continue
         counts["answered"] += 1
-        off = np.abs(expected - answer.picture)
+        off = np.abs(expected - answer.image)
         distances = off.mean(axis=(1, 2, 3))
         is_own = _says(answer.record, request) and distances[number] == distances.min()
         counts["mixed_up"] += not is_own
@@ -149,34 +150,34 @@ def _ask(pool, asking, requests):
             values = {"prompt": request.prompt, "count": 1, "seed": request.seed, "guidance": request.guidance}
             [found], details = client.predict(**values, api_name="/generate")
             with Image.open(found["image"]) as file:
-                picture, record = np.asarray(file.convert("RGB")), json.loads(file.info["studio"])
+                image, record = np.asarray(file.convert("RGB")), json.loads(file.info["studio"])
         except Exception:
             return None
-        return Answer(picture, record, time.perf_counter() - began, details["drawn_together"])
+        return Answer(image, record, time.perf_counter() - began, details["sampled_together"])
 
     return list(pool.map(ask, asking, requests))
 
 
 def _alone(model, device, requests):
-    """The pictures of single calls."""
+    """The images of single calls."""
     pipe = load(model, device=device, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for request in requests:
         generator = torch.Generator().manual_seed(request.seed)
         output = pipe(request.prompt, guidance_scale=request.guidance, generator=generator)
-        pictures.append(np.asarray(output.images[0]))
-    return pictures
+        images.append(np.asarray(output.images[0]))
+    return images
 
 
 def _waits(answers):
     if not answers:
-        return {"median_seconds": None, "longest_seconds": None, "pictures_a_call": None}
+        return {"median_seconds": None, "longest_seconds": None, "images_a_call": None}
     seconds = [answer.seconds for answer in answers]
     return {
         "median_seconds": float(np.median(seconds)),
         "longest_seconds": max(seconds),
-        "pictures_a_call": len(answers) / sum(1 / answer.together for answer in answers),
+        "images_a_call": len(answers) / sum(1 / answer.together for answer in answers),
     }
 
 

@@ -1,4 +1,4 @@
-"""What tokenizers keep of pictures of concepts they have never seen, how fast, and what wrong tokens do to it.
+"""What tokenizers keep of images of concepts they have never seen, how fast, and what wrong tokens do to it.
 
 A tokenizer that decodes from a part of its tokens has a row for each of them: the depths of an `RVQTokenizer`, the
 `lengths` of any tokenizer with that attribute. A continuous one has a row for itself, and rows for the tokens that
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from studio.checkpoints.bundled import BUNDLED, read_checksums
 from studio.checkpoints.loading import load
-from studio.data.archive import RESOLUTION, STYLES, load_pictures
+from studio.data.archive import RESOLUTION, STYLES, load_images
 from studio.data.backgrounds import PALETTE, render
 from studio.data.splits import concepts
 from studio.errors import StudioError
@@ -39,32 +39,32 @@ def bench_tokenizers(
     device: str | None = None,
     batch_size: int = 50,
 ) -> dict:
-    """Measures tokenizers on the same held-out pictures, each at its own resolution.
+    """Measures tokenizers on the same held-out images, each at its own resolution.
 
     Args:
         models: bundled names, model folders or Hub ids; the bundled tokenizers when None.
-        samples: pictures, more than the judge's features (64).
-        seed: chooses the pictures, and which tokens go wrong.
+        samples: images, more than the judge's features (64).
+        seed: chooses the images, and which tokens go wrong.
         grid: how tokens go wrong; "robustness" is the mean over these.
-        batch_size: pictures encoded and decoded at a time.
+        batch_size: images encoded and decoded at a time.
 
     Returns:
         `{"rows", "samples", "seed", "perturbations"}`. A row has "model" and "variant", "resolution", "tokens" and
-        "bits" of a picture, "psnr" in dB, "ssim", "frechet" in the judge's features, "robustness" (the same distance
-        with wrong tokens) and "robustness_by_setting", "encode_per_second" and "decode_per_second" in pictures.
+        "bits" of an image, "psnr" in dB, "ssim", "frechet" in the judge's features, "robustness" (the same distance
+        with wrong tokens) and "robustness_by_setting", "encode_per_second" and "decode_per_second" in images.
         Continuous tokens have no bits and no robustness: None.
 
-    Errors: `StudioError` for a model that is no tokenizer, for a number of pictures that cannot be, and for an empty
+    Errors: `StudioError` for a model that is no tokenizer, for a number of images that cannot be, and for an empty
     grid.
     """
     if not grid:
         raise StudioError("Say how tokens go wrong at least once, as Perturbation(alpha, delta).")
-    drawn, judge, rows = _draw(samples, seed), load_judge(device=device), []
+    sampled, judge, rows = _sample(samples, seed), load_judge(device=device), []
     for name in bundled_tokenizers() if models is None else models:
         tokenizer = load(name, device=device)
         if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
             raise StudioError(f"{name} is no tokenizer: {', '.join(bundled_tokenizers())} are.")
-        images = _pictures(drawn, tokenizer.config.sample_size)
+        images = _images(sampled, tokenizer.config.sample_size)
         truth = verdicts(judge, images).features
         for each, settings in variants(tokenizer):
             tokens, seconds = _encoded(each, images, batch_size)
@@ -112,28 +112,28 @@ def _named_levels(tokenizer):
     return [(f"{tokenizer.config.levels} levels", {})]
 
 
-def _draw(samples, seed):
+def _sample(samples, seed):
     """Rows (samples, 3) of concept, style and background, of concepts held out from tokenizers."""
     held_out = np.array([*product(concepts(held_out=True), range(len(STYLES)), range(len(PALETTE)))])
     if not 1 <= samples <= len(held_out):
-        raise StudioError(f"There are {len(held_out)} held-out pictures; {samples} cannot be drawn.")
+        raise StudioError(f"There are {len(held_out)} held-out images; {samples} cannot be sampled.")
     return held_out[np.random.default_rng(seed).permutation(len(held_out))[:samples]]
 
 
-def _pictures(drawn, resolution):
-    """Pictures (n, 3, resolution, resolution) in [0, 1], enlarged where the archive's are smaller."""
-    images = render(load_pictures(min(resolution, RESOLUTION)), drawn)
+def _images(sampled, resolution):
+    """Images (n, 3, resolution, resolution) in [0, 1], enlarged where the archive's are smaller."""
+    images = render(load_images(min(resolution, RESOLUTION)), sampled)
     if resolution > RESOLUTION:
         images = F.interpolate(images, size=(resolution, resolution), mode="bicubic").clamp(0, 1)
     return images
 
 
 def size_of(tokenizer, tokens, how) -> dict:
-    """Size of a picture, or of the part of it that is decoded.
+    """Size of an image, or of the part of it that is decoded.
 
     Args:
         tokenizer: one that `studio.load` returns.
-        tokens: (n, ...) of n pictures, as it encodes them.
+        tokens: (n, ...) of n images, as it encodes them.
         how: keywords of its `decode`: `{"length": n}`, `{"depth": d}` or `{}`.
 
     Returns:
@@ -150,7 +150,7 @@ def size_of(tokenizer, tokens, how) -> dict:
 
 @torch.inference_mode()
 def _encoded(tokenizer, images, batch_size):
-    """Tokens (n, ...) of pictures (n, 3, H, W) in [0, 1], on the CPU, and the seconds of it after a first batch."""
+    """Tokens (n, ...) of images (n, 3, H, W) in [0, 1], on the CPU, and the seconds of it after a first batch."""
     parts = [(part * 2 - 1).to(tokenizer.device, tokenizer.dtype) for part in images.split(batch_size)]
     tokenizer.encode(parts[0]).cpu()
     began = time.perf_counter()
@@ -160,10 +160,10 @@ def _encoded(tokenizer, images, batch_size):
 
 @torch.inference_mode()
 def _decoded(tokenizer, tokens, how, batch_size):
-    """Pictures (n, 3, H, W) in [0, 1], on the CPU, and the seconds of it after a first batch."""
+    """Images (n, 3, H, W) in [0, 1], on the CPU, and the seconds of it after a first batch."""
     parts = tokens.to(tokenizer.device).split(batch_size)
     tokenizer.decode(parts[0], **how).cpu()
     began = time.perf_counter()
-    pictures = [tokenizer.decode(part, **how).cpu() for part in parts]
+    images = [tokenizer.decode(part, **how).cpu() for part in parts]
     seconds = time.perf_counter() - began
-    return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1), seconds
+    return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1), seconds

@@ -1,4 +1,4 @@
-"""What each decoding of a pipeline buys: seconds for a picture beside quality, same prompts and seeds for all.
+"""What each decoding of a pipeline buys: seconds for an image beside quality, same prompts and seeds for all.
 
 The rows of `bench_tradeoff` for people: a chart and a table.
 """
@@ -21,8 +21,8 @@ from studio.checkpoints.measured import fingerprint, save_measured
 from studio.data.captions import full_caption
 from studio.decoding.jacobi import Jacobi
 from studio.errors import StudioError
-from studio.evaluation.generators import held_out_drawings, judge_drawings
-from studio.evaluation.judge import draw_combinations
+from studio.evaluation.generators import held_out_samples, judge_samples
+from studio.evaluation.judge import sample_combinations
 from studio.evaluation.metrics import sliced_distance
 from studio.pipelines.decodings import decoding_named, decodings_for, is_approximate
 from studio.pipelines.llamagen import LlamaGenPipeline
@@ -43,7 +43,7 @@ _FINE = ("latent_distance",)
 
 
 def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
-    """Judge's top-1 over pictures a second, as SVG; one series a decoding, of the rows with one batch size."""
+    """Judge's top-1 over images a second, as SVG; one series a decoding, of the rows with one batch size."""
     chosen = [row for row in rows if row["batch"] == batch]
     names = list(dict.fromkeys(row["decoding"] for row in chosen))
     series = []
@@ -52,12 +52,12 @@ def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
         points = tuple((1 / row["seconds_per_image"], 100 * row["judge_top1"]) for row in own)
         series.append(Series(name, points, tuple(_setting(row) for row in own)))
     title = f"Quality over speed, {batch} at a time"
-    return chart(title, "pictures a second", "judge top-1 (%)", series, log_x=True, least_height=10)
+    return chart(title, "images a second", "judge top-1 (%)", series, log_x=True, least_height=10)
 
 
 def tradeoff_table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    head = ("Decoding", "Settings", "Batch", "s a picture", "Speed-up", "Calls", "Accepted", "Top-1 %", "Fréchet")
+    head = ("Decoding", "Settings", "Batch", "s an image", "Speed-up", "Calls", "Accepted", "Top-1 %", "Fréchet")
     extra = {name: label for name, label in _EXTRA.items() if any(name in row for row in rows)}
     head += tuple(extra.values())
     lines = []
@@ -136,30 +136,30 @@ def bench_tradeoff(
     dtypes: tuple[str, ...] = ("float32",),
     device: str | None = None,
     repeats: int = 3,
-    pictures: int = PICTURES,
+    images: int = PICTURES,
     quality_samples: int = QUALITY_SAMPLES,
 ) -> dict:
-    """Time every decoding and judge what it draws.
+    """Time every decoding and judge what it samples.
 
     Args:
         model: a text-conditional pipeline over the emoji set, by bundled name or folder.
         only: names of decodings to time beside plain decoding; all when empty.
-        quick: take the quality from the committed full run, instead of drawing `quality_samples` pictures a setting.
+        quick: take the quality from the committed full run, instead of sampling `quality_samples` images a setting.
         save: keep the rows for `--decoding auto` on this machine.
-        batch_sizes: pictures drawn at a time.
+        batch_sizes: images sampled at a time.
         repeats: runs of every setting, in turn with the others; the median counts.
-        pictures: pictures a run, of held-out combinations.
-        quality_samples: pictures a setting for the judge.
+        images: images a run, of held-out combinations.
+        quality_samples: images a setting for the judge.
 
     Returns:
         `{"model", "fingerprint", "device", "left_out", "rows"}`. A row holds decoding, settings, batch, dtype,
-        seconds_per_image (picture decoding included), speedup against the first row of the same batch and dtype, which
-        is plain decoding, target_calls for a picture, mean_accepted_length, judge_top1, frechet and quality_samples;
+        seconds_per_image (image decoding included), speedup against the first row of the same batch and dtype, which
+        is plain decoding, target_calls for an image, mean_accepted_length, judge_top1, frechet and quality_samples;
         over continuous tokens also latent_distance, the `sliced_distance` of a cell's numbers from plain decoding's
         with other seeds, and with a drafter acceptance, the share of drafts that were kept; with drafts nodes (tokens
         that a call reads for an image), verify_ratio (a call with all nodes over a plain step), draft_ratio (all else
         in a round, drafts and tests, over a plain step), break_even_length (their sum: what must be accepted to gain),
-        and for every row but a student's memory_bound_seconds and compute_bound_seconds for a picture.
+        and for every row but a student's memory_bound_seconds and compute_bound_seconds for an image.
 
     Errors: `StudioError` for another kind of model, for a name in `only` that it has no decoding of, and in a quick run
         when the committed quality is of other weights or lacks a setting.
@@ -171,7 +171,7 @@ def bench_tradeoff(
         pipe = load(model, device=device, dtype=dtype)
         kinds = (LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline, TokenBridgePipeline)
         if not isinstance(pipe, kinds) or not pipe.takes_text:
-            raise StudioError(f"{model} does not draw tokens from words: name a pipeline such as emoji-ar.")
+            raise StudioError(f"{model} does not sample tokens from words: name a pipeline such as emoji-ar.")
         pipe.set_progress_bar_config(disable=True)
         field = _chosen(contenders(pipe), only)
         name = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -189,7 +189,7 @@ def bench_tradeoff(
             quality = [_looked_up(committed, _judged_as(each, name), name) for each in field]
         machine = _Machine(pipe.transformer) if isinstance(pipe, LlamaGenPipeline) else None
         for batch in batch_sizes:
-            timed = _timed(pipe, field, batch, repeats, pictures)
+            timed = _timed(pipe, field, batch, repeats, images)
             base = timed[0]
             for contender, run, judged in zip(field, timed, quality):
                 rows.append(_row(contender, batch, name, run, base, judged, machine))
@@ -223,9 +223,9 @@ class _Run:
     batch_rows: int
 
 
-def _timed(pipe, field, batch, repeats, pictures) -> list[_Run]:
-    prompts = [full_caption(*row) for row in draw_combinations(pictures, np.random.default_rng(0)).tolist()]
-    _draw(pipe, field[-1].make(), prompts[:batch], 0)
+def _timed(pipe, field, batch, repeats, images) -> list[_Run]:
+    prompts = [full_caption(*row) for row in sample_combinations(images, np.random.default_rng(0)).tolist()]
+    _sample(pipe, field[-1].make(), prompts[:batch], 0)
     runs = [[] for _ in field]
     for _ in tqdm(range(repeats), desc=f"timing, {batch} at a time", unit="round"):
         for number, contender in enumerate(field):
@@ -234,25 +234,25 @@ def _timed(pipe, field, batch, repeats, pictures) -> list[_Run]:
                 counted = _CountedDrafts(settings.drafts)
                 settings = dataclasses.replace(settings, drafts=counted)
             stats = [
-                _draw(pipe, settings, prompts[start : start + batch], start) for start in range(0, pictures, batch)
+                _sample(pipe, settings, prompts[start : start + batch], start) for start in range(0, images, batch)
             ]
             runs[number].append((stats, counted.nodes if counted else stats[0].window or 1))
     streams = 1 if pipe.config.default_guidance_scale in (0, 1) else 2
-    return [_median(each, pictures, batch, streams) for each in runs]
+    return [_median(each, images, batch, streams) for each in runs]
 
 
-def _draw(pipe, settings, prompts, seed):
+def _sample(pipe, settings, prompts, seed):
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
     return pipe(prompts, generator=generators, decoding=settings, output_type="pt").stats
 
 
-def _median(runs, pictures, batch, streams) -> _Run:
+def _median(runs, images, batch, streams) -> _Run:
     def middle(of):
         return statistics.median(of(stats) for stats, _ in runs)
 
     return _Run(
-        seconds=middle(lambda stats: sum(each.seconds["total"] for each in stats)) / pictures,
-        decode_seconds=middle(lambda stats: sum(each.seconds["decode"] for each in stats)) / pictures,
+        seconds=middle(lambda stats: sum(each.seconds["total"] for each in stats)) / images,
+        decode_seconds=middle(lambda stats: sum(each.seconds["decode"] for each in stats)) / images,
         calls=statistics.mean(each.target_calls for each in runs[0][0]),
         accepted=statistics.mean(each.mean_accepted_length for each in runs[0][0]),
         acceptance=_mean_of_known([each.acceptance for each in runs[0][0]]),
@@ -337,15 +337,15 @@ def _judged_as(contender: Contender, dtype: str) -> Contender:
 
 def _quality(pipe, contender, samples, plain) -> dict:
     """What the judge says of a setting, and how far its cells are from the `plain` ones (n, D), if there are any."""
-    drawings = held_out_drawings(pipe, samples, decoding=contender.make())
-    measured = judge_drawings(pipe, drawings)
-    distance = {} if plain is None else {"latent_distance": sliced_distance(drawings.tokens.flatten(0, 1), plain)}
+    outcomes = held_out_samples(pipe, samples, decoding=contender.make())
+    measured = judge_samples(pipe, outcomes)
+    distance = {} if plain is None else {"latent_distance": sliced_distance(outcomes.tokens.flatten(0, 1), plain)}
     return {key: measured[key] for key in ("judge_top1", "frechet")} | {"quality_samples": samples, **distance}
 
 
 def _plain_cells(pipe, contender, samples):
-    """Cells (n, D) of pictures of the same prompts by other seeds, which tell how far chance alone goes."""
-    return held_out_drawings(pipe, samples, decoding=contender.make(), first_stream=samples).tokens.flatten(0, 1)
+    """Cells (n, D) of images of the same prompts by other seeds, which tell how far chance alone goes."""
+    return held_out_samples(pipe, samples, decoding=contender.make(), first_stream=samples).tokens.flatten(0, 1)
 
 
 def _committed_quality(model, mark) -> dict:

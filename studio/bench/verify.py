@@ -25,7 +25,7 @@ def bench_verify(
     repeats: int = 5,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Times relaxed verification (tv_budget 0.1) of dynamic trees of random logits, one picture, on the CPU.
+    """Times relaxed verification (tv_budget 0.1) of dynamic trees of random logits, one image, on the CPU.
 
     Args:
         vocab: codes of the codebook, random vectors of 8 numbers.
@@ -49,16 +49,16 @@ def bench_verify(
         raise StudioError(f"A codebook of {vocab} codes has neighbourhoods of 1 to {vocab - 1} codes, not {k}.")
     ours = Relaxation(table, k, tv_budget=_DELTA)
     authors = Relaxation(table, k, tv_budget=_DELTA, reference=True)
-    drawn = [_random_case(vocab, nodes, generator) for _ in range(trees)]
-    prepared = [(leaf_paths(tree), tree.tokens[0], numbers[0].tolist()) for tree, _, numbers in drawn]
+    sampled = [_random_case(vocab, nodes, generator) for _ in range(trees)]
+    prepared = [(leaf_paths(tree), tree.tokens[0], numbers[0].tolist()) for tree, _, numbers in sampled]
     sampling = Sampling()
     times = {"ms": float("inf"), "reference_ms": float("inf")}
     for _ in range(repeats):
         began = time.perf_counter()
-        for tree, logits, numbers in drawn:
+        for tree, logits, numbers in sampled:
             verify(tree, logits, numbers, sampling, ours)
         middle = time.perf_counter()
-        for (_, logits, _), (paths, tokens, numbers) in zip(drawn, prepared):
+        for (_, logits, _), (paths, tokens, numbers) in zip(sampled, prepared):
             textbook_verify(paths, tokens, logits[0], numbers, sampling, authors)
         ended = time.perf_counter()
         times["ms"] = min(times["ms"], 1000 * (middle - began) / trees)
@@ -67,7 +67,7 @@ def bench_verify(
 
 
 def _random_case(vocab: int, nodes: int, generator: torch.Generator) -> tuple[Tree, torch.Tensor, torch.Tensor]:
-    """A tree that grew on random laws, target logits near those, and uniform numbers."""
+    """A tree that grew on random distributions, target logits near those, and uniform numbers."""
     shape = DynamicTree(nodes=nodes)
 
     def behind(*size):

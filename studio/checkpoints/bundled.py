@@ -16,7 +16,7 @@ CHECKSUMS = ROOT / "checksums.json"
 TRAINING_FILE = "training.json"
 """In a trained model's folder: what it was trained on."""
 DEFAULT_TOKENIZER = "emoji-1d"
-"""What makes tokens of a picture where nothing is named, on the command line and in the app."""
+"""What makes tokens of an image where nothing is named, on the command line and in the app."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Bundled:
     """One bundled model.
 
     Args:
-        kind: `"pipeline"`, `"tokenizer"` and `"reader"` (answers questions about pictures) are what `studio.load`
+        kind: `"pipeline"`, `"tokenizer"` and `"reader"` (answers questions about images) are what `studio.load`
             returns; a `"judge"` is only used to measure.
         summary: one line for `studio models`.
         shares: bundled models whose parts it takes, so that these need not be stored twice.
@@ -37,30 +37,30 @@ class Bundled:
 
 BUNDLED = {
     "emoji-ar": Bundled(
-        "pipeline", "text to picture: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
+        "pipeline", "text to image: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
     ),
     "emoji-1d-ar": Bundled(
         "pipeline",
-        "text to picture, coarse to fine: a LlamaGen over the rows of emoji-1d",
+        "text to image, coarse to fine: a LlamaGen over the rows of emoji-1d",
         shares=("emoji-ar", "emoji-1d"),
     ),
     "emoji-bridge": Bundled(
         "pipeline",
-        "text to picture: a TokenBridge over the levels of emoji-kl",
+        "text to image: a TokenBridge over the levels of emoji-kl",
         shares=("emoji-ar", "emoji-kl"),
     ),
     "emoji-mar": Bundled(
-        "pipeline", "text to picture: a MAR over the latents of emoji-kl", shares=("emoji-ar", "emoji-kl")
+        "pipeline", "text to image: a MAR over the latents of emoji-kl", shares=("emoji-ar", "emoji-kl")
     ),
     "emoji-resgen": Bundled(
-        "pipeline", "text to picture: a ResGen over the codes of emoji-rvq", shares=("emoji-ar", "emoji-rvq")
+        "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-ar", "emoji-rvq")
     ),
-    "emoji-vq": Bundled("tokenizer", "picture to tokens and back: a VQ tokenizer"),
-    "emoji-1d": Bundled("tokenizer", "picture to a row of tokens and back, from any first few: a One-D-Piece"),
-    "emoji-rvq": Bundled("tokenizer", "picture to tokens and back, coarse to fine: an RQ-VAE of four levels"),
-    "emoji-kl": Bundled("tokenizer", "picture to continuous tokens and back: a KL autoencoder"),
-    "emoji-vlm": Bundled("reader", "picture and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
-    "emoji-judge": Bundled("judge", "names concept, style and background of a picture; used by `studio evaluate`"),
+    "emoji-vq": Bundled("tokenizer", "image to tokens and back: a VQ tokenizer"),
+    "emoji-1d": Bundled("tokenizer", "image to a row of tokens and back, from any first few: a One-D-Piece"),
+    "emoji-rvq": Bundled("tokenizer", "image to tokens and back, coarse to fine: an RQ-VAE of four levels"),
+    "emoji-kl": Bundled("tokenizer", "image to continuous tokens and back: a KL autoencoder"),
+    "emoji-vlm": Bundled("reader", "image and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
+    "emoji-judge": Bundled("judge", "names concept, style and background of an image; used by `studio evaluate`"),
 }
 
 

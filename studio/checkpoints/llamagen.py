@@ -147,7 +147,7 @@ def convert_llamagen(
     codes, vocab = image_tokenizer.config.codebook_size, transformer.config.vocab_size
     if codes != vocab:
         raise StudioError(
-            f"{tokenizer} has {codes} codes but {gpt_path} draws from {vocab}: they do not belong together."
+            f"{tokenizer} has {codes} codes but {gpt_path} samples from {vocab}: they do not belong together."
         )
     encoder, text_tokenizer = _text_parts(text_encoder, transformer) if text_encoder is not None else (None, None)
     pipe = LlamaGenPipeline(

@@ -30,14 +30,14 @@ from studio.models.resgen import ResGen
 from studio.models.rq_transformer import RQTransformer
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.llamagen import LlamaGenPipeline
-from studio.pipelines.llamagen import mismatch_of as mismatch_of_tokens
+from studio.pipelines.llamagen import incompatibility as incompatibility_of_tokens
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
-from studio.pipelines.resgen import mismatch_of as mismatch_of_sums
+from studio.pipelines.resgen import incompatibility as incompatibility_of_sums
 from studio.pipelines.rq_transformer import RQTransformerPipeline
-from studio.pipelines.rq_transformer import mismatch_of as mismatch_of_stacks
+from studio.pipelines.rq_transformer import incompatibility as incompatibility_of_stacks
 from studio.pipelines.token_bridge import TokenBridgePipeline
-from studio.pipelines.token_bridge import mismatch_of as mismatch_of_levels
+from studio.pipelines.token_bridge import incompatibility as incompatibility_of_levels
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -73,7 +73,7 @@ def load(name, *, device=None, dtype=None):
 
     Returns:
         A pipeline (`LlamaGenPipeline`, `MARPipeline`, ...), a tokenizer (`VQTokenizer`, `OneDPieceTokenizer`,
-        `KLTokenizer`, ...) or a `VisualQuestionPipeline`. A pipeline that draws and knows only some words has them in
+        `KLTokenizer`, ...) or a `VisualQuestionPipeline`. A pipeline that samples and knows only some words has them in
         `pipe.vocabulary`, `(words, concepts)`; any other has `None` there.
 
     Raises:
@@ -97,7 +97,7 @@ def _folder(name):
         raise StudioError(f"Name a model by a bundled name, a folder or a Hub id, not by {shown(name)}.") from error
     if name in BUNDLED:
         if BUNDLED[name].kind == "judge":
-            raise StudioError(f"{name} draws nothing, it only measures: `studio evaluate` uses it.")
+            raise StudioError(f"{name} samples nothing, it only measures: `studio evaluate` uses it.")
         return bundled_folder(name)
     path = folder_of_model(name)
     if os.path.isdir(path):
@@ -179,7 +179,7 @@ def _read_index(folder):
 def _mismatch_of_latents(tokenizer, transformer):
     numbers, channels = transformer.token_dim // transformer.patch_size**2, tokenizer.latent_channels
     if numbers != channels:
-        return f"its transformer draws latents of {numbers} numbers, its tokenizer has {channels}"
+        return f"its transformer samples latents of {numbers} numbers, its tokenizer has {channels}"
     return None
 
 
@@ -204,19 +204,21 @@ _LLAMAGEN = _Kind(
     LlamaGen,
     {VQTokenizer: "emoji-vq", OneDPieceTokenizer: "emoji-1d"},
     {"drafter": Drafter, "student": DistilledStudent},
-    mismatch_of_tokens,
+    incompatibility_of_tokens,
 )
 _MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, _mismatch_of_latents)
-_TOKEN_BRIDGE = _Kind(TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-kl"}, {}, mismatch_of_levels)
-_RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, mismatch_of_sums)
-_RQ = _Kind(RQTransformerPipeline, RQTransformer, {RVQTokenizer: "emoji-rvq"}, {}, mismatch_of_stacks)
+_TOKEN_BRIDGE = _Kind(
+    TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-kl"}, {}, incompatibility_of_levels
+)
+_RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, incompatibility_of_sums)
+_RQ = _Kind(RQTransformerPipeline, RQTransformer, {RVQTokenizer: "emoji-rvq"}, {}, incompatibility_of_stacks)
 _PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN, _RQ)}
 
 
 def _load_visual_question(folder, dtype):
     config = read_json(folder / "config.json")
     if str(config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise StudioError(f"{folder} holds {_class_of(config)}, which reads no pictures.")
+        raise StudioError(f"{folder} holds {_class_of(config)}, which reads no images.")
     model = _load_weights(transformers.AutoModelForImageTextToText, folder, dtype)
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -65,7 +65,7 @@ def convert_mar(path, out, *, tokenizer, drafter=None) -> Path:
         transformer,
         drafter=small,
         default_guidance_scale=_PUBLISHED_GUIDANCE.get(ours.encoder_dim, 3.0),
-        default_num_steps=transformer.num_tokens,
+        default_num_inference_steps=transformer.num_tokens,
     )
     return save_new(pipe, out)
 

@@ -16,7 +16,7 @@ LOSSLESS = ("ar", "jacobi", "mar", "speculative")
 
 
 def fingerprint(model: str) -> str:
-    """SHA-256 over the weights that a model, a bundled name or a folder, draws with: its own, and what it shares."""
+    """SHA-256 over the weights that a model, a bundled name or a folder, samples with: its own, and what it shares."""
     if model in BUNDLED:
         own = bundled_folder(model)
         files = _weights(own)
@@ -34,7 +34,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _is_shared(file: Path, folder: Path, own: Path) -> bool:
-    """Whether a pipeline in `own` draws with a file of another's folder: a model alone, or a part that it lacks."""
+    """Whether a pipeline in `own` samples with a file of another's folder: a model alone, or a part that it lacks."""
     part = file.relative_to(folder).parts[0]
     index = json.loads((own / "model_index.json").read_text(encoding="utf-8"))
     return file.parent == folder or (part in index and not _weights(own / part))
@@ -56,15 +56,15 @@ def read_measured(model: str, device: torch.device) -> list[dict] | None:
     return json.loads(path.read_text())["rows"] if path.is_file() else None
 
 
-def fastest(rows: list[dict], pictures: int, dtype: str, tolerance: float) -> dict:
-    """The row with the fewest seconds for a picture whose quality loss is allowed.
+def fastest(rows: list[dict], images: int, dtype: str, tolerance: float) -> dict:
+    """The row with the fewest seconds for an image whose quality loss is allowed.
 
     Args:
         rows: of one model on one device, as `studio bench decoding` prints them; the plain decoding comes first.
-        pictures: how many are drawn at a time; rows of the nearest measured batch size count.
+        images: how many are sampled at a time; rows of the nearest measured batch size count.
         dtype: rows of this precision count, "float32" or "bfloat16".
         tolerance: how much of the judge's top-1 accuracy may be lost, in accuracy (0.03: three points). Decodings
-            that keep the law of pictures are always allowed; others that nobody judged never are.
+            that keep the distribution of images are always allowed; others that nobody judged never are.
 
     Errors: `StudioError` for a tolerance out of range, and when nothing was measured in this precision.
     """
@@ -73,16 +73,18 @@ def fastest(rows: list[dict], pictures: int, dtype: str, tolerance: float) -> di
     rows = [row for row in rows if row["dtype"] == dtype]
     if not rows:
         raise StudioError(f"No decoding was timed in {dtype} here: `studio bench decoding --save --dtype {dtype}`.")
-    batch = min({row["batch"] for row in rows}, key=lambda size: abs(math.log(size / pictures)))
+    batch = min({row["batch"] for row in rows}, key=lambda size: abs(math.log(size / images)))
     rows = [row for row in rows if row["batch"] == batch]
     floor = (rows[0]["judge_top1"] or 0.0) - tolerance
     allowed = [
-        row for row in rows if _keeps_the_law(row) or (row["judge_top1"] is not None and row["judge_top1"] >= floor)
+        row
+        for row in rows
+        if _keeps_the_distribution(row) or (row["judge_top1"] is not None and row["judge_top1"] >= floor)
     ]
     return min(allowed, key=lambda row: row["seconds_per_image"])
 
 
-def _keeps_the_law(row):
+def _keeps_the_distribution(row):
     return row["decoding"] in LOSSLESS or row["settings"].get("mode") == "exact"
 
 

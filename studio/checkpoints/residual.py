@@ -13,7 +13,7 @@ from studio.checkpoints.loading import load_model
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
 from studio.errors import StudioError
 from studio.models.rq_transformer import RQTransformer
-from studio.pipelines.rq_transformer import RQTransformerPipeline, mismatch_of
+from studio.pipelines.rq_transformer import RQTransformerPipeline, incompatibility
 from studio.tokenizers.rvq import RVQTokenizer
 
 _PLACES = (("state_dict_ema",), ("state_dict",))
@@ -91,14 +91,14 @@ def convert_rq_transformer(path, out, tokenizer=None) -> Path:
     if transformer.config.caption_words is not None:
         raise StudioError(f"{path} reads texts in words of its own, for which there is no pipeline: give no tokenizer.")
     image_tokenizer = _read_tokenizer(tokenizer, rows=transformer.config.grid[0])
-    if mismatch := mismatch_of(image_tokenizer, transformer.config):
+    if mismatch := incompatibility(image_tokenizer, transformer.config):
         raise StudioError(f"{path} and {tokenizer} do not belong together: {mismatch}.")
-    drawing = _PUBLISHED_DRAWING.get(transformer.config.spatial_layers, {})
-    return save_new(RQTransformerPipeline(image_tokenizer, transformer, **drawing), out)
+    sampling = _PUBLISHED_DRAWING.get(transformer.config.spatial_layers, {})
+    return save_new(RQTransformerPipeline(image_tokenizer, transformer, **sampling), out)
 
 
 def _read_tokenizer(source, rows: int) -> RVQTokenizer:
-    """A folder's, or a file's for pictures of so many rows of cells, which the file does not tell."""
+    """A folder's, or a file's for images of so many rows of cells, which the file does not tell."""
     if Path(source).is_dir():
         return load_model(RVQTokenizer, Path(source), torch.float32)
     tokenizer = rvq_from_state_dict(read_weights(source, _PLACES))

@@ -64,7 +64,7 @@ def convert_token_bridge(path, out, tokenizer) -> Path:
     pipe = TokenBridgePipeline(
         image_tokenizer,
         transformer,
-        default_num_steps=transformer.num_tokens,
+        default_num_inference_steps=transformer.num_tokens,
         **_PUBLISHED_DRAWING.get(transformer.config.encoder_dim, {}),
     )
     return save_new(pipe, out)

@@ -49,7 +49,7 @@ def unknown_words(prompt, words, concepts):
     Args:
         prompt: what the user asks for.
         words: the words the model knows, in any case.
-        concepts: the labels of what it can draw, such as `"red apple"`.
+        concepts: the labels of what it can sample, such as `"red apple"`.
 
     Returns:
         A list of `(word, nearest)`: the unknown words in order, each once, with up to three concepts that come close.

@@ -11,9 +11,9 @@ from studio.errors import StudioError
 
 
 def ask(
-    image: Annotated[Path, typer.Argument(help="A picture file.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
     questions: Annotated[
-        list[str], typer.Argument(help="What to ask about it; several questions read the picture once.")
+        list[str], typer.Argument(help="What to ask about it; several questions read the image once.")
     ],
     prune: Annotated[
         str | None,
@@ -24,7 +24,7 @@ def ask(
     keep: Annotated[
         float | None,
         number(
-            help="Share of the picture's tokens to keep, with --prune or for several questions.",
+            help="BatchSpec of the image's tokens to keep, with --prune or for several questions.",
             show_default="0.2 or all",
         ),
     ] = None,
@@ -40,9 +40,9 @@ def ask(
     dtype: Dtype = None,
     as_json: Json = False,
 ):
-    """Ask about a picture, with as few visual tokens as you like."""
+    """Ask about an image, with as few visual tokens as you like."""
     from studio import load
-    from studio.pictures import open_picture
+    from studio.images import open_image
 
     if keep is not None and prune is None and len(questions) == 1:
         raise StudioError("--keep needs a method: add --prune divprune, or leave it out.")
@@ -50,17 +50,17 @@ def ask(
         raise StudioError("Several questions share one cache: leave --prune out, or ask them one by one.")
     if after_layer is not None and prune is None:
         raise StudioError("--after-layer needs a method: add --prune fastv, or leave it out.")
-    picture = open_picture(image)
+    original = open_image(image)
     quiet_libraries()
     pipe = load(model, device=device, dtype=dtype)
     if not hasattr(pipe, "processor"):
-        raise StudioError(f"{model} reads no pictures: name a vision-language model of transformers.")
+        raise StudioError(f"{model} reads no images: name a vision-language model of transformers.")
     if len(questions) > 1:
-        _ask_all(pipe, picture, questions, 1.0 if keep is None else keep, max_new_tokens)
+        _ask_all(pipe, original, questions, 1.0 if keep is None else keep, max_new_tokens)
         return
     share = 0.2 if keep is None else keep
     answer = pipe(
-        picture, questions[0], prune=prune, keep=share, after_layer=after_layer, max_new_tokens=max_new_tokens
+        original, questions[0], prune=prune, keep=share, after_layer=after_layer, max_new_tokens=max_new_tokens
     )
     emit(
         {
@@ -76,9 +76,9 @@ def ask(
     say(f"{answer.kept_tokens} of {answer.visual_tokens} visual tokens; seconds: {spent}")
 
 
-def _ask_all(pipe, picture, questions: list[str], keep: float, max_new_tokens: int) -> None:
-    """Reads the picture once and asks about it, keeping a share of it in the cache."""
-    memory = pipe.remember(picture, keep=keep)
+def _ask_all(pipe, image, questions: list[str], keep: float, max_new_tokens: int) -> None:
+    """Reads the image once and asks about it, keeping a share of it in the cache."""
+    memory = pipe.remember(image, keep=keep)
     answers = [pipe.ask(memory, question, max_new_tokens=max_new_tokens) for question in questions]
     emit(
         {
@@ -96,5 +96,5 @@ def _ask_all(pipe, picture, questions: list[str], keep: float, max_new_tokens: i
         say(f"{answer.answer}  ({answer.seconds['prefill'] + answer.seconds['decode']:.2f} s)")
     say(
         f"{memory.kept_tokens} of {memory.visual_tokens} visual tokens, {memory.cache_bytes:,} bytes; "
-        f"seconds to read the picture: {memory.seconds['remember']:.2f}"
+        f"seconds to read the image: {memory.seconds['remember']:.2f}"
     )

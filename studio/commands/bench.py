@@ -35,9 +35,7 @@ def decoding(
     guidance: Annotated[float | None, number(help="With --random: guidance scale (1 = off).", show_default="4")] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(
-            min=1, help="Pictures at a time; give it again for more rows.", show_default="1, and 8 of a model"
-        ),
+        typer.Option(min=1, help="Images at a time; give it again for more rows.", show_default="1, and 8 of a model"),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -55,7 +53,7 @@ def decoding(
     device: Device = None,
     as_json: Json = False,
 ):
-    """Time drawing tokens: what each decoding of a model buys, or how random weights do beside a textbook sampler."""
+    """Time sampling tokens: what each decoding of a model buys, or how random weights do beside a textbook sampler."""
     if random is not None:
         of_models = {"--model": model, "--decoding": only, "--quick": quick, "--save": save, "--figure": figure}
         if wrong := [flag for flag, value in of_models.items() if value]:
@@ -73,7 +71,7 @@ def decoding(
         _say_rows(result["rows"])
         return
     if guidance is not None:
-        raise StudioError("--guidance belongs to --random: a model is drawn with its own.")
+        raise StudioError("--guidance belongs to --random: a model is sampled with its own.")
     if only and save:
         raise StudioError("--save keeps what is known of all decodings: leave --decoding out.")
     check_figure(figure)
@@ -194,7 +192,7 @@ def cost(
 
 
 def contention(
-    model: Annotated[str, typer.Option(help="A bundled name or model folder that draws.")] = "emoji-ar",
+    model: Annotated[str, typer.Option(help="A bundled name or model folder that samples.")] = "emoji-ar",
     as_json: Json = False,
 ):
     """Time one image on the CPU with the machine idle, and with a busy process for each core."""
@@ -215,11 +213,11 @@ def mar(
         ),
     ] = "",
     guidance: Annotated[float, number(help="Guidance scale (1 = off).", show_default=True)] = 3.0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 2,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Time masked autoregressive drawing of continuous tokens, beside a plain textbook sampler."""
+    """Time masked autoregressive sampling of continuous tokens, beside a plain textbook sampler."""
     from studio.bench.mar import bench_mar as measure
 
     result = measure(random=random, guidance_scale=guidance, batch=batch, device=device or "cpu")
@@ -229,17 +227,17 @@ def mar(
 
 def residual(
     model: Annotated[
-        str, typer.Option(help="A ResGen that draws from words: a bundled name or a folder.")
+        str, typer.Option(help="A ResGen that samples from words: a bundled name or a folder.")
     ] = "emoji-resgen",
     steps: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Calls of the model; give it again for more.", show_default="1, 2, 4, ..., 32"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=65, help="Pictures for each number of calls.")] = 500,
+    samples: Annotated[int, typer.Option(min=65, help="Images for each number of calls.")] = 500,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Judge pictures of a ResGen over the number of calls and the levels that are decoded."""
+    """Judge images of a ResGen over the number of calls and the levels that are decoded."""
     from studio.bench.residual import STEPS, bench_residual, residual_table
 
     result = bench_residual(model, steps=tuple(steps or STEPS), samples=samples, device=device)
@@ -256,12 +254,12 @@ def everything(
     as_json: Json = False,
 ):
     """Measure anew what documents show: runs the command beside every table, and writes there what it prints."""
-    from studio.bench.report import renew
+    from studio.bench.report import regenerate
 
     chosen = documents or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
     if not chosen:
         raise StudioError("There is no README.md here: change to the repository, or name documents.")
-    commands = renew(chosen, only)
+    commands = regenerate(chosen, only)
     emit({"commands": commands})
     for command in commands:
         say(command)

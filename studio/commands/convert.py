@@ -108,7 +108,7 @@ def one_d_piece(
     out: OutFolder,
     as_json: Json = False,
 ):
-    """One-D-Piece's tokenizer, whose first tokens already are a picture."""
+    """One-D-Piece's tokenizer, whose first tokens already are an image."""
     from studio.checkpoints.one_d_piece import convert_one_d_piece
 
     _converted(convert_one_d_piece(checkpoint, out))

@@ -17,7 +17,7 @@ def build(
     ] = None,
     as_json: Json = False,
 ):
-    """Make the picture archive from its npm packages."""
+    """Make the image archive from its npm packages."""
     from studio.data.build import build_archive
     from studio.saving import check_writable
 
@@ -28,13 +28,13 @@ def build(
 
 
 def scene(
-    out: Annotated[Path, typer.Argument(help="The picture to write, a .png file.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides what the picture shows.")] = 0,
+    out: Annotated[Path, typer.Argument(help="The image to write, a .png file.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides what the image shows.")] = 0,
     tiles: Annotated[str, typer.Option(help="Rows and columns of 96 px tiles, each from 1 to 4.")] = "2x2",
     questions: Annotated[int, typer.Option(min=0, help="How many questions to print.")] = 12,
     as_json: Json = False,
 ):
-    """Draw a scene of emoji and words, and print questions about it with their answers: for `studio ask`."""
+    """Sample a scene of emoji and words, and print questions about it with their answers: for `studio ask`."""
     import numpy as np
     from PIL import Image
 
@@ -46,9 +46,9 @@ def scene(
     if out.suffix.lower() != ".png":
         raise StudioError(f"A scene is written as PNG: give a path that ends in .png, not {out}.")
     check_writable(out)
-    drawn = draw_scene(np.random.default_rng(seed), (rows, columns), questions)
-    save({out: lambda path: Image.fromarray(drawn.picture).save(path, format="PNG")})
-    asked = [{"kind": asked.kind, "question": asked.text, "answer": asked.answer} for asked in drawn.questions]
+    sampled = draw_scene(np.random.default_rng(seed), (rows, columns), questions)
+    save({out: lambda path: Image.fromarray(sampled.image).save(path, format="PNG")})
+    asked = [{"kind": asked.kind, "question": asked.text, "answer": asked.answer} for asked in sampled.questions]
     emit({"path": str(out), "seed": seed, "tiles": [rows, columns], "questions": asked})
     for one in asked:
         say(f"{one['question']} {one['answer']}")

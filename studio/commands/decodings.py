@@ -1,4 +1,4 @@
-"""The options that say how tokens are drawn, for every command that draws."""
+"""The options that say how tokens are sampled, for every command that samples."""
 
 from typing import Annotated
 
@@ -72,13 +72,15 @@ Steps = Annotated[
 TeacherSteps = Annotated[
     int | None,
     typer.Option(
-        "--teacher-steps", min=0, help="distilled: tokens that the model itself draws first.", show_default="0"
+        "--teacher-steps", min=0, help="distilled: tokens that the model itself samples first.", show_default="0"
     ),
 ]
 Mode = Annotated[
     str | None,
     typer.Option(
-        "--mode", help="cspd: exact (the model's law) or relaxed (approximate: another law).", show_default="exact"
+        "--mode",
+        help="cspd: exact (the model's distribution) or relaxed (approximate: another distribution).",
+        show_default="exact",
     ),
 ]
 DiffusionSteps = Annotated[
@@ -89,7 +91,7 @@ DiffusionSteps = Annotated[
 ]
 Prefill = Annotated[
     float | None,
-    number("--prefill", help="cspd: share of the steps that the model draws itself first.", show_default="0.05"),
+    number("--prefill", help="cspd: share of the steps that the model samples itself first.", show_default="0.05"),
 ]
 DraftSteps = Annotated[
     int | None,
@@ -124,12 +126,12 @@ Tolerance = Annotated[
 
 
 def given(name, **options):
-    """`{"name": ..., and the options that were given}`; None is the usual decoding of whatever model draws."""
+    """`{"name": ..., and the options that were given}`; None is the usual decoding of whatever model samples."""
     return {"name": name, **{option: value for option, value in options.items() if value is not None}}
 
 
 def check_given(name, **options):
-    """Errors: `StudioError` for what `given` returned where no model could draw with it."""
+    """Errors: `StudioError` for what `given` returned where no model could sample with it."""
     if name is not None:
         decoding_of(name, **options)
         return
@@ -185,7 +187,7 @@ def _unnamed(option, owners):
 
 
 def shown_name(name, how):
-    """A decoding's name in a result; it says so where pictures do not follow the model's law."""
+    """A decoding's name in a result; it says so where images do not follow the model's distribution."""
     return f"{name} {how.mode} (approximate)" if getattr(how, "approximate", False) else name
 
 
@@ -204,7 +206,7 @@ def check_auto(name, tolerance, options):
         raise StudioError(f"--decoding auto chooses its own settings: leave {' and '.join(map(flag, options))} out.")
 
 
-def picked(model, pipe, pictures, tolerance):
+def picked(model, pipe, images, tolerance):
     """What `auto` stands for here, in the form of `given`: the fastest measured decoding within the tolerance."""
     from studio.checkpoints.measured import fastest, read_measured
 
@@ -212,10 +214,10 @@ def picked(model, pipe, pictures, tolerance):
     if rows is None:
         usual = named(None, pipe)
         command = f"studio bench decoding --model {model} --save"
-        warn(f"Nothing was measured here yet: run `{command}`. Drawing with {usual['name']}.")
+        warn(f"Nothing was measured here yet: run `{command}`. Sampling with {usual['name']}.")
         return usual
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
-    row = fastest(rows, pictures, dtype, 0.03 if tolerance is None else tolerance)
+    row = fastest(rows, images, dtype, 0.03 if tolerance is None else tolerance)
     settings = "".join(f", {name} {value}" for name, value in row["settings"].items())
     say(f"auto: {row['decoding']}{settings}, {row['speedup']:.1f} times as fast as plain decoding when it was measured")
     return {"name": row["decoding"], **row["settings"]}

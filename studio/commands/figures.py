@@ -16,10 +16,10 @@ def check_figure(figure: Path | None) -> None:
     check_writable(figure)
 
 
-def save_figure(figure: Path | None, draw) -> None:
-    """Writes what `draw()` returns, if a figure is wanted."""
+def save_figure(figure: Path | None, sample) -> None:
+    """Writes what `sample()` returns, if a figure is wanted."""
     from studio.commands.saved import save
 
     if figure is not None:
-        text = draw()
+        text = sample()
         save({figure: lambda path: path.write_text(text, encoding="utf-8")})

@@ -41,28 +41,28 @@ from studio.files import user_path
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help='What to draw, such as "a red apple".', show_default=False)
+        str | None, typer.Argument(help='What to sample, such as "a red apple".', show_default=False)
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='Draw a file of lines such as {"prompt": "a red apple", "num_images": 2}, with the names of these '
+            help='Sample a file of lines such as {"prompt": "a red apple", "num_images": 2}, with the names of these '
             "options; in several processes too (accelerate launch -m studio ...), and going on where it stopped.",
             show_default=False,
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
-    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many images.")] = 1,
     class_label: Annotated[
-        int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
+        int | None, typer.Option(min=0, help="The class to sample, for class-conditional models.", show_default=False)
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
             min=0,
             max=2**63 - 1,
-            help="Seed of the first picture; the next use seed+1, ... With --prompts, what seeds are derived from.",
-            show_default="drawn; 0 with --prompts",
+            help="Seed of the first image; the next use seed+1, ... With --prompts, what seeds are derived from.",
+            show_default="sampled; 0 with --prompts",
         ),
     ] = None,
     guidance: Annotated[
@@ -71,15 +71,15 @@ def generate(
     cfg_interval: Annotated[int, typer.Option(min=-1, help="Last token that guidance steers (-1: all of them).")] = -1,
     temperature: Annotated[float | None, number(help="Randomness of each token (1 = as the model predicts).")] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Draw from the k likeliest tokens (0: all).", show_default=False)
+        int | None, typer.Option(min=0, help="Sample from the k likeliest tokens (0: all).", show_default=False)
     ] = None,
     top_p: Annotated[
-        float | None, number(help="Draw from the likeliest tokens that make up this fraction (0-1).")
+        float | None, number(help="Sample from the likeliest tokens that make up this fraction (0-1).")
     ] = None,
     length: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many tokens to draw of a model whose first ones are a picture.", show_default="all"
+            min=1, help="How many tokens to sample of a model whose first ones are an image.", show_default="all"
         ),
     ] = None,
     decoding: Decoding = None,
@@ -105,14 +105,14 @@ def generate(
     out: Annotated[
         Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
     ] = Path("out"),
-    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures as one sheet.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all images as one sheet.")] = False,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="With --prompts: pictures drawn at a time.", show_default="1 to 8 by their number"),
+        typer.Option(min=1, help="With --prompts: images sampled at a time.", show_default="1 to 8 by their number"),
     ] = None,
     as_json: Json = False,
 ):
-    """Draw pictures from words."""
+    """Sample images from words."""
     sampling = {"cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if cfg_interval == -1:
@@ -124,9 +124,9 @@ def generate(
     chosen |= {"window": window, "coupling": coupling}
     if prompts is not None:
         if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
-            raise StudioError("With --prompts the lines say what to draw, and --out is a folder: leave out the rest.")
+            raise StudioError("With --prompts the lines say what to sample, and --out is a folder: leave out the rest.")
         if decoding == "auto" or tolerance is not None:
-            raise StudioError("With --prompts every process must draw alike: name the decoding, and leave out auto.")
+            raise StudioError("With --prompts every process must sample alike: name the decoding, and leave out auto.")
         from studio.commands.generate_batch import generate_many
 
         options = {"num_images": num_images, "guidance": guidance, **sampling, "length": length}
@@ -144,10 +144,10 @@ def generate(
         )
         return
     if batch_size is not None:
-        raise StudioError("--batch-size goes with --prompts: the pictures of one prompt are drawn together.")
+        raise StudioError("--batch-size goes with --prompts: the images of one prompt are sampled together.")
     if (prompt is None) == (class_label is None):
         raise StudioError(
-            'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
+            'Say what to sample: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
     settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
     settings |= {} if length is None else {"num_tokens": length}
@@ -176,14 +176,14 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     quiet_libraries()
     pipe = load(model, device=device, dtype=None if packed else dtype)
     if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
-        raise StudioError(f"{model} turns pictures into tokens and cannot draw: use a pipeline such as emoji-ar.")
+        raise StudioError(f"{model} turns images into tokens and cannot sample: use a pipeline such as emoji-ar.")
     is_auto = decoding["name"] == "auto"
     decoding = picked(model, pipe, num_images, tolerance) if is_auto else named(pipe=pipe, **decoding)
     how = Autoregressive(weights="int8") if packed else decoding_of(**decoding)
     pipe.check_arguments(settings)
     pipe.check_call(prompt, class_labels=class_label, num_images_per_prompt=num_images, decoding=how, **settings)
-    if caution := pipe.caution(how):
-        warn(caution)
+    if validation_warning := pipe.validation_warning(how):
+        warn(validation_warning)
     if warning := prompt_warning(pipe, prompt):
         warn(warning)
     output = pipe(
@@ -210,14 +210,14 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     save(writers)
 
     stats = output.stats
-    drawn_from = output.prompts if set(output.prompts or [prompt]) != {prompt} else None
+    sampled_from = output.prompts if set(output.prompts or [prompt]) != {prompt} else None
     emit(
         {
             "model": model,
             "decoding": stats.decoding or shown_name(decoding["name"], how),
             "images": [{"path": str(path), "seed": each} for path, each in zip(paths, seeds)],
             **({"sheet": str(sheet_path)} if sheet_path else {}),
-            **({"prompts": drawn_from} if drawn_from else {}),
+            **({"prompts": sampled_from} if sampled_from else {}),
             "tokens": stats.tokens,
             "target_calls": stats.target_calls,
             "mean_accepted_length": stats.mean_accepted_length,
@@ -226,7 +226,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
             "seconds": stats.seconds,
         }
     )
-    for path, each, words in zip(paths, seeds, drawn_from or [""] * num_images):
+    for path, each, words in zip(paths, seeds, sampled_from or [""] * num_images):
         say(f"{path}  seed {each}  {words}".rstrip())
     if sheet_path:
         say(f"{sheet_path}  all {num_images}")

@@ -1,8 +1,8 @@
-"""`studio generate --prompts`: a file of prompts, drawn by one process or by many, and gone on with after a kill.
+"""`studio generate --prompts`: a file of prompts, sampled by one process or by many, and gone on with after a kill.
 
-What is drawn together depends on the file alone, never on the number of processes, and each picture has a random stream
-of its own: one process and many draw the same. A picture is written under a temporary name, recorded, then renamed; it
-counts as drawn when both its record and its file are there.
+What is sampled together depends on the file alone, never on the number of processes, and each image has a random stream
+of its own: one process and many sample the same. An image is written under a temporary name, recorded, then renamed; it
+counts as sampled when both its record and its file are there.
 """
 
 import json
@@ -30,8 +30,8 @@ _WARNINGS = 5
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to draw: the `index`-th of its request, in the file `path` of the output folder."""
+class Image:
+    """One image to sample: the `index`-th of its request, in the file `path` of the output folder."""
 
     request: Request
     index: int
@@ -42,7 +42,7 @@ class Picture:
         return self.request.seed + self.index
 
     def record(self, call):
-        """What the manifest says of it; `call` is what all pictures share."""
+        """What the manifest says of it; `call` is what all images share."""
         request = self.request
         what = {"prompt": request.prompt} if request.class_label is None else {"class_label": request.class_label}
         return {
@@ -58,26 +58,26 @@ class Picture:
 
 
 def generate_many(file, out, *, model, seed, options, batch_size, device, dtype):
-    """Draw every line of a file of prompts.
+    """Sample every line of a file of prompts.
 
     Args:
         file: see `read_prompts`, as for `seed` (its `base_seed`) and `options`.
-        out: the folder for pictures, records and manifest.
+        out: the folder for images, records and manifest.
         model, device, dtype: as of `studio.load`; "int8" for packed weights.
-        batch_size: pictures drawn at a time; when `None`, one for few pictures and up to eight for many.
+        batch_size: images sampled at a time; when `None`, one for few images and up to eight for many.
     """
     start = time.monotonic()
     requests, pipe, device, weights = agreed(lambda: _prepare(file, out, model, seed, options, device, dtype))
     call = {"model": model, "dtype": weights}
-    plan = plan_pictures(requests)
-    done = set(gather(agreed(lambda: _drawn_before(out, plan, call, device))))
+    plan = plan_images(requests)
+    done = set(gather(agreed(lambda: _sampled_before(out, plan, call, device))))
     mine = share(plan, done, batch_size or usual_batch_size(len(plan)))
     with closing(agreed(lambda: Records(out / _RECORDS, process_index()))) as records:
-        _draw_share(pipe, mine, done, out, records, call, device)
+        _sample_share(pipe, mine, done, out, records, call, device)
 
-    drawn = set(gather([picture.path for picture in sum(mine, []) if picture.path not in done]))
+    sampled = set(gather([image.path for image in sum(mine, []) if image.path not in done]))
     if process_index() == 0:
-        lines = [json_text(picture.record(call)) for picture in plan]
+        lines = [json_text(image.record(call)) for image in plan]
         save_all({out / MANIFEST: lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")})
     emit(
         {
@@ -86,52 +86,52 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
             "manifest": str(out / MANIFEST),
             "prompts": len(requests),
             "images": len(plan),
-            "drawn": len(drawn),
-            "drawn_before": len(done),
+            "sampled": len(sampled),
+            "sampled_before": len(done),
             "processes": process_count(),
             "seconds": time.monotonic() - start,
         }
     )
-    say(f"{out / MANIFEST}  {len(plan)} pictures of {len(requests)} prompts, {len(done)} of them drawn before")
+    say(f"{out / MANIFEST}  {len(plan)} images of {len(requests)} prompts, {len(done)} of them sampled before")
     say(f"{time.monotonic() - start:.1f} seconds, {process_count()} processes")
 
 
-def plan_pictures(requests):
-    """The pictures of all requests in order, each with a file name of its own."""
+def plan_images(requests):
+    """The images of all requests in order, each with a file name of its own."""
     return [
-        Picture(request, index, f"{request.line:05d}-{slug(_title(request))}-{request.seed + index}.png")
+        Image(request, index, f"{request.line:05d}-{slug(_title(request))}-{request.seed + index}.png")
         for request in requests
         for index in range(request.num_images)
     ]
 
 
-def usual_batch_size(pictures):
-    """How many pictures are drawn at a time, by how many there are: one by one until 64 processes have work."""
-    return min(_LARGEST_BATCH, max(1, pictures // _BATCHES))
+def usual_batch_size(images):
+    """How many images are sampled at a time, by how many there are: one by one until 64 processes have work."""
+    return min(_LARGEST_BATCH, max(1, images // _BATCHES))
 
 
 def share(plan, done, batch_size):
     """This process's part of what is left.
 
     Args:
-        plan: all pictures.
-        done: the paths of those that are drawn.
-        batch_size: pictures drawn at a time, of neighbours in the plan with the same settings.
+        plan: all images.
+        done: the paths of those that are sampled.
+        batch_size: images sampled at a time, of neighbours in the plan with the same settings.
 
     Returns:
-        A list of batches, each a list of `Picture`. A batch of which some are drawn is whole, so that the others of it
+        A list of batches, each a list of `Image`. A batch of which some are sampled is whole, so that the others of it
         come out as they would have.
     """
     batches = []
     for _, alike in groupby(plan, key=_how):
         alike = list(alike)
         batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
-    left = [batch for batch in batches if any(picture.path not in done for picture in batch)]
+    left = [batch for batch in batches if any(image.path not in done for image in batch)]
     return left[process_index() :: process_count()]
 
 
-def _how(picture):
-    request = picture.request
+def _how(image):
+    request = image.request
     return json.dumps([request.prompt is None, request.settings, request.decoding], sort_keys=True)
 
 
@@ -140,7 +140,7 @@ def _title(request):
 
 
 def _prepare(file, out, model, seed, options, device, dtype):
-    """Everything that can be refused before a picture is drawn."""
+    """Everything that can be refused before an image is sampled."""
     requests = read_prompts(file, seed, options)
     packed = dtype == "int8"
     for request in requests:
@@ -153,7 +153,7 @@ def _prepare(file, out, model, seed, options, device, dtype):
     quiet_libraries()
     pipe = load(model, device=device or join(), dtype=None if packed else dtype)
     if not hasattr(pipe, "check_call"):
-        raise StudioError(f"{model} draws no file of prompts: use a pipeline such as emoji-ar.")
+        raise StudioError(f"{model} samples no file of prompts: use a pipeline such as emoji-ar.")
     pipe.set_progress_bar_config(disable=True)
     cautions = set()
     for number, request in enumerate(requests):
@@ -165,10 +165,10 @@ def _prepare(file, out, model, seed, options, device, dtype):
             pipe.check_call(request.prompt, class_labels=request.class_label, decoding=how, **request.settings)
         except StudioError as error:
             raise StudioError(f"{file}, line {request.line}: {error}") from error
-        cautions.add(pipe.caution(how))
+        cautions.add(pipe.validation_warning(how))
         requests[number] = replace(request, approximate=bool(getattr(how, "approximate", False)))
-    for caution in sorted(filter(None, cautions)):
-        warn(caution)
+    for validation_warning in sorted(filter(None, cautions)):
+        warn(validation_warning)
     _warn_of_unknown_words(pipe, requests)
     return requests, pipe, pipe.device, "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch.")
 
@@ -190,49 +190,49 @@ def _warn_of_unknown_words(pipe, requests):
         warn(f"{len(found) - _WARNINGS} more lines have words that the model does not know.")
 
 
-def _drawn_before(out, plan, call, device):
-    """The paths of the pictures that an earlier run drew and this process can see.
+def _sampled_before(out, plan, call, device):
+    """The paths of the images that an earlier run drew and this process can see.
 
     Raises:
-        StudioError: there are pictures of other settings, or files that are none of ours, under the names of the plan.
+        StudioError: there are images of other settings, or files that are none of ours, under the names of the plan.
     """
-    planned = {picture.path: picture.record(call) for picture in plan}
+    planned = {image.path: image.record(call) for image in plan}
     records, damaged = read_records(out / _RECORDS)
     done = []
     for record in records:
         path = record.get("path")
         if not isinstance(path, str) or planned.get(path) != record:
             raise StudioError(
-                f"{out} holds pictures of another file or other settings ({shown(path)}): choose another --out."
+                f"{out} holds images of another file or other settings ({shown(path)}): choose another --out."
             )
         if (out / path).is_file():
             done.append(path)
     if damaged:
-        warn(f"{out / _RECORDS} has {damaged} damaged lines: what they recorded is drawn again.")
-    for picture in plan:
-        path = out / picture.path
-        if picture.path not in done and os.path.lexists(path) and not holds(path, *_carried(picture, call, device)):
+        warn(f"{out / _RECORDS} has {damaged} damaged lines: what they recorded is sampled again.")
+    for image in plan:
+        path = out / image.path
+        if image.path not in done and os.path.lexists(path) and not holds(path, *_carried(image, call, device)):
             raise StudioError(f"{path} is a file that this command did not write: choose another --out.")
     return done
 
 
-def _carried(picture, call, device):
-    """The call and the seed that the file of a picture carries."""
-    record = picture.record(call)
+def _carried(image, call, device):
+    """The call and the seed that the file of an image carries."""
+    record = image.record(call)
     shown = {name: record[name] for name in record if name not in {"path", "line", "index", "seed"}}
-    return {**shown, "device": device.type}, picture.seed
+    return {**shown, "device": device.type}, image.seed
 
 
-def _draw_share(pipe, batches, done, out, records, call, device):
+def _sample_share(pipe, batches, done, out, records, call, device):
     import torch
     from tqdm import tqdm
 
     count = process_count()
-    total = sum(picture.path not in done for batch in batches for picture in batch)
+    total = sum(original.path not in done for batch in batches for original in batch)
     bar = tqdm(
         total=total,
-        desc="drawing" if count == 1 else f"drawing (process 1 of {count})",
-        unit="picture",
+        desc="sampling" if count == 1 else f"sampling (process 1 of {count})",
+        unit="image",
         file=sys.stderr,
         disable=process_index() > 0 or not total,
         mininterval=1,
@@ -241,34 +241,34 @@ def _draw_share(pipe, batches, done, out, records, call, device):
         for batch in batches:
             first = batch[0].request
             subject = (
-                {"class_labels": [picture.request.class_label for picture in batch]}
+                {"class_labels": [original.request.class_label for original in batch]}
                 if first.prompt is None
-                else {"prompt": [picture.request.prompt for picture in batch]}
+                else {"prompt": [original.request.prompt for original in batch]}
             )
             try:
                 output = pipe(
                     **subject,
-                    generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+                    generator=[torch.Generator().manual_seed(original.seed) for original in batch],
                     decoding=_decoding(first, call["dtype"] == "int8"),
                     **first.settings,
                 )
             except StudioError as error:
                 raise StudioError(f"Line {first.line}: {error}") from error
-            for picture, image in zip(batch, output.images):
-                if picture.path not in done:
-                    _save(image, picture, out, records, call, device)
+            for original, image in zip(batch, output.images):
+                if original.path not in done:
+                    _save(image, original, out, records, call, device)
                     bar.update()
 
 
-def _save(image, picture, out, records, call, device):
-    record = picture.record(call)
-    part = out / f".{picture.path}.part"
+def _save(image, original, out, records, call, device):
+    record = original.record(call)
+    part = out / f".{image.path}.part"
     try:
-        png_writer(image, *_carried(picture, call, device))(part)
+        png_writer(image, *_carried(original, call, device))(part)
         with open(part, "rb") as file:
             sync(file)
         records.append(record)
-        os.replace(part, out / picture.path)
+        os.replace(part, out / original.path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise StudioError(f"The pictures cannot be written: {error.strerror or error}.") from error
+        raise StudioError(f"The images cannot be written: {error.strerror or error}.") from error

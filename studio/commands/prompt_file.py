@@ -63,12 +63,12 @@ class Request:
 
     Args:
         line: its number in the file, from 1.
-        prompt, class_label: what to draw; one of them is `None`.
-        seed: of its first picture; the next use seed + 1, ...
-        num_images: how many pictures.
+        prompt, class_label: what to sample; one of them is `None`.
+        seed: of its first image; the next use seed + 1, ...
+        num_images: how many images.
         settings: arguments of the pipeline that differ from its own.
         decoding: what `studio.commands.decodings.given` returns.
-        approximate: whether pictures do not follow the model's law then; known when the model is.
+        approximate: whether images do not follow the model's distribution then; known when the model is.
     """
 
     line: int
@@ -121,7 +121,7 @@ def read_prompts(file, base_seed=0, options=None):
         except StudioError as error:
             raise StudioError(f"{file}, line {number}: {error}") from error
     if (images := sum(request.num_images for request in requests)) > _MOST_IMAGES:
-        raise StudioError(f"{file} asks for {images} images: a run draws at most {_MOST_IMAGES}, so split the file.")
+        raise StudioError(f"{file} asks for {images} images: a run samples at most {_MOST_IMAGES}, so split the file.")
     if not requests:
         raise StudioError(f'{file} holds no prompts: write lines such as {{"prompt": "a red apple"}}.')
     if of_decoding and all(request.decoding["name"] != options.get("decoding") for request in requests):
@@ -164,7 +164,7 @@ def _check(name, value):
 
 def _request(number, fields, base_seed, options):
     if ("prompt" in fields) == ("class_label" in fields):
-        raise StudioError('say what to draw: a prompt such as "a red apple", or class_label for such a model.')
+        raise StudioError('say what to sample: a prompt such as "a red apple", or class_label for such a model.')
     if fields.get("decoding", options.get("decoding")) != options.get("decoding"):
         options = {name: value for name, value in options.items() if name not in _DECODING}  # none of this decoding's
     chosen = {**options, **fields}

@@ -14,7 +14,7 @@ def bench_tokenizers(
         list[str] | None,
         typer.Option(help="A bundled name or model folder; give it again for more.", show_default="bundled tokenizers"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=65, help="Held-out pictures.")] = 200,
+    samples: Annotated[int, typer.Option(min=65, help="Held-out images.")] = 200,
     perturbation: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,7 +37,7 @@ def bench_tokenizers(
     result = measure(model or None, samples=samples, seed=seed, grid=grid, device=device)
     emit(result)
     told = ", ".join(f"{each['alpha']}:{each['delta']}" for each in result["perturbations"])
-    say(f"{result['samples']} pictures; robustness is the mean Frechet distance with wrong tokens at {told}")
+    say(f"{result['samples']} images; robustness is the mean Frechet distance with wrong tokens at {told}")
     names = ("tokens", "bits", "psnr", "ssim", "frechet", "robustness", "encode_per_second", "decode_per_second")
     rows = [
         {"model": f"{row['model']} {row['variant']}".strip(), **{name: row[name] for name in names}}

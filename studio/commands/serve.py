@@ -14,7 +14,7 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
-    model: Annotated[str, typer.Option(help="What draws: a bundled name, a model folder or a Hub id.")] = "emoji-ar",
+    model: Annotated[str, typer.Option(help="What samples: a bundled name, a model folder or a Hub id.")] = "emoji-ar",
     devices: Annotated[
         str | None,
         typer.Option(help="Devices with commas between, such as cuda:0,cuda:1; each has the model and a queue.",
@@ -22,26 +22,26 @@ def serve(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; in float32 a picture does not depend on who else draws.",
+        typer.Option(help="float32, bfloat16 or float16; in float32 an image does not depend on who else samples.",
                      show_default="by device"),
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that may wait for each device.")] = 64,
     max_per_user: Annotated[int, typer.Option(min=1, help="Those of one client (an address) among them.")] = 4,
     max_batch: Annotated[
-        int, typer.Option(min=1, max=1024, help="Pictures of equal requests that are drawn in one call.")
+        int, typer.Option(min=1, max=1024, help="Images of equal requests that are sampled in one call.")
     ] = 8,
-    max_pictures: Annotated[int, typer.Option(min=1, max=16, help="Pictures of one request.")] = 4,
+    max_images: Annotated[int, typer.Option(min=1, max=16, help="Images of one request.")] = 4,
     max_prompt: Annotated[int, typer.Option(min=1, max=2000, help="Characters of a prompt or a question.")] = 500,
     max_answer: Annotated[int, typer.Option(min=64, help="Tokens of an answer to a question.")] = 256,
     max_upload: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a file that is given.")] = 10,
-    max_pixels: Annotated[int, typer.Option(min=1, max=64, help="Million pixels of a picture that is given.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, max=64, help="Million pixels of an image that is given.")] = 16,
     drain_seconds: Annotated[
         float, typer.Option(min=0, max=3600, help="How long work may go on after SIGINT or SIGTERM.")
     ] = 10,
 ):  # fmt: skip
-    """Serve the app to many people: a queue per device, in turns, equal requests drawn together, within limits."""
-    if max_pictures > max_batch:
-        raise StudioError(f"--max-batch {max_batch} cannot hold --max-pictures {max_pictures}: raise the former.")
+    """Serve the app to many people: a queue per device, in turns, equal requests sampled together, within limits."""
+    if max_images > max_batch:
+        raise StudioError(f"--max-batch {max_batch} cannot hold --max-images {max_images}: raise the former.")
     from studio.ui.server.storage import use_private_folder
 
     folder = use_private_folder()  # before Gradio is imported
@@ -49,7 +49,7 @@ def serve(
     from studio.ui.server.limits import Limits
     from studio.ui.server.options import devices_of
     from studio.ui.server.options import serve as serve_app
-    from studio.ui.server.scheduler import Bounds
+    from studio.ui.server.scheduler import QueueLimits
 
     quiet_libraries()
     serve_app(
@@ -57,8 +57,8 @@ def serve(
         port,
         model=model,
         devices=devices_of(devices, dtype),
-        bounds=Bounds(max_waiting, max_per_user, max_batch),
-        limits=Limits(max_pictures, max_prompt, max_pixels * 1_000_000, max_answer),
+        bounds=QueueLimits(max_waiting, max_per_user, max_batch),
+        limits=Limits(max_images, max_prompt, max_pixels * 1_000_000, max_answer),
         upload_bytes=max_upload * 1_000_000,
         drain_seconds=drain_seconds,
         folder=folder,
@@ -66,14 +66,14 @@ def serve(
 
 
 def bench_serve(
-    model: Annotated[str, typer.Option(help="What draws: a bundled name or a model folder.")] = "emoji-ar",
+    model: Annotated[str, typer.Option(help="What samples: a bundled name or a model folder.")] = "emoji-ar",
     clients: Annotated[int, typer.Option(min=1, max=1000, help="Programs that ask at the same time.")] = 50,
-    requests: Annotated[int, typer.Option(min=1, help="Pictures that each asks for, one after the other.")] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="Images that each asks for, one after the other.")] = 2,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="As of studio serve.")] = 8,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Ask a server on this machine for pictures from many sides, and check each against a call of its own."""
+    """Ask a server on this machine for images from many sides, and check each against a call of its own."""
     from studio.bench.report import records_table
     from studio.bench.serve import bench_serve as measure
 

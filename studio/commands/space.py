@@ -11,7 +11,7 @@ from studio.commands.push import DryRun, Private, check_repo_id, readable_size, 
 from studio.console import emit, say
 from studio.space import build_space
 
-Model = Annotated[str, typer.Option(help="What it draws with: a bundled name, a model folder or a Hub id.")]
+Model = Annotated[str, typer.Option(help="What it samples with: a bundled name, a model folder or a Hub id.")]
 Title = Annotated[str, typer.Option(help="What the Space is called.")]
 
 

@@ -17,7 +17,7 @@ MOST_BYTES = 1 << 23  # the longest file with as many tokens as are read has few
 
 
 def tokenize(
-    image: Annotated[Path, typer.Argument(help="The picture.")],
+    image: Annotated[Path, typer.Argument(help="The image.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .odp file to write.")],
     tokenizer: Annotated[
         str, typer.Option(help="A One-D-Piece tokenizer: a bundled name, a folder or a Hub id.")
@@ -30,31 +30,31 @@ def tokenize(
         int | None, typer.Option("--bytes", min=1, help="Instead: the most bytes of the file.", show_default=False)
     ] = None,
     tile: Annotated[
-        bool, typer.Option("--tile", help="Cut the picture into the tokenizer's squares instead of resizing it.")
+        bool, typer.Option("--tile", help="Cut the image into the tokenizer's squares instead of resizing it.")
     ] = False,
     refine: Annotated[
-        int, typer.Option(min=0, help="Steps of a search for tokens that restore this picture better; 20 do much.")
+        int, typer.Option(min=0, help="Steps of a search for tokens that restore this image better; 20 do much.")
     ] = 0,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Compress a picture to a row of tokens in a file."""
+    """Compress an image to a row of tokens in a file."""
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
 
     from studio.commands.saved import save
-    from studio.pictures import open_picture
+    from studio.images import open_image
     from studio.saving import check_writable
 
-    picture = open_picture(image)
+    original = open_image(image)
     check_writable(out)
     model, name = _load(tokenizer, device)
 
-    from studio import encode_picture
+    from studio import encode_image
 
-    encoded = encode_picture(picture, model, length=length, psnr=psnr, size=size, tile=tile, refine=refine, name=name)
+    encoded = encode_image(original, model, length=length, psnr=psnr, size=size, tile=tile, refine=refine, name=name)
     save({out: lambda path: path.write_bytes(encoded.data)})
-    width, height = picture.size
+    width, height = original.size
     tokens, written = len(encoded.file.tokens), len(encoded.data)
     emit(
         {
@@ -85,32 +85,32 @@ def detokenize(
     device: Device = None,
     as_json: Json = False,
 ):
-    """Restore the picture of a file that `studio tokenize` wrote."""
+    """Restore the image of a file that `studio tokenize` wrote."""
     from studio.commands.saved import save
     from studio.saving import check_writable, png_writer
 
     if out.suffix.lower() != ".png":
-        raise StudioError(f"{out} does not end in .png: pictures are written as PNG.")
+        raise StudioError(f"{out} does not end in .png: images are written as PNG.")
     data = _read(file)
     check_writable(out)
 
-    from studio import OdpFile, decode_picture
+    from studio import OdpFile, decode_image
 
     content = OdpFile.from_bytes(data, file)
     if not (tokenizer or content.tokenizer):
         raise StudioError(f"{file} names no bundled tokenizer: give the folder of its tokenizer with --tokenizer.")
     chosen = tokenizer or content.tokenizer
     model, _ = _load(chosen, device)
-    picture = decode_picture(content, model, file)
+    image = decode_image(content, model, file)
     call = {"file": printable(file.name), "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
-    save({out: png_writer(picture, call, None)})
-    emit({"path": str(out), "width": picture.width, "height": picture.height, **call})
-    say(f"{out}  {picture.width} x {picture.height} pixels from {len(content.tokens)} tokens")
+    save({out: png_writer(image, call, None)})
+    emit({"path": str(out), "width": image.width, "height": image.height, **call})
+    say(f"{out}  {image.width} x {image.height} pixels from {len(content.tokens)} tokens")
 
 
 def rate_distortion(
     tokenizer: Annotated[str, typer.Option(help="A One-D-Piece tokenizer.")] = DEFAULT_TOKENIZER,
-    samples: Annotated[int, typer.Option(min=65, help="Pictures of held-out concepts.")] = 136,
+    samples: Annotated[int, typer.Option(min=65, help="Images of held-out concepts.")] = 136,
     refine: Annotated[
         int, typer.Option(min=0, help="Steps of a search for better tokens, as of studio tokenize, beside none.")
     ] = 0,
@@ -149,7 +149,7 @@ def _load(name, device):
     quiet_libraries()
     model = load(name, device=device, dtype="float32")
     if not isinstance(model, OneDPieceTokenizer):
-        raise StudioError(f"{name} is no One-D-Piece tokenizer: only their first tokens are a picture by themselves.")
+        raise StudioError(f"{name} is no One-D-Piece tokenizer: only their first tokens are an image by themselves.")
     return model, name if name in BUNDLED else ""
 
 

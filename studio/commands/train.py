@@ -114,10 +114,10 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundled name or a model folder.")],
     samples: Annotated[
-        int | None, typer.Option(min=1, help="How many pictures to measure.", show_default="the model's own protocol")
+        int | None, typer.Option(min=1, help="How many images to measure.", show_default="the model's own protocol")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and draws the pictures.", show_default="0")
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and samples the images.", show_default="0")
     ] = None,
     tiles: Annotated[
         str | None, typer.Option(help="Of a reader's scenes: rows and columns of 96 px tiles.", show_default="2x2")
@@ -149,7 +149,7 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ):
-    """Measure a model on pictures it was not trained with."""
+    """Measure a model on images it was not trained with."""
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()

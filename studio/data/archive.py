@@ -1,4 +1,4 @@
-"""Reads the shipped Fluent Emoji archive: concepts with labels and tags, and their pictures in two styles."""
+"""Reads the shipped Fluent Emoji archive: concepts with labels and tags, and their images in two styles."""
 
 import io
 import json
@@ -40,8 +40,8 @@ def load_concepts(archive=ARCHIVE):
 
 
 @lru_cache(maxsize=4)
-def load_pictures(resolution=RESOLUTION, archive=ARCHIVE):
-    """Every picture as premultiplied RGBA.
+def load_images(resolution=RESOLUTION, archive=ARCHIVE):
+    """Every image as premultiplied RGBA.
 
     Args:
         resolution: side in pixels, at most 128.
@@ -52,18 +52,18 @@ def load_pictures(resolution=RESOLUTION, archive=ARCHIVE):
         composition over a background is `rgb + (1 - alpha) * background`. Read-only; shared between callers.
     """
     if not 1 <= resolution <= RESOLUTION:
-        raise StudioError(f"The archive holds pictures up to {RESOLUTION} px; {resolution} is out of range.")
+        raise StudioError(f"The archive holds images up to {RESOLUTION} px; {resolution} is out of range.")
     concepts = load_concepts(archive)
-    pictures = np.empty((len(concepts), len(STYLES), resolution, resolution, 4), dtype=np.uint8)
+    images = np.empty((len(concepts), len(STYLES), resolution, resolution, 4), dtype=np.uint8)
     with _open(archive) as file:
         for concept in concepts:
             for style_index, style in enumerate(STYLES):
-                picture = Image.open(io.BytesIO(file.read(f"{style}/{concept.index:04d}.webp"))).convert("RGBa")
+                image = Image.open(io.BytesIO(file.read(f"{style}/{concept.index:04d}.webp"))).convert("RGBa")
                 if resolution != RESOLUTION:
-                    picture = picture.resize((resolution, resolution), Image.Resampling.BOX)
-                pictures[concept.index, style_index] = np.asarray(picture)
-    pictures.flags.writeable = False
-    return pictures
+                    image = image.resize((resolution, resolution), Image.Resampling.BOX)
+                images[concept.index, style_index] = np.asarray(image)
+    images.flags.writeable = False
+    return images
 
 
 def _open(archive):

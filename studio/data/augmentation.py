@@ -1,4 +1,4 @@
-"""Random changes to pictures on a plain background."""
+"""Random changes to images on a plain background."""
 
 import numpy as np
 import torch
@@ -6,19 +6,19 @@ import torch.nn.functional as F
 
 
 def move(images, colours, rng, *, share, zoom, angle, shift):
-    """Turn, scale and shift a share of the pictures; what comes in at the edges has the background's colour.
+    """Turn, scale and shift a share of the images; what comes in at the edges has the background's colour.
 
     Args:
         images: (n, 3, H, W) in [0, 1].
         colours: (n, 3) backgrounds in [0, 1].
         rng: a `numpy.random.Generator`.
-        share: probability that a picture is moved.
+        share: probability that an image is moved.
         zoom: (low, high) factor of the sampling grid; above 1 the subject shrinks.
         angle: largest turn in radians.
-        shift: largest shift, in halves of the picture's side.
+        shift: largest shift, in halves of the image's side.
 
     Returns:
-        New pictures of the same shape.
+        New images of the same shape.
     """
     n = len(images)
     colours = torch.as_tensor(colours, dtype=images.dtype)[:, :, None, None]
@@ -34,7 +34,7 @@ def move(images, colours, rng, *, share, zoom, angle, shift):
 
 
 def distort(images, colours, rng):
-    """What a generator or a tokenizer may do to a picture: small moves, blur, another brightness, noise.
+    """What a generator or a tokenizer may do to an image: small moves, blur, another brightness, noise.
 
     Takes and returns (n, 3, H, W) in [0, 1]; `colours` (n, 3) are the backgrounds.
     """

@@ -20,24 +20,24 @@ PALETTE = np.array([BACKGROUNDS[name] for name in NAMES], dtype=np.float32) / 25
 """RGB in [0, 1], (10, 3), in the order of `NAMES`."""
 
 
-def compose(pictures, colours):
-    """Pictures over plain colours.
+def compose(images, colours):
+    """Images over plain colours.
 
     Args:
-        pictures: `(n, side, side, 4)` premultiplied RGBA, uint8.
+        images: `(n, side, side, 4)` premultiplied RGBA, uint8.
         colours: `(n, 3)` RGB in [0, 1].
 
     Returns:
         `(n, 3, side, side)` float32 in [0, 1].
     """
-    rgba = pictures.astype(np.float32) / 255
+    rgba = images.astype(np.float32) / 255
     rgb = rgba[..., :3] + (1 - rgba[..., 3:]) * np.asarray(colours, dtype=np.float32)[:, None, None, :]
     return np.ascontiguousarray(np.moveaxis(rgb.clip(0, 1), -1, 1))
 
 
-def render(pictures, drawn):
-    """Pictures (n, 3, side, side), a float32 tensor in [0, 1], of (concept, style, background) rows `drawn` (n, 3).
+def render(images, sampled):
+    """Images (n, 3, side, side), a float32 tensor in [0, 1], of (concept, style, background) rows `sampled` (n, 3).
 
-    `pictures` is what `load_pictures` returns.
+    `images` is what `load_images` returns.
     """
-    return torch.from_numpy(compose(pictures[drawn[:, 0], drawn[:, 1]], PALETTE[drawn[:, 2]]))
+    return torch.from_numpy(compose(images[sampled[:, 0], sampled[:, 1]], PALETTE[sampled[:, 2]]))

@@ -28,7 +28,7 @@ PACKAGES = {
 }
 WEBP_QUALITY = 90
 DUPLICATE_RMSE = 0.035
-"""Two concepts are one picture if, over grey at 32 px, both styles differ by less than this (values in [0, 1])."""
+"""Two concepts are one image if, over grey at 32 px, both styles differ by less than this (values in [0, 1])."""
 
 _SPELLINGS = {"’": "", "'": "", "“": "", "”": "", ".": "", "!": "", "&": "and"}
 _GENDERED = re.compile(r"^(man|woman|men|women|old man|old woman)\b[: ]*")
@@ -59,7 +59,7 @@ def build_archive(out, source=None):
         }
         groups = json.loads((folders["labels"] / "meta/groups.json").read_text())["groups"]
         entries = json.loads((folders["labels"] / "en/data.json").read_text())
-        concepts, pictures = [], []
+        concepts, images = [], []
         for entry in _neutral(entries):
             flat = _flat_file(folders["flat"], entry["label"])
             solid = _solid_file(folders["3d"], entry["hexcode"])
@@ -75,9 +75,9 @@ def build_archive(out, source=None):
                     "emoji": entry["emoji"],
                 }
             )
-            pictures.append(both)
-        kept = _without_duplicates(pictures)
-        _write(Path(out), [concepts[i] for i in kept], [pictures[i] for i in kept], folders)
+            images.append(both)
+        kept = _without_duplicates(images)
+        _write(Path(out), [concepts[i] for i in kept], [images[i] for i in kept], folders)
     return len(kept)
 
 
@@ -134,23 +134,23 @@ def _solid_file(folder, hexcode):
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _square(picture):
+def _square(image):
     """RGBA at the archive's resolution, averaged with the alpha multiplied in so that edges stay clean."""
-    rgba = picture.convert("RGBA")
+    rgba = image.convert("RGBA")
     premultiplied = rgba.convert("RGBa").resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
     return premultiplied.convert("RGBA")
 
 
-def _without_duplicates(pictures):
+def _without_duplicates(images):
     small = {}
     for style in STYLES:
         stack = []
-        for both in pictures:
+        for both in images:
             rgba = np.asarray(both[style].resize((32, 32), Image.Resampling.BOX), dtype=np.float32) / 255
             stack.append((rgba[..., :3] * rgba[..., 3:] + 0.5 * (1 - rgba[..., 3:])).ravel())
         small[style] = np.stack(stack)
     kept = []
-    for i in range(len(pictures)):
+    for i in range(len(images)):
         distance = np.zeros(len(kept))
         for style in STYLES:
             difference = small[style][kept] - small[style][i]
@@ -160,7 +160,7 @@ def _without_duplicates(pictures):
     return kept
 
 
-def _write(out, concepts, pictures, folders):
+def _write(out, concepts, images, folders):
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".part")
     stamp = (2020, 1, 1, 0, 0, 0)
@@ -173,7 +173,7 @@ def _write(out, concepts, pictures, folders):
         for key, (name, version) in PACKAGES.items():
             licence = next((file for file in folders[key].glob("LICENSE*")), folders[key] / "package.json")
             add(f"licences/{name.replace('/', '-')}-{version}.txt", licence.read_bytes())
-        for index, both in enumerate(pictures):
+        for index, both in enumerate(images):
             for style in STYLES:
                 buffer = io.BytesIO()
                 both[style].save(buffer, "WEBP", quality=WEBP_QUALITY, alpha_quality=100, method=6)

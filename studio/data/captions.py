@@ -1,4 +1,4 @@
-"""Captions: what a person might type for a picture, made from its label, tags, style and background."""
+"""Captions: what a person might type for an image, made from its label, tags, style and background."""
 
 import re
 from functools import cache, lru_cache
@@ -36,8 +36,8 @@ def names():
     )
 
 
-def open_choices():
-    """Style and background as `studio.pipelines.open_choices` takes them: where they are named, and how."""
+def prompt_completion():
+    """Style and background as `studio.pipelines.prompt_completion` takes them: where they are named, and how."""
     colour = rf"(?:{'|'.join(NAMES)})"
     on = r"on\s+(?:an?\s+)?"
     return [
@@ -62,7 +62,7 @@ def full_caption(concept_index, style_index, background_index):
 
 
 def random_caption(concept_index, style_index, background_index, rng):
-    """One of many ways to say it, drawn with a `numpy.random.Generator`.
+    """One of many ways to say it, sampled with a `numpy.random.Generator`.
 
     The label (now and then a unique tag, or the label with a tag beside it), with or without its article; the style is
     named three times in four and the background four times in five. What is not named is left open. Where a style of
@@ -71,15 +71,15 @@ def random_caption(concept_index, style_index, background_index, rng):
     """
     concept = load_concepts()[concept_index]
     known = names()[concept_index]
-    draw = rng.random(5)
-    noun = known[rng.integers(1, len(known))] if len(known) > 1 and draw[0] < 0.2 else concept.label
-    parts = [article(noun) if draw[1] < 0.6 else noun]
-    if noun == concept.label and concept.tags and draw[0] > 0.92:
+    sample = rng.random(5)
+    noun = known[rng.integers(1, len(known))] if len(known) > 1 and sample[0] < 0.2 else concept.label
+    parts = [article(noun) if sample[1] < 0.6 else noun]
+    if noun == concept.label and concept.tags and sample[0] > 0.92:
         parts.append(concept.tags[rng.integers(len(concept.tags))])
-    if draw[2] < 0.75 or one_is_held_out(concept.label, NAMES[background_index]):
+    if sample[2] < 0.75 or one_is_held_out(concept.label, NAMES[background_index]):
         parts.append(STYLE_WORDS[STYLES[style_index]])
-    if draw[3] < 0.8:
+    if sample[3] < 0.8:
         background = NAMES[background_index]
         phrases = (f"on {article(background)} background", f"{background} background", f"on {background}")
-        parts.append(phrases[0 if draw[4] < 0.6 else 1 if draw[4] < 0.8 else 2])
+        parts.append(phrases[0 if sample[4] < 0.6 else 1 if sample[4] < 0.8 else 2])
     return ", ".join(parts)

@@ -10,10 +10,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from studio.data.archive import ARCHIVE, STYLES, load_concepts, load_pictures
+from studio.data.archive import ARCHIVE, STYLES, load_concepts, load_images
 from studio.data.augmentation import move
 from studio.data.backgrounds import NAMES, PALETTE, compose, render
-from studio.data.captions import full_caption, names, open_choices, random_caption
+from studio.data.captions import full_caption, names, prompt_completion, random_caption
 from studio.data.source import Examples, Source
 from studio.data.splits import combinations, concepts
 
@@ -32,7 +32,7 @@ class Combinations(Examples):
         return len(self.rows)
 
     def images(self, indices):
-        return render(load_pictures(self.size), self.rows[np.asarray(indices)]) * 2 - 1
+        return render(load_images(self.size), self.rows[np.asarray(indices)]) * 2 - 1
 
     def captions(self, indices, rng=None):
         rows = self.rows[np.asarray(indices)].tolist()
@@ -49,7 +49,7 @@ class EmojiSource(Source):
     def __init__(self, size: int):
         self.size = size
         seen, unseen = (concepts(held_out=side) for side in (False, True))
-        self.pixels = load_pictures(size)[seen].reshape(-1, size, size, 4)
+        self.pixels = load_images(size)[seen].reshape(-1, size, size, 4)
         self.train = Combinations(np.array(combinations(held_out=False)), size)
         self.validation = Combinations(_shuffled(combinations(held_out=True)), size)
         every = [(c, style, ground) for c in unseen for style in range(len(STYLES)) for ground in range(len(NAMES))]
@@ -89,7 +89,7 @@ class EmojiSource(Source):
         ]
 
     def prompt_settings(self):
-        return {"lowercase_prompts": True, "open_choices": open_choices()}
+        return {"lowercase_prompts": True, "prompt_completion": prompt_completion()}
 
 
 def _shuffled(rows):

@@ -1,10 +1,10 @@
-"""Scenes with questions: emoji and words on a grid, drawn without end and decided by a seed.
+"""Scenes with questions: emoji and words on a grid, sampled without end and decided by a seed.
 
 A tile is what a vision tower sees at once (96 px); it has 2 x 2 cells. A scene of 2 x 2 tiles has 16 cells, one of
 4 x 4 tiles 64. An emoji takes about two thirds of its cell, so that on a thumbnail of 2 x 2 tiles it is 17 px wide:
 what it is, and what a word says, has to be read from the crops.
 
-Every question has one right answer, which the picture alone decides.
+Every question has one right answer, which the image alone decides.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from studio.data.archive import STYLES, load_concepts, load_pictures
+from studio.data.archive import STYLES, load_concepts, load_images
 from studio.data.backgrounds import BACKGROUNDS, NAMES
 from studio.data.captions import article
 
@@ -41,9 +41,9 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (H, W, 3), uint8, what is in each of its cells and the colour behind it, and questions about it."""
+    """An image (H, W, 3), uint8, what is in each of its cells and the colour behind it, and questions about it."""
 
-    picture: np.ndarray
+    image: np.ndarray
     cells: tuple[tuple[str, str], ...]
     questions: tuple[Question, ...]
 
@@ -61,8 +61,8 @@ def draw_scene(rng, tiles=(2, 2), questions=12, emoji=None, words=None):
     Args:
         rng: a `numpy.random.Generator`.
         tiles: rows and columns of tiles, each 1 to 4.
-        questions: how many; their kinds are drawn evenly from those that the scene allows.
-        emoji, words: how many cells show one, together at most all; drawn at random where they are not given.
+        questions: how many; their kinds are sampled evenly from those that the scene allows.
+        emoji, words: how many cells show one, together at most all; sampled at random where they are not given.
 
     Returns:
         A `Scene` of 96 px a tile.
@@ -80,10 +80,10 @@ def draw_scene(rng, tiles=(2, 2), questions=12, emoji=None, words=None):
         for cell in cells[:emoji]
     }
     written = {int(cell): str(rng.choice(WORDS)) for cell in cells[emoji : emoji + words]}
-    picture = _paint(rng, (rows, columns), behind, things, written)
+    image = _paint(rng, (rows, columns), behind, things, written)
     facts = _Facts((rows, columns), things, written)
     cells = tuple(facts.cell(cell, behind) for cell in range(rows * columns))
-    return Scene(picture, cells, tuple(facts.ask(rng) for _ in range(questions)))
+    return Scene(image, cells, tuple(facts.ask(rng) for _ in range(questions)))
 
 
 def _own_background(rng, behind):
@@ -103,7 +103,7 @@ def _paint(rng, grid, behind, things, written):
         over = np.asarray(emoji, dtype=np.float32)
         mixed = over[..., :3] + under * (1 - over[..., 3:] / 255)
         canvas.paste(Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8)), at)
-    brush = ImageDraw.Draw(canvas)
+    brush = ImageDraw.Sample(canvas)
     ink = "black" if sum(BACKGROUNDS[NAMES[behind]]) > 330 else "white"
     for cell, word in written.items():
         centre = (cell % columns + 0.5) * CELL, (cell // columns + 0.5) * CELL
@@ -114,8 +114,8 @@ def _paint(rng, grid, behind, things, written):
 @cache
 def _emoji(subject, style):
     """Premultiplied RGBA at 64 px."""
-    picture = load_pictures(64)[subjects()[subject].index, style]
-    return Image.frombytes("RGBa", picture.shape[:2], picture.tobytes())
+    image = load_images(64)[subjects()[subject].index, style]
+    return Image.frombytes("RGBa", image.shape[:2], image.tobytes())
 
 
 @cache

@@ -68,8 +68,8 @@ class Source(ABC):
         return self.train.captions(range(len(self.train)))
 
     def prompt_settings(self) -> dict:
-        """What a pipeline over this data is configured with: `lowercase_prompts`, `open_choices`."""
-        return {"lowercase_prompts": True, "open_choices": None}
+        """What a pipeline over this data is configured with: `lowercase_prompts`, `prompt_completion`."""
+        return {"lowercase_prompts": True, "prompt_completion": None}
 
 
 def open_source(data: str, size: int, *, crop: str = "centre", flip: bool = False) -> Source:

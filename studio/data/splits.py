@@ -1,4 +1,4 @@
-"""Which pictures no training may see: decided by a hash of names, so it never depends on order, seed or machine."""
+"""Which images no training may see: decided by a hash of names, so it never depends on order, seed or machine."""
 
 import hashlib
 

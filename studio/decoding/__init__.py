@@ -1,1 +1,1 @@
-"""How tokens are drawn: one method per file, pure functions and a small settings object each."""
+"""How tokens are sampled: one method per file, pure functions and a small settings object each."""

@@ -1,13 +1,14 @@
 """Whether drafted tokens stand in for the target's own: the tests at one node of a draft tree.
 
-The siblings x_1, x_2, ... below a node are tried in order against the target's law p there. Sibling j passes with
-probability `ratios[j]`, given that all before it failed; when all fail, the next token comes from `rest`. The siblings
-of a node are weighed at once, without waiting for the device.
+The siblings x_1, x_2, ... below a node are tried in order against the target's distribution p there. Sibling j passes
+with probability `ratios[j]`, given that all before it failed; when all fail, the next token comes from `rest`. The
+siblings of a node are weighed at once, without waiting for the device.
 
-Lossless (`relaxation=None`): the token that comes out has law p.
+Lossless (`relaxation=None`): the token that comes out has distribution p.
 
 - Deterministic drafts, as of a dynamic tree (EAGLE-2, arXiv:2406.16858): ratio p(x) over the mass not yet tried.
-- Drafts drawn from a law q without replacement, as of a static tree (speculative sampling, arXiv:2211.17192; several
+- Drafts sampled from a distribution q without replacement, as of a static tree (speculative sampling, arXiv:2211.17192;
+several
   rounds, arXiv:2305.09781 and 2402.14160): ratio p(x) / q(x) with q renormalised over the tokens left, and after a
   failure p becomes max(p - q, 0), renormalised.
 
@@ -16,7 +17,7 @@ the mass of its i nearest codes, it borrows the largest c_m within a budget. The
 
 - `tv_budget`, deterministic: the mass that siblings borrow is moved to them, once, at most `tv_budget` in all. The
   total-variation distance from p is then at most the budget, and equals the mass moved for a single sibling.
-- `tv_budget`, drawn: weights w_j of reaching sibling j and raises a_j of its passing probability keep
+- `tv_budget`, sampled: weights w_j of reaching sibling j and raises a_j of its passing probability keep
   sum_j w_j a_j <= `tv_budget` for whatever drafts. Relaxed and lossless tests on the same random numbers differ with at
   most that probability, so the distance is at most the budget. (A bound on borrowed mass alone bounds nothing here, as
   many drafts may borrow the same mass.)
@@ -24,9 +25,9 @@ the mass of its i nearest codes, it borrows the largest c_m within a budget. The
   lambda p(x), and what p excludes never comes out. The distance is at most lambda - 1.
 
 Deviations from the authors' code, undone by `reference=True`: a failure removes only what was borrowed, not the k + 1
-nearest codes; budgets hold across siblings, not for each alone; an emptied law falls back to the one before, not to all
-tokens alike. In both modes what is left of q is summed, not taken from 1, which would lose the tail of a sharp q. The
-authors' single number `delta` is two options here, since it changes meaning at 1.
+nearest codes; budgets hold across siblings, not for each alone; an emptied distribution falls back to the one before,
+not to all tokens alike. In both modes what is left of q is summed, not taken from 1, which would lose the tail of a
+sharp q. The authors' single number `delta` is two options here, since it changes meaning at 1.
 """
 
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ def check_budgets(
 
 
 @dataclass
-class Weighed:
-    """The siblings below R nodes: `ratios` (R, c), which are `tried` (R, c) at all, and the law `rest` (R, V).
+class Acceptance:
+    """The siblings below R nodes: `ratios` (R, c), which are `tried` (R, c) at all, and the distribution `rest` (R, V).
 
     A sibling passes when a uniform number is at most its ratio; `rest` need not sum to 1.
     """
@@ -93,24 +94,24 @@ class Weighed:
     rest: torch.Tensor
 
 
-def weigh(
+def acceptance_probs(
     p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor | None = None, relaxation: Relaxation | None = None
-) -> Weighed:
+) -> Acceptance:
     """Weighs the siblings below R nodes.
 
     Args:
-        p: the target's laws (R, V) there, after all filters.
+        p: the target's distributions (R, V) there, after all filters.
         tokens: siblings (R, c) in the order in which they are tried, distinct; -1 where there is none.
-        q: the laws (R, V) that they were drawn from without replacement; None for deterministic drafts.
+        q: the distributions (R, V) that they were sampled from without replacement; None for deterministic drafts.
     """
     if q is not None:
-        return _drawn(p, tokens, q, relaxation)
+        return _sampled(p, tokens, q, relaxation)
     if relaxation is not None and relaxation.reference:
         return _deterministic_reference(p, tokens, relaxation)
     return _deterministic(p, tokens, relaxation)
 
 
-def _deterministic(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation | None) -> Weighed:
+def _deterministic(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation | None) -> Acceptance:
     tried, x = tokens >= 0, tokens.clamp(min=0)
     if relaxation is None:
         gains = p.gather(1, x) * tried
@@ -120,11 +121,12 @@ def _deterministic(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation
     reached = gains.double()
     reached = p.sum(1, keepdim=True, dtype=torch.float64) - (reached.cumsum(1) - reached)
     ratios = gains / reached.clamp(min=_TINY)
-    return Weighed(ratios, tried, _or_else(rest, p))
+    return Acceptance(ratios, tried, _or_else(rest, p))
 
 
 def _move_neighbours(p, x, tried, relaxation: Relaxation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masses (R, c) that siblings hold after borrowing in turn, and the law (R, V) of what is left without them."""
+    """Masses (R, c) that siblings hold after borrowing in turn, and the distribution (R, V) of what is left without
+    them."""
     rest, gains = p.clone(), []
     around = torch.cat((x[:, :, None], relaxation.neighbours[:, : relaxation.k][x].long()), dim=2)
     left = None if relaxation.tv_budget is None else p.new_full((len(p), 1), relaxation.tv_budget)
@@ -141,7 +143,7 @@ def _move_neighbours(p, x, tried, relaxation: Relaxation) -> tuple[torch.Tensor,
     return torch.cat(gains, dim=1), rest
 
 
-def _deterministic_reference(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation) -> Weighed:
+def _deterministic_reference(p: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation) -> Acceptance:
     tried, ratios, wide = tokens >= 0, [], relaxation.neighbours[:, : relaxation.k + 1]
     for token, exists in zip(tokens.clamp(min=0).split(1, 1), tried.split(1, 1)):
         own = p.gather(1, token)
@@ -151,10 +153,10 @@ def _deterministic_reference(p: torch.Tensor, tokens: torch.Tensor, relaxation: 
         around = wide[token[:, 0]].long()
         removed = torch.where(taken.any(1, keepdim=True), removed.scatter(1, around, 0.0), removed)
         p = torch.where(exists, _normalised_or_uniform(removed), p)
-    return Weighed(torch.cat(ratios, dim=1), tried, p)
+    return Acceptance(torch.cat(ratios, dim=1), tried, p)
 
 
-def _drawn(p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor, relaxation: Relaxation | None) -> Weighed:
+def _sampled(p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor, relaxation: Relaxation | None) -> Acceptance:
     reference = relaxation is not None and relaxation.reference
     ratios, tests = [], []
     weight, spent = p.new_ones(len(p), 1), p.new_zeros(len(p), 1)
@@ -163,7 +165,7 @@ def _drawn(p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor, relaxation: R
         mass, left = q.gather(1, token), q.sum(1, keepdim=True)
         share = (mass / left).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * exists
         tested = share > 0
-        own, law = p.gather(1, token), (q / left).nan_to_num(0.0, 0.0, 0.0)
+        own, distribution = p.gather(1, token), (q / left).nan_to_num(0.0, 0.0, 0.0)
         ratio = lossless = own / share.clamp(min=_TINY)
         if relaxation is not None:
             bound = _reference_bound(own, relaxation)
@@ -179,16 +181,18 @@ def _drawn(p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor, relaxation: R
             weight = weight * (1 - passes)
             if reference:
                 around = relaxation.neighbours[:, : relaxation.k + 1][token[:, 0]].long()
-                law = torch.where(taken.any(1, keepdim=True), law.scatter(1, around, 0.0), law)
-        after = (p - law).clamp(min=0)
+                distribution = torch.where(
+                    taken.any(1, keepdim=True), distribution.scatter(1, around, 0.0), distribution
+                )
+        after = (p - distribution).clamp(min=0)
         after = _normalised_or_uniform(after) if reference else _normalised(_or_else(after, p))
         p = torch.where(tested, after, p)
         q = q.scatter_add(1, token, -mass * exists)
         ratios.append(ratio)
         tests.append(tested)
     if not ratios:
-        return Weighed(p.new_zeros(len(p), 0), tokens >= 0, p)
-    return Weighed(torch.cat(ratios, dim=1), torch.cat(tests, dim=1), p)
+        return Acceptance(p.new_zeros(len(p), 0), tokens >= 0, p)
+    return Acceptance(torch.cat(ratios, dim=1), torch.cat(tests, dim=1), p)
 
 
 def _borrow(p, token, bound, relaxation: Relaxation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -231,15 +235,15 @@ def _smaller(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tens
     return torch.minimum(one, other)
 
 
-def _or_else(law: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """`law`, or the law before where rounding left nothing of it."""
-    return torch.where(law.sum(1, keepdim=True) > 0, law, before)
+def _or_else(distribution: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """`distribution`, or the distribution before where rounding left nothing of it."""
+    return torch.where(distribution.sum(1, keepdim=True) > 0, distribution, before)
 
 
-def _normalised(law: torch.Tensor) -> torch.Tensor:
-    return law / law.sum(1, keepdim=True)
+def _normalised(distribution: torch.Tensor) -> torch.Tensor:
+    return distribution / distribution.sum(1, keepdim=True)
 
 
-def _normalised_or_uniform(law: torch.Tensor) -> torch.Tensor:
-    total = law.sum(1, keepdim=True)
-    return torch.where(total > 0, law / total.clamp(min=_TINY), 1 / law.shape[1])
+def _normalised_or_uniform(distribution: torch.Tensor) -> torch.Tensor:
+    total = distribution.sum(1, keepdim=True)
+    return torch.where(total > 0, distribution / total.clamp(min=_TINY), 1 / distribution.shape[1])

@@ -5,7 +5,7 @@ the same token: `logits = null + scale * (conditional - null)`. Inside the guida
 arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the null rows leave
 the batch and the cache, and a step costs half.
 
-Classifier-free guidance (arXiv:2207.12598) when the tokens of one call stand at different places of the picture.
+Classifier-free guidance (arXiv:2207.12598) when the tokens of one call stand at different places of the image.
 """
 
 import time
@@ -36,9 +36,9 @@ class Guidance:
         inside = (index == 0) | (index - 1 <= self.interval)
         return torch.where(inside[:, :, None], guided, logits[: len(guided)])
 
-    def rows(self, per_picture: torch.Tensor) -> torch.Tensor:
-        """What belongs to pictures (B, ...), for all rows."""
-        return torch.cat((per_picture, per_picture)) if self.streams == 2 else per_picture
+    def rows(self, per_image: torch.Tensor) -> torch.Tensor:
+        """What belongs to images (B, ...), for all rows."""
+        return torch.cat((per_image, per_image)) if self.streams == 2 else per_image
 
     def is_over(self, length: int) -> bool:
         """Whether no token behind the first `length` is guided, though null rows are still there."""
@@ -68,7 +68,7 @@ class Autoregressive:
 
 
 @dataclass
-class Drawn:
+class Sampled:
     """Tokens (B, n) int64, with n below the number asked for only when the loop was stopped, and what they cost.
 
     `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode"; `decoding` is the
@@ -83,12 +83,12 @@ class Drawn:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens of a picture per call of the model."""
+        """Tokens of an image per call of the model."""
         return self.tokens.shape[1] / self.target_calls
 
 
 def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
-    """Whether this token is drawn with guidance; a scale of 1 (or 0) is no guidance, interval -1 has no end."""
+    """Whether this token is sampled with guidance; a scale of 1 (or 0) is no guidance, interval -1 has no end."""
     inside = cfg_interval < 0 or token == 0 or token - 1 <= cfg_interval
     return guidance_scale not in (0, 1) and inside
 
@@ -121,14 +121,14 @@ def autoregressive(
     settings: Autoregressive | None = None,
     num_tokens: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
-) -> Drawn:
-    """Draws the tokens of B pictures.
+) -> Sampled:
+    """Samples the tokens of B images.
 
     Args:
         model: a `LlamaGen` in evaluation mode, or a network with the same calls.
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
-        generators: one per picture.
-        num_tokens: how many first tokens to draw; all when None.
+        generators: one per image.
+        num_tokens: how many first tokens to sample; all when None.
         on_token: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
     """
     settings = settings or Autoregressive()
@@ -138,18 +138,18 @@ def autoregressive(
     prefix, valid = condition_rows(model, condition, guided=is_guided(0, guidance_scale, cfg_interval))
     batch, total = len(generators), num_tokens or model.num_tokens
     tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)
-    drawn = Drawn(tokens)
+    sampled = Sampled(tokens)
     cache = network.new_cache(len(prefix))
     logits = network.prefill(prefix, valid, cache)
-    drawn.seconds["prefill"] = time.perf_counter() - began
+    sampled.seconds["prefill"] = time.perf_counter() - began
     for index in range(total):
-        drawn.target_calls += 1
-        drawn.row_calls += len(logits)
+        sampled.target_calls += 1
+        sampled.row_calls += len(logits)
         if len(logits) > batch:
             logits = guided_logits(logits, guidance_scale)
-        tokens[:, index] = sampling.draw(logits, generators)
+        tokens[:, index] = sampling.sample(logits, generators)
         if on_token is not None and on_token(index, tokens[:, : index + 1]):
-            drawn.tokens = tokens[:, : index + 1]
+            sampled.tokens = tokens[:, : index + 1]
             break
         if index + 1 == total:
             break
@@ -158,5 +158,5 @@ def autoregressive(
             cache.keep_rows(batch)
         fed = tokens[:, index : index + 1]
         logits = network.extend(fed.repeat(2, 1) if guided else fed, cache)[:, -1]
-    drawn.seconds["decode"] = time.perf_counter() - began - drawn.seconds["prefill"]
-    return drawn
+    sampled.seconds["decode"] = time.perf_counter() - began - sampled.seconds["prefill"]
+    return sampled

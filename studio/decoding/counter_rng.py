@@ -1,8 +1,8 @@
-"""Gaussian and uniform numbers of every picture, position and purpose, computed when they are asked for.
+"""Gaussian and uniform numbers of every image, position and purpose, computed when they are asked for.
 
-Each number is a hash of its picture's key, its position, its purpose and its place in the token (the mixing function of
+Each number is a hash of its image's key, its position, its purpose and its place in the token (the mixing function of
 SplitMix64, Steele, Lea and Flood, 2014; Gaussians by Box and Muller, 1958), so that nothing is stored, the same number
-can be asked for twice, and no picture's numbers depend on the others in the batch.
+can be asked for twice, and no image's numbers depend on the others in the batch.
 """
 
 import math
@@ -17,28 +17,28 @@ _ORDER, _START, _STEP, _TEST, _TRIAL, _TRIAL_TEST = range(1, 7)
 Number = int | torch.Tensor
 
 
-class Places(NamedTuple):
-    """Positions (n,) of pictures (n,), int64: the rows that are drawn together."""
+class TokenIndex(NamedTuple):
+    """Positions (n,) of images (n,), int64: the rows that are sampled together."""
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     positions: torch.Tensor
 
     @classmethod
-    def of(cls, positions: torch.Tensor) -> "Places":
-        """Those of positions (B, k), picture after picture."""
-        pictures = torch.arange(len(positions), device=positions.device)
-        return cls(pictures.repeat_interleave(positions.shape[1]), positions.flatten())
+    def of(cls, positions: torch.Tensor) -> "TokenIndex":
+        """Those of positions (B, k), image after image."""
+        images = torch.arange(len(positions), device=positions.device)
+        return cls(images.repeat_interleave(positions.shape[1]), positions.flatten())
 
-    def take(self, rows: torch.Tensor) -> "Places":
+    def take(self, rows: torch.Tensor) -> "TokenIndex":
         """Those of some rows."""
-        return Places(self.pictures[rows], self.positions[rows])
+        return TokenIndex(self.images[rows], self.positions[rows])
 
 
 class PositionNoise:
-    """The random numbers of B pictures.
+    """The random numbers of B images.
 
     Args:
-        keys: (B,) int64, a random number for each picture.
+        keys: (B,) int64, a random number for each image.
         token_dim: numbers of a token D.
     """
 
@@ -47,37 +47,37 @@ class PositionNoise:
 
     @classmethod
     def of(cls, generators: list[torch.Generator], token_dim: int, device) -> "PositionNoise":
-        """One random number is taken from each picture's generator."""
-        drawn = [torch.randint(2**62, (1,), generator=g, device=g.device).to(device) for g in generators]
-        return cls(torch.cat(drawn), token_dim)
+        """One random number is taken from each image's generator."""
+        sampled = [torch.randint(2**62, (1,), generator=g, device=g.device).to(device) for g in generators]
+        return cls(torch.cat(sampled), token_dim)
 
     def order(self, total: int) -> torch.Tensor:
-        """A random order (B, total) of the positions of each picture."""
+        """A random order (B, total) of the positions of each image."""
         positions = torch.arange(total, device=self.keys.device).expand(len(self.keys), -1)
-        return self._state(Places.of(positions), _ORDER).view(-1, total).argsort(dim=1)
+        return self._state(TokenIndex.of(positions), _ORDER).view(-1, total).argsort(dim=1)
 
-    def start(self, places: Places) -> torch.Tensor:
+    def start(self, places: TokenIndex) -> torch.Tensor:
         """Gaussian x_T (n, D)."""
         return self._normal(self._state(places, _START))
 
-    def steps(self, places: Places, count: int) -> torch.Tensor:
+    def steps(self, places: TokenIndex, count: int) -> torch.Tensor:
         """Gaussian noise (count, n, D) of denoising steps 0 to count - 1; that of step 0 is never used."""
         steps = torch.arange(count, device=self.keys.device)[:, None]
         return self._normal(self._state(places, _STEP, steps))
 
-    def test(self, places: Places, step: Number = 0) -> torch.Tensor:
+    def test(self, places: TokenIndex, step: Number = 0) -> torch.Tensor:
         """Uniform numbers that decide on acceptance, (n,); (t, n) for steps (t, 1)."""
         return _uniform(self._state(places, _TEST, step))
 
-    def trial(self, places: Places, number: int, step: Number = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def trial(self, places: TokenIndex, number: int, step: Number = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Gaussian (n, D) and uniform (n,) of the number-th proposal after a rejection at a step, one or (n,)."""
         return (
             self._normal(self._state(places, _TRIAL, number, step)),
             _uniform(self._state(places, _TRIAL_TEST, number, step)),
         )
 
-    def _state(self, places: Places, *purpose: Number) -> torch.Tensor:
-        state = _mix(self.keys[places.pictures] + places.positions)
+    def _state(self, places: TokenIndex, *purpose: Number) -> torch.Tensor:
+        state = _mix(self.keys[places.images] + places.positions)
         for number in purpose:
             state = _mix(state + _GOLDEN + number)
         return state

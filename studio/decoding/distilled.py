@@ -1,17 +1,17 @@
-"""Distilled Decoding (arXiv:2412.17153): a picture in one call of a student, in a few, or together with the teacher.
+"""Distilled Decoding (arXiv:2412.17153): an image in one call of a student, in a few, or together with the teacher.
 
 The student sees a point X_t of the trajectory from noise to tokens, code vectors of the first t steps in front of
 noise, and returns its end. `few_step` goes from e to an end, then from (first t steps of that, rest of the same e) to
-a better end, for rising t. `hybrid` is the paper's "pre-trained-n-m": the student draws up to step n, the teacher
+a better end, for rising t. `hybrid` is the paper's "pre-trained-n-m": the student samples up to step n, the teacher
 steps n to m - 1, the student the rest. Positions of the first `split` steps take the code of the largest logit; those
 behind it keep the vector of the regression head. A student needs one conditional call: guidance and filters are what
 it was taught.
 
 Deviations from the authors' code: code numbers are carried along, so that nearest codes are sought for regressed
 vectors only; heads run on the positions where they are used; the call before the teacher runs on the prefix alone,
-which is all it depends on; prefixes go to the teacher with any guidance scale; noise has one stream per picture; the
-teacher's steps can be drawn with the noise map, which makes the whole picture a function of its noise
-(`teacher_draw="map"`).
+which is all it depends on; prefixes go to the teacher with any guidance scale; noise has one stream per image; the
+teacher's steps can be sampled with the noise map, which makes the whole image a function of its noise
+(`teacher_sample="map"`).
 """
 
 import time
@@ -23,14 +23,14 @@ from itertools import pairwise
 import torch
 
 from studio.checks import check_choice, check_integer, set_fields, shown
-from studio.decoding.autoregressive import WEIGHTS, Drawn, condition_rows, guided_logits, is_guided
+from studio.decoding.autoregressive import WEIGHTS, Sampled, condition_rows, guided_logits, is_guided
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")
 TEACHER_DRAWS = ("sample", "map")
-_OF_TEACHER = ("teacher_draw", "filter_order", "weights")
+_OF_TEACHER = ("teacher_sample", "filter_order", "weights")
 _NEAREST_ROWS = 4096
 
 
@@ -40,11 +40,11 @@ class Distilled:
 
     Args:
         steps: calls of the student.
-        teacher_steps: `(n, m)` counted from 1: the teacher draws steps n to m - 1 ("pre-trained-n-m"); None: no step.
+        teacher_steps: `(n, m)` counted from 1: the teacher samples steps n to m - 1 ("pre-trained-n-m"); None: no step.
         times: the numbers of known steps at the calls, rising from 0, in place of those that belong to `steps`.
         split: steps that take their code from the logits; None: the student's own number.
         snap: "none" hands regressed vectors to the image decoder as they are (as published), "nearest" as codes.
-        teacher_draw: "sample" draws the teacher's steps at random (as published), "map" from the picture's noise.
+        teacher_sample: "sample" samples the teacher's steps at random (as published), "map" from the image's noise.
         filter_order, weights: of the teacher's steps, as in `Autoregressive`; all three go with `teacher_steps` only.
 
     Errors: `StudioError` for a value outside these ranges, and for settings that exclude each other.
@@ -55,7 +55,7 @@ class Distilled:
     times: tuple[int, ...] | None = None
     split: int | None = None
     snap: str = "none"
-    teacher_draw: str = "sample"
+    teacher_sample: str = "sample"
     filter_order: str = "llamagen"
     weights: str = "auto"
 
@@ -78,7 +78,7 @@ class Distilled:
         if self.split is not None:
             set_fields(self, split=check_integer("split", self.split))
         check_choice("snap", self.snap, SNAPS)
-        check_choice("teacher_draw", self.teacher_draw, TEACHER_DRAWS)
+        check_choice("teacher_sample", self.teacher_sample, TEACHER_DRAWS)
         check_choice("weights", self.weights, WEIGHTS)
         of_teacher = [name for name in _OF_TEACHER if getattr(self, name) != getattr(type(self), name)]
         if of_teacher and self.teacher_steps is None:
@@ -94,10 +94,10 @@ class Distilled:
         total = steps or len(student.bounds) - 1
         calls = len(self.times or ()) or self.steps
         if calls > total:
-            raise StudioError(f"The student draws {total} steps, too few for {calls} calls: give fewer steps.")
+            raise StudioError(f"The student samples {total} steps, too few for {calls} calls: give fewer steps.")
         times = self.times or spread_times(self.steps, total, student.horizon)
         if times[-1] > total or any(a >= b for a, b in pairwise(times)):
-            raise StudioError(f"The student draws {total} steps, too few for calls at {', '.join(map(str, times))}.")
+            raise StudioError(f"The student samples {total} steps, too few for calls at {', '.join(map(str, times))}.")
         return times
 
     def split_for(self, student: torch.nn.Module) -> int:
@@ -120,13 +120,13 @@ class Distilled:
         """The teacher's steps of `total`, from the first to before the second, counted from 0."""
         begin, end = (step - 1 for step in self.teacher_steps)
         if end > total:
-            raise StudioError(f"The teacher draws {total} steps: teacher_steps must end at {total + 1} or before.")
+            raise StudioError(f"The teacher samples {total} steps: teacher_steps must end at {total + 1} or before.")
         return begin, end
 
 
 @dataclass
-class DistilledDrawn(Drawn):
-    """What `distilled` returns: `tokens` and costs as of `Drawn`, and
+class DistilledOutput(Sampled):
+    """What `distilled` returns: `tokens` and costs as of `Sampled`, and
 
     `latents` (B, n, C), the vectors for the image decoder; `noise` (B, n, C); `student_calls`, which are counted in
     `target_calls` too. Tokens behind the split are the codes nearest to the vectors.
@@ -142,10 +142,10 @@ def spread_times(calls: int, total: int, horizon: float) -> tuple[int, ...]:
     return tuple(round(horizon * total * call / calls) for call in range(calls))
 
 
-def draw_noise(generators: list[torch.Generator], n: int, width: int, device) -> torch.Tensor:
-    """Gaussian noise (B, n, width), float32; picture i uses generators[i] alone."""
-    drawn = [torch.randn(n, width, generator=g, device=g.device).to(device) for g in generators]
-    return torch.stack(drawn)
+def sample_noise(generators: list[torch.Generator], n: int, width: int, device) -> torch.Tensor:
+    """Gaussian noise (B, n, width), float32; image i uses generators[i] alone."""
+    sampled = [torch.randn(n, width, generator=g, device=g.device).to(device) for g in generators]
+    return torch.stack(sampled)
 
 
 def trajectory(noise: torch.Tensor, vectors: torch.Tensor, known: int | torch.Tensor) -> torch.Tensor:
@@ -215,26 +215,26 @@ def hybrid(
     codebook: torch.Tensor,
     noise: torch.Tensor,
     condition: dict,
-    teacher_draws: Callable[[torch.Tensor], torch.Tensor],
+    teacher_samples: Callable[[torch.Tensor], torch.Tensor],
     *,
     begin: int,
     end: int,
     split: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors (B, n, C) and tokens (B, n) when the teacher draws the steps from `begin` to `end`, counted from 0.
+    """Vectors (B, n, C) and tokens (B, n) when the teacher samples the steps from `begin` to `end`, counted from 0.
 
-    `teacher_draws(prefix)` takes the tokens of the first `begin` steps and returns those of the first `end` steps, or
+    `teacher_samples(prefix)` takes the tokens of the first `begin` steps and returns those of the first `end` steps, or
     fewer when it was stopped. Calls of the student: one if begin > 0, and one if the teacher leaves steps over.
     """
     ahead = noise[:, : student.bounds[begin]]
     tokens = torch.zeros(ahead.shape[:2], dtype=torch.long, device=noise.device)
     if begin:
         _, tokens = mix(student, codebook, ahead, tokens, 0, split, condition)
-    tokens = teacher_draws(tokens)
-    vectors, drawn = codebook[tokens], tokens.shape[1]
-    if drawn < student.bounds[end] or drawn == noise.shape[1]:
+    tokens = teacher_samples(tokens)
+    vectors, sampled = codebook[tokens], tokens.shape[1]
+    if sampled < student.bounds[end] or sampled == noise.shape[1]:
         return vectors, tokens
-    vectors = torch.cat((vectors, noise[:, drawn:]), dim=1)
+    vectors = torch.cat((vectors, noise[:, sampled:]), dim=1)
     return mix(student, codebook, vectors, tokens, end, split, condition)
 
 
@@ -244,19 +244,19 @@ def teacher_tokens(
     condition: dict,
     prefix: torch.Tensor,
     end: int,
-    draw: Callable[[int, torch.Tensor], torch.Tensor],
+    sample: Callable[[int, torch.Tensor], torch.Tensor],
     *,
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     weights: str = "auto",
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
-    cost: Drawn | None = None,
+    cost: Sampled | None = None,
 ) -> torch.Tensor:
     """Tokens (B, end) of an autoregressive teacher that goes on from the prefix (B, begin).
 
     Args:
         teacher: a `LlamaGen` in evaluation mode.
-        draw: called as (index, guided logits (B, V)), returns tokens (B,).
+        sample: called as (index, guided logits (B, V)), returns tokens (B,).
         guidance_scale, cfg_interval, weights, on_token: as of `autoregressive`; a stopped loop returns fewer tokens.
         cost: has its calls counted, if given.
     """
@@ -272,7 +272,7 @@ def teacher_tokens(
         if cost is not None:
             cost.target_calls += 1
             cost.row_calls += len(logits)
-        tokens[:, index] = draw(index, guided_logits(logits, guidance_scale) if len(logits) > batch else logits)
+        tokens[:, index] = sample(index, guided_logits(logits, guidance_scale) if len(logits) > batch else logits)
         if on_token is not None and on_token(index, tokens[:, : index + 1]):
             return tokens[:, : index + 1]
         if index + 1 < end:
@@ -282,12 +282,13 @@ def teacher_tokens(
     return tokens
 
 
-def map_draw(noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling):
-    """A `draw` of `teacher_tokens` that maps noise (B, n, C): token i is a function of its distribution and noise i."""
+def map_sample(noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling):
+    """A `sample` of `teacher_tokens` that maps noise (B, n, C): token i is a function of its distribution and noise
+    i."""
     return lambda index, logits: noise_map(noise[:, index], sampling.probabilities(logits))
 
 
-def draw_pairs(
+def sample_pairs(
     teacher: torch.nn.Module,
     condition: dict,
     noise: torch.Tensor,
@@ -297,11 +298,11 @@ def draw_pairs(
     guidance_scale: float,
     weights: str = "auto",
 ) -> torch.Tensor:
-    """The tokens (B, n) to which noise (B, n, C) leads: the training pairs of a student, drawn without pictures."""
+    """The tokens (B, n) to which noise (B, n, C) leads: the training pairs of a student, sampled without images."""
     prefix = torch.zeros(len(noise), 0, dtype=torch.long, device=noise.device)
-    draw = map_draw(noise, noise_map, sampling)
+    sample = map_sample(noise, noise_map, sampling)
     return teacher_tokens(
-        teacher, condition, prefix, noise.shape[1], draw, guidance_scale=guidance_scale, weights=weights
+        teacher, condition, prefix, noise.shape[1], sample, guidance_scale=guidance_scale, weights=weights
     )
 
 
@@ -321,21 +322,21 @@ def distilled(
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     noise: torch.Tensor | None = None,
     noise_map: NoiseMap | None = None,
-) -> DistilledDrawn:
-    """Draws the tokens of B pictures.
+) -> DistilledOutput:
+    """Samples the tokens of B images.
 
     Args:
         model: the teacher, a `LlamaGen`; needed for `teacher_steps` only.
         condition: as of `autoregressive`; student and teacher take the same.
         student: a `DistilledStudent` in evaluation mode.
         codebook: code vectors (V, C), unit vectors for LlamaGen.
-        generators: one per picture: its noise, then the teacher's random draws.
+        generators: one per image: its noise, then the teacher's random samples.
         sampling, guidance_scale, cfg_interval: of the teacher's steps; the student knows neither.
-        steps: how many first steps to draw; all when None.
+        steps: how many first steps to sample; all when None.
         on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
             teacher and, with index n - 1, after each call of the student for all tokens; True stops the loop.
-        noise: (B, N, C) for all tokens, in place of what the generators would draw.
-        noise_map: for `teacher_draw="map"`, to spare measuring the codebook anew.
+        noise: (B, N, C) for all tokens, in place of what the generators would sample.
+        noise_map: for `teacher_sample="map"`, to spare measuring the codebook anew.
 
     Errors: `StudioError` for settings that the student cannot serve, and for teacher's steps without a teacher.
     """
@@ -346,10 +347,10 @@ def distilled(
     began = time.perf_counter()
     codebook = codebook.to(student.device, torch.float32)
     if noise is None:
-        noise = draw_noise(generators, student.bounds[-1], codebook.shape[1], student.device)
+        noise = sample_noise(generators, student.bounds[-1], codebook.shape[1], student.device)
     noise = noise[:, :n]
-    drawn = DistilledDrawn(torch.zeros(len(noise), 0, dtype=torch.long), noise=noise)
-    call = _Counted(student, drawn)
+    sampled = DistilledOutput(torch.zeros(len(noise), 0, dtype=torch.long), noise=noise)
+    call = _Counted(student, sampled)
 
     def after_call(vectors, tokens):
         if on_token is None:
@@ -359,50 +360,50 @@ def distilled(
         return torch.where((tokens != before)[:, :, None], codebook[tokens], vectors), bool(stopped)
 
     if settings.teacher_steps is None:
-        drawn.latents, drawn.tokens = few_step(
+        sampled.latents, sampled.tokens = few_step(
             call, codebook, noise, condition, times=times, split=split, on_call=after_call
         )
     else:
         begin, end = settings.teacher_span(total)
         if model is None:
             raise StudioError("teacher_steps needs the teacher: give the model that the student was distilled from.")
-        draw = partial(_sampled, sampling, generators)
-        if settings.teacher_draw == "map":
-            draw = map_draw(noise, noise_map or NoiseMap(codebook), sampling)
+        sample = partial(_sampled, sampling, generators)
+        if settings.teacher_sample == "map":
+            sample = map_sample(noise, noise_map or NoiseMap(codebook), sampling)
         options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "weights": settings.weights}
 
-        def teacher_draws(prefix):
-            return teacher_tokens(model, condition, prefix, end, draw, on_token=on_token, cost=drawn, **options)
+        def teacher_samples(prefix):
+            return teacher_tokens(model, condition, prefix, end, sample, on_token=on_token, cost=sampled, **options)
 
-        drawn.latents, drawn.tokens = hybrid(
-            call, codebook, noise, condition, teacher_draws, begin=begin, end=end, split=split
+        sampled.latents, sampled.tokens = hybrid(
+            call, codebook, noise, condition, teacher_samples, begin=begin, end=end, split=split
         )
-        if drawn.tokens.shape[1] == n and end < total:
-            drawn.latents, _ = after_call(drawn.latents, drawn.tokens)
+        if sampled.tokens.shape[1] == n and end < total:
+            sampled.latents, _ = after_call(sampled.latents, sampled.tokens)
     if settings.snap == "nearest":
-        drawn.latents = codebook[drawn.tokens]
-    drawn.seconds = {"prefill": 0.0, "decode": time.perf_counter() - began}
-    return drawn
+        sampled.latents = codebook[sampled.tokens]
+    sampled.seconds = {"prefill": 0.0, "decode": time.perf_counter() - began}
+    return sampled
 
 
 class _Counted:
     """A student whose calls are counted."""
 
-    def __init__(self, student, drawn: DistilledDrawn):
-        self.student, self.drawn = student, drawn
+    def __init__(self, student, sampled: DistilledOutput):
+        self.student, self.sampled = student, sampled
 
     def __getattr__(self, name):
         return getattr(self.student, name)
 
     def hidden_states(self, vectors, known, **condition):
-        self.drawn.student_calls += 1
-        self.drawn.target_calls += 1
-        self.drawn.row_calls += len(vectors)
+        self.sampled.student_calls += 1
+        self.sampled.target_calls += 1
+        self.sampled.row_calls += len(vectors)
         return self.student.hidden_states(vectors, known, **condition)
 
 
 def _sampled(sampling: Sampling, generators: list[torch.Generator], index: int, logits: torch.Tensor) -> torch.Tensor:
-    return sampling.draw(logits, generators)
+    return sampling.sample(logits, generators)
 
 
 def _rising(name: str, values, minimum: int) -> tuple[int, ...]:

@@ -1,20 +1,20 @@
 """What makes drafts for speculative decoding: the protocol of a source, and what it gets to see.
 
-A source is a frozen object of settings, a `Drafting` its state for one call of a pipeline. A picture's drafts may
+A source is a frozen object of settings, a `Drafting` its state for one call of a pipeline. An image's drafts may
 depend on its own tokens, states and random numbers only, so that a batch equals its single calls, and never on the
 uniform numbers of the tests.
 
-Drafts without training: what followed the last time that the latest tokens stood in the picture.
+Drafts without training: what followed the last time that the latest tokens stood in the image.
 
 Prompt lookup ("Inference with Reference", arXiv:2304.04487), with several continuations as branches of a tree.
 
-Drafts without training: the candidates that the target itself had when a token stood in the picture before.
+Drafts without training: the candidates that the target itself had when a token stood in the image before.
 
 Token recycling ("Turning Trash into Treasure", arXiv:2408.08696): a table keeps, for each token, the likeliest tokens
-behind it when the target saw it last, in the picture or in a draft. A tree of fixed shape is filled from that table.
-Deviations from the authors' code: every picture begins with an empty table of its own, so that a batch equals its
-single calls; drafts that have no entry are left out; drafts can be drawn from the probabilities that the candidates had
-then, as LANTERN++ wants them, and not only be the likeliest.
+behind it when the target saw it last, in the image or in a draft. A tree of fixed shape is filled from that table.
+Deviations from the authors' code: every image begins with an empty table of its own, so that a batch equals its
+single calls; drafts that have no entry are left out; drafts can be sampled from the probabilities that the candidates
+had then, as LANTERN++ wants them, and not only be the likeliest.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from studio.errors import StudioError
 
 @dataclass
 class Setting:
-    """What a call is about: the target, valid prefix positions (rows, T) or None, and how its tokens are drawn.
+    """What a call is about: the target, valid prefix positions (rows, T) or None, and how its tokens are sampled.
 
     `guidance` follows the loop: its number of streams drops when null rows leave. `drafter` is the `Drafter` that
     belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`; `plan` is the target's
@@ -50,12 +50,12 @@ class Setting:
 
 @dataclass
 class Progress:
-    """How far B pictures are before a call of the target.
+    """How far B images are before a call of the target.
 
     Args:
-        tokens: (B, N) int64, of which the first `lengths` (B,) are drawn; the last of those is the root.
+        tokens: (B, N) int64, of which the first `lengths` (B,) are sampled; the last of those is the root.
         room: levels (B,) that a tree may have; more cannot be of use.
-        generators: one per picture.
+        generators: one per image.
         states: the target's states (rows, T + N, dim) of all positions before the root; None unless the source asks.
     """
 
@@ -86,19 +86,20 @@ class Drafting(Protocol):
         """Sees the target's guided logits (B, n, V) at the nodes of its trees."""
 
     def rewind(self, lengths: list[int]) -> None:
-        """Some pictures go back to their first `lengths` tokens, of which the last one has changed."""
+        """Some images go back to their first `lengths` tokens, of which the last one has changed."""
 
-    def select(self, pictures: list[int], rows: list[int]) -> None:
-        """Goes on with these pictures, and these rows of the batch, only."""
+    def select(self, images: list[int], rows: list[int]) -> None:
+        """Goes on with these images, and these rows of the batch, only."""
 
 
 class DraftSource(Protocol):
     """Settings of a source.
 
-    `drawn` says whether it draws siblings at random, from laws that its trees carry, where the target is not greedy.
+    `sampled` says whether it samples siblings at random, from distributions that its trees carry, where the target is
+    not greedy.
     """
 
-    drawn: bool
+    sampled: bool
 
     def begin(self, setting: Setting) -> Drafting:
         """Fresh state for a call.
@@ -118,7 +119,7 @@ class Memoryless:
     def rewind(self, lengths: list[int]) -> None:
         pass
 
-    def select(self, pictures: list[int], rows: list[int]) -> None:
+    def select(self, images: list[int], rows: list[int]) -> None:
         pass
 
 
@@ -138,7 +139,7 @@ class NGram:
     branches: int = 2
     levels: int = 3
 
-    drawn = False
+    sampled = False
 
     def __post_init__(self):
         for name in ("longest", "branches", "levels"):
@@ -192,33 +193,33 @@ def _order(node: tuple[int, ...], paths: list[list[int]]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Recycling:
+class TokenRecycling:
     """Settings.
 
     Args:
         tree: the shape of the trees; the default is for a CPU, where every node costs.
-        drawn: whether siblings are drawn without replacement from the candidates' probabilities; else, and when the
+        sampled: whether siblings are sampled without replacement from the candidates' probabilities; else, and when the
             target is greedy, they are the likeliest.
-        candidates: how many the table keeps for a token that drafts are drawn for, at least the width of the tree.
+        candidates: how many the table keeps for a token that drafts are sampled for, at least the width of the tree.
 
     Errors: `StudioError` for a number of candidates below 1.
     """
 
     tree: StaticTree = StaticTree(((0,), (1,), (0, 0), (0, 0, 0)))
-    drawn: bool = False
+    sampled: bool = False
     candidates: int = 8
 
     def __post_init__(self):
         set_fields(self, candidates=check_integer("candidates of recycled drafts", self.candidates, 1, MAX_NODES))
 
     def begin(self, setting: Setting) -> Drafting:
-        if self.drawn and not setting.sampling.greedy:
+        if self.sampled and not setting.sampling.greedy:
             return _RecycledDraws(self.tree, max(self.candidates, self.tree.width), setting)
         return _Recycled(self.tree, setting)
 
 
 class _Recycled(Memoryless):
-    """For each picture the likeliest tokens behind each token that was seen, and trees filled in their order."""
+    """For each image the likeliest tokens behind each token that was seen, and trees filled in their order."""
 
     def __init__(self, shape: StaticTree, setting: Setting):
         self.shape, self.nodes = shape, shape.nodes
@@ -249,12 +250,12 @@ class _Recycled(Memoryless):
                 (tokens[node], seen[node]) for node in range(len(tokens)) if node == 0 or parents[node] >= 0
             )
 
-    def select(self, pictures: list[int], rows: list[int]) -> None:
-        self.likeliest = [self.likeliest[picture] for picture in pictures]
+    def select(self, images: list[int], rows: list[int]) -> None:
+        self.likeliest = [self.likeliest[image] for image in images]
 
 
 class _RecycledDraws(Memoryless):
-    """Candidates (B, V, kept), -1 where there is none, their probabilities after filters, and trees drawn of them."""
+    """Candidates (B, V, kept), -1 where there is none, their probabilities after filters, and trees sampled of them."""
 
     def __init__(self, shape: StaticTree, kept: int, setting: Setting):
         self.shape, self.kept, self.nodes, self.sampling = shape, kept, shape.nodes, setting.sampling
@@ -269,13 +270,13 @@ class _RecycledDraws(Memoryless):
         races = [exponential_noise(count, kept, [one] * count, roots.device) for one in progress.generators]
         tokens = torch.full((batch, shape.nodes), -1, device=roots.device)
         tokens[:, 0] = roots
-        laws = torch.zeros(batch, count, vocab, device=roots.device)
+        distributions = torch.zeros(batch, count, vocab, device=roots.device)
         proposal_rows = torch.full((shape.nodes,), -1, device=roots.device)
         for place, (node, race) in enumerate(zip(shape.expanded, torch.stack(races, dim=1))):
             above = tokens[:, node].clamp(min=0)
             codes = self.candidates[rows, above].clamp(min=0).long()
             masses = self.masses[rows, above] * (tokens[:, node, None] >= 0)
-            laws[:, place].scatter_add_(1, codes, masses)
+            distributions[:, place].scatter_add_(1, codes, masses)
             proposal_rows[node] = place
             children = [child for child, parent in enumerate(shape.parents) if parent == node]
             won = (masses / race).topk(len(children), dim=1)
@@ -285,11 +286,11 @@ class _RecycledDraws(Memoryless):
         exists = tokens >= 0
         size = 1 + int(torch.nonzero(exists.any(dim=0))[-1])
         parents = parents.masked_fill(~exists, -1)[:, :size]
-        return Tree(tokens.clamp(min=0)[:, :size], parents, laws, proposal_rows)
+        return Tree(tokens.clamp(min=0)[:, :size], parents, distributions, proposal_rows)
 
     def observe(self, tree: Tree, logits: torch.Tensor) -> None:
-        laws = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
-        best = laws.topk(min(self.kept, laws.shape[-1]), dim=-1)
+        distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+        best = distributions.topk(min(self.kept, distributions.shape[-1]), dim=-1)
         self._remember(tree, self.candidates, best.indices.int())
         self._remember(tree, self.masses, best.values)
 
@@ -303,5 +304,5 @@ class _RecycledDraws(Memoryless):
             known = table[rows, token, :width]
             table[rows, token, :width] = torch.where(exists[:, node, None], seen[:, node], known)
 
-    def select(self, pictures: list[int], rows: list[int]) -> None:
-        self.candidates, self.masses = self.candidates[pictures], self.masses[pictures]
+    def select(self, images: list[int], rows: list[int]) -> None:
+        self.candidates, self.masses = self.candidates[images], self.masses[images]

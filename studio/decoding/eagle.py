@@ -2,10 +2,10 @@
 
 EAGLE (arXiv:2401.15077), EAGLE-2 (arXiv:2406.16858), LANTERN (arXiv:2410.03355) and LANTERN++ (arXiv:2502.06352). The
 drafter sees the target's own states up to the root; below it, its guesses stand for them. Both guidance streams are
-drafted, with the target's scale. When drawing at random, children in a tree of fixed shape are drawn without
-replacement, from the law that filters leave; otherwise they are the likeliest.
+drafted, with the target's scale. When sampling at random, children in a tree of fixed shape are sampled without
+replacement, from the distribution that filters leave; otherwise they are the likeliest.
 
-Deviations from the authors' code: trees end with the picture; as many children are drawn as the shape has, not always
+Deviations from the authors' code: trees end with the image; as many children are sampled as the shape has, not always
 ten; what is kept in the drafter's cache comes from the target's states alone, fed once.
 
 Drafts of the drafter that belongs to a model, or, where it has none, recycled ones.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.decoding.drafts import Drafting, Progress, Recycling, Setting
+from studio.decoding.drafts import Drafting, Progress, Setting, TokenRecycling
 from studio.decoding.sampling import exponential_noise
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, default_tree, grow
 from studio.errors import StudioError
@@ -40,7 +40,7 @@ class DrafterDrafts:
             raise StudioError(f"tree is a DynamicTree or a StaticTree, not {type(self.tree).__name__}.")
 
     @property
-    def drawn(self) -> bool:
+    def sampled(self) -> bool:
         return isinstance(self.tree, StaticTree)
 
     def begin(self, setting: Setting) -> "DrafterDrafting":
@@ -78,7 +78,7 @@ class DrafterDrafting:
     def rewind(self, lengths: list[int]) -> None:
         self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
 
-    def select(self, pictures: list[int], rows: list[int]) -> None:
+    def select(self, images: list[int], rows: list[int]) -> None:
         self.cache.select_rows(rows)
 
     def _catch_up(self, progress: Progress) -> torch.Tensor:
@@ -104,13 +104,13 @@ class DrafterDrafting:
         index = (progress.lengths + depth)[:, None].expand(-1, states.shape[1])
         return self.guidance.combine(self.setting.model.logits(states), index)
 
-    def _laws(self, logits: torch.Tensor) -> torch.Tensor:
+    def _distributions(self, logits: torch.Tensor) -> torch.Tensor:
         if self.setting.sampling.greedy:
             return logits.softmax(dim=-1)
         return self.setting.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
 
-    def _log_laws(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.log_softmax(dim=-1) if self.setting.sampling.greedy else self._laws(logits).log()
+    def _log_distributions(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(dim=-1) if self.setting.sampling.greedy else self._distributions(logits).log()
 
     def _feed(self, tokens, states, progress: Progress, depth: int, visible) -> torch.Tensor:
         """Guesses (rows, n, dim) behind nodes (B, n) of one depth, given those behind their parents."""
@@ -131,9 +131,9 @@ class DrafterDrafting:
             parents = self.guidance.rows(came_from)[:, :, None].expand(-1, -1, root_states.shape[2])
             states = level["states"].gather(1, parents)
             level["states"] = self._feed(tokens, states, progress, level["depth"], level["seen"])
-            return self._log_laws(self._logits(level["states"], progress, level["depth"]))
+            return self._log_distributions(self._logits(level["states"], progress, level["depth"]))
 
-        first = self._log_laws(self._logits(root_states, progress, 0))[:, 0]
+        first = self._log_distributions(self._logits(root_states, progress, 0))[:, 0]
         return grow(self.shape, progress.roots, first, expand, progress.room)
 
     def _static(self, progress: Progress, root_states: torch.Tensor) -> Tree:
@@ -141,7 +141,7 @@ class DrafterDrafting:
         tokens = torch.zeros(batch, shape.nodes, dtype=torch.long, device=device)
         tokens[:, 0] = progress.roots
         proposal_rows = torch.full((shape.nodes,), -1, dtype=torch.long, device=device)
-        laws, states, fed, behind = [], root_states, [], {0: 0}
+        distributions, states, fed, behind = [], root_states, [], {0: 0}
         for depth in range(min(shape.levels, int(progress.room.max()))):
             nodes = [node for node in shape.expanded if shape.depths[node] == depth]
             if depth:
@@ -150,30 +150,31 @@ class DrafterDrafting:
                 states = self._feed(tokens[:, nodes], states[:, places], progress, depth, visible)
                 fed += nodes
             behind = {node: place for place, node in enumerate(nodes)}
-            proposal_rows[nodes] = len(laws) + torch.arange(len(nodes), device=device)
-            law = self._laws(self._logits(states, progress, depth))
-            laws += law.unbind(1)
-            ranked = self._ranked(law, progress, depth)
+            proposal_rows[nodes] = len(distributions) + torch.arange(len(nodes), device=device)
+            distribution = self._distributions(self._logits(states, progress, depth))
+            distributions += distribution.unbind(1)
+            ranked = self._ranked(distribution, progress, depth)
             for child, parent in enumerate(shape.parents):
                 if parent in behind:
                     tokens[:, child] = ranked[:, behind[parent], shape.ranks[child]]
         parents = torch.tensor(shape.parents, device=device).expand_as(tokens)
         exists = torch.tensor(shape.depths, device=device) <= progress.room[:, None]
         parents = parents.masked_fill(~exists, -1)
-        if self.setting.sampling.greedy or not laws:
+        if self.setting.sampling.greedy or not distributions:
             return Tree(tokens, parents)
-        return Tree(tokens, parents, torch.stack(laws, dim=1), proposal_rows)
+        return Tree(tokens, parents, torch.stack(distributions, dim=1), proposal_rows)
 
-    def _ranked(self, law: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
-        """Children (B, n, width) of n nodes: the likeliest, or drawn without replacement from laws (B, n, V)."""
+    def _ranked(self, distribution: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
+        """Children (B, n, width) of n nodes: the likeliest, or sampled without replacement from distributions (B, n,
+        V)."""
         if self.setting.sampling.greedy:
-            return law.topk(self.shape.width, dim=-1).indices
-        nodes, vocab = law.shape[1:]
-        noise = torch.ones_like(law)
+            return distribution.topk(self.shape.width, dim=-1).indices
+        nodes, vocab = distribution.shape[1:]
+        noise = torch.ones_like(distribution)
         for row, (room, generator) in enumerate(zip(progress.room.tolist(), progress.generators)):
             if depth < room:
-                noise[row] = exponential_noise(nodes, vocab, [generator] * nodes, law.device)
-        return (law / noise).topk(self.shape.width, dim=-1).indices
+                noise[row] = exponential_noise(nodes, vocab, [generator] * nodes, distribution.device)
+        return (distribution / noise).topk(self.shape.width, dim=-1).indices
 
     def _ancestors(self, nodes: list[int], pending: list[int]) -> torch.Tensor:
         """Which of the pending nodes are above each of some nodes, or that node: (n, pending) bool."""
@@ -188,16 +189,16 @@ class DrafterDrafting:
 
 
 @dataclass(frozen=True)
-class OwnDrafts:
+class AutoDrafts:
     """A drafter's tree has the size that suits the device (`default_tree`).
 
     Args:
-        drawn: whether siblings are drawn at random, in a tree of fixed shape; else they are the likeliest.
+        sampled: whether siblings are sampled at random, in a tree of fixed shape; else they are the likeliest.
     """
 
-    drawn: bool = False
+    sampled: bool = False
 
     def begin(self, setting: Setting) -> Drafting:
         if setting.drafter is None:
-            return Recycling(drawn=self.drawn).begin(setting)
-        return DrafterDrafts(setting.drafter, default_tree(setting.model.device, self.drawn)).begin(setting)
+            return TokenRecycling(sampled=self.sampled).begin(setting)
+        return DrafterDrafts(setting.drafter, default_tree(setting.model.device, self.sampled)).begin(setting)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from studio.decoding.autoregressive import Autoregressive, Drawn, autoregressive, is_guided
+from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive, is_guided
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import Sampling
 from studio.files import cache_folder
@@ -54,7 +54,7 @@ def fastest_exact(
     num_tokens: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     editable: bool = True,
-) -> Drawn:
+) -> Sampled:
     """Generates the tokens of B images; arguments as of `jacobi`. `decoding` of the result says which was taken."""
     settings, total = settings or FastestExact(), num_tokens or model.num_tokens
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -77,14 +77,14 @@ def fastest_exact(
     if taken == "jacobi":
         order, weights = settings.filter_order, settings.weights
         guesses = Jacobi(record.window or "auto", filter_order=order, weights=weights, on_round=settings.on_round)
-        drawn = jacobi(model, condition, settings=guesses, editable=editable, **call)
-        record.window = drawn.window
+        sampled = jacobi(model, condition, settings=guesses, editable=editable, **call)
+        record.window = sampled.window
     else:
         plain = Autoregressive(settings.filter_order, settings.weights)
-        drawn = autoregressive(model, condition, settings=plain, **call)
-    if record and drawn.tokens.shape[1] == total:
-        record.add(taken, drawn.seconds["decode"] - outside)
-    return replace(drawn, decoding=taken)
+        sampled = autoregressive(model, condition, settings=plain, **call)
+    if record and sampled.tokens.shape[1] == total:
+        record.add(taken, sampled.seconds["decode"] - outside)
+    return replace(sampled, decoding=taken)
 
 
 class _Record:

@@ -33,7 +33,7 @@ import torch
 from studio.decoding.acceptance import Relaxation, borrowed_mass
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.call_cost import least_call_seconds
-from studio.decoding.reporting import Reporter, SpeculativeDrawn
+from studio.decoding.reporting import Reporter, SpeculativeOutput
 from studio.decoding.sampling import Sampling, fill_exponential, sample_rows
 from studio.decoding.verification import is_likeliest
 from studio.errors import StudioError
@@ -77,14 +77,14 @@ class Jacobi:
             raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {self.coupling!r}.")
 
     @property
-    def drawn(self) -> bool:
+    def sampled(self) -> bool:
         """Whether guesses are random and tested as such: what `LanternPlusPlus` asks of its drafts."""
         return self.coupling != "seed"
 
 
 @dataclass
-class JacobiDrawn(SpeculativeDrawn):
-    """As of `SpeculativeDrawn`; `window` is the one that was used."""
+class JacobiSampled(SpeculativeOutput):
+    """As of `SpeculativeOutput`; `window` is the one that was used."""
 
     window: int = 0
 
@@ -103,7 +103,7 @@ def jacobi(
     num_tokens: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     editable: bool = True,
-) -> JacobiDrawn:
+) -> JacobiSampled:
     """Generates the tokens of B images.
 
     Args:
@@ -123,15 +123,15 @@ def jacobi(
         model, condition, generators, sampling, guidance, settings, relaxation, total, min(window, total),
         editable and on_token is not None,
     )  # fmt: skip
-    run.drawn.seconds["prefill"] = time.perf_counter() - began
+    run.sampled.seconds["prefill"] = time.perf_counter() - began
     reporter = Reporter(run, on_token, editable)
     while not reporter.stopped() and min(run.lengths) < total:
         if not reporter.editable:
             run.retire()
         run.round()
-    run.drawn.tokens = run.tokens[:, : reporter.reported if on_token is not None else total]
-    run.drawn.seconds["decode"] = time.perf_counter() - began - run.drawn.seconds["prefill"]
-    return run.drawn
+    run.sampled.tokens = run.tokens[:, : reporter.reported if on_token is not None else total]
+    run.sampled.seconds["decode"] = time.perf_counter() - began - run.sampled.seconds["prefill"]
+    return run.sampled
 
 
 class _Run:
@@ -154,7 +154,7 @@ class _Run:
         logits = self.model.logits(self.model.prefill_states(prefix, valid, self.cache)[:, -1:])
         self.cache.keep_all()
         self.tokens = torch.zeros(batch, total + window, dtype=torch.long, device=device)
-        self.tokens[:, 0] = sampling.draw(guidance.combine(logits, self.tokens[:, :1])[:, 0], generators)
+        self.tokens[:, 0] = sampling.sample(guidance.combine(logits, self.tokens[:, :1])[:, 0], generators)
         self.lengths, self.numbers, self.images = [1] * batch, list(range(batch)), torch.arange(batch, device=device)
         self.reached, self.guessed = torch.ones_like(self.images), torch.ones_like(self.images)
         self.steps = torch.arange(window, device=device)
@@ -165,8 +165,8 @@ class _Run:
         if not sampling.greedy and self.coupling != "seed":
             self.proposals = logits.new_empty(batch, window - 1, logits.shape[-1])
             self.proposals[:] = _one_hot(self.tokens[:, :1], self.proposals)
-        self.drawn = JacobiDrawn(
-            self.tokens, 1, len(prefix), picture_calls=batch, picture_tokens=batch, window=window
+        self.sampled = JacobiSampled(
+            self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch, window=window
         )  # fmt: skip
 
     def round(self) -> None:
@@ -195,10 +195,10 @@ class _Run:
         for number, count in zip(self.numbers, counts):
             self.lengths[number] += count
         self.cache.keep([range(count) for count in counts] * self.guidance.streams)
-        self.drawn.target_calls += 1
-        self.drawn.row_calls += len(states)
-        self.drawn.picture_calls += sum(map(bool, counts))
-        self.drawn.picture_tokens += sum(counts)
+        self.sampled.target_calls += 1
+        self.sampled.row_calls += len(states)
+        self.sampled.image_calls += sum(map(bool, counts))
+        self.sampled.image_tokens += sum(counts)
 
     def _decide(
         self, logits: torch.Tensor, guesses: torch.Tensor, index: torch.Tensor
@@ -212,18 +212,20 @@ class _Run:
             right = _leading(passed.view_as(guesses))
             outcomes[:, :-1] = torch.where(self.steps[:-1] < right[:, None], guesses, outcomes[:, :-1])
             return outcomes, right
-        laws = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+        distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
         if self.races is not None:
             self.races.reach(self.numbers, [self.lengths[number] + index.shape[1] for number in self.numbers])
         if self.coupling == "seed":
-            outcomes = self.races.winners(laws, self.images, index)
+            outcomes = self.races.winners(distributions, self.images, index)
             return outcomes, _leading(guesses == outcomes[:, :-1])
-        chance = _Chance.of([self.generators[number] for number in self.numbers], laws.shape[1], laws.device)
-        outcomes, right = decide(laws, guesses, self.proposals, chance, self.coupling, self.relaxation)
+        chance = _Chance.of(
+            [self.generators[number] for number in self.numbers], distributions.shape[1], distributions.device
+        )
+        outcomes, right = decide(distributions, guesses, self.proposals, chance, self.coupling, self.relaxation)
         if self.coupling == "gumbel":
             behind = self.steps > right[:, None]
-            outcomes = torch.where(behind, self.races.winners(laws, self.images, index), outcomes)
-        self.proposals = next_proposals(laws, outcomes, right)
+            outcomes = torch.where(behind, self.races.winners(distributions, self.images, index), outcomes)
+        self.proposals = next_proposals(distributions, outcomes, right)
         return outcomes, right
 
     def retire(self) -> None:
@@ -253,7 +255,7 @@ class _Run:
 
 
 def decide(
-    laws: torch.Tensor,
+    distributions: torch.Tensor,
     guesses: torch.Tensor,
     proposals: torch.Tensor,
     chance: "_Chance",
@@ -263,7 +265,8 @@ def decide(
     """Tests the guesses of B windows of n places, all places at once.
 
     Args:
-        laws: the model's distributions p (B, n, V) of the token at each place, after filters, given all guesses before.
+        distributions: the model's distributions p (B, n, V) of the token at each place, after filters, given all
+            guesses before.
         guesses: (B, n - 1), one for each place but the last.
         proposals: the distributions q (B, n - 1, V) that they were sampled from; one-hot for a guess without any.
         chance: fresh random numbers.
@@ -275,7 +278,7 @@ def decide(
         are tokens: the guesses that passed and, behind them, a sample of max(p - q, 0), or of p at the last place. The
         outcomes behind are the next guesses; with "gumbel", the caller's noise makes those.
     """
-    p, steps = laws[:, :-1], torch.arange(laws.shape[1], device=laws.device)
+    p, steps = distributions[:, :-1], torch.arange(distributions.shape[1], device=distributions.device)
     own, share = (values.gather(2, guesses[:, :, None])[:, :, 0] for values in (p, proposals))
     held = own
     if relaxation is not None:
@@ -289,21 +292,21 @@ def decide(
         kept, replaced = kept | (behind & passed), replaced | (behind & ~passed)
     rest = (p - proposals).clamp(min=0)
     rest = torch.where(rest.sum(dim=2, keepdim=True) > 0, rest, p)
-    weights = torch.cat((torch.where(replaced[:, :, None], rest, p), laws[:, -1:]), dim=1)
+    weights = torch.cat((torch.where(replaced[:, :, None], rest, p), distributions[:, -1:]), dim=1)
     outcomes = chance.sample(weights)
     outcomes[:, :-1] = torch.where(kept, guesses, outcomes[:, :-1])
     return outcomes, right
 
 
-def next_proposals(laws: torch.Tensor, outcomes: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def next_proposals(distributions: torch.Tensor, outcomes: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The distributions q (B, n - 1, V) of the guesses behind `right` + 1 new tokens, all of them this call's p.
 
     That is so for guesses that passed a test and for those that replaced others: as an outcome, both have the
-    distribution p. Places beyond this window repeat its last outcome.
+    distribution p. TokenIndex beyond this window repeat its last outcome.
     """
-    places, images = laws.shape[1], torch.arange(len(laws), device=laws.device)[:, None]
-    known = torch.cat((laws, _one_hot(outcomes[:, -1:], laws)), dim=1)
-    return known[images, (right[:, None] + 1 + torch.arange(places - 1, device=laws.device)).clamp(max=places)]
+    places, images = distributions.shape[1], torch.arange(len(distributions), device=distributions.device)[:, None]
+    known = torch.cat((distributions, _one_hot(outcomes[:, -1:], distributions)), dim=1)
+    return known[images, (right[:, None] + 1 + torch.arange(places - 1, device=distributions.device)).clamp(max=places)]
 
 
 class _Chance:
@@ -349,11 +352,11 @@ class _PositionRaces:
                 fill_exponential(self.noise[row], self.generators[number])
                 self.taken[number] = position + 1
 
-    def winners(self, laws: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def winners(self, distributions: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Samples (b, n) of distributions (b, n, V) of the tokens `index` (b, n) of these images."""
         rows = images[:, None] * self.slots + index % self.slots
         noise = self.noise.index_select(0, rows.flatten())
-        return sample_rows(laws.flatten(0, 1), noise=noise).view(index.shape)
+        return sample_rows(distributions.flatten(0, 1), noise=noise).view(index.shape)
 
 
 def _leading(passed: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 "LANTERN++" (arXiv:2502.06352: trees of fixed shape, a bound on the ratio). The loop is that of `speculative`, the tests
 and what they guarantee are described in `acceptance`, and deviations from the authors' code in both.
 
-LANTERN++ is the combination that suits drafts drawn at random: a fixed tree, and a bound on the ratio, under which a
+LANTERN++ is the combination that suits drafts sampled at random: a fixed tree, and a bound on the ratio, under which a
 token that the target excludes is never accepted, whatever its neighbours hold.
 
 Which codes are close to each other: the latent neighbourhoods of LANTERN (arXiv:2410.03355, section 4).
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from studio.checks import check_integer, set_fields
 from studio.decoding.acceptance import Relaxation, check_budgets
 from studio.decoding.drafts import DraftSource
-from studio.decoding.eagle import OwnDrafts
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
@@ -70,7 +70,8 @@ class Lantern(Speculative):
 
     Args:
         k: nearest codes that count, at most the number of codes less one.
-        delta: the total-variation distance in [0, 1] between the law of a drawn token and the target's, at most; 0 is
+        delta: the total-variation distance in [0, 1] between the distribution of a sampled token and the target's, at
+            most; 0 is
             lossless. None: no bound of this kind.
         ratio_budget: LANTERN++'s lambda: no token becomes likelier than lambda times its probability, lambda >= 1.
             None: no bound of this kind; with both, both hold.
@@ -78,7 +79,7 @@ class Lantern(Speculative):
             keeps neither.
         drafts, filter_order: as of `Speculative`.
 
-    Greedy decoding has no law; a draft then counts with all that it may borrow, each draft on its own.
+    Greedy decoding has no distribution; a draft then counts with all that it may borrow, each draft on its own.
 
     Errors: `StudioError` for a value outside these ranges.
     """
@@ -111,28 +112,30 @@ class Lantern(Speculative):
 
 @dataclass(frozen=True, kw_only=True)
 class LanternPlusPlus(Lantern):
-    """Settings of LANTERN++: drawn drafts in a tree of fixed shape, and a bound on the ratio.
+    """Settings of LANTERN++: sampled drafts in a tree of fixed shape, and a bound on the ratio.
 
     Args:
         k, ratio_budget: as of `Lantern`; the defaults are a setting of the authors.
-        drafts: `OwnDrafts(drawn=True)`, `Recycling(drawn=True)`, which needs no training, or
+        drafts: `AutoDrafts(sampled=True)`, `TokenRecycling(sampled=True)`, which needs no training, or
             `DrafterDrafts(drafter, StaticTree(...))`, or `Jacobi()`.
         delta, reference, filter_order: as of `Lantern`.
 
-    Errors: `StudioError` for a value outside these ranges, without a ratio, and for drafts that are not drawn.
+    Errors: `StudioError` for a value outside these ranges, without a ratio, and for drafts that are not sampled.
     """
 
     k: int = 10
     delta: float | None = None
     ratio_budget: float | None = 5.0
-    drafts: DraftSource | Jacobi = OwnDrafts(drawn=True)
+    drafts: DraftSource | Jacobi = AutoDrafts(sampled=True)
 
     def __post_init__(self):
         super().__post_init__()
         if self.ratio_budget is None:
-            raise StudioError("LANTERN++ bounds the ratio to the target's law: give ratio_budget, or use Lantern.")
-        if not self.drafts.drawn:
             raise StudioError(
-                "LANTERN++ tests drafts that are drawn in a tree of fixed shape: use OwnDrafts(drawn=True) or "
+                "LANTERN++ bounds the ratio to the target's distribution: give ratio_budget, or use Lantern."
+            )
+        if not self.drafts.sampled:
+            raise StudioError(
+                "LANTERN++ tests drafts that are sampled in a tree of fixed shape: use AutoDrafts(sampled=True) or "
                 f"DrafterDrafts(drafter, StaticTree(...)), not likeliest drafts of {type(self.drafts).__name__}."
             )

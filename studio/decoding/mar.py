@@ -1,16 +1,16 @@
-"""Masked autoregressive decoding: in a random order, a few more tokens at each step, each drawn by a diffusion head.
+"""Masked autoregressive decoding: in a random order, a few more tokens at each step, each sampled by a diffusion head.
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4 and the authors' sampler.
-How many tokens a step draws: see `masked_steps`.
+How many tokens a step samples: see `masked_steps`.
 
 The result is that of the authors' sampler on the same random numbers, up to rounding (`textbook_masked` has it written
-plainly), with less work: see `denoising`; and the last decoder block answers only for the tokens that are drawn.
-Deviations: each picture has its own generator; more steps than tokens are refused, as some would draw nothing.
+plainly), with less work: see `denoising`; and the last decoder block answers only for the tokens that are sampled.
+Deviations: each image has its own generator; more steps than tokens are refused, as some would sample nothing.
 
-How many tokens each step of masked decoding draws: the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and how
+How many tokens each step of masked decoding samples: the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and how
 guidance grows meanwhile, as MAR (arXiv:2406.11838) and TokenBridge (arXiv:2503.16430) have it.
 
-Deviation from their authors' code: more steps than tokens are refused, as some would draw nothing.
+Deviation from their authors' code: more steps than tokens are refused, as some would sample nothing.
 
 How a diffusion-loss head turns conditions into tokens: DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance
 (arXiv:2406.11838, section 3 and its sampling code).
@@ -31,8 +31,8 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
-from studio.decoding.autoregressive import Drawn, condition_rows
-from studio.decoding.counter_rng import Places, PositionNoise
+from studio.decoding.autoregressive import Sampled, condition_rows
+from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.errors import StudioError
 
 _PREPARED_NUMBERS = 2**22
@@ -50,7 +50,7 @@ class TimedHead:
         self.native, self.table = network.for_decoding(), self.diffusion.table()
 
 
-class Kernels:
+class ReverseTransitions:
     """The Gaussian reverse kernels of n tokens.
 
     Args:
@@ -95,7 +95,7 @@ class Kernels:
             log_stds.append(log_std)
         return torch.cat(means), torch.cat(log_stds)
 
-    def take(self, rows: torch.Tensor) -> "Kernels":
+    def take(self, rows: torch.Tensor) -> "ReverseTransitions":
         """Those of some of the tokens."""
         taken = copy(self)
         taken.embedded = self.embedded[:, rows]
@@ -127,8 +127,8 @@ class Kernels:
         return self.head.diffusion.reverse(x, noise, logit, steps)
 
 
-def descend(
-    kernels: Kernels, x: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0
+def denoise(
+    kernels: ReverseTransitions, x: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The reverse steps from x_T (n, D): `(step, state, mean, log_std)` for steps T - 1 to 0.
 
@@ -145,7 +145,7 @@ GUIDANCE_SCHEDULES = ("linear", "constant")
 
 
 class Step(NamedTuple):
-    """Draws the entries `first` to `last` - 1 of each order; those from `last` on are known.
+    """Samples the entries `first` to `last` - 1 of each order; those from `last` on are known.
 
     `progress` is the share of tokens that the schedule counts as known, which guidance grows with.
     """
@@ -160,7 +160,7 @@ class MaskedSteps:
     """Settings of a masked loop.
 
     Args:
-        steps: calls of the transformer, 1 to the number of tokens; None leaves it to whoever draws.
+        steps: calls of the transformer, 1 to the number of tokens; None leaves it to whoever samples.
         guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not.
 
     Errors: `StudioError` for a value outside these.
@@ -183,9 +183,9 @@ class MaskedSteps:
         return replace(self, **{name: defaults.get(name, self.DEFAULTS[name]) for name in missing})
 
     def plan(self, total: int) -> list[Step]:
-        """The steps that draw `total` tokens, for settings that are filled."""
+        """The steps that sample `total` tokens, for settings that are filled."""
         if self.steps > total:
-            raise StudioError(f"A picture has {total} tokens: draw them in at most as many steps, not {self.steps}.")
+            raise StudioError(f"An image has {total} tokens: sample them in at most as many steps, not {self.steps}.")
         plan, last = [], total
         for number in range(1, self.steps + 1):
             left = max(1, min(last - 1, math.floor(total * math.cos(math.pi / 2 * number / self.steps))))
@@ -203,7 +203,7 @@ class MaskedAutoregressive(MaskedSteps):
     """Settings of the loop: those of `MaskedSteps`, and
 
     Args:
-        diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever draws.
+        diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever samples.
 
     Errors: `StudioError` for a value outside these.
     """
@@ -219,12 +219,12 @@ class MaskedAutoregressive(MaskedSteps):
 
 
 @dataclass
-class MaskedDrawn(Drawn):
-    """As of `Drawn`, but `tokens` (B, L, D) are float32, and `seconds` holds "transformer" and "head"."""
+class MaskedOutput(Sampled):
+    """As of `Sampled`, but `tokens` (B, L, D) are float32, and `seconds` holds "transformer" and "head"."""
 
 
-class Painter:
-    """A `MAR` at work on B pictures of one call: its conditions, its head, and the seconds of each."""
+class MARStepper:
+    """A `MAR` at work on B images of one call: its conditions, its head, and the seconds of each."""
 
     def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int):
         began = time.perf_counter()
@@ -234,20 +234,21 @@ class Painter:
         self.calls = self.rows = 0
         self.seconds, self.lost = 0.0, time.perf_counter() - began
 
-    def kernels(self, tokens: torch.Tensor, order: torch.Tensor, step: Step, scale: float) -> Kernels:
-        """What the model makes of the known tokens: the kernels of the entries that the step draws, in their order."""
+    def kernels(self, tokens: torch.Tensor, order: torch.Tensor, step: Step, scale: float) -> ReverseTransitions:
+        """What the model makes of the known tokens: the kernels of the entries that the step samples, in their
+        order."""
         began = time.perf_counter()
         visible, wanted = order[:, step.last :], order[:, step.first : step.last]
         conditions = self.model.conditions(tokens.to(self.buffer.dtype), visible, wanted, self.buffer)
         self.calls += 1
         self.rows += len(self.buffer)
         self.seconds += time.perf_counter() - began
-        return Kernels(self.head, conditions.flatten(1, 2), scale)
+        return ReverseTransitions(self.head, conditions.flatten(1, 2), scale)
 
 
-def put(tokens: torch.Tensor, places: Places, values: torch.Tensor) -> None:
+def put(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
     """Writes values (n, D) into tokens (B, L, D)."""
-    tokens[places.pictures, places.positions] = values
+    tokens[places.images, places.positions] = values
 
 
 @torch.no_grad()
@@ -261,17 +262,17 @@ def masked_autoregressive(
     settings: MaskedAutoregressive | None = None,
     on_step: Callable[[int, torch.Tensor, torch.Tensor], bool | None] | None = None,
     noise: PositionNoise | None = None,
-) -> MaskedDrawn:
-    """Draws all tokens of B pictures.
+) -> MaskedOutput:
+    """Samples all tokens of B images.
 
     Args:
         model: a `MAR` in evaluation mode.
         condition: `{"class_labels": (B,)}`.
-        generators: one per picture; a picture does not depend on the others.
+        generators: one per image; an image does not depend on the others.
         guidance_scale: at its greatest; 1 is no guidance.
         temperature: multiplies the standard deviation of every denoising step, at least 0.
         on_step: called as (number of the step, positions (B, k) that it drew, tokens (B, L, D) which may be written
-            to); True stops the loop. Tokens not yet drawn are 0.
+            to); True stops the loop. Tokens not yet sampled are 0.
         noise: random numbers in place of the generators'.
 
     Errors: `StudioError` for more steps than tokens and for a temperature that is none.
@@ -280,20 +281,20 @@ def masked_autoregressive(
     check_number("temperature", temperature)
     plan = settings.plan(model.num_tokens)
     began = time.perf_counter()
-    painter = Painter(model, condition, guidance_scale != 1, settings.diffusion_steps)
+    painter = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
     order = noise.order(model.num_tokens)
     tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
     for number, step in enumerate(plan):
         kernels = painter.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
-        drawn = order[:, step.first : step.last]
-        places = Places.of(drawn)
-        for _, _, mean, _ in descend(
+        sampled = order[:, step.first : step.last]
+        places = TokenIndex.of(sampled)
+        for _, _, mean, _ in denoise(
             kernels, noise.start(places), noise.steps(places, settings.diffusion_steps), temperature
         ):
             token = mean
         put(tokens, places, token)
-        if on_step is not None and on_step(number, drawn, tokens):
+        if on_step is not None and on_step(number, sampled, tokens):
             break
     head = time.perf_counter() - began - painter.seconds
-    return MaskedDrawn(tokens, painter.calls, painter.rows, {"transformer": painter.seconds, "head": head})
+    return MaskedOutput(tokens, painter.calls, painter.rows, {"transformer": painter.seconds, "head": head})

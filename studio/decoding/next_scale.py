@@ -1,8 +1,8 @@
 """Next-scale decoding of VAR ("Visual Autoregressive Modeling", arXiv:2404.02905): one call per scale.
 
-All tokens of a scale are drawn from one call, independently given the coarser scales. Guidance grows with the scale:
+All tokens of a scale are sampled from one call, independently given the coarser scales. Guidance grows with the scale:
 g = strength k / (S - 1) at scale k of S, logits (1 + g) conditional - g null. `next_scale` can go on from given scales,
-which enter with the first scale to draw, in one call under the block-causal mask.
+which enter with the first scale to sample, in one call under the block-causal mask.
 
 Deviation from the code of Distilled Decoding (arXiv:2412.17153), which goes on from scales in this way: theirs feeds
 them without that mask, so that coarse scales see finer ones.
@@ -28,7 +28,7 @@ def next_scale(
     class_labels: torch.Tensor,
     prefix: torch.Tensor,
     end: int,
-    draw: Callable[[int, torch.Tensor], torch.Tensor],
+    sample: Callable[[int, torch.Tensor], torch.Tensor],
     *,
     guidance: float = 0.0,
 ) -> torch.Tensor:
@@ -39,7 +39,7 @@ def next_scale(
         tokenizer: its `VARTokenizer`, which turns scales into the model's inputs.
         class_labels: (B,).
         prefix: tokens of whole scales, possibly none.
-        draw: called as (scale, guided logits (B, k, V)), returns tokens (B, k).
+        sample: called as (scale, guided logits (B, k, V)), returns tokens (B, k).
         guidance: strength at the last scale; 0 leaves out the null rows.
     """
     begin, last, batch = model.bounds.index(prefix.shape[1]), len(model.bounds) - 2, len(prefix)
@@ -56,5 +56,5 @@ def next_scale(
             strength = guidance * step / max(1, last)
             conditional, null = logits.chunk(2)
             logits = (1 + strength) * conditional - strength * null
-        tokens, fed = torch.cat((tokens, draw(step, logits)), dim=1), step + 1
+        tokens, fed = torch.cat((tokens, sample(step, logits)), dim=1), step + 1
     return tokens

@@ -1,7 +1,7 @@
 """The map of Distilled Decoding (arXiv:2412.17153) from Gaussian noise to a token of a given distribution.
 
-A categorical draw becomes a function of a Gaussian vector e: along x_t = (1 - t) e + t q (t = 0 noise, t = 1 data) the
-flow-matching ODE dx/dt = (D(x, t) - x) / (1 - t) carries e to a code vector c_j, and token j comes out with exactly
+A categorical sample becomes a function of a Gaussian vector e: along x_t = (1 - t) e + t q (t = 0 noise, t = 1 data)
+the flow-matching ODE dx/dt = (D(x, t) - x) / (1 - t) carries e to a code vector c_j, and token j comes out with exactly
 probability p_j. D is the posterior mean: weights softmax_j(log p_j - |x - t c_j|^2 / (2 (1 - t)^2)) over the codebook.
 
 The authors released neither this map nor its solver, so the solver is ours. In z = x / t and sigma = (1 - t) / t the
@@ -255,7 +255,7 @@ class NoiseMap:
 def noise_to_token(
     noise: torch.Tensor, probs: torch.Tensor, codebook: torch.Tensor, steps: int = 24, **settings
 ) -> torch.Tensor:
-    """Tokens (B,) with the law `probs` (B, V), as a deterministic function of Gaussian noise (B, C).
+    """Tokens (B,) with the distribution `probs` (B, V), as a deterministic function of Gaussian noise (B, C).
 
     One call of a `NoiseMap`, which takes the same settings; keep a `NoiseMap` where the codebook stays the same, since
     measuring the codebook costs up to 2048 V distances.

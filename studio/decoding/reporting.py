@@ -6,19 +6,19 @@ from typing import Protocol
 
 import torch
 
-from studio.decoding.autoregressive import Drawn
+from studio.decoding.autoregressive import Sampled
 
 
 @dataclass
-class SpeculativeDrawn(Drawn):
-    """As of `Drawn`; `picture_calls` counts pictures over all calls of the model, `picture_tokens` what those drew."""
+class SpeculativeOutput(Sampled):
+    """As of `Sampled`; `image_calls` counts images over all calls of the model, `image_tokens` what those drew."""
 
-    picture_calls: int = 0
-    picture_tokens: int = 0
+    image_calls: int = 0
+    image_tokens: int = 0
 
     @property
     def mean_accepted_length(self) -> float:
-        return self.picture_tokens / self.picture_calls
+        return self.image_tokens / self.image_calls
 
 
 class Run(Protocol):

@@ -1,6 +1,6 @@
-"""Drawing all levels of all cells in a chosen number of calls, however deep the codes are (ResGen, arXiv:2412.10208).
+"""Sampling all levels of all cells in a chosen number of calls, however deep the codes are (ResGen, arXiv:2412.10208).
 
-Every call predicts for each cell the sum of its hidden code vectors; a draw of that sum is quantised from the first
+Every call predicts for each cell the sum of its hidden code vectors; a sample of that sum is quantised from the first
 hidden level on; the most confident slots stay, the shallowest levels of a cell first, and the rest is forgotten. After
 call t of T, ceil(gamma(t / T) L D) slots are hidden.
 
@@ -10,30 +10,31 @@ Gumbel noise that fades linearly; guidance (arXiv:2207.12598) extrapolates what 
 a scale that rises linearly from 1; the sampling temperature divides the mixture's logits and multiplies the spread
 around a mean; every call shows at least one slot, so none is wasted where the schedule moves slowly.
 
-Drawing residual codes in a random order: ResGen's noising process run backwards, at any number of calls.
+Sampling residual codes in a random order: ResGen's noising process run backwards, at any number of calls.
 
 ResGen (arXiv:2412.10208) hides slots in a random order, those of a cell from the deepest up. Its network is told which
 slots are hidden and not the time, so between two moments at which a slot is hit it has nothing new to say: "Masked
-Diffusion Models are Secretly Time-Agnostic Masked Models" (arXiv:2409.02908) therefore draws from one hit to the next
-(the first-hitting sampler) instead of through a grid of times. Here the order of the hits is drawn, and they are cut
+Diffusion Models are Secretly Time-Agnostic Masked Models" (arXiv:2409.02908) therefore samples from one hit to the next
+(the first-hitting sampler) instead of through a grid of times. Here the order of the hits is sampled, and they are cut
 into as many groups as there may be calls, of the sizes that the schedule gives. With one call for each code no two
-codes of a picture are drawn at once and nothing is approximate but the network; with fewer calls those of a group that
-lie in different cells (in the ablation: all of them) are drawn independently, which is all that is lost.
+codes of an image are sampled at once and nothing is approximate but the network; with fewer calls those of a group that
+lie in different cells (in the ablation: all of them) are sampled independently, which is all that is lost.
 
 Ours: groups of planned sizes in place of random ones, so that the number of calls is exact and the same for all
-pictures; the moments themselves are left out, as nothing depends on them.
+images; the moments themselves are left out, as nothing depends on them.
 
-Settings that every way to draw residual codes with ResGen (arXiv:2412.10208) has.
+Settings that every way to sample residual codes with ResGen (arXiv:2412.10208) has.
 
-What ResGen (arXiv:2412.10208) says of the hidden levels of a picture, as a law that codes are drawn from and that
+What ResGen (arXiv:2412.10208) says of the hidden levels of an image, as a distribution that codes are sampled from and
+that
 says how sure it is of them: a mixture over their sum, or, in the ablation, a softmax for each level.
 
 Which levels of residual codes are hidden: from the deepest up, so a number of levels per cell says all of it.
 
-ResGen (arXiv:2412.10208): of the L D slots of a picture, ceil(gamma(r) L D) are hidden, spread over the cells at
-random, and drawing lowers that number step by step. Ours: slots are chosen without replacement, so the numbers per cell
-follow the multivariate hypergeometric law and never exceed D (those of the paper's multinomial law may); which schedule
-the paper uses is not known to us, so three are here.
+ResGen (arXiv:2412.10208): of the L D slots of an image, ceil(gamma(r) L D) are hidden, spread over the cells at
+random, and sampling lowers that number step by step. Ours: slots are chosen without replacement, so the numbers per
+cell follow the multivariate hypergeometric distribution and never exceed D (those of the paper's multinomial
+distribution may); which schedule the paper uses is not known to us, so three are here.
 """
 
 import math
@@ -46,7 +47,7 @@ from typing import ClassVar, Self
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
-from studio.decoding.autoregressive import Drawn, guided_logits
+from studio.decoding.autoregressive import Sampled, guided_logits
 from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
 from studio.errors import StudioError
 
@@ -79,7 +80,7 @@ def hidden_after_calls(calls: int, slots: int, schedule: str = "cosine") -> list
     Errors: `StudioError` for more calls than slots.
     """
     if calls > slots:
-        raise StudioError(f"A picture has {slots} codes: draw them in at most as many steps, not {calls}.")
+        raise StudioError(f"An image has {slots} codes: sample them in at most as many steps, not {calls}.")
     numbers, before = [], slots
     for call in range(1, calls + 1):
         scheduled = int(hidden_slots(call / calls, slots, schedule))
@@ -89,10 +90,10 @@ def hidden_after_calls(calls: int, slots: int, schedule: str = "cosine") -> list
 
 
 def hide(noise: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """How many levels are hidden in each cell (B, L), when `count` (B,) slots of each picture are.
+    """How many levels are hidden in each cell (B, L), when `count` (B,) slots of each image are.
 
-    `noise` (B, L, D), independent and of one law, orders the slots: the smallest are hidden. The same noise with a
-    larger count hides more everywhere.
+    `noise` (B, L, D), independent and of one distribution, orders the slots: the smallest are hidden. The same noise
+    with a larger count hides more everywhere.
     """
     return _is_among_smallest(noise, count).sum(dim=-1)
 
@@ -123,8 +124,8 @@ def _is_among_smallest(values, count):
     return (ranks < count[:, None]).view(values.shape)
 
 
-class ResidualLaw(ABC):
-    """The law of one call.
+class ResidualDistribution(ABC):
+    """The distribution of one call.
 
     Args:
         head: that of the network.
@@ -147,7 +148,7 @@ class ResidualLaw(ABC):
             raise StudioError("This model has a softmax for every level and no spread: leave out scatter.")
 
     @abstractmethod
-    def draw(
+    def sample(
         self, hidden: torch.Tensor, sampling: Sampling, scatter: float, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """Codes (B, L, D) of all hidden levels, of which each cell has `hidden` (B, L); -1 in the others."""
@@ -161,13 +162,13 @@ class ResidualLaw(ABC):
         """The log-likelihood of the codes (B, L, D) of a cell together, the same (B, L, D) for each of them."""
 
 
-class MixtureLaw(ResidualLaw):
-    """A component is drawn and a vector around its mean, which is quantised from the first hidden level on."""
+class MixtureDistribution(ResidualDistribution):
+    """A component is sampled and a vector around its mean, which is quantised from the first hidden level on."""
 
     has_spread = True
 
-    def draw(self, hidden, sampling, scatter, generators):
-        sums = self.head.mean(self.said, _draw(self.said.logits, sampling, generators))
+    def sample(self, hidden, sampling, scatter, generators):
+        sums = self.head.mean(self.said, _sample(self.said.logits, sampling, generators))
         if spread := scatter * sampling.temperature:
             sums = sums + spread * self.head.sigma * _normal_noise(sums, generators)
         return self.quantizer.encode(sums, first=self.quantizer.depth - hidden)
@@ -182,14 +183,14 @@ class MixtureLaw(ResidualLaw):
         return self.head.log_likelihood(self.said, total)[..., None].expand(codes.shape)
 
 
-class LevelLaw(ResidualLaw):
-    """Every level is drawn on its own."""
+class LevelDistribution(ResidualDistribution):
+    """Every level is sampled on its own."""
 
     has_spread = False
 
-    def draw(self, hidden, sampling, scatter, generators):
-        drawn = _draw(self.said.logits, sampling, generators)
-        return torch.where(shown(hidden, self.quantizer.depth), -1, drawn)
+    def sample(self, hidden, sampling, scatter, generators):
+        sampled = _sample(self.said.logits, sampling, generators)
+        return torch.where(shown(hidden, self.quantizer.depth), -1, sampled)
 
     def level_confidence(self, codes):
         chosen = self.said.logits.log_softmax(dim=-1).gather(-1, codes.clamp(min=0)[..., None])[..., 0]
@@ -199,7 +200,7 @@ class LevelLaw(ResidualLaw):
         return self.level_confidence(codes).sum(dim=-1, keepdim=True).expand(codes.shape)
 
 
-LAWS = {"mixture": MixtureLaw, "levels": LevelLaw}
+DISTRIBUTIONS = {"mixture": MixtureDistribution, "levels": LevelDistribution}
 """By what the network predicts."""
 
 
@@ -209,13 +210,13 @@ def gumbel_noise(like: torch.Tensor, generators: list[torch.Generator]) -> torch
     return -noise.log().view(like.shape)
 
 
-def _draw(logits, sampling, generators):
+def _sample(logits, sampling, generators):
     """Numbers (B, ...) out of logits (B, ..., V)."""
     if sampling.greedy:
         return logits.argmax(dim=-1)
-    laws = sampling.probabilities(logits.flatten(0, -2))
-    race = exponential_noise(len(logits), laws.numel() // len(logits), generators, laws.device)
-    return sample_rows(laws, noise=race.view_as(laws)).view(logits.shape[:-1])
+    distributions = sampling.probabilities(logits.flatten(0, -2))
+    race = exponential_noise(len(logits), distributions.numel() // len(logits), generators, distributions.device)
+    return sample_rows(distributions, noise=race.view_as(distributions)).view(logits.shape[:-1])
 
 
 def _normal_noise(like, generators):
@@ -228,7 +229,7 @@ class ResidualSteps(ABC):
     """Settings of a loop.
 
     Args:
-        steps: calls of the network, 1 to the number of codes of a picture; None leaves it to whoever draws.
+        steps: calls of the network, 1 to the number of codes of an image; None leaves it to whoever samples.
         schedule: how the number of hidden slots falls, see `hidden_slots`.
         scatter: multiplies the standard deviation around a mean, as the temperature does; 0 takes the mean itself.
 
@@ -253,7 +254,7 @@ class ResidualSteps(ABC):
         return self if self.steps is not None else replace(self, steps=steps)
 
     def plan(self, slots: int) -> list[int]:
-        """How many of the slots of a picture are hidden after each call, for settings that are filled.
+        """How many of the slots of an image are hidden after each call, for settings that are filled.
 
         Errors: `StudioError` for more steps than slots.
         """
@@ -261,23 +262,23 @@ class ResidualSteps(ABC):
 
     @abstractmethod
     def preference(
-        self, law: ResidualLaw, codes: torch.Tensor, fading: float, generators: list[torch.Generator]
+        self, distribution: ResidualDistribution, codes: torch.Tensor, fading: float, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """Which slots are shown first: numbers (B, L, D), those of the first ones greatest.
 
         Args:
-            law: that the codes were drawn from.
+            distribution: that the codes were sampled from.
             codes: (B, L, D), -1 in slots shown before.
             fading: falls from 1 to 0 over the calls.
-            generators: one per picture.
+            generators: one per image.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstHitting(ResidualSteps):
-    """Settings for `residual_unmasking`, which then shows slots in a random order: those of `ResidualSteps`."""
+    """Settings for `resgen_decoding`, which then shows slots in a random order: those of `ResidualSteps`."""
 
-    def preference(self, law, codes, fading, generators):
+    def preference(self, distribution, codes, fading, generators):
         """Noise (B, L, D): any hidden slot is as likely as any other."""
         return gumbel_noise(codes, generators)
 
@@ -286,7 +287,7 @@ CONFIDENCES = ("cell", "level")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualUnmasking(ResidualSteps):
+class ResGenDecoding(ResidualSteps):
     """Settings of ResGen's loop: those of `ResidualSteps`, and what makes a slot stay.
 
     Args:
@@ -304,22 +305,24 @@ class ResidualUnmasking(ResidualSteps):
         check_choice("confidence", self.confidence, CONFIDENCES)
         set_fields(self, confidence_temperature=check_number("confidence_temperature", self.confidence_temperature))
 
-    def preference(self, law, codes, fading, generators):
+    def preference(self, distribution, codes, fading, generators):
         """The confidence (B, L, D), give or take noise that fades."""
-        confidence = law.cell_confidence(codes) if self.confidence == "cell" else law.level_confidence(codes)
+        confidence = (
+            distribution.cell_confidence(codes) if self.confidence == "cell" else distribution.level_confidence(codes)
+        )
         noise = self.confidence_temperature * fading
         return confidence + noise * gumbel_noise(confidence, generators) if noise else confidence
 
 
 @dataclass
-class ResidualDrawn(Drawn):
-    """As of `Drawn`, but `tokens` are codes (B, L, D), -1 where a slot is hidden still because the loop was stopped,
+class ResGenOutput(Sampled):
+    """As of `Sampled`, but `tokens` are codes (B, L, D), -1 where a slot is hidden still because the loop was stopped,
     and `seconds` holds "transformer" and "head".
     """
 
 
 @torch.no_grad()
-def residual_unmasking(
+def resgen_decoding(
     model: torch.nn.Module,
     quantizer: torch.nn.Module,
     condition: dict,
@@ -329,45 +332,45 @@ def residual_unmasking(
     guidance_scale: float = 1.0,
     settings: ResidualSteps | None = None,
     on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
-) -> ResidualDrawn:
-    """Draws B pictures.
+) -> ResGenOutput:
+    """Samples B images.
 
     Args:
         model: a `ResGen` in evaluation mode.
         quantizer: the `ResidualQuantizer` of its tokenizer.
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
-        generators: one per picture; a picture does not depend on the others.
+        generators: one per image; an image does not depend on the others.
         sampling: of components (of the ablation: of codes); its temperature also multiplies the spread around a mean.
         guidance_scale: at the last call; 1 leaves out the null rows.
-        settings: which slots are shown when: `ResidualUnmasking()` when None.
+        settings: which slots are shown when: `ResGenDecoding()` when None.
         on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
 
-    Errors: `StudioError` for more steps than a picture has codes, and for settings that would change nothing.
+    Errors: `StudioError` for more steps than an image has codes, and for settings that would change nothing.
     """
-    settings, sampling = (settings or ResidualUnmasking()).filled(), sampling or Sampling()
-    kind = LAWS[model.config.prediction]
+    settings, sampling = (settings or ResGenDecoding()).filled(), sampling or Sampling()
+    kind = DISTRIBUTIONS[model.config.prediction]
     kind.check(settings.scatter)
     depth, positions = quantizer.depth, model.config.num_positions
     codes = torch.full((len(generators), positions, depth), -1, device=next(iter(condition.values())).device)
-    drawn = ResidualDrawn(codes, seconds={"transformer": 0.0, "head": 0.0})
+    sampled = ResGenOutput(codes, seconds={"transformer": 0.0, "head": 0.0})
     for step, left in enumerate(settings.plan(positions * depth)):
         began = time.perf_counter()
         scale = _scale_at(step, settings.steps, guidance_scale)
         visible, hidden = quantizer.lookup(codes).sum(dim=-2), (codes < 0).sum(dim=-1)
         said = _predict(model, visible, hidden, condition, scale)
-        drawn.target_calls += 1
-        drawn.row_calls += len(codes) * (1 if scale == 1 else 2)
+        sampled.target_calls += 1
+        sampled.row_calls += len(codes) * (1 if scale == 1 else 2)
         answered = time.perf_counter()
-        law = kind(model.head, said, quantizer)
-        proposed = law.draw(hidden, sampling, settings.scatter, generators)
-        preference = settings.preference(law, proposed, 1 - (step + 1) / settings.steps, generators)
+        distribution = kind(model.head, said, quantizer)
+        proposed = distribution.sample(hidden, sampling, settings.scatter, generators)
+        preference = settings.preference(distribution, proposed, 1 - (step + 1) / settings.steps, generators)
         remains = shown(reveal(hidden, preference, left), depth)
-        drawn.tokens = codes = torch.where(remains, torch.where(codes < 0, proposed, codes), -1)
-        drawn.seconds["transformer"] += answered - began
-        drawn.seconds["head"] += time.perf_counter() - answered
+        sampled.tokens = codes = torch.where(remains, torch.where(codes < 0, proposed, codes), -1)
+        sampled.seconds["transformer"] += answered - began
+        sampled.seconds["head"] += time.perf_counter() - answered
         if on_step is not None and on_step(step, codes):
             break
-    return drawn
+    return sampled
 
 
 def _scale_at(step, steps, scale):

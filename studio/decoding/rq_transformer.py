@@ -1,8 +1,8 @@
-"""Drawing stacks of residual codes: cell by cell in raster order, and in each cell level by level, coarse to fine.
+"""Sampling stacks of residual codes: cell by cell in raster order, and in each cell level by level, coarse to fine.
 
 The order of RQ-Transformer (arXiv:2203.01941, section 3.2). There is one call of the spatial transformer per cell and
 one of the depth transformer per code. Deviation from the authors' code, which has no guidance: with classifier-free
-guidance (arXiv:2207.12598) the rows of captions and their null twins run as one batch, and every code is drawn from
+guidance (arXiv:2207.12598) the rows of captions and their null twins run as one batch, and every code is sampled from
 `null + scale * (conditional - null)`.
 """
 
@@ -18,7 +18,7 @@ from studio.errors import StudioError
 
 
 @dataclass(frozen=True)
-class CellByCell:
+class RQDecoding:
     """Settings of the loop.
 
     Args:
@@ -37,7 +37,7 @@ class CellByCell:
 
 
 @torch.no_grad()
-def cell_by_cell(
+def rq_decoding(
     model: torch.nn.Module,
     condition: torch.Tensor,
     codebooks: list[torch.Tensor] | None = None,
@@ -48,13 +48,13 @@ def cell_by_cell(
     guidance_scale: float = 1.0,
     on_cell: Callable[[int, torch.Tensor], bool | None] | None = None,
 ) -> torch.Tensor:
-    """Draws B pictures: codes (B, h, w, D), int64; those of cells that were not reached are -1.
+    """Samples B images: codes (B, h, w, D), int64; those of cells that were not reached are -1.
 
     Args:
         model: an `RQTransformer` in evaluation mode.
         condition: classes or words (B, T), or captions (B, T, C).
         codebooks: the tokenizer's code vectors (K_d, C) of each level, where the model reads them.
-        generators: one per picture.
+        generators: one per image.
         valid: which states of captions (B, T) are of words; all when None.
         sampling: one for all levels, or one of each.
         guidance_scale: of captions; 1 (or 0) is no guidance.
@@ -70,8 +70,8 @@ def cell_by_cell(
     batch, streams = len(condition), 2 if is_guided(0, guidance_scale, -1) else 1
     null = None if streams == 1 else torch.arange(2 * batch, device=condition.device) >= batch
 
-    def rows(of_pictures):
-        return of_pictures if streams == 1 else torch.cat((of_pictures, of_pictures))
+    def rows(of_images):
+        return of_images if streams == 1 else torch.cat((of_images, of_images))
 
     cells = torch.full((batch, height * width, depth), -1, device=condition.device)
     spatial, deep = model.new_caches(streams * batch)
@@ -85,7 +85,7 @@ def cell_by_cell(
             logits = logits[:, : model.vocab_sizes[level]]
             if streams == 2:
                 logits = guided_logits(logits, guidance_scale)
-            cells[:, index, level] = by_level[level].draw(logits, generators)
+            cells[:, index, level] = by_level[level].sample(logits, generators)
         if on_cell is not None and on_cell(index, cells):
             break
     return cells.unflatten(1, (height, width))

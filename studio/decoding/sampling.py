@@ -21,10 +21,10 @@ _SMALLEST_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one token is drawn from logits.
+    """How one token is sampled from logits.
 
     Args:
-        temperature: 0 draws the likeliest token; otherwise logits are divided by it (at least 1e-5).
+        temperature: 0 samples the likeliest token; otherwise logits are divided by it (at least 1e-5).
         top_k: keep the k likeliest tokens (ties with the k-th too); 0 keeps all.
         top_p: keep the likeliest tokens that together hold this probability, in (0, 1]; 1 keeps all.
         order: "llamagen" (top-k first) or "lantern" (top-p first).
@@ -51,11 +51,11 @@ class Sampling:
         return self.temperature == 0
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """The distribution (rows, V) a token is drawn from, float32."""
+        """The distribution (rows, V) a token is sampled from, float32."""
         kept = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, order=self.order)
         return kept.softmax(dim=-1)
 
-    def draw(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """Tokens (rows,) for logits (rows, V); row i uses generators[i] only."""
         if self.greedy:
             return logits.argmax(dim=-1)
@@ -148,7 +148,8 @@ def sample_rows(
 ) -> torch.Tensor:
     """One token per row of probabilities (rows, V): the winner of the exponential race argmax(p / noise).
 
-    The race has the law of `torch.multinomial`, never waits for the device, and hardly ever turns on a rounding error.
+    The race has the distribution of `torch.multinomial`, never waits for the device, and hardly ever turns on a
+    rounding error.
     """
     if noise is None:
         noise = exponential_noise(*probabilities.shape, generators, probabilities.device)

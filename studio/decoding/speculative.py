@@ -1,16 +1,16 @@
-"""Speculative decoding over image tokens: several tokens for a call of the target, with the target's own law.
+"""Speculative decoding over image tokens: several tokens for a call of the target, with the target's own distribution.
 
 "Fast Inference from Transformers via Speculative Decoding" (arXiv:2211.17192) over trees of drafts (SpecInfer,
 arXiv:2305.09781). One round: a source drafts a tree below the last token, one call of the target reads all its nodes,
-`verification` accepts a path, and the token behind it is drawn from what the tests leave of the target's law. Greedy,
-the tokens are those of plain greedy decoding.
+`verification` accepts a path, and the token behind it is sampled from what the tests leave of the target's
+distribution. Greedy, the tokens are those of plain greedy decoding.
 
-Pictures of a batch accept different lengths. Each goes on from its own place, leaves the batch when it is whole, and
-uses its own generator alone, so that a batch equals its single calls. Null rows leave when no picture is guided any
+Images of a batch accept different lengths. Each goes on from its own place, leaves the batch when it is whole, and
+uses its own generator alone, so that a batch equals its single calls. Null rows leave when no image is guided any
 more.
 
 Deviations from LANTERN's code (arXiv:2410.03355), whose loop this is without relaxation: batches; no guidance, or an
-interval of it; trees end with the picture, so that no round is wasted behind it; filters in the target's own order.
+interval of it; trees end with the image, so that no round is wasted behind it; filters in the target's own order.
 """
 
 import time
@@ -23,9 +23,9 @@ from studio.checks import shown
 from studio.decoding.acceptance import Relaxation
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.drafts import DraftSource, Progress, Setting
-from studio.decoding.eagle import OwnDrafts
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
-from studio.decoding.reporting import Reporter, SpeculativeDrawn
+from studio.decoding.reporting import Reporter, SpeculativeOutput
 from studio.decoding.sampling import Sampling, sample_rows
 from studio.decoding.trees import Tree
 from studio.decoding.verification import Verdict, verify, verify_greedy
@@ -37,8 +37,9 @@ class Speculative:
     """Settings of lossless speculative decoding.
 
     Args:
-        drafts: where drafts come from: `Recycling()` and `NGram()` need no training, `DrafterDrafts(drafter)` does;
-            `OwnDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses of
+        drafts: where drafts come from: `TokenRecycling()` and `NGram()` need no training, `DrafterDrafts(drafter)`
+            does;
+            `AutoDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses of
             Jacobi decoding, whose loop it then is, with the tests of these settings.
         filter_order: as of `Autoregressive`; of target and drafter alike.
         weights: how the target is run, as of `Autoregressive`.
@@ -46,7 +47,7 @@ class Speculative:
     Errors: `StudioError` for what is no source of drafts.
     """
 
-    drafts: DraftSource | Jacobi = OwnDrafts()
+    drafts: DraftSource | Jacobi = AutoDrafts()
     filter_order: str = "llamagen"
     weights: str = "auto"
 
@@ -56,7 +57,7 @@ class Speculative:
             self._check_jacobi(self.drafts)
         elif not callable(getattr(self.drafts, "begin", None)):
             raise StudioError(
-                f"drafts is a source such as Recycling(), NGram(), Jacobi() or DrafterDrafts(drafter), not "
+                f"drafts is a source such as TokenRecycling(), NGram(), Jacobi() or DrafterDrafts(drafter), not "
                 f"{shown(self.drafts)}."
             )
 
@@ -95,16 +96,16 @@ def speculative(
     num_tokens: int | None = None,
     on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
     editable: bool = True,
-) -> SpeculativeDrawn:
-    """Draws the tokens of B pictures.
+) -> SpeculativeOutput:
+    """Samples the tokens of B images.
 
     Args:
         model, condition, generators, sampling, guidance_scale, cfg_interval, num_tokens: as of `autoregressive`.
         codebook: stored code vectors (V, C); needed by relaxed settings.
-        drafter: the `Drafter` that belongs to the model, for `OwnDrafts`.
-        on_token: called as (index, tokens (B, index + 1)) for each token that all pictures have reached; True stops.
-        editable: whether `on_token` may write to the last of those tokens. A picture goes back to a token that it
-            changes, so pictures that are whole stay in the batch until the others are.
+        drafter: the `Drafter` that belongs to the model, for `AutoDrafts`.
+        on_token: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
+        editable: whether `on_token` may write to the last of those tokens. An image goes back to a token that it
+            changes, so images that are whole stay in the batch until the others are.
     """
     settings = settings or Speculative()
     if isinstance(settings.drafts, Jacobi):
@@ -118,19 +119,19 @@ def speculative(
     run = _Run(
         model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter, num_tokens
     )
-    run.drawn.seconds["prefill"] = time.perf_counter() - began
+    run.sampled.seconds["prefill"] = time.perf_counter() - began
     reporter = Reporter(run, on_token, editable)
     while not reporter.stopped() and not run.is_done:
         if not reporter.editable:
             run.retire()
         run.round()
-    run.drawn.tokens = run.tokens[:, : reporter.reported] if on_token is not None else run.tokens
-    run.drawn.seconds["decode"] = time.perf_counter() - began - run.drawn.seconds["prefill"]
-    return run.drawn
+    run.sampled.tokens = run.tokens[:, : reporter.reported] if on_token is not None else run.tokens
+    run.sampled.seconds["decode"] = time.perf_counter() - began - run.sampled.seconds["prefill"]
+    return run.sampled
 
 
 class _Run:
-    """The pictures of one call: tokens, `lengths` drawn, caches. `pictures` are the numbers of those in the batch."""
+    """The images of one call: tokens, `lengths` sampled, caches. `images` are the numbers of those in the batch."""
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class _Run:
         self.relaxation = settings.relaxation(codebook)
         self.guidance = Guidance(guidance_scale, cfg_interval, 2 if guided else 1)
         batch, self.total, self.before = len(generators), num_tokens or model.num_tokens, prefix.shape[1]
-        self.pictures, self.lengths = list(range(batch)), [1] * batch
+        self.images, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
         setting = Setting(
             self.model, valid, batch, sampling, self.guidance, drafter, settings.weights, model.plan(prefix)
@@ -165,15 +166,15 @@ class _Run:
             self.states = states.new_zeros(len(prefix), self.before + self.total, states.shape[2])
             self.states[:, : self.before] = states
         logits = self.guidance.combine(self.model.logits(states[:, -1:]), self.tokens[:, :1])
-        self.tokens[:, 0] = sampling.draw(logits[:, 0], generators)
-        self.drawn = SpeculativeDrawn(self.tokens, 1, len(prefix), picture_calls=batch, picture_tokens=batch)
+        self.tokens[:, 0] = sampling.sample(logits[:, 0], generators)
+        self.sampled = SpeculativeOutput(self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch)
 
     @property
     def is_done(self) -> bool:
         return min(self.lengths) >= self.total
 
     def round(self) -> None:
-        """One tree of drafts and one call of the target for each picture in the batch."""
+        """One tree of drafts and one call of the target for each image in the batch."""
         if self.guidance.is_over(min(self.lengths)):
             self._drop_null_rows()
         progress = self._progress()
@@ -183,48 +184,48 @@ class _Run:
         states = self.model.extend_tree(rows(tree.tokens), self.cache, rows(self.before - 1 + behind), ancestors)
         logits = self.guidance.combine(self.model.logits(states), behind)
         verdict, following = self._verify(tree, logits, progress.generators)
-        lengths = [self.lengths[picture] for picture in self.pictures]
+        lengths = [self.lengths[image] for image in self.images]
         kept = [path if length < self.total else [] for path, length in zip(verdict.paths, lengths)]
         self._write(tree, kept, following.tolist())
         if self.states is not None:
             self._keep_states(states, kept, lengths)
         self.cache.keep(kept * self.guidance.streams)
         self.drafting.observe(tree, logits)
-        self.drawn.target_calls += 1
-        self.drawn.row_calls += len(states)
-        self.drawn.picture_calls += sum(map(bool, kept))
-        self.drawn.picture_tokens += sum(map(len, kept))
+        self.sampled.target_calls += 1
+        self.sampled.row_calls += len(states)
+        self.sampled.image_calls += sum(map(bool, kept))
+        self.sampled.image_tokens += sum(map(len, kept))
 
     def _progress(self) -> Progress:
-        lengths = [self.lengths[picture] for picture in self.pictures]
+        lengths = [self.lengths[image] for image in self.images]
         room = [max(0, self.total - length - 1) for length in lengths]
-        tokens = self.tokens if len(self.pictures) == len(self.tokens) else self.tokens[self.pictures]
-        generators = [self.generators[picture] for picture in self.pictures]
+        tokens = self.tokens if len(self.images) == len(self.tokens) else self.tokens[self.images]
+        generators = [self.generators[image] for image in self.images]
         return Progress(tokens, self._tensor(lengths), self._tensor(room), generators, self.states)
 
     def _tensor(self, numbers: list) -> torch.Tensor:
         return torch.tensor(numbers, device=self.tokens.device)
 
     def _verify(self, tree: Tree, logits: torch.Tensor, generators) -> tuple[Verdict, torch.Tensor]:
-        """What is accepted, and the token (B,) behind it. A picture's random numbers do not depend on the others."""
+        """What is accepted, and the token (B,) behind it. An image's random numbers do not depend on the others."""
         if self.sampling.greedy:
             verdict = verify_greedy(tree, logits, self.relaxation)
             return verdict, logits[list(range(len(logits))), verdict.last].argmax(dim=-1)
         uniforms = [torch.rand(self.drafting.nodes, generator=g, device=g.device) for g in generators]
         verdict = verify(tree, logits, torch.stack(uniforms), self.sampling, self.relaxation)
-        return verdict, sample_rows(verdict.law, generators)
+        return verdict, sample_rows(verdict.distribution, generators)
 
     def _write(self, tree: Tree, kept: list[list[int]], following: list[int]) -> None:
         """Puts the accepted drafts and the tokens behind them in their places."""
-        pictures, places, tokens = [], [], []
-        for picture, path, drafted, last in zip(self.pictures, kept, tree.token_lists, following):
+        images, places, tokens = [], [], []
+        for image, path, drafted, last in zip(self.images, kept, tree.token_lists, following):
             if path:
-                start, self.lengths[picture] = self.lengths[picture], self.lengths[picture] + len(path)
-                pictures += [picture] * len(path)
+                start, self.lengths[image] = self.lengths[image], self.lengths[image] + len(path)
+                images += [image] * len(path)
                 places += range(start, start + len(path))
                 tokens += [*(drafted[node] for node in path[1:]), last]
-        pictures, places, tokens = self._tensor([pictures, places, tokens])
-        self.tokens[pictures, places] = tokens
+        images, places, tokens = self._tensor([images, places, tokens])
+        self.tokens[images, places] = tokens
 
     def _keep_states(self, states: torch.Tensor, kept: list[list[int]], lengths: list[int]) -> None:
         """Stores the target's states at the roots and the accepted drafts."""
@@ -238,25 +239,25 @@ class _Run:
         self.states[rows, places] = states[rows, nodes]
 
     def retire(self) -> None:
-        """Goes on without the pictures that are whole."""
-        stay = [place for place, picture in enumerate(self.pictures) if self.lengths[picture] < self.total]
-        count = len(self.pictures)
+        """Goes on without the images that are whole."""
+        stay = [place for place, image in enumerate(self.images) if self.lengths[image] < self.total]
+        count = len(self.images)
         if len(stay) < count:
-            self.pictures = [self.pictures[place] for place in stay]
+            self.images = [self.images[place] for place in stay]
             self._select(stay, [stream * count + place for stream in range(self.guidance.streams) for place in stay])
 
     def _drop_null_rows(self) -> None:
         self.guidance.streams = 1
-        rows = list(range(len(self.pictures)))
+        rows = list(range(len(self.images)))
         self._select(rows, rows)
 
-    def _select(self, pictures: list[int], rows: list[int]) -> None:
+    def _select(self, images: list[int], rows: list[int]) -> None:
         self.cache.select_rows(rows)
         self.states = None if self.states is None else self.states[rows]
-        self.drafting.select(pictures, rows)
+        self.drafting.select(images, rows)
 
     def rewind(self, lengths: list[int]) -> None:
-        """Goes back to the first `lengths` tokens of each picture; all are still in the batch."""
+        """Goes back to the first `lengths` tokens of each image; all are still in the batch."""
         self.lengths = lengths
         self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
         self.drafting.rewind(lengths)

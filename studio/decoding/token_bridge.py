@@ -4,7 +4,7 @@
 authors' sampler. Guidance (arXiv:2207.12598) extrapolates what the transformer says about a cell, not logits, so the
 head runs once.
 
-Deviations from the authors' code: each picture has its own generator; the head keeps a cache.
+Deviations from the authors' code: each image has its own generator; the head keeps a cache.
 """
 
 import time
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.decoding.autoregressive import Drawn, condition_rows, guided_logits
+from studio.decoding.autoregressive import Sampled, condition_rows, guided_logits
 from studio.decoding.mar import MaskedSteps
 from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
 
@@ -24,8 +24,8 @@ class DimensionWise(MaskedSteps):
 
 
 @dataclass
-class DimensionWiseDrawn(Drawn):
-    """As of `Drawn`, but `tokens` are (B, L, D), -1 in cells not yet drawn, and `seconds` holds "transformer" and
+class DimensionWiseOutput(Sampled):
+    """As of `Sampled`, but `tokens` are (B, L, D), -1 in cells not yet sampled, and `seconds` holds "transformer" and
     "head".
     """
 
@@ -42,18 +42,18 @@ def dimension_wise(
     settings: DimensionWise | None = None,
     on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
     order: torch.Tensor | None = None,
-) -> DimensionWiseDrawn:
-    """Draws all tokens of B pictures, in the tokenizer's order of dimensions.
+) -> DimensionWiseOutput:
+    """Samples all tokens of B images, in the tokenizer's order of dimensions.
 
     Args:
         model: a `TokenBridge` in evaluation mode.
         level_values: what levels stand for (V,), of its tokenizer.
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
-        generators: one per picture; a picture does not depend on the others.
+        generators: one per image; an image does not depend on the others.
         sampling: of every dimension.
         guidance_scale: at its greatest; 1 is no guidance.
         on_step: called as (number of the step, tokens (B, L, D) which may be written to); True stops the loop.
-        order: of the cells (B, L) in place of the generators'; cells at its end are drawn first.
+        order: of the cells (B, L) in place of the generators'; cells at its end are sampled first.
 
     Errors: `StudioError` for more steps than cells.
     """
@@ -62,33 +62,33 @@ def dimension_wise(
     began = time.perf_counter()
     buffer, _ = condition_rows(model, condition, guided=guidance_scale != 1)
     order = _random_order(generators, model.num_tokens, model.device) if order is None else order
-    pictures, dimensions = torch.arange(len(order), device=model.device)[:, None], model.order
+    images, dimensions = torch.arange(len(order), device=model.device)[:, None], model.order
     tokens = torch.full((*order.shape, len(dimensions)), -1, device=model.device)
-    drawn = DimensionWiseDrawn(tokens, seconds={"transformer": 0.0, "head": 0.0})
+    sampled = DimensionWiseOutput(tokens, seconds={"transformer": 0.0, "head": 0.0})
     for number, step in enumerate(plan):
         wanted = order[:, step.first : step.last]
         values = level_values.to(buffer.dtype)[tokens]
         states = model.conditions(values, order[:, step.last :], wanted, buffer).flatten(0, 1)
         if guidance_scale != 1:
             states = guided_logits(states, settings.scale_at(step, guidance_scale))
-        drawn.target_calls += 1
-        drawn.row_calls += len(buffer)
+        sampled.target_calls += 1
+        sampled.row_calls += len(buffer)
         said = time.perf_counter()
-        cells = draw_cells(model, states, sampling, generators)
-        tokens[pictures, wanted] = torch.empty_like(cells).index_copy_(2, dimensions, cells)
+        cells = sample_cells(model, states, sampling, generators)
+        tokens[images, wanted] = torch.empty_like(cells).index_copy_(2, dimensions, cells)
         ended = time.perf_counter()
-        drawn.seconds["head"] += ended - said
-        drawn.seconds["transformer"] += said - began
+        sampled.seconds["head"] += ended - said
+        sampled.seconds["transformer"] += said - began
         began = ended
         if on_step is not None and on_step(number, tokens):
             break
-    return drawn
+    return sampled
 
 
-def draw_cells(
+def sample_cells(
     model: torch.nn.Module, states: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]
 ) -> torch.Tensor:
-    """Tokens (B, k, D), in the order of drawing, of cells about which the transformer says states (B, k, C)."""
+    """Tokens (B, k, D), in the order of sampling, of cells about which the transformer says states (B, k, C)."""
     head, (batch, count) = model.head, states.shape[:2]
     said = head.condition_proj(states.flatten(0, 1))
     cache, levels, first_step = head.new_cache(len(said)), [None], model.config.sampling_first_input_adds_step_embedding

@@ -1,7 +1,7 @@
 """Draft trees: which drafted token follows which, and the two shapes that a drafter fills.
 
-Node 0 is the root, a token that is drawn already and that the target has not read. Every other node proposes the token
-behind its parent. Nodes stand in level order, siblings in the order in which they are tried.
+Node 0 is the root, a token that is sampled already and that the target has not read. Every other node proposes the
+token behind its parent. Nodes stand in level order, siblings in the order in which they are tried.
 
 Which tree of drafts pays: what a call of the target costs with n nodes, against the tokens that it should bring.
 
@@ -26,13 +26,14 @@ MAX_NODES = 4096
 
 @dataclass
 class Tree:
-    """Trees of B pictures, filled up to one size n.
+    """Trees of B images, filled up to one size n.
 
     Args:
         tokens: (B, n) int64; 0 where there is no node.
         parents: (B, n) int64, smaller than the node's own number; -1 at the root and where there is no node.
-        proposals: laws (B, e, V) that children were drawn from without replacement; None for deterministic drafts.
-        proposal_rows: (n,) which of the e laws belongs to a node's children; -1 for a leaf.
+        proposals: distributions (B, e, V) that children were sampled from without replacement; None for deterministic
+            drafts.
+        proposal_rows: (n,) which of the e distributions belongs to a node's children; -1 for a leaf.
     """
 
     tokens: torch.Tensor
@@ -52,7 +53,7 @@ class Tree:
 
     @cached_property
     def children(self) -> list[list[list[int]]]:
-        """Numbers of each node's children, in order, for each picture."""
+        """Numbers of each node's children, in order, for each image."""
         return [shape.children for shape in self._shapes]
 
     @cached_property
@@ -91,7 +92,7 @@ def _shape_of(parents: tuple[int, ...]) -> _Shape:
 
 
 def trees_of(rows: list[tuple[list[int], list[int]]], device) -> Tree:
-    """Trees from lists (tokens, parents) of each picture, the root included."""
+    """Trees from lists (tokens, parents) of each image, the root included."""
     n = max(len(tokens) for tokens, _ in rows)
     tokens = [one + [0] * (n - len(one)) for one, _ in rows]
     parents = [one + [-1] * (n - len(one)) for _, one in rows]
@@ -197,7 +198,7 @@ def grow(
         first: the drafter's log-probabilities (B, V) behind the roots.
         expand: called once a level as (tokens (B, w), which of the w nodes of the level before is the parent (B, w)),
             returns log-probabilities (B, w, V) behind each.
-        room: levels (B,) that a picture has left.
+        room: levels (B,) that an image has left.
 
     A node's score is its path's log-probability; the best `nodes` - 1 of all scores stay. Deviation from the authors'
     code: among equal scores (a log-probability that rounds to 0) the elder level comes first, so that no node stays
@@ -247,14 +248,15 @@ _SUPPOSED = (0.4, 0.15, 0.1, 0.07, 0.05)
 """How often child 0, 1, ... of a node is taken to be accepted where nothing was measured."""
 
 
-def default_tree(device: torch.device, drawn: bool = False) -> DynamicTree | StaticTree:
-    """A tree for a drafter where nothing was measured: 6 nodes on a processor; elsewhere the authors' 59, 25 if drawn.
+def default_tree(device: torch.device, sampled: bool = False) -> DynamicTree | StaticTree:
+    """A tree for a drafter where nothing was measured: 6 nodes on a processor; elsewhere the authors' 59, 25 if
+    sampled.
 
     Args:
-        drawn: whether siblings are drawn at random, for which the tree has a fixed shape.
+        sampled: whether siblings are sampled at random, for which the tree has a fixed shape.
     """
     on_cpu = device.type == "cpu"
-    if drawn:
+    if sampled:
         paths = _likeliest_paths(_SUPPOSED, *(5, 2) if on_cpu else (24, 5))
         return StaticTree(tuple(path for path, _ in paths))
     return DynamicTree(nodes=6, levels=2, width=3) if on_cpu else DynamicTree()

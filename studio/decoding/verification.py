@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from studio.decoding.acceptance import Relaxation, relaxed_mass, weigh
+from studio.decoding.acceptance import Relaxation, acceptance_probs, relaxed_mass
 from studio.decoding.sampling import Sampling
 from studio.decoding.trees import Tree
 
@@ -17,13 +17,14 @@ from studio.decoding.trees import Tree
 class Verdict:
     """What was accepted in each of B trees.
 
-    `paths` (B lists) hold the root's and the accepted nodes' numbers; `law` (B, V) is what the next token comes from,
+    `paths` (B lists) hold the root's and the accepted nodes' numbers; `distribution` (B, V) is what the next token
+    comes from,
     None when greedy: the likeliest behind the last node of the path; `ratios` (B lists) are those of the tests, in the
     order in which they were made.
     """
 
     paths: list[list[int]]
-    law: torch.Tensor | None = None
+    distribution: torch.Tensor | None = None
     ratios: list[list[float]] = field(default_factory=list)
 
     @property
@@ -39,29 +40,29 @@ def verify(
     sampling: Sampling,
     relaxation: Relaxation | None = None,
 ) -> Verdict:
-    """Accepts drafts so that tokens follow the target's law, or stay near it (see `acceptance`).
+    """Accepts drafts so that tokens follow the target's distribution, or stay near it (see `acceptance`).
 
     Args:
-        tree: trees of B pictures with n nodes.
+        tree: trees of B images with n nodes.
         logits: the target's (B, n, V) at every node, guided, before filters.
         uniforms: numbers (B, at least n - 1) from [0, 1), used in order, one for each test.
         sampling: temperature and filters; not greedy.
     """
     batch, _, vocab = logits.shape
     paths, ratios = [[0] for _ in range(batch)], [[] for _ in range(batch)]
-    law = logits.new_empty(batch, vocab, dtype=torch.float32)
+    distribution = logits.new_empty(batch, vocab, dtype=torch.float32)
     numbers, walking = [iter(row) for row in uniforms.tolist()], list(range(batch))
     while walking:
         nodes = [paths[row][-1] for row in walking]
         p = sampling.probabilities(_at(logits, walking, nodes))
         children = [tree.children[row][node] for row, node in zip(walking, nodes)]
         if not any(children):
-            _put(law, walking, p)
+            _put(distribution, walking, p)
             break
         q = None
         if tree.proposals is not None:
             q = _at(tree.proposals, walking, tree.proposal_rows[nodes].clamp(min=0).tolist())
-        weighed = weigh(p, _tokens(tree, walking, children), q, relaxation)
+        weighed = acceptance_probs(p, _tokens(tree, walking, children), q, relaxation)
         ended, onward = [], []
         for place, (row, tried, chances) in enumerate(zip(walking, weighed.tried.tolist(), weighed.ratios.tolist())):
             passed = None
@@ -77,9 +78,9 @@ def verify(
                 onward.append(row)
         if ended:
             rest = weighed.rest if len(ended) == len(walking) else weighed.rest[ended]
-            _put(law, [walking[place] for place in ended], rest)
+            _put(distribution, [walking[place] for place in ended], rest)
         walking = onward
-    return Verdict(paths, law / law.sum(dim=1, keepdim=True), ratios)
+    return Verdict(paths, distribution / distribution.sum(dim=1, keepdim=True), ratios)
 
 
 def verify_greedy(tree: Tree, logits: torch.Tensor, relaxation: Relaxation | None = None) -> Verdict:
@@ -118,11 +119,11 @@ def _at(values: torch.Tensor, rows, nodes) -> torch.Tensor:
     return values[torch.tensor(rows, device=values.device), torch.tensor(nodes, device=values.device)]
 
 
-def _put(law: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
-    if len(rows) == len(law):
-        law.copy_(values)
+def _put(distribution: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
+    if len(rows) == len(distribution):
+        distribution.copy_(values)
     else:
-        law[torch.tensor(rows, device=law.device)] = values
+        distribution[torch.tensor(rows, device=distribution.device)] = values
 
 
 def _tokens(tree: Tree, rows, children: list[list[int]]) -> torch.Tensor:
@@ -135,7 +136,8 @@ def _tokens(tree: Tree, rows, children: list[list[int]]) -> torch.Tensor:
 
 
 def is_likeliest(logits: torch.Tensor, tokens: torch.Tensor, relaxation: Relaxation | None) -> torch.Tensor:
-    """Which tokens (R, c), -1 where there is none, would be drawn behind R nodes if they held what they may borrow."""
+    """Which tokens (R, c), -1 where there is none, would be sampled behind R nodes if they held what they may
+    borrow."""
     likeliest = tokens == logits.argmax(dim=-1)[:, None]
     if relaxation is None:
         return likeliest

@@ -9,26 +9,27 @@ def evaluate(
     """Measure a model on what its training did not see.
 
     Args:
-        model: a bundled name or model folder. A pipeline draws held-out combinations for the judge, the judge looks
-            at true pictures of them, a tokenizer restores held-out concepts, a vision-language model reads scenes.
+        model: a bundled name or model folder. A pipeline samples held-out combinations for the judge, the judge looks
+            at true images of them, a tokenizer restores held-out concepts, a vision-language model reads scenes.
         samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
-            not for a tokenizer, which is always measured on every held-out picture.
+            not for a tokenizer, which is always measured on every held-out image.
         tiles: rows and columns of tiles of the scenes (2, 2); only for vision-language models.
         device: where it runs; CUDA where there is one when `None`.
-        decoding: how a pipeline draws, as in a call of it, or a function that says so of the pipeline; only for
+        decoding: how a pipeline samples, as in a call of it, or a function that says so of the pipeline; only for
             pipelines.
         data: an image folder in place of the emoji set: a tokenizer restores its images, a generator samples their
             captions or classes. Of the folder that the model was trained on only the validation images count.
         features: a vision model of transformers, by name or folder, in whose features a generator's images of such
             data are compared; its image tokenizer's when `None`.
-        shared: whether all processes of `accelerate launch` call this: each then draws a part of what a pipeline draws,
+        shared: whether all processes of `accelerate launch` call this: each then samples a part of what a pipeline
+            samples,
             on its own device, and all return the same.
 
     Returns:
         What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns.
 
     Raises:
-        StudioError: an option that would change nothing, or a pipeline that cannot draw from words.
+        StudioError: an option that would change nothing, or a pipeline that cannot sample from words.
     """
     from studio.checkpoints.loading import load
     from studio.data.source import EMOJI
@@ -82,7 +83,7 @@ def evaluate(
 
 def _refuse(decoding):
     if decoding is not None:
-        raise StudioError("Only pipelines that draw have a decoding: leave it out.")
+        raise StudioError("Only pipelines that sample have a decoding: leave it out.")
 
 
 def _refuse_tiles(tiles):

@@ -1,7 +1,7 @@
-"""The judge: a small network that names concept, style and background of a picture. It only measures.
+"""The judge: a small network that names concept, style and background of an image. It only measures.
 
-No generator or tokenizer is trained against it, so its verdict on their pictures stays honest. Its feature layer is
-narrow enough for a Frechet distance from a few hundred pictures.
+No generator or tokenizer is trained against it, so its verdict on their images stays honest. Its feature layer is
+narrow enough for a Frechet distance from a few hundred images.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import nn
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model
 from studio.checkpoints.loading import load_model, pick_device
-from studio.data.archive import load_pictures
+from studio.data.archive import load_images
 from studio.data.augmentation import distort
 from studio.data.backgrounds import PALETTE, render
 from studio.data.splits import combinations
@@ -55,7 +55,7 @@ class Judge(ModelMixin, ConfigMixin):
         widths: channels at a half, a quarter and an eighth of the resolution.
         feature_dim: length D of the feature vector.
         norm_groups: groups of every GroupNorm.
-        sample_size: side in pixels at which pictures are read; others are resized to it.
+        sample_size: side in pixels at which images are read; others are resized to it.
     """
 
     @register_to_config
@@ -94,9 +94,9 @@ class Judge(ModelMixin, ConfigMixin):
         self.background_head = nn.Linear(feature_dim, num_backgrounds)
 
     def forward(self, images: torch.Tensor) -> Verdict:
-        """The verdict on pictures (B, 3, H, W) in [-1, 1]."""
+        """The verdict on images (B, 3, H, W) in [-1, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
-            raise StudioError(f"The judge reads pictures (B, 3, H, W); got {tuple(images.shape)}.")
+            raise StudioError(f"The judge reads images (B, 3, H, W); got {tuple(images.shape)}.")
         side = self.config.sample_size
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
@@ -123,7 +123,7 @@ def load_judge(name="emoji-judge", device=None):
 
 @torch.inference_mode()
 def verdicts(judge, images, batch_size=100):
-    """The verdict on any number of pictures (n, 3, H, W) in [0, 1], float32 on the CPU."""
+    """The verdict on any number of images (n, 3, H, W) in [0, 1], float32 on the CPU."""
     device, dtype = judge.device, judge.dtype
     parts = [judge((chunk * 2 - 1).to(device, dtype)) for chunk in images.split(batch_size)]
     names = ("concepts", "styles", "backgrounds", "features")
@@ -147,17 +147,17 @@ def scores(verdict, truth):
 
 
 def evaluate_judge(judge, samples=1000, seed=0):
-    """The judge on true pictures of combinations it was not trained with, distorted as in its training.
+    """The judge on true images of combinations it was not trained with, distorted as in its training.
 
     Returns:
         What `scores` returns, with `"resolution"` and `"samples"`.
     """
     rng = np.random.default_rng(seed)
-    drawn = draw_combinations(samples, rng)
-    pictures = load_pictures(judge.config.sample_size)
-    images = distort(render(pictures, drawn), PALETTE[drawn[:, 2]], rng)
+    sampled = sample_combinations(samples, rng)
+    originals = load_images(judge.config.sample_size)
+    images = distort(render(originals, sampled), PALETTE[sampled[:, 2]], rng)
     return {
-        **scores(verdicts(judge, images), drawn),
+        **scores(verdicts(judge, images), sampled),
         "resolution": judge.config.sample_size,
         "samples": samples,
     }
@@ -167,20 +167,20 @@ _held_out_features = {}
 
 
 def held_out_features(judge):
-    """Features (n, D) of the real pictures of all held-out combinations, computed once a process and judge."""
+    """Features (n, D) of the real images of all held-out combinations, computed once a process and judge."""
     weights = hashlib.sha256()
     for tensor in judge.state_dict().values():
         weights.update(tensor.cpu().numpy().tobytes())
     key = str(judge.device), weights.hexdigest()
     if key not in _held_out_features:
-        pictures = render(load_pictures(judge.config.sample_size), np.array(combinations(held_out=True)))
-        _held_out_features[key] = verdicts(judge, pictures).features
+        images = render(load_images(judge.config.sample_size), np.array(combinations(held_out=True)))
+        _held_out_features[key] = verdicts(judge, images).features
     return _held_out_features[key]
 
 
-def draw_combinations(samples, rng):
-    """Distinct held-out (concept, style, background) rows (samples, 3), drawn with a `numpy.random.Generator`."""
+def sample_combinations(samples, rng):
+    """Distinct held-out (concept, style, background) rows (samples, 3), sampled with a `numpy.random.Generator`."""
     held_out = np.array(combinations(held_out=True))
     if not 1 <= samples <= len(held_out):
-        raise StudioError(f"There are {len(held_out)} held-out combinations; {samples} cannot be drawn.")
+        raise StudioError(f"There are {len(held_out)} held-out combinations; {samples} cannot be sampled.")
     return held_out[rng.permutation(len(held_out))[:samples]]

@@ -1,4 +1,4 @@
-"""What the judge sees in single pictures, in words: for a person who compares them, not for a table."""
+"""What the judge sees in single images, in words: for a person who compares them, not for a table."""
 
 import re
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ WHAT_IT_IS = (
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """The judge's on one picture.
+class JudgePrediction:
+    """The judge's on one image.
 
     Args:
         concept, style, background: what it finds likeliest: "red apple", "flat", "blue".
@@ -34,13 +34,13 @@ class Opinion:
     agreement: float | None = None
 
 
-def opinions(judge, pictures, prompt=None) -> list[Opinion]:
-    """The judge's opinions.
+def judge_predictions(judge, images, prompt=None) -> list[JudgePrediction]:
+    """The judge's judge_predictions.
 
     Args:
         judge: what `load_judge` returns, of the bundled set.
-        pictures: PIL images of one size, or of several.
-        prompt: the words that they were drawn from.
+        images: PIL images of one size, or of several.
+        prompt: the words that they were sampled from.
 
     Raises:
         StudioError: the judge knows other concepts than the bundled set has.
@@ -51,7 +51,7 @@ def opinions(judge, pictures, prompt=None) -> list[Opinion]:
             f"This judge knows {judge.config.num_concepts} concepts, the bundled set has {len(concepts)}."
         )
     wanted = named_concept(prompt)
-    return [_opinion(judge, picture, concepts, wanted) for picture in pictures]
+    return [_opinion(judge, image, concepts, wanted) for image in images]
 
 
 def named_concept(prompt) -> int | None:
@@ -61,12 +61,12 @@ def named_concept(prompt) -> int | None:
     return max(found, key=lambda each: len(each.label)).index if found else None
 
 
-def _opinion(judge, picture, concepts, wanted):
-    pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).movedim(-1, 0)[None].float() / 255
+def _opinion(judge, image, concepts, wanted):
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0)[None].float() / 255
     verdict = verdicts(judge, pixels)
     chances = verdict.concepts[0].softmax(dim=0)
     likeliest = int(chances.argmax())
-    return Opinion(
+    return JudgePrediction(
         concepts[likeliest].label,
         STYLES[int(verdict.styles[0].argmax())],
         NAMES[int(verdict.backgrounds[0].argmax())],

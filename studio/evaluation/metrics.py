@@ -1,4 +1,4 @@
-"""Distances between pictures, and between sets of features. All in float32 or float64, on any device."""
+"""Distances between images, and between sets of features. All in float32 or float64, on any device."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from studio.errors import StudioError
 
 
 def psnr(images, references):
-    """Peak signal-to-noise ratio of each picture in dB: (B, C, H, W) in [0, 1] twice -> (B,)."""
+    """Peak signal-to-noise ratio of each image in dB: (B, C, H, W) in [0, 1] twice -> (B,)."""
     return -10 * (images - references).square().mean(dim=(1, 2, 3)).clamp_min(1e-12).log10()
 
 
@@ -89,7 +89,7 @@ def frechet_distance(features, references):
     """
     if min(len(features), len(references)) <= features.shape[1]:
         raise StudioError(
-            f"A Frechet distance in {features.shape[1]} dimensions needs more pictures than that on both sides."
+            f"A Frechet distance in {features.shape[1]} dimensions needs more images than that on both sides."
         )
     a, b = features.double(), references.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)

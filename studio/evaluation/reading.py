@@ -1,7 +1,7 @@
-"""Many questions about one picture in one pass of a vision-language model.
+"""Many questions about one image in one pass of a vision-language model.
 
-The tokens of a picture are nearly all the cost, so they are read once: behind them stand the questions with their
-answers, each of which sees the picture and itself, at the positions it would have alone. What comes out for a question
+The tokens of an image are nearly all the cost, so they are read once: behind them stand the questions with their
+answers, each of which sees the image and itself, at the positions it would have alone. What comes out for a question
 is what the model says when it is asked nothing else.
 """
 
@@ -14,7 +14,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class PackedQuestions:
-    """Questions and answers of B pictures, L tokens each.
+    """Questions and answers of B images, L tokens each.
 
     Args:
         ids: (B, L) text tokens, padded at the end.
@@ -37,10 +37,10 @@ class PackedQuestions:
         return dict(self.__dict__)
 
 
-def pack_questions(tokenizer, pictures) -> PackedQuestions:
-    """Packs lists of (question, answer) texts, one list for each picture; answers end with the tokenizer's eos."""
+def pack_questions(tokenizer, images) -> PackedQuestions:
+    """Packs lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
     rows = []
-    for questions in pictures:
+    for questions in images:
         row = []
         for number, (question, answer) in enumerate(questions):
             asked = tokenizer(question, add_special_tokens=False)["input_ids"]
@@ -59,8 +59,8 @@ def packed_logits(model, features, positions, next_position, packed: PackedQuest
     """Logits (B, L, V) of all text tokens.
 
     Args:
-        model: a LLaVA-like model of transformers whose prompt is bos, picture, question.
-        features: (B, T, D) what the language model receives for each picture.
+        model: a LLaVA-like model of transformers whose prompt is bos, image, question.
+        features: (B, T, D) what the language model receives for each image.
         positions: (T,) position of each feature; bos has position 0.
         next_position: position of the first token of each question.
         packed: the questions.
@@ -81,7 +81,7 @@ def packed_logits(model, features, positions, next_position, packed: PackedQuest
 
 
 def exact_answers(logits, packed: PackedQuestions) -> list[torch.Tensor]:
-    """For each picture, whether greedy decoding would give each whole answer: (questions,) bool.
+    """For each image, whether greedy decoding would give each whole answer: (questions,) bool.
 
     Greedy decoding gives an answer if and only if its every token, eos too, is the likeliest behind the right ones.
     """

@@ -1,11 +1,11 @@
-"""What wrong tokens do to a picture: the latent perturbation and the perturbed Frechet distance of RobustTok.
+"""What wrong tokens do to an image: the latent perturbation and the perturbed Frechet distance of RobustTok.
 
 "Robust Latent Matters: Boosting Image Generation with Sampling Error Synthesis" (arXiv:2503.08354), sections 3.2 and
 3.3. A generator errs, and mostly to codes near the right one; so tokens are exchanged for others among the nearest, and
-the pictures that they still give are compared with the true ones: here in the judge's features.
+the images that they still give are compared with the true ones: here in the judge's features.
 
 Deviations from the authors' code: alpha = 0 changes nothing for certain, as a token is changed where a number in (0, 1]
-is at most alpha; distances are computed only for pictures that are perturbed; which settings the paper averages over
+is at most alpha; distances are computed only for images that are perturbed; which settings the paper averages over
 could not be read, so `GRID` is ours and is told with every number. Of tokenizers with several codes a cell, which the
 paper has not, each code is exchanged on its own, for one near what the right codes before it left over.
 """
@@ -30,7 +30,7 @@ class Perturbation:
     """How tokens go wrong.
 
     Args:
-        alpha: share of tokens that are drawn anew, 0 to 1.
+        alpha: share of tokens that are sampled anew, 0 to 1.
         delta: among how many of the nearest codes, the right one included; 1 or more.
 
     Errors: `StudioError` for a value outside these.
@@ -90,7 +90,7 @@ def is_perturbable(tokenizer) -> bool:
 def perturbed_tokens(
     tokenizer, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Tokens of pictures (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, some of them wrong.
+    """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, some of them wrong.
 
     Errors: `StudioError` for a tokenizer of continuous tokens.
     """
@@ -132,7 +132,7 @@ def perturbed_frechet(
     batch_size: int = 50,
     how: dict | None = None,
 ) -> dict:
-    """Frechet distance, in the judge's features, of pictures to what is restored of their wrong tokens.
+    """Frechet distance, in the judge's features, of images to what is restored of their wrong tokens.
 
     Args:
         images: (n, 3, H, W) in [0, 1], more than the judge has features.

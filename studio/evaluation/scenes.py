@@ -23,7 +23,7 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
         model, processor: of the LLaVA-NeXT form of `emoji-vlm`.
         scenes: how many, with twelve questions each; the same for every method.
         seed: which scenes.
-        methods: pruning methods; without any only the whole picture is read.
+        methods: pruning methods; without any only the whole image is read.
         keeps: fractions of the tokens to keep, newlines included.
         tiles: rows and columns of tiles of each scene.
 
@@ -38,7 +38,7 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
         scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
         texts = [(question.text, question.answer) for question in scene.questions]
         packed = pack_questions(processor.tokenizer, [texts])
-        inputs = processor(images=Image.fromarray(scene.picture), text=f"<image>\n{texts[0][0]}", return_tensors="pt")
+        inputs = processor(images=Image.fromarray(scene.image), text=f"<image>\n{texts[0][0]}", return_tensors="pt")
         for method, keep in settings:
             pruned, info = prune_inputs(model, inputs, "uniform" if method == "none" else method, keep)
             features = pruned["mm_encoder_outputs"]["image"].pooler_output[0]
@@ -76,7 +76,7 @@ def evaluate_inside(model, processor, settings, scenes=100, seed=0, tiles=(2, 2)
     for number in tqdm(range(scenes), desc="scenes", unit="scene"):
         scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
         prompts = [f"<image>\n{question.text}" for question in scene.questions]
-        image = Image.fromarray(scene.picture)
+        image = Image.fromarray(scene.image)
         inputs = processor(images=[image] * len(prompts), text=prompts, padding=True, return_tensors="pt")
         one = {name: value[:1] for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
         encoded = model.model.get_image_features(**one, return_dict=True)

@@ -60,7 +60,7 @@ def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None,
 
 def _shorter_lengths(tokenizer):
     """The lengths or levels below the full ones at which a tokenizer is measured; none unless its first tokens are a
-    picture."""
+    image."""
     if isinstance(tokenizer, RVQTokenizer):
         return range(1, tokenizer.config.depth)
     return list(getattr(tokenizer, "lengths", ()))[:-1]

@@ -1,4 +1,4 @@
-"""The diffusion-loss head: a small network that draws one continuous token from a condition vector by denoising.
+"""The diffusion-loss head: a small network that samples one continuous token from a condition vector by denoising.
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 3 and appendix; blocks with
 adaptive layer norm as in DiT (arXiv:2212.09748). Parameters carry the authors' names.

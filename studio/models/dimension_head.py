@@ -1,4 +1,4 @@
-"""The head of TokenBridge: draws the D numbers of a token one after the other, as an autoregressive classifier.
+"""The head of TokenBridge: samples the D numbers of a token one after the other, as an autoregressive classifier.
 
 "Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation" (arXiv:2503.16430), section 3.3. A small
 causal transformer runs over the dimensions of one token. What the big transformer says about the token's position
@@ -6,7 +6,7 @@ begins the sequence, and modulates every block as in DiT (AdaLN-Zero, arXiv:2212
 for each dimension. Parameters carry the authors' names.
 
 In the authors' code the first input gets the vector of the first dimension in sampling but not in training;
-`first_step` chooses. Deviation from that code: drawing keeps a cache of keys and values instead of reading all earlier
+`first_step` chooses. Deviation from that code: sampling keeps a cache of keys and values instead of reading all earlier
 dimensions again, which changes nothing because a dimension's modulation depends on itself only.
 """
 
@@ -82,7 +82,7 @@ class DimensionHead(nn.Module):
         dim, depth, num_heads, mlp_ratio: sizes.
         dropout: in the feed-forward, in training.
 
-    Tokens are in the order in which they are drawn. Errors: `StudioError` for a width that does not split into heads.
+    Tokens are in the order in which they are sampled. Errors: `StudioError` for a width that does not split into heads.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class DimensionHead(nn.Module):
         Args:
             states: what the big transformer says about n positions (n, condition_dim).
             tokens: their levels (n, D), int64; the last is not read.
-            first_step: whether the first input gets the first dimension's vector, as when drawing.
+            first_step: whether the first input gets the first dimension's vector, as when sampling.
         """
         said = self.condition_proj(states)
         first = said + self.timesteps_embeddings[0, 0] if first_step else said

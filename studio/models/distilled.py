@@ -10,7 +10,7 @@ to the teacher's token embeddings, not with random numbers, and may keep fewer l
 positions that are asked for, not to all; captions may condition it too (the released code is for classes): the
 regression head is then modulated by the mean of the valid caption vectors.
 
-Scope: the network. The calls in which a picture is drawn are in `studio.decoding.distilled`.
+Scope: the network. The calls in which an image is sampled are in `studio.decoding.distilled`.
 """
 
 import inspect
@@ -54,7 +54,8 @@ class DistilledStudent(ModelMixin, ConfigMixin):
     """
 
     horizon = 5 / 8
-    """Share of the tokens over which several calls are spread: two start at 0 and 5/16, as published (80 of 256)."""
+    """BatchSpec of the tokens over which several calls are spread: two start at 0 and 5/16, as published (80 of
+    256)."""
 
     @register_to_config
     def __init__(
@@ -110,7 +111,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         """A student in float32 that starts from the teacher's weights.
 
         Args:
-            teacher: the model whose draws it will learn.
+            teacher: the model whose samples it will learn.
             codebook: code vectors (V, C) of the teacher's tokens, as the noise map takes them.
             split: see the class.
             num_layers: how many of the teacher's layers to keep, evenly spread from first to last; None: all.
@@ -120,7 +121,9 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         """
         vocab, code_dim = codebook.shape
         if vocab != teacher.config.vocab_size:
-            raise StudioError(f"The codebook has {vocab} codes but the teacher draws from {teacher.config.vocab_size}.")
+            raise StudioError(
+                f"The codebook has {vocab} codes but the teacher samples from {teacher.config.vocab_size}."
+            )
         shared = {name: teacher.config[name] for name in inspect.signature(cls).parameters if name in teacher.config}
         layers = teacher.config.num_layers
         if num_layers is not None and not 1 <= num_layers <= layers:
@@ -163,7 +166,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         prefix, valid = self.embed_condition(**condition)
         length, n = prefix.shape[1], vectors.shape[1]
         if n > self.num_tokens:
-            raise StudioError(f"The model draws {self.num_tokens} tokens; {n} vectors were given.")
+            raise StudioError(f"The model samples {self.num_tokens} tokens; {n} vectors were given.")
         if valid is None:
             context = prefix.mean(dim=1)
         else:

@@ -1,12 +1,12 @@
 """The student of Distilled Decoding (arXiv:2412.17153) for VAR: from noise to the tokens of all scales in one call.
 
 The class is a scale of its own, before the others, and what enters at a position is noise or the code vector of its own
-token, not the picture so far as for the teacher. A position sees itself and strictly coarser scales, not its siblings.
+token, not the image so far as for the teacher. A position sees itself and strictly coarser scales, not its siblings.
 A two-row noise/data embedding is added at the bottom and, through one linear layer each, inside every block and before
 the heads. The module tree carries the names of the authors' release.
 
 Deviation from the authors' code: a student made from a teacher keeps the class table and gets a random row for the
-level of the first scale; theirs re-draws class 1 by mistake.
+level of the first scale; theirs re-samples class 1 by mistake.
 """
 
 import inspect
@@ -32,7 +32,8 @@ class DistilledVAR(ModelMixin, ConfigMixin):
     """
 
     horizon = 1.0
-    """Share of the scales over which several calls are spread: two start at 0 and 5 of 10, as published (depth 16)."""
+    """BatchSpec of the scales over which several calls are spread: two start at 0 and 5 of 10, as published (depth
+    16)."""
 
     @register_to_config
     def __init__(

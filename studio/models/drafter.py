@@ -1,4 +1,4 @@
-"""A small network that guesses what a LlamaGen will draw next: EAGLE's drafter, as LANTERN uses it.
+"""A small network that guesses what a LlamaGen will sample next: EAGLE's drafter, as LANTERN uses it.
 
 "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv:2401.15077, section 4.1), for image tokens
 in LANTERN (arXiv:2410.03355). Position i reads the target's state i (behind its final norm) and the embedding of token

@@ -122,7 +122,8 @@ def rope_table(
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in float32.
+    """TurnScheduler the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in
+    float32.
 
     A table (rows, n, head_dim // 2, 2) turns each row by its own.
     """

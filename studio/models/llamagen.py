@@ -6,7 +6,7 @@ raster order, or (our addition) a row. The module tree carries the authors' para
 as they are.
 
 Scope: the network, its training forward, and the calls that cached decoding needs: `new_cache`, `prefill`, `extend`,
-and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. How tokens are drawn is the
+and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. How tokens are sampled is the
 business of `studio.decoding`; `studio.backends.select` has the same network arranged for speed.
 """
 
@@ -49,8 +49,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
     Args:
         vocab_size: number of image tokens V.
         dim, num_layers, num_heads, num_kv_heads, ffn_dim: sizes; head_dim = dim / num_heads must be a multiple of 4.
-        grid_size: side of the token grid; the model draws grid_size**2 tokens. None for a row.
-        row_length: tokens of a picture where they are a row, such as those of a `OneDPieceTokenizer`.
+        grid_size: side of the token grid; the model samples grid_size**2 tokens. None for a row.
+        row_length: tokens of an image where they are a row, such as those of a `OneDPieceTokenizer`.
         num_classes: classes without the null class.
         caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
         prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
@@ -139,7 +139,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens of one picture."""
+        """Image tokens of one image."""
         return self.config.row_length or self.config.grid_size**2
 
     @property
@@ -195,7 +195,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """What each position's input gets besides its own vector: (rows, T + image tokens, dim), or None.
 
         The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each image token. It goes to
-        the position that draws the token, one before the token's own.
+        the position that samples the token, one before the token's own.
         """
         if not self.config.plan_size:
             return None
@@ -226,7 +226,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """Logits (B, n + 1, V), float32, for tokens (B, n): entry i predicts image token i.
 
         Training feeds `tokens[:, :-1]` and compares with `tokens`. In training mode without `drop`, conditions are
-        dropped with probability `class_dropout`, drawn from the global generator. Captions may be padded on either
+        dropped with probability `class_dropout`, sampled from the global generator. Captions may be padded on either
         side.
         """
         batch, n = tokens.shape
@@ -238,7 +238,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         length = prefix.shape[1] + n
         table = self.rope()
         if length > len(table):
-            raise StudioError(f"The model draws {self.num_tokens} tokens; {n} were given.")
+            raise StudioError(f"The model samples {self.num_tokens} tokens; {n} were given.")
         x = self.tok_dropout(self.inputs(prefix, self.tok_embeddings(tokens)))
         x = self.run_layers(x, table[:length], self.prefix_mask(valid, length))
         return self.output(x[:, prefix.shape[1] - 1 :]).float()

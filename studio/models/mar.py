@@ -1,10 +1,10 @@
 """MAR: a masked autoencoder over continuous image tokens, whose states condition a diffusion-loss head.
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838): the transformer of
-`masked_autoencoder` gives each position the vector from which `diffusion_head` draws its token. Parameters carry the
+`masked_autoencoder` gives each position the vector from which `diffusion_head` samples its token. Parameters carry the
 authors' names.
 
-Scope: the network and its training loss. In which order tokens are drawn is the business of `studio.decoding`.
+Scope: the network and its training loss. In which order tokens are sampled is the business of `studio.decoding`.
 """
 
 import torch
@@ -40,7 +40,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
     """The network. (Pipelines of diffusers look for the name `ModelMixin` in the module of a component.)
 
     Args:
-        grid_size: tokens a side; a picture has L = grid_size**2.
+        grid_size: tokens a side; an image has L = grid_size**2.
         token_dim: numbers of a token D: latent channels times patch_size**2.
         patch_size: side of the blocks of latents that make a token.
         encoder_dim, encoder_depth, encoder_heads, decoder_dim, decoder_depth, decoder_heads, mlp_ratio: sizes.
@@ -129,7 +129,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
 
         Args:
             tokens: (B, L, D).
-            drop: (B,) rows with the null vector; in training mode drawn with probability `class_dropout` if None.
+            drop: (B,) rows with the null vector; in training mode sampled with probability `class_dropout` if None.
             repeats: times and noises that each token is tried with.
             condition: as of `embed_condition`.
         """

@@ -2,7 +2,7 @@
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4. The encoder reads a buffer
 of class vectors and the visible tokens; the decoder fills the rest with mask tokens and gives each position the vector
-from which a head draws its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the authors' names.
+from which a head samples its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the authors' names.
 
 Added for words, of which the authors' models know nothing: with `caption_dim` the buffer holds projected states of a
 caption, one a place, and the null vector where there are none and for rows without guidance. The last states stand at
@@ -162,7 +162,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one picture L."""
+        """Tokens of one image L."""
         return self.config.grid_size**2
 
     def dropped_rows(self, rows: int) -> torch.Tensor | None:
@@ -241,7 +241,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Conditions (S, B, k, decoder_dim) for the head, of the wanted positions (B, k).
 
-        `buffer` (S*B, buffer_size, encoder_dim) holds S conditions of the same B pictures, one set after the other.
+        `buffer` (S*B, buffer_size, encoder_dim) holds S conditions of the same B images, one set after the other.
         """
         streams = len(buffer) // len(tokens)
         tokens, visible, wanted = (part.repeat(streams, *[1] * (part.ndim - 1)) for part in (tokens, visible, wanted))

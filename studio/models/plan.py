@@ -1,4 +1,4 @@
-"""The plan of a picture: what words say of each region of it, told to each cell of that region. Our addition.
+"""The plan of an image: what words say of each region of it, told to each cell of that region. Our addition.
 
 A caption may end with one vector for every region of a coarse grid. A transformer could find the vector of a cell's
 region by attention, but has to learn for every cell where to look; adding it to what the cell reads spares that. A

@@ -2,7 +2,7 @@
 
 "Efficient Generative Modeling with Residual Vector Quantization-Based Tokens" (arXiv:2412.10208). Levels are hidden
 from the deepest up, so what is visible of a cell is the sum of its first code vectors and the number of levels that
-are missing; what is predicted is the sum of the missing ones. Steps of drawing then do not depend on the depth.
+are missing; what is predicted is the sum of the missing ones. Steps of sampling then do not depend on the depth.
 
 No code is published. Ours, because the paper's text leaves it open or could not be compared: the wiring (linear input,
 learned positions, one embedding per number of hidden levels, adaptive layer norms as in DiT, arXiv:2212.09748, from the
@@ -10,7 +10,7 @@ condition; captions are also read as positions in front, and may hold a plan), a
 ablation under the same masking is `prediction="levels"`: one softmax over the codes for every level, each independent
 of the others.
 
-Scope: the network and its training loss. Hiding and drawing are in `studio.decoding.resgen` and
+Scope: the network and its training loss. Hiding and sampling are in `studio.decoding.resgen` and
 `studio.decoding.resgen`.
 """
 
@@ -143,7 +143,7 @@ class ResGen(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Cells of a picture."""
+        """Cells of an image."""
         return self.config.num_positions
 
     def forward(
@@ -163,7 +163,7 @@ class ResGen(ModelMixin, ConfigMixin):
             hidden: how many levels (B, L) are not, 0 to D.
             class_labels: (B,), or `captions` (B, T, caption_dim) with `caption_mask` (B, T), true at words.
             drop: rows (B,) that get the null condition. In training mode without it, conditions are dropped with
-                probability `condition_dropout`, drawn from the global generator.
+                probability `condition_dropout`, sampled from the global generator.
 
         Returns:
             `Mixture` over sums of the hidden code vectors (B, L, ...), or `LevelLogits`; float32.
@@ -186,7 +186,7 @@ class ResGen(ModelMixin, ConfigMixin):
         """Mean over the cells with something hidden of the cost of that.
 
         Args:
-            vectors: code vectors (B, L, D, C) of all levels of a picture.
+            vectors: code vectors (B, L, D, C) of all levels of an image.
             codes: their numbers (B, L, D), which the ablation predicts.
             hidden: how many of the deepest levels (B, L) are hidden.
             form: "variational" or "exact", of the mixture's likelihood.

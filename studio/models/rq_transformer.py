@@ -9,7 +9,7 @@ Deviations from the authors' code: both transformers keep a cache, so no prefix 
 codebooks of different size (theirs masks the wrong axes then), with logits of -inf where a level has no code. Ours: a
 condition may also be the states of a text encoder, with a null caption for guidance, as LlamaGen has them.
 
-Scope: the network, its training forward, and the calls that drawing needs: `new_caches`, `first_context`,
+Scope: the network, its training forward, and the calls that sampling needs: `new_caches`, `first_context`,
 `next_context`, `level_logits`. It holds no codebook of the tokenizer: that comes with each call.
 """
 
@@ -128,7 +128,7 @@ class RQTransformer(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Cells of a picture."""
+        """Cells of an image."""
         return self.config.grid[0] * self.config.grid[1]
 
     def forward(
@@ -148,7 +148,7 @@ class RQTransformer(ModelMixin, ConfigMixin):
                 (B, caption_length, caption_dim), states of a text encoder.
             codebooks: the tokenizer's code vectors (K_d, C) of each level, where the model reads them.
             valid: which states of captions (B, caption_length) are of words; all when None.
-            drop: rows (B,) whose captions become the null caption. In training mode without it, rows drawn from the
+            drop: rows (B,) whose captions become the null caption. In training mode without it, rows sampled from the
                 global generator with probability `condition_dropout`.
 
         Returns:
@@ -158,7 +158,7 @@ class RQTransformer(ModelMixin, ConfigMixin):
         """
         grid = (*self.config.grid, self.config.depth)
         if tuple(tokens.shape[1:]) != grid:
-            raise StudioError(f"The model draws tokens of shape {grid}; got {tuple(tokens.shape[1:])}.")
+            raise StudioError(f"The model samples tokens of shape {grid}; got {tuple(tokens.shape[1:])}.")
         cells = tokens.flatten(1, 2)
         contexts, words = self.contexts(cells, condition, codebooks, valid=valid, drop=drop)
         logits = self.logits(contexts, cells, codebooks).unflatten(1, self.config.grid)
@@ -198,7 +198,7 @@ class RQTransformer(ModelMixin, ConfigMixin):
         return self.classifier(deep).float().masked_fill(self._absent(), float("-inf"))
 
     def new_caches(self, rows: int) -> tuple[KVCache, KVCache]:
-        """Empty caches for `rows` pictures: of the spatial transformer, and of the depth transformer for one cell."""
+        """Empty caches for `rows` images: of the spatial transformer, and of the depth transformer for one cell."""
         config, common = self.config, {"rows": rows, "dtype": self.dtype, "device": self.device}
         return tuple(
             KVCache(num_layers=layers, num_kv_heads=heads, head_dim=config.dim // heads, max_length=length, **common)

@@ -1,10 +1,11 @@
-"""TokenBridge: a masked autoencoder over quantised latents, with a head that draws a token dimension by dimension.
+"""TokenBridge: a masked autoencoder over quantised latents, with a head that samples a token dimension by dimension.
 
 "Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation" (arXiv:2503.16430), section 3.3: the
-transformer of `masked_autoencoder` reads the values that tokens stand for, and `dimension_head` draws new ones.
+transformer of `masked_autoencoder` reads the values that tokens stand for, and `dimension_head` samples new ones.
 Parameters carry the authors' names, those of the head behind `head.`.
 
-Scope: the network and its training loss. In which order tokens are drawn is the business of `studio.decoding`. It holds
+Scope: the network and its training loss. In which order tokens are sampled is the business of `studio.decoding`. It
+holds
 no levels: the values that tokens stand for come with each call.
 """
 
@@ -29,17 +30,17 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
     """The network. (Pipelines of diffusers look for the name `ModelMixin` in the module of a component.)
 
     Args:
-        grid_size: cells a side; a picture has L = grid_size**2 of them.
+        grid_size: cells a side; an image has L = grid_size**2 of them.
         token_dim: tokens of a cell D, the tokenizer's dimensions.
         levels: of each dimension V.
-        dimension_order: the dimension that is drawn at each place, a permutation; as the tokenizer's when None.
+        dimension_order: the dimension that is sampled at each place, a permutation; as the tokenizer's when None.
         encoder_dim, encoder_depth, encoder_heads, decoder_dim, decoder_depth, decoder_heads, mlp_ratio: sizes.
         head_width, head_depth, head_heads: of the transformer over dimensions.
         num_classes: classes without the null class; None for a model that reads words.
         caption_dim: width of the text states that such a model reads; None for one of classes.
         caption_length: text tokens of a caption, of which the buffer holds the last.
         buffer_size: places before the cells that hold the class or the caption.
-        sampling_first_input_adds_step_embedding: whether the head's first input gets a vector in drawing that it never
+        sampling_first_input_adds_step_embedding: whether the head's first input gets a vector in sampling that it never
             had in training, as in the authors' published runs.
         plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` text states say what
             belongs into each, in raster order (`studio.models.plan`). 0: none, as in released weights.
@@ -104,7 +105,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
 
     @property
     def order(self) -> torch.Tensor:
-        """The dimension at each place of the order of drawing, (D,) int64."""
+        """The dimension at each place of the order of sampling, (D,) int64."""
         return torch.tensor(self.config.dimension_order, device=self.device)
 
     def forward(
@@ -126,7 +127,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
             order: of the cells, (B, L).
             asked: how many of the masked cells count, the first of each order; all when None. The head works on every
                 dimension of a cell, so that few cells are much faster.
-            drop: (B,) rows with the null vector; in training mode drawn with probability `class_dropout` if None.
+            drop: (B,) rows with the null vector; in training mode sampled with probability `class_dropout` if None.
             condition: as of `embed_condition`.
         """
         drop = self.dropped_rows(len(tokens)) if drop is None else drop

@@ -1,10 +1,10 @@
-"""VAR: a transformer that draws pictures scale by scale, coarse to fine ("Visual Autoregressive Modeling",
+"""VAR: a transformer that samples images scale by scale, coarse to fine ("Visual Autoregressive Modeling",
 arXiv:2404.02905).
 
 The sequence holds the tokens of all scales, raster order in each; a token sees its own scale and the coarser ones. What
-enters at a scale is not its tokens but the picture so far, shrunk to it (`VARTokenizer.inputs`), so a whole scale is
-drawn at once. The class modulates every block and the head (adaptive layer norm). The module tree carries the authors'
-parameter names.
+enters at a scale is not its tokens but the image so far, shrunk to it (`VARTokenizer.inputs`), so a whole scale is
+sampled at once. The class modulates every block and the head (adaptive layer norm). The module tree carries the
+authors' parameter names.
 
 Deviations from the authors' code: conditions are dropped only in training mode (theirs drops them in evaluation too);
 several scales may be fed behind a cache at once, under the mask they need. Left out: the variant with one shared
@@ -162,7 +162,7 @@ class VAR(ModelMixin, ConfigMixin):
         """Feeds scales first to last - 1 behind what the cache holds; float32 logits (B, n, V) of their tokens.
 
         Args:
-            inputs: shrunk pictures (B, n, C) of these scales; scale 0 has none, its input is the class.
+            inputs: shrunk images (B, n, C) of these scales; scale 0 has none, its input is the class.
             context: class vectors (B, dim).
             cache: one list per block, `[[] for _ in model.blocks]` at first.
         """
@@ -180,9 +180,9 @@ class VAR(ModelMixin, ConfigMixin):
     def forward(
         self, inputs: torch.Tensor, class_labels: torch.Tensor, drop: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits (B, n, V), float32, of all tokens for the shrunk pictures (B, n - 1, C) of the true tokens.
+        """Logits (B, n, V), float32, of all tokens for the shrunk images (B, n - 1, C) of the true tokens.
 
-        In training mode without `drop`, classes are dropped with probability `class_dropout`, drawn from the global
+        In training mode without `drop`, classes are dropped with probability `class_dropout`, sampled from the global
         generator.
         """
         if drop is None and self.training and self.config.class_dropout > 0:

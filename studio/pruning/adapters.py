@@ -1,9 +1,9 @@
 """What the pruners need to know about each family of vision-language models in transformers.
 
-A family says which tokens belong to one picture, where they lie (`Layout`), how attention scores are read off, and in
-which form the model takes features back. A picture is one entry of the model's `pooler_output`, except:
+A family says which tokens belong to one image, where they lie (`Layout`), how attention scores are read off, and in
+which form the model takes features back. An image is one entry of the model's `pooler_output`, except:
 - InternVL, where it is one run of image tokens in the prompt;
-- Idefics and SmolVLM, where all pictures of one prompt count as one, because the model gives them as one entry;
+- Idefics and SmolVLM, where all images of one prompt count as one, because the model gives them as one entry;
 - Aya Vision, Cohere2 Vision and Ovis2, where it is a tile.
 """
 
@@ -23,7 +23,7 @@ from studio.pruning.registry import SCORES
 from studio.pruning.taps import QwenTap, TowerTap
 
 _CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
-"""What configurations of models that attend to pictures beside the prompt have."""
+"""What configurations of models that attend to images beside the prompt have."""
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -34,7 +34,7 @@ def base_of(model):
 
 
 class Family:
-    """One picture for each entry of `pooler_output`, any method that needs no attention."""
+    """One image for each entry of `pooler_output`, any method that needs no attention."""
 
     mrope = False
 
@@ -46,7 +46,7 @@ class Family:
         return "no scores are read off this family"
 
     def features(self, encoded, inputs: dict) -> list[torch.Tensor]:
-        """The features (T, D) of each picture, in the order of the prompt."""
+        """The features (T, D) of each image, in the order of the prompt."""
         return list(encoded.pooler_output)
 
     def layouts(self, features: list[torch.Tensor], inputs: dict) -> list[Layout]:
@@ -56,12 +56,12 @@ class Family:
         """A context around the vision tower that records what the scores `names` need."""
         return nullcontext()
 
-    def scores(self, tap, inputs: dict, pictures: int) -> list[Attention]:
-        """The scores of each picture, from what `tap` recorded; asked of families that refuse no method."""
+    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
+        """The scores of each image, from what `tap` recorded; asked of families that refuse no method."""
         return []
 
     def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]):
-        """Features as the model takes them: `kept` for each picture, `row_tokens` for each row of the prompt."""
+        """Features as the model takes them: `kept` for each image, `row_tokens` for each row of the prompt."""
         return kept
 
 
@@ -84,8 +84,8 @@ class Llava(Family):
         layer = layer if isinstance(layer, int) else layer[-1]
         return TowerTap(self.base.vision_tower, names, feature_layer=layer, has_cls=self._strategy(inputs) == "default")
 
-    def scores(self, tap, inputs: dict, pictures: int) -> list[Attention]:
-        return tap.scores([1] * pictures)
+    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
+        return tap.scores([1] * images)
 
     def _strategy(self, inputs: dict) -> str:
         return inputs.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
@@ -96,9 +96,9 @@ class LlavaNext(Llava):
 
     def layouts(self, features: list[torch.Tensor], inputs: dict) -> list[Layout]:
         sizes, crops = _pairs(inputs["image_sizes"]), self._crops_of(inputs)
-        return [self._layout(*picture, inputs) for picture in zip(features, sizes, crops)]
+        return [self._layout(*image, inputs) for image in zip(features, sizes, crops)]
 
-    def scores(self, tap, inputs: dict, pictures: int) -> list[Attention]:
+    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
         return tap.scores([1 + crops for crops in self._crops_of(inputs)])
 
     def _crops_of(self, inputs: dict) -> list[int]:
@@ -131,7 +131,7 @@ class LlavaNext(Llava):
 
 
 class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision: as LLaVA-NeXT, but large canvases are shrunk, and several pictures in a prompt have no crops."""
+    """LLaVA-OneVision: as LLaVA-NeXT, but large canvases are shrunk, and several images in a prompt have no crops."""
 
     def _crops_of(self, inputs: dict) -> list[int]:
         crops, numbers = super()._crops_of(inputs), inputs.get("batch_num_images")
@@ -182,12 +182,12 @@ class Qwen(Family):
     def tap(self, names: tuple[str, ...], inputs: dict) -> AbstractContextManager:
         return QwenTap(self.base.visual, inputs["image_grid_thw"]) if names else nullcontext()
 
-    def scores(self, tap, inputs: dict, pictures: int) -> list[Attention]:
+    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
         return tap.scores()
 
 
 class Stacked(Family):
-    """Families whose pictures or tiles have equally many tokens, in one tensor."""
+    """Families whose images or tiles have equally many tokens, in one tensor."""
 
     def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]) -> torch.Tensor:
         """One tensor, in equal pieces that never cross a row, so that beams repeat whole rows."""
@@ -215,13 +215,13 @@ class InternVL(Stacked):
 
 
 class Rectangles(Family):
-    """Mistral3, MiniCPM-V and Gemma4: one grid for each picture, in its own proportions."""
+    """Mistral3, MiniCPM-V and Gemma4: one grid for each image, in its own proportions."""
 
     def layouts(self, features: list[torch.Tensor], inputs: dict) -> list[Layout]:
         return [_grid_of(len(part), shape) for part, shape in zip(features, self._shapes(inputs))]
 
     def _shapes(self, inputs: dict) -> list[tuple[int, int]]:
-        """Height and width of each picture, in any unit."""
+        """Height and width of each image, in any unit."""
         if inputs.get("image_position_ids") is not None:
             columns, rows = (inputs["image_position_ids"].amax(dim=1) + 1).unbind(-1)
             return [*zip(rows.tolist(), columns.tolist())]
@@ -230,7 +230,7 @@ class Rectangles(Family):
 
 
 class SmolVLM(Family):
-    """Idefics3 and SmolVLM: crops, then the whole picture, each a square of merged patches."""
+    """Idefics3 and SmolVLM: crops, then the whole image, each a square of merged patches."""
 
     def refusal(self, method: str) -> str | None:
         return "the grid of its crops is not in the inputs"
@@ -272,7 +272,7 @@ FAMILIES: dict[str, type[Family]] = {
 def family_of(model, method: str) -> Family:
     """The family of a model.
 
-    Errors: `StudioError` for a model without pictures, a family whose tokens cannot be pruned (with the reason), and a
+    Errors: `StudioError` for a model without images, a family whose tokens cannot be pruned (with the reason), and a
         method that does not work with it.
     """
     model = unwrapped(model)
@@ -290,26 +290,26 @@ def family_of(model, method: str) -> Family:
 def _unfit(model) -> str | None:
     """Why taking image tokens out of the prompt is impossible, or another model than with those tokens masked.
 
-    Errors: `StudioError` for a model that reads no pictures at all.
+    Errors: `StudioError` for a model that reads no images at all.
     """
     forward = inspect.signature(model.forward).parameters if hasattr(model, "config") else {}
     if not any(name.endswith("pixel_values") for name in forward):
-        raise StudioError(f"{type(model).__name__} reads no pictures: give a vision-language model.")
+        raise StudioError(f"{type(model).__name__} reads no images: give a vision-language model.")
     text = model.config.get_text_config()
     if any(hasattr(text, name) for name in _CROSS_ATTENTION):
-        return "it reads pictures by cross-attention, and the prompt has no image tokens"
+        return "it reads images by cross-attention, and the prompt has no image tokens"
     if others := sorted({kind for kind in getattr(text, "layer_types", None) or () if not kind.endswith("attention")}):
         return f"its {', '.join(others)} layers carry a state from token to token"
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
         return "its linear attention layers carry a state from token to token"
     if "mm_encoder_outputs" not in forward:
-        return "its class takes no features of pictures in place of pixels"
+        return "its class takes no features of images in place of pixels"
     return None
 
 
 def mismatch(ids: int, features: int) -> str:
     return (
-        f"The prompt has {ids} image tokens, but the vision tower gives {features}: process text and pictures together "
+        f"The prompt has {ids} image tokens, but the vision tower gives {features}: process text and images together "
         "with the model's own processor."
     )
 

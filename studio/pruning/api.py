@@ -1,8 +1,8 @@
 """Pruning of visual tokens on a stock transformers model, by shorter inputs.
 
-The picture is encoded once, tokens are chosen, and the image tokens that were not chosen are taken out of the prompt,
+The image is encoded once, tokens are chosen, and the image tokens that were not chosen are taken out of the prompt,
 so that prefill and KV cache really shrink. The model gets its features through the public argument
-`mm_encoder_outputs`; no model code is touched, and any attention backend, beams, batches, several pictures, labels and
+`mm_encoder_outputs`; no model code is touched, and any attention backend, beams, batches, several images, labels and
 static caches work.
 """
 
@@ -18,7 +18,7 @@ from studio.pruning.blocks import block
 from studio.pruning.inside_model import Inside
 from studio.pruning.layout import count
 from studio.pruning.registry import INSIDE, method_named
-from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_pictures, shorten
+from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_images, shorten
 
 
 def prune_inputs(
@@ -33,7 +33,7 @@ def prune_inputs(
     generator: torch.Generator | None = None,
     **options,
 ) -> tuple[dict, PruneInfo]:
-    """Encodes the pictures of a prompt, chooses tokens, and shortens the prompt.
+    """Encodes the images of a prompt, chooses tokens, and shortens the prompt.
 
     The result goes into `model.generate(**pruned)` or `model(**pruned)` unchanged, once: transformers repeats
     `mm_encoder_outputs` in place for beams. Steps after the prefill that you make yourself need `position_ids` counted
@@ -41,23 +41,23 @@ def prune_inputs(
 
     Args:
         model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
-        inputs: what its processor returns, `labels` too; without pictures they come back as they are.
+        inputs: what its processor returns, `labels` too; without images they come back as they are.
         method: "divprune", "hired", "globalcom2", "random" or "uniform".
-        keep: the fraction in (0, 1] of the tokens that the language model receives for each picture, newlines included,
+        keep: the fraction in (0, 1] of the tokens that the language model receives for each image, newlines included,
             or a whole number of tokens. 1.0 keeps everything.
         positions: "original", the tokens that stay keep their positions (as if the others were masked), or "compact",
             positions are counted anew; on three-axis models compact positions are those of text. `None` is "compact"
             for `reference` and "original" otherwise.
         newline: "row", "keep", "drop" or "compete"; see `studio.pruning.layout`.
         reference: the authors' selection, with its own count.
-        generator: for "random"; when `None`, one of seed 0 that a block of `prune` draws on from call to call.
+        generator: for "random"; when `None`, one of seed 0 that a block of `prune` samples on from call to call.
         options: settings of the method, such as `alpha` of hired or `tau` of globalcom2.
 
     Returns:
         The inputs without pixels and with `mm_encoder_outputs`, and a `PruneInfo`.
 
     Errors: `StudioError` for settings that do not fit, a model or pair that is not supported (with the reason), videos,
-        `inputs_embeds`, a filled cache beside new pictures, and a prompt whose image tokens do not match the pictures.
+        `inputs_embeds`, a filled cache beside new images, and a prompt whose image tokens do not match the images.
     """
     settings = checked(method, keep, positions, newline, reference, generator, options)
     return shorten(family_of(model, method), dict(inputs), settings)
@@ -77,7 +77,7 @@ def prune(
     restore_prompt: bool = True,
     **options,
 ) -> Iterator[PruneRecord]:
-    """A block in which `model.generate` and `model(...)` prune the tokens of every picture they get.
+    """A block in which `model.generate` and `model(...)` prune the tokens of every image they get.
 
         with studio.prune(model, "divprune", keep=0.1) as record:
             out = model.generate(**inputs, max_new_tokens=50)
@@ -135,7 +135,7 @@ def prune(
 def _forward(family: Family, settings: Settings, record: PruneRecord):
     def forward(original, *arguments, **keywords):
         keywords |= zip(inspect.signature(original).parameters, arguments)
-        if has_pictures(keywords):
+        if has_images(keywords):
             keywords, record.info = shorten(family, keywords, settings)
         return original(**keywords)
 
@@ -144,7 +144,7 @@ def _forward(family: Family, settings: Settings, record: PruneRecord):
 
 def _generate(family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
     def generate(original, inputs=None, generation_config=None, *arguments, **keywords):
-        if not has_pictures(keywords):
+        if not has_images(keywords):
             return original(inputs, generation_config, *arguments, **keywords)
         if inputs is not None:
             keywords["input_ids"] = inputs

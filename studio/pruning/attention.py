@@ -14,7 +14,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Scores of the tokens of one picture, each (P, N): P partitions (0 the thumbnail) of N tokens.
+    """Scores of the tokens of one image, each (P, N): P partitions (0 the thumbnail) of N tokens.
 
     Args:
         first: attention of the CLS token in the first layer, after softmax, summed over heads (HiRED).

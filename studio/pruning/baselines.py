@@ -20,13 +20,13 @@ def uniform(
     generator: torch.Generator | None = None,
     newline: str = "row",
 ) -> torch.Tensor:
-    """Keeps a regular grid of tokens of one picture.
+    """Keeps a regular grid of tokens of one image.
 
     Thumbnail and canvas of crops get tokens in proportion to their size; in each, rows are evenly spaced and so are the
     tokens of a row, as near to squares as the number allows.
 
     Args:
-        features: (T, D), what the language model receives for the picture; only T is used.
+        features: (T, D), what the language model receives for the image; only T is used.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
         attention, generator: not needed.
         layout: the places of the tokens; without one they are a single row.
@@ -54,7 +54,7 @@ def uniform(
 
 
 def _table(region: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Places in the packed sequence as (rows, columns)."""
+    """TokenIndex in the packed sequence as (rows, columns)."""
     rows = len(layout.row[region].unique())
     columns = len(layout.column[region].unique())
     if rows * columns != len(region):
@@ -91,10 +91,10 @@ def random(
     generator: torch.Generator | None = None,
     newline: str = "row",
 ) -> torch.Tensor:
-    """Keeps tokens of one picture at random, all with the same chance.
+    """Keeps tokens of one image at random, all with the same chance.
 
     Args:
-        features: (T, D), what the language model receives for the picture; only T is used.
+        features: (T, D), what the language model receives for the image; only T is used.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
         attention: not needed.
         layout: where the newlines are; without one there are none.

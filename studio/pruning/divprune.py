@@ -38,10 +38,10 @@ def divprune(
     newline: str = "row",
     reference: bool = False,
 ) -> torch.Tensor:
-    """Keeps the most diverse tokens of one picture.
+    """Keeps the most diverse tokens of one image.
 
     Args:
-        features: (T, D), what the language model receives for the picture.
+        features: (T, D), what the language model receives for the image.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
         attention, generator: not needed.
         layout: where the newlines are; without one there are none.

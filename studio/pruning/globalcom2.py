@@ -42,10 +42,10 @@ def globalcom2(
     tau: float = 10.0,
     pool: str = "sum",
 ) -> torch.Tensor:
-    """Keeps the tokens of one picture that matter in the thumbnail and in their crop.
+    """Keeps the tokens of one image that matter in the thumbnail and in their crop.
 
     Args:
-        features: (T, D), what the language model receives for the picture; only T is used.
+        features: (T, D), what the language model receives for the image; only T is used.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
         attention: with `logits`.
         layout: partitions, grid and newlines; without one all tokens are one partition.

@@ -36,10 +36,10 @@ def hired(
     alpha: float = 0.5,
     cells: str | None = None,
 ) -> torch.Tensor:
-    """Keeps the tokens of one picture that the CLS token looks at.
+    """Keeps the tokens of one image that the CLS token looks at.
 
     Args:
-        features: (T, D), what the language model receives for the picture; only T is used.
+        features: (T, D), what the language model receives for the image; only T is used.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
         attention: with `first` and `last`; `first` is not needed without crops.
         layout: partitions, grid and newlines; without one all tokens are one partition.

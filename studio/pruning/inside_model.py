@@ -245,7 +245,7 @@ class Inside:
 
 
 class Call:
-    """One call of the model: a prompt with pictures, or what follows it."""
+    """One call of the model: a prompt with images, or what follows it."""
 
     def __init__(self, inside: Inside, keywords: dict):
         self.inside, self.cache = inside, keywords.get("past_key_values")
@@ -253,7 +253,7 @@ class Call:
         if self.cache is not None and self.cache.get_seq_length():
             self.image = None
             if keywords.get("pixel_values") is not None:
-                raise StudioError("Give all pictures with the first prompt: new ones cannot be pruned behind a cache.")
+                raise StudioError("Give all images with the first prompt: new ones cannot be pruned behind a cache.")
             return
         if ids is None:
             raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")

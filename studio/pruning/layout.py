@@ -1,13 +1,13 @@
-"""Where the tokens of one picture come from: partitions, places, newlines.
+"""Where the tokens of one image come from: partitions, places, newlines.
 
-A partition is one run of the vision tower: 0 is the thumbnail (the whole picture), 1, 2, ... are crops, row by row over
-a grid. The packed sequence is what the language model receives for the picture, in its order; padding is not in it.
+A partition is one run of the vision tower: 0 is the thumbnail (the whole image), 1, 2, ... are crops, row by row over
+a grid. The packed sequence is what the language model receives for the image, in its order; padding is not in it.
 
 Which newline embeddings stay, so that newlines and content together are exactly the budget.
 
 How many tokens are kept, and how a number is divided among parts without losing any.
 
-Where kept tokens lie in the picture: the grids of patches that the vision tower saw.
+Where kept tokens lie in the image: the grids of patches that the vision tower saw.
 """
 
 import math
@@ -26,7 +26,7 @@ NEWLINE = -1
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The packed sequence of one picture.
+    """The packed sequence of one image.
 
     Args:
         partition: (T,) long, the partition of each token; -1 for a newline embedding.
@@ -51,7 +51,7 @@ class Layout:
 
     @classmethod
     def plain(cls, height: int, width: int) -> "Layout":
-        """One partition and nothing else: LLaVA-1.5, or a Qwen picture of height x width tokens."""
+        """One partition and nothing else: LLaVA-1.5, or a Qwen image of height x width tokens."""
         return cls.from_ids(torch.arange(height * width), (height, width))
 
     @classmethod
@@ -79,12 +79,12 @@ class Layout:
     def anyres(
         cls, side: int, grid: tuple[int, int], image_size: tuple[int, int], *, newlines: bool = True
     ) -> "Layout":
-        """As LLaVA-NeXT packs a picture: thumbnail, then the canvas of crops without padding, a newline after each row.
+        """As LLaVA-NeXT packs an image: thumbnail, then the canvas of crops without padding, a newline after each row.
 
         Args:
             side: a partition is side x side tokens.
             grid: rows and columns of crops.
-            image_size: height and width of the picture in pixels.
+            image_size: height and width of the image in pixels.
             newlines: whether the newlines are there.
         """
         rows, columns = unpadded((grid[0] * side, grid[1] * side), image_size)
@@ -105,12 +105,12 @@ class Layout:
 
     @cached_property
     def content(self) -> torch.Tensor:
-        """Places in the packed sequence of all tokens but newlines, in order."""
+        """TokenIndex in the packed sequence of all tokens but newlines, in order."""
         return (self.partition != NEWLINE).nonzero().flatten()
 
     @cached_property
     def newlines(self) -> torch.Tensor:
-        """Places in the packed sequence of the newlines, in order."""
+        """TokenIndex in the packed sequence of the newlines, in order."""
         return (self.partition == NEWLINE).nonzero().flatten()
 
     @cached_property
@@ -138,12 +138,12 @@ class Layout:
         return ends.masked_fill(self.partition == NEWLINE, -1)
 
     def region(self, partition: int) -> torch.Tensor:
-        """Places in the packed sequence of one partition's tokens, in order."""
+        """TokenIndex in the packed sequence of one partition's tokens, in order."""
         return (self.partition == partition).nonzero().flatten()
 
 
 def unpadded(canvas: tuple[int, int], image_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of a canvas that show the picture, when it was scaled to fit and centred."""
+    """Rows and columns of a canvas that show the image, when it was scaled to fit and centred."""
     (height, width), (image_height, image_width) = canvas, image_size
     if image_width / image_height > width / height:
         cut = (height - int(round(image_height * width / image_width, 7))) // 2
@@ -158,11 +158,11 @@ def layout_for(features: torch.Tensor, layout: Layout | None) -> Layout:
     Errors: `StudioError` when features are not a matrix or the layout is of another length.
     """
     if features.dim() != 2 or not len(features):
-        raise StudioError(f"Give the features of one picture as (tokens, width), not {tuple(features.shape)}.")
+        raise StudioError(f"Give the features of one image as (tokens, width), not {tuple(features.shape)}.")
     layout = layout or Layout.plain(1, len(features))
     if len(layout) != len(features):
         raise StudioError(
-            f"The layout has {len(layout)} tokens, the features {len(features)}: give those of one picture."
+            f"The layout has {len(layout)} tokens, the features {len(features)}: give those of one image."
         )
     return layout
 
@@ -188,7 +188,7 @@ def with_newlines(pick: Callable[[int], torch.Tensor], budget: int, layout: Layo
 
     Returns:
         (budget,) places, sorted. "drop" gives fewer when there is less content than `budget`, and so does "row" in a
-        picture so narrow that rows hold nothing but a newline; "row" gives one fewer, or leaves out one newline, where
+        image so narrow that rows hold nothing but a newline; "row" gives one fewer, or leaves out one newline, where
         a budget of a few tokens has no room for both.
 
     Errors: `StudioError` when "keep" leaves no room for content.
@@ -310,12 +310,12 @@ _WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class PatchView:
-    """One look at the picture.
+    """One look at the image.
 
     Args:
-        name: "whole" for the picture in one piece, "crops" for the canvas of all crops.
-        box: left, top, right, bottom of the grid as fractions of the picture's width and height; beyond 0 and 1 where
-            the canvas is padded, within them where the tower did not see the picture's margins.
+        name: "whole" for the image in one piece, "crops" for the canvas of all crops.
+        box: left, top, right, bottom of the grid as fractions of the image's width and height; beyond 0 and 1 where
+            the canvas is padded, within them where the tower did not see the image's margins.
         read: (rows, columns) bool, the patches that have a token (padding has none).
         kept: (rows, columns) bool, those whose token the language model receives.
     """
@@ -329,12 +329,12 @@ class PatchView:
 def patch_views(
     layout: Layout, kept: torch.Tensor, image_size: tuple[int, int], *, centred: bool, crops: bool
 ) -> tuple[PatchView, ...]:
-    """The looks at one picture; none where the layout is a row of tokens that tells no places.
+    """The looks at one image; none where the layout is a row of tokens that tells no places.
 
     Args:
         layout: of the packed sequence.
         kept: places in it.
-        image_size: width and height of the picture.
+        image_size: width and height of the image.
         centred: whether the tower saw only the largest square in the middle.
         crops: whether the layout tells where the crops lie.
     """

@@ -1,4 +1,4 @@
-"""Shorter inputs for a vision-language model: encode its pictures, choose tokens, take the others out of the prompt.
+"""Shorter inputs for a vision-language model: encode its images, choose tokens, take the others out of the prompt.
 
 Taking tokens out of a prompt: ids, masks, labels, positions, and padding made anew.
 """
@@ -70,11 +70,11 @@ _OWN = ("features", "budget", "attention", "layout", "generator", "newline", "re
 
 @dataclass(frozen=True, eq=False)
 class PruneInfo:
-    """What was pruned; lists have one entry for each picture, in the order of the prompt.
+    """What was pruned; lists have one entry for each image, in the order of the prompt.
 
     Args:
         method, keep: as given.
-        tokens_before, tokens_after: tokens the language model receives for the picture, newlines included.
+        tokens_before, tokens_after: tokens the language model receives for the image, newlines included.
         kept: (tokens_after,) places in the packed sequence, sorted, on the CPU.
         layouts: where the packed tokens come from.
         removed: by how many columns the prompt is shorter.
@@ -95,7 +95,7 @@ class PruneInfo:
 
 @dataclass
 class PruneRecord:
-    """What `prune` yields: `info` of the latest call with pictures, `None` before the first."""
+    """What `prune` yields: `info` of the latest call with images, `None` before the first."""
 
     info: PruneInfo | None = None
 
@@ -131,7 +131,7 @@ def checked(method, keep, positions, newline, reference, generator, options) -> 
     return Settings(method, keep, positions, newline, reference, generator, options)
 
 
-def has_pictures(inputs: dict) -> bool:
+def has_images(inputs: dict) -> bool:
     """Whether there are pixels to encode, or features that a caller may have put in their place."""
     embeds = inputs.get("inputs_embeds")
     pixels = (inputs.get("pixel_values"), inputs.get("pixel_values_videos"))
@@ -142,11 +142,11 @@ def has_pictures(inputs: dict) -> bool:
 def shorten(family: Family, inputs: dict, settings: Settings) -> tuple[dict, PruneInfo]:
     """The inputs without pixels and without the tokens that were not chosen, and what was pruned.
 
-    Inputs without pictures come back as they are.
+    Inputs without images come back as they are.
 
     Errors: `StudioError` as in `studio.pruning.api.prune_inputs`.
     """
-    if not has_pictures(inputs):
+    if not has_images(inputs):
         return inputs, PruneInfo(settings.method, settings.keep)
     _check_inputs(inputs)
     ids = inputs["input_ids"]
@@ -198,10 +198,10 @@ def _check_inputs(inputs: dict) -> None:
     if inputs.get("input_ids") is None or inputs.get("inputs_embeds") is not None:
         raise StudioError("Give input_ids and pixels: the image tokens of inputs_embeds cannot be told from text.")
     if inputs.get("pixel_values_videos") is not None:
-        raise StudioError("Only pictures are pruned: give videos to the model outside of the block.")
+        raise StudioError("Only images are pruned: give videos to the model outside of the block.")
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
-        raise StudioError("Give all pictures with the first prompt: new ones cannot be pruned behind a filled cache.")
+        raise StudioError("Give all images with the first prompt: new ones cannot be pruned behind a filled cache.")
 
 
 def _now(device: torch.device) -> float:

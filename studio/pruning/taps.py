@@ -67,7 +67,7 @@ class TowerTap(_Tap):
         return hook
 
     def scores(self, partitions: list[int]) -> list[Attention]:
-        """One `Attention` for each picture, given how many runs of the tower each has, in order."""
+        """One `Attention` for each image, given how many runs of the tower each has, in order."""
         found = {}
         for name, layer in self.layers.items():
             if name == "logits":
@@ -82,7 +82,7 @@ class TowerTap(_Tap):
 class QwenTap(_Tap):
     """A context in which a Qwen vision tower records received attention of its last layer with full attention.
 
-    Queries and keys are rotated as the tower does it, each picture attends to itself alone, the patches that are merged
+    Queries and keys are rotated as the tower does it, each image attends to itself alone, the patches that are merged
     into one token are added up, and the order of windows (Qwen2.5-VL) is undone.
     """
 
@@ -109,7 +109,7 @@ class QwenTap(_Tap):
         ]
 
     def scores(self) -> list[Attention]:
-        """One `Attention` for each picture, all fields the same map (1, tokens)."""
+        """One `Attention` for each image, all fields the same map (1, tokens)."""
         tower, unit = self.tower, self.tower.spatial_merge_size**2
         merged = torch.cat(self.received).view(-1, unit).sum(dim=1)
         if hasattr(tower, "window_size"):

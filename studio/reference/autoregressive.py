@@ -14,7 +14,7 @@ from studio.decoding.sampling import Sampling
 
 
 def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (2j, 2j + 1) of x (rows, n, heads, head_dim) by table (n, head_dim // 2, 2)."""
+    """TurnScheduler the pairs (2j, 2j + 1) of x (rows, n, heads, head_dim) by table (n, head_dim // 2, 2)."""
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
     turned = torch.empty_like(x, dtype=torch.float32)
     turned[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
@@ -89,7 +89,7 @@ def textbook(
             inside = cfg_interval < 0 or index == 0 or index - 1 <= cfg_interval
             logits = null_logits + guidance_scale * (conditional - null_logits) if inside else conditional
         chosen = on_logits(index, logits) if on_logits is not None else None
-        token = sampling.draw(logits, generators) if chosen is None else chosen
+        token = sampling.sample(logits, generators) if chosen is None else chosen
         tokens.append(token)
         x = model.tok_embeddings(torch.cat((token, token)) if guided else token)[:, None]
     return torch.stack(tokens, dim=1)

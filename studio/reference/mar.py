@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from studio.decoding.counter_rng import Places, PositionNoise
-from studio.decoding.mar import MaskedAutoregressive, MaskedDrawn
+from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.mar import MaskedAutoregressive, MaskedOutput
 
 
 @torch.no_grad()
@@ -22,8 +22,8 @@ def textbook_masked(
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
     settings: MaskedAutoregressive | None = None,
-) -> MaskedDrawn:
-    """Draws all tokens of B pictures. Arguments as of `masked_autoregressive`."""
+) -> MaskedOutput:
+    """Samples all tokens of B images. Arguments as of `masked_autoregressive`."""
     settings = (settings or MaskedAutoregressive()).filled()
     began, transformer = time.perf_counter(), 0.0
     batch, total, size = len(generators), model.num_tokens, model.config.token_dim
@@ -47,14 +47,14 @@ def textbook_masked(
         conditions = _conditions(model, condition, tokens, mask, guided)
         transformer += time.perf_counter() - entered
         z = torch.cat([part[chosen] for part in conditions])
-        places = Places(*torch.nonzero(chosen, as_tuple=True))
+        places = TokenIndex(*torch.nonzero(chosen, as_tuple=True))
         x, steps = noise.start(places), noise.steps(places, settings.diffusion_steps)
         for step in reversed(range(settings.diffusion_steps)):
             x = _denoised(model.diffloss.net, diffusion, x, step, z, scale, temperature * steps[step])
         tokens[chosen] = x
         mask = kept
     seconds = {"transformer": transformer, "head": time.perf_counter() - began - transformer}
-    return MaskedDrawn(tokens, settings.steps, settings.steps * batch * (2 if guided else 1), seconds)
+    return MaskedOutput(tokens, settings.steps, settings.steps * batch * (2 if guided else 1), seconds)
 
 
 def _conditions(model, condition: dict, tokens, mask, guided: bool) -> tuple[torch.Tensor, ...]:

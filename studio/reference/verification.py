@@ -1,8 +1,8 @@
 """Verification as LANTERN's authors write it (arXiv:2410.03355): the slow, plain reference of tests and benchmarks.
 
 Logits are gathered along every path from the root to a leaf; candidates are tried in Python, each with a number fetched
-from the device, and the law is renormalised after each failure. Deterministic drafts, `reference` rule or lossless; the
-results are those of `studio.decoding.verification.verify`.
+from the device, and the distribution is renormalised after each failure. Deterministic drafts, `reference` rule or
+lossless; the results are those of `studio.decoding.verification.verify`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from studio.decoding.trees import Tree
 
 
 def leaf_paths(tree: Tree) -> torch.Tensor:
-    """The first picture's paths (leaves, levels + 1) from the root to each leaf, then -1, elder siblings first."""
+    """The first image's paths (leaves, levels + 1) from the root to each leaf, then -1, elder siblings first."""
     parents = tree.parents[0].tolist()
     paths = []
     for leaf in sorted(set(range(len(parents))) - {parent for parent in parents if parent >= 0}):
@@ -35,7 +35,7 @@ def textbook_verify(
     sampling: Sampling,
     relaxation: Relaxation | None = None,
 ) -> tuple[list[int], torch.Tensor]:
-    """The accepted tokens behind the root, and the law (V,) of the next one.
+    """The accepted tokens behind the root, and the distribution (V,) of the next one.
 
     Args:
         paths: as of `leaf_paths`.
@@ -53,20 +53,20 @@ def textbook_verify(
         failed = False
         fits = (candidates[:, :level] == torch.tensor(accepted)).all(dim=1)
         path = int(torch.nonzero(fits)[0, 0])
-        law = sampling.probabilities(along[path, level - 1][None])[0]
+        distribution = sampling.probabilities(along[path, level - 1][None])[0]
         seen = set()
         for row in range(len(paths)):
             x = candidates[row, level].item()
             if not fits[row] or x in seen or x == -1:
                 continue
             seen.add(x)
-            near, count, ratio = None, 0, law[x]
+            near, count, ratio = None, 0, distribution[x]
             if relaxation is not None:
                 near = relaxation.neighbours[x].long()
-                sums = law[near[: relaxation.k]].cumsum(dim=0)
+                sums = distribution[near[: relaxation.k]].cumsum(dim=0)
                 bound = relaxation.tv_budget
                 if bound is None:
-                    bound = (relaxation.ratio_budget - 1) * law[x]
+                    bound = (relaxation.ratio_budget - 1) * distribution[x]
                 count = int((sums <= bound).sum()) if bound != 1 else relaxation.k
                 if count:
                     ratio = ratio + sums[count - 1]
@@ -75,13 +75,13 @@ def textbook_verify(
                 accepted.append(x)
                 path = row
                 break
-            law[x] = 0
+            distribution[x] = 0
             if count:
-                law[near[: relaxation.k + 1]] = 0
-            if law.sum() == 0:
-                law = torch.ones_like(law)
-            law = law / law.sum()
+                distribution[near[: relaxation.k + 1]] = 0
+            if distribution.sum() == 0:
+                distribution = torch.ones_like(distribution)
+            distribution = distribution / distribution.sum()
             failed = True
     if not failed or len(accepted) == paths.shape[1]:
-        law = sampling.probabilities(along[path, len(accepted) - 1][None])[0]
-    return accepted[1:], law
+        distribution = sampling.probabilities(along[path, len(accepted) - 1][None])[0]
+    return accepted[1:], distribution

@@ -17,10 +17,10 @@ _SHARE = 0.5
 
 
 def cells_of_patches(tiles, patch) -> torch.Tensor:
-    """Number of the scene's cell (T,) in each token that LLaVA-NeXT makes of a picture; -1 for thumbnail and newlines.
+    """Number of the scene's cell (T,) in each token that LLaVA-NeXT makes of an image; -1 for thumbnail and newlines.
 
     Args:
-        tiles: rows and columns of tiles of the picture.
+        tiles: rows and columns of tiles of the image.
         patch: pixels of a patch's side.
     """
     rows, columns = (torch.arange(count * TILE // patch) * patch // CELL for count in tiles)
@@ -30,11 +30,11 @@ def cells_of_patches(tiles, patch) -> torch.Tensor:
 
 
 def what_shows(questions, cells) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where to look for the answers to the questions about B pictures, Q about each.
+    """Where to look for the answers to the questions about B images, Q about each.
 
     Args:
-        questions: the `Question`s about each picture.
-        cells: (T,) the cell in each token of the picture that is read, -1 for none.
+        questions: the `Question`s about each image.
+        cells: (T,) the cell in each token of the image that is read, -1 for none.
 
     Returns:
         Which tokens show each answer (B, Q, T), bool, and the share of attention (B, Q) that belongs to the first token
@@ -74,7 +74,7 @@ class AttentionLoss:
 
     def __call__(self, asked: torch.Tensor, shown: torch.Tensor, on_first: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of the attention on what shows the answers and on the first token, among these and the
-        rest of the picture.
+        rest of the image.
 
         Args:
             asked: (B, Q) places in the sequence from which to look.
@@ -91,7 +91,7 @@ class AttentionLoss:
         told = max(1, int(_SHARE * keys.shape[1]))
         index = asked[:, None, :, None].expand(-1, told, -1, width)
         scores = queries[:, :told].gather(2, index) @ keys[:, :told, : 1 + shown.shape[2]].transpose(2, 3)
-        laws = (scores * self.attention.scaling).log_softmax(dim=-1)
+        distributions = (scores * self.attention.scaling).log_softmax(dim=-1)
         shown, first = (shown | (on_first == 1)[..., None])[:, None], on_first[:, None]
-        elsewhere = laws[..., 1:].masked_fill(~shown, float("-inf")).logsumexp(dim=-1)
-        return -(first * laws[..., 0] + (1 - first) * elsewhere).mean()
+        elsewhere = distributions[..., 1:].masked_fill(~shown, float("-inf")).logsumexp(dim=-1)
+        return -(first * distributions[..., 0] + (1 - first) * elsewhere).mean()

@@ -27,7 +27,7 @@ from studio.training.text import Text
 HIDING, MISLEADING = 0.25, 0.5
 """Shares of the images of which some earlier tokens are hidden, or are those of another image: from none to all."""
 ELSEWHERE = 0.01
-"""Share of a region that a token of a row does not stand for, beside those that it does."""
+"""BatchSpec of a region that a token of a row does not stand for, beside those that it does."""
 
 
 class TrainableLlamaGen(Conditioned):
@@ -162,13 +162,13 @@ def misled(tokens: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def scattered(shape: tuple[int, int], share: float, rng: np.random.Generator) -> np.ndarray:
-    """Places (B, n) bool: in this share of the rows some, any part of them, wherever they are."""
+    """TokenIndex (B, n) bool: in this share of the rows some, any part of them, wherever they are."""
     parts = rng.random((shape[0], 1)) * (rng.random((shape[0], 1)) < share)
     return rng.random(shape) < parts
 
 
 def stretches(shape: tuple[int, int], share: float, rng: np.random.Generator) -> np.ndarray:
-    """Places (B, n) bool: in this share of the rows a stretch between any two."""
+    """TokenIndex (B, n) bool: in this share of the rows a stretch between any two."""
     ends = np.sort(rng.integers(0, shape[1] + 1, size=(shape[0], 2)), axis=1)
     ends[rng.random(shape[0]) >= share] = 0
     places = np.arange(shape[1])

@@ -98,7 +98,7 @@ def train(
         accelerator.init_trackers(name or options.kind, {key: str(value) for key, value in asdict(options).items()})
     report = Report(out, name or options.kind, progress.step, steps, accelerator.is_main_process)
 
-    def drawn(step):
+    def sampled(step):
         key = (seed, step, accelerator.process_index)
         return [recipe.batch(np.random.default_rng((*key, part)), size) for part in range(options.accumulate)]
 
@@ -118,11 +118,11 @@ def train(
     wrapped.train()
     saved, validation_loss = time.monotonic(), None
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        following = ahead.submit(drawn, progress.step)
+        following = ahead.submit(sampled, progress.step)
         while (done := share()) < 1:
             started = time.monotonic()
             rates.scale(factor := learning_rate_factor(progress.step, done, warmup, cooldown))
-            batches, following = following.result(), ahead.submit(drawn, progress.step + 1)
+            batches, following = following.result(), ahead.submit(sampled, progress.step + 1)
             torch.manual_seed(_step_seed(seed, progress.step, accelerator.process_index))
             total = 0.0
             for batch in batches:

@@ -51,7 +51,7 @@ class MARRecipe(GeneratorRecipe):
     compiles = False
     model = {"encoder_layers": 1, "heads": None, "head_width": 160, "head_depth": 3, "buffer_size": None}
     sampling = {
-        "default_guidance_scale": 2.0, "default_temperature": 0.6, "default_num_steps": 16,
+        "default_guidance_scale": 2.0, "default_temperature": 0.6, "default_num_inference_steps": 16,
         "default_diffusion_steps": 50,
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from studio.data.source import Source
-from studio.decoding.distilled import draw_pairs
+from studio.decoding.distilled import sample_pairs
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
 from studio.files import cache_folder
@@ -74,7 +74,7 @@ class Pairs:
             name: value.to(teacher.dtype) if value.is_floating_point() else value
             for name, value in self.condition(subjects).items()
         }
-        tokens = draw_pairs(
+        tokens = sample_pairs(
             teacher,
             condition,
             torch.from_numpy(np.stack(noise)).to(teacher.device),

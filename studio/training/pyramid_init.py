@@ -1,10 +1,10 @@
-"""Where a One-D-Piece tokenizer starts: its row of tokens as a pyramid over the picture, coarse to fine.
+"""Where a One-D-Piece tokenizer starts: its row of tokens as a pyramid over the image, coarse to fine.
 
 From random weights the queries of a row are all alike, and training takes long until the late ones carry anything.
 Here the untrained network already is a codec. Half of every vector tells a place, by random Fourier features, and is
 all that attention compares, so that near places read each other ("Mimetic Initialization of Self-Attention Layers",
 arXiv:2305.09828, goes the same way); the other half holds principal components of patches, which attention copies. The
-two layers at the bottleneck and the last one are fitted to pictures by linear algebra. Tokens that stand for the same
+two layers at the bottleneck and the last one are fitted to images by linear algebra. Tokens that stand for the same
 cell as one before them turn to the next components.
 """
 
@@ -26,7 +26,7 @@ MARK = -2
 """Which number of a vector marks tokens that stand for a cell once more; for all others it is zero."""
 
 COPIED = 0.7
-"""Share of what is attended to that a block adds."""
+"""BatchSpec of what is attended to that a block adds."""
 
 STRENGTH = 0.3
 """Standard deviation of the strongest component of a patch, beside places of about one."""
@@ -35,7 +35,7 @@ CONSTANT = 3.0
 """A number in every token beside components of variance one at most: unit vectors then keep how strong these are."""
 
 NOISE = 0.02
-"""Share of the random start that is kept, so that no two units are alike."""
+"""BatchSpec of the random start that is kept, so that no two units are alike."""
 
 RIDGE = 1e-3
 """Of the least squares, over the mean variance of what is read."""
@@ -53,10 +53,10 @@ def pyramid(side: int, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_as_pyramid(tokenizer, images: torch.Tensor) -> None:
-    """Writes that start into a `OneDPieceTokenizer` with the pixel stage "patches", codes from the pictures too.
+    """Writes that start into a `OneDPieceTokenizer` with the pixel stage "patches", codes from the images too.
 
     Args:
-        images: pictures (B, channels, side, side) in [-1, 1] to fit to.
+        images: images (B, channels, side, side) in [-1, 1] to fit to.
     """
     encoder, decoder = tokenizer.encoder, tokenizer.decoder
     shares = pyramid(encoder.side, tokenizer.config.num_tokens)
@@ -94,7 +94,7 @@ def _level(cells, side):
 
 
 def _places(part, shares, read):
-    """Places in the second half of every position, of patches and, as means of those, of tokens; the last number is
+    """TokenIndex in the second half of every position, of patches and, as means of those, of tokens; the last number is
     positive for those that are to be read.
     """
     width = part.positional_embedding.shape[1]

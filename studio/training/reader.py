@@ -1,8 +1,8 @@
 """A reader: a LLaVA-NeXT that learns to answer questions about scenes.
 
 Its vision tower was taught by the kind tower, and stays as it is; projector and words start as they were taught there.
-The tokens of a picture are nearly all the cost. So many questions are asked about each, and most batches read a random
-part of its tokens at their places (as of patches: "FLIP", arXiv:2212.00794), which also prepares for pruned pictures.
+The tokens of an image are nearly all the cost. So many questions are asked about each, and most batches read a random
+part of its tokens at their places (as of patches: "FLIP", arXiv:2212.00794), which also prepares for pruned images.
 """
 
 import numpy as np
@@ -24,11 +24,11 @@ from studio.training.tower import PROCESSOR_FILE, load_aligned, open_scenes
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
 QUESTIONS = 24
 KEEPS = (0.15, 0.15, 0.2, 0.2, 0.25, 0.3, 1.0)
-"""Parts of a picture's tokens that a batch reads; each is equally likely."""
+"""Parts of an image's tokens that a batch reads; each is equally likely."""
 _LOOK = 0.5
 """Weight of the attention loss."""
 _WORDS_SHARE = 0.05
-"""Learning rate of the words over the others': answers need words that the tower's pictures have not, but what these
+"""Learning rate of the words over the others': answers need words that the tower's images have not, but what these
 have taught is to stay."""
 
 
@@ -44,8 +44,8 @@ class TrainableReader(nn.Module):
         """Mean cross-entropy of the answers' tokens, and of the attention on what shows them.
 
         Args:
-            pixel_values, image_sizes: as of LLaVA-NeXT; all pictures have the same size.
-            read: (T,) which of a picture's tokens are read, in order.
+            pixel_values, image_sizes: as of LLaVA-NeXT; all images have the same size.
+            read: (T,) which of an image's tokens are read, in order.
             shown, on_first: (B, Q, T) bool, which of those show the answers, and (B, Q), as of `AttentionLoss`.
             packed: the tensors of `PackedQuestions`.
         """
@@ -84,9 +84,7 @@ class ReaderRecipe(Recipe):
     def batch(self, rng, size, training=True):
         tiles = TILES[rng.integers(len(TILES))]
         scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(size)]
-        pixels = self.processor.image_processor(
-            [Image.fromarray(scene.picture) for scene in scenes], return_tensors="pt"
-        )
+        pixels = self.processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
         texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
         packed = pack_questions(self.processor.tokenizer, texts).tensors()
         cells = cells_of_patches(tiles, PATCH)

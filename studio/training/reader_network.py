@@ -41,7 +41,7 @@ def tower_config() -> CLIPVisionConfig:
 
 
 def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
-    """A LLaVA-NeXT of random weights for pictures of up to 4 x 4 tiles."""
+    """A LLaVA-NeXT of random weights for images of up to 4 x 4 tiles."""
     config = LlavaNextConfig(
         vision_config=tower_config(),
         text_config=LlamaConfig(

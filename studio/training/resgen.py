@@ -74,7 +74,7 @@ class ResGenRecipe(CodesRecipe):
     model = {"num_heads": None, "prediction": "mixture", "components": 128, "rank": 16}
     sampling = {
         "default_guidance_scale": 1.0, "default_temperature": 1.0, "default_top_k": 0, "default_top_p": 1.0,
-        "default_num_steps": 16,
+        "default_num_inference_steps": 16,
     }  # fmt: skip
 
     def build(self):

@@ -53,7 +53,7 @@ class TokenBridgeRecipe(MARRecipe):
         "encoder_layers": 1, "heads": None, "head_width": 128, "head_depth": 1, "head_heads": 4, "buffer_size": None,
         "levels": 32,
     }  # fmt: skip
-    sampling = {"default_guidance_scale": 1.0, "default_temperature": 0.7, "default_num_steps": 16}
+    sampling = {"default_guidance_scale": 1.0, "default_temperature": 0.7, "default_num_inference_steps": 16}
 
     def trainable(self, transformer):
         return TrainableBridge(transformer, self.text, self.bridge)

@@ -107,7 +107,7 @@ class TowerRecipe(Recipe):
         """Tiles, and the words for each of their cells: what is there, and the colour behind it."""
         fillings = [{"emoji": 1, "words": 3} if rng.random() < _MOSTLY_WORDS else {} for _ in range(size)]
         scenes = [draw_scene(rng, (1, 1), questions=0, **filling) for filling in fillings]
-        images = np.stack([scene.picture for scene in scenes]).transpose(0, 3, 1, 2) / np.float32(255)
+        images = np.stack([scene.image for scene in scenes]).transpose(0, 3, 1, 2) / np.float32(255)
         mean, std = (
             np.asarray(values, dtype=np.float32)[:, None, None]
             for values in (self.processor.image_processor.image_mean, self.processor.image_processor.image_std)

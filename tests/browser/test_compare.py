@@ -21,7 +21,7 @@ def test_two_decodings_side_by_side(tab, slow_steps):
     tab.wait_for_selector("#sides .waiting", timeout=LIMIT)
     tab.wait_for_selector("#compare-status .done", timeout=LIMIT)
     assert "Fastest:" in tab.inner_text("#compare-status")
-    alts = tab.eval_on_selector_all("#compare-pictures img", "all => all.map(image => image.alt)")
+    alts = tab.eval_on_selector_all("#compare-images img", "all => all.map(image => image.alt)")
     assert len(alts) == 2 and "Plain" in alts[0] and "Speculative" in alts[1]
     clocks = [float(text.split()[0]) for text in tab.locator("#sides .clock").all_inner_texts()]
     assert len(clocks) == 2 and min(clocks) > 0
@@ -45,7 +45,7 @@ def test_a_comparison_can_be_cancelled(tab, slow_steps):
     slow_steps.delay = 0.2
     tab.click("#compare-start")
     tab.wait_for_function(
-        "document.querySelector('#compare-status p').innerText.includes('Drawing 1 of 2')", timeout=LIMIT
+        "document.querySelector('#compare-status p').innerText.includes('Sampling 1 of 2')", timeout=LIMIT
     )
     tab.click("#compare-cancel")
     tab.wait_for_selector("#compare-status .stopped")

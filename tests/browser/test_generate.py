@@ -4,11 +4,11 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-LIMIT = 90_000  # milliseconds, for a first drawing on a slow machine
+LIMIT = 90_000  # milliseconds, for a first sampling on a slow machine
 TOAST = ".toast-body"
 
 
-def draw(page, prompt="a red apple"):
+def sample(page, prompt="a red apple"):
     page.fill("#prompt textarea", prompt)
     page.click("#generate")
     page.wait_for_selector("#status .done", timeout=LIMIT)
@@ -18,13 +18,13 @@ def choose(page, decoding):
     page.get_by_role("radio", name=decoding, exact=True).check()
 
 
-def loaded_pictures(page):
+def loaded_images(page):
     page.wait_for_function(
-        "() => { const all = [...document.querySelectorAll('#pictures img')];"
+        "() => { const all = [...document.querySelectorAll('#images img')];"
         " return all.length > 0 && all.every(image => image.complete && image.naturalWidth > 0) }"
     )
     return page.eval_on_selector_all(
-        "#pictures img", "all => all.map(image => [image.naturalWidth, image.alt, image.src])"
+        "#images img", "all => all.map(image => [image.naturalWidth, image.alt, image.src])"
     )
 
 
@@ -35,30 +35,30 @@ def stays_stopped(page, steps):
     return steps.count == stopped_at
 
 
-def test_a_click_on_generate_draws_pictures(page):
-    draw(page)
-    pictures = loaded_pictures(page)
-    assert len(pictures) == 4
-    for width, alt, source in pictures:
+def test_a_click_on_generate_samples_images(page):
+    sample(page)
+    images = loaded_images(page)
+    assert len(images) == 4
+    for width, alt, source in images:
         assert width >= 16 and "a red apple" in alt and source.endswith(".png")
     assert not page.is_visible("#cancel")
     assert "tokens/s" in page.inner_text("#status")
 
 
-def test_wrong_input_is_a_toast_and_the_pictures_stay(page):
-    draw(page)
-    before = loaded_pictures(page)
+def test_wrong_input_is_a_toast_and_the_images_stay(page):
+    sample(page)
+    before = loaded_images(page)
     page.fill("#seed input, #seed textarea", "-5")
     page.click("#generate")
     page.wait_for_selector(TOAST)
     assert "seed from 0" in page.inner_text(TOAST)
-    assert loaded_pictures(page) == before
+    assert loaded_images(page) == before
     assert page.input_value("#prompt textarea") == "a red apple"
     page.wait_for_selector("#generate")
 
 
-def test_cancel_stops_and_the_next_drawing_works(page, slow_steps):
-    draw(page)
+def test_cancel_stops_and_the_next_sampling_works(page, slow_steps):
+    sample(page)
     slow_steps.delay = 0.2
     page.click("#generate")
     page.wait_for_function("document.querySelector('#status p').innerText.includes('tokens/s')", timeout=LIMIT)
@@ -66,8 +66,8 @@ def test_cancel_stops_and_the_next_drawing_works(page, slow_steps):
     page.wait_for_selector("#status .stopped")
     assert stays_stopped(page, slow_steps)
     slow_steps.delay = 0
-    draw(page)
-    assert len(loaded_pictures(page)) == 4
+    sample(page)
+    assert len(loaded_images(page)) == 4
 
 
 def test_an_example_fills_the_prompt_and_dice_the_seed(page):
@@ -82,7 +82,7 @@ def test_a_decoding_shows_its_options_and_what_became_of_drafts(page):
     choose(page, "Lantern")
     page.wait_for_selector("#lantern-delta")
     page.fill("#lantern-neighbours input, #lantern-neighbours textarea", "20")
-    draw(page)
+    sample(page)
     assert "accepted drafts" in page.inner_text("#tokens")
     page.fill("#lantern-delta input, #lantern-delta textarea", "2")
     page.click("#generate")
@@ -92,14 +92,14 @@ def test_a_decoding_shows_its_options_and_what_became_of_drafts(page):
     page.wait_for_selector("#lantern-delta", state="hidden")
 
 
-def test_a_race_shows_two_pictures_and_two_clocks(page, slow_steps):
+def test_a_race_shows_two_images_and_two_clocks(page, slow_steps):
     slow_steps.delay = 0.02  # long enough for the page to show the lane that runs
     choose(page, "Speculative")
     page.fill("#prompt textarea", "a red apple")
     page.click("#race")
     page.wait_for_selector("#tokens .studio-lane.running svg", timeout=LIMIT)
     page.wait_for_selector("#status .done", timeout=LIMIT)
-    assert [alt.split(" ")[0] for _, alt, _ in loaded_pictures(page)] == ["Plain", "Speculative"]
+    assert [alt.split(" ")[0] for _, alt, _ in loaded_images(page)] == ["Plain", "Speculative"]
     clocks = [float(text.split()[0]) for text in page.locator("#tokens .clock").all_inner_texts()]
     assert len(clocks) == 2 and min(clocks) > 0
     assert "Speculative took" in page.inner_text("#status")
@@ -124,7 +124,7 @@ def test_a_race_can_be_cancelled(page, slow_steps):
 
 
 def test_nothing_is_asked_of_another_machine(page, url):
-    draw(page)
-    loaded_pictures(page)
+    sample(page)
+    loaded_images(page)
     elsewhere = [each for each in page.requests if not each.startswith((url.rstrip("/"), "data:", "blob:"))]
     assert not elsewhere

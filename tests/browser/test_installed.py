@@ -42,8 +42,8 @@ def examples(page, table):
         yield number
 
 
-def await_picture(page, field, before):
-    """Waits for another picture than before in a field that shows one; returns what it shows."""
+def await_image(page, field, before):
+    """Waits for another image than before in a field that shows one; returns what it shows."""
     script = "([field, before]) => { const image = document.querySelector(`#${field} img`);"
     script += " return image && image.naturalWidth > 0 && image.src != before ? image.src : null }"
     return page.wait_for_function(script, arg=[field, before], timeout=LIMIT).json_value()
@@ -61,12 +61,12 @@ def test_every_example_fills_its_tab(page):
         assert number + 1 == len(texts)
     for tab, field, table, count in (
         ("Tokenize", "original", "tokenize-examples", len(tokenize.EXAMPLES)),
-        ("Ask", "picture", "ask-examples", len(ask.EXAMPLES)),
+        ("Ask", "image", "ask-examples", len(ask.EXAMPLES)),
     ):
         open_tab(page, tab)
         shown = [""]
         for _ in examples(page, table):
-            shown.append(await_picture(page, field, shown[-1]))
+            shown.append(await_image(page, field, shown[-1]))
         assert len(shown) == 1 + count
     assert page.input_value("#question textarea, #question input") == ask.EXAMPLES[-1][1]
     assert not page.locator(".toast-body").count()
@@ -75,12 +75,12 @@ def test_every_example_fills_its_tab(page):
 def test_an_example_is_tokenized_and_asked_about(page):
     open_tab(page, "Tokenize")
     next(examples(page, "tokenize-examples"))
-    await_picture(page, "original", "")
+    await_image(page, "original", "")
     page.click("#tokenize")
     page.wait_for_selector("#tokenize-status .done", timeout=LIMIT)
     open_tab(page, "Ask")
     next(examples(page, "ask-examples"))
-    await_picture(page, "picture", "")
+    await_image(page, "image", "")
     page.click("#ask")
     page.wait_for_selector("#ask-status .done", timeout=LIMIT)
     assert not page.locator(".toast-body").count()

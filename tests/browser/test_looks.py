@@ -1,4 +1,4 @@
-"""What every tab looks like, wide and on a phone, light and dark; pictures of it are kept in out/browser/."""
+"""What every tab looks like, wide and on a phone, light and dark; images of it are kept in out/browser/."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def scheme(request):
 
 @pytest.fixture(params=[("wide", WIDE), ("phone", PHONE)], ids=lambda each: each[0])
 def window(request, chromium, url, scheme):
-    """A page in a window, and what its picture is called."""
+    """A page in a window, and what its image is called."""
     name, viewport = request.param
     context = chromium.new_context(viewport=viewport, color_scheme=scheme)
     page = context.new_page()
@@ -35,7 +35,7 @@ def keep(page, name):
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
 
 
-def test_drawing_fits_the_window(window):
+def test_sampling_fits_the_window(window):
     page, name = window
     page.get_by_role("radio", name="Lantern", exact=True).check()
     page.fill("#lantern-neighbours input, #lantern-neighbours textarea", "20")

@@ -1,4 +1,4 @@
-"""The page as a whole: how fast it is there, links into it, pictures dropped on it, a reload, and no mouse."""
+"""The page as a whole: how fast it is there, links into it, images dropped on it, a reload, and no mouse."""
 
 import urllib.parse
 
@@ -14,7 +14,7 @@ FIRST_PAINT = 2000  # milliseconds
 PAINTED = "() => performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)[0]"
 
 
-def draw(page):
+def sample(page):
     page.fill("#prompt textarea", "a red apple")
     page.click("#generate")
     page.wait_for_selector("#status .done", timeout=LIMIT)
@@ -28,12 +28,12 @@ def form_of(page):
 
 
 def dropped(page, path):
-    """Drops a file on the field for drawn pictures, as a mouse would."""
+    """Drops a file on the field for sampled images, as a mouse would."""
     with open(path, "rb") as file:
         content = list(file.read())
     transfer = page.evaluate_handle(
         "content => { const transfer = new DataTransfer();"
-        " transfer.items.add(new File([new Uint8Array(content)], 'drawn.png', { type: 'image/png' }));"
+        " transfer.items.add(new File([new Uint8Array(content)], 'sampled.png', { type: 'image/png' }));"
         " return transfer }",
         content,
     )
@@ -58,12 +58,12 @@ def test_the_first_paint_takes_less_than_two_seconds_and_no_model(chromium, tiny
     assert str(tiny_folder) not in models._pipelines
 
 
-def test_a_link_fills_the_form_and_draws_nothing(page, url):
+def test_a_link_fills_the_form_and_samples_nothing(page, url):
     page.goto(f"{url}?{urllib.parse.urlencode({'prompt': 'a fox', 'seed': 7, 'guidance': 2.5, 'decoding': 'lantern'})}")
     page.wait_for_function("() => document.querySelector('#prompt textarea')?.value == 'a fox'")
     page.wait_for_selector("#lantern-delta", state="visible")
     assert form_of(page) == {"prompt": "a fox", "seed": "7", "guidance": "2.5"}
-    assert not page.is_visible("#pictures img")
+    assert not page.is_visible("#images img")
 
 
 def test_a_link_opens_a_tab(page, url):
@@ -79,13 +79,13 @@ def test_a_wrong_link_is_a_toast(page, url):
     assert page.input_value("#prompt textarea") == ""
 
 
-def test_a_drawn_picture_dropped_back_brings_its_settings(page, tmp_path):
+def test_a_sampled_image_dropped_back_brings_its_settings(page, tmp_path):
     page.click("#advanced button")
     page.fill("#guidance textarea, #guidance input", "2.5")
-    draw(page)
+    sample(page)
     link = page.get_attribute("#status .done a", "href")
-    source = page.locator("#pictures img").nth(1).get_attribute("src")
-    file = tmp_path / "drawn.png"
+    source = page.locator("#images img").nth(1).get_attribute("src")
+    file = tmp_path / "sampled.png"
     file.write_bytes(page.request.get(source).body())
     page.reload()
     page.wait_for_selector("#generate")
@@ -96,7 +96,7 @@ def test_a_drawn_picture_dropped_back_brings_its_settings(page, tmp_path):
     assert form_of(page) == {"prompt": "a red apple", "seed": str(int(asked["seed"][0]) + 1), "guidance": "2.5"}
 
 
-def test_a_reload_ends_the_drawing_and_the_page_works_again(page, slow_steps):
+def test_a_reload_ends_the_sampling_and_the_page_works_again(page, slow_steps):
     slow_steps.delay = 0.2
     page.fill("#prompt textarea", "a red apple")
     page.click("#generate")
@@ -108,7 +108,7 @@ def test_a_reload_ends_the_drawing_and_the_page_works_again(page, slow_steps):
     page.wait_for_timeout(1000)
     assert slow_steps.count == stopped_at
     slow_steps.delay = 0
-    draw(page)
+    sample(page)
 
 
 def test_without_a_mouse(page):

@@ -1,4 +1,4 @@
-"""The Tokenize tab as a person meets it, and the way to it from a picture that was drawn."""
+"""The Tokenize tab as a person meets it, and the way to it from an image that was sampled."""
 
 import pytest
 from PIL import Image
@@ -85,11 +85,11 @@ def test_a_file_of_tokens_goes_home_and_comes_back(row, tmp_path):
 
 
 def test_files_that_are_nothing_are_a_toast_and_nothing_is_lost(tab, tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("no image")
     give(tab, tmp_path / "notes.png")
     tab.click("#tokenize")
     tab.wait_for_selector(TOAST)
-    assert "notes.png is not a picture" in tab.inner_text(TOAST)
+    assert "notes.png is not an image" in tab.inner_text(TOAST)
     tab.wait_for_selector("#original img", state="attached")
     (tmp_path / "notes.odp").write_text("no tokens")
     tab.set_input_files("input[accept='.odp']", tmp_path / "notes.odp")
@@ -97,23 +97,23 @@ def test_files_that_are_nothing_are_a_toast_and_nothing_is_lost(tab, tmp_path):
     tab.wait_for_selector("#tokenize")
 
 
-def test_without_a_picture_the_tab_says_so(tab):
+def test_without_a_image_the_tab_says_so(tab):
     tab.click("#tokenize")
     tab.wait_for_selector(TOAST)
-    assert "Give a picture" in tab.inner_text(TOAST)
+    assert "Give an image" in tab.inner_text(TOAST)
 
 
-def test_a_drawn_picture_goes_to_the_other_tabs(page):
+def test_a_sampled_image_goes_to_the_other_tabs(page):
     assert not page.is_visible("#to-tokenize")
     page.fill("#prompt textarea", "a red apple")
     page.click("#generate")
     page.wait_for_selector("#status .done", timeout=LIMIT)
     page.click("#to-ask")
-    page.wait_for_selector("#picture img")
-    page.wait_for_selector(f"{TOAST}:has-text('first picture')")
+    page.wait_for_selector("#image img")
+    page.wait_for_selector(f"{TOAST}:has-text('first image')")
     assert page.get_by_role("tab", name="Ask").get_attribute("aria-selected") == "true"
     page.get_by_role("tab", name="Generate").click()
-    page.locator("#pictures button.gallery-item, #pictures .thumbnail-lg").nth(1).click()
+    page.locator("#images button.gallery-item, #images .thumbnail-lg").nth(1).click()
     page.click("#to-tokenize")
     page.wait_for_selector("#original img")
     assert page.get_by_role("tab", name="Tokenize").get_attribute("aria-selected") == "true"

@@ -19,12 +19,12 @@ def model(tiny_folder, tmp_path):
     return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
-def draw(pipe):
+def sample(pipe):
     return pipe("a red apple", generator=torch.Generator().manual_seed(0), output_type="tokens").tokens
 
 
-def test_a_saved_pipeline_draws_the_same(tiny_pipeline, tiny_folder):
-    assert torch.equal(draw(studio.load(tiny_folder, device="cpu")), draw(tiny_pipeline))
+def test_a_saved_pipeline_samples_the_same(tiny_pipeline, tiny_folder):
+    assert torch.equal(sample(studio.load(tiny_folder, device="cpu")), sample(tiny_pipeline))
 
 
 def test_a_saved_class_pipeline_loads(tiny_class_folder):
@@ -220,7 +220,7 @@ def test_a_bundled_token_bridge_without_weights_of_a_tokenizer_has_those_of_emoj
         studio.load(release.parent.parent / "copy", device="cpu")
 
 
-def test_fingerprints_are_of_all_weights_that_draw(release, monkeypatch):
+def test_fingerprints_are_of_all_weights_that_sample(release, monkeypatch):
     alone = bundled.Bundled("pipeline", "")
     monkeypatch.setitem(bundled.BUNDLED, "emoji-ar", alone)
     of_one = fingerprint("emoji-ar")

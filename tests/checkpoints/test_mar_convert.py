@@ -36,7 +36,7 @@ def kl(tmp_path, repository):
     return tmp_path / "kl.ckpt"
 
 
-def test_a_pipeline_that_draws(tmp_path, kl):
+def test_a_pipeline_that_samples(tmp_path, kl):
     torch.manual_seed(0)
     averaged, last, small = MAR(**SIZES), MAR(**SIZES), MAR(**{**SIZES, "head_depth": 1})
     content = {"model": last.state_dict(), "model_ema": averaged.state_dict(), "args": argparse.Namespace(lr=1)}
@@ -44,17 +44,17 @@ def test_a_pipeline_that_draws(tmp_path, kl):
     torch.save({"model_ema": small.state_dict()}, tmp_path / "small.pth")
     files = {"tokenizer": convert_mar_vae(kl, tmp_path / "kl"), "drafter": tmp_path / "small.pth"}
     pipe = studio.load(convert_mar(tmp_path / "checkpoint-last.pth", tmp_path / "out", **files), device="cpu")
-    assert isinstance(pipe, MARPipeline) and pipe.config.default_num_steps == 4
+    assert isinstance(pipe, MARPipeline) and pipe.config.default_num_inference_steps == 4
     network = pipe.transformer
     assert {name: network.config[name] for name in SIZES} == SIZES
     assert all(torch.equal(weight, averaged.state_dict()[name]) for name, weight in network.state_dict().items())
     assert pipe.drafter.config.head_depth == 1
     pipe.set_progress_bar_config(disable=True)
     decoding = ContinuousSpeculative(diffusion_steps=3)
-    drawn = pipe(class_labels=2, generator=torch.Generator().manual_seed(0), decoding=decoding, output_type="pt")
-    assert drawn.images.shape[:2] == (1, 3) and drawn.images.isfinite().all()
+    sampled = pipe(class_labels=2, generator=torch.Generator().manual_seed(0), decoding=decoding, output_type="pt")
+    assert sampled.images.shape[:2] == (1, 3) and sampled.images.isfinite().all()
     again = convert_mar(tmp_path / "checkpoint-last.pth", tmp_path / "from-file", tokenizer=kl)
-    assert torch.equal(studio.load(again, device="cpu").decode_tokens(drawn.tokens, "pt"), drawn.images)
+    assert torch.equal(studio.load(again, device="cpu").decode_tokens(sampled.tokens, "pt"), sampled.images)
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path, kl):

@@ -38,11 +38,11 @@ ROWS = [
 
 
 @pytest.mark.parametrize(
-    ("pictures", "tolerance", "seconds"),
+    ("images", "tolerance", "seconds"),
     [(1, 0.0, 0.8), (1, 0.03, 0.6), (1, 0.05, 0.5), (2, 1.0, 0.1), (8, 0.05, 0.3), (100, 0.05, 0.3)],
 )
-def test_fastest(pictures, tolerance, seconds):
-    assert fastest(ROWS, pictures, "float32", tolerance)["seconds_per_image"] == seconds
+def test_fastest(images, tolerance, seconds):
+    assert fastest(ROWS, images, "float32", tolerance)["seconds_per_image"] == seconds
 
 
 def test_what_nobody_judged_is_no_choice_unless_it_is_lossless():
@@ -75,7 +75,7 @@ def test_rows_are_kept_for_these_weights_and_this_device(tmp_path, monkeypatch):
     assert read_measured(str(model), place) is None
 
 
-def test_a_model_is_marked_by_what_it_draws_with_alone(tmp_path, monkeypatch):
+def test_a_model_is_marked_by_what_it_samples_with_alone(tmp_path, monkeypatch):
     """Of another's folder only the parts that it lacks: not that one's transformer, nor its drafter."""
     folders = {"tiny": ["transformer"], "whole": ["transformer", "text_encoder", "drafter"], "codes": ["."]}
     for name, parts in folders.items():

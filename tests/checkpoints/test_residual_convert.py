@@ -73,12 +73,12 @@ def test_both_make_a_pipeline(fitting, converted, classes, tmp_path):
     else:
         torch.save({"state_dict": published(tokenizer)}, source)
     pipe = load(convert_rq_transformer(tmp_path / "model.pt", tmp_path / "out", source), device="cpu")
-    drawn, whole = (
+    sampled, whole = (
         each(class_labels=0, generator=torch.Generator().manual_seed(0))
         for each in (pipe, RQTransformerPipeline(tokenizer, model))
     )
-    assert torch.equal(drawn.tokens, whole.tokens) and drawn.images[0].tobytes() == whole.images[0].tobytes()
-    assert pipe.config.default_guidance_scale == 1 and drawn.images[0].size == (8, 8)
+    assert torch.equal(sampled.tokens, whole.tokens) and sampled.images[0].tobytes() == whole.images[0].tobytes()
+    assert pipe.config.default_guidance_scale == 1 and sampled.images[0].size == (8, 8)
 
 
 def test_parts_that_make_no_pipeline(fitting, tmp_path):

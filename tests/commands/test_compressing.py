@@ -10,10 +10,10 @@ from studio import OdpFile
 
 
 @pytest.fixture(autouse=True)
-def picture(tmp_path):
-    """A picture in the folder that commands run in."""
+def image(tmp_path):
+    """An image in the folder that commands run in."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((40, 24), Image.Resampling.BICUBIC).save(tmp_path / "picture.jpg")
+    Image.fromarray(noise).resize((40, 24), Image.Resampling.BICUBIC).save(tmp_path / "image.jpg")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def refused(result, *words):
 
 @pytest.mark.parametrize("tile", [[], ["--tile"]])
 def test_there_and_back(run, folder, tmp_path, tile):
-    code, out, err = run("tokenize", "picture.jpg", "-o", "new/p.odp", "--tokenizer", folder, *tile, "--json")
+    code, out, err = run("tokenize", "image.jpg", "-o", "new/p.odp", "--tokenizer", folder, *tile, "--json")
     assert code == 0, err
     document = json.loads(out)
     data = (tmp_path / "new/p.odp").read_bytes()
@@ -49,7 +49,7 @@ def test_there_and_back(run, folder, tmp_path, tile):
 
 def test_targets_decide_the_length(run, folder):
     def length(*options):
-        code, out, err = run("tokenize", "picture.jpg", "-o", "p.odp", "--tokenizer", folder, "--json", *options)
+        code, out, err = run("tokenize", "image.jpg", "-o", "p.odp", "--tokenizer", folder, "--json", *options)
         assert code == 0, err
         return json.loads(out)
 
@@ -60,18 +60,18 @@ def test_targets_decide_the_length(run, folder):
 
 
 def test_refusals_leave_no_file(run, folder, tmp_path):
-    (tmp_path / "text.odp").write_text("no picture")
-    run("tokenize", "picture.jpg", "-o", "p.odp", "--tokenizer", folder)
+    (tmp_path / "text.odp").write_text("no image")
+    run("tokenize", "image.jpg", "-o", "p.odp", "--tokenizer", folder)
     data = (tmp_path / "p.odp").read_bytes()
     (tmp_path / "damaged.odp").write_bytes(data[:-6] + b"x" + data[-5:])
     before = sorted(tmp_path.iterdir())
     options = ("--tokenizer", folder)
-    refused(run("tokenize", "picture.jpg", "-o", "q.odp", *options, "--length", 7), "from 1 to 6")
-    refused(run("tokenize", "picture.jpg", "-o", "q.odp", *options, "--psnr", 90), "ask for less")
-    refused(run("tokenize", "picture.jpg", "-o", "q.odp", *options, "--bytes", 5), "at least")
-    refused(run("tokenize", "picture.jpg", "-o", "q.odp", *options, "--bytes", 50, "--length", 2), "one of")
-    refused(run("tokenize", "text.odp", "-o", "q.odp", *options), "not a picture")
-    refused(run("tokenize", "picture.jpg", "-o", "q.odp", "--tokenizer", "emoji-vq"), "no One-D-Piece")
+    refused(run("tokenize", "image.jpg", "-o", "q.odp", *options, "--length", 7), "from 1 to 6")
+    refused(run("tokenize", "image.jpg", "-o", "q.odp", *options, "--psnr", 90), "ask for less")
+    refused(run("tokenize", "image.jpg", "-o", "q.odp", *options, "--bytes", 5), "at least")
+    refused(run("tokenize", "image.jpg", "-o", "q.odp", *options, "--bytes", 50, "--length", 2), "one of")
+    refused(run("tokenize", "text.odp", "-o", "q.odp", *options), "not an image")
+    refused(run("tokenize", "image.jpg", "-o", "q.odp", "--tokenizer", "emoji-vq"), "no One-D-Piece")
     refused(run("detokenize", "text.odp", "-o", "q.png", *options), "text.odp is not an .odp file")
     refused(run("detokenize", "damaged.odp", "-o", "q.png", *options), "damaged.odp is damaged")
     refused(run("detokenize", "none.odp", "-o", "q.png", *options), "no file")

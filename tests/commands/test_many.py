@@ -1,4 +1,4 @@
-"""`studio generate --prompts` in one process: what it draws, and what a second run adds to a broken first one."""
+"""`studio generate --prompts` in one process: what it samples, and what a second run adds to a broken first one."""
 
 import json
 
@@ -19,7 +19,7 @@ LINES = [
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd, tiny_folder):
-    """Draw the lines into a folder; return `(exit code, JSON document or None, stderr)`."""
+    """Sample the lines into a folder; return `(exit code, JSON document or None, stderr)`."""
     monkeypatch.chdir(tmp_path)
 
     def call(lines, out, *options, model=tiny_folder):
@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch, capfd, tiny_folder):
     return call
 
 
-def pictures(folder):
+def images(folder):
     return {path.name: Image.open(path).tobytes() for path in sorted(folder.glob("*.png"))}
 
 
@@ -41,28 +41,28 @@ def manifest(folder):
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def test_every_line_is_drawn_and_the_manifest_is_in_order(run, tmp_path):
+def test_every_line_is_sampled_and_the_manifest_is_in_order(run, tmp_path):
     code, document, err = run(LINES, "out")
     assert code == 0, err
     rows = manifest(tmp_path / "out")
     assert [(row["line"], row["index"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]
-    assert [row["path"] for row in rows] == list(pictures(tmp_path / "out"))
+    assert [row["path"] for row in rows] == list(images(tmp_path / "out"))
     assert rows[1]["seed"] == rows[0]["seed"] + 1 and rows[2]["guidance_scale"] == 2
     assert rows[3]["decoding"] == {"name": "speculative"}
-    assert (document["prompts"], document["images"], document["drawn"], document["drawn_before"]) == (4, 5, 5, 0)
+    assert (document["prompts"], document["images"], document["sampled"], document["sampled_before"]) == (4, 5, 5, 0)
     assert "5/5" in err and not list((tmp_path / "out").glob("*.part"))
 
 
-def test_pictures_are_those_of_single_calls_whatever_is_drawn_together(run, tmp_path):
+def test_images_are_those_of_single_calls_whatever_is_sampled_together(run, tmp_path):
     run(LINES, "out", "--batch-size", 3)
     run(LINES, "one", "--batch-size", 1)
-    assert pictures(tmp_path / "out") == pictures(tmp_path / "one")
+    assert images(tmp_path / "out") == images(tmp_path / "one")
     row, model = manifest(tmp_path / "out")[2], manifest(tmp_path / "out")[2]["model"]
     with pytest.raises(SystemExit):
         cli.main(["generate", row["prompt"], "--model", model, "--seed", "7", "--guidance", "2", "--out", "single.png"])
-    single, drawn = Image.open("single.png"), Image.open(tmp_path / "out" / row["path"])
-    assert single.tobytes() == drawn.tobytes()
-    record = json.loads(drawn.text["studio"])
+    single, sampled = Image.open("single.png"), Image.open(tmp_path / "out" / row["path"])
+    assert single.tobytes() == sampled.tobytes()
+    record = json.loads(sampled.text["studio"])
     assert record["seed"] == 7 and record["call"]["prompt"] == "a green pear" and record["call"]["guidance_scale"] == 2
 
 
@@ -73,9 +73,9 @@ def test_a_base_seed_changes_unset_seeds_only(run, tmp_path):
     assert changed == [True, True, False, False, False]
 
 
-def test_a_second_run_draws_what_is_missing_and_nothing_else(run, tmp_path):
+def test_a_second_run_samples_what_is_missing_and_nothing_else(run, tmp_path):
     run(LINES, "out", "--batch-size", 2)
-    before, out = pictures(tmp_path / "out"), tmp_path / "out"
+    before, out = images(tmp_path / "out"), tmp_path / "out"
     rows = manifest(out)
     lost = [rows[0]["path"], rows[3]["path"], rows[4]["path"]]
     (out / "manifest.jsonl").unlink()
@@ -86,20 +86,20 @@ def test_a_second_run_draws_what_is_missing_and_nothing_else(run, tmp_path):
     records.write_bytes(records.read_bytes()[:-20])  # a kill in the middle of a line
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     code, document, err = run(LINES, "out", "--batch-size", 2)
-    assert code == 0 and document["drawn"] == 3 and document["drawn_before"] == 2, err
-    assert pictures(out) == before and manifest(out) == rows
+    assert code == 0 and document["sampled"] == 3 and document["sampled_before"] == 2, err
+    assert images(out) == before and manifest(out) == rows
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert not list(out.glob("*.part"))
 
 
-def test_a_damaged_record_costs_one_picture(run, tmp_path):
+def test_a_damaged_record_costs_one_image(run, tmp_path):
     run(LINES, "out")
-    before, out = pictures(tmp_path / "out"), tmp_path / "out"
+    before, out = images(tmp_path / "out"), tmp_path / "out"
     [records] = (out / "records").iterdir()
     lines = records.read_bytes().split(b"\n")
     records.write_bytes(b"\n".join([lines[0][:-9] + b"\xff", b"[]", *lines[1:]]))
     code, document, err = run(LINES, "out")
-    assert code == 0 and document["drawn"] == 1 and pictures(out) == before, err
+    assert code == 0 and document["sampled"] == 1 and images(out) == before, err
 
 
 def test_a_file_of_somebody_else_is_left_alone(run, tmp_path):
@@ -111,10 +111,10 @@ def test_a_file_of_somebody_else_is_left_alone(run, tmp_path):
     assert code == 2 and "did not write" in err and (tmp_path / "out" / name).read_bytes() == b"mine"
 
 
-def test_added_lines_are_drawn_beside_the_earlier_ones(run, tmp_path):
+def test_added_lines_are_sampled_beside_the_earlier_ones(run, tmp_path):
     run(LINES[:2], "out")
     _, document, _ = run(LINES, "out")
-    assert document["drawn"] == 2 and document["drawn_before"] == 3 and len(manifest(tmp_path / "out")) == 5
+    assert document["sampled"] == 2 and document["sampled_before"] == 3 and len(manifest(tmp_path / "out")) == 5
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(run, tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_is_refused_before_anything_is_drawn(run, tmp_path, lines, options, words):
+def test_what_is_wrong_is_refused_before_anything_is_sampled(run, tmp_path, lines, options, words):
     code, document, _ = run(lines, "out", *options)
     assert code == 2 and all(word in document["error"] for word in words), document
     assert not (tmp_path / "out").exists()
@@ -187,28 +187,28 @@ def test_class_models_draw_class_labels(run, tmp_path, tiny_class_folder):
 
 def test_batches_do_not_depend_on_the_processes_and_are_shared_evenly(monkeypatch):
     requests = [Request(line, "a", None, line, 1, {"top_k": line // 5}, {"name": "ar"}) for line in range(1, 21)]
-    plan = many.plan_pictures(requests)
+    plan = many.plan_images(requests)
     monkeypatch.setattr(many, "process_count", lambda: 3)
     shares = []
     for index in range(3):
         monkeypatch.setattr(many, "process_index", lambda index=index: index)
         shares.append(many.share(plan, {plan[0].path, plan[1].path}, batch_size=2))
-    lines = sorted([picture.request.line for picture in batch] for batches in shares for batch in batches)
+    lines = sorted([image.request.line for image in batch] for batches in shares for batch in batches)
     assert lines == [[3, 4], [5, 6], [7, 8], [9], [10, 11], [12, 13], [14], [15, 16], [17, 18], [19], [20]]
     assert [len(batches) for batches in shares] == [4, 4, 3]
 
 
-def test_few_pictures_are_drawn_one_by_one_and_many_in_batches():
-    assert [many.usual_batch_size(pictures) for pictures in (1, 100, 300, 10**6)] == [1, 1, 4, 8]
+def test_few_images_are_sampled_one_by_one_and_many_in_batches():
+    assert [many.usual_batch_size(images) for images in (1, 100, 300, 10**6)] == [1, 1, 4, 8]
 
 
 @pytest.mark.parametrize(
     "damage", [b"\xff\xfe{}\n", b"[]\n", b"[" * 100_000 + b"\n", b'{"path": 3}\n', b"9" * 5000 + b"\n"]
 )
-def test_damaged_records_are_drawn_again(run, tmp_path, damage):
+def test_damaged_records_are_sampled_again(run, tmp_path, damage):
     lines = [{"prompt": "a red apple", "seed": 1, "num_images": 3}]
     run(lines, "out")
-    whole = pictures(tmp_path / "out")
+    whole = images(tmp_path / "out")
     (file,) = (tmp_path / "out/records").glob("*.jsonl")
     records = file.read_bytes().splitlines(keepends=True)
     flipped = records[1].replace(b'"seed": 2', b'"seed": 3')
@@ -216,5 +216,5 @@ def test_damaged_records_are_drawn_again(run, tmp_path, damage):
     file.write_bytes(records[0] + damage + flipped + records[2])
     (tmp_path / "out" / sorted(whole)[1]).unlink()
     code, document, err = run(lines, "out")
-    assert (code, document["drawn"], document["drawn_before"]) == (0, 1, 2)
-    assert "2 damaged lines" in err and pictures(tmp_path / "out") == whole
+    assert (code, document["sampled"], document["sampled_before"]) == (0, 1, 2)
+    assert "2 damaged lines" in err and images(tmp_path / "out") == whole

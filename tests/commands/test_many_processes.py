@@ -1,4 +1,4 @@
-"""`studio generate --prompts` in two real processes: the same pictures as in one, after a kill too."""
+"""`studio generate --prompts` in two real processes: the same images as in one, after a kill too."""
 
 import json
 import os
@@ -24,22 +24,22 @@ def command(model, out):
 
 
 def alone(model, out):
-    """Draw in the process of the test."""
+    """Sample in the process of the test."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(command(model, out))
     assert stopped.value.code == 0
 
 
-def pictures(folder):
+def images(folder):
     return {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
 
 
 def recorded(folder):
-    """How many pictures each process has recorded."""
+    """How many images each process has recorded."""
     return [file.read_text().count("\n") for file in sorted(folder.glob("records/*.jsonl"))]
 
 
-def test_two_launched_processes_draw_what_one_draws(tiny_folder, tmp_path, monkeypatch, capfd):
+def test_two_launched_processes_draw_what_one_samples(tiny_folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_prompts(tmp_path, FEW)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -50,10 +50,10 @@ def test_two_launched_processes_draw_what_one_draws(tiny_folder, tmp_path, monke
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["processes"] == 2 and document["drawn"] == 4 and "process 1 of 2" in done.stderr
+    assert document["processes"] == 2 and document["sampled"] == 4 and "process 1 of 2" in done.stderr
     assert recorded(tmp_path / "two") == [2, 2]
     alone(tiny_folder, "one")
-    assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
+    assert images(tmp_path / "two") == images(tmp_path / "one")
     one, two = ((tmp_path / name / "manifest.jsonl").read_text() for name in ("one", "two"))
     assert one == two
 
@@ -73,11 +73,11 @@ def test_nothing_is_lost_or_redone_after_a_kill(tiny_folder, tmp_path, monkeypat
         process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert 4 <= sum(recorded(out)) < len(MANY) and not (out / "manifest.jsonl").exists()
-    assert len(before) >= sum(recorded(out)) - 2  # a process that was just renaming has a record and no picture
+    assert len(before) >= sum(recorded(out)) - 2  # a process that was just renaming has a record and no image
 
     alone(tiny_folder, "killed")
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     alone(tiny_folder, "whole")
-    assert len(pictures(out)) == len(MANY) and pictures(out) == pictures(tmp_path / "whole")
+    assert len(images(out)) == len(MANY) and images(out) == images(tmp_path / "whole")
     assert (out / "manifest.jsonl").read_text() == (tmp_path / "whole" / "manifest.jsonl").read_text()
     assert not list(out.glob("*.part"))

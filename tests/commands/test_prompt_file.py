@@ -169,6 +169,9 @@ def test_settings_of_jacobi_decoding(tmp_path):
     first, second = read_prompts(write(tmp_path, *lines))
     assert first.decoding == {"name": "jacobi", "window": 8, "coupling": "maximal"}
     assert second.decoding == {"name": "exact"}
-    for wrong, told in (({"window": 0}, "window must be a whole number of at least 1"), ({"window": "wide"}, "whole number")):
+    for wrong, told in (
+        ({"window": 0}, "window must be a whole number of at least 1"),
+        ({"window": "wide"}, "whole number"),
+    ):
         with pytest.raises(StudioError, match=told):
             read_prompts(write(tmp_path, {"prompt": "a", "decoding": "jacobi", **wrong}))

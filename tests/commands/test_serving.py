@@ -23,7 +23,7 @@ def launched(monkeypatch):
 
 
 def test_options_become_queues_and_limits(run, launched, tiny_folder):
-    options = ["--max-waiting", 5, "--max-per-user", 2, "--max-batch", 6, "--max-pictures", 3, "--max-prompt", 90]
+    options = ["--max-waiting", 5, "--max-per-user", 2, "--max-batch", 6, "--max-images", 3, "--max-prompt", 90]
     more = ["--max-answer", 70, "--max-upload", 7, "--max-pixels", 9, "--dtype", "float32", "--devices", "cpu"]
     code, _, err = run("serve", "--port", 7999, "--model", tiny_folder, *options, *more)
     assert code == 0, err
@@ -32,7 +32,7 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
     [station] = worker._stations
     assert station.device == Device("cpu", "float32")
     now = limits.limits()
-    assert (now.pictures, now.characters, now.pixels, now.answer) == (3, 90, 9_000_000, 70)
+    assert (now.images, now.characters, now.pixels, now.answer) == (3, 90, 9_000_000, 70)
     assert now.models[tiny_folder.name] == str(tiny_folder) and "emoji-vq" in now.models
     assert list(models._elsewhere["pipelines", station.device]) == [how["model"]] == [tiny_folder.name]
 
@@ -40,9 +40,9 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--max-batch", 2], "--max-pictures 4"),
+        (["--max-batch", 2], "--max-images 4"),
         (["--max-waiting", 0], "--max-waiting"),
-        (["--max-pictures", 17], "--max-pictures"),
+        (["--max-images", 17], "--max-images"),
         (["--max-prompt", 2001], "--max-prompt"),
         (["--max-upload", 0], "--max-upload"),
         (["--port", 70000], "--port"),

@@ -1,4 +1,4 @@
-"""Random changes of pictures: decided by the generator, in range, and blind to nothing but the subject."""
+"""Random changes of images: decided by the generator, in range, and blind to nothing but the subject."""
 
 import numpy as np
 import torch

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from studio.data.archive import ARCHIVE, STYLES, load_concepts, load_pictures
+from studio.data.archive import ARCHIVE, STYLES, load_concepts, load_images
 from studio.data.backgrounds import NAMES, PALETTE, compose
 from studio.data.captions import full_caption, random_caption
 from studio.data.splits import combinations, concepts
@@ -14,11 +14,11 @@ def test_a_thousand_distinct_concepts_under_16_mib():
     assert ARCHIVE.stat().st_size < 16 * 2**20 and len(NAMES) == 10
 
 
-def test_pictures_are_there_in_both_styles():
-    pictures = load_pictures(32)
-    assert pictures.shape == (len(load_concepts()), len(STYLES), 32, 32, 4)
-    assert (pictures[..., 3].reshape(-1, 32 * 32).max(axis=1) > 128).all()
-    assert (pictures[..., :3].astype(int) <= pictures[..., 3:].astype(int) + 1).all(), "colours are premultiplied"
+def test_images_are_there_in_both_styles():
+    images = load_images(32)
+    assert images.shape == (len(load_concepts()), len(STYLES), 32, 32, 4)
+    assert (images[..., 3].reshape(-1, 32 * 32).max(axis=1) > 128).all()
+    assert (images[..., :3].astype(int) <= images[..., 3:].astype(int) + 1).all(), "colours are premultiplied"
 
 
 def test_compose_shows_the_background_where_alpha_is_zero():
@@ -38,8 +38,8 @@ def test_captions_name_what_they_show():
     index = next(concept.index for concept in load_concepts() if concept.label == "red apple")
     assert full_caption(index, 1, NAMES.index("blue")) == "a red apple, flat style, on a blue background"
     rng = np.random.default_rng(0)
-    drawn = {random_caption(index, 0, 0, rng) for _ in range(50)}
-    assert len(drawn) > 5 and not any("flat" in caption or "blue" in caption for caption in drawn)
+    sampled = {random_caption(index, 0, 0, rng) for _ in range(50)}
+    assert len(sampled) > 5 and not any("flat" in caption or "blue" in caption for caption in sampled)
 
 
 def test_a_style_is_named_where_the_other_one_is_held_out():

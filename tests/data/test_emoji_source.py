@@ -8,7 +8,7 @@ import torch
 
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES, PALETTE
-from studio.data.captions import full_caption, open_choices
+from studio.data.captions import full_caption, prompt_completion
 from studio.data.emoji import EmojiSource
 from studio.data.source import open_source
 from studio.data.splits import combinations, concepts
@@ -60,7 +60,7 @@ def test_captions_are_full_or_one_of_many_wordings(source):
     assert len(set(source.train.captions([5] * 40, rng))) > 5
     corpus = source.caption_corpus()
     assert {concept.label for concept in load_concepts()} <= set(corpus) and len(corpus) < 20_000
-    assert source.prompt_settings() == {"lowercase_prompts": True, "open_choices": open_choices()}
+    assert source.prompt_settings() == {"lowercase_prompts": True, "prompt_completion": prompt_completion()}
 
 
 def test_training_images_of_a_tokenizer_are_decided_by_the_generator_and_vary(source):

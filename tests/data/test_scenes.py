@@ -9,14 +9,14 @@ from studio.data.scenes import CELL, KINDS, TILE, WORDS, draw_scene, subjects
 
 def test_the_seed_decides_everything():
     first, again, other = (draw_scene(np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert np.array_equal(first.picture, again.picture) and first.questions == again.questions
+    assert np.array_equal(first.image, again.image) and first.questions == again.questions
     assert first.questions != other.questions
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 2), (3, 2), (4, 4)])
 def test_size_and_number(tiles):
     scene = draw_scene(np.random.default_rng(0), tiles, questions=7)
-    assert scene.picture.shape == (tiles[0] * TILE, tiles[1] * TILE, 3) and scene.picture.dtype == np.uint8
+    assert scene.image.shape == (tiles[0] * TILE, tiles[1] * TILE, 3) and scene.image.dtype == np.uint8
     assert len(scene.questions) == 7
 
 
@@ -52,7 +52,7 @@ def test_the_colour_behind_is_the_one_painted():
             if question.kind != "background" or name not in places:
                 continue
             row, column = (int(part.strip("?,")) - 1 for part in places[name].split() if part.strip("?,").isdigit())
-            corner = scene.picture[row * CELL, column * CELL]
+            corner = scene.image[row * CELL, column * CELL]
             assert tuple(corner) == BACKGROUNDS[question.answer]
             checked += 1
     assert checked > 20

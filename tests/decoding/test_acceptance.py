@@ -1,4 +1,5 @@
-"""The law of a token by enumeration: lossless is exact, the strict rule keeps budgets, the authors' rule does not."""
+"""The distribution of a token by enumeration: lossless is exact, the strict rule keeps budgets, the authors' rule does
+not."""
 
 import sys
 from pathlib import Path
@@ -7,66 +8,70 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance, law_of_node, without_replacement
+from distributions import distance, distribution_of_node, without_replacement
 
 from studio import StudioError
-from studio.decoding.acceptance import Relaxation, Weighed, weigh
+from studio.decoding.acceptance import Acceptance, Relaxation, acceptance_probs
 from studio.decoding.lantern import neighbour_table
 
 ROUNDING = 1e-6
 
 
-def random_law(generator, vocab, sharpness=2.0):
+def random_distribution(generator, vocab, sharpness=2.0):
     return (sharpness * torch.randn(vocab, generator=generator, dtype=torch.float64)).softmax(dim=0)
 
 
 def cases(count, vocab, seed):
-    """`count` times: a law, a table of neighbours, siblings of rising number in random order."""
+    """`count` times: a distribution, a table of neighbours, siblings of rising number in random order."""
     generator = torch.Generator().manual_seed(seed)
     for index in range(count):
         table = neighbour_table(torch.randn(vocab, 3, generator=generator), vocab - 1)
         tokens = torch.randperm(vocab, generator=generator)[: 1 + index % 5]
-        yield random_law(generator, vocab), table, tokens
+        yield random_distribution(generator, vocab), table, tokens
 
 
-def deterministic_law(p, tokens, relaxation=None):
-    return law_of_node(weigh(p[None], tokens[None], relaxation=relaxation), tokens)
+def deterministic_distribution(p, tokens, relaxation=None):
+    return distribution_of_node(acceptance_probs(p[None], tokens[None], relaxation=relaxation), tokens)
 
 
-def drawn_law(p, q, siblings, relaxation=None):
-    law = torch.zeros_like(p)
-    for drawn, probability in without_replacement(q, siblings):
-        tokens = torch.tensor(drawn)
-        law += probability * law_of_node(weigh(p[None], tokens[None], q[None], relaxation), tokens)
-    return law
+def sampled_distribution(p, q, siblings, relaxation=None):
+    distribution = torch.zeros_like(p)
+    for sampled, probability in without_replacement(q, siblings):
+        tokens = torch.tensor(sampled)
+        distribution += probability * distribution_of_node(
+            acceptance_probs(p[None], tokens[None], q[None], relaxation), tokens
+        )
+    return distribution
 
 
 def test_lossless_deterministic_drafts_are_exact():
     wrong = 0.0
     for p, _, tokens in cases(50, 24, seed=0):
-        assert distance(deterministic_law(p, tokens), p) < ROUNDING
-        weighed = weigh(p[None], tokens[None])
-        law = law_of_node(Weighed(weighed.ratios, weighed.tried, p[None]), tokens)
-        wrong = max(wrong, distance(law, p))
-    assert wrong > 0.05, "a next token from the law itself in place of the rest must be seen"
+        assert distance(deterministic_distribution(p, tokens), p) < ROUNDING
+        weighed = acceptance_probs(p[None], tokens[None])
+        distribution = distribution_of_node(Acceptance(weighed.ratios, weighed.tried, p[None]), tokens)
+        wrong = max(wrong, distance(distribution, p))
+    assert wrong > 0.05, "a next token from the distribution itself in place of the rest must be seen"
 
 
 @pytest.mark.parametrize("siblings", [1, 2, 3])
-def test_lossless_drawn_drafts_are_exact(siblings):
+def test_lossless_sampled_drafts_are_exact(siblings):
     generator, wrong = torch.Generator().manual_seed(1), 0.0
     for index in range(6):
-        p, q = random_law(generator, 6), random_law(generator, 6)
+        p, q = random_distribution(generator, 6), random_distribution(generator, 6)
         if index % 2:
             q[index % 6] = 0
             q /= q.sum()
-        assert distance(drawn_law(p, q, siblings), p) < ROUNDING
-        law = torch.zeros_like(p)
-        for drawn, probability in without_replacement(q, siblings):
-            tokens = torch.tensor(drawn)
-            weighed = weigh(p[None], tokens[None], q[None])
-            law += probability * law_of_node(Weighed(weighed.ratios, weighed.tried, p[None]), tokens)
-        wrong = max(wrong, distance(law, p))
-    assert wrong > 0.05, "a next token from the law itself in place of the rest must be seen"
+        assert distance(sampled_distribution(p, q, siblings), p) < ROUNDING
+        distribution = torch.zeros_like(p)
+        for sampled, probability in without_replacement(q, siblings):
+            tokens = torch.tensor(sampled)
+            weighed = acceptance_probs(p[None], tokens[None], q[None])
+            distribution += probability * distribution_of_node(
+                Acceptance(weighed.ratios, weighed.tried, p[None]), tokens
+            )
+        wrong = max(wrong, distance(distribution, p))
+    assert wrong > 0.05, "a next token from the distribution itself in place of the rest must be seen"
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.02, 0.1, 0.4])
@@ -74,11 +79,11 @@ def test_the_strict_rule_moves_at_most_its_budget(delta):
     farthest = authors = 0.0
     for p, table, tokens in cases(60, 24, seed=2):
         relaxation = Relaxation(table, 20, tv_budget=delta)
-        moved = distance(deterministic_law(p, tokens, relaxation), p)
+        moved = distance(deterministic_distribution(p, tokens, relaxation), p)
         assert moved <= delta + ROUNDING
         farthest = max(farthest, moved)
         reference = Relaxation(table, 20, tv_budget=delta, reference=True)
-        authors = max(authors, distance(deterministic_law(p, tokens, reference), p))
+        authors = max(authors, distance(deterministic_distribution(p, tokens, reference), p))
     assert delta == 0 or farthest > delta / 2
     assert delta == 0 or authors > delta + 0.01, "the authors' rule must break the bound"
 
@@ -89,49 +94,51 @@ def test_one_sibling_moves_exactly_what_it_borrows():
         sums = p[table[token].long()].cumsum(dim=0)
         borrowed = float(torch.where(sums <= delta, sums, 0).max())
         relaxation = Relaxation(table, 23, tv_budget=delta)
-        law = deterministic_law(p, tokens[:1], relaxation)
-        assert distance(law, p) == pytest.approx(borrowed, abs=ROUNDING)
-        assert float(law[token] - p[token]) == pytest.approx(borrowed, abs=ROUNDING)
+        distribution = deterministic_distribution(p, tokens[:1], relaxation)
+        assert distance(distribution, p) == pytest.approx(borrowed, abs=ROUNDING)
+        assert float(distribution[token] - p[token]) == pytest.approx(borrowed, abs=ROUNDING)
 
 
 def test_a_zero_budget_is_lossless_where_the_authors_is_not():
     p = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0], dtype=torch.float64)
     table, tokens = torch.tensor([[3, 1, 4, 2]] * 5), torch.tensor([0])
-    assert distance(deterministic_law(p, tokens, Relaxation(table, 1, tv_budget=0.0)), p) < ROUNDING
+    assert distance(deterministic_distribution(p, tokens, Relaxation(table, 1, tv_budget=0.0)), p) < ROUNDING
     reference = Relaxation(table, 1, tv_budget=0.0, reference=True)
-    assert distance(deterministic_law(p, tokens, reference), p) > 0.1
+    assert distance(deterministic_distribution(p, tokens, reference), p) > 0.1
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0])
 def test_the_ratio_bounds_every_token(ratio):
     largest = 0.0
     for p, table, tokens in cases(60, 24, seed=4):
-        law = deterministic_law(p, tokens, Relaxation(table, 23, ratio_budget=ratio))
-        largest = max(largest, float((law / p).max()))
-        assert (law <= ratio * p + ROUNDING).all()
-        assert distance(law, p) <= ratio - 1 + ROUNDING
+        distribution = deterministic_distribution(p, tokens, Relaxation(table, 23, ratio_budget=ratio))
+        largest = max(largest, float((distribution / p).max()))
+        assert (distribution <= ratio * p + ROUNDING).all()
+        assert distance(distribution, p) <= ratio - 1 + ROUNDING
     assert ratio == 1 or largest > 1 + (ratio - 1) / 2
-    free = [deterministic_law(p, x, Relaxation(t, 23, tv_budget=1.0)) / p for p, t, x in cases(60, 24, seed=4)]
-    assert max(float(law.max()) for law in free) > 3.1, "without the bound some token must pass it"
+    free = [deterministic_distribution(p, x, Relaxation(t, 23, tv_budget=1.0)) / p for p, t, x in cases(60, 24, seed=4)]
+    assert max(float(distribution.max()) for distribution in free) > 3.1, "without the bound some token must pass it"
 
 
 @pytest.mark.parametrize("siblings", [1, 2, 3])
 @pytest.mark.parametrize(
     "budget", [{"tv_budget": 0.1}, {"ratio_budget": 1.4}, {"tv_budget": 0.4, "ratio_budget": 2.0}], ids=str
 )
-def test_drawn_drafts_keep_their_budgets(siblings, budget):
+def test_sampled_drafts_keep_their_budgets(siblings, budget):
     generator, farthest, authors = torch.Generator().manual_seed(5), 0.0, 0.0
     for _ in range(6):
-        p, q = random_law(generator, 6), random_law(generator, 6)
+        p, q = random_distribution(generator, 6), random_distribution(generator, 6)
         table = neighbour_table(torch.randn(6, 3, generator=generator), 5)
-        law = drawn_law(p, q, siblings, Relaxation(table, 5, **budget))
+        distribution = sampled_distribution(p, q, siblings, Relaxation(table, 5, **budget))
         allowed = min(budget.get("tv_budget", 1.0), budget.get("ratio_budget", 2.0) - 1)
-        farthest = max(farthest, distance(law, p))
-        assert distance(law, p) <= allowed + ROUNDING
-        assert (law <= budget.get("ratio_budget", float("inf")) * p + ROUNDING).all()
-        assert siblings > 1 or distance(law, p) <= distance(p, q) + ROUNDING
+        farthest = max(farthest, distance(distribution, p))
+        assert distance(distribution, p) <= allowed + ROUNDING
+        assert (distribution <= budget.get("ratio_budget", float("inf")) * p + ROUNDING).all()
+        assert siblings > 1 or distance(distribution, p) <= distance(p, q) + ROUNDING
         single = dict([next(iter(budget.items()))])
-        authors = max(authors, distance(drawn_law(p, q, siblings, Relaxation(table, 5, **single, reference=True)), p))
+        authors = max(
+            authors, distance(sampled_distribution(p, q, siblings, Relaxation(table, 5, **single, reference=True)), p)
+        )
     assert farthest > 0.005
     assert len(budget) > 1 or "ratio_budget" in budget or authors > 0.15, "the authors' rule must break the bound"
 
@@ -140,30 +147,30 @@ def test_many_drafts_that_share_one_neighbour():
     p = torch.tensor([0.1, 0.9, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     q = torch.tensor([0.0, 0.0, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
     table = torch.tensor([[1], [2], [0], [0], [0], [0]])
-    authors = drawn_law(p, q, 2, Relaxation(table, 1, tv_budget=0.1, reference=True))
+    authors = sampled_distribution(p, q, 2, Relaxation(table, 1, tv_budget=0.1, reference=True))
     assert distance(authors, p) > 0.5
-    assert distance(drawn_law(p, q, 2, Relaxation(table, 1, tv_budget=0.1)), p) <= 0.1 + ROUNDING
-    assert distance(drawn_law(p, q, 2, Relaxation(table, 1, ratio_budget=3.0)), p) < ROUNDING
+    assert distance(sampled_distribution(p, q, 2, Relaxation(table, 1, tv_budget=0.1)), p) <= 0.1 + ROUNDING
+    assert distance(sampled_distribution(p, q, 2, Relaxation(table, 1, ratio_budget=3.0)), p) < ROUNDING
 
 
-def test_drafts_of_a_law_sharper_than_rounding():
+def test_drafts_of_a_distribution_sharper_than_rounding():
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     q = torch.tensor([1 - 2**-24, 1e-9, 3e-9, 2e-9])
-    assert distance(drawn_law(p, q, 3), p) < ROUNDING
+    assert distance(sampled_distribution(p, q, 3), p) < ROUNDING
 
 
 def test_siblings_in_any_order_and_padding():
     p, _, _ = next(cases(1, 24, seed=6))
     for tokens in ([3, 9, 4], [4, 3, 9], [3, 9, 4, -1, -1]):
-        assert distance(deterministic_law(p, torch.tensor(tokens)), p) < ROUNDING
-    both = weigh(torch.stack((p, p)), torch.tensor([[3, 9], [5, -1]]))
+        assert distance(deterministic_distribution(p, torch.tensor(tokens)), p) < ROUNDING
+    both = acceptance_probs(torch.stack((p, p)), torch.tensor([[3, 9], [5, -1]]))
     assert both.tried.tolist() == [[True, True], [True, False]]
     assert both.rest[1, 3] == p[3] and both.rest[1, 5] == 0
 
 
 def test_all_mass_on_the_siblings():
     p = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
-    weighed = weigh(p[None], torch.tensor([[0, 1]]))
+    weighed = acceptance_probs(p[None], torch.tensor([[0, 1]]))
     assert weighed.ratios.tolist() == [[0.5, 1.0]] and weighed.rest.sum() > 0
     assert weighed.rest[0, 2] == 0
 

@@ -1,4 +1,4 @@
-"""The fast loop draws what the textbook draws, and stops paying for the null rows when guidance ends."""
+"""The fast loop samples what the textbook samples, and stops paying for the null rows when guidance ends."""
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ def test_equals_the_textbook(captions, prefix_rope, weights, sampling):
         call = {"sampling": sampling, "guidance_scale": scale, "cfg_interval": interval}
         expected = textbook(model, condition, generators=streams(1, 2, 3), **call)
         settings = Autoregressive(weights=weights)
-        drawn = autoregressive(model, condition, generators=streams(1, 2, 3), settings=settings, **call)
-        assert torch.equal(drawn.tokens, expected)
+        sampled = autoregressive(model, condition, generators=streams(1, 2, 3), settings=settings, **call)
+        assert torch.equal(sampled.tokens, expected)
 
 
 def test_grouped_heads_run_unpacked():
@@ -72,9 +72,9 @@ def test_null_rows_leave_after_the_interval(weights):
     model, settings = tiny(), Autoregressive(weights=weights)
     call = {"generators": streams(1, 2, 3), "guidance_scale": 3.0, "settings": settings}
     assert autoregressive(model, conditions(False), **call).row_calls == 6 * 16
-    drawn = autoregressive(model, conditions(False), cfg_interval=4, **call)
-    assert drawn.row_calls == 6 * 6 + 3 * 10
-    assert drawn.target_calls == 16
+    sampled = autoregressive(model, conditions(False), cfg_interval=4, **call)
+    assert sampled.row_calls == 6 * 6 + 3 * 10
+    assert sampled.target_calls == 16
     assert autoregressive(model, conditions(False), **{**call, "guidance_scale": 1.0}).row_calls == 3 * 16
 
 
@@ -111,14 +111,14 @@ def test_on_token_sees_and_stops():
         seen.append(tokens.clone())
         return index == 4
 
-    drawn = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3), on_token=stop_after_five)
-    assert drawn.target_calls == 5
-    assert drawn.tokens.shape == (3, 5)
-    assert torch.equal(seen[-1], drawn.tokens)
+    sampled = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3), on_token=stop_after_five)
+    assert sampled.target_calls == 5
+    assert sampled.tokens.shape == (3, 5)
+    assert torch.equal(seen[-1], sampled.tokens)
 
 
 @pytest.mark.parametrize("weights", ["float16", "int8"])
-def test_smaller_weights_draw_whole_pictures(weights):
+def test_smaller_weights_draw_whole_images(weights):
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         with pytest.raises(StudioError, match="float32"):
             autoregressive(
@@ -126,9 +126,9 @@ def test_smaller_weights_draw_whole_pictures(weights):
             )
         return
     settings = Autoregressive(weights=weights)
-    drawn = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3), settings=settings)
-    assert drawn.tokens.shape == (3, 16)
-    assert drawn.tokens.max() < 48
+    sampled = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3), settings=settings)
+    assert sampled.tokens.shape == (3, 16)
+    assert sampled.tokens.max() < 48
 
 
 def test_settings_are_checked():

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_mar import generators, tiny_mar
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
-from studio.decoding.counter_rng import Places, PositionNoise
-from studio.decoding.cspd import Ends, continuous_speculative, draw_rest, redraw
+from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.cspd import FinalStep, continuous_speculative, resample, sample_rest
 from studio.decoding.mar import masked_autoregressive
 
 TARGET, DRAFT = tiny_mar(0).double(), tiny_mar(1, depth=1).double()
@@ -21,7 +21,7 @@ MODES = [{"mode": "exact"}, {"mode": "relaxed"}, {"mode": "relaxed", "reference"
 each_mode = pytest.mark.parametrize("mode", MODES, ids=["exact", "relaxed", "reference"])
 
 
-def draw(mode, draft=DRAFT, labels=(0, 1, 2), first=0, sizes=SIZES, **options):
+def sample(mode, draft=DRAFT, labels=(0, 1, 2), first=0, sizes=SIZES, **options):
     condition = {"class_labels": torch.tensor(labels)}
     settings = ContinuousSpeculative(**{"prefill": 0.2, **mode, **sizes})
     given = {"generators": generators(len(labels), first), "guidance_scale": 2.0, **options}
@@ -29,7 +29,7 @@ def draw(mode, draft=DRAFT, labels=(0, 1, 2), first=0, sizes=SIZES, **options):
 
 
 def test_exact_with_the_target_as_draft_is_plain_sampling():
-    drawn = draw({"mode": "exact"}, draft=TARGET)
+    sampled = sample({"mode": "exact"}, draft=TARGET)
     plain = masked_autoregressive(
         TARGET,
         {"class_labels": torch.tensor([0, 1, 2])},
@@ -37,22 +37,22 @@ def test_exact_with_the_target_as_draft_is_plain_sampling():
         guidance_scale=2.0,
         settings=MaskedAutoregressive(**SIZES),
     )
-    assert drawn.acceptance == 1 and drawn.trials == 0 and drawn.tested == int(drawn.from_draft.sum())
-    torch.testing.assert_close(drawn.tokens, plain.tokens, atol=1e-4, rtol=1e-4)
+    assert sampled.acceptance == 1 and sampled.trials == 0 and sampled.tested == int(sampled.from_draft.sum())
+    torch.testing.assert_close(sampled.tokens, plain.tokens, atol=1e-4, rtol=1e-4)
 
 
 def test_exact_accepts_some_and_mends_the_rest():
-    drawn = draw({"mode": "exact"}, labels=tuple([0] * 8))
-    assert 0 < drawn.acceptance < 1 and drawn.trials > 0 and drawn.fallbacks == 0
-    assert drawn.target_calls == 6 and drawn.draft_calls == 4
-    assert drawn.tokens.isfinite().all()
+    sampled = sample({"mode": "exact"}, labels=tuple([0] * 8))
+    assert 0 < sampled.acceptance < 1 and sampled.trials > 0 and sampled.fallbacks == 0
+    assert sampled.target_calls == 6 and sampled.draft_calls == 4
+    assert sampled.tokens.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["exact", "relaxed"])
 def test_a_batch_equals_its_single_calls(mode):
-    together = draw({"mode": mode})
+    together = sample({"mode": mode})
     for row in range(2):
-        alone = draw({"mode": mode}, labels=(row,), first=row)
+        alone = sample({"mode": mode}, labels=(row,), first=row)
         torch.testing.assert_close(together.tokens[row], alone.tokens[0], atol=1e-4, rtol=1e-4)
         assert torch.equal(together.from_draft[row], alone.from_draft[0])
 
@@ -60,14 +60,14 @@ def test_a_batch_equals_its_single_calls(mode):
 @each_mode
 def test_calls_are_told_and_counted(mode):
     calls = []
-    drawn = draw(mode, on_call=lambda what, positions, tokens: calls.append((what, positions.shape[1])))
+    sampled = sample(mode, on_call=lambda what, positions, tokens: calls.append((what, positions.shape[1])))
     kinds = [what for what, _ in calls]
     drafted = sum(count for what, count in calls if what == "draft")
     assert kinds[:2] == ["target", "target"]
     assert drafted == sum(count for what, count in calls if what == "verify")
-    assert 3 * drafted == drawn.tested and 3 * 16 == drawn.tested + 3 * sum(n for w, n in calls if w == "target")
-    assert drawn.target_calls == 6 - kinds.count("draft") + kinds.count("verify")
-    assert drawn.draft_calls == kinds.count("draft") and set(drawn.seconds) == {"target", "draft"}
+    assert 3 * drafted == sampled.tested and 3 * 16 == sampled.tested + 3 * sum(n for w, n in calls if w == "target")
+    assert sampled.target_calls == 6 - kinds.count("draft") + kinds.count("verify")
+    assert sampled.draft_calls == kinds.count("draft") and set(sampled.seconds) == {"target", "draft"}
     if mode["mode"] == "relaxed":
         assert kinds == ["target", "target", "draft", "draft", "draft", "verify", "draft", "verify"]
 
@@ -75,32 +75,38 @@ def test_calls_are_told_and_counted(mode):
 @each_mode
 @pytest.mark.parametrize("when", ["draft", "verify"])
 def test_on_call_stops(mode, when):
-    drawn = draw(mode, on_call=lambda what, positions, tokens: what == when)
-    assert (drawn.tokens == 0).any() and drawn.draft_calls >= 1
+    sampled = sample(mode, on_call=lambda what, positions, tokens: what == when)
+    assert (sampled.tokens == 0).any() and sampled.draft_calls >= 1
 
 
 def test_all_prefilled_is_plain_sampling():
-    drawn = draw({"mode": "exact", "prefill": 1.0})
-    assert drawn.draft_calls == 0 and drawn.acceptance == 0 and drawn.target_calls == 6
+    sampled = sample({"mode": "exact", "prefill": 1.0})
+    assert sampled.draft_calls == 0 and sampled.acceptance == 0 and sampled.target_calls == 6
 
 
 def ends(mean, count):
-    return Ends(*(torch.full((count, 2), value) for value in (mean, 1.0, 0.0)))
+    return FinalStep(*(torch.full((count, 2), value) for value in (mean, 1.0, 0.0)))
 
 
 def test_relaxed_falls_back_to_the_target_within_its_rounds():
-    pictures = torch.arange(50)
-    noise = PositionNoise(pictures, 2)
-    redrawn = redraw(ends(0.0, 50), ends(0.0, 50), Places(pictures, pictures * 0), noise, 3)
-    assert (redrawn.rounds, int(redrawn.fallbacks.sum())) == (3, 50)
-    assert (redrawn.tokens != 0).all() and abs(float(redrawn.tokens.mean())) < 0.5
+    images = torch.arange(50)
+    noise = PositionNoise(images, 2)
+    resampled = resample(ends(0.0, 50), ends(0.0, 50), TokenIndex(images, images * 0), noise, 3)
+    assert (resampled.rounds, int(resampled.fallbacks.sum())) == (3, 50)
+    assert (resampled.tokens != 0).all() and abs(float(resampled.tokens.mean())) < 0.5
 
 
 def test_exact_refuses_to_draw_from_nothing(monkeypatch):
     monkeypatch.setattr("studio.decoding.cspd._MOST_TRIALS", 10)
-    law = (torch.zeros(1, 2), torch.zeros(1, 2))
+    distribution = (torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises(StudioError, match="rounding"):
-        draw_rest(law, law, Places(torch.tensor([0]), torch.tensor([0])), PositionNoise(torch.tensor([1]), 2), 1)
+        sample_rest(
+            distribution,
+            distribution,
+            TokenIndex(torch.tensor([0]), torch.tensor([0])),
+            PositionNoise(torch.tensor([1]), 2),
+            1,
+        )
 
 
 @pytest.mark.parametrize(
@@ -122,11 +128,11 @@ def test_refused_settings(settings, words):
 
 def test_refused_calls():
     with pytest.raises(StudioError, match="temperature of 0"):
-        draw({}, temperature=0.0)
+        sample({}, temperature=0.0)
     with pytest.raises(StudioError, match="two diffusion_steps"):
-        draw({}, sizes={"steps": 4, "diffusion_steps": 1})
+        sample({}, sizes={"steps": 4, "diffusion_steps": 1})
     with pytest.raises(StudioError, match="same tokens"):
-        draw({}, draft=tiny_mar(0, grid_size=2))
+        sample({}, draft=tiny_mar(0, grid_size=2))
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -138,6 +144,6 @@ def test_fallbacks_are_rejected_tokens_that_no_trial_accepted(monkeypatch, refer
 
     monkeypatch.setattr("studio.decoding.cspd.log_ratio", every_other)
     monkeypatch.setattr("studio.decoding.cspd.trial_chance", lambda x, *_, **__: x.new_zeros(len(x)))
-    drawn = draw({"mode": "relaxed", "reference": reference, "max_rounds": 1})
-    assert 0 < drawn.accepted < drawn.tested
-    assert drawn.fallbacks == drawn.tested - drawn.accepted
+    sampled = sample({"mode": "relaxed", "reference": reference, "max_rounds": 1})
+    assert 0 < sampled.accepted < sampled.tested
+    assert sampled.fallbacks == sampled.tested - sampled.accepted

@@ -1,4 +1,4 @@
-"""Sampling with a student: a perfect one returns the teacher's drawing whatever the schedule; calls; refusals."""
+"""Sampling with a student: a perfect one returns the teacher's sampling whatever the schedule; calls; refusals."""
 
 import itertools
 
@@ -11,10 +11,10 @@ from studio.decoding.autoregressive import autoregressive
 from studio.decoding.distilled import (
     Distilled,
     distilled,
-    draw_noise,
-    draw_pairs,
     few_step,
     nearest,
+    sample_noise,
+    sample_pairs,
     spread_times,
     teacher_tokens,
     trajectory,
@@ -34,7 +34,7 @@ def streams():
 
 def streams_behind_the_noise():
     generators = streams()
-    draw_noise(generators, N, 5, "cpu")
+    sample_noise(generators, N, 5, "cpu")
     return generators
 
 
@@ -59,12 +59,12 @@ def student(teacher, codebook):
 
 @pytest.fixture(scope="module")
 def noise():
-    return draw_noise(streams(), N, 5, "cpu")
+    return sample_noise(streams(), N, 5, "cpu")
 
 
 @pytest.fixture(scope="module")
-def drawing(teacher, codebook, noise):
-    return draw_pairs(teacher, CONDITION, noise, NoiseMap(codebook), sampling=SAMPLING, guidance_scale=SCALE)
+def sampling(teacher, codebook, noise):
+    return sample_pairs(teacher, CONDITION, noise, NoiseMap(codebook), sampling=SAMPLING, guidance_scale=SCALE)
 
 
 class Perfect:
@@ -97,23 +97,23 @@ class Perfect:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_perfect_student_returns_the_drawing(settings, teacher, codebook, noise, drawing):
-    drawn = distilled(
+def test_a_perfect_student_returns_the_sampling(settings, teacher, codebook, noise, sampling):
+    sampled = distilled(
         teacher,
         CONDITION,
-        student=Perfect(drawing, codebook, noise),
+        student=Perfect(sampling, codebook, noise),
         codebook=codebook,
         generators=streams(),
         sampling=SAMPLING,
         guidance_scale=SCALE,
-        settings=Distilled(**settings, **({"teacher_draw": "map"} if "teacher_steps" in settings else {})),
+        settings=Distilled(**settings, **({"teacher_sample": "map"} if "teacher_steps" in settings else {})),
     )
-    assert torch.equal(drawn.noise, noise)
-    assert torch.equal(drawn.tokens, drawing)
-    torch.testing.assert_close(drawn.latents, codebook[drawing])
+    assert torch.equal(sampled.noise, noise)
+    assert torch.equal(sampled.tokens, sampling)
+    torch.testing.assert_close(sampled.latents, codebook[sampling])
 
 
-def test_pairs_have_the_law_of_the_teacher():
+def test_pairs_have_the_distribution_of_the_teacher():
     torch.manual_seed(0)
     table = LlamaGen(vocab_size=3, dim=16, num_layers=1, num_heads=1, grid_size=2, num_classes=2)
     torch.nn.init.normal_(table.output.weight, std=0.5)
@@ -127,7 +127,7 @@ def test_pairs_have_the_law_of_the_teacher():
     count = 4000
     noise = torch.randn(count, 4, 2, generator=torch.Generator().manual_seed(4))
     labels = {"class_labels": torch.zeros(count, dtype=torch.long)}
-    tokens = draw_pairs(
+    tokens = sample_pairs(
         table, labels, noise, NoiseMap(codebook), sampling=sampling, guidance_scale=1.0, weights="plain"
     )
     found = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
@@ -140,17 +140,17 @@ def test_pairs_have_the_law_of_the_teacher():
     assert chi_square(marginal.detach()) > 31.8, "the test would not notice independent tokens"
 
 
-def test_draws_as_the_plain_loop_where_the_teacher_draws_all(teacher, student, codebook):
+def test_samples_as_the_plain_loop_where_the_teacher_samples_all(teacher, student, codebook):
     options = {"sampling": SAMPLING, "guidance_scale": SCALE}
     for interval in (-1, 4):
         generators = streams_behind_the_noise()
         plain = autoregressive(teacher, CONDITION, generators=generators, cfg_interval=interval, **options)
-        drawn = distilled(
+        sampled = distilled(
             teacher, CONDITION, student=student, codebook=codebook, generators=streams(), cfg_interval=interval,
             settings=Distilled(teacher_steps=(1, N + 1)), **options,
         )  # fmt: skip
-        assert torch.equal(drawn.tokens, plain.tokens)
-        assert (drawn.target_calls, drawn.row_calls) == (plain.target_calls, plain.row_calls)
+        assert torch.equal(sampled.tokens, plain.tokens)
+        assert (sampled.target_calls, sampled.row_calls) == (plain.target_calls, plain.row_calls)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -173,12 +173,12 @@ def test_the_teacher_goes_on_from_a_prefix(scale, weights, teacher):
 )  # fmt: skip
 def test_calls(settings, calls, by_student, teacher, student, codebook):
     ends, settings = [], Distilled(**settings)
-    drawn = distilled(
+    sampled = distilled(
         teacher, CONDITION, student=student, codebook=codebook, generators=streams(), settings=settings,
         on_token=lambda index, tokens: ends.append((index, tokens.shape[1])),
     )  # fmt: skip
-    assert (drawn.target_calls, drawn.student_calls) == (calls, by_student)
-    assert drawn.tokens.shape == (BATCH, N) and drawn.latents.shape == (BATCH, N, 5)
+    assert (sampled.target_calls, sampled.student_calls) == (calls, by_student)
+    assert sampled.tokens.shape == (BATCH, N) and sampled.latents.shape == (BATCH, N, 5)
     assert len(ends) == calls - (settings.teacher_steps is not None and settings.teacher_steps[0] > 1)
     assert all(index + 1 == length for index, length in ends) and ends[-1][1] == N
 
@@ -200,9 +200,9 @@ def test_a_callback_changes_and_stops(teacher, student, codebook):
     def paint(index, tokens):
         tokens[:, 0] = 11
 
-    drawn = distilled(None, CONDITION, settings=Distilled(steps=2, split=4), on_token=paint, **options)
-    assert (drawn.tokens[:, 0] == 11).all()
-    torch.testing.assert_close(drawn.latents[:, 0], codebook[11].expand(BATCH, -1))
+    sampled = distilled(None, CONDITION, settings=Distilled(steps=2, split=4), on_token=paint, **options)
+    assert (sampled.tokens[:, 0] == 11).all()
+    torch.testing.assert_close(sampled.latents[:, 0], codebook[11].expand(BATCH, -1))
     stopped = distilled(None, CONDITION, settings=Distilled(steps=3), on_token=lambda *_: True, **options)
     assert stopped.student_calls == 1 and stopped.tokens.shape == (BATCH, N)
     halfway = distilled(
@@ -213,17 +213,17 @@ def test_a_callback_changes_and_stops(teacher, student, codebook):
 
 def test_the_image_decoder_takes_the_latents(tiny_vq):
     student = DistilledStudent(vocab_size=64, code_dim=4, dim=32, num_layers=1, num_heads=2, grid_size=4, num_classes=9)
-    drawn = distilled(
+    sampled = distilled(
         None, CONDITION, student=student.eval(), codebook=tiny_vq.codebook, generators=streams(),
         settings=Distilled(split=3, snap="nearest"),
     )  # fmt: skip
     with torch.no_grad():
-        pictures = tiny_vq.decode_features(drawn.latents.transpose(1, 2).unflatten(2, (4, 4)))
-        torch.testing.assert_close(pictures, tiny_vq.decode(drawn.tokens.view(-1, 4, 4)))
+        images = tiny_vq.decode_features(sampled.latents.transpose(1, 2).unflatten(2, (4, 4)))
+        torch.testing.assert_close(images, tiny_vq.decode(sampled.tokens.view(-1, 4, 4)))
 
 
-def test_known_steps_and_the_rest_of_the_noise_stay(codebook, noise, drawing, student):
-    vectors = codebook[drawing]
+def test_known_steps_and_the_rest_of_the_noise_stay(codebook, noise, sampling, student):
+    vectors = codebook[sampling]
     for known in (0, 5, N):
         point = trajectory(noise, vectors, known)
         assert torch.equal(point[:, :known], vectors[:, :known]) and torch.equal(point[:, known:], noise[:, known:])
@@ -238,7 +238,7 @@ def test_known_steps_and_the_rest_of_the_noise_stay(codebook, noise, drawing, st
     with torch.no_grad():
         few_step(student, codebook, noise, CONDITION, times=(0, 6), split=3, on_call=on_call)
     assert torch.equal(seen[0][:, :6], seen[1][:, :6])
-    assert torch.equal(nearest(vectors, codebook), drawing)
+    assert torch.equal(nearest(vectors, codebook), sampling)
 
 
 def test_schedules():
@@ -253,8 +253,8 @@ def test_schedules():
     [{"steps": 0}, {"steps": True}, {"times": ()}, {"times": (1, 2)}, {"times": (0, 3, 3)}, {"times": (0, 2.5)},
      {"steps": 3, "times": (0, 4)}, {"teacher_steps": (0, 4)}, {"teacher_steps": (4, 4)}, {"teacher_steps": (1, 2, 3)},
      {"steps": 2, "teacher_steps": (1, 4)}, {"times": (0, 2), "teacher_steps": (1, 4)}, {"split": -1}, {"snap": "yes"},
-     {"teacher_draw": "best"}, {"filter_order": "none"}, {"weights": "float8"},
-     {"teacher_draw": "map"}, {"filter_order": "lantern"}, {"weights": "plain"}],
+     {"teacher_sample": "best"}, {"filter_order": "none"}, {"weights": "float8"},
+     {"teacher_sample": "map"}, {"filter_order": "lantern"}, {"weights": "plain"}],
     ids=str,
 )  # fmt: skip
 def test_refuses_settings(settings):

@@ -30,9 +30,9 @@ def seconds(monkeypatch):
         loop = getattr(choice, name)
 
         def timed(*arguments, loop=loop, name=name, **options):
-            drawn = loop(*arguments, **options)
-            drawn.seconds["decode"] = told[name]
-            return drawn
+            sampled = loop(*arguments, **options)
+            sampled.seconds["decode"] = told[name]
+            return sampled
 
         monkeypatch.setattr(choice, name, timed)
     return told
@@ -48,9 +48,9 @@ def test_both_are_timed_and_then_the_faster_one_is_taken(seconds, cache):
     plain = autoregressive(model, conditions(False), generators=streams(1, 2, 3), guidance_scale=2.0)
     taken = []
     for _ in range(8):
-        drawn = run(model)
-        taken.append(drawn.decoding)
-        assert torch.equal(drawn.tokens, plain.tokens)
+        sampled = run(model)
+        taken.append(sampled.decoding)
+        assert torch.equal(sampled.tokens, plain.tokens)
     assert taken == ["ar", "jacobi"] * 3 + ["ar", "ar"]
     seconds["jacobi"] = 0.5
     again = tiny()

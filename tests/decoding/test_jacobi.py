@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_speculative import FLAT, GUIDANCE, conditions, exact_law, p_value, streams, tiny
+from test_speculative import FLAT, GUIDANCE, conditions, exact_distribution, p_value, streams, tiny
 
 from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
 from studio.backends.cpu_c import NativeLlamaGen
@@ -58,9 +58,9 @@ def test_tokens_and_generators_are_those_of_plain_decoding(name, captions, weigh
             found = jacobi(model, condition, generators=ours, settings=settings, **SETTINGS[name])
             assert torch.equal(found.tokens, plain.tokens), window
             assert states(ours) == states(plain_streams), window
-            assert found.picture_tokens == 48 and found.picture_calls <= 48 and found.target_calls <= 16
+            assert found.image_tokens == 48 and found.image_calls <= 48 and found.target_calls <= 16
             assert window > 1 or found.target_calls == 16
-            calls.append(found.picture_calls)
+            calls.append(found.image_calls)
     assert min(calls) < 48 or (captions and name == "greedy")
 
 
@@ -139,7 +139,7 @@ def test_a_batch_equals_its_single_calls(coupling, relaxed, temperature):
             alone = run(one, streams(row + 1))
             assert torch.equal(alone.tokens[0], together.tokens[row])
             calls.append(alone.target_calls)
-        assert together.target_calls == max(calls) and together.picture_calls == sum(calls)
+        assert together.target_calls == max(calls) and together.image_calls == sum(calls)
         assert len(set(calls)) > 1 or coupling == "none"
 
 
@@ -256,15 +256,17 @@ def counts_of(settings, model):
 def test_images_have_the_models_distribution(coupling):
     """12,000 images of the whole loop, seed 5, level 0.001."""
     model = tiny(vocab_size=3, grid_size=2, seed=3)
-    assert p_value(counts_of(Jacobi(3, coupling), model), exact_law(model, 4, FLAT)) > LEVEL
+    assert p_value(counts_of(Jacobi(3, coupling), model), exact_distribution(model, 4, FLAT)) > LEVEL
 
 
 def test_what_is_not_the_models_distribution_is_seen(monkeypatch):
     """Negative control: guesses are tested against the distributions of the place before theirs."""
     right = loop.next_proposals
-    monkeypatch.setattr(loop, "next_proposals", lambda laws, outcomes, kept: right(laws.roll(1, 1), outcomes, kept))
+    monkeypatch.setattr(
+        loop, "next_proposals", lambda distributions, outcomes, kept: right(distributions.roll(1, 1), outcomes, kept)
+    )
     model = tiny(vocab_size=3, grid_size=2, seed=3)
-    assert p_value(counts_of(Jacobi(3, "maximal"), model), exact_law(model, 4, FLAT)) < LEVEL
+    assert p_value(counts_of(Jacobi(3, "maximal"), model), exact_distribution(model, 4, FLAT)) < LEVEL
 
 
 def test_the_window_follows_measured_costs(monkeypatch):

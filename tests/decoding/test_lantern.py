@@ -1,4 +1,4 @@
-"""LANTERN++: what its drafts must be, and the law of a token by enumeration over all drafts of its tree."""
+"""LANTERN++: what its drafts must be, and the distribution of a token by enumeration over all drafts of its tree."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance, law_of_node, without_replacement
+from distributions import distance, distribution_of_node, without_replacement
 
 from studio import Lantern, LanternPlusPlus, LlamaGen, StudioError
-from studio.decoding.acceptance import weigh
-from studio.decoding.drafts import NGram, Recycling
+from studio.decoding.acceptance import acceptance_probs
+from studio.decoding.drafts import NGram, TokenRecycling
 from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
@@ -22,7 +22,7 @@ VOCAB = 6
 
 
 def problems(count, seed):
-    """`count` times: a target's law of which one code is excluded, a drafter's law, a codebook."""
+    """`count` times: a target's distribution of which one code is excluded, a drafter's distribution, a codebook."""
     generator = torch.Generator().manual_seed(seed)
     for index in range(count):
         p, q = (2 * torch.randn(2, VOCAB, generator=generator, dtype=torch.float64)).softmax(dim=1)
@@ -30,19 +30,19 @@ def problems(count, seed):
         yield p / p.sum(), q, torch.randn(VOCAB, 3, generator=generator)
 
 
-def laws(settings, codebook, p, q, siblings):
-    """The law of a token, and the part of it that comes from accepted drafts, over all draws of siblings."""
+def distributions(settings, codebook, p, q, siblings):
+    """The distribution of a token, and the part of it that comes from accepted drafts, over all samples of siblings."""
     relaxation = settings.relaxation(codebook)
-    law, accepted = torch.zeros_like(p), torch.zeros_like(p)
-    for drawn, probability in without_replacement(q, siblings):
-        tokens = torch.tensor(drawn)
-        weighed = weigh(p[None], tokens[None], q[None], relaxation)
-        law += probability * law_of_node(weighed, tokens)
+    distribution, accepted = torch.zeros_like(p), torch.zeros_like(p)
+    for sampled, probability in without_replacement(q, siblings):
+        tokens = torch.tensor(sampled)
+        weighed = acceptance_probs(p[None], tokens[None], q[None], relaxation)
+        distribution += probability * distribution_of_node(weighed, tokens)
         reached = probability
-        for token, ratio in zip(drawn, weighed.ratios[0].clamp(max=1).tolist()):
+        for token, ratio in zip(sampled, weighed.ratios[0].clamp(max=1).tolist()):
             accepted[token] += reached * ratio
             reached *= 1 - ratio
-    return law, accepted
+    return distribution, accepted
 
 
 @pytest.mark.parametrize("siblings", [1, 2, 3])
@@ -50,12 +50,12 @@ def laws(settings, codebook, p, q, siblings):
 def test_no_token_passes_the_ratio(siblings, ratio):
     largest = 0.0
     for p, q, codebook in problems(12, seed=0):
-        law, accepted = laws(LanternPlusPlus(k=5, ratio_budget=ratio), codebook, p, q, siblings)
-        assert float(law.sum()) == pytest.approx(1)
-        assert (accepted <= ratio * p + ROUNDING).all() and (law <= ratio * p + ROUNDING).all()
-        assert distance(law, p) <= ratio - 1 + ROUNDING
-        assert siblings > 1 or distance(law, p) <= distance(p, q) + ROUNDING
-        largest = max(largest, float((law / p).nan_to_num(0.0).max()))
+        distribution, accepted = distributions(LanternPlusPlus(k=5, ratio_budget=ratio), codebook, p, q, siblings)
+        assert float(distribution.sum()) == pytest.approx(1)
+        assert (accepted <= ratio * p + ROUNDING).all() and (distribution <= ratio * p + ROUNDING).all()
+        assert distance(distribution, p) <= ratio - 1 + ROUNDING
+        assert siblings > 1 or distance(distribution, p) <= distance(p, q) + ROUNDING
+        largest = max(largest, float((distribution / p).nan_to_num(0.0).max()))
     assert ratio == 1 or largest > 1 + (ratio - 1) / 2
 
 
@@ -63,8 +63,10 @@ def test_a_bound_on_moved_mass_lets_what_is_excluded_through():
     """The negative control: the authors' other bound, on the same drafts, breaks what the ratio guarantees."""
     excluded, farthest = 0.0, 0.0
     for p, q, codebook in problems(12, seed=0):
-        law, accepted = laws(Lantern(5, 0.3, reference=True, drafts=Recycling(drawn=True)), codebook, p, q, 2)
-        excluded, farthest = max(excluded, float(accepted[p == 0].sum())), max(farthest, distance(law, p))
+        distribution, accepted = distributions(
+            Lantern(5, 0.3, reference=True, drafts=TokenRecycling(sampled=True)), codebook, p, q, 2
+        )
+        excluded, farthest = max(excluded, float(accepted[p == 0].sum())), max(farthest, distance(distribution, p))
     assert excluded > 0.05 and farthest > 0.3
 
 
@@ -76,7 +78,7 @@ def target():
     return model.eval()
 
 
-def draw(settings, **sampling):
+def sample(settings, **sampling):
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     codebook = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
     labels = {"class_labels": torch.arange(8)}
@@ -85,22 +87,24 @@ def draw(settings, **sampling):
 
 
 def test_a_larger_ratio_accepts_more_and_one_accepts_what_is_lossless():
-    lossless = draw(Speculative(drafts=Recycling(drawn=True)))
-    assert torch.equal(draw(LanternPlusPlus(ratio_budget=1.0)).tokens, lossless.tokens)
-    relaxed = draw(LanternPlusPlus(k=31, ratio_budget=20.0))
+    lossless = sample(Speculative(drafts=TokenRecycling(sampled=True)))
+    assert torch.equal(sample(LanternPlusPlus(ratio_budget=1.0)).tokens, lossless.tokens)
+    relaxed = sample(LanternPlusPlus(k=31, ratio_budget=20.0))
     assert relaxed.mean_accepted_length > lossless.mean_accepted_length > 1
 
 
 def test_greedy_drafts_are_the_likeliest():
-    drawn, likeliest = (draw(Speculative(drafts=Recycling(drawn=drawn)), temperature=0) for drawn in (True, False))
-    assert torch.equal(drawn.tokens, likeliest.tokens) and drawn.target_calls == likeliest.target_calls
+    sampled, likeliest = (
+        sample(Speculative(drafts=TokenRecycling(sampled=sampled)), temperature=0) for sampled in (True, False)
+    )
+    assert torch.equal(sampled.tokens, likeliest.tokens) and sampled.target_calls == likeliest.target_calls
 
 
-def test_drafts_must_be_drawn():
+def test_drafts_must_be_sampled():
     fixed = DrafterDrafts(None, StaticTree(((0,), (1,))))
     assert LanternPlusPlus(drafts=fixed).drafts is fixed
-    for drafts in (Recycling(), NGram(), DrafterDrafts(None, DynamicTree())):
-        with pytest.raises(StudioError, match="drawn"):
+    for drafts in (TokenRecycling(), NGram(), DrafterDrafts(None, DynamicTree())):
+        with pytest.raises(StudioError, match="sampled"):
             LanternPlusPlus(drafts=drafts)
 
 

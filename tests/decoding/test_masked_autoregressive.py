@@ -1,4 +1,4 @@
-"""Masked autoregressive decoding at toy size: the plain sampler's pictures, rows of their own, and what is refused."""
+"""Masked autoregressive decoding at toy size: the plain sampler's images, rows of their own, and what is refused."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_mar import generators, tiny_mar
 
 from studio import MaskedAutoregressive, StudioError
-from studio.decoding.counter_rng import Places, PositionNoise
-from studio.decoding.mar import Kernels, TimedHead, masked_autoregressive
+from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.mar import ReverseTransitions, TimedHead, masked_autoregressive
 from studio.reference.mar import textbook_masked
 
 MODEL = tiny_mar()
@@ -20,7 +20,7 @@ PRECISE = tiny_mar().double()
 SETTINGS = MaskedAutoregressive(steps=5, diffusion_steps=6)
 
 
-def draw(labels=(0, 1, 2), sampler=masked_autoregressive, settings=SETTINGS, model=MODEL, **options):
+def sample(labels=(0, 1, 2), sampler=masked_autoregressive, settings=SETTINGS, model=MODEL, **options):
     seeds = [torch.Generator().manual_seed(label) for label in labels]
     condition = {"class_labels": torch.tensor(labels)}
     return sampler(model, condition, generators=seeds, settings=settings, **options)
@@ -31,7 +31,7 @@ def draw(labels=(0, 1, 2), sampler=masked_autoregressive, settings=SETTINGS, mod
 def test_equals_the_textbook(schedule, scale, temperature):
     settings = MaskedAutoregressive(steps=5, diffusion_steps=6, guidance_schedule=schedule)
     options = {"settings": settings, "guidance_scale": scale, "temperature": temperature}
-    ours, plain = draw(**options), draw(sampler=textbook_masked, **options)
+    ours, plain = sample(**options), sample(sampler=textbook_masked, **options)
     assert ours.tokens.std() > 0.1
     torch.testing.assert_close(ours.tokens, plain.tokens, atol=2e-3 * float(plain.tokens.abs().max()), rtol=0)
     assert ours.target_calls == 5 and ours.row_calls == (15 if scale == 1 else 30)
@@ -43,18 +43,18 @@ def test_denoising_aims_within_the_limit_of_tokens():
     """As the textbook does; several steps at once as one by one; and the last mean, the token, is where it aims."""
     limited = tiny_mar(token_limit=0.3)
     options = {"model": limited, "guidance_scale": 3.0}
-    ours, plain = draw(**options).tokens, draw(sampler=textbook_masked, **options).tokens
+    ours, plain = sample(**options).tokens, sample(sampler=textbook_masked, **options).tokens
     torch.testing.assert_close(ours, plain, atol=1e-3, rtol=0)
-    assert ours.abs().max() <= 0.3 + 1e-6 < draw(guidance_scale=3.0).tokens.abs().max()
+    assert ours.abs().max() <= 0.3 + 1e-6 < sample(guidance_scale=3.0).tokens.abs().max()
     head = TimedHead(limited.diffloss, 6)
-    kernels = Kernels(head, torch.randn(2, 5, limited.config.decoder_dim), 3.0)
+    kernels = ReverseTransitions(head, torch.randn(2, 5, limited.config.decoder_dim), 3.0)
     states = 5 * torch.randn(6, 5, limited.config.token_dim)
     means, log_stds = kernels.along(states, 0)
     for step in range(5, -1, -1):
         mean, log_std = kernels.at(states[step], step)
         torch.testing.assert_close(means[step], mean)
         torch.testing.assert_close(log_stds[step], log_std)
-    free = Kernels(TimedHead(MODEL.diffloss, 6), torch.randn(2, 5, MODEL.config.decoder_dim), 3.0)
+    free = ReverseTransitions(TimedHead(MODEL.diffloss, 6), torch.randn(2, 5, MODEL.config.decoder_dim), 3.0)
     assert means[0].abs().max() <= 0.3 + 1e-6 < free.along(states, 0)[0][0].abs().max()
 
 
@@ -64,20 +64,20 @@ def test_a_limit_that_is_none_is_refused():
 
 
 def test_a_batch_equals_its_single_calls():
-    together = draw(model=PRECISE, guidance_scale=2.0).tokens
+    together = sample(model=PRECISE, guidance_scale=2.0).tokens
     for row in range(3):
-        alone = draw((row,), model=PRECISE, guidance_scale=2.0).tokens[0]
+        alone = sample((row,), model=PRECISE, guidance_scale=2.0).tokens[0]
         torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
 def test_few_prepared_steps_at_a_time_change_nothing(monkeypatch):
-    whole = draw(model=PRECISE, guidance_scale=2.0).tokens
+    whole = sample(model=PRECISE, guidance_scale=2.0).tokens
     monkeypatch.setattr("studio.decoding.mar._PREPARED_NUMBERS", 1)
-    torch.testing.assert_close(draw(model=PRECISE, guidance_scale=2.0).tokens, whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(model=PRECISE, guidance_scale=2.0).tokens, whole, atol=1e-4, rtol=1e-4)
 
 
-def test_plan_draws_every_token_once_and_never_none():
+def test_plan_samples_every_token_once_and_never_none():
     for total in (1, 2, 16, 64, 256):
         for steps in {1, 2, 3, 16, total // 2, total} & set(range(1, total + 1)):
             plan = MaskedAutoregressive(steps=steps).plan(total)
@@ -104,7 +104,7 @@ def test_on_step_sees_all_tokens_once_and_stops():
         seen.append(positions)
         return number == 2
 
-    stopped = draw(on_step=on_step)
+    stopped = sample(on_step=on_step)
     known = torch.cat(seen, dim=1)
     assert len(seen) == 3 and stopped.target_calls == 3
     assert all(len(row.unique()) == len(row) for row in known)
@@ -127,14 +127,14 @@ def test_refused_settings(settings, words):
 
 def test_refused_calls():
     with pytest.raises(StudioError, match="16 tokens"):
-        draw(settings=MaskedAutoregressive(steps=17))
+        sample(settings=MaskedAutoregressive(steps=17))
     with pytest.raises(StudioError, match="temperature"):
-        draw(temperature=-1.0)
+        sample(temperature=-1.0)
 
 
 def test_noise_is_gaussian_and_its_own():
     noise, count = PositionNoise(torch.arange(500), 4), 6
-    places = Places.of(torch.arange(10).expand(500, -1))
+    places = TokenIndex.of(torch.arange(10).expand(500, -1))
     steps = noise.steps(places, count)
     assert steps.shape == (count, 5000, 4) and torch.equal(steps, noise.steps(places, count))
     everything = torch.cat((steps, noise.start(places)[None]))
@@ -150,7 +150,7 @@ def test_noise_is_gaussian_and_its_own():
     assert len(orders.unique(dim=0)) > 490
 
 
-def test_each_picture_takes_one_number_of_its_generator():
+def test_each_image_takes_one_number_of_its_generator():
     first, second = generators(1)[0], generators(1)[0]
     PositionNoise.of([first], 4, "cpu")
     torch.randint(2**62, (1,), generator=second)

@@ -52,11 +52,11 @@ def test_going_on_from_scales_changes_nothing(guidance, model, tokenizer):
 def test_logits_equal_the_teacher_forced_ones(model, tokenizer):
     seen = []
 
-    def draw(step, logits):
+    def sample(step, logits):
         seen.append(logits)
         return logits.argmax(dim=-1)
 
-    tokens = next_scale(model, tokenizer, LABELS, NOTHING, 4, draw, guidance=2.0)
+    tokens = next_scale(model, tokenizer, LABELS, NOTHING, 4, sample, guidance=2.0)
     inputs, everything = tokenizer.inputs(tokenizer.codebook[tokens]), torch.ones(2, dtype=torch.bool)
     conditional, null = model(inputs, LABELS), model(inputs, LABELS, everything)
     for step, logits in enumerate(seen):
@@ -72,7 +72,7 @@ def test_filters():
 
 
 @torch.no_grad()
-def test_a_student_draws_before_and_behind_the_teacher(model, tokenizer):
+def test_a_student_samples_before_and_behind_the_teacher(model, tokenizer):
     torch.manual_seed(1)
     student = DistilledVAR.from_teacher(model).eval()
     noise, condition = torch.randn(2, 30, 4), {"class_labels": LABELS}
@@ -80,19 +80,19 @@ def test_a_student_draws_before_and_behind_the_teacher(model, tokenizer):
     vectors, tokens = few_step(student, codebook, noise, condition, times=(0, 2), split=4)
     assert torch.equal(vectors, codebook[tokens])
 
-    def teacher_draws(prefix):
+    def teacher_samples(prefix):
         return next_scale(model, tokenizer, LABELS, prefix, 3, greedy, guidance=2.0)
 
     _, first = few_step(student, codebook, noise, condition, times=(0,), split=3)
-    vectors, tokens = hybrid(student, codebook, noise, condition, teacher_draws, begin=2, end=3, split=3)
+    vectors, tokens = hybrid(student, codebook, noise, condition, teacher_samples, begin=2, end=3, split=3)
     assert torch.equal(tokens[:, :5], first[:, :5])
-    assert torch.equal(tokens[:, :14], teacher_draws(first[:, :5]))
+    assert torch.equal(tokens[:, :14], teacher_samples(first[:, :5]))
     assert torch.equal(vectors[:, :14], codebook[tokens[:, :14]]) and tokens.shape == (2, 30)
 
 
 @torch.no_grad()
-def test_pictures_there_and_back(tokenizer):
-    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    tokens = tokenizer.encode(pictures)
+def test_images_there_and_back(tokenizer):
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = tokenizer.encode(images)
     assert tokens.shape == (2, 30) and tokens.max() < 24
-    assert tokenizer.decode(tokens).shape == pictures.shape
+    assert tokenizer.decode(tokens).shape == images.shape

@@ -1,4 +1,4 @@
-"""The noise-to-token map: exact where an exact answer is known, of the right law, invariant as the flow is."""
+"""The noise-to-token map: exact where an exact answer is known, of the right distribution, invariant as the flow is."""
 
 import math
 
@@ -35,7 +35,7 @@ def critical(degrees):
 
 
 @pytest.mark.parametrize(("vocab", "width"), [(16, 3), (64, 8)])
-def test_law(vocab, width):
+def test_distribution(vocab, width):
     codebook = random(vocab, width).float()
     probs = random(vocab, seed=1).softmax(dim=-1)
     probs[: vocab // 4] = 0

@@ -1,4 +1,4 @@
-"""Hiding and showing levels: numbers, laws, and the order of depth."""
+"""Hiding and showing levels: numbers, distributions, and the order of depth."""
 
 import math
 from itertools import product
@@ -55,7 +55,7 @@ def test_refuses_other_schedules():
 @settings(deadline=None, max_examples=40)
 def test_hidden_levels_add_up(case, data):
     rows, positions, depth, seed = case
-    counts = data.draw(st.lists(st.integers(0, positions * depth), min_size=rows, max_size=rows))
+    counts = data.sample(st.lists(st.integers(0, positions * depth), min_size=rows, max_size=rows))
     hidden = hide(noise_of(*case), torch.tensor(counts))
     assert hidden.shape == (rows, positions) and hidden.sum(dim=1).tolist() == counts
     assert hidden.min() >= 0 and hidden.max() <= depth
@@ -66,10 +66,10 @@ def test_hidden_levels_add_up(case, data):
     assert (visible[..., 1:] <= visible[..., :-1]).all()
 
 
-def test_the_law_is_multivariate_hypergeometric():
-    positions, depth, count, draws = 3, 2, 3, 20000
-    noise = torch.rand(draws, positions, depth, generator=torch.Generator().manual_seed(0))
-    hidden = hide(noise, torch.full((draws,), count))
+def test_the_distribution_is_multivariate_hypergeometric():
+    positions, depth, count, samples = 3, 2, 3, 20000
+    noise = torch.rand(samples, positions, depth, generator=torch.Generator().manual_seed(0))
+    hidden = hide(noise, torch.full((samples,), count))
     torch.testing.assert_close(
         hidden.double().mean(dim=0), torch.full((3,), count / positions).double(), atol=0.03, rtol=0
     )
@@ -84,8 +84,8 @@ def test_the_law_is_multivariate_hypergeometric():
 @settings(deadline=None, max_examples=40)
 def test_showing_keeps_what_was_shown(case, data):
     rows, positions, depth, seed = case
-    before = data.draw(st.integers(0, positions * depth))
-    left = data.draw(st.integers(0, before))
+    before = data.sample(st.integers(0, positions * depth))
+    left = data.sample(st.integers(0, before))
     hidden = hide(noise_of(*case), torch.full((rows,), before))
     after = reveal(hidden, noise_of(rows, positions, depth, seed + 1), left)
     assert (after.sum(dim=1) == left).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.resgen import FirstHitting, ResidualUnmasking, hidden_after_calls, residual_unmasking
+from studio.decoding.resgen import FirstHitting, ResGenDecoding, hidden_after_calls, resgen_decoding
 from studio.decoding.sampling import Sampling
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
 from studio.models.resgen import ResGen
@@ -31,8 +31,8 @@ def tiny(depth=3, **more):
     return model.eval()
 
 
-def draw(model, quantizer, rows=2, scale=1.0, on_step=None, first=0, kind=ResidualUnmasking, sampling=None, **settings):
-    return residual_unmasking(
+def sample(model, quantizer, rows=2, scale=1.0, on_step=None, first=0, kind=ResGenDecoding, sampling=None, **settings):
+    return resgen_decoding(
         model,
         quantizer,
         {"class_labels": torch.arange(first, first + rows)},
@@ -49,7 +49,7 @@ def draw(model, quantizer, rows=2, scale=1.0, on_step=None, first=0, kind=Residu
 def test_calls_are_steps_whatever_the_depth(depth, prediction):
     model, calls = tiny(depth, prediction=prediction), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    codes = draw(model, quantizer_of(depth), steps=5)
+    codes = sample(model, quantizer_of(depth), steps=5)
     assert len(calls) == 5 and codes.shape == (2, POSITIONS, depth)
     assert codes.min() >= 0 and codes.max() < 7
 
@@ -59,7 +59,7 @@ def test_calls_are_steps_whatever_the_depth(depth, prediction):
 @pytest.mark.parametrize("schedule", ["cosine", "circle", "arccos"])
 def test_what_is_shown_stays_and_numbers_follow_the_schedule(prediction, confidence, schedule):
     seen = []
-    last = draw(
+    last = sample(
         tiny(prediction=prediction), quantizer_of(3), scale=2.0, steps=7, sampling=Sampling(top_p=0.9),
         confidence=confidence, schedule=schedule, on_step=lambda step, codes: seen.append(codes.clone()),
     )  # fmt: skip
@@ -71,14 +71,14 @@ def test_what_is_shown_stays_and_numbers_follow_the_schedule(prediction, confide
         assert torch.equal(torch.where(before < 0, -1, after), before)
 
 
-@pytest.mark.parametrize("kind", [ResidualUnmasking, FirstHitting])
+@pytest.mark.parametrize("kind", [ResGenDecoding, FirstHitting])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("prediction", ["mixture", "levels"])
-def test_a_batch_equals_its_single_pictures(prediction, scale, kind):
+def test_a_batch_equals_its_single_images(prediction, scale, kind):
     model, quantizer = tiny(prediction=prediction), quantizer_of(3)
-    together = draw(model, quantizer, rows=3, scale=scale, steps=4, kind=kind)
+    together = sample(model, quantizer, rows=3, scale=scale, steps=4, kind=kind)
     for row in range(3):
-        alone = draw(model, quantizer, rows=1, first=row, scale=scale, steps=4, kind=kind)
+        alone = sample(model, quantizer, rows=1, first=row, scale=scale, steps=4, kind=kind)
         assert torch.equal(alone[0], together[row])
 
 
@@ -88,24 +88,24 @@ def test_without_temperature_and_noise_nothing_is_random(prediction):
     calm = {"sampling": Sampling(temperature=0), "confidence_temperature": 0.0, "steps": 3}
     condition = {"class_labels": torch.zeros(1, dtype=torch.long)}
     one, other = (
-        residual_unmasking(
+        resgen_decoding(
             model, quantizer, condition, generators=[torch.Generator().manual_seed(seed)],
-            sampling=calm["sampling"], settings=ResidualUnmasking(steps=3, confidence_temperature=0.0),
+            sampling=calm["sampling"], settings=ResGenDecoding(steps=3, confidence_temperature=0.0),
         ).tokens
         for seed in (0, 1)
     )  # fmt: skip
-    assert torch.equal(one, other) and torch.equal(one, draw(model, quantizer, rows=1, **calm))
+    assert torch.equal(one, other) and torch.equal(one, sample(model, quantizer, rows=1, **calm))
 
 
 @pytest.mark.parametrize("prediction", ["mixture", "levels"])
 def test_cells_and_levels_are_different_confidences(prediction):
     model, quantizer = tiny(prediction=prediction), quantizer_of(3)
-    cell, level = (draw(model, quantizer, steps=4, confidence=kind, rows=4) for kind in ("cell", "level"))
+    cell, level = (sample(model, quantizer, steps=4, confidence=kind, rows=4) for kind in ("cell", "level"))
     assert not torch.equal(cell, level)
 
 
 class Oracle(torch.nn.Module):
-    """Says exactly what is missing of known pictures: one component, whose mean is the sum of the hidden levels."""
+    """Says exactly what is missing of known images: one component, whose mean is the sum of the hidden levels."""
 
     def __init__(self, sums):
         super().__init__()
@@ -128,12 +128,12 @@ def test_a_perfect_head_gives_the_codes_back(steps, how):
     for level, table in enumerate(quantizer.codebooks):
         table.weight.mul_(0.02**level)
     oracle = Oracle(quantizer.lookup(codes).sum(dim=-2))
-    drawn = draw(oracle, quantizer, steps=steps, scatter=0.0, **how)
-    assert torch.equal(drawn, codes)
+    sampled = sample(oracle, quantizer, steps=steps, scatter=0.0, **how)
+    assert torch.equal(sampled, codes)
 
 
 def test_stops_when_told():
-    codes = draw(tiny(), quantizer_of(3), steps=6, on_step=lambda step, codes: step == 1)
+    codes = sample(tiny(), quantizer_of(3), steps=6, on_step=lambda step, codes: step == 1)
     assert (codes < 0).any()
 
 
@@ -143,7 +143,9 @@ def test_what_is_changed_meanwhile_stays():
             codes[codes >= 0] = 5
 
     first = []
-    codes = draw(tiny(), quantizer_of(3), steps=3, on_step=lambda *seen: first.append(seen[1].clone()) or change(*seen))
+    codes = sample(
+        tiny(), quantizer_of(3), steps=3, on_step=lambda *seen: first.append(seen[1].clone()) or change(*seen)
+    )
     shown = first[0] >= 0
     assert shown.any() and (codes[shown] == 5).all()
 
@@ -151,21 +153,21 @@ def test_what_is_changed_meanwhile_stays():
 def test_calls_are_counted():
     model, condition = tiny(), {"class_labels": torch.tensor([0, 1])}
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    settings = ResidualUnmasking(steps=4)
-    drawn = residual_unmasking(
+    settings = ResGenDecoding(steps=4)
+    sampled = resgen_decoding(
         model, quantizer_of(3), condition, generators=generators, guidance_scale=2.0, settings=settings
     )
-    assert (drawn.target_calls, drawn.row_calls) == (4, 2 + 3 * 4)  # the first call is not guided yet
-    assert set(drawn.seconds) == {"transformer", "head"}
+    assert (sampled.target_calls, sampled.row_calls) == (4, 2 + 3 * 4)  # the first call is not guided yet
+    assert set(sampled.seconds) == {"transformer", "head"}
 
 
 def test_first_hitting_shows_one_code_after_the_other_in_a_random_order():
-    """400 pictures (seeds from 0) in as many calls as codes: each cell is hit as often as any other, level by level;
-    the numbers after a third of the calls have the law of hiding, within 5 standard deviations."""
+    """400 images (seeds from 0) in as many calls as codes: each cell is hit as often as any other, level by level;
+    the numbers after a third of the calls have the distribution of hiding, within 5 standard deviations."""
     rows, depth = 400, 2
     slots, seen = POSITIONS * depth, []
     model = tiny(depth)
-    residual_unmasking(
+    resgen_decoding(
         model,
         quantizer_of(depth),
         {"class_labels": torch.zeros(rows, dtype=torch.long)},
@@ -184,8 +186,8 @@ def test_first_hitting_shows_one_code_after_the_other_in_a_random_order():
     assert ((share - both).abs() < 5 * (both * (1 - both) / rows) ** 0.5).all()
 
 
-def test_one_code_a_call_draws_the_law_that_the_network_gives():
-    """Two cells of two levels of two codes, 3,000 pictures: all 16 joint outcomes against the product of the
+def test_one_code_a_call_samples_the_distribution_that_the_network_gives():
+    """Two cells of two levels of two codes, 3,000 images: all 16 joint outcomes against the product of the
     ablation's own conditionals, averaged over every order of hits, within 5 standard deviations."""
     torch.manual_seed(0)
     quantizer = ResidualQuantizer((2, 2), 4, shared=False)
@@ -197,37 +199,37 @@ def test_one_code_a_call_draws_the_law_that_the_network_gives():
         torch.nn.init.normal_(weight, std=0.5)
     rows = 3000
     generator = torch.Generator().manual_seed(0)
-    drawn = residual_unmasking(
+    sampled = resgen_decoding(
         model,
         quantizer,
         {"class_labels": torch.zeros(rows, dtype=torch.long)},
         generators=[generator] * rows,
         settings=FirstHitting(steps=4),
     ).tokens
-    exact = _law(model, quantizer, torch.full((2, 2), -1))
+    exact = _distribution(model, quantizer, torch.full((2, 2), -1))
     assert sum(exact.values()) == pytest.approx(1)
     for outcome, chance in exact.items():
-        found = (drawn.flatten(1) == torch.tensor(outcome)).all(dim=1).double().mean()
+        found = (sampled.flatten(1) == torch.tensor(outcome)).all(dim=1).double().mean()
         assert abs(found - chance) < 5 * (chance * (1 - chance) / rows) ** 0.5, outcome
 
 
-def _law(model, quantizer, codes):
-    """{codes: probability} of all pictures that go on from `codes` (L, D), by the textbook: hit by hit."""
+def _distribution(model, quantizer, codes):
+    """{codes: probability} of all images that go on from `codes` (L, D), by the textbook: hit by hit."""
     hidden = (codes < 0).sum(dim=1)
     if not hidden.any():
         return {tuple(codes.flatten().tolist()): 1.0}
     with torch.no_grad():
         visible = quantizer.lookup(codes[None]).sum(dim=-2)
         said = model(visible, hidden[None], class_labels=torch.zeros(1, dtype=torch.long)).logits.softmax(dim=-1)[0]
-    law = {}
+    distribution = {}
     for cell, levels in enumerate(hidden.tolist()):
         for code in range(2 if levels else 0):
             chance = levels / int(hidden.sum()) * float(said[cell, 2 - levels, code])
             after = codes.clone()
             after[cell, 2 - levels] = code
-            for outcome, rest in _law(model, quantizer, after).items():
-                law[outcome] = law.get(outcome, 0) + chance * rest
-    return law
+            for outcome, rest in _distribution(model, quantizer, after).items():
+                distribution[outcome] = distribution.get(outcome, 0) + chance * rest
+    return distribution
 
 
 @pytest.mark.parametrize(
@@ -237,16 +239,16 @@ def _law(model, quantizer, codes):
 )  # fmt: skip
 def test_settings_refuse(wrong):
     with pytest.raises(StudioError, match=next(iter(wrong))):
-        ResidualUnmasking(**wrong)
+        ResGenDecoding(**wrong)
 
 
 def test_a_spread_that_is_not_there_is_refused():
-    draw(tiny(), quantizer_of(3), steps=2, scatter=0.5)
+    sample(tiny(), quantizer_of(3), steps=2, scatter=0.5)
     with pytest.raises(StudioError, match="leave out scatter"):
-        draw(tiny(prediction="levels"), quantizer_of(3), steps=2, scatter=0.5)
+        sample(tiny(prediction="levels"), quantizer_of(3), steps=2, scatter=0.5)
 
 
 def test_more_calls_than_codes_are_refused():
-    for kind in (ResidualUnmasking, FirstHitting):
+    for kind in (ResGenDecoding, FirstHitting):
         with pytest.raises(StudioError, match="18 codes"):
-            draw(tiny(), quantizer_of(3), steps=19, kind=kind)
+            sample(tiny(), quantizer_of(3), steps=19, kind=kind)

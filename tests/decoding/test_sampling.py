@@ -39,7 +39,7 @@ def test_rows_draw_from_their_own_stream():
     assert together.tolist() == [int(token) for token in alone]
 
 
-def test_draws_have_the_law():
+def test_samples_have_the_distribution():
     probabilities = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).repeat(4000, 1)
     noise = torch.empty(4000, 4).exponential_(generator=torch.Generator().manual_seed(0))
     counts = sample_rows(probabilities, noise=noise).bincount(minlength=4) / 4000

@@ -1,4 +1,5 @@
-"""The loop on a real tiny model: greedy equals plain, batches equal singles, 200,000 pictures have the exact law."""
+"""The loop on a real tiny model: greedy equals plain, batches equal singles, 200,000 images have the exact
+distribution."""
 
 import sys
 from itertools import permutations, product
@@ -8,13 +9,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance
+from distributions import distance
 
 from studio import LlamaGen, StudioError
 from studio.decoding import drafts as recycling
 from studio.decoding import speculative as loop
 from studio.decoding.autoregressive import Autoregressive, autoregressive
-from studio.decoding.drafts import NGram, Recycling, continuations
+from studio.decoding.drafts import NGram, TokenRecycling, continuations
 from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.lantern import Lantern
 from studio.decoding.sampling import Sampling
@@ -58,15 +59,15 @@ def sources(model):
     for weight in drafter.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     return {
-        "recycling": Recycling(STATIC),
-        "recycled-draws": Recycling(STATIC, drawn=True, candidates=6),
+        "recycling": TokenRecycling(STATIC),
+        "recycled-samples": TokenRecycling(STATIC, sampled=True, candidates=6),
         "ngram": NGram(longest=2, branches=3, levels=3),
         "dynamic": DrafterDrafts(drafter, DynamicTree(nodes=9, levels=3, width=3)),
         "static": DrafterDrafts(drafter, STATIC),
     }
 
 
-NAMES = ["recycling", "recycled-draws", "ngram", "dynamic", "static"]
+NAMES = ["recycling", "recycled-samples", "ngram", "dynamic", "static"]
 
 
 @pytest.mark.parametrize("captions", [False, True], ids=["classes", "captions"])
@@ -78,10 +79,10 @@ def test_greedy_equals_plain(captions, name):
         call = {"sampling": GREEDY, "guidance_scale": scale, "cfg_interval": interval}
         plain = autoregressive(model, condition, generators=streams(1, 2, 3), settings=Autoregressive(weights="plain"),
                                **call)  # fmt: skip
-        drawn = speculative(model, condition, generators=streams(1, 2, 3), settings=settings, **call)
-        assert torch.equal(drawn.tokens, plain.tokens)
-        assert drawn.picture_tokens == 48 and drawn.picture_calls <= 48 and drawn.target_calls <= 16
-        shorter += 48 - drawn.picture_calls
+        sampled = speculative(model, condition, generators=streams(1, 2, 3), settings=settings, **call)
+        assert torch.equal(sampled.tokens, plain.tokens)
+        assert sampled.image_tokens == 48 and sampled.image_calls <= 48 and sampled.target_calls <= 16
+        shorter += 48 - sampled.image_calls
     assert shorter > 0 or name in ("dynamic", "static"), "some draft must be accepted"
 
 
@@ -120,7 +121,7 @@ def test_a_batch_equals_its_single_calls(name, captions, relaxed):
             assert torch.equal(alone.tokens[0], together.tokens[row])
             calls[row] = alone.target_calls
         assert together.target_calls == max(calls.values())
-        assert together.picture_calls == sum(calls.values())
+        assert together.image_calls == sum(calls.values())
         assert together.mean_accepted_length == 48 / sum(calls.values())
 
 
@@ -147,10 +148,10 @@ def test_a_changed_token_is_gone_on_from(name):
             tokens[1:, index] = (5 * index + tokens[1:, index] + 1) % 32
 
     plain = autoregressive(model, conditions(False), generators=streams(1, 2, 3), on_token=write, **call)
-    drawn = speculative(
+    sampled = speculative(
         model, conditions(False), generators=streams(1, 2, 3), settings=settings, on_token=write, **call
     )
-    assert torch.equal(drawn.tokens, plain.tokens)
+    assert torch.equal(sampled.tokens, plain.tokens)
 
 
 @pytest.mark.parametrize("editable", [False, True])
@@ -162,9 +163,9 @@ def test_on_token_sees_and_stops(editable):
         return index == 4
 
     call = {"generators": streams(1, 2, 3), "on_token": stop_after_five, "editable": editable}
-    drawn = speculative(tiny(), conditions(False), **call)
+    sampled = speculative(tiny(), conditions(False), **call)
     assert [tokens.shape[1] for tokens in seen] == [1, 2, 3, 4, 5]
-    assert torch.equal(seen[-1], drawn.tokens) and drawn.target_calls <= 5
+    assert torch.equal(seen[-1], sampled.tokens) and sampled.target_calls <= 5
 
 
 def test_continuations():
@@ -180,7 +181,7 @@ def test_settings_are_checked():
         lambda: Speculative(drafts="eagle"), lambda: Speculative(filter_order="other"), lambda: Lantern(0),
         lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio_budget=0.5),
         lambda: Lantern(10, 0.1, 2.0, reference=True), lambda: NGram(branches=0),
-        lambda: DrafterDrafts(None, "tree"), lambda: Recycling(candidates=0),
+        lambda: DrafterDrafts(None, "tree"), lambda: TokenRecycling(candidates=0),
     ):  # fmt: skip
         with pytest.raises(StudioError):
             wrong()
@@ -199,11 +200,11 @@ BATCH, GUIDANCE = 10_000, 2.0
 FILTERS, FLAT = Sampling(temperature=0.9, top_k=4), Sampling(temperature=4.0)
 
 
-def exact_law(model, label, sampling):
-    """The joint law (V**4,) of a picture of 2 x 2 tokens, from the training forward."""
+def exact_distribution(model, label, sampling):
+    """The joint distribution (V**4,) of an image of 2 x 2 tokens, from the training forward."""
     vocab, n = model.config.vocab_size, model.num_tokens
     sequences = torch.tensor(list(product(range(vocab), repeat=n)))
-    law, labels = torch.ones(len(sequences), dtype=torch.float64), torch.full((len(sequences),), label)
+    distribution, labels = torch.ones(len(sequences), dtype=torch.float64), torch.full((len(sequences),), label)
     with torch.no_grad():
         conditional, null = (
             model(sequences[:, :-1], class_labels=labels, drop=torch.full_like(labels, drop, dtype=torch.bool))
@@ -211,8 +212,8 @@ def exact_law(model, label, sampling):
         )
     for place in range(n):
         logits = null[:, place] + GUIDANCE * (conditional[:, place] - null[:, place])
-        law *= sampling.probabilities(logits).double().gather(1, sequences[:, place, None])[:, 0]
-    return law
+        distribution *= sampling.probabilities(logits).double().gather(1, sequences[:, place, None])[:, 0]
+    return distribution
 
 
 class Choices:
@@ -242,7 +243,7 @@ def all_courses(run):
 
 
 def proposals_of(drafting, propose, progress):
-    """Every tree that recycled draws can make now, with its probability: each order of the candidates wins once."""
+    """Every tree that recycled samples can make now, with its probability: each order of the candidates wins once."""
     orders = list(permutations(range(drafting.kept)))
     found = {}
     for chosen in product(orders, repeat=len(drafting.shape.expanded)):
@@ -261,14 +262,14 @@ def proposals_of(drafting, propose, progress):
     return list(found.values())
 
 
-def enumerated_law(model, settings, monkeypatch, *, spoil=False):
-    """The joint law of a picture drawn by the loop itself, over everything that chance can do in it."""
-    law = torch.zeros(model.config.vocab_size**model.num_tokens, dtype=torch.float64)
+def enumerated_distribution(model, settings, monkeypatch, *, spoil=False):
+    """The joint distribution of an image sampled by the loop itself, over everything that chance can do in it."""
+    distribution = torch.zeros(model.config.vocab_size**model.num_tokens, dtype=torch.float64)
     weights = model.config.vocab_size ** torch.arange(model.num_tokens - 1, -1, -1)
     verify, propose = loop.verify, recycling._RecycledDraws.propose
 
     def run(choices):
-        def drawn(rows):
+        def sampled(rows):
             return torch.tensor([choices.choose(rows[0].double().tolist())])
 
         def tested(tree, logits, uniforms, sampling, relaxation):
@@ -280,7 +281,7 @@ def enumerated_law(model, settings, monkeypatch, *, spoil=False):
                 passes = min(1.0, verdict.ratios[0][place])
                 numbers[0, place] = (2.0, -1.0)[choices.choose([1 - passes, passes])]
             if spoil:
-                verdict.law = sampling.probabilities(logits[:, verdict.last[0]])
+                verdict.distribution = sampling.probabilities(logits[:, verdict.last[0]])
             return verdict
 
         def proposed(drafting, progress):
@@ -290,62 +291,65 @@ def enumerated_law(model, settings, monkeypatch, *, spoil=False):
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "verify", tested)
-            patch.setattr(loop, "sample_rows", lambda rows, generators: drawn(rows))
-            patch.setattr(Sampling, "draw", lambda self, logits, generators: drawn(self.probabilities(logits)))
+            patch.setattr(loop, "sample_rows", lambda rows, generators: sampled(rows))
+            patch.setattr(Sampling, "sample", lambda self, logits, generators: sampled(self.probabilities(logits)))
             patch.setattr(recycling._RecycledDraws, "propose", proposed)
             call = {"sampling": FLAT, "guidance_scale": GUIDANCE, "settings": settings}
             return speculative(model, {"class_labels": torch.tensor([4])}, generators=streams(0), **call)
 
     accepted = 0
     for result, probability in all_courses(run):
-        law[(result.tokens[0] * weights).sum()] += probability
+        distribution[(result.tokens[0] * weights).sum()] += probability
         accepted += result.mean_accepted_length > 1
-    assert accepted > 0 and float(law.sum()) == pytest.approx(1)
-    return law
+    assert accepted > 0 and float(distribution.sum()) == pytest.approx(1)
+    return distribution
 
 
 SMALL_TREE = StaticTree(((0,), (1,), (0, 0)))
 FEW = {
-    "recycling": Recycling(SMALL_TREE),
-    "recycled-draws": Recycling(SMALL_TREE, drawn=True, candidates=2),
+    "recycling": TokenRecycling(SMALL_TREE),
+    "recycled-samples": TokenRecycling(SMALL_TREE, sampled=True, candidates=2),
     "ngram": NGram(longest=2, branches=2, levels=2),
 }
-"""Sources of few drafts, most of which fail on a flat law."""
+"""Sources of few drafts, most of which fail on a flat distribution."""
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_the_law_by_enumeration(name, monkeypatch):
-    """Every draft, test and draw of the whole loop: total variation below 1e-6; without the residual it is not.
+def test_the_distribution_by_enumeration(name, monkeypatch):
+    """Every draft, test and sample of the whole loop: total variation below 1e-6; without the residual it is not.
 
-    What is wrong then, 200,000 pictures tell by far: their chi-square lies thousands above its mean.
+    What is wrong then, 200,000 images tell by far: their chi-square lies thousands above its mean.
     """
     model = tiny(vocab_size=3, grid_size=2, seed=3)
     settings = Speculative(drafts=FEW[name])
-    law = exact_law(model, 4, FLAT)
-    assert distance(enumerated_law(model, settings, monkeypatch), law) < 1e-6
-    spoiled = enumerated_law(model, settings, monkeypatch, spoil=True)
-    assert distance(spoiled, law) > 1e-2 and SEQUENCES * ((spoiled - law) ** 2 / law).sum() > 1000
+    distribution = exact_distribution(model, 4, FLAT)
+    assert distance(enumerated_distribution(model, settings, monkeypatch), distribution) < 1e-6
+    spoiled = enumerated_distribution(model, settings, monkeypatch, spoil=True)
+    assert (
+        distance(spoiled, distribution) > 1e-2
+        and SEQUENCES * ((spoiled - distribution) ** 2 / distribution).sum() > 1000
+    )
 
 
 def counts_of(model, settings, label, sampling):
-    """How often each sequence is drawn; all random streams come from one generator, seeded with SEED."""
+    """How often each sequence is sampled; all random streams come from one generator, seeded with SEED."""
     vocab, n = model.config.vocab_size, model.num_tokens
     counts, weights = torch.zeros(vocab**n), vocab ** torch.arange(n - 1, -1, -1)
     shared = torch.Generator().manual_seed(SEED)
     condition = {"class_labels": torch.full((BATCH,), label)}
     for _ in range(SEQUENCES // BATCH):
-        drawn = speculative(
+        sampled = speculative(
             model, condition, generators=[shared] * BATCH, sampling=sampling, guidance_scale=GUIDANCE, settings=settings
         )
-        counts += torch.bincount((drawn.tokens * weights).sum(dim=1), minlength=len(counts))
-    assert drawn.mean_accepted_length > 1.02
+        counts += torch.bincount((sampled.tokens * weights).sum(dim=1), minlength=len(counts))
+    assert sampled.mean_accepted_length > 1.02
     return counts.double()
 
 
-def p_value(counts, law):
+def p_value(counts, distribution):
     """Of Pearson's chi-square, with cells of fewer than 5 expected joined into one."""
-    expected = law * counts.sum()
-    assert counts[law == 0].sum() == 0
+    expected = distribution * counts.sum()
+    assert counts[distribution == 0].sum() == 0
     rare = expected < 5
     observed = torch.cat((counts[~rare], counts[rare].sum()[None]))
     expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
@@ -356,25 +360,26 @@ def p_value(counts, law):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_law_of_200000_pictures(name, monkeypatch):
-    """Seed 5, 200,000 pictures of four tokens, level 0.001; without the residual the same test must reject.
+def test_the_distribution_of_200000_images(name, monkeypatch):
+    """Seed 5, 200,000 images of four tokens, level 0.001; without the residual the same test must reject.
 
-    Recycled draws are few here, of three codes on a flat law, since the wide tree of six candidates hardly ever needs
+    Recycled samples are few here, of three codes on a flat distribution, since the wide tree of six candidates hardly
+    ever needs
     the residual: with it the test could not reject (p = 0.0003 filtered, 0.8 flat; without a fault 0.0007, and 0.6 for
-    a million pictures). In this setting it must, by `test_the_law_by_enumeration`.
+    a million images). In this setting it must, by `test_the_distribution_by_enumeration`.
     """
-    narrow = name == "recycled-draws"
+    narrow = name == "recycled-samples"
     model, sampling = tiny(vocab_size=3 if narrow else 6, grid_size=2, seed=3), FLAT if narrow else FILTERS
     settings = Speculative(drafts=FEW[name] if narrow else sources(model)[name])
-    law = exact_law(model, 4, sampling)
-    assert p_value(counts_of(model, settings, 4, sampling), law) > LEVEL
+    distribution = exact_distribution(model, 4, sampling)
+    assert p_value(counts_of(model, settings, 4, sampling), distribution) > LEVEL
     verify = loop.verify
 
     def without_residual(tree, logits, uniforms, sampling, relaxation):
         verdict = verify(tree, logits, uniforms, sampling, relaxation)
         rows = torch.arange(len(logits))
-        verdict.law = sampling.probabilities(logits[rows, verdict.last])
+        verdict.distribution = sampling.probabilities(logits[rows, verdict.last])
         return verdict
 
     monkeypatch.setattr(loop, "verify", without_residual)
-    assert p_value(counts_of(model, settings, 4, sampling), law) < LEVEL
+    assert p_value(counts_of(model, settings, 4, sampling), distribution) < LEVEL

@@ -5,7 +5,7 @@ import torch
 
 from studio import LlamaGen, Speculative, StudioError
 from studio.decoding.autoregressive import Autoregressive, autoregressive
-from studio.decoding.eagle import DrafterDrafts, OwnDrafts
+from studio.decoding.eagle import AutoDrafts, DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.decoding.trees import default_tree
@@ -48,18 +48,18 @@ def drafter(model):
 @pytest.mark.parametrize("drafted", [False, True], ids=["recycled", "drafted"])
 def test_greedy_tokens_are_those_of_plain_decoding(model, drafter, weights, drafted):
     plain = autoregressive(model, CONDITION, generators=streams(), settings=Autoregressive(weights="plain"), **GREEDY)
-    drawn = speculative(
+    sampled = speculative(
         model, CONDITION, generators=streams(), settings=Speculative(weights=weights),
         drafter=drafter if drafted else None, **GREEDY,
     )  # fmt: skip
-    assert torch.equal(drawn.tokens, plain.tokens)
+    assert torch.equal(sampled.tokens, plain.tokens)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_the_models_own_drafter_is_taken_in_the_devices_tree(model, drafter, drawn):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_models_own_drafter_is_taken_in_the_devices_tree(model, drafter, sampled):
     call = {"generators": streams(), "guidance_scale": 2.0}
-    own = speculative(model, CONDITION, settings=Speculative(drafts=OwnDrafts(drawn)), drafter=drafter, **call)
-    tree = default_tree(torch.device("cpu"), drawn)
+    own = speculative(model, CONDITION, settings=Speculative(drafts=AutoDrafts(sampled)), drafter=drafter, **call)
+    tree = default_tree(torch.device("cpu"), sampled)
     call["generators"] = streams()
     named = speculative(model, CONDITION, settings=Speculative(drafts=DrafterDrafts(drafter, tree)), **call)
     assert torch.equal(own.tokens, named.tokens) and own.target_calls == named.target_calls

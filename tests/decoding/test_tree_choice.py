@@ -58,7 +58,7 @@ def test_cheap_nodes_make_large_trees_and_dear_ones_none():
 def test_defaults_by_device():
     assert default_tree(torch.device("cpu")).nodes in range(3, 9)
     assert default_tree(torch.device("cuda")).nodes == 59
-    fixed = [default_tree(torch.device(name), drawn=True) for name in ("cpu", "cuda")]
+    fixed = [default_tree(torch.device(name), sampled=True) for name in ("cpu", "cuda")]
     assert [tree.nodes for tree in fixed] == [6, 25] and all(isinstance(tree, StaticTree) for tree in fixed)
 
 

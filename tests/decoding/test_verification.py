@@ -1,4 +1,4 @@
-"""Walks down a tree: joint laws of two and three tokens by enumeration, the plain reference, greedy paths."""
+"""Walks down a tree: joint distributions of two and three tokens by enumeration, the plain reference, greedy paths."""
 
 import sys
 from itertools import product
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance, without_replacement
+from distributions import distance, without_replacement
 
 from studio import StudioError
 from studio.bench.verify import bench_verify
@@ -24,7 +24,7 @@ PASS, FAIL = -1.0, 2.0
 
 
 class Language:
-    """A random law of three tokens: `logits[prefix]` (V,) are those of the token behind a prefix."""
+    """A random distribution of three tokens: `logits[prefix]` (V,) are those of the token behind a prefix."""
 
     def __init__(self, seed, temperature=1.0):
         generator = torch.Generator().manual_seed(seed)
@@ -35,15 +35,15 @@ class Language:
         }
         self.sampling = Sampling(temperature=temperature, top_k=3)
 
-    def law(self, prefix):
+    def distribution(self, prefix):
         return self.sampling.probabilities(self.logits[prefix][None])[0]
 
     def joint(self):
-        law = torch.ones(V**LENGTH, dtype=torch.float64)
+        distribution = torch.ones(V**LENGTH, dtype=torch.float64)
         for index, sequence in enumerate(product(range(V), repeat=LENGTH)):
             for length in range(LENGTH):
-                law[index] *= float(self.law(sequence[:length])[sequence[length]])
-        return law
+                distribution[index] *= float(self.distribution(sequence[:length])[sequence[length]])
+        return distribution
 
 
 def prefixes_of(tree):
@@ -56,7 +56,7 @@ def prefixes_of(tree):
 
 
 def outcomes(tree, language, *, spoil=False):
-    """`[(tokens, law of the next token, probability)]` over all ends of the tests of one tree."""
+    """`[(tokens, distribution of the next token, probability)]` over all ends of the tests of one tree."""
     logits = torch.stack([language.logits[prefix] for prefix in prefixes_of(tree)])[None]
     found, pending = [], [([], 1.0)]
     while pending:
@@ -71,33 +71,34 @@ def outcomes(tree, language, *, spoil=False):
                 pending.append(([*forced, *[FAIL] * (place - len(forced)), PASS], chance))
             probability *= 1 - ratios[place]
         tokens = tuple(tree.tokens[0, verdict.paths[0][1:]].tolist())
-        law = language.law(tokens) if spoil else verdict.law[0]
-        found.append((tokens, law, probability))
+        distribution = language.distribution(tokens) if spoil else verdict.distribution[0]
+        found.append((tokens, distribution, probability))
     return found
 
 
-def joint_law(trees, language, **how):
-    """The joint law of three tokens when each round verifies one of `trees` (with probabilities), then plain draws."""
-    law = torch.zeros(V**LENGTH, dtype=torch.float64)
+def joint_distribution(trees, language, **how):
+    """The joint distribution of three tokens when each round verifies one of `trees` (with probabilities), then plain
+    samples."""
+    distribution = torch.zeros(V**LENGTH, dtype=torch.float64)
     for tree, chance in trees:
         for tokens, following, probability in outcomes(tree, language, **how):
             for last in range(V):
-                spread(law, language, (*tokens, last), chance * probability * float(following[last]))
-    return law
+                spread(distribution, language, (*tokens, last), chance * probability * float(following[last]))
+    return distribution
 
 
-def spread(law, language, tokens, probability):
+def spread(distribution, language, tokens, probability):
     if probability == 0:
         return
     if len(tokens) == LENGTH:
         index = sum(token * V ** (LENGTH - 1 - place) for place, token in enumerate(tokens))
-        law[index] += probability
+        distribution[index] += probability
         return
-    for token, share in enumerate(language.law(tokens).tolist()):
-        spread(law, language, (*tokens, token), probability * share)
+    for token, share in enumerate(language.distribution(tokens).tolist()):
+        spread(distribution, language, (*tokens, token), probability * share)
 
 
-def test_the_joint_law_of_deterministic_drafts():
+def test_the_joint_distribution_of_deterministic_drafts():
     wrong = 0.0
     for seed, rows in enumerate((
         ([0, 1, 2, 3, 0], [-1, 0, 0, 1, 1]),
@@ -106,12 +107,12 @@ def test_the_joint_law_of_deterministic_drafts():
         ([0], [-1]),
     )):  # fmt: skip
         language, tree = Language(seed), trees_of([rows], "cpu")
-        assert distance(joint_law([(tree, 1.0)], language), language.joint()) < 1e-6
-        wrong = max(wrong, distance(joint_law([(tree, 1.0)], language, spoil=True), language.joint()))
-    assert wrong > 0.02, "a next token from the law itself in place of the rest must be seen"
+        assert distance(joint_distribution([(tree, 1.0)], language), language.joint()) < 1e-6
+        wrong = max(wrong, distance(joint_distribution([(tree, 1.0)], language, spoil=True), language.joint()))
+    assert wrong > 0.02, "a next token from the distribution itself in place of the rest must be seen"
 
 
-def test_the_joint_law_of_drawn_drafts():
+def test_the_joint_distribution_of_sampled_drafts():
     language, generator = Language(7), torch.Generator().manual_seed(3)
     shape = StaticTree(((0,), (1,), (0, 0), (0, 1)))
     first, second = torch.randn(2, V, generator=generator).softmax(dim=-1)
@@ -125,8 +126,8 @@ def test_the_joint_law_of_drawn_drafts():
             proposals = torch.stack((first, second))[None]
             trees.append((Tree(tokens, torch.tensor([shape.parents]), proposals, rows), chance * share))
     assert sum(chance for _, chance in trees) == pytest.approx(1)
-    assert distance(joint_law(trees, language), language.joint()) < 1e-6
-    assert distance(joint_law(trees, language, spoil=True), language.joint()) > 0.02
+    assert distance(joint_distribution(trees, language), language.joint()) < 1e-6
+    assert distance(joint_distribution(trees, language, spoil=True), language.joint()) > 0.02
 
 
 def random_tree(generator, shape, vocab, batch=1):
@@ -150,11 +151,11 @@ def test_equals_the_textbook(relaxed):
             logits, numbers = 4 * torch.randn(n, 40, generator=generator), torch.rand(1, n, generator=generator)
             logits[torch.arange(n - 1), tree.tokens[0, 1:]] += 4
             verdict = verify(tree, logits[None], numbers, Sampling(top_k=30), relaxation)
-            accepted, law = textbook_verify(
+            accepted, distribution = textbook_verify(
                 leaf_paths(tree), tree.tokens[0], logits, numbers[0].tolist(), Sampling(top_k=30), relaxation
             )
             assert tree.tokens[0, verdict.paths[0][1:]].tolist() == accepted
-            torch.testing.assert_close(verdict.law[0], law, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(verdict.distribution[0], distribution, atol=1e-6, rtol=1e-5)
             lengths.add(len(accepted))
         assert len(lengths) > 1
 
@@ -179,7 +180,7 @@ def test_a_batch_equals_its_single_trees():
                 one = slice(row, row + 1)
                 alone = call(Tree(trees.tokens[one], trees.parents[one]), logits[one], numbers[one])
                 assert alone.paths == [together.paths[row]]
-                assert alone.law is None or torch.equal(alone.law[0], together.law[row])
+                assert alone.distribution is None or torch.equal(alone.distribution[0], together.distribution[row])
 
 
 def test_the_greedy_path_is_the_likeliest():

@@ -48,5 +48,5 @@ def tiny_mar(seed=0, *, grid_size=4, token_dim=4, offset=1e-5, width=32, dim=16,
 
 
 def generators(count, first=0):
-    """One generator a picture."""
-    return [torch.Generator().manual_seed(first + picture) for picture in range(count)]
+    """One generator an image."""
+    return [torch.Generator().manual_seed(first + image) for image in range(count)]

@@ -39,7 +39,7 @@ def tiny_token_bridge(**more):
 
 
 def tiny_bridge_tokenizer(side=6):
-    """Two pixels a cell: pictures of this side to cells of four numbers, five levels each."""
+    """Two pixels a cell: images of this side to cells of four numbers, five levels each."""
     torch.manual_seed(0)
     autoencoder, order = {**AUTOENCODER, "sample_size": side}, SIZES["dimension_order"]
     return TokenBridgeTokenizer(

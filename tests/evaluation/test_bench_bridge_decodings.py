@@ -13,10 +13,10 @@ from studio.bench import tradeoff as bench
 def test_rows(tiny_pipeline, monkeypatch, tmp_path):
     network = tiny_token_bridge(grid_size=6, num_classes=None, caption_dim=16, caption_length=8)
     parts = (tiny_bridge_tokenizer(side=12), network, tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
-    TokenBridgePipeline(*parts, default_num_steps=16).save_pretrained(tmp_path)
+    TokenBridgePipeline(*parts, default_num_inference_steps=16).save_pretrained(tmp_path)
     judged = {"judge_top1": 0.5, "frechet": 1.0, "quality_samples": 65}
     monkeypatch.setattr(bench, "_quality", lambda *_: judged)
-    result = bench.bench_tradeoff(str(tmp_path), batch_sizes=(1,), device="cpu", repeats=1, pictures=2)
+    result = bench.bench_tradeoff(str(tmp_path), batch_sizes=(1,), device="cpu", repeats=1, images=2)
     rows = result["rows"]
     assert [(row["decoding"], row["settings"].get("steps")) for row in rows] == [
         ("bridge", None), ("bridge", 4), ("bridge", 8), ("bridge", 32)

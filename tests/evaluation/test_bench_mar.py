@@ -1,4 +1,4 @@
-"""The benchmark of masked autoregressive drawing at a tiny size."""
+"""The benchmark of masked autoregressive sampling at a tiny size."""
 
 import json
 

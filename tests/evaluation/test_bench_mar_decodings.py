@@ -1,4 +1,4 @@
-"""`studio bench decoding --model` of a MAR: plain drawing, each mode with its drafter, and how far latents move."""
+"""`studio bench decoding --model` of a MAR: plain sampling, each mode with its drafter, and how far latents move."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_rows(tiny_mar_folder, monkeypatch):
     judged = {"judge_top1": 0.1, "frechet": 1.0, "quality_samples": 0}
     monkeypatch.setattr(bench, "_quality", lambda *_: judged)
     monkeypatch.setattr(bench, "_plain_cells", lambda *_: None)
-    result = bench.bench_tradeoff(str(tiny_mar_folder), batch_sizes=(1,), device="cpu", repeats=1, pictures=2)
+    result = bench.bench_tradeoff(str(tiny_mar_folder), batch_sizes=(1,), device="cpu", repeats=1, images=2)
     rows = result["rows"]
     named = [(row["decoding"], row["settings"].get("mode")) for row in rows]
     exact, relaxed = [("cspd", "exact")], [("cspd", "relaxed")] * 5
@@ -26,8 +26,8 @@ def test_rows(tiny_mar_folder, monkeypatch):
     assert table.count("approximate") == 5 and "Kept drafts" in table and "Latents off by" not in table
 
 
-def test_latents_are_compared_with_those_of_plain_drawing(tiny_mar_folder):
-    """66 pictures: other noise moves latents less than other settings do."""
+def test_latents_are_compared_with_those_of_plain_sampling(tiny_mar_folder):
+    """66 images: other noise moves latents less than other settings do."""
     from studio import load
 
     pipe = load(tiny_mar_folder, device="cpu")

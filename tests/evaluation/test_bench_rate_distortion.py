@@ -28,17 +28,17 @@ def test_no_file_is_larger_than_its_limit(result):
 
 
 def test_our_rows_are_the_files_that_would_be_written(result, tiny_one_d):
-    from studio import encode_picture
+    from studio import encode_image
 
-    pictures = bench.held_out_pictures(16, SAMPLES, 0)
+    images = bench.held_out_images(16, SAMPLES, 0)
     for counted in bench.COUNTED:
         rows = [row for row in result["rows"] if (row["codec"], row["counted"]) == ("one-d-piece", counted)]
         assert len(rows) == len(tiny_one_d.lengths)
         for row, length in zip(rows, tiny_one_d.lengths):
-            written = [encode_picture(picture, tiny_one_d, length=length, name="tiny") for picture in pictures[:5]]
+            written = [encode_image(image, tiny_one_d, length=length, name="tiny") for image in images[:5]]
             for one in written:
                 assert row["bytes"] == (len(one.data) if counted == "file" else one.file.payload_bytes)
-    whole = [encode_picture(picture, tiny_one_d, length=6).psnr for picture in pictures]
+    whole = [encode_image(image, tiny_one_d, length=6).psnr for image in images]
     assert rows[-1]["psnr"] == pytest.approx(sum(whole) / SAMPLES, abs=0.05)
 
 
@@ -61,7 +61,7 @@ def test_more_bytes_never_restore_worse(result):
 
 @pytest.mark.parametrize("side", [8, 64])
 def test_fixed_parts_of_a_jpeg_file(side):
-    """Tables are fixed and the scan is not: the same tables around more of the same picture leave the difference."""
+    """Tables are fixed and the scan is not: the same tables around more of the same image leave the difference."""
     files = []
     for height in (side, 4 * side):
         file = io.BytesIO()
@@ -75,8 +75,8 @@ def test_fixed_parts_of_a_jpeg_file(side):
 
 
 def test_the_best_file_that_fits():
-    picture = bench.held_out_pictures(64, 1, 0)[0]
-    encoded = bench.ways(picture, "webp")
+    image = bench.held_out_images(64, 1, 0)[0]
+    encoded = bench.ways(image, "webp")
     assert len(encoded) == len(bench.SCALES) * len(bench.QUALITIES)
     for limit in (60, 200, 10_000):
         fitting = [way.psnr for way in encoded if way.size <= limit]

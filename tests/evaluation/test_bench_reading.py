@@ -15,7 +15,7 @@ def measured(tiny_reader, tmp_path_factory):
     for part in tiny_reader:
         part.save_pretrained(folder)
     return bench_reading(
-        str(folder), methods=("random", "divprune"), keeps=(0.5, 0.1), scenes=2, pictures=2, repeats=1,
+        str(folder), methods=("random", "divprune"), keeps=(0.5, 0.1), scenes=2, images=2, repeats=1,
         tiles=(1, 1),
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def test_rows(measured, tiny_reader):
 def test_rows_behind_a_layer(tiny_reader, tmp_path):
     for part in tiny_reader:
         part.save_pretrained(tmp_path)
-    given = dict(keeps=(1.0, 0.1), scenes=1, pictures=1, repeats=1, tiles=(1, 1))
+    given = dict(keeps=(1.0, 0.1), scenes=1, images=1, repeats=1, tiles=(1, 1))
     result = bench_reading(str(tmp_path), methods=("fastv", "random"), after_layer=1, **given)
     rows = {(row["method"], row["keep"]): row for row in result["rows"]}
     whole, all_kept, tenth = (rows[setting] for setting in (("none", 1.0), ("fastv", 1.0), ("fastv", 0.1)))

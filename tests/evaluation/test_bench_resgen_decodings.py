@@ -14,7 +14,7 @@ def test_rows(tiny_resgen_folder, monkeypatch):
             "judge_top1": top1[each.settings.get("steps")], "frechet": 1.0, "quality_samples": samples
         },
     )  # fmt: skip
-    result = bench.bench_tradeoff(str(tiny_resgen_folder), batch_sizes=(1,), device="cpu", repeats=1, pictures=2)
+    result = bench.bench_tradeoff(str(tiny_resgen_folder), batch_sizes=(1,), device="cpu", repeats=1, images=2)
     rows = result["rows"]
     assert [(row["decoding"], row["settings"].get("steps")) for row in rows] == [
         ("resgen", None), *((name, steps) for name in ("resgen", "first-hitting") for steps in (4, 8, 32))

@@ -68,7 +68,7 @@ def test_what_is_measured_of_each_kind(tiny_vq, tiny_one_d):
 def test_refused(tiny_folder):
     with pytest.raises(StudioError, match="no tokenizer"):
         bench_tokenizers([str(tiny_folder)], device="cpu")
-    with pytest.raises(StudioError, match="held-out pictures"):
+    with pytest.raises(StudioError, match="held-out images"):
         bench_tokenizers(["emoji-vq"], samples=10**6)
     with pytest.raises(StudioError, match="at least once"):
         bench_tokenizers(["emoji-vq"], grid=())

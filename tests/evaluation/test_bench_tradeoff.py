@@ -32,7 +32,7 @@ def recorded(tmp_path, monkeypatch):
 
 def test_quick_rows(recorded):
     recorded(fingerprint("emoji-ar"))
-    result = bench.bench_tradeoff("emoji-ar", quick=True, batch_sizes=(1, 2), device="cpu", repeats=1, pictures=2)
+    result = bench.bench_tradeoff("emoji-ar", quick=True, batch_sizes=(1, 2), device="cpu", repeats=1, images=2)
     rows = result["rows"]
     assert [(row["decoding"], row["batch"]) for row in rows] == [("ar", 1), ("lantern", 1), ("ar", 2), ("lantern", 2)]
     assert [row["judge_top1"] for row in rows] == [0.5, 0.6, 0.5, 0.6]
@@ -50,12 +50,12 @@ def test_quick_rows(recorded):
 def test_what_a_pipeline_lacks_is_left_out(recorded, tiny_folder, monkeypatch):
     monkeypatch.setattr(bench, "contenders", lambda pipe: FIELD[:1])
     recorded(fingerprint(tiny_folder))
-    result = bench.bench_tradeoff(str(tiny_folder), quick=True, batch_sizes=(1,), device="cpu", repeats=1, pictures=1)
+    result = bench.bench_tradeoff(str(tiny_folder), quick=True, batch_sizes=(1,), device="cpu", repeats=1, images=1)
     assert result["left_out"] == {"distilled": "the pipeline has no student"} and len(result["rows"]) == 1
 
 
 def test_some_decodings_are_timed_beside_plain_decoding(tiny_folder):
-    options = {"batch_sizes": (1,), "device": "cpu", "repeats": 1, "pictures": 1, "quality_samples": 65}
+    options = {"batch_sizes": (1,), "device": "cpu", "repeats": 1, "images": 1, "quality_samples": 65}
     result = bench.bench_tradeoff(str(tiny_folder), only=("lantern++",), **options)
     assert [row["decoding"] for row in result["rows"]] == ["ar", "lantern++", "lantern++"]
     assert result["left_out"] == {}
@@ -71,7 +71,7 @@ def test_jacobi_decoding_has_the_quality_of_plain_decoding_in_float32(recorded, 
     ]
     recorded(fingerprint("emoji-ar"), [field[0], field[2]])
     monkeypatch.setattr(bench, "contenders", lambda pipe: field)
-    call = {"quick": True, "batch_sizes": (1,), "device": "cpu", "repeats": 1, "pictures": 2}
+    call = {"quick": True, "batch_sizes": (1,), "device": "cpu", "repeats": 1, "images": 2}
     plain, ours, relaxed = bench.bench_tradeoff("emoji-ar", **call)["rows"]
     assert plain["judge_top1"] == ours["judge_top1"] == 0.5 and relaxed["judge_top1"] == 0.6
     assert ours["nodes"] == 4 and relaxed["nodes"] == 4 and "nodes" not in plain
@@ -94,5 +94,5 @@ def test_quality_of_other_weights_or_settings_is_an_error(recorded):
 
 
 def test_only_pipelines_that_draw_tokens_from_words():
-    with pytest.raises(StudioError, match="emoji-vq does not draw"):
+    with pytest.raises(StudioError, match="emoji-vq does not sample"):
         bench.bench_tradeoff("emoji-vq", device="cpu")

@@ -9,7 +9,7 @@ from studio.bench.chart import Series, chart
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def drawn(*, log_x):
+def sampled(*, log_x):
     series = [Series("one <way>", ((1, 10), (10, 20), (100, 30)), ("a", "b", "c")), Series("other", ((10, 15),))]
     return tree.fromstring(chart("Title & more", "speed", "quality", series, log_x=log_x))
 
@@ -20,7 +20,7 @@ def places(root):
 
 @pytest.mark.parametrize("log_x", [False, True])
 def test_points_are_ordered_and_spaced_as_their_numbers(log_x):
-    first, second, third, _, other, _ = places(drawn(log_x=log_x))
+    first, second, third, _, other, _ = places(sampled(log_x=log_x))
     assert first[0] < second[0] < third[0] and first[1] > second[1] > third[1]
     assert second[1] - first[1] == pytest.approx(third[1] - second[1], abs=0.11)
     assert other[0] == second[0] and first[1] > other[1] > second[1]
@@ -29,7 +29,7 @@ def test_points_are_ordered_and_spaced_as_their_numbers(log_x):
 
 
 def test_words():
-    words = {text.text for text in drawn(log_x=True).iter(f"{SVG}text")}
+    words = {text.text for text in sampled(log_x=True).iter(f"{SVG}text")}
     assert {"Title & more", "speed", "quality", "one <way>", "other", "a", "b", "c", "10", "100"} <= words
 
 

@@ -15,7 +15,7 @@ def test_the_bundled_tokenizer_restores_concepts_it_has_not_seen():
     assert quality["psnr"] >= 24
 
 
-def test_the_bundled_pipeline_draws_style_and_background_of_the_captions():
+def test_the_bundled_pipeline_samples_style_and_background_of_the_captions():
     """100 held-out combinations (seed 0); chance is 1 in 2, 1 in 10, and for a concept below 1 in 1,000."""
     quality = evaluate("emoji-ar", samples=100)
     assert set(quality) == {
@@ -44,7 +44,7 @@ def test_continuous_tokens_and_their_levels_restore_nearly_the_same():
     assert rows["continuous"] - 0.3 < rows["64 levels"] < rows["continuous"]
 
 
-def test_an_untrained_pipeline_draws_nothing_in_particular(tiny_pipeline):
+def test_an_untrained_pipeline_samples_nothing_in_particular(tiny_pipeline):
     """The negative control: random weights must not be judged right."""
     tiny_pipeline.set_progress_bar_config(disable=True)
     quality = evaluate_generator(tiny_pipeline, samples=70)
@@ -57,14 +57,14 @@ def test_stacks_of_codes_are_judged(folder, request):
     assert quality["samples"] == 70 and quality["resolution"] == 16 and quality["judge_top1"] < 0.1
 
 
-def test_too_few_samples_are_refused_before_anything_is_drawn(tiny_pipeline, monkeypatch):
+def test_too_few_samples_are_refused_before_anything_is_sampled(tiny_pipeline, monkeypatch):
     monkeypatch.setattr(type(tiny_pipeline), "__call__", lambda *_, **__: pytest.fail("it drew"))
     with pytest.raises(StudioError, match="more than 64"):
         evaluate_generator(tiny_pipeline, samples=64)
 
 
 def test_rows_of_tokens_are_judged_at_several_lengths(tiny_row_pipeline):
-    """Shorter pictures are those that a call for as many tokens draws, and their judgement too."""
+    """Shorter images are those that a call for as many tokens samples, and their judgement too."""
     tiny_row_pipeline.set_progress_bar_config(disable=True)
     quality = evaluate_generator(tiny_row_pipeline, samples=70)
     shorter = {f"{name}_{length}" for name in ("judge_top1", "frechet") for length in (1, 3)}

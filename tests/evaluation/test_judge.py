@@ -7,7 +7,7 @@ import torch
 from studio.data.splits import combination_is_held_out, combinations
 from studio.errors import StudioError
 from studio.evaluation import evaluate
-from studio.evaluation.judge import Judge, Verdict, draw_combinations, is_judge, load_judge, scores, verdicts
+from studio.evaluation.judge import Judge, Verdict, is_judge, load_judge, sample_combinations, scores, verdicts
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +33,20 @@ def test_other_sizes_are_resized(tiny_judge):
     images = torch.rand(2, 3, 64, 64)
     small = torch.nn.functional.interpolate(images, size=16, mode="bilinear", antialias=True)
     assert torch.allclose(verdicts(tiny_judge, images).features, verdicts(tiny_judge, small).features, atol=1e-5)
-    with pytest.raises(StudioError, match="pictures"):
+    with pytest.raises(StudioError, match="images"):
         tiny_judge(torch.zeros(3, 16, 16))
 
 
-def test_drawn_combinations_are_distinct_and_held_out():
+def test_sampled_combinations_are_distinct_and_held_out():
     from studio.data.archive import STYLES, load_concepts
     from studio.data.backgrounds import NAMES
 
-    drawn = draw_combinations(200, np.random.default_rng(0))
-    assert len({tuple(row) for row in drawn.tolist()}) == 200
-    for concept, style, background in drawn.tolist():
+    sampled = sample_combinations(200, np.random.default_rng(0))
+    assert len({tuple(row) for row in sampled.tolist()}) == 200
+    for concept, style, background in sampled.tolist():
         assert combination_is_held_out(load_concepts()[concept].label, STYLES[style], NAMES[background])
     with pytest.raises(StudioError, match="held-out"):
-        draw_combinations(len(combinations(held_out=True)) + 1, np.random.default_rng(0))
+        sample_combinations(len(combinations(held_out=True)) + 1, np.random.default_rng(0))
 
 
 def test_a_judge_is_told_from_other_folders(tiny_judge, tiny_folder, tmp_path):
@@ -66,7 +66,7 @@ def test_a_damaged_judge_is_one_sentence(tiny_judge, tmp_path):
         evaluate(tmp_path)
 
 
-def test_the_bundled_judge_knows_pictures_it_has_not_seen():
+def test_the_bundled_judge_knows_images_it_has_not_seen():
     """200 of the held-out combinations (seed 0), distorted; random answers are right once in 1,391.
 
     The judge is right for 958 of 1,000; the seed fixes which 200 these are.

@@ -12,7 +12,7 @@ def test_psnr_of_a_constant_error():
     assert psnr(images + 0.1, images).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
 
 
-def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
+def test_ssim_is_one_for_equal_images_and_falls_with_noise():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 32, 32, generator=generator)
     noisy = (images + 0.3 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
@@ -28,6 +28,6 @@ def test_frechet_distance_of_shifted_and_scaled_gaussians():
     assert frechet_distance(2 * centred, centred) == pytest.approx(float(centred.var(0).sum()), rel=1e-4)
 
 
-def test_frechet_distance_refuses_too_few_pictures():
+def test_frechet_distance_refuses_too_few_images():
     with pytest.raises(StudioError, match="4 dimensions"):
         frechet_distance(torch.randn(4, 4), torch.randn(100, 4))

@@ -7,7 +7,7 @@ from PIL import Image
 from studio.data.archive import load_concepts
 from studio.errors import StudioError
 from studio.evaluation.judge import Judge, verdicts
-from studio.evaluation.judge_predictions import named_concept, opinions
+from studio.evaluation.judge_predictions import judge_predictions, named_concept
 
 LABELS = [concept.label for concept in load_concepts()]
 
@@ -18,8 +18,8 @@ def judge(concepts=1391):
 
 
 def test_opinions_are_those_of_the_network():
-    pictures = [Image.new("RGB", (16, 16), "teal"), Image.linear_gradient("L").resize((40, 40))]
-    found = opinions(judge(), pictures, "a red apple, flat style")
+    images = [Image.new("RGB", (16, 16), "teal"), Image.linear_gradient("L").resize((40, 40))]
+    found = judge_predictions(judge(), images, "a red apple, flat style")
     pixels = torch.tensor([0, 128, 128]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 255
     verdict = verdicts(judge(), pixels)
     chances = verdict.concepts[0].softmax(0)
@@ -27,7 +27,7 @@ def test_opinions_are_those_of_the_network():
     assert found[0].style == ("3d", "flat")[int(verdict.styles[0].argmax())]
     assert found[0].certainty == pytest.approx(float(chances.max()))
     assert found[0].agreement == pytest.approx(float(chances[LABELS.index("red apple")]))
-    assert opinions(judge(), pictures[:1], "a blorp")[0].agreement is None
+    assert judge_predictions(judge(), images[:1], "a blorp")[0].agreement is None
 
 
 def test_the_longest_concept_of_a_prompt_counts():
@@ -38,4 +38,4 @@ def test_the_longest_concept_of_a_prompt_counts():
 
 def test_a_judge_of_other_concepts_is_refused():
     with pytest.raises(StudioError, match="knows 12 concepts"):
-        opinions(judge(12), [])
+        judge_predictions(judge(12), [])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studio.bench.report import printed_by, records_table, renew, run_command
+from studio.bench.report import printed_by, records_table, regenerate, run_command
 from studio.errors import StudioError
 
 PAGE = """# Title
@@ -31,19 +31,19 @@ def pages(tmp_path):
 
 def test_each_command_runs_once_and_its_output_takes_the_place(pages):
     ran = []
-    commands = renew([*pages], run=lambda command: ran.append(command) or f"of {command}")
+    commands = regenerate([*pages], run=lambda command: ran.append(command) or f"of {command}")
     assert ran == commands == ["studio bench verify --vocab 64", "studio bench pruning"]
     for page, title in zip(pages, ("Title", "Other")):
         text = page.read_text()
         assert text.startswith(f"# {title}\n") and "old" not in text and "\n\nWords between.\n\n" in text
         assert "-->\n\nof studio bench pruning\n\n<!-- end -->" in text and printed_by(text) == commands
     before = pages[0].read_text()
-    renew([pages[0]], run=lambda command: f"of {command}")
+    regenerate([pages[0]], run=lambda command: f"of {command}")
     assert pages[0].read_text() == before
 
 
 def test_only_some(pages):
-    assert renew([pages[0]], only="pruning", run=lambda command: "new") == ["studio bench pruning"]
+    assert regenerate([pages[0]], only="pruning", run=lambda command: "new") == ["studio bench pruning"]
     assert "old | table" in pages[0].read_text()
 
 
@@ -53,9 +53,9 @@ def test_refusals_change_nothing(pages, tmp_path):
 
     for call in ({"documents": [tmp_path / "none.md"]}, {"documents": [*pages], "only": "nonsense"}):
         with pytest.raises(StudioError, match="no document|No block"):
-            renew(**call)
+            regenerate(**call)
     with pytest.raises(StudioError, match="failed"):
-        renew([*pages], run=fail)
+        regenerate([*pages], run=fail)
     with pytest.raises(StudioError, match="bench nonsense"):
         run_command("studio bench nonsense")
     assert pages[0].read_text() == PAGE

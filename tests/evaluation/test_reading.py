@@ -20,7 +20,7 @@ def test_every_question_is_answered_as_if_alone(tiny_reader, keep):
     packed = pack_questions(processor.tokenizer, [texts])
     for number, (question, answer) in enumerate(texts):
         prompt = f"<image>\n{question} {answer}"
-        inputs = processor(images=Image.fromarray(scene.picture), text=prompt, return_tensors="pt")
+        inputs = processor(images=Image.fromarray(scene.image), text=prompt, return_tensors="pt")
         pruned, info = prune_inputs(model, inputs, "divprune", keep)
         expected = model(**pruned).logits[0]
         if number == 0:

@@ -114,9 +114,9 @@ def image_files():
         ("EPS", rgb, {}),
     ]  # fmt: skip
     files = []
-    for form, picture, settings in wanted:
+    for form, image, settings in wanted:
         file = io.BytesIO()
-        picture.copy().save(file, form, **settings)
+        image.copy().save(file, form, **settings)
         files.append((form, file.getvalue()))
     return files
 

@@ -92,12 +92,12 @@ def test_a_raw_exception_is_found():
 def read_image(rng, file):
     from PIL import Image
 
-    from studio.pictures import open_picture, rgb_image
+    from studio.images import open_image, rgb_image
 
     _, data = rng.choice(image_files())
     file.write_bytes(mutated(rng, data) if rng.random() < 0.95 else data)
     if rng.random() < 0.7:
-        read = open_picture(file, "the image")
+        read = open_image(file, "the image")
     else:
         try:
             opened = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"))
@@ -108,8 +108,8 @@ def read_image(rng, file):
 
 
 def restore(rng, tokenizer):
-    from studio import OdpFile, decode_picture
-    from studio.pipelines.picture_codec import token_bits, tokenizer_checksum
+    from studio import OdpFile, decode_image
+    from studio.pipelines.image_codec import token_bits, tokenizer_checksum
 
     side, most = tokenizer.config.sample_size, tokenizer.config.num_tokens
     width, height = rng.choice([(side, side), (3 * side - 1, side), (1, 1), (40, 2 * side)])
@@ -122,15 +122,15 @@ def restore(rng, tokenizer):
         content = data[:-4]
         wrong = mutated(rng, content)
         data = wrong + struct.pack(">I", zlib.crc32(wrong)) if rng.random() < 0.8 else mutated(rng, data)
-    picture = decode_picture(data, tokenizer)
-    assert picture.mode == "RGB"
+    image = decode_image(data, tokenizer)
+    assert image.mode == "RGB"
 
 
 def recall(rng, file):
     from PIL import Image
 
     from studio.saving import png_writer
-    from studio.ui.server.png_metadata import from_picture
+    from studio.ui.server.png_metadata import from_image
 
     call = {"model": "emoji-ar", "prompt": "a red apple", "num_images": 1, "decoding": {"name": "ar"}}
     seed = 3
@@ -146,7 +146,7 @@ def recall(rng, file):
     written = io.BytesIO()
     png_writer(Image.new("RGB", (16, 16)), call, seed)(written)
     file.write_bytes(mutated(rng, written.getvalue()) if rng.random() < 0.5 else written.getvalue())
-    from_picture(file)
+    from_image(file)
 
 
 def read_lines(rng, file):
@@ -167,7 +167,7 @@ def give_value(rng, pipelines, tokenizer):
     if what == 0:
         kinds = [
             studio.Lantern, studio.LanternPlusPlus, studio.Distilled, studio.Speculative, studio.Autoregressive,
-            studio.MaskedAutoregressive, studio.ContinuousSpeculative, studio.ResidualUnmasking, studio.DimensionWise,
+            studio.MaskedAutoregressive, studio.ContinuousSpeculative, studio.ResGenDecoding, studio.DimensionWise,
         ]  # fmt: skip
         kind = rng.choice(kinds)
         kind(**{rng.choice(fields(kind)).name: value})
@@ -176,16 +176,16 @@ def give_value(rng, pipelines, tokenizer):
         option = rng.choice([*(option.name for option in studio.DECODINGS[name].options), "steps", "delta"])
         studio.decoding_named(name).settings(**{option: value})
     elif what == 2:
-        names = ["length", "psnr", "size", "refine", "name", "tile", "picture"]
-        given = {"picture": Image.new("RGB", (20, 20)), rng.choice(names): value}
+        names = ["length", "psnr", "size", "refine", "name", "tile", "image"]
+        given = {"image": Image.new("RGB", (20, 20)), rng.choice(names): value}
         if isinstance(given.get("refine"), int):
             given["refine"] = min(given["refine"], 2) if given["refine"] <= 10_000 else given["refine"]
-        studio.encode_picture(given.pop("picture"), tokenizer, **given)
+        studio.encode_image(given.pop("image"), tokenizer, **given)
     else:
         pipe = rng.choice(pipelines)
         names = [
             "prompt", "class_labels", "num_images_per_prompt", "guidance_scale", "temperature", "top_k", "top_p",
-            "cfg_interval", "num_tokens", "num_steps", "generator", "decoding", "output_type", "negative_prompt",
+            "cfg_interval", "num_tokens", "num_inference_steps", "generator", "decoding", "output_type", "negative_prompt",
             "callback_on_step_end", "callback_on_step_end_tensor_inputs",
         ]  # fmt: skip
         given = {"prompt": "a red apple", "generator": torch.Generator().manual_seed(0), rng.choice(names): value}

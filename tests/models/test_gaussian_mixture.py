@@ -40,10 +40,10 @@ def test_distances_are_exact_under_autocast(case):
 def test_likelihood_is_that_of_torch(case):
     head, mixture, z = case
     normal = torch.distributions.Normal(dense_means(head, mixture), head.sigma)
-    law = torch.distributions.MixtureSameFamily(
+    distribution = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(logits=mixture.logits), torch.distributions.Independent(normal, 1)
     )
-    torch.testing.assert_close(head.log_likelihood(mixture, z), law.log_prob(z), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.log_likelihood(mixture, z), distribution.log_prob(z), atol=1e-4, rtol=1e-4)
 
 
 def test_the_variational_loss_is_a_bound(case):

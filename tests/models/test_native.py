@@ -76,7 +76,7 @@ def test_trees_and_batches_change_no_bit(sizes, halves):
     length, cache = network.prefix_length, network.new_tree_cache(rows, 13)
     network.prefill_states(prefix, valid, cache)
     cache.keep_all()
-    drawn = [[] for _ in range(rows)]
+    sampled = [[] for _ in range(rows)]
     for nodes in (5, 13, 2, 8):
         parents = [[-1, *(int(torch.randint(node, (1,))) for node in range(1, nodes))] for _ in range(rows)]
         tree = Tree(torch.randint(64, (rows, nodes)), torch.tensor(parents))
@@ -87,14 +87,14 @@ def test_trees_and_batches_change_no_bit(sizes, halves):
         for row, path in enumerate(paths):
             alone = network.new_cache(1)
             network.prefill_states(prefix[row : row + 1], None if valid is None else valid[row : row + 1], alone)
-            for token in drawn[row]:
+            for token in sampled[row]:
                 network.extend(torch.tensor([[token]]), alone)
             for node in path:
                 token = tree.tokens[row, node].view(1, 1)
                 assert torch.equal(network.extend(token, alone)[0, 0], network.logits(states[row, node]))
-            drawn[row] += tree.tokens[row, path].tolist()
+            sampled[row] += tree.tokens[row, path].tolist()
         cache.keep(paths)
-    assert cache.lengths == [length + len(tokens) for tokens in drawn] and len(set(map(len, drawn))) > 1
+    assert cache.lengths == [length + len(tokens) for tokens in sampled] and len(set(map(len, sampled))) > 1
 
 
 @torch.no_grad()

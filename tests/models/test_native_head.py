@@ -6,7 +6,7 @@ import torch
 from studio.backends import cpu_c_head as native_head
 from studio.backends import select as views
 from studio.backends.cpu_c_head import NativeHead
-from studio.decoding.mar import Kernels, TimedHead
+from studio.decoding.mar import ReverseTransitions, TimedHead
 from studio.models.diffusion_head import DiffusionLoss
 
 SMALL = {"token_dim": 4, "condition_dim": 8, "width": 24, "depth": 1}
@@ -27,7 +27,7 @@ def kernels_of(head, conditions, scale, native):
     assert isinstance(timed.native, NativeHead)
     if not native:
         timed.native = None
-    return Kernels(timed, conditions, scale)
+    return ReverseTransitions(timed, conditions, scale)
 
 
 def assert_same(ours, expected, table):
@@ -76,7 +76,9 @@ def test_the_path_in_one_call_changes_no_bit():
 
 @torch.no_grad()
 def test_numbers_of_double_precision_stay_so():
-    kernels = Kernels(TimedHead(head_of(SMALL).double(), STEPS), torch.randn(1, 2, 8, dtype=torch.float64), 1.0)
+    kernels = ReverseTransitions(
+        TimedHead(head_of(SMALL).double(), STEPS), torch.randn(1, 2, 8, dtype=torch.float64), 1.0
+    )
     mean, _ = kernels.at(torch.randn(2, 4, dtype=torch.float64), STEPS - 1)
     assert mean.dtype == torch.float64
 

@@ -99,9 +99,7 @@ def damage(file, how):
         file.chmod(0o722)
 
 
-@pytest.mark.parametrize(
-    "how", ["cut", "empty", "flipped bit", "gone", "no checksum", "damaged checksum", "writable"]
-)
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped bit", "gone", "no checksum", "damaged checksum", "writable"])
 def test_a_damaged_library_is_compiled_anew(how, ask, kept, whole):
     damage(kept, how)
     assert ask(kept.parents[1]) == (whole[1], "ok", "", 2)

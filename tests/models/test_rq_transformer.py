@@ -37,7 +37,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 class Case:
-    """A tiny model of one form, two pictures, and what the model is called with."""
+    """A tiny model of one form, two images, and what the model is called with."""
 
     def __init__(self, form):
         torch.manual_seed(0)

@@ -29,7 +29,7 @@ def test_a_dimension_sees_those_before_it():
 
 @torch.no_grad()
 @pytest.mark.parametrize("first_step", [True, False])
-def test_drawing_with_a_cache_says_what_training_says(first_step):
+def test_sampling_with_a_cache_says_what_training_says(first_step):
     head, states, tokens = tiny().head, torch.randn(6, 24), torch.randint(5, (6, 4))
     said, cache = head.condition_proj(states), head.new_cache(6)
     before = [None, *tokens.unbind(1)[:-1]]
@@ -40,7 +40,7 @@ def test_drawing_with_a_cache_says_what_training_says(first_step):
 
 @torch.no_grad()
 @pytest.mark.parametrize("asked", [None, 3])
-def test_the_loss_is_that_of_the_masked_cells_in_the_order_of_drawing(asked):
+def test_the_loss_is_that_of_the_masked_cells_in_the_order_of_sampling(asked):
     model, values = tiny(), torch.randn(2, 9, 4)
     tokens, order = torch.randint(5, (2, 9, 4)), torch.rand(2, 9).argsort(dim=1)
     labels = torch.tensor([2, 0])
@@ -48,11 +48,11 @@ def test_the_loss_is_that_of_the_masked_cells_in_the_order_of_drawing(asked):
     buffer, _ = model.embed_condition(class_labels=labels)
     states = model.decode(model.encode(values, order[:, 4:], buffer), order[:, 4:])
     terms = []
-    for picture in range(2):
-        for cell in order[picture, : asked or 4].tolist():
-            drawn = tokens[picture, cell, [2, 0, 3, 1]]
-            log_law = model.head(states[picture, cell][None], drawn[None])[0].log_softmax(dim=-1)
-            terms += [-log_law[place, level] for place, level in enumerate(drawn.tolist())]
+    for image in range(2):
+        for cell in order[image, : asked or 4].tolist():
+            sampled = tokens[image, cell, [2, 0, 3, 1]]
+            log_distribution = model.head(states[image, cell][None], sampled[None])[0].log_softmax(dim=-1)
+            terms += [-log_distribution[place, level] for place, level in enumerate(sampled.tolist())]
     torch.testing.assert_close(loss, torch.stack(terms).mean())
     hidden = values.scatter(1, order[:, :4, None].expand(-1, -1, 4), torch.nan)
     torch.testing.assert_close(model(tokens, hidden, order, 4, asked=asked, class_labels=labels), loss)

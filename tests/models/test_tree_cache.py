@@ -45,22 +45,22 @@ def test_every_node_sees_its_path_only(kind, weights):
         model.prefill_states(prefix, valid, model.new_tree_cache(2, 6)), atol=1e-5, rtol=1e-5,
     )  # fmt: skip
     cache.keep_all()
-    drawn = [[], []]
+    sampled = [[], []]
     for kept in ([[0, 1, 4], [0]], [[0], [0, 1, 2]], [[0, 1, 3], [0, 1]], [[0], [0]]):
         tree = trees_of(ROWS, "cpu")
-        before = torch.tensor([length + len(tokens) for tokens in drawn])
+        before = torch.tensor([length + len(tokens) for tokens in sampled])
         assert torch.equal(cache.row_lengths, before)
         states = network.extend_tree(tree.tokens, cache, before[:, None] + tree.depths, tree.ancestors)
         logits = network.logits(states)
         for row, (tokens, parents) in enumerate(ROWS):
             one = {name: value[row : row + 1] for name, value in condition.items()}
             for node in range(len(tokens)):
-                path = [*drawn[row], *(tokens[step] for step in path_to(node, parents))]
+                path = [*sampled[row], *(tokens[step] for step in path_to(node, parents))]
                 expected = model(torch.tensor([path]), **one)[0, -1]
                 torch.testing.assert_close(logits[row, node], expected, atol=1e-5, rtol=1e-5)
         cache.keep(kept)
         for row, path in enumerate(kept):
-            drawn[row] += [ROWS[row][0][node] for node in path]
+            sampled[row] += [ROWS[row][0][node] for node in path]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Recorded random numbers in the form that decodings ask for them, by picture and position."""
+"""Recorded random numbers in the form that decodings ask for them, by image and position."""
 
 import torch
 
@@ -15,13 +15,13 @@ class RecordedNoise:
 
     def put(self, places, start, steps):
         """`start` (n, D); `steps` (T, n, D) by step."""
-        self.starts[places.pictures, places.positions] = start
-        self.between[:, places.pictures, places.positions] = steps
+        self.starts[places.images, places.positions] = start
+        self.between[:, places.images, places.positions] = steps
 
     def put_test(self, places, uniform, proposals, uniforms):
         """`uniform` (n,); `proposals` (R, n, D) and `uniforms` (R, n) of the trials after it."""
-        self.tests[places.pictures, places.positions] = uniform
-        for row, place in enumerate(zip(places.pictures.tolist(), places.positions.tolist())):
+        self.tests[places.images, places.positions] = uniform
+        for row, place in enumerate(zip(places.images.tolist(), places.positions.tolist())):
             self.trials[place] = (proposals[:, row], uniforms[:, row])
 
     def order(self, total):
@@ -29,15 +29,17 @@ class RecordedNoise:
         return self.orders
 
     def start(self, places):
-        return self.starts[places.pictures, places.positions]
+        return self.starts[places.images, places.positions]
 
     def steps(self, places, count):
         assert count == len(self.between)
-        return self.between[:, places.pictures, places.positions]
+        return self.between[:, places.images, places.positions]
 
     def test(self, places, step=0):
-        return self.tests[places.pictures, places.positions]
+        return self.tests[places.images, places.positions]
 
     def trial(self, places, number, step=0):
-        asked = [self.trials[place] for place in zip(places.pictures.tolist(), places.positions.tolist())]
-        return torch.stack([drawn[number] for drawn, _ in asked]), torch.stack([drawn[number] for _, drawn in asked])
+        asked = [self.trials[place] for place in zip(places.images.tolist(), places.positions.tolist())]
+        return torch.stack([sampled[number] for sampled, _ in asked]), torch.stack(
+            [sampled[number] for _, sampled in asked]
+        )

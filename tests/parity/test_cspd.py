@@ -13,14 +13,14 @@ from noises import RecordedNoise
 from recordings import find
 
 from studio.checkpoints.mar import mar_from_state_dict
-from studio.decoding.counter_rng import Places
+from studio.decoding.counter_rng import TokenIndex
 from studio.decoding.cspd import (
     ContinuousSpeculative,
-    Ends,
+    FinalStep,
     continuous_speculative,
     log_ratio,
-    redraw,
-    redraw_reference,
+    resample,
+    resample_reference,
     trial_chance,
 )
 from studio.models.mar import unpatchify
@@ -43,7 +43,7 @@ def each_case(form):
 
 
 def ends(io, side):
-    return Ends(io[f"{side}_mean"], io[f"{side}_std"], io[f"{side}_logsd"])
+    return FinalStep(io[f"{side}_mean"], io[f"{side}_std"], io[f"{side}_logsd"])
 
 
 def check_decisions(ours, io):
@@ -69,9 +69,9 @@ def test_acceptance(path, name):
 
 
 def trials(io, count):
-    """The recorded trials of one picture's `count` rows, as noise."""
+    """The recorded trials of one image's `count` rows, as noise."""
     noise = RecordedNoise(torch.arange(count)[None], io["x"].shape[1], 1)
-    places = Places.of(noise.orders)
+    places = TokenIndex.of(noise.orders)
     noise.put_test(places, io["u"], io["prop_eps"], io["prop_u"])
     return places, noise
 
@@ -82,26 +82,26 @@ def test_replacements(path, name):
     io, tau = recording.under(name + "."), recording.info["cases"][name]["inner_temperature"]
     target, draft = ends(io, "p"), ends(io, "q")
     if "prop_eps" not in io:
-        redrawn = redraw_reference(target, draft, *generated(io), 100)
-        assert redrawn.tokens.isfinite().all()
+        resampled = resample_reference(target, draft, *generated(io), 100)
+        assert resampled.tokens.isfinite().all()
         return
     places, noise = trials(io, len(io["x"]))
     first = target.mean + target.std * io["prop_eps"][0]
     close(trial_chance(first, target, draft, reference=True).float(), io["res_alpha"], atol=1e-4)
-    redrawn = redraw_reference(target, draft, places, noise, 100)
-    assert redrawn.rounds == int(io["rounds"])
-    close(redrawn.tokens, io["residual"])
+    resampled = resample_reference(target, draft, places, noise, 100)
+    assert resampled.rounds == int(io["rounds"])
+    close(resampled.tokens, io["residual"])
     accepted = log_ratio(io["x"], target, draft, tau, reference=True) > io["u"].double().log()
-    assert int((redrawn.fallbacks & ~accepted).sum()) == recording.info["cases"][name]["zero_rows_emitted"]
-    out = io["x"] if accepted.all() else torch.where(accepted[:, None], io["x"], redrawn.tokens)
+    assert int((resampled.fallbacks & ~accepted).sum()) == recording.info["cases"][name]["zero_rows_emitted"]
+    out = io["x"] if accepted.all() else torch.where(accepted[:, None], io["x"], resampled.tokens)
     close(out, io["out"])
 
 
 def generated(io):
-    """Places and random numbers of our own for a case without recorded trials."""
+    """TokenIndex and random numbers of our own for a case without recorded trials."""
     from studio.decoding.counter_rng import PositionNoise
 
-    places = Places.of(torch.arange(len(io["x"]))[None])
+    places = TokenIndex.of(torch.arange(len(io["x"]))[None])
     return places, PositionNoise(torch.tensor([7]), io["x"].shape[1])
 
 
@@ -109,8 +109,8 @@ def generated(io):
 def test_ours_never_leaves_zeros(path, name):
     recording = Arrays(path)
     io = recording.under(name + ".")
-    redrawn = redraw(ends(io, "p"), ends(io, "q"), *generated(io), 3)
-    assert redrawn.tokens.isfinite().all() and (redrawn.tokens != 0).any(dim=1).all()
+    resampled = resample(ends(io, "p"), ends(io, "q"), *generated(io), 3)
+    assert resampled.tokens.isfinite().all() and (resampled.tokens != 0).any(dim=1).all()
 
 
 @each_case("cspd_run")
@@ -133,14 +133,14 @@ def test_whole_run(path, name):
         inner_temperature=float(case["inner"]),
     )
     noise = RecordedNoise(io["orders"], target.config.token_dim, steps)
-    everywhere = Places.of(torch.arange(target.num_tokens).expand(len(io["orders"]), -1))
+    everywhere = TokenIndex.of(torch.arange(target.num_tokens).expand(len(io["orders"]), -1))
     noise.put(everywhere, io["noise"].flatten(0, 1), io["inter_noise"].flatten(0, 1).transpose(0, 1))
     blocks = [number for number, (what, _) in enumerate(case["calls"]) if what == "target:verify"]
     for verify, number in enumerate(blocks):
-        places = Places(*io[f"call{number}.index"].long())
+        places = TokenIndex(*io[f"call{number}.index"].long())
         made = io.get(f"verify{verify}.prop_eps"), io.get(f"verify{verify}.prop_u")
         if made[0] is None:
-            made = torch.zeros(0, len(places.pictures), target.config.token_dim), torch.zeros(0, len(places.pictures))
+            made = torch.zeros(0, len(places.images), target.config.token_dim), torch.zeros(0, len(places.images))
         noise.put_test(places, io[f"verify{verify}.u"], *made)
     calls = []
 
@@ -148,16 +148,16 @@ def test_whole_run(path, name):
         number = len(calls)
         calls.append([{"target": "target:step", "draft": "draft:step", "verify": "target:verify"}[what],
                       positions.numel()])  # fmt: skip
-        places = Places.of(positions.sort().values)
+        places = TokenIndex.of(positions.sort().values)
         assert torch.equal(torch.stack(places), io[f"call{number}.index"].long())
         if what == "verify":
-            drawn = tokens[places.pictures, places.positions]
-            close(drawn, io[f"verify{blocks.index(number)}.out"], atol=tolerance)
+            sampled = tokens[places.images, places.positions]
+            close(sampled, io[f"verify{blocks.index(number)}.out"], atol=tolerance)
         else:
             close(tokens, io[f"call{number}.tokens"], atol=tolerance)
 
     tolerance = 2e-3 * float(io["latent"].abs().max())
-    drawn = continuous_speculative(
+    sampled = continuous_speculative(
         target,
         {"class_labels": io["labels"]},
         draft=draft,
@@ -168,6 +168,6 @@ def test_whole_run(path, name):
         noise=noise,
     )
     assert calls == case["calls"]
-    close(unpatchify(drawn.tokens, config["target"]["patch_size"]), io["latent"], atol=tolerance)
+    close(unpatchify(sampled.tokens, config["target"]["patch_size"]), io["latent"], atol=tolerance)
     accepted = sum(round(verify["n"] * verify["accept"]) for verify in case["verifies"])
-    assert (drawn.tested, drawn.accepted) == (sum(verify["n"] for verify in case["verifies"]), accepted)
+    assert (sampled.tested, sampled.accepted) == (sum(verify["n"] for verify in case["verifies"]), accepted)

@@ -119,7 +119,7 @@ def test_steps_of_the_teacher(path):
     for name, begin, end, split, scale in case.info["combine"]:
         seen = {}
 
-        def teacher_draws(prefix, begin=begin, end=end, scale=scale, seen=seen):
+        def teacher_samples(prefix, begin=begin, end=end, scale=scale, seen=seen):
             seen["prefix"], sampling = prefix, Sampling(top_k=1)
             seen["tokens"] = teacher_tokens(
                 case.teacher,
@@ -133,7 +133,7 @@ def test_steps_of_the_teacher(path):
 
         with torch.no_grad():
             vectors, _ = hybrid(
-                case.student, case.codebook, case.noise, case.condition, teacher_draws,
+                case.student, case.codebook, case.noise, case.condition, teacher_samples,
                 begin=begin, end=end, split=split,
             )  # fmt: skip
         if f"{name}.prefix_idx" in case.arrays:
@@ -148,11 +148,11 @@ def test_pairs(path):
     settings = dict(case.info["pair"])
     scale, sampling, probs, recorded = settings.pop("cfg"), Sampling(**settings), [], case["pair.tokens"]
 
-    def draw(index, logits):
+    def sample(index, logits):
         probs.append(sampling.probabilities(logits))
         return recorded[:, index]
 
-    teacher_tokens(case.teacher, case.condition, recorded[:, :0], recorded.shape[1], draw, guidance_scale=scale)
+    teacher_tokens(case.teacher, case.condition, recorded[:, :0], recorded.shape[1], sample, guidance_scale=scale)
     close(torch.stack(probs, dim=1), case["pair.probs"])
     probs = torch.stack(probs, dim=1).flatten(0, 1)
     tokens = noise_to_token(case["pair.noise"].flatten(0, 1), probs, case.codebook, 64)

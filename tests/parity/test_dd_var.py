@@ -1,4 +1,4 @@
-"""VAR, its tokenizer and the authors' student of it, recorded: from pictures to tokens, steps, the teacher's scales."""
+"""VAR, its tokenizer and the authors' student of it, recorded: from images to tokens, steps, the teacher's scales."""
 
 import json
 import sys
@@ -62,14 +62,14 @@ class Case:
         regressed = ~torch.isclose(codes, self[name]).all(dim=-1).all(dim=0)
         return sum(not regressed[:bound].any() for bound in self.student.bounds[1:])
 
-    def picture(self, features):
+    def image(self, features):
         return self.tokenizer.decode_features(features) / 2 + 0.5
 
-    def teach(self, tokens, draw):
-        """The teacher's loop over recorded tokens; `draw(logits)` sees the guided logits (B, k, V) of each scale."""
+    def teach(self, tokens, sample):
+        """The teacher's loop over recorded tokens; `sample(logits)` sees the guided logits (B, k, V) of each scale."""
 
         def recorded(step, logits):
-            draw(logits)
+            sample(logits)
             return tokens[:, self.teacher.bounds[step] : self.teacher.bounds[step + 1]]
 
         end = len(self.teacher.bounds) - 1
@@ -105,7 +105,7 @@ def test_teacher(path):
     case.teach(tokens, seen.append)
     clear = case["var.greedy.logit_margin"] > CLEAR
     assert torch.equal(torch.cat(seen, dim=1).argmax(dim=-1)[clear], tokens[clear])
-    close(case.picture(case.tokenizer.features(case.codebook[tokens])), case["var.greedy.img"])
+    close(case.image(case.tokenizer.features(case.codebook[tokens])), case["var.greedy.img"])
 
 
 @var
@@ -119,7 +119,7 @@ def test_pairs(path):
     close(probs, case["pair.probs"])
     mapped = noise_to_token(case["pair.noise"].flatten(0, 1), probs.flatten(0, 1), case.codebook, 64)
     assert torch.equal(mapped.view_as(tokens)[robust], tokens[robust])
-    close(case.picture(case.tokenizer.features(case.codebook[tokens])), case["pair.img"])
+    close(case.image(case.tokenizer.features(case.codebook[tokens])), case["pair.img"])
 
 
 @var
@@ -159,7 +159,7 @@ def test_few_steps(path):
             assert torch.equal(tokens[clear], recorded["argmax"][clear])
         features = case.tokenizer.features(vectors)
         close(features, case[f"{name}.fhat"])
-        close(case.picture(features), case[f"{name}.img"])
+        close(case.image(features), case[f"{name}.img"])
 
 
 @var
@@ -174,7 +174,7 @@ def test_scales_of_the_teacher(path):
         begin, end = (int(part) for part in name.split("_")[-2:])
         seen, split = [], case.split_of(f"combine_{'refbug_' if begin else ''}{begin}_{end}.x_out")
 
-        def teacher_draws(prefix, begin=begin, end=end, seen=seen):
+        def teacher_samples(prefix, begin=begin, end=end, seen=seen):
             if begin:
                 prefix = case[f"combine_refbug_{begin}_{end}.prefix_idx"][:, : bounds[begin]]
 
@@ -185,7 +185,7 @@ def test_scales_of_the_teacher(path):
             return next_scale(case.teacher, case.tokenizer, case.labels, prefix, end, greedy, guidance=guidance)
 
         vectors, tokens = hybrid(
-            case.student, case.codebook, case.noise, case.condition, teacher_draws, begin=begin, end=end, split=split
+            case.student, case.codebook, case.noise, case.condition, teacher_samples, begin=begin, end=end, split=split
         )
         assert torch.equal(tokens[:, bounds[begin] : bounds[end]], case[f"{name}.teacher_tokens"])
         if f"{name}.teacher_logits" in case.arrays:

@@ -1,4 +1,4 @@
-"""The authors' acceptance rules, exact laws, drafter and whole greedy runs, recorded."""
+"""The authors' acceptance rules, exact distributions, drafter and whole greedy runs, recorded."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from recordings import Recording, find, stem
 from studio.checkpoints.drafter import drafter_from_state_dict
 from studio.checkpoints.llamagen import gpt_from_state_dict
 from studio.decoding import trees
-from studio.decoding.acceptance import Relaxation, weigh
+from studio.decoding.acceptance import Relaxation, acceptance_probs
 from studio.decoding.autoregressive import Guidance
 from studio.decoding.drafts import Progress, Setting
 from studio.decoding.eagle import DrafterDrafts
@@ -26,7 +26,11 @@ from studio.decoding.trees import DynamicTree, StaticTree, Tree
 from studio.decoding.verification import verify, verify_greedy
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
-DYNAMIC, STATIC, LAWS = find("lantern_accept_dynamic"), find("lantern_accept_static"), find("lantern_exact_law")
+DYNAMIC, STATIC, DISTRIBUTIONS = (
+    find("lantern_accept_dynamic"),
+    find("lantern_accept_static"),
+    find("lantern_exact_distribution"),
+)
 
 
 class Arrays:
@@ -62,10 +66,10 @@ def check(case, verdict, arrays):
     ratios = torch.tensor(verdict.ratios[0], dtype=torch.float64)
     assert len(ratios) == case["uniforms_used"]
     torch.testing.assert_close(ratios, arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(verdict.law[0], arrays["sample_p"].float(), **CLOSE)
+    torch.testing.assert_close(verdict.distribution[0], arrays["sample_p"].float(), **CLOSE)
 
 
-@pytest.mark.parametrize("path", DYNAMIC + STATIC + LAWS, ids=stem)
+@pytest.mark.parametrize("path", DYNAMIC + STATIC + DISTRIBUTIONS, ids=stem)
 def test_neighbours(path):
     recording = Arrays(path)
     expected = recording["neighbours"].int()
@@ -93,7 +97,7 @@ def test_deterministic_drafts(path):
 
 
 @pytest.mark.parametrize("path", STATIC, ids=stem)
-def test_drawn_drafts(path):
+def test_sampled_drafts(path):
     recording = Arrays(path)
     shape = StaticTree(tuple(map(tuple, recording.info["tree_choices"])))
     assert shape.parents == recording["parents"].tolist()
@@ -112,22 +116,22 @@ def test_drawn_drafts(path):
         check(case, verify(tree, arrays["tree_logits"][None], uniforms, sampling_of(case), relaxation), arrays)
 
 
-@pytest.mark.parametrize("path", LAWS, ids=stem)
-def test_exact_laws(path):
+@pytest.mark.parametrize("path", DISTRIBUTIONS, ids=stem)
+def test_exact_distributions(path):
     recording = Arrays(path)
     assert recording.info["cases"]
     for case in recording.info["cases"]:
         arrays = recording.case(case)
         p, tokens = arrays["logits"].softmax(dim=-1), arrays["tokens"].long()
-        weighed = weigh(p[None], tokens[None], relaxation=relaxation_of(case, recording["neighbours"]))
+        weighed = acceptance_probs(p[None], tokens[None], relaxation=relaxation_of(case, recording["neighbours"]))
         torch.testing.assert_close(weighed.ratios[0].double(), arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
-        law, reached = torch.zeros_like(p, dtype=torch.float64), 1.0
+        distribution, reached = torch.zeros_like(p, dtype=torch.float64), 1.0
         for token, ratio in zip(tokens, weighed.ratios[0].double().clamp(max=1)):
-            law[token] += reached * ratio
+            distribution[token] += reached * ratio
             reached = reached * (1 - ratio)
-        law += reached * (weighed.rest[0] / weighed.rest[0].sum()).double()
-        torch.testing.assert_close(law, arrays["law"], **CLOSE)
-        distance = float((law - p.double()).clamp(min=0).sum())
+        distribution += reached * (weighed.rest[0] / weighed.rest[0].sum()).double()
+        torch.testing.assert_close(distribution, arrays["distribution"], **CLOSE)
+        distance = float((distribution - p.double()).clamp(min=0).sum())
         assert distance == pytest.approx(case["tv_from_target"], abs=CLOSE["atol"])
 
 
@@ -171,7 +175,7 @@ class Drafted:
         return source.begin(Setting(self.head, None, 1, sampling, Guidance(self.scale, -1, 2)))
 
     def progress(self, ids, states):
-        """`ids` (2, T + drawn tokens) and the states of all positions before the last one."""
+        """`ids` (2, T + sampled tokens) and the states of all positions before the last one."""
         tokens = torch.zeros(1, self.drafter.config.grid_size**2, dtype=torch.long)
         length = ids.shape[1] - self.prefix
         tokens[0, :length] = ids[0, self.prefix :]
@@ -241,7 +245,7 @@ def authors_selection(count, roots, scores, tokens, parents):
 
 @pytest.mark.parametrize("path", RUNS, ids=stem)
 def test_whole_greedy_runs(path, monkeypatch):
-    """With the authors' trees, corrupt where scores tie; ours must draw the same where acceptance is lossless."""
+    """With the authors' trees, corrupt where scores tie; ours must sample the same where acceptance is lossless."""
     info = json.loads(path.read_text())
     arrays = load_file(path.with_suffix(".safetensors"))
 
@@ -265,7 +269,7 @@ def test_whole_greedy_runs(path, monkeypatch):
     plain, length = arrays["io.plain_greedy"], info["length"]
     assert info["runs"]
 
-    def draw(settings):
+    def sample(settings):
         return speculative(
             model,
             condition,
@@ -278,7 +282,7 @@ def test_whole_greedy_runs(path, monkeypatch):
             editable=False,
         )
 
-    assert torch.equal(draw(Speculative(drafts=DrafterDrafts(drafter, tree))).tokens, plain)
+    assert torch.equal(sample(Speculative(drafts=DrafterDrafts(drafter, tree))).tokens, plain)
     monkeypatch.setattr(trees, "_best", authors_selection)
     for number, run in enumerate(info["runs"]):
         settings = Speculative(drafts=DrafterDrafts(drafter, tree))
@@ -287,8 +291,8 @@ def test_whole_greedy_runs(path, monkeypatch):
             if delta > 1:
                 delta, more = None, {"ratio_budget": delta}
             settings = Lantern(run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more)
-        drawn = draw(settings)
-        assert torch.equal(drawn.tokens, arrays[f"io.run{number}.tokens"]), run
-        assert torch.equal(drawn.tokens, plain) == run["equals_plain_greedy"]
+        sampled = sample(settings)
+        assert torch.equal(sampled.tokens, arrays[f"io.run{number}.tokens"]), run
+        assert torch.equal(sampled.tokens, plain) == run["equals_plain_greedy"]
         known = 1 + (arrays[f"io.run{number}.accept_lengths"] + 1).cumsum(dim=0)
-        assert drawn.target_calls - 1 == 1 + int((known < length).sum())
+        assert sampled.target_calls - 1 == 1 + int((known < length).sum())

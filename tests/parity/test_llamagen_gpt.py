@@ -154,11 +154,11 @@ def test_sampled_tokens(path):
     settings = json.loads(note[note.index("{") : note.index("}") + 1].replace("'", '"'))
     sampling, seen = Sampling(**settings), []
 
-    def draw(index, logits):
+    def sample(index, logits):
         seen.append(sampling.probabilities(logits))
         return sample_rows(seen[-1], noise=case.io["sample_noise"][index])
 
-    tokens = textbook(case.model, case.condition, generators=case.generators(), guidance_scale=scale, on_logits=draw)
+    tokens = textbook(case.model, case.condition, generators=case.generators(), guidance_scale=scale, on_logits=sample)
     assert torch.equal(tokens, case.io["sample_tokens"])
     close(torch.stack(seen, dim=1), case.io["sample_probs"])
 

@@ -16,8 +16,8 @@ from noises import RecordedNoise
 from recordings import find, stem
 
 from studio.checkpoints.mar import _kl_config, _mar_config, kl_from_state_dict, mar_from_state_dict
-from studio.decoding.counter_rng import Places
-from studio.decoding.mar import Kernels, MaskedAutoregressive, TimedHead, descend, masked_autoregressive
+from studio.decoding.counter_rng import TokenIndex
+from studio.decoding.mar import MaskedAutoregressive, ReverseTransitions, TimedHead, denoise, masked_autoregressive
 from studio.models.diffusion_head import DiffusionLoss, GaussianDiffusion, time_waves
 from studio.models.mar import MAR, patchify, take_rows, unpatchify
 
@@ -109,8 +109,8 @@ def test_head_sampling(path, name, compiled):
     timed = TimedHead(head.loss, case["num_sampling_steps"])
     if not compiled:
         timed.native = None
-    kernels = Kernels(timed, torch.stack(conditions), case["cfg"])
-    steps = list(descend(kernels, io["init"], io["noise"].flip(0), case["temperature"]))
+    kernels = ReverseTransitions(timed, torch.stack(conditions), case["cfg"])
+    steps = list(denoise(kernels, io["init"], io["noise"].flip(0), case["temperature"]))
     tolerance = head.tolerance(name)
     close(steps[-1][2], io["out"], atol=tolerance)
     if "mean" in io and not compiled:
@@ -189,15 +189,15 @@ def test_whole_run(path, name):
     close(torch.tensor(scales), io["cfg_iter"], atol=1e-6)
     noise = RecordedNoise(io["orders"], model.config.token_dim, settings.diffusion_steps)
     for number, step in enumerate(plan):
-        places = Places.of(io["orders"][:, step.first : step.last].sort().values)
+        places = TokenIndex.of(io["orders"][:, step.first : step.last].sort().values)
         noise.put(places, io[f"step{number}.init"], io[f"step{number}.noise"].flip(0))
     seen = []
 
     def on_step(number, positions, tokens):
-        places = Places.of(positions.sort().values)
-        seen.append((tokens[places.pictures, places.positions], io[f"step{number}.sampled"]))
+        places = TokenIndex.of(positions.sort().values)
+        seen.append((tokens[places.images, places.positions], io[f"step{number}.sampled"]))
 
-    drawn = masked_autoregressive(
+    sampled = masked_autoregressive(
         model,
         {"class_labels": io["labels"]},
         guidance_scale=case["cfg"],
@@ -209,7 +209,7 @@ def test_whole_run(path, name):
     tolerance = 2e-3 * float(io["latent"].abs().max())
     for ours, recorded in seen:
         close(ours, recorded, atol=tolerance)
-    close(unpatchify(drawn.tokens, config["patch_size"]), io["latent"], atol=tolerance)
+    close(unpatchify(sampled.tokens, config["patch_size"]), io["latent"], atol=tolerance)
 
 
 @each("vae_small")
@@ -217,12 +217,12 @@ def test_whole_run(path, name):
 def test_small_autoencoder(path):
     recording = Arrays(path)
     vae, scale = kl_from_state_dict(recording.state()), recording.info["scale"]
-    law = vae.encode(recording["image"]).latent_dist
+    distribution = vae.encode(recording["image"]).latent_dist
     tolerance = {"atol": 1e-4, "rtol": 1e-4}
-    close(law.parameters, recording["moments"], **tolerance)
-    close(law.mean, recording["mean"], **tolerance)
-    close(law.logvar, recording["logvar"].clamp(-30, 20), **tolerance)
-    close(law.mean + law.std * recording["noise"], recording["sample"], **tolerance)
+    close(distribution.parameters, recording["moments"], **tolerance)
+    close(distribution.mean, recording["mean"], **tolerance)
+    close(distribution.logvar, recording["logvar"].clamp(-30, 20), **tolerance)
+    close(distribution.mean + distribution.std * recording["noise"], recording["sample"], **tolerance)
     assert vae.config.scaling_factor == scale
     close(recording["sample"] * vae.config.scaling_factor, recording["tokens"], **tolerance)
     close(vae.decode(recording["latent_scaled"] / scale).sample, recording["decoded"], **tolerance)
@@ -233,22 +233,22 @@ def test_small_autoencoder(path):
 def test_full_autoencoder(path):
     recording = Arrays(path)
     info = recording.info
-    vae = kl_from_state_dict({key: drawn_weight(key, shape, info) for key, shape in info["keys"].items()})
+    vae = kl_from_state_dict({key: sampled_weight(key, shape, info) for key, shape in info["keys"].items()})
     tolerance = {"atol": 2e-4, "rtol": 2e-4}
     close(vae.encode(recording["image"]).latent_dist.parameters, recording["moments"], **tolerance)
     decoded = vae.decode(recording["latent_scaled"] / vae.config.scaling_factor).sample
     close(decoded, recording["decoded"], **tolerance)
 
 
-def drawn_weight(key, shape, info):
-    """A weight as the recording's recipe draws it."""
+def sampled_weight(key, shape, info):
+    """A weight as the recording's recipe samples it."""
     seed = (zlib.crc32(key.encode()) ^ info["config"]["seed"]) & 0x7FFFFFFF
-    drawn = np.random.RandomState(seed).standard_normal(math.prod(shape)).astype(np.float32).reshape(shape)
+    sampled = np.random.RandomState(seed).standard_normal(math.prod(shape)).astype(np.float32).reshape(shape)
     if len(shape) == 1:
-        drawn = 1 + np.float32(0.1) * drawn if key.endswith("weight") else np.float32(0.1) * drawn
+        sampled = 1 + np.float32(0.1) * sampled if key.endswith("weight") else np.float32(0.1) * sampled
     else:
-        drawn = drawn / np.float32(np.sqrt(math.prod(shape[1:])))
-    return torch.from_numpy(drawn.astype(np.float16).astype(np.float32))
+        sampled = sampled / np.float32(np.sqrt(math.prod(shape[1:])))
+    return torch.from_numpy(sampled.astype(np.float16).astype(np.float32))
 
 
 MODELS = [(path, name) for path in find("mar_official_keys") for name in json.loads(path.read_text())]

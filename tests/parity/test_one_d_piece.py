@@ -89,26 +89,26 @@ def test_without_the_legacy_reshape_tokens_differ(path):
 
 @recordings
 @torch.no_grad()
-def test_pictures_of_any_first_tokens(path):
+def test_images_of_any_first_tokens(path):
     case = Case(path)
     tokens, lengths = case["token_ids"][:, 0], case.info["lengths"]
     assert lengths
     for length in lengths:
         close(case.model.decode_features(case.vectors, length), case[f"decoder_logits_len{length}"])
-        for pictures in (case.model.decode(tokens, length), case.model.decode(tokens[:, :length])):
-            close((pictures + 1) / 2, case[f"decoded_len{length}"], atol=1e-4)
+        for images in (case.model.decode(tokens, length), case.model.decode(tokens[:, :length])):
+            close((images + 1) / 2, case[f"decoded_len{length}"], atol=1e-4)
 
 
 @recordings
 @torch.no_grad()
 def test_a_batch_of_mixed_lengths(path):
-    """Each picture of a batch is what was recorded for its own length."""
+    """Each image of a batch is what was recorded for its own length."""
     case = Case(path)
     tokens, lengths = case["token_ids"][:, 0], case.info["lengths"]
     for first in range(len(lengths)):
         mixed = [lengths[(first + index) % len(lengths)] for index in range(len(tokens))]
-        for index, picture in enumerate((case.model.decode(tokens, mixed) + 1) / 2):
-            close(picture, case[f"decoded_len{mixed[index]}"][index], atol=1e-4)
+        for index, image in enumerate((case.model.decode(tokens, mixed) + 1) / 2):
+            close(image, case[f"decoded_len{mixed[index]}"][index], atol=1e-4)
 
 
 @recordings

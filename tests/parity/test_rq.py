@@ -20,7 +20,7 @@ from studio.checkpoints.residual import (
     rq_transformer_from_state_dict,
     rvq_from_state_dict,
 )
-from studio.decoding.rq_transformer import cell_by_cell
+from studio.decoding.rq_transformer import rq_decoding
 from studio.decoding.sampling import Sampling
 from studio.models.rq_transformer import RQTransformer
 from studio.tokenizers.codebook_averages import CodebookAverages, learn_codebooks
@@ -144,9 +144,9 @@ def test_soft_codes(path):
     case = QuantizerCase(path)
     recorded = under(case.arrays, "soft_codes_temp")
     assert recorded or len(set(map(len, case.quantizer.tables))) > 1
-    for temperature, law in recorded.items():
+    for temperature, distribution in recorded.items():
         ours, codes = case.quantizer.soft_codes(case.vectors, float(temperature))
-        close(ours, law)
+        close(ours, distribution)
         assert torch.equal(codes, case["codes"])
 
 
@@ -224,10 +224,10 @@ def test_logits(path):
 def test_greedy_codes(path):
     case = TransformerCase(path)
     generators = [torch.Generator() for _ in case["cond"]]
-    drawn = cell_by_cell(
+    sampled = rq_decoding(
         case.model, case["cond"], case.codebooks, generators=generators, sampling=Sampling(temperature=0)
     )
-    assert torch.equal(drawn, case["greedy_codes"])
+    assert torch.equal(sampled, case["greedy_codes"])
 
 
 @official

@@ -14,7 +14,7 @@ from recordings import find, stem
 
 from studio.checkpoints.token_bridge import _BUFFERS, _token_bridge_config, token_bridge_from_state_dict
 from studio.decoding.sampling import Sampling
-from studio.decoding.token_bridge import DimensionWise, dimension_wise, draw_cells
+from studio.decoding.token_bridge import DimensionWise, dimension_wise, sample_cells
 from studio.models.masked_autoencoder import take_rows
 from studio.models.token_bridge import PRESETS, TokenBridge
 from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
@@ -96,13 +96,13 @@ def test_network(path):
 
 @each("tokenbridge_generator")
 @torch.no_grad()
-def test_head_draws_as_recorded(path):
+def test_head_samples_as_recorded(path):
     case = Generator(path)
     head, features, greedy = case.model.head, case["head_features"], case["head_greedy_tokens_samplingpath"]
     close(head(features, greedy), case["head_logits_trainpath_on_greedy_tokens"])
     close(head(features, greedy, first_step=True), case["head_logits_samplingpath"])
     assert not torch.allclose(head(features, greedy), case["head_logits_samplingpath"], atol=0.1)
-    cells = draw_cells(case.model, features[None], Sampling(temperature=0), [torch.Generator()])
+    cells = sample_cells(case.model, features[None], Sampling(temperature=0), [torch.Generator()])
     assert torch.equal(cells[0], greedy)
     said, cache = head.condition_proj(features), head.new_cache(len(features))
     before = [None, *greedy.unbind(1)]
@@ -116,7 +116,7 @@ def test_whole_runs(path):
     runs = {match: name for name in case.arrays if (match := re.match(r"sample_cfg([\d.]+)_(\w+)_it(\d+)$", name))}
     assert runs
     for match, name in runs.items():
-        drawn = dimension_wise(
+        sampled = dimension_wise(
             case.model,
             case.quantizer.values(),
             {"class_labels": case["labels"]},
@@ -127,7 +127,7 @@ def test_whole_runs(path):
             order=case["sample_orders"],
         )
         side = case.model.config.grid_size
-        close(case.quantizer.decode(drawn.tokens).transpose(1, 2).unflatten(2, (side, side)), case[name])
+        close(case.quantizer.decode(sampled.tokens).transpose(1, 2).unflatten(2, (side, side)), case[name])
 
 
 MODELS = [(path, name) for path in find("tokenbridge_official_keys") for name in json.loads(path.read_text())]

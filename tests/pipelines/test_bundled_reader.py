@@ -38,7 +38,7 @@ def test_it_needs_the_crops_and_hardly_the_thumbnail():
     for number in range(8):
         scene = draw_scene(np.random.default_rng((_STREAM, 0, number)))
         packed = pack_questions(pipe.processor.tokenizer, [[(each.text, each.answer) for each in scene.questions]])
-        pixels = pipe.processor.image_processor([Image.fromarray(scene.picture)], return_tensors="pt")
+        pixels = pipe.processor.image_processor([Image.fromarray(scene.image)], return_tensors="pt")
         [features] = pipe.model.model.get_image_features(**pixels, return_dict=True).pooler_output
         places = torch.arange(len(features))
         for name, read in (("thumbnail", places[:_THUMBNAIL]), ("crops", places[_THUMBNAIL:])):
@@ -57,8 +57,8 @@ def test_its_scenes_have_the_tiles_that_are_asked_for(run):
 @pytest.mark.parametrize(("example", "answer"), list(zip(ask.EXAMPLES, ANSWERS, strict=True)))
 def test_the_apps_examples_are_answered_from_a_fifth_of_the_tokens(run, example, answer):
     file, question = example
-    picture = Path(ask.__file__).parent / file
-    code, out, err = run("ask", picture, question, "--prune", "divprune", "--keep", 0.2, "--json")
+    image = Path(ask.__file__).parent / file
+    code, out, err = run("ask", image, question, "--prune", "divprune", "--keep", 0.2, "--json")
     document = json.loads(out)
     assert code == 0 and document["answer"] == answer, err
     assert document["kept_tokens"] == round(0.2 * document["visual_tokens"])

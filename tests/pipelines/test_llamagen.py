@@ -24,7 +24,7 @@ def class_pipe(tiny_class_pipeline):
     return tiny_class_pipeline
 
 
-def test_pictures_tokens_and_stats(pipe):
+def test_images_tokens_and_stats(pipe):
     out = pipe("a red apple", num_images_per_prompt=2, generator=streams(0, 1))
     assert [image.size for image in out.images] == [(16, 16)] * 2
     assert out.tokens.shape == (2, 16)
@@ -56,20 +56,20 @@ def test_a_batch_equals_its_single_calls(pipe, interval):
 
 
 def test_generators(pipe):
-    def draw(generator, n):
+    def sample(generator, n):
         return pipe("a red apple", num_images_per_prompt=n, generator=generator, output_type="tokens").tokens
 
-    one, four = draw(torch.Generator().manual_seed(3), 1), draw(torch.Generator().manual_seed(3), 4)
+    one, four = sample(torch.Generator().manual_seed(3), 1), sample(torch.Generator().manual_seed(3), 4)
     assert torch.equal(one[0], four[0])
     assert len({tuple(row) for row in four.tolist()}) == 4
     torch.manual_seed(5)
-    first = draw(None, 2)
+    first = sample(None, 2)
     torch.manual_seed(5)
-    assert torch.equal(draw(None, 2), first)
+    assert torch.equal(sample(None, 2), first)
     with pytest.raises(StudioError, match="2 generators"):
-        draw(streams(1), 2)
+        sample(streams(1), 2)
     with pytest.raises(StudioError, match="torch.Generator"):
-        draw(7, 1)
+        sample(7, 1)
 
 
 def test_classes(class_pipe):

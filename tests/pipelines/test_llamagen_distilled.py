@@ -1,4 +1,4 @@
-"""Distilled through the pipeline: few calls, pictures from latents, batches, callbacks, saving, refusals."""
+"""Distilled through the pipeline: few calls, images from latents, batches, callbacks, saving, refusals."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def pipe(tiny_pipeline, student):
 @pytest.mark.parametrize(
     ("settings", "calls"), [({}, 1), ({"steps": 3}, 3), ({"teacher_steps": (1, 5)}, 5), ({"teacher_steps": (4, 9)}, 7)]
 )
-def test_pictures_come_in_few_calls(pipe, settings, calls):
+def test_images_come_in_few_calls(pipe, settings, calls):
     out = pipe(["a red apple", "blue sky"], generator=streams(0, 1), decoding=Distilled(**settings))
     assert [image.size for image in out.images] == [(16, 16)] * 2 and out.tokens.shape == (2, 16)
     assert (out.stats.target_calls, out.stats.tokens) == (calls, 32)
@@ -36,7 +36,7 @@ def test_pictures_come_in_few_calls(pipe, settings, calls):
     assert torch.equal(alone.tokens[0], out.tokens[1])
 
 
-def test_pictures_are_decoded_from_the_latents(pipe):
+def test_images_are_decoded_from_the_latents(pipe):
     call = {"prompt": "a red apple", "output_type": "pt"}
     as_published = pipe(**call, generator=streams(0), decoding=Distilled())
     snapped = pipe(**call, generator=streams(0), decoding=Distilled(snap="nearest"))
@@ -49,9 +49,9 @@ def test_pictures_are_decoded_from_the_latents(pipe):
 def test_guidance_goes_to_the_teacher(pipe):
     settings = Distilled(teacher_steps=(1, 17))
     plain = pipe("a red apple", generator=streams(0), temperature=0.0)
-    drawn = pipe("a red apple", generator=streams(0), temperature=0.0, decoding=settings)
+    sampled = pipe("a red apple", generator=streams(0), temperature=0.0, decoding=settings)
     other = pipe("a red apple", generator=streams(0), temperature=0.0, guidance_scale=9.0, decoding=settings)
-    assert torch.equal(drawn.tokens, plain.tokens) and not torch.equal(drawn.tokens, other.tokens)
+    assert torch.equal(sampled.tokens, plain.tokens) and not torch.equal(sampled.tokens, other.tokens)
 
 
 def test_the_callback_sees_every_call_and_changes_tokens(pipe):
@@ -102,7 +102,7 @@ class Bar:
         self.done += 1
 
 
-def test_a_saved_pipeline_draws_the_same(pipe, tmp_path):
+def test_a_saved_pipeline_samples_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     expected = pipe("a red apple", generator=streams(0), decoding=Distilled()).tokens
     for loaded in (LlamaGenPipeline.from_pretrained(tmp_path), studio.load(tmp_path, device="cpu")):

@@ -18,8 +18,8 @@ from studio import (
 from studio.decoding.drafts import NGram
 from studio.models.drafter import Drafter
 from studio.reference.autoregressive import textbook
-from studio.ui.jobs.draft_trace import TokenFates
-from studio.ui.render.preview import Sketch, partial_pictures
+from studio.ui.jobs.draft_trace import DraftTrace
+from studio.ui.render.preview import Sketch, partial_images
 from studio.ui.render.token_grid import token_grid
 
 PROMPTS = ["a red apple", "blue sky"]
@@ -65,14 +65,14 @@ def test_fewer_tokens_are_the_first_ones_of_more(pipe, length):
 
 @pytest.mark.parametrize("decoding", [Autoregressive(weights="plain"), *DRAFTED], ids=str)
 @pytest.mark.parametrize("length", [1, 4, None])
-def test_greedy_pictures_are_the_same_however_tokens_are_drawn(pipe, decoding, length):
+def test_greedy_images_are_the_same_however_tokens_are_sampled(pipe, decoding, length):
     call = {"temperature": 0.0, "num_tokens": length, "output_type": "pt"}
-    plain, drawn = pipe(PROMPTS, **call), pipe(PROMPTS, decoding=decoding, **call)
+    plain, sampled = pipe(PROMPTS, **call), pipe(PROMPTS, decoding=decoding, **call)
     if not isinstance(decoding, Lantern):
-        assert torch.equal(drawn.tokens, plain.tokens)
-        torch.testing.assert_close(drawn.images, plain.images)
-    assert drawn.tokens.shape == plain.tokens.shape and drawn.stats.target_calls <= plain.stats.target_calls
-    assert drawn.stats.mean_accepted_length >= 1
+        assert torch.equal(sampled.tokens, plain.tokens)
+        torch.testing.assert_close(sampled.images, plain.images)
+    assert sampled.tokens.shape == plain.tokens.shape and sampled.stats.target_calls <= plain.stats.target_calls
+    assert sampled.stats.mean_accepted_length >= 1
 
 
 @pytest.mark.parametrize("decoding", [*DRAFTED, *STUDENT], ids=str)
@@ -102,20 +102,20 @@ def test_a_drafter_of_the_row_drafts(pipe):
     torch.manual_seed(2)
     pipe.register_modules(drafter=Drafter.for_target(pipe.transformer).eval())
     call = {"temperature": 0.0, "output_type": "tokens"}
-    plain, drawn = pipe(PROMPTS, **call), pipe(PROMPTS, decoding=Speculative(), **call)
-    assert torch.equal(drawn.tokens, plain.tokens) and pipe.drafter.config.row_length == 6
+    plain, sampled = pipe(PROMPTS, **call), pipe(PROMPTS, decoding=Speculative(), **call)
+    assert torch.equal(sampled.tokens, plain.tokens) and pipe.drafter.config.row_length == 6
 
 
-def test_the_first_tokens_are_shown_as_a_whole_picture(pipe):
-    drawn = pipe(PROMPTS, generator=streams(0, 1), num_tokens=3)
-    shown = partial_pictures(pipe, Sketch(drawn.tokens))
-    assert [picture.convert("RGB").tobytes() for picture in shown] == [image.tobytes() for image in drawn.images]
-    assert all(picture.getchannel("A").getextrema() == (255, 255) for picture in shown)
-    assert 'viewBox="0 0 3 3"' in token_grid(TokenFates(total=6, drawn=3, accepted=frozenset(), rejected={}), "Row")
+def test_the_first_tokens_are_shown_as_a_whole_image(pipe):
+    sampled = pipe(PROMPTS, generator=streams(0, 1), num_tokens=3)
+    shown = partial_images(pipe, Sketch(sampled.tokens))
+    assert [original.convert("RGB").tobytes() for original in shown] == [image.tobytes() for image in sampled.images]
+    assert all(original.getchannel("A").getextrema() == (255, 255) for original in shown)
+    assert 'viewBox="0 0 3 3"' in token_grid(DraftTrace(total=6, sampled=3, accepted=frozenset(), rejected={}), "Row")
 
 
 @pytest.mark.parametrize("decoding", STUDENT[:3], ids=str)
-def test_a_student_draws_the_first_tokens_alike(pipe, decoding):
+def test_a_student_samples_the_first_tokens_alike(pipe, decoding):
     """What stands behind does not change them where the calls know as many tokens."""
     whole = pipe("a red apple", generator=streams(0), decoding=decoding)
     out = pipe("a red apple", generator=streams(0), decoding=decoding, num_tokens=4)
@@ -127,12 +127,12 @@ def test_a_student_draws_the_first_tokens_alike(pipe, decoding):
 @pytest.mark.parametrize("decoding", [Distilled(teacher_steps=(1, 6)), Distilled(steps=4), Distilled(times=(0, 5))])
 def test_more_steps_than_tokens_are_refused(pipe, decoding):
     assert pipe("a red apple", decoding=decoding).tokens.shape == (1, 6)
-    with pytest.raises(StudioError, match="draws 3 steps"):
+    with pytest.raises(StudioError, match="samples 3 steps"):
         pipe("a red apple", decoding=decoding, num_tokens=3)
 
 
 @pytest.mark.parametrize("decoding", [None, Speculative(), Distilled(teacher_steps=(1, 6))], ids=str)
-def test_an_interrupted_drawing_is_a_picture_of_what_is_there(pipe, decoding):
+def test_an_interrupted_sampling_is_a_image_of_what_is_there(pipe, decoding):
     def stop(pipe, index, timestep, tensors):
         pipe._interrupt = index == 2
         return {}
@@ -142,15 +142,15 @@ def test_an_interrupted_drawing_is_a_picture_of_what_is_there(pipe, decoding):
     torch.testing.assert_close(out.images, pipe.decode_tokens(out.tokens, "pt"))
 
 
-def test_a_saved_pipeline_draws_the_same(pipe, tmp_path):
+def test_a_saved_pipeline_samples_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     calls = ({"num_tokens": 4}, {"decoding": Distilled()})
     for loaded in (LlamaGenPipeline.from_pretrained(tmp_path), studio.load(tmp_path, device="cpu")):
         loaded.set_progress_bar_config(disable=True)
         for call in calls:
-            drawn, again = (each("a red apple", generator=streams(3), **call) for each in (pipe, loaded))
-            assert torch.equal(again.tokens, drawn.tokens)
-            assert again.images[0].tobytes() == drawn.images[0].tobytes()
+            sampled, again = (each("a red apple", generator=streams(3), **call) for each in (pipe, loaded))
+            assert torch.equal(again.tokens, sampled.tokens)
+            assert again.images[0].tobytes() == sampled.images[0].tobytes()
 
 
 @pytest.mark.parametrize("wrong", [0, 7, -1, 2.0, True, "3"], ids=str)
@@ -159,7 +159,7 @@ def test_lengths_that_are_none_are_refused(pipe, wrong):
         pipe("a red apple", num_tokens=wrong)
 
 
-def test_a_grid_has_no_first_tokens_that_are_a_picture(tiny_pipeline):
+def test_a_grid_has_no_first_tokens_that_are_a_image(tiny_pipeline):
     with pytest.raises(StudioError, match="num_tokens is for rows"):
         tiny_pipeline("a red apple", num_tokens=4)
 
@@ -169,7 +169,7 @@ def test_a_grid_has_no_first_tokens_that_are_a_picture(tiny_pipeline):
     [
         ({"grid_size": 4}, "a row of 6, those of the transformer a grid"),
         ({"grid_size": None, "row_length": 8}, "a row of 6, those of the transformer a row of 8"),
-        ({"grid_size": None, "row_length": 6, "vocab_size": 64}, "32 codes .* draws from 64"),
+        ({"grid_size": None, "row_length": 6, "vocab_size": 64}, "32 codes .* samples from 64"),
     ],
 )
 def test_a_transformer_of_another_layout_is_refused(tiny_one_d, tmp_path, layout, words):
@@ -182,7 +182,7 @@ def test_a_transformer_of_another_layout_is_refused(tiny_one_d, tmp_path, layout
         studio.load(tmp_path, device="cpu")
 
 
-def test_a_grid_tokenizer_draws_no_rows(tiny_vq, tiny_row_pipeline):
+def test_a_grid_tokenizer_samples_no_rows(tiny_vq, tiny_row_pipeline):
     sizes = {"vocab_size": 64, "dim": 16, "num_layers": 1, "num_heads": 2, "num_classes": 3}
     pipe = LlamaGenPipeline(tiny_vq, LlamaGen(grid_size=None, row_length=16, **sizes).eval())
     with pytest.raises(StudioError, match="a grid, those of the transformer a row of 16"):

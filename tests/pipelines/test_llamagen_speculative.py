@@ -21,7 +21,7 @@ def pipe(tiny_pipeline):
     return tiny_pipeline
 
 
-def test_greedy_pictures_are_those_of_plain_decoding(pipe):
+def test_greedy_images_are_those_of_plain_decoding(pipe):
     call = {"guidance_scale": 3.0, "temperature": 0.0, "num_images_per_prompt": 2}
     plain = pipe("a red apple", **call)
     fast = pipe("a red apple", decoding=Speculative(), **call)

@@ -26,7 +26,7 @@ def class_pipe(tiny_mar_class_pipeline):
     return tiny_mar_class_pipeline
 
 
-def test_pictures_tokens_and_stats(pipe):
+def test_images_tokens_and_stats(pipe):
     out = pipe("a red apple", num_images_per_prompt=2, generator=streams(0, 1))
     assert [image.size for image in out.images] == [(16, 16)] * 2
     assert out.tokens.shape == (2, 16, 3) and out.tokens.dtype == torch.float32
@@ -37,12 +37,12 @@ def test_pictures_tokens_and_stats(pipe):
 
 
 def test_words_and_seeds_decide(pipe):
-    def draw(prompt, seed):
+    def sample(prompt, seed):
         return pipe(prompt, generator=streams(seed), output_type="tokens").tokens
 
-    assert torch.equal(draw("a red apple", 0), draw("a red apple", 0))
-    assert not torch.allclose(draw("a red apple", 0), draw("blue sky", 0), atol=1e-3)
-    assert not torch.allclose(draw("a red apple", 0), draw("a red apple", 1), atol=1e-3)
+    assert torch.equal(sample("a red apple", 0), sample("a red apple", 0))
+    assert not torch.allclose(sample("a red apple", 0), sample("blue sky", 0), atol=1e-3)
+    assert not torch.allclose(sample("a red apple", 0), sample("a red apple", 1), atol=1e-3)
 
 
 def test_output_types(pipe):
@@ -75,7 +75,7 @@ def test_save_and_load(kind, pipe, class_pipe, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         assert isinstance(loaded, MARPipeline) and (loaded.drafter is None) == (kind == "class")
         assert torch.equal(loaded(**call, generator=streams(2)).tokens, expected)
-        assert dict(loaded.config)["default_num_steps"] == original.config.default_num_steps
+        assert dict(loaded.config)["default_num_inference_steps"] == original.config.default_num_inference_steps
     assert studio.load(tmp_path, device="cpu").vocabulary is None
 
 
@@ -83,12 +83,12 @@ def test_steps_come_from_the_call_the_decoding_or_the_pipeline(pipe):
     def calls(**given):
         return pipe("a red apple", generator=streams(0), output_type="tokens", **given).stats.target_calls
 
-    assert calls() == 4 and calls(num_steps=7) == 7
+    assert calls() == 4 and calls(num_inference_steps=7) == 7
     assert calls(decoding=MaskedAutoregressive(steps=3)) == 3
     with pytest.raises(StudioError, match="given twice"):
-        calls(decoding=MaskedAutoregressive(steps=3), num_steps=7)
+        calls(decoding=MaskedAutoregressive(steps=3), num_inference_steps=7)
     with pytest.raises(StudioError, match="16 tokens"):
-        calls(num_steps=17)
+        calls(num_inference_steps=17)
 
 
 @pytest.mark.parametrize("decoding", DECODINGS, ids=["mar", "exact", "relaxed"])
@@ -96,8 +96,8 @@ def test_callback_sees_changes_and_interrupts(pipe, decoding):
     seen = []
 
     def callback(pipeline, step, timestep, kwargs):
-        drawn = kwargs["tokens"].gather(1, kwargs["positions"][..., None].expand(-1, -1, 3))
-        assert drawn.abs().sum(dim=-1).gt(0).all() and step == len(seen)
+        sampled = kwargs["tokens"].gather(1, kwargs["positions"][..., None].expand(-1, -1, 3))
+        assert sampled.abs().sum(dim=-1).gt(0).all() and step == len(seen)
         seen.append(kwargs["positions"].shape[1])
         pipeline._interrupt = sum(seen) >= 6
         return {"tokens": torch.full_like(kwargs["tokens"], 0.5)}
@@ -114,9 +114,9 @@ def test_callback_sees_changes_and_interrupts(pipe, decoding):
 def test_a_drafter_that_is_the_target_is_always_accepted(pipe):
     same = MARPipeline(**{**pipe.components, "drafter": pipe.transformer}, **_defaults(pipe))
     same.set_progress_bar_config(disable=True)
-    drawn = same("a red apple", generator=streams(5), decoding=ContinuousSpeculative(prefill=0.0))
-    assert drawn.stats.acceptance == 1.0
-    torch.testing.assert_close(drawn.tokens, pipe("a red apple", generator=streams(5)).tokens, atol=1e-3, rtol=1e-3)
+    sampled = same("a red apple", generator=streams(5), decoding=ContinuousSpeculative(prefill=0.0))
+    assert sampled.stats.acceptance == 1.0
+    torch.testing.assert_close(sampled.tokens, pipe("a red apple", generator=streams(5)).tokens, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_a_drafter_that_is_the_target_is_always_accepted(pipe):
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 0, "decoding": ContinuousSpeculative()}, "temperature of 0"),
-        ({"num_steps": 0}, "steps"),
-        ({"num_steps": 1.5}, "steps"),
+        ({"num_inference_steps": 0}, "steps"),
+        ({"num_inference_steps": 1.5}, "steps"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"decoding": "fast"}, "ContinuousSpeculative"),
         ({"decoding": Autoregressive()}, "not Autoregressive"),
@@ -164,9 +164,9 @@ def test_relaxed_settings_that_nobody_validated_warn(pipe, caplog):
 
 
 def test_cautions_name_what_is_outside():
-    assert ContinuousSpeculative(mode="relaxed", steps=16).caution(16) is None
-    assert ContinuousSpeculative(mode="exact", steps=4).caution(16) is None
-    assert "drafts of 8 steps" in ContinuousSpeculative(mode="relaxed", steps=16, draft_steps=8).caution(16)
+    assert ContinuousSpeculative(mode="relaxed", steps=16).validation_warning(16) is None
+    assert ContinuousSpeculative(mode="exact", steps=4).validation_warning(16) is None
+    assert "drafts of 8 steps" in ContinuousSpeculative(mode="relaxed", steps=16, draft_steps=8).validation_warning(16)
 
 
 @torch.no_grad()

@@ -69,8 +69,8 @@ def test_every_changed_byte_is_noticed():
         for change in (1, 0x80, 0xFF):
             damaged = bytearray(data)
             damaged[place] ^= change
-            with pytest.raises(StudioError, match="picture.odp"):
-                OdpFile.from_bytes(bytes(damaged), "picture.odp")
+            with pytest.raises(StudioError, match="image.odp"):
+                OdpFile.from_bytes(bytes(damaged), "image.odp")
 
 
 def test_every_cut_and_every_addition_is_noticed():

@@ -1,11 +1,11 @@
-"""What a prompt leaves open is chosen by the picture's own stream, said in the output, and left alone where named."""
+"""What a prompt leaves open is chosen by the image's own stream, said in the output, and left alone where named."""
 
 import pytest
 import torch
 
 from studio import StudioError
-from studio.data.captions import full_caption, open_choices, random_caption
-from studio.pipelines.open_choices import completed
+from studio.data.captions import full_caption, prompt_completion, random_caption
+from studio.pipelines.prompt_completion import fill_unspecified
 
 
 def stream(seed=0):
@@ -14,7 +14,7 @@ def stream(seed=0):
 
 def test_style_and_background_go_to_their_places():
     choices = [
-        {**choice, "one_of": choice["one_of"][:1]} for choice in open_choices()
+        {**choice, "one_of": choice["one_of"][:1]} for choice in prompt_completion()
     ]  # 3d style, on a white background
     for prompt, expected in {
         "a red apple": "a red apple, 3d style, on a white background",
@@ -26,22 +26,22 @@ def test_style_and_background_go_to_their_places():
         "a flat shoe": "a flat shoe, 3d style, on a white background",
         "a moon on a hill, ": "a moon on a hill, 3d style, on a white background",
     }.items():
-        assert completed(prompt, choices, stream()) == expected
+        assert fill_unspecified(prompt, choices, stream()) == expected
 
 
 def test_captions_that_say_everything_stay_and_use_no_chance():
     for row in ((0, 0, 0), (7, 1, 3), (100, 1, 9)):
         generator = stream()
-        assert completed(full_caption(*row), open_choices(), generator) == full_caption(*row)
+        assert fill_unspecified(full_caption(*row), prompt_completion(), generator) == full_caption(*row)
         assert torch.equal(generator.get_state(), stream().get_state())
 
 
 def test_all_values_are_as_likely():
     """2,000 streams: each of 20 pairs within 5 standard deviations of its share; a named style is never changed."""
-    drawn = [completed("a fox", open_choices(), stream(seed)) for seed in range(2000)]
-    counts = [drawn.count(caption) for caption in set(drawn)]
+    sampled = [fill_unspecified("a fox", prompt_completion(), stream(seed)) for seed in range(2000)]
+    counts = [sampled.count(caption) for caption in set(sampled)]
     assert len(counts) == 20 and all(abs(count - 100) < 5 * (2000 * 0.05 * 0.95) ** 0.5 for count in counts)
-    named = {completed("a fox, flat style", open_choices(), stream(seed)) for seed in range(50)}
+    named = {fill_unspecified("a fox, flat style", prompt_completion(), stream(seed)) for seed in range(50)}
     assert len(named) > 5 and not any("3d" in caption for caption in named)
 
 
@@ -54,7 +54,10 @@ def test_every_way_to_name_them_is_seen():
         caption = random_caption(index, 1, 5, rng)
         named = any(way in caption for way in ("yellow background", "on yellow"))
         missing = ("flat style" not in caption) + (not named)
-        assert len(completed(caption, open_choices(), stream()).split(", ")) == len(caption.split(", ")) + missing
+        assert (
+            len(fill_unspecified(caption, prompt_completion(), stream()).split(", "))
+            == len(caption.split(", ")) + missing
+        )
 
 
 @pytest.fixture(
@@ -69,11 +72,11 @@ def plain(request):
 
 def with_choices(pipe, choices):
     defaults = {name: value for name, value in pipe.config.items() if name.startswith("default_")}
-    return type(pipe)(**pipe.components, **defaults, open_choices=choices)
+    return type(pipe)(**pipe.components, **defaults, prompt_completion=choices)
 
 
-def test_a_pipeline_draws_what_it_chose(plain, tmp_path):
-    """Each picture by its own stream; the same as from the words in full with a stream that has chosen."""
+def test_a_pipeline_samples_what_it_chose(plain, tmp_path):
+    """Each image by its own stream; the same as from the words in full with a stream that has chosen."""
     choices = [{"named": "red|green", "one_of": ["red", "green"]}]
     pipe = with_choices(plain, choices)
     pipe.set_progress_bar_config(disable=True)
@@ -88,7 +91,7 @@ def test_a_pipeline_draws_what_it_chose(plain, tmp_path):
         for each in (single, in_full):
             assert torch.allclose(each.tokens[0].float(), out.tokens[seed].float(), atol=1e-4)
     pipe.save_pretrained(tmp_path)
-    assert type(pipe).from_pretrained(tmp_path).config.open_choices == choices
+    assert type(pipe).from_pretrained(tmp_path).config.prompt_completion == choices
     assert plain("apple", generator=stream()).prompts == ["apple"]
 
 
@@ -100,5 +103,5 @@ def test_classes_have_no_words(tiny_mar_class_pipeline):
     "wrong", [[{"named": "("}], [{"named": "a", "one_of": []}], ["a"], [{"named": "(", "one_of": ["b"]}], 3]
 )
 def test_choices_that_cannot_be_made_are_refused(plain, wrong):
-    with pytest.raises(StudioError, match="open_choices"):
+    with pytest.raises(StudioError, match="prompt_completion"):
         with_choices(plain, wrong)

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import studio
-from studio import Autoregressive, FirstHitting, ResGen, ResGenPipeline, ResidualUnmasking, StudioError
+from studio import Autoregressive, FirstHitting, ResGen, ResGenDecoding, ResGenPipeline, StudioError
 
 
 def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("decoding", [None, ResidualUnmasking(steps=6, confidence="level"), FirstHitting(steps=5)])
-def test_a_batch_is_its_single_pictures(tiny_resgen_class_pipeline, decoding):
+@pytest.mark.parametrize("decoding", [None, ResGenDecoding(steps=6, confidence="level"), FirstHitting(steps=5)])
+def test_a_batch_is_its_single_images(tiny_resgen_class_pipeline, decoding):
     pipe = tiny_resgen_class_pipeline
     call = {"guidance_scale": 2.0, "decoding": decoding, "top_p": 0.9}
     out = pipe(class_labels=[0, 2], num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), **call)
@@ -59,10 +59,10 @@ def test_saved_and_loaded(fixture, request, tmp_path):
     pipe = request.getfixturevalue(fixture)
     pipe.save_pretrained(tmp_path / "model")
     loaded = studio.load(tmp_path / "model", device="cpu")
-    assert isinstance(loaded, ResGenPipeline) and loaded.config.default_num_steps == 4
+    assert isinstance(loaded, ResGenPipeline) and loaded.config.default_num_inference_steps == 4
     what = {"prompt": "a red apple"} if pipe.takes_text else {"class_labels": 1}
-    drawn = [each(**what, generator=seeded(5), output_type="tokens").tokens for each in (pipe, loaded)]
-    assert torch.equal(*drawn)
+    sampled = [each(**what, generator=seeded(5), output_type="tokens").tokens for each in (pipe, loaded)]
+    assert torch.equal(*sampled)
 
 
 def test_a_callback_sees_steps_changes_codes_and_stops(tiny_resgen_class_pipeline):
@@ -79,12 +79,12 @@ def test_a_callback_sees_steps_changes_codes_and_stops(tiny_resgen_class_pipelin
     assert out.images[0].size == (16, 16)
 
 
-def test_words_become_pictures(tiny_resgen_pipeline):
+def test_words_become_images(tiny_resgen_pipeline):
     pipe = tiny_resgen_pipeline
-    drawn = pipe("a red apple", num_images_per_prompt=2, generator=seeded(0, 1))
-    assert drawn.tokens.shape == (2, 16, 3) and drawn.images[1].size == (16, 16)
+    sampled = pipe("a red apple", num_images_per_prompt=2, generator=seeded(0, 1))
+    assert sampled.tokens.shape == (2, 16, 3) and sampled.images[1].size == (16, 16)
     other = pipe("blue sky", generator=seeded(0), output_type="tokens")
-    assert not torch.equal(other.tokens[0], drawn.tokens[0])
+    assert not torch.equal(other.tokens[0], sampled.tokens[0])
     with pytest.raises(StudioError, match="no class_labels"):
         pipe("a red apple", class_labels=1)
 
@@ -95,7 +95,7 @@ def test_words_become_pictures(tiny_resgen_pipeline):
         ({"class_labels": 5}, "0 to 4"),
         ({"prompt": "a pear"}, "class numbers"),
         ({"class_labels": 0, "decoding": Autoregressive()}, "FirstHitting"),
-        ({"class_labels": 0, "decoding": ResidualUnmasking(steps=49)}, "48 codes"),
+        ({"class_labels": 0, "decoding": ResGenDecoding(steps=49)}, "48 codes"),
         ({"class_labels": 0, "temperature": -1.0}, "temperature"),
         ({"class_labels": 0, "output_type": "jpg"}, "output_type"),
     ],

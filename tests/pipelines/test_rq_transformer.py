@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import studio
-from studio import Autoregressive, CellByCell, RQTransformer, RQTransformerPipeline, StudioError
+from studio import Autoregressive, RQDecoding, RQTransformer, RQTransformerPipeline, StudioError
 from studio.decoding.sampling import Sampling
 
 
@@ -12,7 +12,7 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_batch_is_its_single_pictures(tiny_rq_pipeline):
+def test_a_batch_is_its_single_images(tiny_rq_pipeline):
     pipe, words = tiny_rq_pipeline, ["a red apple", "blue sky on a green background"]
     call = {"guidance_scale": 2.0, "top_p": 0.9}
     out = pipe(words, num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), **call)
@@ -25,7 +25,7 @@ def test_a_batch_is_its_single_pictures(tiny_rq_pipeline):
         assert torch.equal(single.images[0], out.tokens[row])
 
 
-def test_classes_become_pictures(tiny_rq_class_pipeline):
+def test_classes_become_images(tiny_rq_class_pipeline):
     out = tiny_rq_class_pipeline(class_labels=[0, 4], generator=seeded(0, 0))
     assert out.tokens.shape == (2, 16, 3) and not torch.equal(*out.tokens) and out.prompts is None
 
@@ -39,12 +39,12 @@ def test_every_setting_counts(tiny_rq_pipeline, option):
     assert not torch.equal(plain, other)
 
 
-def test_levels_may_be_drawn_differently(tiny_rq_pipeline):
+def test_levels_may_be_sampled_differently(tiny_rq_pipeline):
     levels = (Sampling(temperature=0), Sampling(top_k=1), Sampling())
-    drawn = [
-        tiny_rq_pipeline("a red apple", generator=seeded(seed), decoding=CellByCell(levels)).tokens for seed in (0, 1)
+    sampled = [
+        tiny_rq_pipeline("a red apple", generator=seeded(seed), decoding=RQDecoding(levels)).tokens for seed in (0, 1)
     ]
-    assert torch.equal(drawn[0][0, 0, :2], drawn[1][0, 0, :2]) and not torch.equal(*drawn)
+    assert torch.equal(sampled[0][0, 0, :2], sampled[1][0, 0, :2]) and not torch.equal(*sampled)
 
 
 def test_forms_of_the_output(tiny_rq_class_pipeline):
@@ -64,8 +64,8 @@ def test_saved_and_loaded(fixture, request, tmp_path):
     loaded = studio.load(tmp_path / "model", device="cpu")
     assert isinstance(loaded, RQTransformerPipeline)
     what = {"prompt": "a red apple"} if pipe.takes_text else {"class_labels": 1}
-    drawn = [each(**what, generator=seeded(5), output_type="tokens").tokens for each in (pipe, loaded)]
-    assert torch.equal(*drawn)
+    sampled = [each(**what, generator=seeded(5), output_type="tokens").tokens for each in (pipe, loaded)]
+    assert torch.equal(*sampled)
 
 
 def test_a_callback_sees_cells_changes_codes_and_stops(tiny_rq_class_pipeline):
@@ -81,7 +81,7 @@ def test_a_callback_sees_cells_changes_codes_and_stops(tiny_rq_class_pipeline):
     assert (out.tokens[0, :3] == 7).all() and (out.tokens[0, 3:] == -1).all() and out.images[0].size == (16, 16)
 
 
-def test_drawing_goes_on_from_a_changed_cell(tiny_rq_class_pipeline):
+def test_sampling_goes_on_from_a_changed_cell(tiny_rq_class_pipeline):
     def change(pipe, index, number, given):
         if index == 0:
             return {"tokens": torch.where(given["tokens"] >= 0, (given["tokens"] + 1) % 16, -1)}
@@ -101,9 +101,9 @@ def test_drawing_goes_on_from_a_changed_cell(tiny_rq_class_pipeline):
         ({"class_labels": 5}, "0 to 4"),
         ({"prompt": "a pear"}, "class numbers"),
         ({"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
-        ({"class_labels": 0, "decoding": Autoregressive()}, "CellByCell"),
-        ({"class_labels": 0, "decoding": CellByCell((Sampling(),))}, "3 levels; CellByCell has 1"),
-        ({"class_labels": 0, "decoding": CellByCell((Sampling(),) * 3), "top_k": 4}, "leave out top_k"),
+        ({"class_labels": 0, "decoding": Autoregressive()}, "RQDecoding"),
+        ({"class_labels": 0, "decoding": RQDecoding((Sampling(),))}, "3 levels; RQDecoding has 1"),
+        ({"class_labels": 0, "decoding": RQDecoding((Sampling(),) * 3), "top_k": 4}, "leave out top_k"),
         ({"class_labels": 0, "temperature": -1.0}, "temperature"),
         ({"class_labels": 0, "output_type": "jpg"}, "output_type"),
     ],

@@ -17,8 +17,8 @@ from studio.tokenizers.kl import KLTokenizer
 
 
 def pipeline(**more):
-    """Draws 6 px pictures: 3x3 cells of four numbers, five levels each."""
-    pipe = TokenBridgePipeline(tiny_bridge_tokenizer(), tiny_network(**more), default_num_steps=4)
+    """Samples 6 px images: 3x3 cells of four numbers, five levels each."""
+    pipe = TokenBridgePipeline(tiny_bridge_tokenizer(), tiny_network(**more), default_num_inference_steps=4)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -27,7 +27,7 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_classes_become_pictures():
+def test_classes_become_images():
     pipe = pipeline()
     out = pipe(class_labels=[0, 2], num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), guidance_scale=2.0)
     assert [image.size for image in out.images] == [(6, 6)] * 4
@@ -45,9 +45,9 @@ def test_saved_and_loaded(tmp_path):
     pipe = pipeline()
     pipe.save_pretrained(tmp_path / "model")
     loaded = studio.load(tmp_path / "model", device="cpu")
-    assert isinstance(loaded, TokenBridgePipeline) and loaded.config.default_num_steps == 4
-    drawn = [each(class_labels=1, generator=seeded(5), output_type="tokens").tokens for each in (pipe, loaded)]
-    assert torch.equal(*drawn)
+    assert isinstance(loaded, TokenBridgePipeline) and loaded.config.default_num_inference_steps == 4
+    sampled = [each(class_labels=1, generator=seeded(5), output_type="tokens").tokens for each in (pipe, loaded)]
+    assert torch.equal(*sampled)
 
 
 def test_a_callback_sees_steps_and_stops():
@@ -63,11 +63,11 @@ def test_a_callback_sees_steps_and_stops():
     assert out.images[0].size == (6, 6)
 
 
-def test_words_become_pictures(tiny_pipeline):
+def test_words_become_images(tiny_pipeline):
     pipe = pipeline(num_classes=None, caption_dim=16, caption_length=8)
     pipe.register_modules(text_encoder=tiny_pipeline.text_encoder, tokenizer=tiny_pipeline.tokenizer)
-    drawn = pipe("a red apple", num_images_per_prompt=2, generator=seeded(0, 1), guidance_scale=5.0)
-    assert drawn.tokens.shape == (2, 9, 4) and drawn.images[1].size == (6, 6)
+    sampled = pipe("a red apple", num_images_per_prompt=2, generator=seeded(0, 1), guidance_scale=5.0)
+    assert sampled.tokens.shape == (2, 9, 4) and sampled.images[1].size == (6, 6)
     with torch.no_grad():
         one, other = (
             pipe.transformer.embed_condition(**pipe.condition(words, None, 1))[0]
@@ -107,7 +107,7 @@ def test_the_authors_file_becomes_a_pipeline(tmp_path):
     pipe = studio.load(folder, device="cpu")
     torch.testing.assert_close(pipe.image_tokenizer.level_values, levels * 5 / 3)
     assert all(torch.equal(pipe.transformer.state_dict()[name], weight) for name, weight in model.state_dict().items())
-    assert pipe.config.default_num_steps == 9 and pipe.image_tokenizer.config.sample_size == 6
+    assert pipe.config.default_num_inference_steps == 9 and pipe.image_tokenizer.config.sample_size == 6
     other = tmp_path / "other"
     KLTokenizer({**AUTOENCODER, "latent_channels": 8}).network.save_pretrained(other)
     with pytest.raises(StudioError, match="do not belong together"):

@@ -1,4 +1,4 @@
-"""Questions about pictures, on a tiny random LLaVA-NeXT with its real processor: counts, clocks, pruning, refusals."""
+"""Questions about images, on a tiny random LLaVA-NeXT with its real processor: counts, clocks, pruning, refusals."""
 
 import json
 
@@ -26,22 +26,22 @@ def pipe(folder):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 50).convert("RGB")
 
 
-def test_everything_is_read_without_a_method(pipe, picture):
-    answer = pipe(picture, "what is at the left", max_new_tokens=5)
-    inputs = pipe.processor(images=picture, text="<image>\nwhat is at the left", return_tensors="pt")
+def test_everything_is_read_without_a_method(pipe, image):
+    answer = pipe(image, "what is at the left", max_new_tokens=5)
+    inputs = pipe.processor(images=image, text="<image>\nwhat is at the left", return_tensors="pt")
     expected = pipe.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert answer.answer == pipe.processor.decode(expected, skip_special_tokens=True).strip()
     assert answer.visual_tokens == answer.kept_tokens == int((inputs["input_ids"] == 4).sum())
 
 
 @pytest.mark.parametrize("method", ["divprune", "hired", "globalcom2", "random", "uniform"])
-def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
-    whole = pipe(picture, "how many", max_new_tokens=3)
-    part = pipe(picture, "how many", prune=method, keep=0.25, max_new_tokens=3)
+def test_pruning_shrinks_prompt_and_cache(pipe, image, method):
+    whole = pipe(image, "how many", max_new_tokens=3)
+    part = pipe(image, "how many", prune=method, keep=0.25, max_new_tokens=3)
     assert part.visual_tokens == whole.visual_tokens
     assert abs(part.kept_tokens - 0.25 * whole.visual_tokens) <= 1
     each = whole.cache_bytes / (1 + whole.visual_tokens + 2 + 2)
@@ -51,14 +51,14 @@ def test_pruning_shrinks_prompt_and_cache(pipe, picture, method):
 
 
 @pytest.mark.parametrize(("method", "layer"), [("fastv", None), ("fastv", 1), ("divprune", 1)])
-def test_pruning_behind_a_layer_shrinks_the_caches_that_follow(pipe, picture, method, layer):
+def test_pruning_behind_a_layer_shrinks_the_caches_that_follow(pipe, image, method, layer):
     layers = pipe.model.config.text_config.num_hidden_layers
     if layer is None and layers <= 2:
         with pytest.raises(StudioError, match=f"from 1 to {layers - 1}"):
-            pipe(picture, "how many", prune=method, keep=0.25)
+            pipe(image, "how many", prune=method, keep=0.25)
         return
-    whole = pipe(picture, "how many", max_new_tokens=3)
-    part = pipe(picture, "how many", prune=method, keep=0.25, after_layer=layer, max_new_tokens=3)
+    whole = pipe(image, "how many", max_new_tokens=3)
+    part = pipe(image, "how many", prune=method, keep=0.25, after_layer=layer, max_new_tokens=3)
     assert part.kept_tokens == round(0.25 * whole.visual_tokens) and part.visual_tokens == whole.visual_tokens
     each = whole.cache_bytes / (1 + whole.visual_tokens + 2 + 2) / layers
     gone = (whole.visual_tokens - part.kept_tokens) * (layers - (layer or 2))
@@ -67,14 +67,14 @@ def test_pruning_behind_a_layer_shrinks_the_caches_that_follow(pipe, picture, me
     assert part.seconds["encode"] > 0
 
 
-def test_a_memory_answers_many_questions(pipe, picture, monkeypatch):
+def test_a_memory_answers_many_questions(pipe, image, monkeypatch):
     questions = ["how many", "what is at the left", "how many"]
-    alone = [pipe(picture, question, max_new_tokens=4).answer for question in questions]
-    memory = pipe.remember(picture, keep=1.0)
+    alone = [pipe(image, question, max_new_tokens=4).answer for question in questions]
+    memory = pipe.remember(image, keep=1.0)
     monkeypatch.setattr(pipe.model.model, "get_image_features", None)
     assert [pipe.ask(memory, question, max_new_tokens=4).answer for question in questions] == alone
     monkeypatch.undo()
-    small = pipe.remember(picture, keep=0.05)
+    small = pipe.remember(image, keep=0.05)
     assert small.kept_tokens == round(0.05 * memory.visual_tokens)
     assert small.cache_bytes * (1 + memory.visual_tokens) == memory.cache_bytes * (1 + small.kept_tokens)
     first, again = (pipe.ask(small, "how many", max_new_tokens=4) for _ in range(2))
@@ -82,26 +82,26 @@ def test_a_memory_answers_many_questions(pipe, picture, monkeypatch):
     with pytest.raises(StudioError, match="empty"):
         pipe.ask(small, " ")
     with pytest.raises(StudioError, match="coverage"):
-        pipe.remember(picture, method="none")
+        pipe.remember(image, method="none")
 
 
-def test_the_answer_grows_token_by_token_and_can_be_stopped(pipe, picture):
-    whole = pipe(picture, "how many", max_new_tokens=4)
+def test_the_answer_grows_token_by_token_and_can_be_stopped(pipe, image):
+    whole = pipe(image, "how many", max_new_tokens=4)
     seen = []
-    again = pipe(picture, "how many", max_new_tokens=4, on_step=seen.append)
+    again = pipe(image, "how many", max_new_tokens=4, on_step=seen.append)
     assert again.answer == whole.answer == seen[-1].answer
     assert seen[0].answer == "" and seen[0].views and len(seen) == 5
     assert all(later.answer.startswith(earlier.answer) for earlier, later in zip(seen, seen[1:]))
     few = []
-    stopped = pipe(picture, "how many", max_new_tokens=4, on_step=lambda answer: few.append(answer) or len(few) == 3)
+    stopped = pipe(image, "how many", max_new_tokens=4, on_step=lambda answer: few.append(answer) or len(few) == 3)
     assert len(few) == 3 and stopped.answer == seen[2].answer
-    unread = pipe(picture, "how many", on_step=lambda answer: True)
+    unread = pipe(image, "how many", on_step=lambda answer: True)
     assert unread.answer == "" and unread.cache_bytes == 0 and unread.seconds["encode"] > 0
 
 
 @pytest.mark.parametrize("size", [(96, 96), (192, 100), (60, 180)])
-def test_kept_tokens_have_their_places_in_the_picture(pipe, picture, size):
-    answer = pipe(picture.resize(size), "how many", prune="divprune", keep=0.3, max_new_tokens=1)
+def test_kept_tokens_have_their_places_in_the_image(pipe, image, size):
+    answer = pipe(image.resize(size), "how many", prune="divprune", keep=0.3, max_new_tokens=1)
     contents = len(answer.info.layouts[0].content)
     whole, crops = answer.views
     assert (whole.name, crops.name) == ("whole", "crops") and whole.box == (0, 0, 1, 1)
@@ -126,13 +126,13 @@ def test_kept_tokens_have_their_places_in_the_picture(pipe, picture, size):
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
-def test_wrong_calls_are_refused(pipe, picture, call, word):
+def test_wrong_calls_are_refused(pipe, image, call, word):
     with pytest.raises(StudioError, match=word):
-        pipe(picture, **{"question": "what", **call})
+        pipe(image, **{"question": "what", **call})
 
 
-def test_a_share_of_one_is_everything_in_every_spelling(pipe, picture):
-    answer = pipe(picture, "how many", prune="divprune", keep=1, max_new_tokens=1)
+def test_a_share_of_one_is_everything_in_every_spelling(pipe, image):
+    answer = pipe(image, "how many", prune="divprune", keep=1, max_new_tokens=1)
     assert answer.kept_tokens == answer.visual_tokens
 
 
@@ -142,8 +142,8 @@ def run(capfd, *arguments):
     return stopped.value.code, *capfd.readouterr()
 
 
-def test_ask_prints_answer_and_counts(folder, picture, tmp_path, capfd):
-    picture.save(tmp_path / "scene.png")
+def test_ask_prints_answer_and_counts(folder, image, tmp_path, capfd):
+    image.save(tmp_path / "scene.png")
     call = ("ask", tmp_path / "scene.png", "how many", "--model", folder, "--max-new-tokens", 3)
     code, out, err = run(capfd, *call, "--prune", "divprune", "--keep", 0.2, "--json")
     assert code == 0, err
@@ -154,8 +154,8 @@ def test_ask_prints_answer_and_counts(folder, picture, tmp_path, capfd):
     assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out
 
 
-def test_ask_reads_the_picture_once_for_several_questions(folder, picture, tmp_path, capfd):
-    picture.save(tmp_path / "scene.png")
+def test_ask_reads_the_image_once_for_several_questions(folder, image, tmp_path, capfd):
+    image.save(tmp_path / "scene.png")
     call = ("ask", tmp_path / "scene.png", "how many", "what is at the left", "--model", folder, "--max-new-tokens", 3)
     code, out, err = run(capfd, *call, "--json")
     assert code == 0, err
@@ -170,13 +170,13 @@ def test_ask_reads_the_picture_once_for_several_questions(folder, picture, tmp_p
     assert code == 2 and "one by one" in err
 
 
-def test_ask_refuses_what_changes_nothing_and_what_cannot_read(folder, tiny_folder, picture, tmp_path, capfd):
-    picture.save(tmp_path / "scene.png")
+def test_ask_refuses_what_changes_nothing_and_what_cannot_read(folder, tiny_folder, image, tmp_path, capfd):
+    image.save(tmp_path / "scene.png")
     for model, extra, word in (
         (folder, ("--keep", 0.2), "--prune"),
         (folder, ("--after-layer", 1), "--prune"),
-        (tiny_folder, (), "reads no pictures"),
-        (tiny_folder / "text_encoder", (), "reads no pictures"),
+        (tiny_folder, (), "reads no images"),
+        (tiny_folder / "text_encoder", (), "reads no images"),
     ):
         code, out, err = run(capfd, "ask", tmp_path / "scene.png", "what", "--model", model, *extra)
         assert code == 2 and out == "" and word in err and "Traceback" not in err

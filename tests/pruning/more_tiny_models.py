@@ -15,12 +15,12 @@ def _made(name, attention, **config):
 
 
 class Squares(Tiny):
-    """One square of `tokens` tokens for each picture of 24 x 24 pixels."""
+    """One square of `tokens` tokens for each image of 24 x 24 pixels."""
 
     tokens = 36
 
     def pixels(self, rows, numbers):
-        return {"pixel_values": torch.stack([self.draw(number, 3, 24, 24) for number in numbers])}, {}
+        return {"pixel_values": torch.stack([self.sample(number, 3, 24, 24) for number in numbers])}, {}
 
     def counts(self, numbers, rows):
         return [self.tokens] * len(numbers)
@@ -42,7 +42,7 @@ class VipLlava(Squares):
 
 
 class TypedSquares(Squares):
-    """A prompt that says which tokens are of a picture in `token_type_ids`."""
+    """A prompt that says which tokens are of an image in `token_type_ids`."""
 
     def prompt(self, *arguments, **keywords):
         inputs = super().prompt(*arguments, **keywords)
@@ -133,7 +133,7 @@ class GotOcr2(Squares):
         )
 
     def pixels(self, rows, numbers):
-        return {"pixel_values": torch.stack([self.draw(number, 3, 64, 64) for number in numbers])}, {}
+        return {"pixel_values": torch.stack([self.sample(number, 3, 64, 64) for number in numbers])}, {}
 
 
 class Aria(Squares):
@@ -235,7 +235,7 @@ class Mistral3(Tiny):
         pixels = torch.zeros(len(numbers), 3, 48, 48)
         for at, number in enumerate(numbers):
             height, width = self.size(number)
-            pixels[at, :, :height, :width] = self.draw(number, 3, height, width)
+            pixels[at, :, :height, :width] = self.sample(number, 3, height, width)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([self.size(number) for number in numbers])}, {}
 
     def counts(self, numbers, rows):
@@ -331,7 +331,7 @@ class MiniCPM(Tiny):
         return self.grids[number % len(self.grids)]
 
     def pixels(self, rows, numbers):
-        strips = [self.draw(number, 3, 4, 4 * self.grid(number)[0] * self.grid(number)[1]) for number in numbers]
+        strips = [self.sample(number, 3, 4, 4 * self.grid(number)[0] * self.grid(number)[1]) for number in numbers]
         sizes = torch.tensor([self.grid(number) for number in numbers])
         return {"pixel_values": torch.cat(strips, dim=-1)[None], "target_sizes": sizes}, {}
 
@@ -385,7 +385,7 @@ class Gemma4(Tiny):
         places = torch.full((len(numbers), 100, 2), -1)
         for at, number in enumerate(numbers):
             height, width = self.grid(number)
-            pixels[at, : height * width] = self.draw(number, height * width, 48).sigmoid()
+            pixels[at, : height * width] = self.sample(number, height * width, 48).sigmoid()
             rows_, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
             places[at, : height * width] = torch.stack((columns.flatten(), rows_.flatten()), dim=-1)
         return {"pixel_values": pixels, "image_position_ids": places}, {}

@@ -22,8 +22,8 @@ LAYOUTS = [
 
 
 def attention_for(layout, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    scores = torch.randn(3, layout.partitions, layout.size[0] * layout.size[1], generator=draw)
+    sample = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, layout.partitions, layout.size[0] * layout.size[1], generator=sample)
     return Attention(first=scores[0].softmax(-1), last=scores[1].softmax(-1), logits=scores[2])
 
 
@@ -103,8 +103,8 @@ def test_globalcom2_scores_do_not_depend_on_scale():
 
 
 def test_received_attention_is_the_column_mean():
-    draw = torch.Generator().manual_seed(0)
-    queries, keys = torch.randn(2, 3, 300, 8, generator=draw)
+    sample = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, 3, 300, 8, generator=sample)
     split = [part.view(3, 300, 2, 4).transpose(1, 2) for part in (queries, keys)]
     whole = (split[0] @ split[1].transpose(-1, -2) / 2).softmax(-1)
     received = received_attention(queries, keys, heads=2)

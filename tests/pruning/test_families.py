@@ -27,7 +27,7 @@ def no_gradients():
 
 
 def read(family, names, numbers=(0, 1, 2)):
-    """The family's scores and layouts for some pictures in one prompt, the encoder's output, and the inputs."""
+    """The family's scores and layouts for some images in one prompt, the encoder's output, and the inputs."""
     inputs = tiny(family, "eager").prompt((numbers,))
     found = family_of(tiny(family, "eager").model, "hired")
     skipped = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -59,10 +59,10 @@ def test_scores_of_cls(monkeypatch, family):
     seen = eager_weights(monkeypatch, family)
     scores, layouts, _, _ = read(family, ("first", "last", "logits"))
     first, last, top = (layer[:, :, 0].sum(1)[:, 1:].split([x.partitions for x in layouts]) for layer in seen[-3:])
-    for picture, score in enumerate(scores):
-        torch.testing.assert_close(score.first, first[picture], **TOLERANCE)
-        torch.testing.assert_close(score.last, last[picture], **TOLERANCE)
-        assert score.logits.shape == top[picture].shape
+    for image, score in enumerate(scores):
+        torch.testing.assert_close(score.first, first[image], **TOLERANCE)
+        torch.testing.assert_close(score.last, last[image], **TOLERANCE)
+        assert score.logits.shape == top[image].shape
 
 
 def test_the_layer_of_the_features(monkeypatch):
@@ -113,7 +113,7 @@ def test_layout_of_llava_next():
         assert torch.equal(layout.ids, Layout.anyres(6, grid, (height, width)).ids)
 
 
-def test_a_picture_of_one_partition_ends_in_a_newline():
+def test_a_image_of_one_partition_ends_in_a_newline():
     made = tiny("llava_onevision")
     _, info = prune_inputs(made.model, made.prompt(((0, 1),)), "hired", keep=0.5)
     for layout in info.layouts:
@@ -171,7 +171,7 @@ def test_refused_pairs_give_the_reason(family, reason, method):
 def test_refused_models():
     text = LlamaForCausalLM(LlamaConfig(**tiny_models.TEXT))
     for model in (text, object()):
-        with pytest.raises(StudioError, match="reads no pictures"), prune(model, "divprune"):
+        with pytest.raises(StudioError, match="reads no images"), prune(model, "divprune"):
             pass
     other = tiny_models.Llava15().model
     other.config.model_type = "new_vl"
@@ -190,7 +190,7 @@ def on_no_memory(name, **config):
     ("name", "text", "reason"),
     [
         ("Mllama", {}, "cross-attention"),
-        ("Phi4Multimodal", None, "features of pictures in place of pixels"),
+        ("Phi4Multimodal", None, "features of images in place of pixels"),
         ("Qwen3_5", {}, "linear attention layers carry a state"),
         ("Lfm2Vl", {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "conv layers carry a state"),
         ("MiniCPMV4_6", {"model_type": "qwen3_5_text"}, "linear attention layers carry a state"),
@@ -204,7 +204,7 @@ def test_families_that_cannot_say_why(name, text, reason):
 
 
 @pytest.mark.parametrize("family", ["mistral3", "gemma4", "minicpmv4_6"])
-def test_grids_in_the_proportions_of_the_picture(family):
+def test_grids_in_the_proportions_of_the_image(family):
     made = tiny(family)
     _, info = prune_inputs(made.model, made.prompt(((0, 1, 2),)), "uniform", keep=0.5)
     units = {"mistral3": 8, "gemma4": 2, "minicpmv4_6": 4}[family]
@@ -217,7 +217,7 @@ def test_videos_alone_are_refused_and_not_read_unpruned():
     inputs = made.prompt()
     inputs["input_ids"][inputs["input_ids"] == tiny_models.IMAGE] = tiny_models.VIDEO
     inputs["pixel_values_videos"], inputs["video_grid_thw"] = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
-    with prune(made.model, "divprune", keep=0.3), pytest.raises(StudioError, match="Only pictures are pruned"):
+    with prune(made.model, "divprune", keep=0.3), pytest.raises(StudioError, match="Only images are pruned"):
         made.model.generate(**inputs, max_new_tokens=2)
 
 

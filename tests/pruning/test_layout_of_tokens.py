@@ -34,6 +34,6 @@ def test_newlines_end_the_rows_of_crops_only():
     assert torch.equal(layout.row[layout.newlines], torch.arange(4))
 
 
-def test_a_single_newline_belongs_to_the_whole_picture():
+def test_a_single_newline_belongs_to_the_whole_image():
     layout = Layout.from_ids(torch.tensor([0, 1, 2, 3, -1]), (2, 2))
     assert layout.newline_of.tolist() == [4, 4, 4, 4, -1]

@@ -20,12 +20,12 @@ LAYOUTS = {
 
 def given(layout, seed=0, width=5):
     """Features and arguments that fit a layout."""
-    draw = torch.Generator().manual_seed(seed)
-    scores = torch.randn(3, layout.partitions, layout.size[0] * layout.size[1], generator=draw)
+    sample = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, layout.partitions, layout.size[0] * layout.size[1], generator=sample)
     attention = Attention(first=scores[0].softmax(-1), last=scores[1].softmax(-1), logits=scores[2])
-    features = torch.randn(len(layout), width, generator=draw)
+    features = torch.randn(len(layout), width, generator=sample)
     features[layout.newlines] = 1.0
-    return features, {"attention": attention, "layout": layout, "generator": draw}
+    return features, {"attention": attention, "layout": layout, "generator": sample}
 
 
 @pytest.mark.parametrize("newline", ["row", "keep", "drop"])
@@ -172,11 +172,11 @@ def test_apportion(total, weights, caps, expected):
 
 
 def test_apportion_loses_nothing():
-    draw = torch.Generator().manual_seed(0)
+    sample = torch.Generator().manual_seed(0)
     for _ in range(300):
-        caps = torch.randint(0, 20, (5,), generator=draw).tolist()
-        weights = (torch.rand(5, generator=draw) * torch.randint(0, 2, (5,), generator=draw)).tolist()
-        total = int(torch.randint(0, 60, (1,), generator=draw))
+        caps = torch.randint(0, 20, (5,), generator=sample).tolist()
+        weights = (torch.rand(5, generator=sample) * torch.randint(0, 2, (5,), generator=sample)).tolist()
+        total = int(torch.randint(0, 60, (1,), generator=sample))
         parts = apportion(total, weights, caps)
         assert sum(parts) == min(total, sum(caps))
         assert all(0 <= part <= cap for part, cap in zip(parts, caps))

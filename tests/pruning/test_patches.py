@@ -1,4 +1,4 @@
-"""Where tokens lie in the picture."""
+"""Where tokens lie in the image."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from studio.pruning.layout import NEWLINE, Layout, patch_views
 
 
-def test_a_plain_grid_covers_the_picture():
+def test_a_plain_grid_covers_the_image():
     (view,) = patch_views(Layout.plain(2, 3), torch.tensor([0, 5]), (300, 200), centred=False, crops=True)
     assert view.name == "whole" and view.box == (0, 0, 1, 1) and view.read.all()
     assert view.kept.tolist() == [[True, False, False], [False, False, True]]
@@ -17,7 +17,7 @@ def test_a_tower_that_cuts_the_margins_sees_the_middle():
     assert view.box == (0.25, 0, 0.75, 1)
 
 
-def test_a_canvas_reaches_beyond_the_picture_where_it_is_padded():
+def test_a_canvas_reaches_beyond_the_image_where_it_is_padded():
     layout = Layout.anyres(4, (2, 2), (100, 200))
     kept = torch.tensor([3, 16])
     whole, crops = patch_views(layout, kept, (200, 100), centred=False, crops=True)
@@ -26,13 +26,13 @@ def test_a_canvas_reaches_beyond_the_picture_where_it_is_padded():
     assert whole.kept.nonzero().tolist() == [[0, 3]] and crops.kept.nonzero().tolist() == [[2, 0]]
 
 
-def test_crops_in_an_unknown_order_are_not_drawn():
+def test_crops_in_an_unknown_order_are_not_sampled():
     layout = Layout.from_ids(torch.arange(12).roll(-4), (2, 2), (2, 1))
     views = patch_views(layout, torch.arange(12), (64, 64), centred=False, crops=False)
     assert [view.name for view in views] == ["whole"]
 
 
-def test_a_shrunk_canvas_covers_the_picture():
+def test_a_shrunk_canvas_covers_the_image():
     partition = torch.tensor([0, 0, 0, 0, 1, 1, 1, NEWLINE, 1, 1, 1, NEWLINE])
     row = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1])
     column = torch.tensor([0, 1, 0, 1, 0, 1, 2, -1, 0, 1, 2, -1])
@@ -42,6 +42,6 @@ def test_a_shrunk_canvas_covers_the_picture():
 
 
 @pytest.mark.parametrize(("size", "views"), [((64, 64), 0), ((640, 64), 1)])
-def test_a_row_of_tokens_is_drawn_on_a_strip_only(size, views):
+def test_a_row_of_tokens_is_sampled_on_a_strip_only(size, views):
     found = patch_views(Layout.plain(1, 12), torch.arange(3), size, centred=False, crops=True)
     assert len(found) == views

@@ -44,7 +44,7 @@ SIZES = {"square": (48, 48), "wide": (20, 48), "tall": (60, 40), "strip": (24, 7
 
 
 def ready(model):
-    """Larger weights, so that attention is not flat and pictures change the answer; no early end."""
+    """Larger weights, so that attention is not flat and images change the answer; no early end."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,26 +56,26 @@ def ready(model):
 
 
 class Tiny:
-    """`model`, and `prompt(rows)`: inputs for rows of pictures."""
+    """`model`, and `prompt(rows)`: inputs for rows of images."""
 
     def prompt(self, rows=((0,),), text=5, seed=0, labels=False, side="left"):
-        """Rows of picture numbers; each picture gets its own pixels, the text after it differs from row to row."""
-        draw = torch.Generator().manual_seed(seed)
+        """Rows of image numbers; each image gets its own pixels, the text after it differs from row to row."""
+        sample = torch.Generator().manual_seed(seed)
         numbers = [number for row in rows for number in row]
-        pictures, extra = self.pixels(rows, numbers)
+        images, extra = self.pixels(rows, numbers)
         counts = iter(self.counts(numbers, rows))
         lines = []
         for row in rows:
-            line = [1, *torch.randint(3, 90, (3,), generator=draw).tolist()]
+            line = [1, *torch.randint(3, 90, (3,), generator=sample).tolist()]
             for _ in row:
-                line += self.around(next(counts)) + torch.randint(3, 90, (2,), generator=draw).tolist()
-            lines.append(line + torch.randint(3, 90, (text,), generator=draw).tolist())
+                line += self.around(next(counts)) + torch.randint(3, 90, (2,), generator=sample).tolist()
+            lines.append(line + torch.randint(3, 90, (text,), generator=sample).tolist())
         longest = max(map(len, lines))
         pads = [longest - len(line) for line in lines]
         left = side == "left"
         ids = [[PAD] * n + line if left else line + [PAD] * n for n, line in zip(pads, lines)]
         mask = [[0] * n + [1] * len(line) if left else [1] * len(line) + [0] * n for n, line in zip(pads, lines)]
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **pictures, **extra}
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **images, **extra}
         if labels:
             inputs["labels"] = inputs["input_ids"].masked_fill(
                 (inputs["input_ids"] == IMAGE) | (inputs["attention_mask"] == 0), -100
@@ -89,7 +89,7 @@ class Tiny:
     def around(self, count):
         return [START, *[IMAGE] * count, END]
 
-    def draw(self, number, *shape):
+    def sample(self, number, *shape):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + number))
 
 
@@ -104,7 +104,7 @@ class Llava15(Tiny):
         self.model = ready(LlavaForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def pixels(self, rows, numbers):
-        return {"pixel_values": torch.stack([self.draw(number, 3, 24, 24) for number in numbers])}, {}
+        return {"pixel_values": torch.stack([self.sample(number, 3, 24, 24) for number in numbers])}, {}
 
     def counts(self, numbers, rows):
         return [36] * len(numbers)
@@ -135,14 +135,14 @@ class LlavaNext(Tiny):
         most = max(self.crops(number) for number in numbers)
         pixels = torch.zeros(len(numbers), most, 3, 24, 24)
         for at, number in enumerate(numbers):
-            pixels[at, : self.crops(number)] = self.draw(number, self.crops(number), 3, 24, 24)
+            pixels[at, : self.crops(number)] = self.sample(number, self.crops(number), 3, 24, 24)
         sizes = torch.tensor([self.size(number) for number in numbers])
         return {"pixel_values": pixels, "image_sizes": sizes}, {}
 
     def counts(self, numbers, rows):
-        pictures, extra = self.pixels(rows, numbers)
+        images, extra = self.pixels(rows, numbers)
         with torch.no_grad():
-            return [len(part) for part in self.model.model.get_image_features(**pictures, **extra).pooler_output]
+            return [len(part) for part in self.model.model.get_image_features(**images, **extra).pooler_output]
 
 
 class LlavaOnevision(LlavaNext):
@@ -158,8 +158,8 @@ class LlavaOnevision(LlavaNext):
         self.model = ready(LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attention))
 
     def pixels(self, rows, numbers):
-        pictures, _ = super().pixels(rows, numbers)
-        return pictures, {"batch_num_images": torch.tensor([len(row) for row in rows])}
+        images, _ = super().pixels(rows, numbers)
+        return images, {"batch_num_images": torch.tensor([len(row) for row in rows])}
 
 
 class Qwen25(Tiny):
@@ -191,7 +191,9 @@ class Qwen25(Tiny):
         return self.grids[number % len(self.grids)]
 
     def pixels(self, rows, numbers):
-        patches = [self.draw(number, self.grid(number)[1] * self.grid(number)[2], 3 * 2 * 4 * 4) for number in numbers]
+        patches = [
+            self.sample(number, self.grid(number)[1] * self.grid(number)[2], 3 * 2 * 4 * 4) for number in numbers
+        ]
         grids = torch.tensor([self.grid(number) for number in numbers])
         return {"pixel_values": torch.cat(patches), "image_grid_thw": grids}, {}
 
@@ -241,7 +243,7 @@ class InternVL(Tiny):
         return self.tiles[number % len(self.tiles)]
 
     def pixels(self, rows, numbers):
-        return {"pixel_values": torch.cat([self.draw(n, self.number_of_tiles(n), 3, 24, 24) for n in numbers])}, {}
+        return {"pixel_values": torch.cat([self.sample(n, self.number_of_tiles(n), 3, 24, 24) for n in numbers])}, {}
 
     def counts(self, numbers, rows):
         return [9 * self.number_of_tiles(number) for number in numbers]
@@ -263,7 +265,7 @@ class SmolVLM(Tiny):
         return self.tiles[number % len(self.tiles)]
 
     def pixels(self, rows, numbers):
-        groups = [torch.cat([self.draw(n, self.number_of_tiles(n), 3, 24, 24) for n in row]) for row in rows]
+        groups = [torch.cat([self.sample(n, self.number_of_tiles(n), 3, 24, 24) for n in row]) for row in rows]
         pixels = torch.zeros(len(rows), max(map(len, groups)), 3, 24, 24)
         for row, group in zip(pixels, groups):
             row[: len(group)] = group

@@ -59,6 +59,6 @@ def test_an_autoencoder_of_diffusers_becomes_one():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 18), (1, 3, 14, 16), (3, 16, 16), (1, 4, 16, 16)])
-def test_pictures_that_do_not_fit_are_refused(tokenizer, shape):
+def test_images_that_do_not_fit_are_refused(tokenizer, shape):
     with pytest.raises(StudioError, match="must be"):
         tokenizer.encode(torch.zeros(shape))

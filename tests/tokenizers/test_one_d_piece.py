@@ -1,4 +1,4 @@
-"""One-D-Piece: any first tokens are a picture, batches of mixed lengths, the legacy reshape, gradients, refusals."""
+"""One-D-Piece: any first tokens are an image, batches of mixed lengths, the legacy reshape, gradients, refusals."""
 
 import pytest
 import torch
@@ -36,15 +36,15 @@ def tiny(**more):
     return OneDPieceTokenizer(**{**SIZES, **more}).eval()
 
 
-def pictures(n=3):
+def images(n=3):
     return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @STAGES
 @torch.no_grad()
-def test_the_first_tokens_are_a_picture_and_the_rest_does_not_count(stage):
+def test_the_first_tokens_are_a_image_and_the_rest_does_not_count(stage):
     model = tiny(pixel_stage=stage)
-    tokens = model.encode(pictures())
+    tokens = model.encode(images())
     assert tokens.shape == (3, 6) and tokens.dtype == torch.int64
     for length in (1, 4, 6):
         restored = model.decode(tokens, length)
@@ -58,9 +58,9 @@ def test_the_first_tokens_are_a_picture_and_the_rest_does_not_count(stage):
 
 @STAGES
 @torch.no_grad()
-def test_a_batch_of_mixed_lengths_equals_its_pictures_alone(stage):
+def test_a_batch_of_mixed_lengths_equals_its_images_alone(stage):
     model = tiny(pixel_stage=stage)
-    tokens, lengths = model.encode(pictures()), [2, 5, 1]
+    tokens, lengths = model.encode(images()), [2, 5, 1]
     together = model.decode(tokens, lengths)
     for index, length in enumerate(lengths):
         alone = model.decode(tokens[index : index + 1, :length])
@@ -70,7 +70,7 @@ def test_a_batch_of_mixed_lengths_equals_its_pictures_alone(stage):
 @torch.no_grad()
 def test_the_legacy_reshape_reads_rows_as_columns():
     model = tiny()
-    rows = model.encoder((pictures() + 1) / 2, model.latent_tokens)
+    rows = model.encoder((images() + 1) / 2, model.latent_tokens)
     n, width = rows.shape[1:]
     expected = torch.empty(3, width, n)
     for channel in range(width):
@@ -78,10 +78,10 @@ def test_the_legacy_reshape_reads_rows_as_columns():
             place = channel * n + token
             expected[:, channel, token] = rows[:, place // width, place % width]
     projected = F.conv1d(expected, model.encoder.conv_out.weight[..., 0], model.encoder.conv_out.bias)
-    torch.testing.assert_close(model.encode_features(pictures()), projected.transpose(1, 2))
+    torch.testing.assert_close(model.encode_features(images()), projected.transpose(1, 2))
     model.register_to_config(legacy_reshape=False)
     projected = F.conv1d(rows.transpose(1, 2), model.encoder.conv_out.weight[..., 0], model.encoder.conv_out.bias)
-    torch.testing.assert_close(model.encode_features(pictures()), projected.transpose(1, 2))
+    torch.testing.assert_close(model.encode_features(images()), projected.transpose(1, 2))
 
 
 @torch.no_grad()
@@ -101,9 +101,9 @@ def test_a_block_equals_torchs_own_layer():
 @torch.no_grad()
 def test_tokens_are_the_nearest_codes_by_angle():
     model = tiny()
-    features = model.encode_features(pictures())
+    features = model.encode_features(images())
     angles = F.cosine_similarity(features[:, :, None], model.quantize.embedding.weight, dim=-1)
-    assert torch.equal(model.encode(pictures()), angles.argmax(dim=-1))
+    assert torch.equal(model.encode(images()), angles.argmax(dim=-1))
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_patches_stand_side_by_side_and_see_their_neighbours():
 
 def test_gradients_pass_the_quantiser_and_reach_the_codebook():
     model = tiny(pixel_stage="patches")
-    features = model.encode_features(pictures()).detach().requires_grad_()
+    features = model.encode_features(images()).detach().requires_grad_()
     quantized = model.quantize_features(features)
     assert torch.equal(quantized.vectors, model.codebook[quantized.tokens]) or torch.allclose(
         quantized.vectors, model.codebook[quantized.tokens], atol=1e-6
@@ -130,29 +130,29 @@ def test_gradients_pass_the_quantiser_and_reach_the_codebook():
     [passed] = torch.autograd.grad((quantized.vectors * weights).sum(), features, retain_graph=True)
     [expected] = torch.autograd.grad((unit * weights).sum(), features)
     torch.testing.assert_close(passed, expected)
-    restored, loss = model(pictures(), 3)
+    restored, loss = model(images(), 3)
     (restored.square().mean() + loss).backward()
     assert model.quantize.embedding.weight.grad.abs().sum() > 0
     assert model.latent_tokens.grad.abs().sum() > 0
-    torch.testing.assert_close(restored, model.decode(model.encode(pictures()), 3), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(restored, model.decode(model.encode(images()), 3), atol=1e-5, rtol=1e-4)
 
 
 def test_training_mode_drops_nothing():
     model = tiny().train()
-    tokens = model.encode(pictures())
+    tokens = model.encode(images())
     torch.testing.assert_close(model.decode(tokens), tiny().decode(tokens))
 
 
 def test_refusals():
     model = tiny()
-    tokens = model.encode(pictures())
+    tokens = model.encode(images())
     for length in (0, 7, [1, 2], [1, 2, 7]):
         with pytest.raises(StudioError, match="length"):
             model.decode(tokens, length)
     for wrong in (tokens[:, :0], torch.cat((tokens, tokens), dim=1)):
         with pytest.raises(StudioError, match="from 1 to 6 tokens"):
             model.decode(wrong)
-    with pytest.raises(StudioError, match="Pictures must be"):
+    with pytest.raises(StudioError, match="Images must be"):
         model.encode(torch.zeros(1, 3, 16, 20))
     for wrong in (
         {"pixel_stage": "none"},

@@ -1,4 +1,4 @@
-"""Searched tokens restore a picture better than the encoder's, from the tokens that count, and never worse."""
+"""Searched tokens restore an image better than the encoder's, from the tokens that count, and never worse."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 import studio
 from studio import StudioError
-from studio.bench.rate_distortion import held_out_pictures
+from studio.bench.rate_distortion import held_out_images
 from studio.tokenizers.refinement import refined_tokens
 
 
@@ -15,12 +15,12 @@ def tokenizer(tiny_one_d):
     return tiny_one_d
 
 
-def pictures(count):
+def random_images(count):
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def pil_to_tensor(picture):
-    return torch.from_numpy(np.asarray(picture).copy()).movedim(-1, 0) / 127.5 - 1
+def pil_to_tensor(image):
+    return torch.from_numpy(np.asarray(image).copy()).movedim(-1, 0) / 127.5 - 1
 
 
 @torch.no_grad()
@@ -29,8 +29,8 @@ def errors_of(tokenizer, tokens, images, lengths):
     return ((restored - images) / 2).square().mean(dim=(1, 2, 3))
 
 
-def test_no_picture_is_worse_and_all_together_are_better(tokenizer):
-    images, lengths = pictures(5), [1, 3, 6, 6, 4]
+def test_no_image_is_worse_and_all_together_are_better(tokenizer):
+    images, lengths = random_images(5), [1, 3, 6, 6, 4]
     plain = tokenizer.encode(images)
     before = errors_of(tokenizer, plain, images, lengths)
     tokens, found = refined_tokens(tokenizer, images, lengths, 30)
@@ -41,32 +41,32 @@ def test_no_picture_is_worse_and_all_together_are_better(tokenizer):
 
 
 def test_more_steps_are_no_worse(tokenizer):
-    images = pictures(4)
+    images = random_images(4)
     found = [refined_tokens(tokenizer, images, [6] * 4, steps)[1] for steps in (0, 5, 25)]
     assert (found[1] <= found[0]).all() and (found[2] <= found[1]).all() and found[2].sum() < found[0].sum()
 
 
 def test_without_steps_they_are_the_encoders(tokenizer):
-    assert torch.equal(refined_tokens(tokenizer, pictures(2), [6, 6], 0)[0], tokenizer.encode(pictures(2)))
+    assert torch.equal(refined_tokens(tokenizer, random_images(2), [6, 6], 0)[0], tokenizer.encode(random_images(2)))
 
 
 def test_tokens_that_do_not_count_are_left_alone_and_weights_get_no_gradients(tokenizer):
-    tokens, _ = refined_tokens(tokenizer, pictures(2), [2, 2], 10)
-    assert torch.equal(tokens[:, 2:], tokenizer.encode(pictures(2))[:, 2:])
+    tokens, _ = refined_tokens(tokenizer, random_images(2), [2, 2], 10)
+    assert torch.equal(tokens[:, 2:], tokenizer.encode(random_images(2))[:, 2:])
     assert all(weight.grad is None for weight in tokenizer.parameters())
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(tokenizer, off):
     with off():
-        _, found = refined_tokens(tokenizer, pictures(2), [6, 6], 10)
-        assert found.sum() < refined_tokens(tokenizer, pictures(2), [6, 6], 0)[1].sum()
+        _, found = refined_tokens(tokenizer, random_images(2), [6, 6], 10)
+        assert found.sum() < refined_tokens(tokenizer, random_images(2), [6, 6], 0)[1].sum()
 
 
 def test_twenty_steps_of_emoji_1d_gain_half_a_decibel():
-    """On four pictures of concepts that it has not seen (seed 0), from all tokens."""
+    """On four images of concepts that it has not seen (seed 0), from all tokens."""
     tokenizer = studio.load("emoji-1d", device="cpu", dtype="float32")
-    images = torch.stack([pil_to_tensor(picture) for picture in held_out_pictures(64, 4, 0)])
+    images = torch.stack([pil_to_tensor(image) for image in held_out_images(64, 4, 0)])
     found = [refined_tokens(tokenizer, images, [128] * 4, steps)[1] for steps in (0, 20)]
     gained = -10 * (found[1].log10() - found[0].log10()).mean()
     assert gained > 0.5
@@ -75,4 +75,4 @@ def test_twenty_steps_of_emoji_1d_gain_half_a_decibel():
 @pytest.mark.parametrize("steps", [-1, 1.5, True, None])
 def test_what_is_no_number_of_steps_is_refused(tokenizer, steps):
     with pytest.raises(StudioError, match="refine must be a whole number"):
-        refined_tokens(tokenizer, pictures(1), [6], steps)
+        refined_tokens(tokenizer, random_images(1), [6], steps)

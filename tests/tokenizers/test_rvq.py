@@ -62,7 +62,7 @@ def test_blocks_of_pixels_may_be_folded_first():
 
 
 @torch.no_grad()
-def test_the_first_levels_are_a_picture():
+def test_the_first_levels_are_a_image():
     model = tiny()
     codes = model.encode(torch.rand(1, 3, 8, 8))
     for depth in (1, 2, 3):
@@ -97,7 +97,7 @@ def test_refuses_what_does_not_fit():
         tiny(base_channels=6)
     with pytest.raises(StudioError, match="multiples of 4 and 2"):
         tiny(cell=(2, 1)).encode(torch.zeros(1, 3, 6, 6))
-    with pytest.raises(StudioError, match="Pictures must be"):
+    with pytest.raises(StudioError, match="Images must be"):
         tiny().encode(torch.zeros(1, 1, 8, 8))
 
 
@@ -165,14 +165,14 @@ def test_many_vectors_are_compared_in_parts(monkeypatch):
 
 def test_soft_codes():
     model, z = quantizer((8, 8, 8), shared=True), vectors(2, 50)
-    law, codes = model.soft_codes(z, 0.5)
-    torch.testing.assert_close(law.sum(dim=-1), torch.ones(2, 50, 3))
-    assert torch.equal(law.argmax(dim=-1), codes) and torch.equal(codes, model.encode(z))
-    law, drawn = model.soft_codes(z, 0.5, torch.Generator().manual_seed(0))
-    assert not torch.equal(drawn, codes)
-    rest = z - model.tables[0][drawn[..., 0]]
+    distribution, codes = model.soft_codes(z, 0.5)
+    torch.testing.assert_close(distribution.sum(dim=-1), torch.ones(2, 50, 3))
+    assert torch.equal(distribution.argmax(dim=-1), codes) and torch.equal(codes, model.encode(z))
+    distribution, sampled = model.soft_codes(z, 0.5, torch.Generator().manual_seed(0))
+    assert not torch.equal(sampled, codes)
+    rest = z - model.tables[0][sampled[..., 0]]
     distances = (rest[..., None, :] - model.tables[1]).square().sum(dim=-1)
-    torch.testing.assert_close(law[..., 1, :], (-distances / 0.5).softmax(dim=-1))
+    torch.testing.assert_close(distribution[..., 1, :], (-distances / 0.5).softmax(dim=-1))
 
 
 def test_without_memory_a_codebook_is_the_mean_of_its_vectors():
@@ -188,9 +188,9 @@ def test_unused_codes_start_anew_from_the_batch():
     quantized = learn_codebooks(model, [CodebookAverages(model.tables[0], decay=0.99)], z)
     assert quantized.vectors.shape == z.shape and quantized.codes.shape == (3, 20, 2)
     few = vectors(4)
-    drawn = restart_candidates(few, 10, torch.Generator().manual_seed(0))
-    assert drawn.shape == (10, 5)
-    assert torch.cdist(drawn, few).min(dim=1).values.max() <= 0.01
+    sampled = restart_candidates(few, 10, torch.Generator().manual_seed(0))
+    assert sampled.shape == (10, 5)
+    assert torch.cdist(sampled, few).min(dim=1).values.max() <= 0.01
 
 
 def test_learning_lowers_the_error():

@@ -74,7 +74,7 @@ def test_a_tie_takes_the_lower_level():
 
 
 @torch.no_grad()
-def test_pictures_to_tokens_and_back():
+def test_images_to_tokens_and_back():
     model, images = tiny(), torch.rand(2, 3, 16, 16) * 2 - 1
     tokens = model.encode(images)
     assert tokens.shape == (2, 4, 4, 3) and tokens.dtype == torch.int64 and model.bits_per_token == 6
@@ -84,8 +84,8 @@ def test_pictures_to_tokens_and_back():
     assert (values - latents).abs().max() < 0.4
     torch.testing.assert_close(model.decode(tokens), model.continuous.decode(values / 2.0))
     torch.testing.assert_close(model(images), model.decode(tokens))
-    drawn = [model.encode(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    sampled = [model.encode(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
 
 
 @torch.no_grad()

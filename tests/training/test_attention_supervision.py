@@ -16,18 +16,18 @@ from studio.training.reader_network import PATCH
 @pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (2, 2)])
 def test_the_patches_of_a_cell_are_those_that_change_with_it(tiny_reader, tiles):
     model, processor = tiny_reader
-    picture = draw_scene(np.random.default_rng(0), tiles).picture
+    image = draw_scene(np.random.default_rng(0), tiles).image
     cells = cells_of_patches(tiles, PATCH)
 
     def features(pixels):
         inputs = processor.image_processor([Image.fromarray(pixels)], return_tensors="pt")
         return torch.cat(list(model.model.get_image_features(**inputs, return_dict=True).pooler_output))
 
-    before = features(picture)
+    before = features(image)
     assert len(before) == len(cells)
     for cell in range(4 * tiles[0] * tiles[1]):
         row, column = divmod(cell, 2 * tiles[1])
-        changed = picture.copy()
+        changed = image.copy()
         changed[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] ^= 255
         change = (features(changed) - before).norm(dim=1)
         by_cell = [float(change[cells == other].mean()) for other in range(4 * tiles[0] * tiles[1])]
@@ -45,7 +45,7 @@ def test_what_no_token_shows_is_shown_by_the_first_and_numbers_are_shared_with_i
 
 
 def test_the_loss_is_that_of_the_attention_that_the_model_has(tiny_reader, monkeypatch):
-    """Eager attention returns its weights; over the picture alone they are those that the loss is about."""
+    """Eager attention returns its weights; over the image alone they are those that the loss is about."""
     model, processor = tiny_reader
     monkeypatch.setattr(attention_supervision, "_SHARE", 1.0)
     language_model = model.model.language_model
@@ -71,8 +71,8 @@ def test_the_loss_is_that_of_the_attention_that_the_model_has(tiny_reader, monke
     for row in range(2):
         for question, end in enumerate(packed.ends(6)[row].tolist()):
             assert packed.ids[row, end] == processor.tokenizer.convert_tokens_to_ids("?")
-            to_picture = seen["weights"][row, :, 1 + len(cells) + end, : 1 + len(cells)]
-            law, share = to_picture / to_picture.sum(-1, keepdim=True), on_first[row, question]
-            on_it = (law[:, 1:] * shown[row, question]).sum(-1)
-            wanted.append(-(share * law[:, 0].log() + (1 - share) * on_it.log().clamp(min=-99)))
+            to_image = seen["weights"][row, :, 1 + len(cells) + end, : 1 + len(cells)]
+            distribution, share = to_image / to_image.sum(-1, keepdim=True), on_first[row, question]
+            on_it = (distribution[:, 1:] * shown[row, question]).sum(-1)
+            wanted.append(-(share * distribution[:, 0].log() + (1 - share) * on_it.log().clamp(min=-99)))
     torch.testing.assert_close(mine, torch.stack(wanted).mean(), atol=1e-4, rtol=1e-4)

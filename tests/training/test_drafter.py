@@ -5,7 +5,7 @@ import torch
 
 import studio
 from studio import LlamaGen, Speculative, StudioError
-from studio.decoding.drafts import Recycling
+from studio.decoding.drafts import TokenRecycling
 from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
@@ -39,7 +39,9 @@ def test_what_is_exported_drafts_and_is_measured(small, tiny_folder, tmp_path):
     sampled = pipe("a red apple", decoding=Speculative(weights="plain"), **call)
     assert called and torch.equal(sampled.tokens, target("a red apple", **call).tokens)
     called.clear()
-    assert torch.equal(pipe("a red apple", decoding=Speculative(drafts=Recycling()), **call).tokens, sampled.tokens)
+    assert torch.equal(
+        pipe("a red apple", decoding=Speculative(drafts=TokenRecycling()), **call).tokens, sampled.tokens
+    )
     assert not called
 
 
@@ -107,13 +109,13 @@ def test_training_makes_drafts_that_are_accepted():
     condition = {"captions": captions, "caption_mask": mask}
     shape = StaticTree(((0,), (0, 0), (0, 0, 0)))
 
-    def draw(drafter, seed):
+    def sample(drafter, seed):
         generators = [torch.Generator().manual_seed(seed + row) for row in range(64)]
         settings = Speculative(drafts=DrafterDrafts(drafter, shape), weights="plain")
         return speculative(target, condition, generators=generators, sampling=Sampling(), settings=settings)
 
     module = TrainableDrafter(Drafter.for_target(target), target)
-    before = draw(module.drafter.eval(), 0)
+    before = sample(module.drafter.eval(), 0)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(150):
         loss = module.train()(before.tokens, torch.zeros(64, dtype=torch.bool), **condition)
@@ -121,5 +123,5 @@ def test_training_makes_drafts_that_are_accepted():
         loss.backward()
         optimizer.step()
     assert not module.target.training and target.output.weight.grad is None
-    after = draw(module.drafter.eval(), 1000)
+    after = sample(module.drafter.eval(), 1000)
     assert after.mean_accepted_length > before.mean_accepted_length + 0.1

@@ -36,7 +36,7 @@ def test_batches_follow_from_the_seed_alone(kind, recipe, drafter_recipe, tiny_m
 
 
 def test_shares_of_masked_tokens():
-    """2,000 draws, seed 0: the mean of the truncated Gaussian is 0.867, five standard errors are below 0.01."""
+    """2,000 samples, seed 0: the mean of the truncated Gaussian is 0.867, five standard errors are below 0.01."""
     rng = np.random.default_rng(0)
     shares = [masked_share(rng) for _ in range(2000)]
     assert 0.7 <= min(shares) and max(shares) <= 1

@@ -1,4 +1,4 @@
-"""The start of a One-D-Piece tokenizer: untrained it already restores pictures, each token from where it stands."""
+"""The start of a One-D-Piece tokenizer: untrained it already restores images, each token from where it stands."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ SIZES = {
 }
 
 
-def smooth_pictures(count, seed):
+def smooth_images(count, seed):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 5, 5, generator=generator) * 2 - 1
     return F.interpolate(coarse, size=16, mode="bicubic", align_corners=True).clamp(-1, 1)
@@ -39,7 +39,7 @@ def smooth_pictures(count, seed):
 def started_with(**sizes):
     torch.manual_seed(0)
     tokenizer = OneDPieceTokenizer(**{**SIZES, **sizes})
-    init_as_pyramid(tokenizer, smooth_pictures(256, seed=1))
+    init_as_pyramid(tokenizer, smooth_images(256, seed=1))
     return tokenizer.eval()
 
 
@@ -49,7 +49,7 @@ def started():
 
 
 def left(tokenizer, images, length):
-    """Mean squared error from the first tokens, before quantisation, over the pictures' variance."""
+    """Mean squared error from the first tokens, before quantisation, over the images' variance."""
     vectors = F.normalize(tokenizer.encode_features(images), dim=-1)
     return float((tokenizer.decode_vectors(vectors, length) - images).square().mean() / images.var())
 
@@ -70,9 +70,9 @@ def test_a_pyramid_goes_from_quarters_to_cells_and_over_the_cells_again():
 
 
 @torch.no_grad()
-def test_untrained_it_restores_pictures_and_better_from_more_tokens(started):
+def test_untrained_it_restores_images_and_better_from_more_tokens(started):
     """Random weights, the control, restore nothing."""
-    images = smooth_pictures(64, seed=2)
+    images = smooth_images(64, seed=2)
     errors = [left(started, images, length) for length in (4, 12, 20)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.1
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_tokens_that_stand_for_a_cell_once_more_tell_more(monkeypatch):
     """Of six numbers a token, so that one does not say it all; where they turn to nothing new, the control, they add
     little.
     """
-    images = smooth_pictures(64, seed=2)
+    images = smooth_images(64, seed=2)
     gains = []
     for turn in (pyramid_init._turn_to_the_next, lambda *args: None):
         monkeypatch.setattr(pyramid_init, "_turn_to_the_next", turn)
@@ -114,7 +114,7 @@ def test_a_block_maps_marked_rows_and_leaves_others_alone():
 
 @torch.no_grad()
 def test_a_token_says_what_is_where_it_stands(started):
-    images = smooth_pictures(8, seed=3)
+    images = smooth_images(8, seed=3)
     changed = images.clone()
     changed[:, :, :4, :4] = -changed[:, :, :4, :4]
     vectors, others = (F.normalize(started.encode_features(each), dim=-1) for each in (images, changed))

@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPVisionModel, T5EncoderModel
 
 from studio.checkpoints.loading import load
-from studio.data.captions import open_choices
+from studio.data.captions import prompt_completion
 from studio.errors import StudioError
 from studio.evaluation.judge import Judge, load_judge
 from studio.pipelines.llamagen import LlamaGenPipeline
@@ -148,7 +148,7 @@ def test_trains_exports_and_goes_on(kind, small, tmp_path):
     model = read(kind, result["folder"])
     assert isinstance(model, LOADED[kind])
     if kind in GENERATORS:
-        assert model.config.open_choices == open_choices() and "red apple" in model.vocabulary[1]
+        assert model.config.prompt_completion == prompt_completion() and "red apple" in model.vocabulary[1]
     sheet = tmp_path / kind / "samples" / "000002.png"
     assert sheet.is_file() == (kind not in ("drafter", "mar-drafter", "judge", "tower", "reader"))
     start = {"init_from": kind, "learning_rate": 1e-12}

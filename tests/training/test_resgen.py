@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from studio.decoding.resgen import FirstHitting, ResidualUnmasking, hidden_slots, hide, residual_unmasking
+from studio.decoding.resgen import FirstHitting, ResGenDecoding, hidden_slots, hide, resgen_decoding
 from studio.decoding.sampling import Sampling
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
@@ -69,8 +69,8 @@ def test_components_start_where_the_data_lie(tiny):
 
 
 @pytest.mark.parametrize("prediction", ["mixture", "levels"])
-def test_what_was_learned_is_drawn(prediction):
-    """Two classes of one image each, 200 steps: every sampler draws most of their codes, any number of calls."""
+def test_what_was_learned_is_sampled(prediction):
+    """Two classes of one image each, 200 steps: every sampler samples most of their codes, any number of calls."""
     torch.manual_seed(0)
     quantizer = ResidualQuantizer((4, 4), 3, shared=False)
     quantizer.codebooks[1].weight.data.mul_(0.3)
@@ -87,8 +87,8 @@ def test_what_was_learned_is_drawn(prediction):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for settings in (ResidualUnmasking(steps=1), ResidualUnmasking(steps=3), FirstHitting(steps=8)):
-        drawn = residual_unmasking(
+    for settings in (ResGenDecoding(steps=1), ResGenDecoding(steps=3), FirstHitting(steps=8)):
+        sampled = resgen_decoding(
             model.eval(),
             quantizer,
             {"class_labels": labels},
@@ -96,4 +96,4 @@ def test_what_was_learned_is_drawn(prediction):
             sampling=Sampling(temperature=0),
             settings=settings,
         ).tokens
-        assert (drawn == images).double().mean() > 0.9, settings
+        assert (sampled == images).double().mean() > 0.9, settings

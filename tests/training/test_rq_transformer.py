@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from studio.decoding.rq_transformer import cell_by_cell
+from studio.decoding.rq_transformer import rq_decoding
 from studio.decoding.sampling import Sampling
 from studio.training.rq_transformer import RQTransformerRecipe
 
@@ -50,7 +50,7 @@ def test_each_loss_is_that_of_the_network(tiny):
     assert not torch.allclose(module(codes, (codes + 1) % 16, **words), whole)
 
 
-def test_what_was_learned_is_drawn(tiny):
+def test_what_was_learned_is_sampled(tiny):
     """Two captions of one image each, 100 steps: the likeliest codes are those of the images."""
     torch.manual_seed(0)
     module = tiny.build()
@@ -64,7 +64,7 @@ def test_what_was_learned_is_drawn(tiny):
         loss.backward()
         optimizer.step()
     said = module.eval().condition(**{name: batch[name] for name in ("input_ids", "attention_mask")})
-    drawn = cell_by_cell(
+    sampled = rq_decoding(
         module.transformer,
         said["captions"],
         module.quantizer.tables,
@@ -73,4 +73,4 @@ def test_what_was_learned_is_drawn(tiny):
         sampling=Sampling(temperature=0),
         guidance_scale=1.5,
     )
-    assert (drawn.flatten(1, 2) == batch["codes"]).double().mean() > 0.9
+    assert (sampled.flatten(1, 2) == batch["codes"]).double().mean() > 0.9

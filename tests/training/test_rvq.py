@@ -68,7 +68,7 @@ def test_each_part_is_restored_from_its_own_levels(module, monkeypatch):
 
 
 @torch.no_grad()
-def test_another_scale_changes_no_code_and_no_picture(module):
+def test_another_scale_changes_no_code_and_no_image(module):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
 
     def outcome():
@@ -77,11 +77,11 @@ def test_another_scale_changes_no_code_and_no_picture(module):
         codes = module.tokenizer.encode(images)
         return codes, module.tokenizer.decode(codes), module.tokenizer.encode_features(images)
 
-    codes, pictures, vectors = outcome()
+    codes, originals, vectors = outcome()
     rvq.scale_vectors(module, 4.0)
     same, again, scaled = outcome()
     assert torch.equal(codes, same)
-    torch.testing.assert_close(again, pictures, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again, originals, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(scaled, 4 * vectors, atol=1e-5, rtol=1e-4)
 
 

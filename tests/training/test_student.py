@@ -8,7 +8,7 @@ import studio
 from studio import Distilled, LlamaGen, StudioError
 from studio.data.emoji import EmojiSource
 from studio.data.image_folder import ImageFolder
-from studio.decoding.distilled import draw_pairs
+from studio.decoding.distilled import sample_pairs
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
 from studio.models.distilled import DistilledStudent
@@ -73,7 +73,7 @@ def test_pairs_are_kept_and_decided_by_their_number(tiny_pipeline, monkeypatch):
     assert tokens.shape == (6, 16) and len(list(pairs.folder.iterdir())) == 2
     caption, noise = pairs.inputs(5)
     assert caption == pairs.inputs(5)[0] and np.array_equal(noise, pairs.inputs(5)[1])
-    expected = draw_pairs(
+    expected = sample_pairs(
         tiny_pipeline.transformer,
         pairs.condition([caption]),
         torch.from_numpy(noise)[None],
@@ -106,7 +106,7 @@ def test_a_student_learns_the_map():
     torch.nn.init.normal_(teacher.tok_embeddings.weight)
     codebook = torch.randn(8, 3)
     noise, labels = torch.randn(2048, 4, 3), torch.randint(2, (2048,))
-    tokens = draw_pairs(
+    tokens = sample_pairs(
         teacher, {"class_labels": labels}, noise, NoiseMap(codebook), sampling=Sampling(), guidance_scale=1.0
     )
     module = TrainableStudent(DistilledStudent.from_teacher(teacher, codebook), codebook)

@@ -1,4 +1,4 @@
-"""Shared by the tests of the app: it draws and reads with tiny random models."""
+"""Shared by the tests of the app: it samples and reads with tiny random models."""
 
 import time
 
@@ -14,12 +14,12 @@ from studio.ui.server import limits, models, worker
 from studio.ui.server.limits import Limits
 from studio.ui.server.options import devices_of, prepare
 from studio.ui.server.run import running
-from studio.ui.server.scheduler import Bounds
+from studio.ui.server.scheduler import QueueLimits
 
 
 @pytest.fixture
 def steps(tiny_pipeline, monkeypatch, request):
-    """The app draws with the tiny pipeline; the list grows by one with each call of the transformer.
+    """The app samples with the tiny pipeline; the list grows by one with each call of the transformer.
 
     A call lasts 60 ms, or as long as an indirect parameter says.
     """
@@ -61,7 +61,7 @@ def address(tiny_pipeline, tiny_reader):
         patch.setitem(models._pipelines, "tiny", tiny_pipeline)
         patch.setitem(models._readers, "tiny", VisualQuestionPipeline(*tiny_reader))
         patch.setitem(models._tokenizers, "tiny", tiny_pipeline.image_tokenizer)
-        how = prepare("tiny", devices_of(None, None), Bounds(8, 2, 8), Limits(2, 40, 5000, 64))
+        how = prepare("tiny", devices_of(None, None), QueueLimits(8, 2, 8), Limits(2, 40, 5000, 64))
         blocks = build_app(how.pop("model"), how.pop("places"))
         with running(blocks, "127.0.0.1", 0, upload_bytes=100_000, **how, **launch_settings()) as url:
             yield url

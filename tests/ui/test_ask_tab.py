@@ -1,4 +1,4 @@
-"""The Ask tab: answers that grow, patches over the picture, and every way to get it wrong."""
+"""The Ask tab: answers that grow, patches over the image, and every way to get it wrong."""
 
 import asyncio
 import re
@@ -26,9 +26,9 @@ def scene(tmp_path_factory):
 
 
 def updates(scene, **changes):
-    fields = {"model": "tiny-reader", "picture": scene, "question": "how many", "method": "divprune", "keep": 0.2}
+    fields = {"model": "tiny-reader", "image": scene, "question": "how many", "method": "divprune", "keep": 0.2}
     fields |= {"compare": True, **changes}
-    fields["picture"] = fields["picture"] and {"path": fields["picture"]}
+    fields["image"] = fields["image"] and {"path": fields["image"]}
 
     async def collect():
         return [update async for update in ask.show_reading(*fields.values())]
@@ -39,10 +39,10 @@ def updates(scene, **changes):
 @pytest.fixture
 def short(monkeypatch):
     """Answers of four tokens, slow enough to be seen growing."""
-    monkeypatch.setattr(ask, "Inquiry", lambda *values, **more: _Inquiry(*values, **{"max_new_tokens": 4, **more}))
+    monkeypatch.setattr(ask, "AskRequest", lambda *values, **more: _Inquiry(*values, **{"max_new_tokens": 4, **more}))
 
 
-_Inquiry = ask.Inquiry
+_Inquiry = ask.AskRequest
 
 
 def test_both_answers_come_with_counts_and_clocks(reader, short, scene):
@@ -72,7 +72,7 @@ def test_the_answer_is_shown_while_it_grows(reader, short, scene, monkeypatch):
     assert words == sorted(words) and {1, 2, 3, 4} <= set(words)
 
 
-def test_patches_are_drawn_before_the_answer_is_there(reader, short, scene):
+def test_patches_are_sampled_before_the_answer_is_there(reader, short, scene):
     found = updates(scene)
     galleries = [gallery["value"] for gallery, _, _ in found if "value" in gallery]
     (whole, whole_caption), (crops, crops_caption) = galleries[-1]
@@ -94,7 +94,7 @@ def test_text_of_a_model_is_never_markup(reader, short, scene, monkeypatch):
 
 def files(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("no image")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     (tmp_path / "truncated.png").write_bytes((tmp_path / "noise.png").read_bytes()[:4000])
@@ -106,12 +106,12 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("notes.png", "notes.png is not a picture"),
+        ("notes.png", "notes.png is not an image"),
         ("truncated.png", "damaged"),
         ("bomb.png", "64 million"),
         ("dot.png", "at least 8"),
         ("strip.png", "100 times"),
-        ("absent.png", "no picture absent.png"),
+        ("absent.png", "no image absent.png"),
     ],
 )
 def test_files_that_cannot_be_read_are_a_toast(reader, short, toasts, tmp_path, name, words):
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read_are_a_toast(reader, short, toasts, tmp_path, 
 
 @pytest.mark.parametrize("mode", ["CMYK", "I;16", "RGBA", "P", "LA"])
 def test_files_of_every_kind_are_read(reader, short, toasts, tmp_path, mode):
-    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     if mode == "I;16":
         Image.fromarray(np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)).save(path)
     else:
@@ -140,7 +140,7 @@ def test_an_animation_is_read(reader, short, toasts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"picture": None}, "Give a picture"),
+        ({"image": None}, "Give an image"),
         ({"question": " "}, "question is empty"),
         ({"question": "x" * 2001}, "2001 characters"),
         ({"model": None}, "Name a model"),
@@ -157,10 +157,10 @@ def test_wrong_input_is_a_toast_and_loses_nothing(reader, short, toasts, scene, 
     assert found[-1][0] == gr.skip() and "unchanged" in found[-1][2]
 
 
-def test_a_model_that_reads_no_pictures_is_refused(toasts, tiny_folder, scene):
+def test_a_model_that_reads_no_images_is_refused(toasts, tiny_folder, scene):
     updates(scene, model=str(tiny_folder))
     updates(scene, model=str(tiny_folder / "text_encoder"))
-    assert len(toasts) == 2 and all("reads no pictures" in toast for toast in toasts)
+    assert len(toasts) == 2 and all("reads no images" in toast for toast in toasts)
 
 
 def test_a_folder_is_loaded_once_and_the_latest_stays(reader, short, toasts, scene, tiny_reader, tmp_path):
@@ -215,12 +215,12 @@ def test_programs_ask_too(client, scene):
 
 
 def test_kept_patches_are_full_and_others_faint():
-    picture = Image.new("RGB", (480, 240), "teal")
+    image = Image.new("RGB", (480, 240), "teal")
     kept = torch.tensor([[True, False], [False, False]])
-    alpha = np.asarray(draw_patches(picture, PatchView("whole", (0.25, 0, 0.75, 1), kept, kept)).getchannel("A"))
+    alpha = np.asarray(draw_patches(image, PatchView("whole", (0.25, 0, 0.75, 1), kept, kept)).getchannel("A"))
     assert alpha[0, 120] == alpha[119, 239] == 255
     assert alpha[0, 119] == alpha[0, 240] == alpha[120, 120] == alpha[0, 479] == 44
-    padded = draw_patches(picture, PatchView("crops", (0, -0.5, 1, 1.5), torch.ones(4, 4) > 0, torch.ones(4, 4) > 0))
+    padded = draw_patches(image, PatchView("crops", (0, -0.5, 1, 1.5), torch.ones(4, 4) > 0, torch.ones(4, 4) > 0))
     assert padded.getchannel("A").getextrema() == (255, 255)
 
 

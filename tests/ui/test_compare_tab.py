@@ -1,4 +1,4 @@
-"""The Compare tab: several ways to draw the same words, each with its clock and, where it knows them, the judge."""
+"""The Compare tab: several ways to sample the same words, each with its clock and, where it knows them, the judge."""
 
 import asyncio
 import re
@@ -13,7 +13,7 @@ from studio import DECODINGS, StudioError
 from studio.checkpoints.bundled import BUNDLED, Bundled
 from studio.evaluation.judge import Judge
 from studio.ui.jobs import compare_job as comparing
-from studio.ui.jobs.compare_job import CompareWish, offered_sides
+from studio.ui.jobs.compare_job import CompareRequest, offered_sides
 from studio.ui.server import models
 from studio.ui.tabs import compare
 
@@ -29,23 +29,23 @@ def updates(prompt="a red apple", sides=SIDES, count=1, seed="7"):
 
 @pytest.fixture
 def judge(monkeypatch):
-    """The app's model "tiny" counts as bundled, and a random judge looks at what it draws."""
+    """The app's model "tiny" counts as bundled, and a random judge looks at what it samples."""
     torch.manual_seed(0)
     judge = Judge(num_concepts=1391, widths=(8, 8, 8), feature_dim=4, sample_size=16).eval()
-    monkeypatch.setitem(BUNDLED, "tiny", Bundled("pipeline", "draws"))
+    monkeypatch.setitem(BUNDLED, "tiny", Bundled("pipeline", "samples"))
     monkeypatch.setattr(models, "_judges", {"judge": judge})
     return judge
 
 
-def test_every_side_draws_what_it_draws_alone(steps, tiny_pipeline):
+def test_every_side_samples_what_it_samples_alone(steps, tiny_pipeline):
     found = updates()
-    galleries = [[picture for picture, _ in gallery["value"]] for gallery, _, _ in found if "value" in gallery]
-    assert [len(pictures) for pictures in galleries] == [1, 2]
-    for picture, decoding in zip(galleries[-1], ("ar", "speculative"), strict=True):
+    galleries = [[image for image, _ in gallery["value"]] for gallery, _, _ in found if "value" in gallery]
+    assert [len(images) for images in galleries] == [1, 2]
+    for image, decoding in zip(galleries[-1], ("ar", "speculative"), strict=True):
         alone = tiny_pipeline(
             "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
         )
-        assert picture.tobytes() == alone.images[0].tobytes() and "studio" in picture.info
+        assert image.tobytes() == alone.images[0].tobytes() and "studio" in image.info
 
 
 def test_clocks_calls_and_accepted_tokens_are_shown(steps):
@@ -59,15 +59,15 @@ def test_clocks_calls_and_accepted_tokens_are_shown(steps):
     assert "Fastest: tiny: " in status and "<dd>7</dd>" in status
 
 
-def test_one_is_waiting_while_another_draws(steps):
+def test_one_is_waiting_while_another_samples(steps):
     found = [cards for _, cards, _ in updates() if isinstance(cards, str)]
     assert any("studio-lane running" in cards and "studio-lane waiting" in cards for cards in found)
     assert any("studio-lane done" in cards and "studio-lane running" in cards for cards in found)
-    drawing = [status for _, _, status in updates() if "Drawing 1 of 2" in status]
-    assert drawing and "of 16 tokens" in drawing[-1]
+    sampling = [status for _, _, status in updates() if "Sampling 1 of 2" in status]
+    assert sampling and "of 16 tokens" in sampling[-1]
 
 
-def test_several_pictures_of_each_are_a_row(steps):
+def test_several_images_of_each_are_a_row(steps):
     gallery = updates(count=3)[-1][0]
     assert gallery["columns"] == 3
     captions = [caption for _, caption in gallery["value"]]
@@ -78,7 +78,7 @@ def test_the_judge_says_what_it_sees_and_what_it_is(steps, judge):
     cards = updates()[-1][1]
     assert cards.count("<h4>The judge sees</h4>") == 2 and "It only measures" in cards
     assert re.search(r"judge score</dt><dd>\d+%", cards)
-    assert cards.count('<circle cx="592"') == 2 and "1 picture each" in cards and "seconds a picture" in cards
+    assert cards.count('<circle cx="592"') == 2 and "1 image each" in cards and "seconds an image" in cards
     assert "No judge score" not in cards
 
 
@@ -143,13 +143,13 @@ def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, changes, words)
 
 
 def test_options_are_part_of_a_side(monkeypatch):
-    wish = CompareWish("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
+    wish = CompareRequest("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
     assert wish.wishes[0].options == {"delta": 0.3, "neighbours": 9} and wish.wishes[0].model == "tiny"
     assert wish.wishes[1].model == "folder/of a model" and [each.seed for each in wish.wishes] == [3, 3]
     monkeypatch.setattr(comparing, "fitting_decodings", lambda model: ["mar", "cspd"])
-    assert CompareWish("a fox", ["m: steps=3", "m"]).wishes[0].how == {"name": "mar", "steps": 3}
-    drawn = CompareWish("a fox", SIDES).wishes
-    assert drawn[0].seed == drawn[1].seed
+    assert CompareRequest("a fox", ["m: steps=3", "m"]).wishes[0].how == {"name": "mar", "steps": 3}
+    sampled = CompareRequest("a fox", SIDES).wishes
+    assert sampled[0].seed == sampled[1].seed
 
 
 def test_what_a_model_can_do_is_offered(tiny_mar_folder):
@@ -165,15 +165,15 @@ def test_unknown_words_are_named_once(steps, toasts, tiny_pipeline, monkeypatch)
 
 
 def test_closing_stops_the_model_within_one_step(steps):
-    async def close_while_the_second_draws():
+    async def close_while_the_second_samples():
         work = compare.show_comparison("a red apple", ["tiny", "tiny: lantern neighbours=9"], 1, "7")
         async for _, _, status in work:
-            if "Drawing 2 of 2" in status:
+            if "Sampling 2 of 2" in status:
                 break
         await work.aclose()
         return len(steps)
 
-    at_cancel = asyncio.run(close_while_the_second_draws())
+    at_cancel = asyncio.run(close_while_the_second_samples())
     time.sleep(0.3)
     assert 16 < at_cancel and len(steps) <= at_cancel + 1
 
@@ -189,8 +189,8 @@ def test_only_the_pipelines_asked_last_stay_loaded(tiny_pipeline, monkeypatch):
 
 
 def test_programs_compare_too(client, judge):
-    pictures, details = client.predict("a red apple", SIDES, 1, 7, api_name="/compare")
-    assert [Image.open(each["image"]).format for each in pictures] == ["PNG", "PNG"]
+    images, details = client.predict("a red apple", SIDES, 1, 7, api_name="/compare")
+    assert [Image.open(each["image"]).format for each in images] == ["PNG", "PNG"]
     plain, speculative = details["sides"]
     assert plain["target_calls"] == 16 and plain["acceptance"] is None and plain["seeds"] == [7]
     assert speculative["decoding"]["name"] == "speculative" and plain["accepted_tokens"] is None

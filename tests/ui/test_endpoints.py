@@ -33,7 +33,7 @@ def http(address):
 
 @pytest.fixture(scope="module")
 def base(http, tmp_path_factory):
-    """The values of a good request by endpoint, with a picture that was uploaded."""
+    """The values of a good request by endpoint, with an image that was uploaded."""
     path = tmp_path_factory.mktemp("given") / "given.png"
     Image.new("RGB", (16, 16), "red").save(path)
     with path.open("rb") as file:
@@ -81,7 +81,7 @@ def test_a_fault_is_a_sentence_that_tells_nothing_of_this_machine(http, monkeypa
     def fail(*_):
         raise RuntimeError("/home/somebody/secret.txt")
 
-    monkeypatch.setattr("studio.ui.jobs.generate_job.draw_together", fail)
+    monkeypatch.setattr("studio.ui.jobs.generate_job.sample_together", fail)
     event, data = answer(http, "generate", BASE["generate"])
     assert event == "error" and "RuntimeError" in data["error"] and "secret" not in data["error"]
 

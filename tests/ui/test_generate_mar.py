@@ -6,8 +6,8 @@ import json
 import pytest
 
 from studio.ui.app import build_app
-from studio.ui.jobs.request import Wish
-from studio.ui.render.preview import Sketch, partial_pictures
+from studio.ui.jobs.request import GenerateRequest
+from studio.ui.render.preview import Sketch, partial_images
 from studio.ui.server import models
 from studio.ui.server.models import fitting_decodings
 from studio.ui.tabs import generate
@@ -17,7 +17,7 @@ FIELDS = ["a red apple", 2, "7", "", "", "", ""]
 
 @pytest.fixture
 def mar(tiny_mar_pipeline, monkeypatch):
-    """The app draws with the tiny MAR, called "tiny-mar"."""
+    """The app samples with the tiny MAR, called "tiny-mar"."""
     monkeypatch.setitem(models._pipelines, "tiny-mar", tiny_mar_pipeline)
     return tiny_mar_pipeline
 
@@ -47,10 +47,10 @@ def test_decodings_that_fit_the_model_are_offered(tiny_mar_folder, tiny_folder, 
 @pytest.mark.parametrize(
     ("decoding", "options"), [("mar", {"steps": "3"}), ("cspd", {"mode": "exact"}), ("cspd", {"mode": "relaxed"})]
 )
-def test_pictures_and_labels(mar, toasts, decoding, options):
-    gallery, _, status = updates(generate.show_drawing, *FIELDS, decoding, options)[-1]
+def test_images_and_labels(mar, toasts, decoding, options):
+    gallery, _, status = updates(generate.show_sampling, *FIELDS, decoding, options)[-1]
     is_relaxed = options.get("mode") == "relaxed"
-    assert len(gallery["value"]) == 2 and "2 pictures in" in status
+    assert len(gallery["value"]) == 2 and "2 images in" in status
     assert ("approximate" in status) == is_relaxed and ("drafts accepted" in status) == (decoding == "cspd")
     record = json.loads(gallery["value"][0][0].info["studio"])["call"]
     assert record["decoding"].get("approximate", False) == is_relaxed
@@ -73,24 +73,24 @@ def test_plain_decoding_races_against_the_next_that_fits(mar, toasts):
     [([*FIELDS, "speculative", {}], "not Speculative"), ([*FIELDS[:5], "5", "", "mar", {}], "no top_k")],
 )
 def test_what_does_not_fit_is_refused_by_name(mar, toasts, fields, word):
-    updates(generate.show_drawing, *fields)
+    updates(generate.show_sampling, *fields)
     assert len(toasts) == 1 and word in toasts[0]
 
 
-def test_what_is_not_drawn_yet_is_transparent(mar):
+def test_what_is_not_sampled_yet_is_transparent(mar):
     import torch
 
     known = torch.zeros(1, 16, dtype=torch.bool)
     known[0, [0, 6]] = True
     sketch = Sketch(torch.zeros(1, 16, 3), known)
-    [picture] = partial_pictures(mar, sketch)
-    alpha = picture.getchannel("A")
-    assert sketch.drawn == 2 and sketch.places == {0, 6}
+    [image] = partial_images(mar, sketch)
+    alpha = image.getchannel("A")
+    assert sketch.sampled == 2 and sketch.places == {0, 6}
     assert (alpha.getpixel((0, 0)), alpha.getpixel((9, 5)), alpha.getpixel((5, 5))) == (255, 255, 0)
 
 
-def test_wishes_carry_how_they_are_drawn():
-    wish = Wish("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
+def test_wishes_carry_how_they_are_sampled():
+    wish = GenerateRequest("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
     assert wish.how == {"name": "cspd", "mode": "relaxed", "approximate": True} and wish.plain == "mar"
     assert wish.title == "Continuous speculative, approximate"
-    assert Wish("tiny", "x", decoding="lantern").plain == "ar"
+    assert GenerateRequest("tiny", "x", decoding="lantern").plain == "ar"

@@ -1,4 +1,4 @@
-"""The Generate tab with a ResGen: which decodings it offers, and previews of pictures of which only some codes are
+"""The Generate tab with a ResGen: which decodings it offers, and previews of images of which only some codes are
 there.
 """
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from studio.ui.jobs.generate_job import Call
-from studio.ui.jobs.request import Wish
-from studio.ui.render.preview import Sketch, partial_pictures
+from studio.ui.jobs.request import GenerateRequest
+from studio.ui.render.preview import Sketch, partial_images
 from studio.ui.server import models
 from studio.ui.server.models import fitting_decodings, own_settings
 from studio.ui.tabs import generate
@@ -19,7 +19,7 @@ FIELDS = ["a red apple", 2, "7", "", "", "", "0.9"]
 
 @pytest.fixture
 def resgen(tiny_resgen_pipeline, monkeypatch):
-    """The app draws with the tiny ResGen, called "tiny-resgen"."""
+    """The app samples with the tiny ResGen, called "tiny-resgen"."""
     monkeypatch.setitem(models._pipelines, "tiny-resgen", tiny_resgen_pipeline)
     return tiny_resgen_pipeline
 
@@ -40,9 +40,9 @@ def test_decodings_that_fit_the_model_are_offered(tiny_resgen_folder):
     ("decoding", "options"),
     [("resgen", {"steps": "3", "confidence": "level"}), ("first-hitting", {"schedule": "arccos"})],
 )
-def test_pictures(resgen, toasts, decoding, options):
-    gallery, _, status = updates(generate.show_drawing, *FIELDS, decoding, options)[-1]
-    assert len(gallery["value"]) == 2 and "2 pictures in" in status and not toasts
+def test_images(resgen, toasts, decoding, options):
+    gallery, _, status = updates(generate.show_sampling, *FIELDS, decoding, options)[-1]
+    assert len(gallery["value"]) == 2 and "2 images in" in status and not toasts
 
 
 def test_a_race_of_both_orders(resgen, toasts):
@@ -51,24 +51,24 @@ def test_a_race_of_both_orders(resgen, toasts):
 
 
 def test_what_is_refused_becomes_a_toast(resgen, toasts):
-    updates(generate.show_drawing, *FIELDS, "resgen", {"steps": "49"})
+    updates(generate.show_sampling, *FIELDS, "resgen", {"steps": "49"})
     assert len(toasts) == 1 and "48 codes" in toasts[0]
 
 
 def test_progress_counts_codes_and_ends_whole(resgen):
     seen = []
-    Call(resgen, Wish("tiny-resgen", "a red apple", count=1, seed=0, decoding="first-hitting"))(
-        lambda sketch: seen.append((sketch.drawn, len(sketch.places)))
+    Call(resgen, GenerateRequest("tiny-resgen", "a red apple", count=1, seed=0, decoding="first-hitting"))(
+        lambda sketch: seen.append((sketch.sampled, len(sketch.places)))
     )
     assert len(seen) == 4 and seen[-1] == (16, 16)
-    assert all(0 < drawn <= places for drawn, places in seen) and seen[0][0] < 16
+    assert all(0 < sampled <= places for sampled, places in seen) and seen[0][0] < 16
 
 
 def test_cells_without_a_code_are_transparent(resgen):
     tokens = torch.full((1, 16, 3), -1)
     tokens[0, 0], tokens[0, 6, 0] = 3, 5
     sketch = Sketch(tokens, (tokens >= 0).any(dim=2))
-    [picture] = partial_pictures(resgen, sketch)
-    alpha = picture.getchannel("A")
-    assert sketch.drawn == 2 and sketch.places == {0, 6}
+    [image] = partial_images(resgen, sketch)
+    alpha = image.getchannel("A")
+    assert sketch.sampled == 2 and sketch.places == {0, 6}
     assert (alpha.getpixel((0, 0)), alpha.getpixel((9, 5)), alpha.getpixel((5, 5))) == (255, 255, 0)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from studio import DECODINGS, StudioError
 from studio.ui.app import build_app, launch, launch_settings
-from studio.ui.jobs.request import Wish
+from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server import models
 from studio.ui.tabs import generate
 
@@ -22,24 +22,24 @@ LIMIT = 60  # seconds
 
 def updates(*fields):
     async def collect():
-        return [update async for update in generate.show_drawing("tiny", *fields)]
+        return [update async for update in generate.show_sampling("tiny", *fields)]
 
     return asyncio.run(collect())
 
 
-def test_pictures_grow_and_end_as_the_pipeline_draws_them(steps, tiny_pipeline):
+def test_images_grow_and_end_as_the_pipeline_samples_them(steps, tiny_pipeline):
     found = updates(*FIELDS)
     galleries = [update[0]["value"] for update in found if "value" in update[0]]
     assert len(galleries) >= 2
-    preview, final = galleries[0][0][0], [picture for picture, _ in galleries[-1]]
+    preview, final = galleries[0][0][0], [image for image, _ in galleries[-1]]
     assert preview.mode == "RGBA"
     assert preview.getchannel("A").getextrema() == (0, 255)
-    expected = Wish("tiny", "a red apple", 2, 7)
+    expected = GenerateRequest("tiny", "a red apple", 2, 7)
     again = tiny_pipeline("a red apple", num_images_per_prompt=2, generator=_generators(expected.seeds)).images
-    assert [picture.tobytes() for picture in final] == [picture.tobytes() for picture in again]
+    assert [image.tobytes() for image in final] == [image.tobytes() for image in again]
 
 
-def test_finished_pictures_say_how_they_were_made(steps):
+def test_finished_images_say_how_they_were_made(steps):
     (first, caption), _ = updates("a red apple", 2, "7", "2", "", "", "")[-1][0]["value"]
     record = json.loads(first.info["studio"])
     assert record["seed"] == 7
@@ -50,14 +50,14 @@ def test_finished_pictures_say_how_they_were_made(steps):
 
 def test_the_status_line_gives_speed_calls_and_seeds(steps):
     status = updates(*FIELDS)[-1][2]
-    assert "2 pictures in" in status
+    assert "2 images in" in status
     for label in ("tokens/s", "target calls", "seeds"):
         assert label in status
     assert "7 to 8" in status
 
 
-def test_an_empty_seed_is_drawn_anew_each_time():
-    assert len({Wish.from_fields("tiny", "x", 1, "", "", "", "", "").seed for _ in range(4)}) > 1
+def test_an_empty_seed_is_sampled_anew_each_time():
+    assert len({GenerateRequest.from_fields("tiny", "x", 1, "", "", "", "", "").seed for _ in range(4)}) > 1
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,20 @@ def test_what_does_not_fit_a_model_is_refused_by_name(steps, toasts):
     assert "unchanged" in found[-1][2] and not steps
 
 
-def test_unknown_words_are_named_and_drawn_all_the_same(steps, toasts, tiny_pipeline, monkeypatch):
+def test_unknown_words_are_named_and_sampled_all_the_same(steps, toasts, tiny_pipeline, monkeypatch):
     monkeypatch.setattr(tiny_pipeline, "vocabulary", (["a", "red", "apple"], ["red apple"]), raising=False)
     found = updates("a red aple", *FIELDS[1:])
     assert len(toasts) == 1 and "'aple'" in toasts[0] and "red apple" in toasts[0]
-    assert "2 pictures in" in found[-1][2]
+    assert "2 images in" in found[-1][2]
 
 
-def test_closing_a_drawing_stops_the_model_within_one_step(steps):
+def test_closing_a_sampling_stops_the_model_within_one_step(steps):
     async def close_after_three_steps():
-        drawn = generate.show_drawing("tiny", "a red apple", 1, "7", "1", "", "", "")
-        async for _ in drawn:
+        sampled = generate.show_sampling("tiny", "a red apple", 1, "7", "1", "", "", "")
+        async for _ in sampled:
             if len(steps) >= 3:
                 break
-        await drawn.aclose()
+        await sampled.aclose()
         return len(steps)
 
     at_cancel = asyncio.run(close_after_three_steps())
@@ -140,15 +140,15 @@ def test_closing_a_drawing_stops_the_model_within_one_step(steps):
     assert len(steps) <= at_cancel + 1
 
 
-def test_a_drawing_waiting_for_the_model_never_starts_when_cancelled(steps):
+def test_a_sampling_waiting_for_the_model_never_starts_when_cancelled(steps):
     updates(*FIELDS)
     of_one = len(steps)
     steps.clear()
 
     async def cancel_the_second():
-        first = asyncio.create_task(_drain(generate.show_drawing("tiny", *FIELDS)))
+        first = asyncio.create_task(_drain(generate.show_sampling("tiny", *FIELDS)))
         await asyncio.sleep(0.05)
-        second = asyncio.create_task(_drain(generate.show_drawing("tiny", *FIELDS)))
+        second = asyncio.create_task(_drain(generate.show_sampling("tiny", *FIELDS)))
         await asyncio.sleep(0.05)
         second.cancel()
         return await first
@@ -165,15 +165,15 @@ def test_the_endpoint_is_documented(client):
     assert "previews" in endpoints["/generate"]["description"]
 
 
-def test_a_program_gets_lossless_pictures(client, tiny_pipeline):
-    pictures, details = client.predict("a red apple", 2, 7, api_name="/generate")
+def test_a_program_gets_lossless_images(client, tiny_pipeline):
+    images, details = client.predict("a red apple", 2, 7, api_name="/generate")
     assert details["seeds"] == [7, 8] and details["target_calls"] == 16
     again = tiny_pipeline("a red apple", num_images_per_prompt=2, generator=_generators([7, 8])).images
-    for found, expected in zip(pictures, again):
-        picture = Image.open(found["image"])
-        assert picture.format == "PNG"
-        assert picture.convert("RGB").tobytes() == expected.tobytes()
-        assert json.loads(picture.info["studio"])["call"]["prompt"] == "a red apple"
+    for found, expected in zip(images, again):
+        image = Image.open(found["image"])
+        assert image.format == "PNG"
+        assert image.convert("RGB").tobytes() == expected.tobytes()
+        assert json.loads(image.info["studio"])["call"]["prompt"] == "a red apple"
 
 
 @pytest.mark.parametrize("steps", [0.3], indirect=True)
@@ -238,9 +238,9 @@ def test_the_space_entry_builds_the_app(repository):
     assert isinstance(entry["demo"], gr.Blocks)
 
 
-def test_a_tokenizer_cannot_draw(tiny_vq, monkeypatch):
+def test_a_tokenizer_cannot_sample(tiny_vq, monkeypatch):
     monkeypatch.setattr("studio.load", lambda name: tiny_vq, raising=False)
-    with pytest.raises(StudioError, match="cannot draw"):
+    with pytest.raises(StudioError, match="cannot sample"):
         models.get_pipeline("emoji-vq")
 
 

@@ -60,7 +60,7 @@ def count(wish, job):
         if job.stopped:
             return "stopped"
     if wish == 0:
-        raise StudioError("Wish for something.")
+        raise StudioError("GenerateRequest for something.")
     return f"counted to {wish}"
 
 
@@ -75,7 +75,7 @@ def test_what_a_lent_gpu_reports_and_returns_comes_back(durations):
 
 
 def test_a_mistake_keeps_its_sentence(durations):
-    with pytest.raises(StudioError, match="Wish for something"):
+    with pytest.raises(StudioError, match="GenerateRequest for something"):
         asyncio.run(collect(lending.on_gpu(seconds=30)(count), 0))
 
 

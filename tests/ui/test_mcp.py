@@ -43,13 +43,13 @@ def test_every_endpoint_is_a_documented_tool(asked):
             assert text.endswith("."), f"{tool.name}, {name}: only the first line of a description is shown: {text}"
 
 
-def test_a_tool_draws(asked, tiny_pipeline):
+def test_a_tool_samples(asked, tiny_pipeline):
     call = {"prompt": "a red apple", "count": 1, "seed": 7, "options": {}}
     answer = asked(lambda session: session.call_tool("generate", call))
     assert not answer.isError
-    [picture], details = ast.literal_eval(answer.content[0].text)
+    [image], details = ast.literal_eval(answer.content[0].text)
     assert details["seeds"] == [7]
-    with urlopen(picture["image"]["url"]) as file:
+    with urlopen(image["image"]["url"]) as file:
         found = Image.open(io.BytesIO(file.read())).convert("RGB")
     generator = torch.Generator().manual_seed(7)
     assert found.tobytes() == tiny_pipeline("a red apple", generator=generator).images[0].tobytes()
@@ -60,14 +60,14 @@ def test_a_tool_says_what_is_wrong(asked):
     assert answer.isError and "between 1 and 16" in answer.content[0].text
 
 
-def test_a_picture_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_path):
+def test_a_image_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     data = base64.b64encode((tmp_path / "secret.png").read_bytes()).decode()
     call = {"question": "what is it", "model": "tiny-reader", "method": "uniform", "keep": 0.5, "max_new_tokens": 2}
 
     async def both(session):
         given = (f"data:image/png;base64,{data}", str(tmp_path / "secret.png"), "https://example.org/a.png")
-        return [await session.call_tool("ask", {"picture": picture, **call}) for picture in given]
+        return [await session.call_tool("ask", {"image": image, **call}) for image in given]
 
     as_data, as_path, as_link = asked(both)
     assert not as_data.isError and "visual_tokens" in as_data.content[0].text
@@ -78,6 +78,6 @@ def test_a_picture_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_pat
 def test_tools_say_how_a_file_is_given(asked):
     tools = asked(lambda session: session.list_tools()).tools
     described = {tool.name: tool.inputSchema["properties"] for tool in tools}
-    for name, value in (("ask", "picture"), ("tokenize", "picture"), ("detokenize", "file")):
+    for name, value in (("ask", "image"), ("tokenize", "image"), ("detokenize", "file")):
         assert "data:" in described[name][value]["format"] and "no link" in described[name][value]["description"]
     assert "url to a file" not in str(described)

@@ -9,7 +9,7 @@ import torch
 
 from studio import DECODINGS
 from studio.ui.jobs import side_by_side as race
-from studio.ui.jobs.side_by_side import Turns
+from studio.ui.jobs.side_by_side import TurnScheduler
 from studio.ui.tabs import generate
 
 FIELDS = ["a red apple", 4, "7", "", "", "", "", "speculative", {}]
@@ -25,12 +25,12 @@ def updates(*fields):
 def test_both_sides_draw_what_they_draw_alone(steps, tiny_pipeline):
     found = updates(*FIELDS)
     lanes, status = found[-1][1:]
-    drawn = [picture for picture, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
-    for picture, decoding in zip(drawn, ("ar", "speculative"), strict=True):
+    sampled = [image for image, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
+    for image, decoding in zip(sampled, ("ar", "speculative"), strict=True):
         alone = tiny_pipeline(
             "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
         )
-        assert picture.tobytes() == alone.images[0].tobytes()
+        assert image.tobytes() == alone.images[0].tobytes()
     assert lanes.count('<section class="studio-lane done">') == 2 and lanes.count("<svg") == 2
     assert "Speculative took" in status and "plain" in status
 
@@ -43,8 +43,8 @@ def test_clocks_go_up_and_are_shown_before_the_end(steps):
 
 def test_the_usual_choice_races_jacobi_against_plain_decoding(steps, tiny_pipeline):
     found = updates("a red apple", 1, "7", "", "", "", "", "exact", {})
-    pictures = [picture for picture, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
-    assert pictures[0].tobytes() == pictures[1].tobytes()
+    images = [image for image, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
+    assert images[0].tobytes() == images[1].tobytes()
     assert "Jacobi took" in found[-1][2] and "plain" in found[-1][2]
 
 
@@ -83,7 +83,7 @@ def test_closing_a_race_stops_both_within_one_step(steps):
 
 
 def test_the_one_behind_goes_on_and_never_two_at_once():
-    turns, running, most, ended = Turns(2), [], [], {}
+    turns, running, most, ended = TurnScheduler(2), [], [], {}
 
     def lane(number, seconds, rounds):
         turns.go(number)

@@ -1,4 +1,4 @@
-"""Settings come back out of pictures and links, whole, and what does not fit is said."""
+"""Settings come back out of images and links, whole, and what does not fit is said."""
 
 import json
 from urllib.parse import parse_qsl
@@ -11,10 +11,10 @@ from PIL.PngImagePlugin import PngInfo
 from studio.errors import StudioError
 from studio.saving import png_writer
 from studio.ui.app import build_app
-from studio.ui.jobs.request import Wish
+from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server import failures
 from studio.ui.server.deep_link import followed
-from studio.ui.server.png_metadata import from_link, from_picture, link_to
+from studio.ui.server.png_metadata import from_image, from_link, link_to
 from studio.ui.tabs import generate
 
 LANTERN = {"prompt": "a fox", "count": 3, "seed": 7, "guidance_scale": 2.5, "top_k": 40, "decoding": "lantern"}
@@ -33,12 +33,12 @@ def form():
 
 
 def wish(**changed):
-    return Wish("emoji-ar", **{**LANTERN, "options": {"delta": 0.3}, **changed})
+    return GenerateRequest("emoji-ar", **{**LANTERN, "options": {"delta": 0.3}, **changed})
 
 
 def saved(tmp_path, record, seed):
-    png_writer(Image.new("RGB", (8, 8)), record, seed)(tmp_path / "drawn.png")
-    return tmp_path / "drawn.png"
+    png_writer(Image.new("RGB", (8, 8)), record, seed)(tmp_path / "sampled.png")
+    return tmp_path / "sampled.png"
 
 
 def held(form, updates):
@@ -50,8 +50,8 @@ def held(form, updates):
     }
 
 
-def test_a_picture_brings_its_call_back(form, tmp_path, toasts):
-    updates = held(form, form.filled(from_picture(saved(tmp_path, wish().record, 9))))
+def test_a_image_brings_its_call_back(form, tmp_path, toasts):
+    updates = held(form, form.filled(from_image(saved(tmp_path, wish().record, 9))))
     assert updates.pop("lantern.delta") == "0.3"
     others = {name: value for name, value in updates.items() if name.startswith("lantern.")}
     assert others and "2" not in others.values()
@@ -62,28 +62,28 @@ def test_a_picture_brings_its_call_back(form, tmp_path, toasts):
     assert not toasts
 
 
-def test_a_sheet_brings_all_of_its_pictures_back(tmp_path):
-    assert from_picture(saved(tmp_path, wish().record, [7, 8, 9])).basic["count"] == 3
+def test_a_sheet_brings_all_of_its_images_back(tmp_path):
+    assert from_image(saved(tmp_path, wish().record, [7, 8, 9])).basic["count"] == 3
 
 
 def test_a_link_brings_the_same_back(form):
     recalled = from_link(parse_qsl(link_to(wish())[1:]))
-    again = Wish.from_fields("emoji-ar", **recalled.basic | dict.fromkeys(["temperature", "top_p"], ""),
+    again = GenerateRequest.from_fields("emoji-ar", **recalled.basic | dict.fromkeys(["temperature", "top_p"], ""),
                              decoding=recalled.decoding, options=recalled.options)  # fmt: skip
     assert again == wish()
 
 
-def test_a_picture_of_a_class_comes_back_without_words(tmp_path):
-    assert from_picture(saved(tmp_path, {"prompt": None, "class_label": 3}, 1)).basic["prompt"] == ""
+def test_a_image_of_a_class_comes_back_without_words(tmp_path):
+    assert from_image(saved(tmp_path, {"prompt": None, "class_label": 3}, 1)).basic["prompt"] == ""
 
 
-def test_another_models_picture_comes_back_with_a_note(form, tmp_path, toasts):
+def test_another_models_image_comes_back_with_a_note(form, tmp_path, toasts):
     record = {
         "model": "emoji-mar",
         "prompt": "a fox",
         "decoding": {"name": "cspd", "mode": "relaxed", "approximate": True},
     }
-    updates = held(form, form.filled(from_picture(saved(tmp_path, record, 1))))
+    updates = held(form, form.filled(from_image(saved(tmp_path, record, 1))))
     assert updates["prompt"] == "a fox" and updates["decoding"] == "exact"
     assert "emoji-mar drew this" in toasts[0] and "no decoding cspd" in toasts[0]
 
@@ -99,15 +99,15 @@ ELSEWHERE = {"cfg_interval": 64, "num_tokens": 32, "device": "cuda:0", "dtype": 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_setting_without_a_field_is_named(form, tmp_path, toasts, name):
     record = {"model": "emoji-ar", "prompt": "a fox", "class_label": None, name: ELSEWHERE[name]}
-    updates = held(form, form.filled(from_picture(saved(tmp_path, record, 9))))
+    updates = held(form, form.filled(from_image(saved(tmp_path, record, 9))))
     assert updates["prompt"] == "a fox" and f"no field for {name} {ELSEWHERE[name]}:" in toasts[0]
     followed({name: str(ELSEWHERE[name])}, form)
     assert f"no field for {name} {ELSEWHERE[name]}:" in toasts[1]
 
 
-def test_where_it_was_drawn_is_no_news_where_it_is_drawn_alike(form, tmp_path, toasts):
+def test_where_it_was_sampled_is_no_news_where_it_is_sampled_alike(form, tmp_path, toasts):
     record = {"model": "emoji-ar", "prompt": "a fox", "device": "cpu", "dtype": "float32"}
-    form.filled(from_picture(saved(tmp_path, record, 9)))
+    form.filled(from_image(saved(tmp_path, record, 9)))
     assert not toasts
 
 
@@ -121,8 +121,14 @@ HTML = "<img src='https://evil.example/x.png'><a href='https://evil.example'>Sig
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"model": HTML, "seed": "1"}, {"decoding": HTML}, {HTML: "1", "seed": "1"}, {"tab": HTML}, {"count": HTML},
-     {"seed": HTML}],  # fmt: skip
+    [
+        {"model": HTML, "seed": "1"},
+        {"decoding": HTML},
+        {HTML: "1", "seed": "1"},
+        {"tab": HTML},
+        {"count": HTML},
+        {"seed": HTML},
+    ],  # fmt: skip
 )
 def test_words_of_a_link_are_text_in_toasts(form, toasts, parameters):
     try:
@@ -135,23 +141,23 @@ def test_words_of_a_link_are_text_in_toasts(form, toasts, parameters):
 @pytest.mark.parametrize(
     "text", [None, "no json", "[]", "[" * 100_000, '{"call": {}, "seed": 1}', '{"call": {"prompt": "a"}, "seed": []}']
 )
-def test_a_picture_without_settings_is_refused(tmp_path, text):
+def test_a_image_without_settings_is_refused(tmp_path, text):
     info = PngInfo()
     if text is not None:
         info.add_itxt("studio", text)
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png", pnginfo=info)
     with pytest.raises(StudioError, match="carries no settings"):
-        from_picture(tmp_path / "other.png")
+        from_image(tmp_path / "other.png")
 
 
-def test_what_is_no_picture_is_refused_and_the_form_stays(form, tmp_path, toasts):
+def test_what_is_no_image_is_refused_and_the_form_stays(form, tmp_path, toasts):
     file = tmp_path / "notes.png"
-    file.write_text("no picture")
+    file.write_text("no image")
     cleared, *updates = generate.recall(form, {"path": str(file)})
     assert cleared is None and held(form, updates) == {} and "carries no settings" in toasts[0]
 
 
-def test_a_picture_with_wrong_settings_is_refused(form, tmp_path, toasts):
+def test_a_image_with_wrong_settings_is_refused(form, tmp_path, toasts):
     _, *updates = generate.recall(
         form, {"path": str(saved(tmp_path, {"prompt": "a fox", "decoding": {"name": "lantern", "delta": 7}}, 1))}
     )
@@ -169,7 +175,7 @@ def test_a_link_opens_a_tab_and_fills_its_words(form):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"tab": "draw"}, "no tab 'draw'"),
+        ({"tab": "sample"}, "no tab 'sample'"),
         ({"count": "many"}, "a whole number"),
         ({"count": "9" * 5000}, "a whole number"),
         ({"prompt": "a fox", "count": "99"}, "between 1 and 16"),
@@ -184,7 +190,7 @@ def test_a_wrong_link_says_what_is_wrong(form, parameters, message):
         followed(parameters, form)
 
 
-def test_what_was_drawn_tells_its_link():
+def test_what_was_sampled_tells_its_link():
     assert json.dumps(dict(parse_qsl(link_to(wish())[1:]))) == json.dumps(
         {
             "prompt": "a fox",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from studio import StudioError
-from studio.ui.server.scheduler import Bounds, FairQueue
+from studio.ui.server.scheduler import FairQueue, QueueLimits
 
 
 @dataclass(eq=False)
@@ -18,7 +18,7 @@ class Request:
 
 
 def queue_of(*requests, **bounds):
-    queue = FairQueue(Bounds(**bounds))
+    queue = FairQueue(QueueLimits(**bounds))
     for request in requests:
         queue.add(request)
     return queue
@@ -95,5 +95,5 @@ def test_places_are_the_order_in_which_requests_are_taken():
         assert turns(queue) == expected
 
 
-def test_pictures_are_counted():
-    assert queue_of(Request("a", "a", size=3), Request("a", "b", size=2)).pictures == 5
+def test_images_are_counted():
+    assert queue_of(Request("a", "a", size=3), Request("a", "b", size=2)).images == 5

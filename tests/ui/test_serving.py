@@ -1,4 +1,4 @@
-"""The app for many, with the tiny pipeline: whose pictures are whose, and what a request may not do."""
+"""The app for many, with the tiny pipeline: whose images are whose, and what a request may not do."""
 
 import asyncio
 import json
@@ -17,23 +17,23 @@ from PIL import Image
 
 from studio import StudioError, decoding_named
 from studio.ui.app import build_app
-from studio.ui.jobs import generate_job as drawing
-from studio.ui.jobs.generate_job import Drawn, draw
-from studio.ui.jobs.request import Wish
+from studio.ui.jobs import generate_job as sampling
+from studio.ui.jobs.generate_job import Sampled, sample
+from studio.ui.jobs.request import GenerateRequest
 from studio.ui.render.preview import Sketch
 from studio.ui.server import limits, models, worker
 from studio.ui.server.limits import Limits
 from studio.ui.server.models import Device
 from studio.ui.server.options import devices_of, prepare
-from studio.ui.server.scheduler import Bounds
-from studio.ui.server.worker import Station
+from studio.ui.server.scheduler import QueueLimits
+from studio.ui.server.worker import DeviceWorker
 from studio.ui.tabs.components import uploaded
 
 
 @pytest.fixture
 def pipe(tiny_pipeline, monkeypatch):
-    """The app draws with the tiny pipeline, eight pictures a call."""
-    monkeypatch.setattr(worker, "_stations", [Station(Device(), Bounds(together=8))])
+    """The app samples with the tiny pipeline, eight images a call."""
+    monkeypatch.setattr(worker, "_stations", [DeviceWorker(Device(), QueueLimits(together=8))])
     monkeypatch.setattr(limits, "_limits", Limits())
     monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
     return tiny_pipeline
@@ -42,21 +42,21 @@ def pipe(tiny_pipeline, monkeypatch):
 @pytest.fixture
 def calls(pipe, monkeypatch):
     """How many wishes each call drew."""
-    sizes, together = [], drawing.draw_together
+    sizes, together = [], sampling.sample_together
     monkeypatch.setattr(
-        drawing, "draw_together", lambda wishes, jobs: sizes.append(len(wishes)) or together(wishes, jobs)
+        sampling, "sample_together", lambda wishes, jobs: sizes.append(len(wishes)) or together(wishes, jobs)
     )
     return sizes
 
 
-def drawn(wishes):
-    """What becomes of wishes of as many users that all wait before the first is drawn."""
+def sampled(wishes):
+    """What becomes of wishes of as many users that all wait before the first is sampled."""
     held = threading.Event()
     worker._stations[0]._thread.submit(held.wait)
 
     async def follow(number, wish):
         LocalContext.request.set(SimpleNamespace(session_hash=number))
-        return [news async for news in draw(wish)]
+        return [news async for news in sample(wish)]
 
     async def all_of_them():
         tasks = [asyncio.create_task(follow(*each)) for each in enumerate(wishes)]
@@ -76,86 +76,86 @@ def alone(pipe, wish):
 
 
 def same(one, other):
-    """Whether two pictures are of the same tokens: pixels of a batch differ from single ones by rounding."""
+    """Whether two images are of the same tokens: pixels of a batch differ from single ones by rounding."""
     return abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
 
 
 @pytest.mark.parametrize("decoding", ["ar", "speculative"])
-def test_everybody_gets_the_pictures_of_a_call_of_their_own(pipe, calls, decoding):
-    wishes = [Wish("tiny", f"a {word} apple", count, seed, decoding=decoding)
+def test_everybody_gets_the_images_of_a_call_of_their_own(pipe, calls, decoding):
+    wishes = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding)
               for word, count, seed in (("red", 2, 7), ("green", 1, 7), ("blue", 3, 50))]  # fmt: skip
-    found = drawn(wishes)
+    found = sampled(wishes)
     assert calls == [3]
     for wish, news in zip(wishes, found):
         expected = alone(pipe, wish)
         last = news[-1]
-        assert all(same(*pair) for pair in zip(last.pictures, expected.images)) and len(last.pictures) == wish.count
-        records = [json.loads(picture.info["studio"]) for picture in last.pictures]
+        assert all(same(*pair) for pair in zip(last.images, expected.images)) and len(last.images) == wish.count
+        records = [json.loads(image.info["studio"]) for image in last.images]
         assert [(record["call"]["prompt"], record["seed"]) for record in records] == [
             (wish.prompt, seed) for seed in wish.seeds
         ]
         assert last.together == 6 and last.stats.tokens == expected.stats.tokens
-        assert all(len(each.pictures) == wish.count for each in news if not isinstance(each, Drawn) and each.pictures)
+        assert all(len(each.images) == wish.count for each in news if not isinstance(each, Sampled) and each.images)
 
 
 @pytest.mark.parametrize("decoding", ["speculative", "lantern"])
-def test_everybody_sees_what_became_of_the_drafts_of_their_own_picture(pipe, calls, monkeypatch, decoding):
-    monkeypatch.setattr(drawing.Pace, "is_due", lambda pace: True)
+def test_everybody_sees_what_became_of_the_drafts_of_their_own_image(pipe, calls, monkeypatch, decoding):
+    monkeypatch.setattr(sampling.Pace, "is_due", lambda pace: True)
     options = {"neighbours": 8} if decoding == "lantern" else {}
-    wishes = [Wish("tiny", f"a {word} apple", count, seed, decoding=decoding, options=options)
+    wishes = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding, options=options)
               for word, count, seed in (("red", 2, 7), ("green", 1, 8), ("blue", 3, 50))]  # fmt: skip
-    found = drawn(wishes)
+    found = sampled(wishes)
     assert calls == [3]
     ends = []
     for wish, news in zip(wishes, found):
-        call = drawing.Call(pipe, wish)
+        call = sampling.Call(pipe, wish)
         expected = call.fates(Sketch(call(lambda sketch: False).tokens))
         *underway, last = news
-        previews = [each.fates for each in underway if each.pictures]
+        previews = [each.fates for each in underway if each.images]
         ends.append(last.fates)
-        assert last.fates == expected and expected.drawn == 16
+        assert last.fates == expected and expected.sampled == 16
         assert previews and all(fates.accepted <= expected.accepted for fates in previews)
         assert all(count <= expected.rejected[place] for fates in previews for place, count in fates.rejected.items())
     assert len({(fates.accepted, tuple(fates.rejected.items())) for fates in ends}) > 1
 
 
-def test_other_settings_are_drawn_in_another_call(pipe, calls):
+def test_other_settings_are_sampled_in_another_call(pipe, calls):
     settings = [{}, {"guidance_scale": 2.0}, {"top_k": 5}, {"guidance_scale": 2.0}, {}]
-    found = drawn([Wish("tiny", "a pear", 1, 3, **each) for each in settings])
+    found = sampled([GenerateRequest("tiny", "a pear", 1, 3, **each) for each in settings])
     assert calls == [2, 2, 1]
     for each, news in zip(settings, found):
-        expected = alone(pipe, Wish("tiny", "a pear", 1, 3, **each)).images[0]
-        assert same(news[-1].pictures[0], expected)
+        expected = alone(pipe, GenerateRequest("tiny", "a pear", 1, 3, **each)).images[0]
+        assert same(news[-1].images[0], expected)
 
 
-def test_what_the_pipeline_refuses_keeps_nobody_else_from_drawing(pipe, calls):
-    good, bad = drawn([Wish("tiny", "a pear", 1, 2), Wish("tiny", " ", 1, 3)])
-    assert calls == [2] and len(good[-1].pictures) == 1
+def test_what_the_pipeline_refuses_keeps_nobody_else_from_sampling(pipe, calls):
+    good, bad = sampled([GenerateRequest("tiny", "a pear", 1, 2), GenerateRequest("tiny", " ", 1, 3)])
+    assert calls == [2] and len(good[-1].images) == 1
     assert isinstance(bad, StudioError) and "prompt is empty" in str(bad)
 
 
 def test_a_call_that_fails_is_done_again_for_each_alone(pipe, calls, monkeypatch):
-    call = drawing.Call.__call__
+    call = sampling.Call.__call__
 
     def fail(self, on_step):
         if any(wish.prompt == "a bad pear" for wish in self.wishes):
             raise RuntimeError("out of memory")
         return call(self, on_step)
 
-    monkeypatch.setattr(drawing.Call, "__call__", fail)
+    monkeypatch.setattr(sampling.Call, "__call__", fail)
     prompts = ("a pear", "a bad pear", "a plum")
-    pear, bad, plum = drawn([Wish("tiny", prompt, 1, seed) for seed, prompt in enumerate(prompts)])
+    pear, bad, plum = sampled([GenerateRequest("tiny", prompt, 1, seed) for seed, prompt in enumerate(prompts)])
     assert calls == [3, 1, 1, 1] and str(bad) == "out of memory"
     for seed, prompt, found in ((0, "a pear", pear), (2, "a plum", plum)):
-        assert same(found[-1].pictures[0], alone(pipe, Wish("tiny", prompt, 1, seed)).images[0])
+        assert same(found[-1].images[0], alone(pipe, GenerateRequest("tiny", prompt, 1, seed)).images[0])
 
 
 def test_a_server_answers_within_its_limits(address):
     client = Client(address, verbose=False)
     [found], details = client.predict("a red apple", 1, 7, api_name="/generate")
-    assert details["seeds"] == [7] and details["drawn_together"] == 1
+    assert details["seeds"] == [7] and details["sampled_together"] == 1
     assert json.loads(Image.open(found["image"]).info["studio"])["seed"] == 7
-    with pytest.raises(Exception, match="between 1 and 2 pictures"):
+    with pytest.raises(Exception, match="between 1 and 2 images"):
         client.predict("a red apple", 3, api_name="/generate")
     with pytest.raises(Exception, match="41 characters; at most 40"):
         client.predict("a" * 41, 1, api_name="/generate")
@@ -167,7 +167,7 @@ def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypa
     secret = tmp_path / "secret.png"
     Image.new("RGB", (16, 16), "red").save(secret)
     opened = []
-    monkeypatch.setattr("studio.pictures.open_picture", lambda *given: opened.append(given))
+    monkeypatch.setattr("studio.images.open_image", lambda *given: opened.append(given))
     monkeypatch.setattr("studio.load", lambda *given, **_: opened.append(given), raising=False)
     client = Client(address, verbose=False)
     for model in (str(tiny_folder), "~/model", "owner/repository", "../.."):
@@ -186,7 +186,7 @@ def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypa
 def test_the_app_itself_reads_uploaded_files_only(tmp_path):
     secret = {"path": str(tmp_path / "secret.png")}
     assert uploaded(secret) == secret["path"] and uploaded(None) is None
-    inside = {"path": f"{get_upload_folder()}/picture.png"}
+    inside = {"path": f"{get_upload_folder()}/image.png"}
 
     def asked():
         LocalContext.request.set(SimpleNamespace(session_hash=None))
@@ -209,26 +209,26 @@ def test_what_is_given_is_limited(address, tmp_path):
         client.predict(handle_file(str(wide)), "tiny", api_name="/tokenize")
     with pytest.raises(Exception, match="at most 64 tokens"):
         client.predict(handle_file(str(wide)), "what", "tiny", "divprune", 0.2, 65, api_name="/ask")
-    web = {"path": "http://127.0.0.1:1/picture.png", "meta": {"_type": "gradio.FileData"}}
+    web = {"path": "http://127.0.0.1:1/image.png", "meta": {"_type": "gradio.FileData"}}
     refused = httpx.post(f"{address}gradio_api/call/tokenize", json={"data": [web, "tiny", None, False]})
     assert refused.status_code == 400 and "upload the file itself" in refused.json()["detail"]
     refused = httpx.post(f"{address}gradio_api/call/generate", json={"data": ["a" * (1 << 20)]})
     assert refused.status_code == 413 and "shorten your text" in refused.json()["detail"]
 
 
-def test_where_one_picture_is_allowed_nobody_is_asked_how_many(pipe, monkeypatch):
-    monkeypatch.setattr(limits, "_limits", Limits(pictures=1))
+def test_where_one_image_is_allowed_nobody_is_asked_how_many(pipe, monkeypatch):
+    monkeypatch.setattr(limits, "_limits", Limits(images=1))
     fields = {each["props"].get("elem_id"): each["props"] for each in build_app("tiny").config["components"]}
     assert not fields["count"]["visible"] and not fields["compare-count"]["visible"]
-    with pytest.raises(StudioError, match="Choose one picture"):
-        Wish("tiny", "a pear", 2)
+    with pytest.raises(StudioError, match="Choose one image"):
+        GenerateRequest("tiny", "a pear", 2)
 
 
 def test_devices_are_listed_with_commas():
     assert devices_of(None, None) == [Device()]
     assert devices_of("cuda:0, cuda:1", "float32") == [Device("cuda:0", "float32"), Device("cuda:1", "float32")]
     with pytest.raises(StudioError, match="named twice"):
-        prepare("tiny", devices_of("cpu,cpu", None), Bounds(), Limits())
+        prepare("tiny", devices_of("cpu,cpu", None), QueueLimits(), Limits())
 
 
 def test_every_device_has_models_of_its_own(tiny_pipeline, monkeypatch):

@@ -16,12 +16,12 @@ from gradio.context import LocalContext
 
 from studio import StudioError
 from studio.ui.jobs.stopping import Stopped, stoppable
-from studio.ui.server import session as visitor
+from studio.ui.server import session as session
 from studio.ui.server import worker
 from studio.ui.server.models import Device
-from studio.ui.server.scheduler import Bounds
+from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.session import Listeners
-from studio.ui.server.worker import CLOSED, CLOSING, Station, drain, follow
+from studio.ui.server.worker import CLOSED, CLOSING, DeviceWorker, drain, follow
 
 LIMIT = 20  # seconds
 
@@ -29,7 +29,7 @@ LIMIT = 20  # seconds
 @pytest.fixture
 def station(monkeypatch):
     """The only one, where a work lasts until it is told to end or to stop; `begun` are the works."""
-    found = Station(Device(), Bounds(waiting=8))
+    found = DeviceWorker(Device(), QueueLimits(waiting=8))
     found.begun, found.end = [], threading.Event()
     monkeypatch.setattr(worker, "_stations", [found])
     yield found
@@ -38,10 +38,10 @@ def station(monkeypatch):
 
 @pytest.fixture
 def listeners(monkeypatch):
-    monkeypatch.setattr(visitor, "_PATIENCE", 0.5)
+    monkeypatch.setattr(session, "_PATIENCE", 0.5)
     monkeypatch.setattr(worker, "_GLANCE", 0.1)
     listeners = Listeners()
-    monkeypatch.setattr(visitor, "_listeners", listeners)
+    monkeypatch.setattr(session, "_listeners", listeners)
     return listeners
 
 

@@ -1,4 +1,4 @@
-"""The Tokenize tab: a picture to tokens and back, beside other codecs, and `.odp` files both ways."""
+"""The Tokenize tab: an image to tokens and back, beside other codecs, and `.odp` files both ways."""
 
 import asyncio
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 from gradio_client import handle_file
 from PIL import Image
 
-from studio import OdpFile, TokenBridgeTokenizer, decode_picture, encode_picture
+from studio import OdpFile, TokenBridgeTokenizer, decode_image, encode_image
 from studio.ui.app import build_app
 from studio.ui.jobs import tiling
 from studio.ui.jobs import tokenize_job as tokenizing
@@ -44,13 +44,13 @@ def loaded(monkeypatch):
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "photo.jpg"
+    path = tmp_path_factory.mktemp("images") / "photo.jpg"
     Image.effect_mandelbrot((90, 60), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(path, quality=95)
     return str(path)
 
 
-def updates(tokenizer, picture, count=1, tile=False, show=tokenize.show_restoring):
-    values = (tokenizer, picture and {"path": str(picture)}, count, tile)
+def updates(tokenizer, image, count=1, tile=False, show=tokenize.show_restoring):
+    values = (tokenizer, image and {"path": str(image)}, count, tile)
 
     async def collect():
         return [dict(zip(tokenize.OUTPUTS, update, strict=True)) async for update in show(*values)]
@@ -113,22 +113,22 @@ def test_a_row_is_cut_short_and_can_be_taken_home(loaded, tiny_one_d, photo):
     assert "Whole files are counted" in codes
     path = next(each["download"]["value"] for each in found if "value" in each["download"])
     assert Path(path).name == "photo.odp"
-    expected = encode_picture(Image.open(photo), tiny_one_d, length=4)
+    expected = encode_image(Image.open(photo), tiny_one_d, length=4)
     assert Path(path).read_bytes() == expected.data
     assert f"<dd>{len(expected.data)}</dd>" in status
 
 
-def test_a_picture_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
+def test_a_image_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
     """90 x 60 pixels are 24 tiles of 16 x 16; what is shown, counted and taken home is what the library makes of it."""
     found = updates(loaded(tiny_one_d), photo, 4, tile=True)
-    expected = encode_picture(Image.open(photo), tiny_one_d, length=4 * 24, tile=True)
+    expected = encode_image(Image.open(photo), tiny_one_d, length=4 * 24, tile=True)
     path = next(each["download"]["value"] for each in found if "value" in each["download"])
     assert Path(path).read_bytes() == expected.data and OdpFile.from_bytes(expected.data).tiled
     _, restored = next(each["pair"]["value"] for each in found if "value" in each["pair"])
-    assert restored.tobytes() == resized(decode_picture(expected.data, tiny_one_d), (540, 360)).tobytes()
+    assert restored.tobytes() == resized(decode_image(expected.data, tiny_one_d), (540, 360)).tobytes()
     status, codes = found[-1]["status"], found[-1]["codes"]
     assert "96 of 144 tokens of 24 tiles of 16 x 16." in status and f"<dd>{expected.psnr:.1f} dB</dd>" in status
-    assert "the whole picture" in codes and codes.count("4 of 6 used") == 24 and "Tile 24" in codes
+    assert "the whole image" in codes and codes.count("4 of 6 used") == 24 and "Tile 24" in codes
     whole = updates(loaded(tiny_one_d), photo, 4)
     assert "4 of 6 tokens of a 16 x 16 square." in whole[-1]["status"]
 
@@ -136,7 +136,7 @@ def test_a_picture_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
 @pytest.mark.parametrize("made", ["vq", "rvq"])
 def test_a_tokenizer_without_tiles_says_so(loaded, toasts, tiny_vq, photo, made):
     found = updates(loaded(tiny_vq if made == "vq" else tiny_tokenizers.made("rvq")), photo, 1, tile=True)
-    assert len(toasts) == 1 and "tiny cannot cut pictures into tiles: choose a One-D-Piece" in toasts[0]
+    assert len(toasts) == 1 and "tiny cannot cut images into tiles: choose a One-D-Piece" in toasts[0]
     assert all(update[name] == gr.skip() for update in found for name in tokenize.OUTPUTS[:-1])
 
 
@@ -151,12 +151,12 @@ def test_the_box_for_tiles_has_a_line_of_help():
     assert fields["tile"]["value"] is False and "instead of shrinking" in fields["tile"]["info"]
 
 
-def test_a_file_comes_back_as_a_picture(loaded, tiny_one_d, photo, tmp_path):
-    data = encode_picture(Image.open(photo), tiny_one_d, length=3).data
+def test_a_file_comes_back_as_a_image(loaded, tiny_one_d, photo, tmp_path):
+    data = encode_image(Image.open(photo), tiny_one_d, length=3).data
     (tmp_path / "photo.odp").write_bytes(data)
     found = opened(loaded(tiny_one_d), tmp_path / "photo.odp")[-1]
-    picture = decode_picture(data, tiny_one_d)
-    assert found["opened"]["value"].size == (540, 360) and picture.size == (90, 60)
+    image = decode_image(data, tiny_one_d)
+    assert found["opened"]["value"].size == (540, 360) and image.size == (90, 60)
     assert "90 x 60 pixels from 3 tokens" in found["status"]
     assert not found["pair"]["visible"] and found["opened"]["visible"]
 
@@ -171,14 +171,14 @@ def test_a_file_comes_back_as_a_picture(loaded, tiny_one_d, photo, tmp_path):
     ],
 )
 def test_other_files_are_a_toast(loaded, toasts, tiny_one_d, photo, tmp_path, change, words):
-    (tmp_path / "photo.odp").write_bytes(change(encode_picture(Image.open(photo), tiny_one_d).data))
+    (tmp_path / "photo.odp").write_bytes(change(encode_image(Image.open(photo), tiny_one_d).data))
     found = opened(loaded(tiny_one_d), tmp_path / "photo.odp")
     assert len(toasts) == 1 and words in toasts[0] and str(tmp_path) not in toasts[0]
     assert found[-1]["opened"] == gr.skip() and "unchanged" in found[-1]["status"]
 
 
 def test_a_file_needs_a_tokenizer_of_its_kind(loaded, toasts, tiny_vq, tiny_one_d, photo, tmp_path):
-    (tmp_path / "photo.odp").write_bytes(encode_picture(Image.open(photo), tiny_one_d).data)
+    (tmp_path / "photo.odp").write_bytes(encode_image(Image.open(photo), tiny_one_d).data)
     opened(loaded(tiny_vq), tmp_path / "photo.odp")
     opened("", tmp_path / "photo.odp")
     opened("tiny", None)
@@ -214,10 +214,10 @@ def test_numbers_without_codes_are_grey_and_have_no_bytes(loaded, photo):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (700, 9), (2600, 1400)])
-def test_pictures_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
-    Image.linear_gradient("L").resize(size).save(tmp_path / "picture.png")
+def test_images_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
+    Image.linear_gradient("L").resize(size).save(tmp_path / "image.png")
     original, restored = next(
-        each["pair"]["value"] for each in updates(loaded(tiny_vq), tmp_path / "picture.png") if "value" in each["pair"]
+        each["pair"]["value"] for each in updates(loaded(tiny_vq), tmp_path / "image.png") if "value" in each["pair"]
     )
     assert original.size == restored.size and max(original.size) <= 1280 and not toasts
 
@@ -225,7 +225,7 @@ def test_pictures_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"picture": None}, "Give a picture"),
+        ({"image": None}, "Give an image"),
         ({"tokenizer": " "}, "Choose a tokenizer"),
         ({"tokenizer": None}, "Choose a tokenizer"),
         ({"tokenizer": "nobody-has-this"}, "no model or folder"),
@@ -238,19 +238,19 @@ def test_pictures_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
     ],
 )
 def test_wrong_input_is_a_toast_and_loses_nothing(loaded, toasts, tiny_one_d, photo, changes, words):
-    found = updates(**{"tokenizer": loaded(tiny_one_d), "picture": photo, "count": 6, **changes})
+    found = updates(**{"tokenizer": loaded(tiny_one_d), "image": photo, "count": 6, **changes})
     assert len(toasts) == 1 and words in toasts[0]
     assert all(update[name] == gr.skip() for update in found for name in tokenize.OUTPUTS[:-1])
     assert "unchanged" in found[-1]["status"]
 
 
-def test_a_file_that_is_no_picture_is_a_toast(loaded, toasts, tiny_vq, tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
+def test_a_file_that_is_no_image_is_a_toast(loaded, toasts, tiny_vq, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
     updates(loaded(tiny_vq), tmp_path / "notes.png")
-    assert len(toasts) == 1 and "notes.png is not a picture" in toasts[0] and str(tmp_path) not in toasts[0]
+    assert len(toasts) == 1 and "notes.png is not an image" in toasts[0] and str(tmp_path) not in toasts[0]
 
 
-def test_a_folder_and_a_model_that_draws_have_their_tokenizer(toasts, tiny_folder, tiny_one_d, photo, tmp_path):
+def test_a_folder_and_a_model_that_samples_have_their_tokenizer(toasts, tiny_folder, tiny_one_d, photo, tmp_path):
     tiny_one_d.save_pretrained(tmp_path)
     assert tokenizer_scale(str(tmp_path)).most == 6 and tokenizer_scale("owner/on-the-hub") is None
     assert "4 of 6 tokens" in updates(f" {tmp_path} ", photo, 4)[-1]["status"]
@@ -259,11 +259,11 @@ def test_a_folder_and_a_model_that_draws_have_their_tokenizer(toasts, tiny_folde
     assert list(models._tokenizers) == [str(tiny_folder)]
 
 
-def test_a_reader_has_no_tokens_of_pictures(toasts, reader, photo, monkeypatch):
+def test_a_reader_has_no_tokens_of_images(toasts, reader, photo, monkeypatch):
     monkeypatch.setattr("studio.load", lambda name, **_: reader, raising=False)
     monkeypatch.setattr(models, "_tokenizers", {})
     updates("some-reader", photo)
-    assert len(toasts) == 1 and "makes no tokens of pictures" in toasts[0]
+    assert len(toasts) == 1 and "makes no tokens of images" in toasts[0]
 
 
 def test_choosing_a_tokenizer_shows_its_scale(loaded, tiny_one_d, tiny_vq):
@@ -308,15 +308,15 @@ def test_closing_stops_before_the_next_codec(loaded, tiny_vq, photo, monkeypatch
 
 def test_programs_tokenize_too(client, loaded, tiny_one_d, photo):
     name = loaded(tiny_one_d)
-    picture, file, details = client.predict(handle_file(photo), name, 5, api_name="/tokenize")
-    assert Image.open(picture).size == (90, 60) and Path(file).suffix == ".odp"
+    image, file, details = client.predict(handle_file(photo), name, 5, api_name="/tokenize")
+    assert Image.open(image).size == (90, 60) and Path(file).suffix == ".odp"
     assert details["tokens"] == details["length"] == 5 and details["bytes"] == Path(file).stat().st_size
     assert details["bits"] == 25 and details["counted"] == "file" and set(details["beside"]) == {"webp", "jpeg"}
     assert details["beside"]["jpeg"]["best"] is None and details["beside"]["jpeg"]["smallest_file"] > 100
     back, told = client.predict(handle_file(file), name, api_name="/detokenize")
     assert told == {"tokenizer": name, "tokens": 5, "bytes": details["bytes"], "width": 90, "height": 60}
-    expected = decode_picture(Path(file).read_bytes(), tiny_one_d)
-    for path in (picture, back):
+    expected = decode_image(Path(file).read_bytes(), tiny_one_d)
+    for path in (image, back):
         assert Image.open(path).convert("RGB").tobytes() == expected.tobytes()
     with pytest.raises(Exception, match="length from 1 to 6"):
         client.predict(handle_file(photo), name, 9, api_name="/tokenize")

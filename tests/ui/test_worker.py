@@ -11,8 +11,8 @@ from gradio.context import LocalContext
 from studio import StudioError
 from studio.ui.server import worker
 from studio.ui.server.models import Device
-from studio.ui.server.scheduler import Bounds
-from studio.ui.server.worker import Share, Station, follow
+from studio.ui.server.scheduler import QueueLimits
+from studio.ui.server.worker import BatchSpec, DeviceWorker, follow
 
 LIMIT = 10  # seconds
 
@@ -28,7 +28,7 @@ class House:
 
         async def collect():
             LocalContext.request.set(SimpleNamespace(session_hash=user))
-            share = Share(like, size, wish, self.together, lambda ahead: ("ahead", ahead))
+            share = BatchSpec(like, size, wish, self.together, lambda ahead: ("ahead", ahead))
             return [item async for item in follow(lambda job: self.together([wish], [job])[0], share)]
 
         return asyncio.create_task(collect())
@@ -63,7 +63,7 @@ class House:
 @pytest.fixture
 def house(monkeypatch):
     def furnish(*names, **bounds):
-        stations = [Station(Device(name), Bounds(**{"together": 4, **bounds})) for name in names or ("cpu",)]
+        stations = [DeviceWorker(Device(name), QueueLimits(**{"together": 4, **bounds})) for name in names or ("cpu",)]
         monkeypatch.setattr(worker, "_stations", stations)
         return House(stations)
 

@@ -1,4 +1,4 @@
-"""What the app asks a model that reads pictures, and what comes back while it answers."""
+"""What the app asks a model that reads images, and what comes back while it answers."""
 
 import dataclasses
 from pathlib import Path
@@ -15,12 +15,12 @@ _MOST_TOKENS = 4096  # of an answer, where no limit is set
 
 
 @dataclasses.dataclass(frozen=True)
-class Inquiry:
-    """One question about one picture.
+class AskRequest:
+    """One question about one image.
 
     Args:
         model: what `studio.load` takes.
-        picture: path of the file.
+        image: path of the file.
         question: what to ask.
         method, keep: how tokens are chosen, and the share that stays.
         compare: whether to ask the same with all tokens afterwards.
@@ -28,7 +28,7 @@ class Inquiry:
     """
 
     model: str | None
-    picture: str | None
+    image: str | None
     question: str
     method: str = "divprune"
     keep: float = 0.2
@@ -38,13 +38,13 @@ class Inquiry:
     def __post_init__(self):
         if self.model in (None, "") or not check_model(self.model).strip():
             raise StudioError(
-                "Name a model that reads pictures: a Hugging Face id, a folder, or what "
+                "Name a model that reads images: a Hugging Face id, a folder, or what "
                 "`studio train --preset emoji-vlm` made."
             )
-        if not self.picture:
-            raise StudioError("Give a picture first: drop a file on the field, or take an example.")
+        if not self.image:
+            raise StudioError("Give an image first: drop a file on the field, or take an example.")
         if self.question is None or not check_words("The question", self.question).strip():
-            raise StudioError("The question is empty: ask something about the picture.")
+            raise StudioError("The question is empty: ask something about the image.")
         methods = pruning_methods()
         if self.method not in list(methods):
             raise StudioError(f"Choose how tokens are chosen: {', '.join(methods)}.")
@@ -70,12 +70,12 @@ class Reading:
     """Where an inquiry stands.
 
     Args:
-        picture: as it was read, or `None` while the model is being loaded.
+        image: as it was read, or `None` while the model is being loaded.
         pruned, whole: the answers of both runs so far, `None` before they have chosen their tokens.
         answered: names of the runs that are over.
     """
 
-    picture: object = None
+    image: object = None
     pruned: object = None
     whole: object = None
     answered: tuple[str, ...] = ()
@@ -85,24 +85,24 @@ def read(inquiry):
     """Follow an inquiry: an asynchronous iterator over `Reading`, the last one finished.
 
     Raises:
-        StudioError: the picture or the model cannot be read, or the model refuses the inquiry.
+        StudioError: the image or the model cannot be read, or the model refuses the inquiry.
     """
     return follow(lambda job: _read(inquiry, job))
 
 
 @on_gpu(seconds=60)
 def _read(inquiry, job):
-    from studio.pictures import open_picture
+    from studio.images import open_image
 
-    picture = open_picture(inquiry.picture, Path(inquiry.picture).name, limits().pixels)
+    image = open_image(inquiry.image, Path(inquiry.image).name, limits().pixels)
     job.report(Reading())
     pipe = get_reader(inquiry.model, job.device)
-    reading = Reading(picture)
+    reading = Reading(image)
     job.report(reading)
     for name, settings in inquiry.runs.items():
         if not job.stopped:
             answer = pipe(
-                picture,
+                image,
                 inquiry.question,
                 max_new_tokens=inquiry.max_new_tokens,
                 on_step=_reporter(job, reading, name),

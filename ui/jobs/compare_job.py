@@ -1,13 +1,13 @@
-"""One prompt drawn by several models and decodings, one after the other, each with the machine for itself."""
+"""One prompt sampled by several models and decodings, one after the other, each with the machine for itself."""
 
 import dataclasses
 import time
 
 from studio import DECODINGS
 from studio.errors import StudioError
-from studio.ui.jobs.draft_trace import TokenFates
+from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Call, as_files
-from studio.ui.jobs.request import Wish, draw_seed
+from studio.ui.jobs.request import GenerateRequest, sample_seed
 from studio.ui.render.preview import Sketch
 from studio.ui.server.checks import check_text, is_whole
 from studio.ui.server.models import fitting_decodings, get_judge, get_pipeline
@@ -16,21 +16,21 @@ from studio.ui.server.zerogpu import on_gpu
 from studio.ui.tabs.components import short_name
 
 MOST_SIDES = 6
-MOST_OF_ONE = 4  # pictures of each side
+MOST_OF_ONE = 4  # images of each side
 _LONGEST_SIDE = 1000  # characters
 NOTHING_NAMED = "The prompt names nothing that the judge knows: it scores concepts such as a red apple."
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareWish:
+class CompareRequest:
     """What is to be compared.
 
     Args:
-        prompt: what to draw.
-        sides: what draws, as `MODEL` or `MODEL: DECODING`, with options as in `MODEL: lantern delta=0.3`; without a
+        prompt: what to sample.
+        sides: what samples, as `MODEL` or `MODEL: DECODING`, with options as in `MODEL: lantern delta=0.3`; without a
             name they are those of its usual decoding.
-        count: pictures of each side.
-        seed: of the first picture of every side; drawn when `None`.
+        count: images of each side.
+        seed: of the first image of every side; sampled when `None`.
     """
 
     prompt: str
@@ -47,9 +47,9 @@ class CompareWish:
         if len(set(sides)) < len(sides):
             raise StudioError("One of the models and decodings is chosen twice: leave one of them out.")
         if not is_whole(self.count) or not 1 <= self.count <= MOST_OF_ONE:
-            raise StudioError(f"Choose between 1 and {MOST_OF_ONE} pictures of each.")
+            raise StudioError(f"Choose between 1 and {MOST_OF_ONE} images of each.")
         object.__setattr__(self, "sides", tuple(sides))
-        object.__setattr__(self, "seed", draw_seed() if self.seed is None else self.seed)
+        object.__setattr__(self, "seed", sample_seed() if self.seed is None else self.seed)
         object.__setattr__(self, "wishes", tuple(self._wish(side) for side in sides))
 
     def _wish(self, side):
@@ -64,7 +64,7 @@ class CompareWish:
         texts = dict(option.split("=", 1) for option in options)
         if len(texts) < len(options):
             raise StudioError(f"An option is given twice in {how!r}: leave one of them out.")
-        wish = Wish.from_fields(model, self.prompt, self.count, *[""] * 5, name, texts)
+        wish = GenerateRequest.from_fields(model, self.prompt, self.count, *[""] * 5, name, texts)
         return dataclasses.replace(wish, seed=self.seed)
 
 
@@ -75,22 +75,22 @@ class Side:
     Args:
         title: its model and decoding.
         wish: see `studio.ui.jobs.request`.
-        drawn, total: tokens of a picture.
-        pictures: when they are finished, else none.
-        fates: of the first picture's tokens, then, where drafts are made one by one.
+        sampled, total: tokens of an image.
+        images: when they are finished, else none.
+        fates: of the first image's tokens, then, where drafts are made one by one.
         stats: those of the pipeline, then.
-        opinions: the judge's on each picture, where it knows what the model draws.
+        judge_predictions: the judge's on each image, where it knows what the model samples.
         unscored: a sentence that says why these give no score, then, or `None` where they do.
     """
 
     title: str
-    wish: Wish
-    drawn: int = 0
+    wish: GenerateRequest
+    sampled: int = 0
     total: int = 0
-    pictures: tuple = ()
-    fates: TokenFates | None = None
+    images: tuple = ()
+    fates: DraftTrace | None = None
     stats: object = None
-    opinions: tuple = ()
+    judge_predictions: tuple = ()
     unscored: str | None = None
 
 
@@ -99,8 +99,8 @@ class Comparison:
     """Where a comparison stands.
 
     Args:
-        sides: in the order in which they draw.
-        running: the number of the one that is being drawn; `None` before the first and after the last.
+        sides: in the order in which they sample.
+        running: the number of the one that is being sampled; `None` before the first and after the last.
         loading: what is being loaded and tried, or `None`.
         seconds: since this side began.
         warning: what the user should know, or `None`.
@@ -118,13 +118,13 @@ class Comparison:
 
 
 def compare(wish):
-    """Follow a `CompareWish`: an asynchronous iterator over `Comparison`, the last one finished.
+    """Follow a `CompareRequest`: an asynchronous iterator over `Comparison`, the last one finished.
 
-    Every side first draws a token or two that do not count, so that no clock shows what only the first call costs, and
-    what cannot be drawn is known before anything is.
+    Every side first samples a token or two that do not count, so that no clock shows what only the first call costs,
+    and what cannot be sampled is known before anything is.
 
     Raises:
-        StudioError: a model cannot be loaded, or refuses what it should draw.
+        StudioError: a model cannot be loaded, or refuses what it should sample.
     """
     return follow(lambda job: _compare(wish, job))
 
@@ -155,7 +155,7 @@ def _compare(wish, job):
     found = dataclasses.replace(found, warning=" ".join(dict.fromkeys(filter(None, (call.warning for call in calls)))))
     for number, call in enumerate(calls):
         if not job.stopped:
-            found = _drawn(found, number, call, job)
+            found = _sampled(found, number, call, job)
             if not found.finished:
                 job.report(found)
     return found
@@ -168,28 +168,28 @@ def _tried(wish, job):
     return Call(call.pipe, wish)
 
 
-def _drawn(found, number, call, job):
+def _sampled(found, number, call, job):
     """The comparison after one more side."""
     found, began = _with_side(found, number, total=call.total), time.monotonic()
 
     def on_step(sketch):
         if not job.stopped:
-            now = _with_side(found, number, drawn=sketch.drawn)
+            now = _with_side(found, number, sampled=sketch.sampled)
             job.report(dataclasses.replace(now, running=number, seconds=time.monotonic() - began))
         return job.stopped
 
     output = call(on_step)
     if job.stopped:
         return found
-    opinions, unscored = _judged(output.images, call.wish)
+    judge_predictions, unscored = _judged(output.images, call.wish)
     return _with_side(
         found,
         number,
-        drawn=call.total,
-        pictures=tuple(as_files(output.images, call.wish)),
+        sampled=call.total,
+        images=tuple(as_files(output.images, call.wish)),
         fates=call.fates(Sketch(output.tokens)),
         stats=output.stats,
-        opinions=opinions,
+        judge_predictions=judge_predictions,
         unscored=unscored,
     )
 
@@ -200,12 +200,12 @@ def _with_side(found, number, **changes):
     return dataclasses.replace(found, sides=tuple(sides))
 
 
-def _judged(pictures, wish):
-    """The judge's opinions, and why they give no score, as of `Side`."""
-    from studio.evaluation.judge_predictions import opinions
+def _judged(images, wish):
+    """The judge's judge_predictions, and why they give no score, as of `Side`."""
+    from studio.evaluation.judge_predictions import judge_predictions
 
     try:
-        found = tuple(opinions(get_judge(wish.model), pictures, wish.prompt))
+        found = tuple(judge_predictions(get_judge(wish.model), images, wish.prompt))
     except StudioError as error:
         return (), str(error)
     return found, NOTHING_NAMED if found[0].agreement is None else None

@@ -1,4 +1,4 @@
-"""What somebody wants drawn: the words and settings of one call, checked."""
+"""What somebody wants sampled: the words and settings of one call, checked."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
+class GenerateRequest:
     """One call of a model. A setting that is `None` is the model's own.
 
     Args:
@@ -34,14 +34,14 @@ class Wish:
     options: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        most = limits().pictures
+        most = limits().images
         if not is_whole(self.count) or not 1 <= self.count <= most:
-            raise StudioError(f"Choose between 1 and {most} pictures." if most > 1 else "Choose one picture.")
+            raise StudioError(f"Choose between 1 and {most} images." if most > 1 else "Choose one image.")
         check_words("The prompt", self.prompt)
         if self.seed is not None and (not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
-            raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one drawn.")
+            raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one sampled.")
         object.__setattr__(self, "count", int(self.count))
-        object.__setattr__(self, "seed", draw_seed() if self.seed is None else int(self.seed))
+        object.__setattr__(self, "seed", sample_seed() if self.seed is None else int(self.seed))
         for name in _SAMPLING:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
@@ -77,14 +77,14 @@ class Wish:
 
     @property
     def how(self):
-        """The decoding as a picture carries it."""
+        """The decoding as an image carries it."""
         settings = decoding_named(self.decoding).settings(**self.options)
         note = {"approximate": True} if getattr(settings, "approximate", False) else {}
         return {"name": self.decoding, **self.options, **note}
 
     @property
     def seeds(self):
-        """The seed of each picture: consecutive numbers."""
+        """The seed of each image: consecutive numbers."""
         return [self.seed + index for index in range(self.count)]
 
     @property
@@ -97,17 +97,17 @@ class Wish:
 
     @property
     def manner(self):
-        """A text that is equal for wishes that differ in their words, pictures and seeds only."""
+        """A text that is equal for wishes that differ in their words, images and seeds only."""
         return json.dumps([self.model, self.how, self.settings], sort_keys=True, default=str)
 
     @property
     def record(self):
-        """The call as a picture carries it."""
+        """The call as an image carries it."""
         call = {"model": self.model, "prompt": self.prompt, "num_images": self.count}
         return {**call, **self.settings, "decoding": self.how}
 
 
-def draw_seed():
+def sample_seed():
     """A new random seed, short enough to read aloud."""
     return secrets.randbelow(2**31)
 

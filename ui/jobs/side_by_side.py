@@ -1,4 +1,4 @@
-"""Two ways to draw the same picture, side by side: one machine, taken in turns, with a clock for each."""
+"""Two ways to sample the same image, side by side: one machine, taken in turns, with a clock for each."""
 
 import dataclasses
 import threading
@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from studio import DECODINGS
 from studio.errors import StudioError
-from studio.ui.jobs.draft_trace import TokenFates
+from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Call, as_files
-from studio.ui.render.preview import Pace, Sketch, partial_pictures
+from studio.ui.render.preview import Pace, Sketch, partial_images
 from studio.ui.server.models import fitting_decodings, get_pipeline
 from studio.ui.server.worker import follow
 from studio.ui.server.zerogpu import on_gpu
@@ -23,19 +23,19 @@ class Lane:
 
     Args:
         title: its decoding.
-        drawn, total: tokens.
+        sampled, total: tokens.
         clock: seconds it has had the machine for.
-        picture: the latest, or `None`.
+        image: the latest, or `None`.
         fates: of its tokens.
         stats: those of the pipeline, at the end.
     """
 
     title: str
     total: int
-    drawn: int = 0
+    sampled: int = 0
     clock: float = 0.0
-    picture: object = None
-    fates: TokenFates | None = None
+    image: object = None
+    fates: DraftTrace | None = None
     stats: object = None
 
 
@@ -54,7 +54,7 @@ class Race:
 def race(wish):
     """Follow a race of plain decoding and the decoding of a wish: an asynchronous iterator over `Race`.
 
-    A wish for plain decoding itself races against the next one that fits the model. Both draw one picture with the same
+    A wish for plain decoding itself races against the next one that fits the model. Both sample one image with the same
     seed. They never run at the same time: the one whose clock is behind goes on, so that the clocks run together, and
     each shows the seconds that its decoding takes alone. A
     wish for the faster of plain and Jacobi decoding is a race of these two.
@@ -97,20 +97,20 @@ class _Track:
     def __init__(self, calls, job):
         self.calls, self.job = calls, job
         self.race = Race(tuple(Lane(call.wish.title, call.total) for call in calls), calls[-1].warning)
-        self.turns = Turns(len(calls))
+        self.turns = TurnScheduler(len(calls))
         self.failed = False
 
     def run(self, number):
-        """Draw one side's picture."""
+        """Sample one side's image."""
         call, pace = self.calls[number], Pace()
 
         def on_step(sketch):
             self.turns.stop(number)
             if not self._is_over():
-                self._update(number, drawn=sketch.drawn)
-                if sketch.drawn < call.total and pace.is_due():
+                self._update(number, sampled=sketch.sampled)
+                if sketch.sampled < call.total and pace.is_due():
                     start = time.monotonic()
-                    self._update(number, picture=partial_pictures(call.pipe, sketch)[0], fates=_fates(call, sketch))
+                    self._update(number, image=partial_images(call.pipe, sketch)[0], fates=_fates(call, sketch))
                     pace.spent(time.monotonic() - start)
                 self.job.report(self.race)
             self.turns.go(number)
@@ -121,8 +121,8 @@ class _Track:
             output = call(on_step)
             self.turns.stop(number)
             if not self._is_over():
-                ended = {"drawn": call.total, "fates": _fates(call, Sketch(output.tokens)), "stats": output.stats}
-                self._update(number, picture=as_files(output.images, call.wish)[0], **ended)
+                ended = {"sampled": call.total, "fates": _fates(call, Sketch(output.tokens)), "stats": output.stats}
+                self._update(number, image=as_files(output.images, call.wish)[0], **ended)
                 self.job.report(self.race)
         except BaseException:
             self.failed = True
@@ -140,10 +140,10 @@ class _Track:
 
 
 def _fates(call, sketch):
-    return call.fates(sketch) or TokenFates(call.total, sketch.drawn, places=sketch.places)
+    return call.fates(sketch) or DraftTrace(call.total, sketch.sampled, places=sketch.places)
 
 
-class Turns:
+class TurnScheduler:
     """Lets one of several threads run at a time, the one that is behind; a clock runs between `go` and `stop`."""
 
     def __init__(self, count):

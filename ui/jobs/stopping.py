@@ -9,7 +9,8 @@ class Stopped(Exception):
 
 @contextmanager
 def stoppable(network, job):
-    """While this is entered, a `torch.nn.Module` looks at the stop flag of a `studio.ui.server.worker.Job` before every layer.
+    """While this is entered, a `torch.nn.Module` looks at the stop flag of a `studio.ui.server.worker.Job` before every
+    layer.
 
     Raises:
         Stopped: in the thread that calls the network, once the flag is set.

@@ -1,15 +1,15 @@
-"""A picture cut into squares of a tokenizer's size, each a row of tokens, and put together again."""
+"""An image cut into squares of a tokenizer's size, each a row of tokens, and put together again."""
 
 from studio.errors import StudioError
 
 _MOST_PIXELS = 1 << 20  # of all squares: what is shown, and tried with other codecs at every quality
 
 
-def restored_tiles(picture, tokenizer, count, name):
-    """Restore a picture from the first tokens of each of its tiles.
+def restored_tiles(image, tokenizer, count, name):
+    """Restore an image from the first tokens of each of its tiles.
 
     Args:
-        picture: a PIL image in RGB.
+        image: a PIL image in RGB.
         tokenizer: a One-D-Piece tokenizer.
         count: tokens of each tile.
         name: what its `.odp` file calls the tokenizer.
@@ -20,12 +20,12 @@ def restored_tiles(picture, tokenizer, count, name):
     Raises:
         StudioError: the tiles are too many for a page.
     """
-    from studio import encode_picture
+    from studio import encode_image
     from studio.bench.tokenizers import size_of
     from studio.ui.render.token_planes import token_planes
 
-    tiles, how = _number(picture.size, tokenizer.config.sample_size), {"length": count}
-    encoded = encode_picture(picture, tokenizer, length=tiles * count, tile=True, name=name)
+    tiles, how = _number(image.size, tokenizer.config.sample_size), {"length": count}
+    encoded = encode_image(image, tokenizer, length=tiles * count, tile=True, name=name)
     return {
         "decoded": encoded.restored,
         "tiles": tiles,
@@ -38,12 +38,12 @@ def restored_tiles(picture, tokenizer, count, name):
 
 
 def _number(size, side):
-    """How many tiles a picture has."""
+    """How many tiles an image has."""
     width, height = size
     tiles, most = -(-width // side) * -(-height // side), max(1, _MOST_PIXELS // side**2)
     if tiles > most:
         raise StudioError(
-            f"This picture has {tiles} tiles of {side} x {side} pixels, and this tab cuts at most {most}: give a "
-            "smaller picture, leave out the tiles, or use `studio tokenize --tile`."
+            f"This image has {tiles} tiles of {side} x {side} pixels, and this tab cuts at most {most}: give a "
+            "smaller image, leave out the tiles, or use `studio tokenize --tile`."
         )
     return tiles

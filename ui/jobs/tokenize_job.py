@@ -1,4 +1,4 @@
-"""A picture turned into tokens and back, and what JPEG and WebP keep of it in as many bytes."""
+"""An image turned into tokens and back, and what JPEG and WebP keep of it in as many bytes."""
 
 import dataclasses
 import math
@@ -21,18 +21,18 @@ _MOST_BYTES = 1 << 26  # of an .odp file that is read
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenWish:
-    """One picture and how to restore it.
+class TokenizeRequest:
+    """One image and how to restore it.
 
     Args:
         tokenizer: what `studio.load` takes.
-        picture: path of the file.
+        image: path of the file.
         count: the length or the depth to restore it from; all there is where it is `None`.
         tile: whether to cut it into the tokenizer's squares, each of that length, instead of resizing it to one.
     """
 
     tokenizer: str | None
-    picture: str | None
+    image: str | None
     count: int | None = None
     tile: bool = False
 
@@ -41,12 +41,12 @@ class TokenWish:
         check_flag("Whether to cut tiles", self.tile)
         if not self.tokenizer:
             raise StudioError("Choose a tokenizer: a bundled one such as emoji-vq, or a folder of one.")
-        if not self.picture:
-            raise StudioError("Give a picture first: drop a file on the field, or take an example.")
+        if not self.image:
+            raise StudioError("Give an image first: drop a file on the field, or take an example.")
 
 
 @dataclasses.dataclass(frozen=True)
-class FileWish:
+class DetokenizeRequest:
     """An `.odp` file to restore: its path, and the tokenizer it was made with, where it names no bundled one."""
 
     tokenizer: str | None
@@ -65,7 +65,7 @@ def _name(tokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """What another codec makes of the picture: the best in so many bytes, or `None`, and the bytes of its least file.
+    """What another codec makes of the image: the best in so many bytes, or `None`, and the bytes of its least file.
 
     `best` has the attributes of `studio.bench.rate_distortion.Encoded`.
     """
@@ -77,10 +77,10 @@ class Rival:
 
 @dataclasses.dataclass(frozen=True)
 class Restoration:
-    """Where the work on a picture stands; all but `original` is there when it was restored, in one step.
+    """Where the work on an image stands; all but `original` is there when it was restored, in one step.
 
     Args:
-        original: the picture, at a size to be looked at; `None` while it is read.
+        original: the image, at a size to be looked at; `None` while it is read.
         size: its own width and height in pixels.
         decoded: what was restored, a PIL image of the tokenizer's size, or of its own where it was cut into tiles.
         side: the tokenizer's size.
@@ -132,29 +132,29 @@ class Restoration:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What an `.odp` file holds: the picture at its own size, the tokenizer, and the numbers of tokens and bytes.
+    """What an `.odp` file holds: the image at its own size, the tokenizer, and the numbers of tokens and bytes.
 
-    The picture is `None` while the model is being loaded.
+    The image is `None` while the model is being loaded.
     """
 
-    picture: object = None
+    image: object = None
     tokenizer: str = ""
     tokens: int = 0
     bytes: int = 0
 
 
 def restore(wish):
-    """Follow a `TokenWish`: an asynchronous iterator over `Restoration`, the last one with all rivals.
+    """Follow a `TokenizeRequest`: an asynchronous iterator over `Restoration`, the last one with all rivals.
 
     Raises:
-        StudioError: the picture or the tokenizer cannot be read, there is no such length or depth, or no tiles can be
+        StudioError: the image or the tokenizer cannot be read, there is no such length or depth, or no tiles can be
             cut.
     """
     return follow(lambda job: _restore(wish, job))
 
 
 def open_file(wish):
-    """Follow a `FileWish`: an asynchronous iterator over `Opened`.
+    """Follow a `DetokenizeRequest`: an asynchronous iterator over `Opened`.
 
     Raises:
         StudioError: the file is none that a tokenizer here can read.
@@ -164,20 +164,20 @@ def open_file(wish):
 
 @on_gpu(seconds=60)
 def _restore(wish, job):
-    from studio.pictures import open_picture
+    from studio.images import open_image
 
-    picture = open_picture(wish.picture, Path(wish.picture).name, limits().pixels)
-    found = Restoration(readable(picture), picture.size)
+    image = open_image(wish.image, Path(wish.image).name, limits().pixels)
+    found = Restoration(readable(image), image.size)
     job.report(found)
     tokenizer = get_tokenizer(wish.tokenizer, job.device)
-    given = picture if wish.tile else _square(picture, tokenizer.config.sample_size)
+    given = image if wish.tile else _square(image, tokenizer.config.sample_size)
     with stoppable(tokenizer, job):
         if wish.tile:
-            found = _with_tiles(found, wish, tokenizer, picture)
+            found = _with_tiles(found, wish, tokenizer, image)
         else:
             found = _restored(found, wish, tokenizer, given)
             if is_row(tokenizer):
-                found = dataclasses.replace(found, file=_odp_of(picture, tokenizer, found.count, wish.tokenizer))
+                found = dataclasses.replace(found, file=_odp_of(image, tokenizer, found.count, wish.tokenizer))
     job.report(found)
     for codec in CODECS if found.bytes is not None else ():
         if not job.stopped:
@@ -218,27 +218,27 @@ def _restored(found, wish, tokenizer, square):
 
 
 def is_row(tokenizer):
-    """Whether pictures of a tokenizer can be kept in `.odp` files."""
+    """Whether images of a tokenizer can be kept in `.odp` files."""
     from studio import OneDPieceTokenizer
 
     return isinstance(tokenizer, OneDPieceTokenizer)
 
 
-def _with_tiles(found, wish, tokenizer, picture):
+def _with_tiles(found, wish, tokenizer, image):
     if not is_row(tokenizer):
         raise StudioError(
-            f"{wish.tokenizer} cannot cut pictures into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
+            f"{wish.tokenizer} cannot cut images into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
         )
     scale = tokenizer_scale(wish.tokenizer)
     count = scale.settings(wish.count)[scale.name]
-    tiles = restored_tiles(picture, tokenizer, count, _name_in_files(wish.tokenizer))
+    tiles = restored_tiles(image, tokenizer, count, _name_in_files(wish.tokenizer))
     return dataclasses.replace(found, side=tokenizer.config.sample_size, scale=scale, count=count, **tiles)
 
 
-def _odp_of(picture, tokenizer, length, name):
-    from studio import encode_picture
+def _odp_of(image, tokenizer, length, name):
+    from studio import encode_image
 
-    return encode_picture(picture, tokenizer, length=length, name=_name_in_files(name)).data
+    return encode_image(image, tokenizer, length=length, name=_name_in_files(name)).data
 
 
 def _name_in_files(name):
@@ -255,8 +255,8 @@ def _rival(codec, given, found):
 
 @on_gpu(seconds=60)
 def _open(wish, job):
-    from studio import OdpFile, decode_picture
-    from studio.pictures import check_pixels
+    from studio import OdpFile, decode_image
+    from studio.images import check_pixels
 
     name = Path(wish.file).name
     data = _read(wish.file, name)
@@ -272,8 +272,8 @@ def _open(wish, job):
             f"{name} was made with a One-D-Piece tokenizer: choose the one it was made with, not {chosen}."
         )
     with stoppable(tokenizer, job):
-        picture = decode_picture(content, tokenizer, name)
-    return Opened(picture, chosen, len(content.tokens), len(data))
+        image = decode_image(content, tokenizer, name)
+    return Opened(image, chosen, len(content.tokens), len(data))
 
 
 def _read(path, name):
@@ -285,11 +285,11 @@ def _read(path, name):
         raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
 
 
-def _square(picture, side):
-    """The whole picture as the tokenizer reads it."""
+def _square(image, side):
+    """The whole image as the tokenizer reads it."""
     from PIL import Image
 
-    return picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC)
+    return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _pixels(square):

@@ -6,12 +6,12 @@ from studio.ui.jobs.tokenize_job import CODECS
 
 
 def codec_caption(name, size, psnr):
-    """What stands below a codec's picture."""
+    """What stands below a codec's image."""
     return f"{name} · {size} bytes · {psnr:.1f} dB"
 
 
 def counted_bytes(way, found):
-    """Bytes of an `Encoded` picture as they are counted beside a `Restoration`."""
+    """Bytes of an `Encoded` image as they are counted beside a `Restoration`."""
     return way.size if found.file else way.size - way.fixed
 
 
@@ -26,7 +26,7 @@ def comparison_note(found):
             "Token numbers alone are counted, packed, and of JPEG and WebP what is left without headers and tables."
         )
     if found.tiles:
-        given = "All were given the whole picture; JPEG and WebP may shrink it."
+        given = "All were given the whole image; JPEG and WebP may shrink it."
     else:
         given = f"All were given the same {found.side} x {found.side} square; JPEG and WebP may shrink it further."
     return _note(" ".join((counted, given, *(_least(rival, found) for rival in found.rivals))))

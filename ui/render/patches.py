@@ -1,4 +1,4 @@
-"""The picture as a pruned model reads it: kept patches in full, the others faint."""
+"""The image as a pruned model reads it: kept patches in full, the others faint."""
 
 import numpy as np
 from PIL import Image
@@ -8,17 +8,17 @@ from studio.ui.render.sizes import readable
 _FAINT = 44  # of 255
 
 
-def draw_patches(picture, view):
-    """Draw one look at a picture.
+def draw_patches(image, view):
+    """Sample one look at an image.
 
     Args:
-        picture: a PIL image, RGB.
+        image: a PIL image, RGB.
         view: one of `Answer.views`.
 
     Returns:
         An RGBA image of the same shape; faint where the language model receives nothing, also outside of the grid.
     """
-    shown = readable(picture)
+    shown = readable(image)
     left, top, right, bottom = view.box
     columns, on_grid_x = _cells(shown.width, left, right, view.kept.shape[1])
     rows, on_grid_y = _cells(shown.height, top, bottom, view.kept.shape[0])

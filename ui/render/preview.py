@@ -1,4 +1,4 @@
-"""Pictures of which only the first tokens are drawn yet."""
+"""Images of which only the first tokens are sampled yet."""
 
 import dataclasses
 import math
@@ -12,11 +12,11 @@ _SHARE = 0.2  # of the time may go into previews
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-    """Pictures under way.
+    """Images under way.
 
     Args:
         tokens: (batch, n) int64, the first n in raster order, n >= 1; or all (batch, L, D) of several numbers each,
-            continuous ones or codes, which are -1 where nothing is drawn.
+            continuous ones or codes, which are -1 where nothing is sampled.
         known: (batch, L) bool, of which of the latter there is something to see.
     """
 
@@ -24,8 +24,8 @@ class Sketch:
     known: torch.Tensor | None = None
 
     @property
-    def drawn(self):
-        """Tokens of each picture that are there; of stacks of codes, as many as the codes would fill."""
+    def sampled(self):
+        """Tokens of each image that are there; of stacks of codes, as many as the codes would fill."""
         if self.known is None:
             return self.tokens.shape[1]
         if self.tokens.is_floating_point():
@@ -34,42 +34,43 @@ class Sketch:
 
     @property
     def places(self):
-        """Where those of the first picture are, or `None` where they are the first."""
+        """Where those of the first image are, or `None` where they are the first."""
         return None if self.known is None else frozenset(torch.nonzero(self.known[0])[:, 0].tolist())
 
 
-def partial_pictures(pipe, sketch):
-    """Decode pictures under way with a loaded pipeline; cells that are not drawn yet stay transparent.
+def partial_images(pipe, sketch):
+    """Decode images under way with a loaded pipeline; cells that are not sampled yet stay transparent.
 
-    The first tokens of a row, such as those of a `OneDPieceTokenizer`, are a whole picture.
+    The first tokens of a row, such as those of a `OneDPieceTokenizer`, are a whole image.
 
     Returns:
         A list of PIL images, RGBA.
     """
     tokens, known, total = sketch.tokens, sketch.known, pipe.transformer.num_tokens
     if pipe.transformer.config.get("row_length"):
-        return [picture.convert("RGBA") for picture in pipe.decode_tokens(tokens)]
+        return [image.convert("RGBA") for image in pipe.decode_tokens(tokens)]
     grid = math.isqrt(total)
     if known is None:
-        tokens = tokens[:, _continue_columns(sketch.drawn, total, grid)]
-        known = (torch.arange(total) < sketch.drawn).expand(len(tokens), -1)
-    return [_fade_out(picture, cells.view(grid, grid)) for picture, cells in zip(pipe.decode_tokens(tokens), known)]
+        tokens = tokens[:, _continue_columns(sketch.sampled, total, grid)]
+        known = (torch.arange(total) < sketch.sampled).expand(len(tokens), -1)
+    return [_fade_out(image, cells.view(grid, grid)) for image, cells in zip(pipe.decode_tokens(tokens), known)]
 
 
-def _continue_columns(drawn, total, grid):
-    """Which drawn token stands at each position: its own, or the last one drawn above (so that little bleeds in)."""
+def _continue_columns(sampled, total, grid):
+    """Which sampled token stands at each position: its own, or the last one sampled above (so that little bleeds
+    in)."""
     position = torch.arange(total)
-    above = max(drawn - grid, 0) + (position - drawn) % min(grid, drawn)
-    return torch.where(position < drawn, position, above)
+    above = max(sampled - grid, 0) + (position - sampled) % min(grid, sampled)
+    return torch.where(position < sampled, position, above)
 
 
-def _fade_out(picture, cells):
+def _fade_out(image, cells):
     """Make every cell transparent where `cells` (grid, grid) is false."""
-    side = picture.width // len(cells)
+    side = image.width // len(cells)
     alpha = (cells.cpu() * 255).to(torch.uint8).repeat_interleave(side, 0).repeat_interleave(side, 1)
-    picture = picture.convert("RGBA")
-    picture.putalpha(_mask(alpha))
-    return picture
+    image = image.convert("RGBA")
+    image.putalpha(_mask(alpha))
+    return image
 
 
 def _mask(alpha):

@@ -7,7 +7,7 @@ from studio.ui.tabs.components import duration, progress_bar
 
 
 def race_lanes(race):
-    """Lay out both sides of a race below their pictures."""
+    """Lay out both sides of a race below their images."""
     return f'<div class="studio-lanes">{"".join(_lane(lane) for lane in race.lanes)}</div>'
 
 
@@ -33,5 +33,5 @@ def _lane(lane):
     return (
         f'<section class="studio-lane {state}"><h3>{escape(lane.title)}</h3>'
         f'<p class="clock">{lane.clock:.2f}<span> s</span></p>'
-        f"{progress_bar(lane.drawn / lane.total, f'Tokens of {lane.title}')}{facts}{grid}</section>"
+        f"{progress_bar(lane.sampled / lane.total, f'Tokens of {lane.title}')}{facts}{grid}</section>"
     )

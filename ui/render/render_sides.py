@@ -1,4 +1,4 @@
-"""The sides of a comparison, each with its clock, what it cost, and what the judge sees in its pictures."""
+"""The sides of a comparison, each with its clock, what it cost, and what the judge sees in its images."""
 
 from html import escape
 
@@ -6,7 +6,7 @@ from studio.ui.tabs.components import duration, progress_bar
 
 
 def side_cards(found):
-    """Lay out the sides of a `Comparison` below their pictures."""
+    """Lay out the sides of a `Comparison` below their images."""
     cards = "".join(
         _card(side, found.seconds if number == found.running else None) for number, side in enumerate(found.sides)
     )
@@ -14,8 +14,8 @@ def side_cards(found):
 
 
 def side_seconds(side):
-    """Seconds that a side took for one picture."""
-    return side.stats.seconds["total"] / len(side.pictures)
+    """Seconds that a side took for one image."""
+    return side.stats.seconds["total"] / len(side.images)
 
 
 def comparison_verdict(found):
@@ -23,15 +23,15 @@ def comparison_verdict(found):
     *_, slowest = ranked = sorted(found.sides, key=side_seconds)
     fastest = ranked[0]
     factor = side_seconds(slowest) / max(side_seconds(fastest), 1e-9)
-    pace = f"{duration(side_seconds(fastest))} a picture, {factor:.1f} times as fast as {slowest.title}"
+    pace = f"{duration(side_seconds(fastest))} an image, {factor:.1f} times as fast as {slowest.title}"
     return f"Fastest: {fastest.title}, {pace}."
 
 
 def _card(side, running):
-    """A side; `running` are its seconds so far while it draws, else `None`."""
+    """A side; `running` are its seconds so far while it samples, else `None`."""
     state = "done" if side.stats else "waiting" if running is None else "running"
     seconds = side.stats.seconds["total"] if side.stats else running or 0
-    share = side.drawn / side.total if side.total else 0
+    share = side.sampled / side.total if side.total else 0
     return (
         f'<section class="studio-lane {state}"><h3>{escape(side.title)}</h3>'
         f'<p class="clock">{seconds:.2f}<span> s</span></p>'
@@ -49,33 +49,33 @@ def _cost(side):
         ("accepted drafts", _accepted(side)),
     ]
     if "approximate" in side.wish.how:
-        facts.append(("pictures", "approximate"))
+        facts.append(("images", "approximate"))
     return _facts(facts)
 
 
 def _accepted(side):
-    """How many of the first picture's tokens were drafts, or what share of the drafts passed."""
+    """How many of the first image's tokens were drafts, or what share of the drafts passed."""
     if side.fates:
         return f"{len(side.fates.accepted)} of {side.total} tokens"
     return "none made" if side.stats.acceptance is None else f"{side.stats.acceptance:.0%}"
 
 
 def _opinions(side):
-    """What the judge sees in each picture, and how likely it finds what the words name, or why it cannot say."""
+    """What the judge sees in each image, and how likely it finds what the words name, or why it cannot say."""
     unscored = f'<p class="studio-note">No judge score. {escape(side.unscored)}</p>' if side.unscored else ""
-    if not side.opinions:
+    if not side.judge_predictions:
         return unscored
     seen = "".join(
         f"<li>{escape(opinion.concept)} <span>{opinion.certainty:.0%}, {escape(opinion.style)}, "
         f"{escape(opinion.background)}</span></li>"
-        for opinion in side.opinions
+        for opinion in side.judge_predictions
     )
     return f"<h4>The judge sees</h4><ul>{seen}</ul>{_agreement(side)}{unscored}"
 
 
 def judge_score(side):
     """How likely the judge finds what the words name, on average; `None` where they name nothing it knows."""
-    scores = [opinion.agreement for opinion in side.opinions if opinion.agreement is not None]
+    scores = [opinion.agreement for opinion in side.judge_predictions if opinion.agreement is not None]
     return sum(scores) / len(scores) if scores else None
 
 
@@ -87,7 +87,7 @@ def _agreement(side):
 def _judge_note(found):
     from studio.evaluation.judge_predictions import WHAT_IT_IS
 
-    if not any(side.opinions for side in found.sides):
+    if not any(side.judge_predictions for side in found.sides):
         return ""
     scored = any(judge_score(side) is not None for side in found.sides)
     score = " Its score is how likely it finds what the words name." if scored else ""
@@ -95,7 +95,7 @@ def _judge_note(found):
 
 
 def _quality_chart(found):
-    """Score over seconds, once all have drawn and at least two have a score."""
+    """Score over seconds, once all have sampled and at least two have a score."""
     from studio.bench.chart import Series, chart
 
     points = [(side, judge_score(side)) for side in found.sides if side.stats]
@@ -106,9 +106,9 @@ def _quality_chart(found):
     ]
     if not found.finished or len(series) < 2:
         return ""
-    count = len(found.sides[0].pictures)
-    title = f"Score of {count} picture{'s' * (count != 1)} each: an example, not a measurement"
-    return f'<div class="studio-chart">{chart(title, "seconds a picture", "judge score, %", series)}</div>'
+    count = len(found.sides[0].images)
+    title = f"Score of {count} image{'s' * (count != 1)} each: an example, not a measurement"
+    return f'<div class="studio-chart">{chart(title, "seconds an image", "judge score, %", series)}</div>'
 
 
 def _facts(facts):

@@ -1,13 +1,13 @@
-"""Pictures at a size that can be looked at and sent."""
+"""Images at a size that can be looked at and sent."""
 
 from PIL import Image
 
 _SMALLEST, _LARGEST = 480, 1280  # px, the longer side of what is shown
 
 
-def readable(picture):
+def readable(image):
     """A copy of a PIL image that is large enough to see single patches, and small enough to send."""
-    return resized(picture, readable_size(picture.size))
+    return resized(image, readable_size(image.size))
 
 
 def readable_size(size):
@@ -17,6 +17,6 @@ def readable_size(size):
     return tuple(max(1, round(side * scale)) for side in size)
 
 
-def resized(picture, size):
-    """A copy of that (width, height) in pixels, made as `studio.decode_picture` makes it."""
-    return picture.copy() if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+def resized(image, size):
+    """A copy of that (width, height) in pixels, made as `studio.decode_image` makes it."""
+    return image.copy() if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

@@ -1,21 +1,21 @@
-"""Grids of a picture's tokens: which were drafts and which the model drew itself, or what code each of them is."""
+"""Grids of an image's tokens: which were drafts and which the model drew itself, or what code each of them is."""
 
 import math
 from html import escape
 
-_MOST_SQUARES = 1024  # of all planes that are drawn, but for the first
+_MOST_SQUARES = 1024  # of all planes that are sampled, but for the first
 _MOST_NUMBERED = 8  # columns of a plane whose numbers are legible
 
 
 def token_grid(fates, title):
-    """Draw the grid with its legend.
+    """Sample the grid with its legend.
 
     Args:
-        fates: `TokenFates`.
+        fates: `DraftTrace`.
         title: what the grid shows; read aloud together with the numbers.
     """
     side = math.ceil(math.sqrt(fates.total))
-    there = frozenset(range(fates.drawn)) if fates.places is None else fates.places
+    there = frozenset(range(fates.sampled)) if fates.places is None else fates.places
     own = sorted(there - fates.accepted)
     rejected = sum(fates.rejected.values())
     squares = "".join(
@@ -27,7 +27,7 @@ def token_grid(fates, title):
         )
     )
     dots = "".join(_dot(place, side, count) for place, count in sorted(fates.rejected.items()))
-    numbers = {"accepted": (len(fates.accepted), "accepted drafts"), "own": (len(own), "drawn by the model")}
+    numbers = {"accepted": (len(fates.accepted), "accepted drafts"), "own": (len(own), "sampled by the model")}
     numbers["rejected"] = (rejected, "rejected drafts")
     spoken = f"{title}: " + ", ".join(f"{count} {what}" for count, what in numbers.values())
     legend = "".join(
@@ -40,7 +40,7 @@ def token_grid(fates, title):
 
 
 def code_grids(planes):
-    """Draw the planes of a picture's tokens, as many as a page takes; each square says its code.
+    """Sample the planes of an image's tokens, as many as a page takes; each square says its code.
 
     Args:
         planes: a list of `TokenPlane`.

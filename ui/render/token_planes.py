@@ -1,4 +1,4 @@
-"""The tokens of one picture as planes of coloured squares: similar codes look similar.
+"""The tokens of one image as planes of coloured squares: similar codes look similar.
 
 A code's colour is its place along the three directions in which its codebook spreads most; a level or a latent, which
 is a number by itself, has a grey.
@@ -21,11 +21,11 @@ class TokenPlane:
     """A rectangle of tokens, or a row that is broken into lines.
 
     Args:
-        title: which tokens of the picture these are.
+        title: which tokens of the image these are.
         columns: squares in a line.
         names: what each token is, as a text.
         colours: of each, as "#rrggbb".
-        kept: whether the picture was restored from each; a row's are, up to its length.
+        kept: whether the image was restored from each; a row's are, up to its length.
     """
 
     title: str
@@ -36,7 +36,7 @@ class TokenPlane:
 
 
 def token_planes(tokenizer, tokens, how):
-    """The planes of a picture.
+    """The planes of an image.
 
     Args:
         tokenizer: one that `studio.load` returns.

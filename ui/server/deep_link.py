@@ -12,7 +12,7 @@ TABS = ("generate", "tokenize", "ask", "compare")
 
 
 def connect_link(demo, tabs, form, question, prompt):
-    """Let a page that is opened by a link hold what the link says; nothing is drawn before somebody asks for it.
+    """Let a page that is opened by a link hold what the link says; nothing is sampled before somebody asks for it.
 
     Args:
         demo: the `gr.Blocks`.

@@ -13,7 +13,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def sentence_of(error):
-    """What a visitor is told of an exception: a mistake's own sentence; of a fault its kind, the log has the rest."""
+    """What a session is told of an exception: a mistake's own sentence; of a fault its kind, the log has the rest."""
     if isinstance(error, StudioError):
         return str(error).encode("utf-8", "backslashreplace").decode()
     _LOG.error("A request failed", exc_info=error)

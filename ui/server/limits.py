@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from studio.errors import StudioError
-from studio.pictures import MOST_PIXELS
+from studio.images import MOST_PIXELS
 from studio.ui.server.checks import check_text
 
 MOST_PICTURES = 16
@@ -15,15 +15,15 @@ class Limits:
     """The most of everything.
 
     Args:
-        pictures: of one request that draws.
+        images: of one request that samples.
         characters: of a prompt or a question.
-        pixels: of a picture that is given.
+        pixels: of an image that is given.
         answer: tokens of an answer, or `None` where that is left to whoever asks.
         models: the models that requests may use, what `studio.load` takes by name; or `None`: whatever that takes,
             folders too.
     """
 
-    pictures: int = MOST_PICTURES
+    images: int = MOST_PICTURES
     characters: int = 2000
     pixels: int = MOST_PIXELS
     answer: int | None = None

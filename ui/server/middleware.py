@@ -26,7 +26,7 @@ class Gate:
     """ASGI middleware in front of everything.
 
     Every message is counted as it comes, whatever its route, type or encoding: Gradio keeps it in memory whole. Gradio
-    also fetches a file whose path is an address of the web, however long, and of a picture it checks the path only
+    also fetches a file whose path is an address of the web, however long, and of an image it checks the path only
     where the message says that this is a file. Pages of other sites may ask for nothing, and read nothing: no `Origin`
     but the server's own is allowed.
 

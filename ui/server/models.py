@@ -1,4 +1,4 @@
-"""The models this process has loaded: each once a device, on first use, shared by every visitor."""
+"""The models this process has loaded: each once a device, on first use, shared by every session."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ class Device:
 
     Args:
         name: as `studio.load` takes it; `None` leaves it the choice.
-        dtype: what pipelines that draw compute in there; `None` likewise.
+        dtype: what pipelines that sample compute in there; `None` likewise.
     """
 
     name: str | None = None
@@ -56,7 +56,7 @@ def get_pipeline(name, device=HERE):
     Visitors may name any, so only the eight asked last stay loaded.
 
     Raises:
-        StudioError: it cannot be loaded, it is something that cannot draw, or it is not offered here.
+        StudioError: it cannot be loaded, it is something that cannot sample, or it is not offered here.
     """
     check_model(name)
     with _lock:
@@ -64,7 +64,7 @@ def get_pipeline(name, device=HERE):
         if name not in pipelines:
             loaded = device.load(source_of(name), **({} if device.dtype is None else {"dtype": device.dtype}))
             if not hasattr(loaded, "image_tokenizer"):
-                raise StudioError(f"{name} turns pictures into tokens and cannot draw: choose one such as emoji-ar.")
+                raise StudioError(f"{name} turns images into tokens and cannot sample: choose one such as emoji-ar.")
             loaded.set_progress_bar_config(disable=True)
             if len(pipelines) >= _MOST_PIPELINES:
                 del pipelines[next(iter(pipelines))]
@@ -74,13 +74,13 @@ def get_pipeline(name, device=HERE):
 
 
 def get_reader(name, device=HERE):
-    """Return the model called `name` (whatever `studio.load` takes) that answers questions about pictures.
+    """Return the model called `name` (whatever `studio.load` takes) that answers questions about images.
 
-    Visitors may name any, so only the one asked last stays loaded. A new one answers a blank picture first: the time of
+    Visitors may name any, so only the one asked last stays loaded. A new one answers a blank image first: the time of
     its first real answer is then that of any other.
 
     Raises:
-        StudioError: it cannot be loaded, it reads no pictures, or it is not offered here.
+        StudioError: it cannot be loaded, it reads no images, or it is not offered here.
     """
     check_model(name)
     with _lock:
@@ -89,20 +89,20 @@ def get_reader(name, device=HERE):
             readers.clear()
             loaded = device.load(source_of(name))
             if not hasattr(loaded, "processor"):
-                raise StudioError(f"{name} reads no pictures: name a vision-language model of transformers.")
-            loaded(_blank_picture(), "what", max_new_tokens=2)
+                raise StudioError(f"{name} reads no images: name a vision-language model of transformers.")
+            loaded(_blank_image(), "what", max_new_tokens=2)
             readers[name] = loaded
         return readers[name]
 
 
 def get_tokenizer(name, device=HERE):
-    """Return the tokenizer called `name` (whatever `studio.load` takes), that of a pipeline which draws included.
+    """Return the tokenizer called `name` (whatever `studio.load` takes), that of a pipeline which samples included.
 
     As of readers, only the one asked last stays loaded. It computes in float32, as the command line does: its tokens
     are then the same everywhere.
 
     Raises:
-        StudioError: it cannot be loaded, it has no tokens of pictures, or it is not offered here.
+        StudioError: it cannot be loaded, it has no tokens of images, or it is not offered here.
     """
     check_model(name)
     with _lock:
@@ -112,16 +112,16 @@ def get_tokenizer(name, device=HERE):
             loaded = device.load(source_of(name), dtype="float32")
             loaded = getattr(loaded, "image_tokenizer", loaded)
             if not hasattr(loaded, "encode"):
-                raise StudioError(f"{name} makes no tokens of pictures: choose a tokenizer such as emoji-vq.")
+                raise StudioError(f"{name} makes no tokens of images: choose a tokenizer such as emoji-vq.")
             tokenizers[name] = loaded
         return tokenizers[name]
 
 
 def get_judge(model):
-    """The bundled judge, for what a pipeline draws.
+    """The bundled judge, for what a pipeline samples.
 
     Raises:
-        StudioError: it does not know what that pipeline draws, or is not in this copy.
+        StudioError: it does not know what that pipeline samples, or is not in this copy.
     """
     from studio.evaluation.judge import load_judge
 
@@ -142,7 +142,7 @@ def bundled_models(kind):
     return [name for name, model in BUNDLED.items() if model.kind == kind and present.get(name)]
 
 
-def _blank_picture():
+def _blank_image():
     from PIL import Image
 
     return Image.new("RGB", (64, 64), "white")
@@ -174,7 +174,7 @@ def fitting_decodings(name):
 
 
 def runs_as(name):
-    """The "device" and the "dtype" of a pipeline that is loaded, as pictures carry them; `{}` for any other."""
+    """The "device" and the "dtype" of a pipeline that is loaded, as images carry them; `{}` for any other."""
     loaded = [_pipelines, *(models for (kind, _), models in _elsewhere.items() if kind == "pipelines")]
     for pipe in (pipelines[name] for pipelines in loaded if name in pipelines):
         return {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}

@@ -1,4 +1,4 @@
-"""The app for many: every device draws what waits in a queue of its own, within limits that hold for all."""
+"""The app for many: every device samples what waits in a queue of its own, within limits that hold for all."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from studio.errors import StudioError
 from studio.ui.app import launch
 from studio.ui.server.limits import set_limits
 from studio.ui.server.models import Device, bundled_models, get_pipeline
-from studio.ui.server.worker import Station, use_stations
+from studio.ui.server.worker import DeviceWorker, use_workers
 from studio.ui.tabs.components import short_name
 
 _CONNECTIONS = 64  # of one client for each request that may wait; a page has two, and a program about three
@@ -31,10 +31,10 @@ def prepare(model, devices, bounds, limits):
     """Let this process work within limits, and load the model onto every device.
 
     Requests may use the model and the bundled ones, and no other: none of them names a folder or a repository. A folder
-    is called by its last part, in requests, messages and pictures.
+    is called by its last part, in requests, messages and images.
 
     Args:
-        model: what `studio.load` takes; it draws in the Generate tab.
+        model: what `studio.load` takes; it samples in the Generate tab.
         devices: a `Device` each.
         bounds: those of the queue of every device.
         limits: what a request may ask for.
@@ -53,7 +53,7 @@ def prepare(model, devices, bounds, limits):
     set_limits(replace(limits, models={name: str(model)} | offered))
     for device in devices:
         get_pipeline(name, device)
-    use_stations([Station(device, bounds) for device in devices])
+    use_workers([DeviceWorker(device, bounds) for device in devices])
     return {
         "model": name,
         "places": len(devices) * (bounds.waiting + bounds.together),

@@ -1,4 +1,4 @@
-"""The settings of a drawing brought back: out of a picture that was drawn here, or out of a link."""
+"""The settings of a sampling brought back: out of an image that was sampled here, or out of a link."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import gradio as gr
 from studio import DECODINGS
 from studio.errors import StudioError
 from studio.saving import METADATA_KEY
-from studio.ui.jobs.request import Wish
+from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server.checks import is_whole
 from studio.ui.server.failures import toast
 from studio.ui.server.models import runs_as
@@ -18,7 +18,7 @@ _SAMPLING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k"
 _BASIC = ("prompt", "count", "seed", *_SAMPLING)
 _WHERE = {"device": "cpu", "dtype": "float32"}
 _OTHERS = ("cfg_interval", "num_tokens", "class_label", *_WHERE)
-"""What pictures carry beside fields of the page."""
+"""What images carry beside fields of the page."""
 _OPTIONS = (option.name for choice in DECODINGS.values() for option in choice.options)
 KNOWN = {*_BASIC, *_OTHERS, *_OPTIONS, "model", "decoding"}
 """The parameters of a link; others belong to somebody else, such as `utm_source`."""
@@ -49,10 +49,10 @@ class Recalled:
     others: dict = field(default_factory=dict)
 
 
-def from_picture(path):
-    """The settings of the picture in a file, one of several of its call by its own seed.
+def from_image(path):
+    """The settings of the image in a file, one of several of its call by its own seed.
 
-    Fields that the picture does not tell of are empty, and mean the model's own settings as they did then.
+    Fields that the image does not tell of are empty, and mean the model's own settings as they did then.
 
     Raises:
         StudioError: the file is no PNG with settings.
@@ -60,8 +60,8 @@ def from_picture(path):
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            record = json.loads(picture.info[METADATA_KEY])
+        with Image.open(path, formats=["PNG"]) as image:
+            record = json.loads(image.info[METADATA_KEY])
         call, seed = record["call"], record["seed"]
         decoding = dict(call.get("decoding") or {})
         seeds = seed if isinstance(seed, list) else [seed]
@@ -82,13 +82,13 @@ def from_link(parameters):
     """The settings that the parameters of a link name.
 
     Raises:
-        StudioError: the number of pictures is none.
+        StudioError: the number of images is none.
     """
     parameters = dict(parameters)
     basic = {name: parameters.pop(name) for name in _BASIC if name in parameters}
     if "count" in basic:
         if not basic["count"].isdecimal() or len(basic["count"]) > 9:
-            raise StudioError(f"The link asks for {basic['count'][:40]!r} pictures: give a whole number.")
+            raise StudioError(f"The link asks for {basic['count'][:40]!r} images: give a whole number.")
         basic["count"] = int(basic["count"])
     return Recalled(basic, parameters.pop("model", None), parameters.pop("decoding", None), parameters)
 
@@ -105,7 +105,7 @@ class Form:
     """The fields of a form that settings come back to.
 
     Args:
-        model: what draws here.
+        model: what samples here.
         basic: prompt, count, seed, guidance, temperature, top-k and top-p.
         decoding: the choice of a decoding.
         options: the fields of options, by (decoding, option).
@@ -117,14 +117,14 @@ class Form:
         self.fields = [*basic, decoding, *options.values()]
 
     def filled(self, recalled):
-        """Updates of the fields. What does not fit this app is left out, with a note for the visitor.
+        """Updates of the fields. What does not fit this app is left out, with a note for the session.
 
         Raises:
             StudioError: for a value that is wrong here.
         """
         notes, decoding, options, others = [], recalled.decoding, recalled.options, dict(recalled.others)
         if recalled.model not in (None, str(self.model)):
-            notes.append(f"{_cut(recalled.model)} drew this, here {self.model} draws: the picture will be another.")
+            notes.append(f"{_cut(recalled.model)} drew this, here {self.model} samples: the image will be another.")
         if decoding is not None and decoding not in self.fitting:
             notes.append(f"There is no decoding {_cut(decoding)} here: the usual one is chosen.")
             decoding, options, others = self.fitting[0], {}, others | options
@@ -134,10 +134,10 @@ class Form:
         here = _WHERE | runs_as(self.model)
         left = [f"{_cut(name)} {_cut(value)}" for name, value in (others | unknown).items() if here.get(name) != value]
         if left:
-            notes.append(f"This page has no field for {', '.join(left)}: the picture may be another.")
+            notes.append(f"This page has no field for {', '.join(left)}: the image may be another.")
         texts = {name: str(value) for name, value in options.items() if name not in unknown}
         basic = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
-        Wish.from_fields(self.model, *basic.values(), named, texts)
+        GenerateRequest.from_fields(self.model, *basic.values(), named, texts)
         if notes:
             toast(" ".join(notes), title="Please note", duration=12)
         own = [recalled.basic.get(name, gr.skip()) for name in _BASIC]
@@ -155,6 +155,6 @@ class Form:
 
 
 def _cut(value):
-    """A name or a value out of a picture or a link, short enough for a note."""
+    """A name or a value out of an image or a link, short enough for a note."""
     text = str(value)
     return text if len(text) <= _LONGEST_NOTE else f"{text[:_LONGEST_NOTE]}..."

@@ -12,13 +12,13 @@ from studio.errors import StudioError
 
 
 @dataclass(frozen=True)
-class Bounds:
+class QueueLimits:
     """How much may wait for a device, and how much it does at once.
 
     Args:
         waiting: requests that wait, at most.
         of_one: those of one user among them, at most.
-        together: pictures in one call, at most; a single request may hold more.
+        together: images in one call, at most; a single request may hold more.
     """
 
     waiting: float = math.inf
@@ -30,7 +30,7 @@ class FairQueue:
     """Requests that wait for one device.
 
     A request has a `user`; `like`, equal for requests that may be done in one call (`None`: only alone); and `size`,
-    the number of its pictures. Users take turns: a turn is the first request of one user, and as many equal ones as fit
+    the number of its images. Users take turns: a turn is the first request of one user, and as many equal ones as fit
     that are first of theirs. Whoever had a request taken is behind all others then, so nobody waits for more than one
     turn of every other user, and the requests of one user keep their order.
     """
@@ -43,8 +43,8 @@ class FairQueue:
         return sum(map(len, self._waiting.values()))
 
     @property
-    def pictures(self):
-        """How many pictures wait."""
+    def images(self):
+        """How many images wait."""
         return sum(request.size for requests in self._waiting.values() for request in requests)
 
     def add(self, request):

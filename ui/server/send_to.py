@@ -1,4 +1,4 @@
-"""A drawn picture on its way to another tab."""
+"""A sampled image on its way to another tab."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from studio.ui.tabs.actions import PRIVATE
 
 
 @dataclasses.dataclass(frozen=True)
-class Outlet:
-    """Where pictures leave a tab.
+class SendTo:
+    """Where images leave a tab.
 
     Args:
-        gallery: the pictures.
+        gallery: the images.
         chosen: state, the number of the one that was clicked, or `None`.
         buttons: by the id of the tab that they lead to.
     """
@@ -23,28 +23,28 @@ class Outlet:
     buttons: dict[str, gr.Button]
 
 
-def build_outlet(gallery, titles, renewals):
-    """Lay out the buttons below a gallery; the style sheet hides them while there is no picture.
+def build_send_to(gallery, titles, renewals):
+    """Lay out the buttons below a gallery; the style sheet hides them while there is no image.
 
     Args:
-        gallery: the pictures.
+        gallery: the images.
         titles: what each button says, by the id of the tab that it leads to.
-        renewals: events after which none of the pictures is chosen.
+        renewals: events after which none of the images is chosen.
     """
     chosen = gr.State()
     with gr.Row(elem_classes="studio-outlet"):
         buttons = {tab: gr.Button(title, elem_id=f"to-{tab}", size="sm") for tab, title in titles.items()}
     gallery.select(_number, None, chosen, queue=False, **PRIVATE)
     gr.on([gallery.preview_close, *renewals], lambda: None, None, chosen, queue=False, **PRIVATE)
-    return Outlet(gallery, chosen, buttons)
+    return SendTo(gallery, chosen, buttons)
 
 
-def connect_outlet(outlet, tabs, fields):
-    """Let the buttons of an outlet put a picture into a field of another tab, and go there.
+def connect_send_to(outlet, tabs, fields):
+    """Let the buttons of an outlet put an image into a field of another tab, and go there.
 
     Args:
         tabs: the `gr.Tabs` that hold them.
-        fields: the picture fields, by the id of their tab.
+        fields: the image fields, by the id of their tab.
     """
     for tab, button in outlet.buttons.items():
         button.click(
@@ -57,13 +57,13 @@ def _number(event: gr.SelectData):
 
 
 def _pass_to(tab):
-    def passed(pictures, chosen):
-        if not pictures:
-            toast("There is no picture yet: draw one first.")
+    def passed(images, chosen):
+        if not images:
+            toast("There is no image yet: sample one first.")
             return gr.skip(), gr.skip()
-        if chosen is None and len(pictures) > 1:
-            gr.Info("This is the first picture: click on another one to choose it.", duration=6)
-        path, _ = pictures[min(chosen or 0, len(pictures) - 1)]
+        if chosen is None and len(images) > 1:
+            gr.Info("This is the first image: click on another one to choose it.", duration=6)
+        path, _ = images[min(chosen or 0, len(images) - 1)]
         return path, gr.update(selected=tab)
 
     return passed

@@ -1,7 +1,7 @@
 """Who asks, and whether somebody still listens for the answer.
 
-`studio.ui.server.middleware` knows both from the connections: it writes the client into the scope of a request, and counts who
-listens. Where an app runs without that, a session is a client, and everybody is taken to listen.
+`studio.ui.server.middleware` knows both from the connections: it writes the client into the scope of a request, and
+counts who listens. Where an app runs without that, a session is a client, and everybody is taken to listen.
 """
 
 import ipaddress
@@ -19,7 +19,7 @@ def in_request():
     return LocalContext.request.get(None) is not None
 
 
-def visitor():
+def session():
     """Whom the request that is being handled counts for: its client, or its session; `None` outside of requests."""
     asked = LocalContext.request.get(None)
     scope = getattr(getattr(asked, "request", None), "scope", {})

@@ -1,6 +1,6 @@
 """Long work beside the app: one thread a device that owns the models there, followed from the event loop.
 
-Handlers are asynchronous generators over `follow`. Cancelling one, closing it, or losing its visitor ends the
+Handlers are asynchronous generators over `follow`. Cancelling one, closing it, or losing its session ends the
 `await` and sets the job's stop flag, which the work sees at its next step.
 """
 
@@ -16,8 +16,8 @@ from contextvars import Context, copy_context
 
 from studio.errors import StudioError
 from studio.ui.server.models import Device
-from studio.ui.server.scheduler import Bounds, FairQueue
-from studio.ui.server.session import listening, visitor
+from studio.ui.server.scheduler import FairQueue, QueueLimits
+from studio.ui.server.session import listening, session
 
 _SHORTEST_PAUSE = 0.04  # seconds between two items, so that fast models do not flood the browser
 _GLANCE = 1  # seconds between two looks at who listens
@@ -63,12 +63,12 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class BatchSpec:
     """What lets a work be done in one call with others.
 
     Args:
         like: equal for all that may be.
-        size: pictures that it makes.
+        size: images that it makes.
         wish: what `together` gets of it.
         together: `together(wishes, jobs)` does all of them, and returns for each what its work alone would, or the
             error that this would raise.
@@ -89,7 +89,7 @@ class _Request:
     work: Callable
     job: Job
     user: Hashable
-    share: Share | None
+    share: BatchSpec | None
     future: Future = dataclasses.field(default_factory=Future)
     context: Context = dataclasses.field(default_factory=copy_context)
 
@@ -102,7 +102,7 @@ class _Request:
         return self.share.size if self.share else 1
 
 
-class Station:
+class DeviceWorker:
     """A device, its thread, and the requests that wait for it."""
 
     def __init__(self, device, bounds):
@@ -113,9 +113,9 @@ class Station:
 
     @property
     def load(self):
-        """Pictures that wait or are being drawn."""
+        """Images that wait or are being sampled."""
         with self._lock:
-            return self._queue.pictures + sum(request.size for request in self._running)
+            return self._queue.images + sum(request.size for request in self._running)
 
     def submit(self, request):
         """Let a request wait for its turn. Errors: `StudioError` where there is no room, or no more time."""
@@ -193,10 +193,10 @@ def _result(request):
         return error
 
 
-_stations = [Station(Device(), Bounds())]
+_stations = [DeviceWorker(Device(), QueueLimits())]
 
 
-def use_stations(stations):
+def use_workers(stations):
     """Let all work from now on be done there, each by the least busy one that has room."""
     _stations[:] = stations
 
@@ -223,7 +223,7 @@ def drain(seconds):
 
 
 def _submit(request):
-    """Put a request into a queue; returns its `Station`. Errors: `StudioError` where no station has room."""
+    """Put a request into a queue; returns its `DeviceWorker`. Errors: `StudioError` where no station has room."""
     refusal = None
     for station in sorted(_stations, key=lambda each: each.load):
         try:
@@ -239,7 +239,7 @@ async def follow(work, share=None):
 
     Args:
         work: the work alone.
-        share: what lets it be done together with others, a `Share`.
+        share: what lets it be done together with others, a `BatchSpec`.
 
     Yields the items it reports, newest only, and at last what it returns.
 
@@ -249,7 +249,7 @@ async def follow(work, share=None):
     """
     is_heard = listening()
     job = Job(asyncio.get_running_loop())
-    request = _Request(work, job, visitor(), share)
+    request = _Request(work, job, session(), share)
     station = _submit(request)
     future = asyncio.wrap_future(request.future)
     future.add_done_callback(lambda done: (done.cancelled() or done.exception(), job._news.set()))

@@ -28,7 +28,7 @@ def is_lent():
 
 
 def place(model):
-    """Load a model before the first visitor comes, where GPUs are lent: a lent one sees what was there at the start."""
+    """Load a model before the first session comes, where GPUs are lent: a lent one sees what was there at the start."""
     if is_lent():
         get_pipeline(model)
 

@@ -1,15 +1,15 @@
-"""The Ask tab: a question about a picture, answered from few of its tokens and from all of them."""
+"""The Ask tab: a question about an image, answered from few of its tokens and from all of them."""
 
 import gradio as gr
 
 from studio import pruning_methods
-from studio.ui.jobs.ask_job import Inquiry, read
+from studio.ui.jobs.ask_job import AskRequest, read
 from studio.ui.render.patches import draw_patches
 from studio.ui.render.render_answers import answer_cards, verdict
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.models import bundled_models
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import picture_grid, status_line, uploaded
+from studio.ui.tabs.components import image_grid, status_line, uploaded
 from studio.ui.tabs.examples import example
 
 EXAMPLES = [
@@ -17,29 +17,29 @@ EXAMPLES = [
     ("scene-melon.png", "What is in row 2, column 3?"),
     ("scene-words.png", "Which word is in row 3, column 2?"),
 ]
-IDLE = status_line("Give a picture, ask something about it, and see which patches the answer comes from.")
+IDLE = status_line("Give an image, ask something about it, and see which patches the answer comes from.")
 NO_READER = status_line(
-    "No model that reads pictures comes with this copy: name one of Hugging Face or a folder under Model, or train "
+    "No model that reads images comes with this copy: name one of Hugging Face or a folder under Model, or train "
     "your own: studio train --preset emoji-vlm."
 )
 LOADING = status_line("Loading the model …", state="running", fraction=0)
-_VIEWS = {"whole": "Whole picture", "crops": "Crops"}
+_VIEWS = {"whole": "Whole image", "crops": "Crops"}
 
 
 def build_tab():
     """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first question.
 
     Returns:
-        The field of the picture.
+        The field of the image.
     """
     readers = bundled_models("reader")
     methods = pruning_methods()
     with gr.Row(elem_id="studio-ask", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
-            picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=240, elem_id="picture")
+            image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
             question = gr.Textbox(
                 label="Question",
-                info="In plain words; the answer comes from the picture alone.",
+                info="In plain words; the answer comes from the image alone.",
                 placeholder=EXAMPLES[0][1],
                 lines=1,
                 max_lines=4,
@@ -49,17 +49,15 @@ def build_tab():
                 ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=2)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="ask-cancel", visible=False, scale=2)
             examples = gr.Dataset(
-                components=[picture, question],
+                components=[image, question],
                 samples=[[example(file), text] for file, text in EXAMPLES],
-                headers=["Picture", "Question"],
+                headers=["Image", "Question"],
                 label="Try",
                 elem_id="ask-examples",
                 type="index",
             )
         with gr.Column(elem_classes="area-show"):
-            gallery = picture_grid(
-                label="What it reads", show_label=False, columns=2, elem_id="patches", captioned=True
-            )
+            gallery = image_grid(label="What it reads", show_label=False, columns=2, elem_id="patches", captioned=True)
             status = gr.HTML(IDLE if readers else NO_READER, elem_id="ask-status", elem_classes="studio-line")
             cards = gr.HTML("", elem_id="answers", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
@@ -72,7 +70,7 @@ def build_tab():
                 value=0.2,
                 step=0.01,
                 label="Keep",
-                info="The share of the picture's tokens that the language model reads.",
+                info="The share of the image's tokens that the language model reads.",
                 elem_id="keep",
                 buttons=[],
             )
@@ -88,17 +86,17 @@ def build_tab():
                 elem_id="reader",
             )
 
-    inputs = [model, picture, question, method, keep, compare]
+    inputs = [model, image, question, method, keep, compare]
     connect_actions(
         [([ask.click, question.submit], show_reading, inputs, [gallery, cards, status])],
         status,
         starts=[ask],
         cancel=cancel,
     )
-    examples.click(_example, examples, [picture, question], queue=False, **PRIVATE)
+    examples.click(_example, examples, [image, question], queue=False, **PRIVATE)
     method.change(lambda chosen: gr.update(info=methods[chosen]), method, method, queue=False, **PRIVATE)
-    _endpoint(picture, question, method, keep)
-    return picture, question
+    _endpoint(image, question, method, keep)
+    return image, question
 
 
 def _example(number):
@@ -106,72 +104,70 @@ def _example(number):
     return example(file), text
 
 
-def _endpoint(picture, question, method, keep):
+def _endpoint(image, question, method, keep):
     """What programs call."""
 
-    async def ask(picture, question, model, method="divprune", keep=0.2, max_new_tokens=64):
-        """Answer a question about a picture from some of its visual tokens; streams the answer.
+    async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64):
+        """Answer a question about an image from some of its visual tokens; streams the answer.
 
         Args:
-            picture: a picture file; a tool is given its data (data:image/png;base64,... text), no link.
+            image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled reader, a Hugging Face id or a folder of a vision-language model.
             method: how tokens are chosen: divprune, hired, globalcom2, random or uniform.
-            keep: the share of the picture's tokens to keep, above 0 and at most 1.
+            keep: the share of the image's tokens to keep, above 0 and at most 1.
             max_new_tokens: longest answer.
 
         Returns:
             The answer, and details: visual and kept tokens, seconds by phase and bytes of the cache.
         """
-        async for update in answer_reading(picture, question, model, method, keep, max_new_tokens):
+        async for update in answer_reading(image, question, model, method, keep, max_new_tokens):
             yield update
 
     with gr.Group(visible=False):
         model, longest = gr.Textbox(label="Model"), gr.Number(64, label="Longest answer", precision=0)
         said, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
         endpoint = gr.Button("Ask")
-    inputs = [picture, question, model, method, keep, longest]
+    inputs = [image, question, model, method, keep, longest]
     endpoint.click(ask, inputs, [said, details], api_name="ask", **ON_THE_MODEL)
 
 
 async def show_reading(*values):
     """Answer for the page: yields updates of (gallery, cards, status).
 
-    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; images and fields stay as they are.
     """
     shown = None
     try:
-        model, picture, *rest = values
-        inquiry = Inquiry(model, uploaded(picture), *rest)
+        model, image, *rest = values
+        inquiry = AskRequest(model, uploaded(image), *rest)
         async for reading in read(inquiry):
             views, gallery = reading.pruned and reading.pruned.views, gr.skip()
             if views is not shown:
                 shown, gallery = views, _gallery(reading)
-            yield gallery, _cards(reading, inquiry) if reading.picture else gr.skip(), _status(reading, inquiry)
+            yield gallery, _cards(reading, inquiry) if reading.image else gr.skip(), _status(reading, inquiry)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
-async def answer_reading(picture, question, model, method, keep, max_new_tokens):
+async def answer_reading(image, question, model, method, keep, max_new_tokens):
     """Answer for a program: yields (text, details); what is wrong becomes an error with the same sentence."""
-    inquiry = Inquiry(
-        model, uploaded(picture), question, method, keep, compare=False, max_new_tokens=max_new_tokens
-    )
+    inquiry = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
     async for reading in read(inquiry):
         if (answer := reading.pruned) is not None:
             yield answer.answer, _details(answer)
 
 
 def _gallery(reading):
-    drawn = [
+    sampled = [
         (
-            draw_patches(reading.picture, view),
+            draw_patches(reading.image, view),
             f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
         )
         for view in reading.pruned.views
     ]
-    return gr.update(value=drawn, columns=len(drawn) or 1, selected_index=None)
+    return gr.update(value=sampled, columns=len(sampled) or 1, selected_index=None)
 
 
 def _cards(reading, inquiry):
@@ -182,7 +178,7 @@ def _cards(reading, inquiry):
 
 
 def _status(reading, inquiry):
-    if reading.picture is None:
+    if reading.image is None:
         return LOADING
     names = list(inquiry.runs)
     if len(reading.answered) == len(names):
@@ -191,7 +187,7 @@ def _status(reading, inquiry):
     name = names[len(reading.answered)]
     chosen = getattr(reading, name) is not None
     what = "from all tokens" if name == "whole" else f"from {inquiry.keep:.0%} of the tokens"
-    text = f"{'Answering' if chosen else 'Looking at the picture, to answer'} {what} …"
+    text = f"{'Answering' if chosen else 'Looking at the image, to answer'} {what} …"
     return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
 
 

@@ -4,18 +4,18 @@ import dataclasses
 
 import gradio as gr
 
-from studio.ui.jobs.compare_job import MOST_OF_ONE, MOST_SIDES, CompareWish, compare, offered_sides
-from studio.ui.jobs.request import draw_seed, number_of
+from studio.ui.jobs.compare_job import MOST_OF_ONE, MOST_SIDES, CompareRequest, compare, offered_sides
+from studio.ui.jobs.request import number_of, sample_seed
 from studio.ui.render.render_sides import comparison_verdict, side_cards
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
 from studio.ui.server.models import bundled_models
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import count_slider, duration, picture_grid, status_line
+from studio.ui.tabs.components import count_slider, duration, image_grid, status_line
 from studio.ui.tabs.fields import number_field
 
 EXAMPLES = ["a red apple, 3d style, on a blue background", "a fox, flat style", "a rocket"]
-IDLE = status_line("Say what to draw, and choose what shall draw it.")
+IDLE = status_line("Say what to sample, and choose what shall sample it.")
 _MOST_COLUMNS = 3
 
 
@@ -30,7 +30,7 @@ def build_tab(model):
         with gr.Column(elem_classes="area-ask"):
             prompt = gr.Textbox(
                 label="Prompt",
-                info="All draw the same words with the same seeds.",
+                info="All sample the same words with the same seeds.",
                 placeholder=EXAMPLES[0],
                 lines=2,
                 max_lines=6,
@@ -48,9 +48,7 @@ def build_tab(model):
                 type="values",
             )
         with gr.Column(elem_classes="area-show"):
-            gallery = picture_grid(
-                label="Pictures", show_label=False, columns=2, elem_id="compare-pictures", captioned=True
-            )
+            gallery = image_grid(label="Images", show_label=False, columns=2, elem_id="compare-images", captioned=True)
             status = gr.HTML(IDLE, elem_id="compare-status", elem_classes="studio-line")
             cards = gr.HTML("", elem_id="sides", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
@@ -64,8 +62,8 @@ def build_tab(model):
                 info="Choose from the list, or write MODEL, or MODEL: lantern delta=0.3, and press Enter.",
                 elem_id="compare-sides",
             )
-            most = min(MOST_OF_ONE, limits().pictures)
-            count = count_slider(most, value=1, label="Pictures of each", elem_id="compare-count")
+            most = min(MOST_OF_ONE, limits().images)
+            count = count_slider(most, value=1, label="Images of each", elem_id="compare-count")
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same for all of them.", "compare-seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="compare-dice", size="sm", scale=0, min_width=0)
@@ -76,7 +74,7 @@ def build_tab(model):
         starts=[start],
         cancel=cancel,
     )
-    dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
+    dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(prompt, sides, count)
     return prompt
@@ -86,17 +84,17 @@ def _endpoint(prompt, sides, count):
     """What programs call."""
 
     async def compare(prompt, sides, count=1, seed=None):
-        """Draw one prompt with several models and decodings; streams each when it is done.
+        """Sample one prompt with several models and decodings; streams each when it is done.
 
         Args:
-            prompt: what to draw, up to 2,000 characters, such as "a red apple".
+            prompt: what to sample, up to 2,000 characters, such as "a red apple".
             sides: a list of 2 to 6 of "MODEL: DECODING", with options as in "emoji-ar: lantern delta=0.3".
-            count: how many pictures of each, 1 to 4.
-            seed: seed of the first picture of each, the next use seed + 1 and so on; drawn when empty.
+            count: how many images of each, 1 to 4.
+            seed: seed of the first image of each, the next use seed + 1 and so on; sampled when empty.
 
         Returns:
-            The pictures as PNG files, and details of each side: seconds, calls of the model, tokens a call, accepted
-            drafts among the tokens of its first picture, and the judge's opinion where a bundled model draws emoji;
+            The images as PNG files, and details of each side: seconds, calls of the model, tokens a call, accepted
+            drafts among the tokens of its first image, and the judge's opinion where a bundled model samples emoji;
             "unscored" says why there is no score where there is none.
         """
         async for update in answer_comparison(prompt, sides, count, seed):
@@ -104,7 +102,7 @@ def _endpoint(prompt, sides, count):
 
     with gr.Group(visible=False):
         seed = gr.Number(label="Seed")
-        found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
+        found, details = image_grid(label="Images"), gr.JSON(label="Details")
         endpoint = gr.Button("Compare")
     endpoint.click(compare, [prompt, sides, count, seed], [found, details], api_name="compare", **ON_THE_MODEL)
 
@@ -112,11 +110,11 @@ def _endpoint(prompt, sides, count):
 async def show_comparison(prompt, sides, count, seed):
     """Compare for the page: yields updates of (gallery, cards, status).
 
-    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; images and fields stay as they are.
     """
     done = warned = 0
     try:
-        wish = CompareWish(prompt, sides, count, number_of("seed", seed, int))
+        wish = CompareRequest(prompt, sides, count, number_of("seed", seed, int))
         async for found in compare(wish):
             if found.warning and not warned:
                 toast(found.warning, title="Please note", duration=12)
@@ -131,14 +129,14 @@ async def show_comparison(prompt, sides, count, seed):
 
 
 async def answer_comparison(prompt, sides, count, seed):
-    """Compare for a program: yields (pictures, details); what is wrong becomes an error with the same sentence."""
-    async for found in compare(CompareWish(prompt, sides, count, seed)):
+    """Compare for a program: yields (images, details); what is wrong becomes an error with the same sentence."""
+    async for found in compare(CompareRequest(prompt, sides, count, seed)):
         done = [side for side in found.sides if side.stats]
         yield _captioned(done) if done else gr.skip(), {"sides": [_details(side) for side in found.sides]}
 
 
 def _gallery(found):
-    """Side by side; of several pictures each, a row for each side."""
+    """Side by side; of several images each, a row for each side."""
     count = found.sides[0].wish.count
     columns = min(len(found.sides), _MOST_COLUMNS) if count == 1 else count
     return gr.update(value=_captioned(found.sides), columns=columns, selected_index=None)
@@ -146,9 +144,7 @@ def _gallery(found):
 
 def _captioned(sides):
     return [
-        (picture, f"{side.title} · seed {seed}")
-        for side in sides
-        for picture, seed in zip(side.pictures, side.wish.seeds)
+        (image, f"{side.title} · seed {seed}") for side in sides for image, seed in zip(side.images, side.wish.seeds)
     ]
 
 
@@ -159,15 +155,15 @@ def _status(found):
         return status_line(comparison_verdict(found), state="done", details=[("seed", f"{found.sides[0].wish.seed}")])
     done = sum(bool(side.stats) for side in found.sides)
     side = found.sides[done if found.running is None else found.running]
-    share = side.drawn / side.total if side.total else 0
-    text = f"Drawing {done + 1} of {len(found.sides)}, {side.title}: {side.drawn} of {side.total} tokens"
+    share = side.sampled / side.total if side.total else 0
+    text = f"Sampling {done + 1} of {len(found.sides)}, {side.title}: {side.sampled} of {side.total} tokens"
     if share > 0 and found.seconds > 0.3:
         text += f", {duration(found.seconds * (1 - share) / share)} left"
     return status_line(text, state="running", fraction=(done + share) / len(found.sides))
 
 
 def _details(side):
-    told = {"model": side.wish.model, "decoding": side.wish.how, "seeds": side.wish.seeds, "drawn": side.drawn}
+    told = {"model": side.wish.model, "decoding": side.wish.how, "seeds": side.wish.seeds, "sampled": side.sampled}
     if not side.stats:
         return told
     stats = side.stats
@@ -179,5 +175,8 @@ def _details(side):
         "accepted_tokens": len(side.fates.accepted) if side.fates else None,
         "acceptance": stats.acceptance,
     }
-    judged = {"judge": [dataclasses.asdict(opinion) for opinion in side.opinions] or None, "unscored": side.unscored}
+    judged = {
+        "judge": [dataclasses.asdict(opinion) for opinion in side.judge_predictions] or None,
+        "unscored": side.unscored,
+    }
     return {**told, **cost, **judged}

@@ -1,4 +1,4 @@
-"""Pieces that every tab shares: the header, the status line, the picture grid."""
+"""Pieces that every tab shares: the header, the status line, the image grid."""
 
 import math
 from html import escape
@@ -16,7 +16,7 @@ _LONGEST_PATH = 4000  # characters
 
 
 def _mark():
-    """The logo: a grid of tokens, the middle one being drawn."""
+    """The logo: a grid of tokens, the middle one being sampled."""
     squares = "".join(
         f'<rect x="{1 + 7.8 * (index % 3):g}" y="{1 + 7.8 * (index // 3):g}" width="6.4" height="6.4" rx="1.6" '
         f'class="{name}"/>'
@@ -29,37 +29,37 @@ def header(model):
     """The head of the page: name, what it does, which model it uses."""
     return gr.HTML(
         f'<div class="studio-header">{_mark()}<h1>Studio</h1>'
-        "<p>Pictures from words, one token at a time</p>"
+        "<p>Images from words, one token at a time</p>"
         f'<span class="studio-model">{escape(short_name(model))}</span></div>',
         elem_id="studio-header",
     )
 
 
-def picture_grid(captioned=False, **settings):
-    """A gallery of PNG pictures (never re-encoded with losses), with captions below them or over them on demand."""
+def image_grid(captioned=False, **settings):
+    """A gallery of PNG images (never re-encoded with losses), with captions below them or over them on demand."""
     return gr.Gallery(
         format="png",
         object_fit="contain",
         height="auto",
         buttons=["download", "fullscreen"],
         interactive=False,
-        elem_classes=["studio-pictures", "studio-captioned"] if captioned else "studio-pictures",
+        elem_classes=["studio-images", "studio-captioned"] if captioned else "studio-images",
         **settings,
     )
 
 
 def count_slider(most, **settings):
-    """A slider from 1 to `most` pictures, which is hidden where there is no choice."""
+    """A slider from 1 to `most` images, which is hidden where there is no choice."""
     return gr.Slider(1, max(most, 2), step=1, buttons=[], visible=most > 1, **settings)
 
 
 def columns_for(count):
-    """Columns of the grid for `count` pictures."""
+    """Columns of the grid for `count` images."""
     return math.ceil(math.sqrt(count))
 
 
 def status_line(text, *, state="idle", fraction=None, details=(), link=None):
-    """The line below the pictures.
+    """The line below the images.
 
     Args:
         text: one sentence.
@@ -96,9 +96,9 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def pictures(count):
+def images(count):
     """`count` with its noun."""
-    return f"{count} picture{'s' * (count != 1)}"
+    return f"{count} image{'s' * (count != 1)}"
 
 
 def short_name(model):

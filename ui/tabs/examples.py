@@ -1,4 +1,4 @@
-"""Pictures to try things with, which come with the package."""
+"""Images to try things with, which come with the package."""
 
 from pathlib import Path
 

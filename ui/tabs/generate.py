@@ -1,22 +1,22 @@
-"""The Generate tab: words in, pictures out, drawn before your eyes."""
+"""The Generate tab: words in, images out, sampled before your eyes."""
 
 import re
 
 import gradio as gr
 
 from studio import DECODINGS, decoding_named
-from studio.ui.jobs.generate_job import Drawn, draw
-from studio.ui.jobs.request import Wish, draw_seed
+from studio.ui.jobs.generate_job import Sampled, sample
+from studio.ui.jobs.request import GenerateRequest, sample_seed
 from studio.ui.jobs.side_by_side import race
 from studio.ui.render.render_lanes import race_lanes, race_verdict
 from studio.ui.render.token_grid import token_grid
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
 from studio.ui.server.models import fitting_decodings, own_settings
-from studio.ui.server.png_metadata import Form, from_picture, link_to
-from studio.ui.server.send_to import build_outlet
+from studio.ui.server.png_metadata import Form, from_image, link_to
+from studio.ui.server.send_to import build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import columns_for, count_slider, duration, picture_grid, pictures, status_line, uploaded
+from studio.ui.tabs.components import columns_for, count_slider, duration, image_grid, images, status_line, uploaded
 from studio.ui.tabs.fields import number_field, options_field
 
 EXAMPLES = [
@@ -28,15 +28,15 @@ EXAMPLES = [
     "a fox, flat style",
 ]
 _TEMPERATURE = "Below 1 calmer, above 1 wilder; at 0 only a style and a background that the prompt leaves open vary."
-IDLE = status_line("Say what to draw and press Generate.")
+IDLE = status_line("Say what to sample and press Generate.")
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 
 
 def build_tab(model):
-    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first drawing.
+    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first sampling.
 
     Returns:
-        The `Outlet` by which pictures go to the tabs "tokenize" and "ask", and the `Form` to which settings come back.
+        The `SendTo` by which images go to the tabs "tokenize" and "ask", and the `Form` to which settings come back.
     """
     with gr.Row(elem_id="studio-generate", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
@@ -62,21 +62,21 @@ def build_tab(model):
                 type="values",
             )
         with gr.Column(elem_classes="area-show"):
-            gallery = picture_grid(label="Pictures", show_label=False, columns=2, elem_id="pictures")
+            gallery = image_grid(label="Images", show_label=False, columns=2, elem_id="images")
             status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
-            outlet = build_outlet(
+            outlet = build_send_to(
                 gallery,
-                {"tokenize": "Tokenize this", "ask": "Ask about this picture"},
+                {"tokenize": "Tokenize this", "ask": "Ask about this image"},
                 [generate.click, prompt.submit, race_button.click],
             )
             tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
             fitting = fitting_decodings(model)
             decoding, options = _decoding_fields(fitting)
-            most = limits().pictures
-            count = count_slider(most, value=min(4, most), label="Pictures", elem_id="count")
+            most = limits().images
+            count = count_slider(most, value=min(4, most), label="Images", elem_id="count")
             with gr.Row(elem_classes="studio-seed"):
-                seed = number_field("Seed", "The same seed draws the same pictures.", "seed", "a new one each time")
+                seed = number_field("Seed", "The same seed samples the same images.", "seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="dice", size="sm", scale=0, min_width=0)
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 gr.Markdown("Empty fields take the model's own setting, shown in grey.", elem_classes="studio-hint")
@@ -88,8 +88,8 @@ def build_tab(model):
                     top_k = _setting("Top-k", "Only the k likeliest tokens; 0 is all.", own)
                     top_p = _setting("Top-p", "Only this share of likelihood, 0 to 1.", own)
 
-            drawn = gr.File(
-                label="A picture that Studio drew brings its settings back",
+            sampled = gr.File(
+                label="An image that Studio drew brings its settings back",
                 file_types=[".png"],
                 height=132,
                 elem_id="recall",
@@ -98,7 +98,7 @@ def build_tab(model):
     form = Form(model, [prompt, count, seed, guidance, temperature, top_k, top_p], decoding, options, fitting)
 
     async def show(*values):
-        async for update in show_drawing(model, *_with_options(values, options)):
+        async for update in show_sampling(model, *_with_options(values, options)):
             yield update
 
     async def show_sides(*values):
@@ -114,20 +114,20 @@ def build_tab(model):
         starts=[generate, race_button],
         cancel=cancel,
     )
-    dice.click(draw_seed, None, seed, queue=False, **PRIVATE)
-    drawn.upload(lambda file: recall(form, file), drawn, [drawn, *form.fields], preprocess=False, **PRIVATE)
+    dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
+    sampled.upload(lambda file: recall(form, file), sampled, [sampled, *form.fields], preprocess=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(model, prompt, count, fitting[0])
     return outlet, form
 
 
 def recall(form, file):
-    """Bring the settings of an uploaded picture back: updates of the file's field, now empty again, and of the form's.
+    """Bring the settings of an uploaded image back: updates of the file's field, now empty again, and of the form's.
 
     What is wrong becomes a toast, and the form stays as it is.
     """
     try:
-        return None, *form.filled(from_picture(uploaded(file)))
+        return None, *form.filled(from_image(uploaded(file)))
     except Exception as error:
         toast(sentence_of(error))
         return None, *[gr.skip()] * len(form.fields)
@@ -164,7 +164,7 @@ def _option_field(option, elem_id):
 
 
 def _with_options(values, fields):
-    """The values of a form with those of all options behind it, as `Wish.from_fields` takes them."""
+    """The values of a form with those of all options behind it, as `GenerateRequest.from_fields` takes them."""
     *basic, decoding = values[: len(values) - len(fields)]
     texts = zip(fields, values[len(values) - len(fields) :])
     return *basic, decoding, {option: text for (owner, option), text in texts if owner == decoding}
@@ -184,64 +184,64 @@ def _endpoint(model, prompt, count, plain):
         decoding=plain,
         options=None,
     ):
-        """Draw pictures from words; streams previews, then the finished pictures.
+        """Sample images from words; streams previews, then the finished images.
 
         Args:
-            prompt: what to draw, up to 2,000 characters (a server may allow fewer), such as "a red apple".
-            count: how many pictures, 1 to 16; a server may allow fewer.
-            seed: seed of the first picture, the next use seed + 1 and so on; drawn when empty.
+            prompt: what to sample, up to 2,000 characters (a server may allow fewer), such as "a red apple".
+            count: how many images, 1 to 16; a server may allow fewer.
+            seed: seed of the first image, the next use seed + 1 and so on; sampled when empty.
             guidance: how closely to follow the prompt (1 is off); the model's own setting when empty.
             temperature: randomness of each token; at 0 only a style and a background that the prompt leaves open vary.
-            top_k: draw from the k likeliest tokens (0 is all); the model's own setting when empty.
-            top_p: draw from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
+            top_k: sample from the k likeliest tokens (0 is all); the model's own setting when empty.
+            top_p: sample from the likeliest tokens that make up this share, 0 to 1; the model's own setting when empty.
             decoding: how tokens are generated, such as "jacobi"; "cspd" with the mode "relaxed" is approximate.
             options: those of the decoding, such as {"delta": 0.1}; its usual ones when empty.
 
         Returns:
-            The pictures as PNG files, and details: seeds, tokens, target calls and seconds, or the progress so far.
+            The images as PNG files, and details: seeds, tokens, target calls and seconds, or the progress so far.
         """
         wish = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding, options or {})
-        async for update in answer_drawing(model, *wish):
+        async for update in answer_sampling(model, *wish):
             yield update
 
     with gr.Group(visible=False):
         numbers = [gr.Number(label=name) for name in ("Seed", "Guidance", "Temperature", "Top-k", "Top-p")]
         decoding, options = gr.Textbox(plain, label="Decoding"), options_field("Options")
-        found, details = picture_grid(label="Pictures"), gr.JSON(label="Details")
+        found, details = image_grid(label="Images"), gr.JSON(label="Details")
         endpoint = gr.Button("Generate")
     inputs = [prompt, count, *numbers, decoding, options]
     endpoint.click(generate, inputs, [found, details], api_name="generate", **ON_THE_MODEL)
 
 
-async def show_drawing(model, *values):
-    """Draw for the page: yields updates of (gallery, tokens, status).
+async def show_sampling(model, *values):
+    """Sample for the page: yields updates of (gallery, tokens, status).
 
-    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; images and fields stay as they are.
     """
     shown = warned = None
     try:
-        wish = Wish.from_fields(model, *values)
-        async for news in draw(wish):
+        wish = GenerateRequest.from_fields(model, *values)
+        async for news in sample(wish):
             if news.warning and not warned:
                 toast(news.warning, title="Please note", duration=12)
                 warned = True
-            if isinstance(news, Drawn):
-                yield _gallery(news.pictures, wish), _tokens(news.fates), summary(news, wish)
-            elif news.pictures is not shown:
-                shown = news.pictures
+            if isinstance(news, Sampled):
+                yield _gallery(news.images, wish), _tokens(news.fates), summary(news, wish)
+            elif news.images is not shown:
+                shown = news.images
                 yield _gallery(shown, wish), _tokens(news.fates), progress(news, wish)
             else:
-                yield gr.skip(), gr.skip() if news.drawn != 1 else "", progress(news, wish)
+                yield gr.skip(), gr.skip() if news.sampled != 1 else "", progress(news, wish)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
 async def show_race(model, *values):
-    """Race for the page: yields updates as `show_drawing` does."""
+    """Race for the page: yields updates as `show_sampling` does."""
     shown = warned = None
     try:
-        wish = Wish.from_fields(model, *values)
+        wish = GenerateRequest.from_fields(model, *values)
         async for news in race(wish):
             if news.warning and not warned:
                 toast(news.warning, title="Please note", duration=12)
@@ -249,7 +249,7 @@ async def show_race(model, *values):
             if not news.lanes:
                 yield gr.skip(), gr.skip(), LOADING
                 continue
-            found = [lane.picture for lane in news.lanes]
+            found = [lane.image for lane in news.lanes]
             fresh = found != shown and all(found)
             shown = found if fresh else shown
             yield _sides(news, wish) if fresh else gr.skip(), race_lanes(news), race_status(news, wish)
@@ -258,33 +258,33 @@ async def show_race(model, *values):
         yield gr.skip(), gr.skip(), FAILED
 
 
-async def answer_drawing(model, *values):
-    """Draw for a program: yields (pictures, details); what is wrong becomes an error with the same sentence."""
+async def answer_sampling(model, *values):
+    """Sample for a program: yields (images, details); what is wrong becomes an error with the same sentence."""
     *basic, decoding, options = values
-    wish = Wish(model, *basic, decoding=decoding, options=options)
-    async for news in draw(wish):
-        if isinstance(news, Drawn):
-            yield _captioned(news.pictures, wish), _details(news, wish)
+    wish = GenerateRequest(model, *basic, decoding=decoding, options=options)
+    async for news in sample(wish):
+        if isinstance(news, Sampled):
+            yield _captioned(news.images, wish), _details(news, wish)
         elif news.ahead is not None:
             yield gr.skip(), {"waiting": news.ahead, "seeds": wish.seeds}
         elif news.total:
             yield (
-                _captioned(news.pictures, wish) if news.pictures else gr.skip(),
-                {"drawn": news.drawn, "total": news.total, "seeds": wish.seeds},
+                _captioned(news.images, wish) if news.images else gr.skip(),
+                {"sampled": news.sampled, "total": news.total, "seeds": wish.seeds},
             )
 
 
 def progress(news, wish):
-    """The status line of a drawing under way."""
+    """The status line of a sampling under way."""
     if news.ahead is not None:
         return status_line(waiting(news.ahead), state="running", fraction=0)
     if not news.total:
         return LOADING
-    text = f"Drawing {pictures(wish.count)}: {news.drawn} of {news.total} tokens"
+    text = f"Sampling {images(wish.count)}: {news.sampled} of {news.total} tokens"
     if news.seconds > 0.3:
-        rate = (news.drawn - 1) / news.seconds
-        text += f", {rate * wish.count:.0f} tokens/s, {duration((news.total - news.drawn) / max(rate, 1e-6))} left"
-    return status_line(text, state="running", fraction=news.drawn / news.total)
+        rate = (news.sampled - 1) / news.seconds
+        text += f", {rate * wish.count:.0f} tokens/s, {duration((news.total - news.sampled) / max(rate, 1e-6))} left"
+    return status_line(text, state="running", fraction=news.sampled / news.total)
 
 
 def waiting(ahead):
@@ -292,15 +292,15 @@ def waiting(ahead):
     return "Waiting: you are next." if ahead == 1 else f"Waiting: at most {ahead} turns before yours."
 
 
-def summary(drawn, wish):
-    """The status line of a finished drawing."""
-    stats = drawn.stats
+def summary(sampled, wish):
+    """The status line of a finished sampling."""
+    stats = sampled.stats
     seeds = f"{wish.seeds[0]}" if wish.count == 1 else f"{wish.seeds[0]} to {wish.seeds[-1]}"
     accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
-    law = [("pictures", "approximate")] if "approximate" in wish.how else []
+    distribution = [("images", "approximate")] if "approximate" in wish.how else []
     taken = [] if stats.decoding is None else [("decoding", decoding_named(stats.decoding).title.lower())]
     return status_line(
-        f"{pictures(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
+        f"{images(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
         state="done",
         details=[
             ("tokens/s", f"{_rate(stats):.0f}"),
@@ -308,7 +308,7 @@ def summary(drawn, wish):
             ("target calls", f"{stats.target_calls}"),
             ("tokens a call", f"{stats.mean_accepted_length:.2f}"),
             *accepted,
-            *law,
+            *distribution,
             *taken,
             ("seed" if wish.count == 1 else "seeds", seeds),
         ],
@@ -320,8 +320,8 @@ def race_status(news, wish):
     """The status line of a race."""
     if news.finished:
         return status_line(race_verdict(news), state="done", details=[("seed", f"{wish.seed}")])
-    share = sum(lane.drawn for lane in news.lanes) / sum(lane.total for lane in news.lanes)
-    far = ", ".join(f"{lane.title} {lane.drawn}" for lane in news.lanes)
+    share = sum(lane.sampled for lane in news.lanes) / sum(lane.total for lane in news.lanes)
+    far = ", ".join(f"{lane.title} {lane.sampled}" for lane in news.lanes)
     text = f"Racing, by turns so that neither slows the other: {far} of {news.lanes[0].total} tokens"
     return status_line(text, state="running", fraction=share)
 
@@ -331,26 +331,26 @@ def _setting(label, info, own):
     return number_field(label, info, name, own.get(name, "model's own"))
 
 
-def _gallery(drawn, wish):
-    return gr.update(value=_captioned(drawn, wish), columns=columns_for(wish.count), selected_index=None)
+def _gallery(sampled, wish):
+    return gr.update(value=_captioned(sampled, wish), columns=columns_for(wish.count), selected_index=None)
 
 
 def _sides(news, wish):
-    found = [(lane.picture, f"{lane.title} · seed {wish.seed}") for lane in news.lanes]
+    found = [(lane.image, f"{lane.title} · seed {wish.seed}") for lane in news.lanes]
     return gr.update(value=found, columns=2, selected_index=None)
 
 
 def _tokens(fates):
-    return token_grid(fates, "Tokens of the first picture") if fates else ""
+    return token_grid(fates, "Tokens of the first image") if fates else ""
 
 
-def _captioned(drawn, wish):
+def _captioned(sampled, wish):
     prompt = " ".join(wish.prompt.split())
-    return [(picture, f"seed {seed} · {prompt}") for picture, seed in zip(drawn, wish.seeds)]
+    return [(image, f"seed {seed} · {prompt}") for image, seed in zip(sampled, wish.seeds)]
 
 
-def _details(drawn, wish):
-    stats = drawn.stats
+def _details(sampled, wish):
+    stats = sampled.stats
     return {
         "model": str(wish.model),
         "prompt": wish.prompt,
@@ -364,8 +364,8 @@ def _details(drawn, wish):
         "window": stats.window,
         "tokens_per_second": round(_rate(stats), 1),
         "seconds": dict(stats.seconds),
-        "drawn_together": drawn.together,
-        "warning": drawn.warning,
+        "sampled_together": sampled.together,
+        "warning": sampled.warning,
     }
 
 

@@ -1,4 +1,4 @@
-"""The look: quiet greys and one accent, light and dark, so that the pictures are the colour on the page."""
+"""The look: quiet greys and one accent, light and dark, so that the images are the colour on the page."""
 
 from pathlib import Path
 

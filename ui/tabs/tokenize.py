@@ -1,4 +1,4 @@
-"""The Tokenize tab: a picture turned into tokens and back, beside JPEG and WebP of as many bytes."""
+"""The Tokenize tab: an image turned into tokens and back, beside JPEG and WebP of as many bytes."""
 
 from pathlib import Path
 
@@ -7,19 +7,19 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
 from studio.checkpoints.bundled import DEFAULT_TOKENIZER
-from studio.ui.jobs.tokenize_job import CODECS, FileWish, TokenWish, open_file, restore
+from studio.ui.jobs.tokenize_job import CODECS, DetokenizeRequest, TokenizeRequest, open_file, restore
 from studio.ui.render.codecs import codec_caption, comparison_note, counted_bytes
 from studio.ui.render.sizes import readable, resized
 from studio.ui.render.token_grid import code_grids
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.models import bundled_models, tokenizer_scale
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import duration, picture_grid, short_name, status_line, uploaded
+from studio.ui.tabs.components import duration, image_grid, short_name, status_line, uploaded
 from studio.ui.tabs.examples import example
 
 OUTPUTS = ("pair", "opened", "codecs", "codes", "count", "download", "status")
 EXAMPLES = ("scene-melon.png", "scene-ewes.png")
-IDLE = status_line("Give any picture, and see what is left of it when it is turned into tokens and back.")
+IDLE = status_line("Give any image, and see what is left of it when it is turned into tokens and back.")
 LOADING = status_line("Loading the tokenizer …", state="running", fraction=0)
 _SCALES = {
     "length": ("Length", "How many of the first tokens to keep; the first ones matter most."),
@@ -28,21 +28,21 @@ _SCALES = {
 
 
 def build_tab():
-    """Lay the tab out inside the current Blocks and connect it; the tokenizer is loaded by the first picture.
+    """Lay the tab out inside the current Blocks and connect it; the tokenizer is loaded by the first image.
 
     Returns:
-        The field of the picture.
+        The field of the image.
     """
     names = bundled_models("tokenizer")
     first = DEFAULT_TOKENIZER if DEFAULT_TOKENIZER in names else next(iter(names), None)
     with gr.Row(elem_id="studio-tokenize", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
-            picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=240, elem_id="original")
+            image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="original")
             with gr.Row(elem_classes="studio-actions"):
                 start = gr.Button("Tokenize", variant="primary", elem_id="tokenize", scale=2)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="tokenize-cancel", visible=False, scale=2)
             examples = gr.Dataset(
-                components=[picture],
+                components=[image],
                 samples=[[example(file)] for file in EXAMPLES],
                 label="Try",
                 elem_id="tokenize-examples",
@@ -65,7 +65,7 @@ def build_tab():
                 elem_id="opened",
             )
             status = gr.HTML(IDLE, elem_id="tokenize-status", elem_classes="studio-line")
-            codecs = picture_grid(
+            codecs = image_grid(
                 label="The same bytes", show_label=False, columns=3, visible=False, elem_id="codecs", captioned=True
             )
             codes = gr.HTML("", elem_id="codes", elem_classes="studio-line")
@@ -74,7 +74,7 @@ def build_tab():
                 names,
                 value=first,
                 label="Tokenizer",
-                info="A bundled one, a folder of one or of a model that draws, or a Hugging Face id.",
+                info="A bundled one, a folder of one or of a model that samples, or a Hugging Face id.",
                 allow_custom_value=True,
                 elem_id="tokenizer",
             )
@@ -83,7 +83,7 @@ def build_tab():
             tile = gr.Checkbox(
                 False,
                 label="Tiles",
-                info="Cut the picture into squares of the tokenizer's size instead of shrinking it to one; each then "
+                info="Cut the image into squares of the tokenizer's size instead of shrinking it to one; each then "
                 "has this length. With One-D-Piece tokenizers only.",
                 elem_id="tile",
             )
@@ -96,14 +96,14 @@ def build_tab():
     shown = [pair, opened, codecs, codes, count, download, status]
     connect_actions(
         [
-            ([start.click, count.release], show_restoring, [tokenizer, picture, count, tile], shown),
+            ([start.click, count.release], show_restoring, [tokenizer, image, count, tile], shown),
             ([upload.upload], show_opening, [tokenizer, upload], shown),
         ],
         status,
         starts=[start],
         cancel=cancel,
     )
-    examples.click(lambda number: example(EXAMPLES[number]), examples, picture, queue=False, **PRIVATE)
+    examples.click(lambda number: example(EXAMPLES[number]), examples, image, queue=False, **PRIVATE)
     tokenizer.change(
         lambda name: gr.update(**_scale_settings(tokenizer_scale((name or "").strip()))),
         tokenizer,
@@ -111,8 +111,8 @@ def build_tab():
         queue=False,
         **PRIVATE,
     )
-    _endpoints(picture)
-    return picture
+    _endpoints(image)
+    return image
 
 
 def _scale_settings(scale):
@@ -122,34 +122,34 @@ def _scale_settings(scale):
     return {"visible": True, "maximum": scale.most, "value": scale.most, "label": label, "info": info}
 
 
-def _endpoints(picture):
+def _endpoints(image):
     """What programs call."""
 
-    async def tokenize(picture, tokenizer, count=None, tile=False):
-        """Turn a picture into tokens and back; streams the restored picture, then what JPEG and WebP make of it.
+    async def tokenize(image, tokenizer, count=None, tile=False):
+        """Turn an image into tokens and back; streams the restored image, then what JPEG and WebP make of it.
 
         Args:
-            picture: a picture file of any size; a tool is given its data (data:image/png;base64,... text), no link.
-            tokenizer: a bundled one such as "emoji-vq", a folder, also of a model that draws, or a Hugging Face id.
+            image: an image file of any size; a tool is given its data (data:image/png;base64,... text), no link.
+            tokenizer: a bundled one such as "emoji-vq", a folder, also of a model that samples, or a Hugging Face id.
             count: the length in tokens or the depth in levels to restore it from; all when empty.
             tile: cut it into squares of the tokenizer's size instead of resizing it to one; only for a One-D-Piece.
 
         Returns:
-            The restored picture as a PNG file of its own size; an .odp file where the tokenizer is a One-D-Piece, else
+            The restored image as a PNG file of its own size; an .odp file where the tokenizer is a One-D-Piece, else
             nothing; and details: tokens, bits, bytes, PSNR and seconds, and those of JPEG and WebP in as many bytes.
         """
-        async for update in answer_restoring(picture, tokenizer, count, tile):
+        async for update in answer_restoring(image, tokenizer, count, tile):
             yield update
 
     async def detokenize(file, tokenizer=None):
-        """Restore the picture of an .odp file.
+        """Restore the image of an .odp file.
 
         Args:
             file: an .odp file; a tool is given its data (data:application/octet-stream;base64,... text), no link.
             tokenizer: the One-D-Piece tokenizer that it was made with, where the file names none that is bundled.
 
         Returns:
-            The picture as a PNG file, and details: tokenizer, tokens, bytes, width and height.
+            The image as a PNG file, and details: tokenizer, tokens, bytes, width and height.
         """
         async for update in answer_opening(file, tokenizer):
             yield update
@@ -159,20 +159,20 @@ def _endpoints(picture):
         restored, file = gr.Image(label="Restored", format="png"), gr.File(label="File")
         details = gr.JSON(label="Details")
         start, back = gr.Button("Tokenize"), gr.Button("Detokenize")
-    given, answered = [picture, name, count, tile], [restored, file, details]
+    given, answered = [image, name, count, tile], [restored, file, details]
     start.click(tokenize, given, answered, api_name="tokenize", **ON_THE_MODEL)
     back.click(detokenize, [file, name], [restored, details], api_name="detokenize", **ON_THE_MODEL)
 
 
-async def show_restoring(tokenizer, picture, count, tile=False):
+async def show_restoring(tokenizer, image, count, tile=False):
     """Restore for the page: yields updates of its outputs, in the order of `OUTPUTS`.
 
-    What is wrong becomes a toast that says what to do; pictures and fields stay as they are.
+    What is wrong becomes a toast that says what to do; images and fields stay as they are.
     """
     shown = None
     try:
-        path, scale = uploaded(picture), tokenizer_scale((tokenizer or "").strip())
-        async for found in restore(TokenWish(tokenizer, path, count if scale else None, tile)):
+        path, scale = uploaded(image), tokenizer_scale((tokenizer or "").strip())
+        async for found in restore(TokenizeRequest(tokenizer, path, count if scale else None, tile)):
             if found.decoded is None:
                 yield _updates(status=LOADING)
                 continue
@@ -184,20 +184,20 @@ async def show_restoring(tokenizer, picture, count, tile=False):
 
 
 async def show_opening(tokenizer, file):
-    """Restore the picture of a file for the page: yields updates as `show_restoring` does."""
+    """Restore the image of a file for the page: yields updates as `show_restoring` does."""
     try:
-        async for found in open_file(FileWish(tokenizer, uploaded(file))):
-            if found.picture is None:
+        async for found in open_file(DetokenizeRequest(tokenizer, uploaded(file))):
+            if found.image is None:
                 yield _updates(status=LOADING)
                 continue
             yield _updates(
                 pair=gr.update(visible=False),
-                opened=gr.update(value=readable(found.picture), visible=True),
+                opened=gr.update(value=readable(found.image), visible=True),
                 codecs=gr.update(visible=False),
                 codes="",
                 download=gr.update(visible=False),
                 status=status_line(
-                    f"{found.picture.width} x {found.picture.height} pixels from {found.tokens} tokens.",
+                    f"{found.image.width} x {found.image.height} pixels from {found.tokens} tokens.",
                     state="done",
                     details=[("bytes", f"{found.bytes}"), ("tokenizer", short_name(found.tokenizer))],
                 ),
@@ -206,21 +206,21 @@ async def show_opening(tokenizer, file):
         yield _refused(error)
 
 
-async def answer_restoring(picture, tokenizer, count, tile):
-    """Restore for a program: yields (picture, file, details); what is wrong becomes an error with the same sentence."""
-    path = uploaded(picture)
-    async for found in restore(TokenWish(tokenizer, path, count, tile)):
+async def answer_restoring(image, tokenizer, count, tile):
+    """Restore for a program: yields (image, file, details); what is wrong becomes an error with the same sentence."""
+    path = uploaded(image)
+    async for found in restore(TokenizeRequest(tokenizer, path, count, tile)):
         if found.decoded is not None:
             yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
 
 
 async def answer_opening(file, tokenizer):
-    """Restore the picture of a file for a program: yields (picture, details)."""
-    async for found in open_file(FileWish(tokenizer, uploaded(file))):
-        if found.picture is not None:
-            size = {"width": found.picture.width, "height": found.picture.height}
+    """Restore the image of a file for a program: yields (image, details)."""
+    async for found in open_file(DetokenizeRequest(tokenizer, uploaded(file))):
+        if found.image is not None:
+            size = {"width": found.image.width, "height": found.image.height}
             counts = {"tokenizer": found.tokenizer, "tokens": found.tokens, "bytes": found.bytes}
-            yield found.picture, {**counts, **size}
+            yield found.image, {**counts, **size}
 
 
 def _updates(**changes):
@@ -252,12 +252,12 @@ def _odp(found, path):
 def _codecs(found, tokenizer):
     if found.bytes is None:
         return gr.update(visible=False)
-    pictures = [(found.restored, codec_caption(short_name(tokenizer), found.bytes, found.psnr))]
+    images = [(found.restored, codec_caption(short_name(tokenizer), found.bytes, found.psnr))]
     for rival in found.rivals:
         if way := rival.best:
             restored = resized(way.restored, found.original.size)
-            pictures.append((restored, codec_caption(CODECS[rival.codec], counted_bytes(way, found), way.psnr)))
-    return gr.update(value=pictures, visible=True, selected_index=None)
+            images.append((restored, codec_caption(CODECS[rival.codec], counted_bytes(way, found), way.psnr)))
+    return gr.update(value=images, visible=True, selected_index=None)
 
 
 def _codes(found):

@@ -67,9 +67,9 @@ def test_a_file_of_prompts(run, tiny_mar_folder, tmp_path):
     lines = ('{"prompt": "a red apple", "decoding": "cspd", "mode": "exact"}', '{"prompt": "a pear", "steps": 3}')
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     call = ("generate", "--prompts", "prompts.jsonl", "--model", tiny_mar_folder, "--diffusion-steps", 4)
-    code, _, err = run(*call, "--out", "drawn")
+    code, _, err = run(*call, "--out", "sampled")
     assert code == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "drawn" / "manifest.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "sampled" / "manifest.jsonl").read_text().splitlines()]
     assert [row["decoding"] for row in rows] == [
         {"name": "cspd", "mode": "exact"},
         {"name": "mar", "steps": 3, "diffusion_steps": 4},

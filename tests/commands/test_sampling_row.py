@@ -43,10 +43,10 @@ def test_a_length_that_does_not_fit_is_refused(run, request, tmp_path, model, le
 def test_a_file_of_prompts_has_lengths_of_its_own(run, tiny_row_folder, tmp_path):
     lines = ('{"prompt": "a red apple"}', '{"prompt": "a pear", "length": 5}')
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    call = ("generate", "--prompts", "prompts.jsonl", "--model", tiny_row_folder, "--out", "drawn", "--length", 2)
+    call = ("generate", "--prompts", "prompts.jsonl", "--model", tiny_row_folder, "--out", "sampled", "--length", 2)
     code, _, err = run(*call)
     assert code == 0, err
-    manifest = (tmp_path / "drawn" / "manifest.jsonl").read_text().splitlines()
+    manifest = (tmp_path / "sampled" / "manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["num_tokens"] for line in manifest] == [2, 5]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red apple", "length": 0}')
     code, _, err = run(*call)

@@ -1,6 +1,6 @@
-"""Pictures to the bytes of an `.odp` file and back, with a One-D-Piece tokenizer (arXiv:2501.10064, section 4).
+"""Images to the bytes of an `.odp` file and back, with a One-D-Piece tokenizer (arXiv:2501.10064, section 4).
 
-The whole picture is resized to the tokenizer's square and restored at its own size; cut into tiles it keeps its detail
+The whole image is resized to the tokenizer's square and restored at its own size; cut into tiles it keeps its detail
 at the price of tokens for each tile. There is no entropy coder: a token costs the bits of its number.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from studio.checks import check_flag, check_integer, check_number
 from studio.errors import StudioError, check_stopped
-from studio.pictures import rgb_image
+from studio.images import rgb_image
 from studio.pipelines.odp_file import MOST_PIXELS, OdpFile
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.refinement import check_steps, refined_tokens
@@ -27,18 +27,18 @@ _REFINED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class EncodedPicture:
-    """An encoded picture.
+class EncodedImage:
+    """An encoded image.
 
     Attributes:
         file: what the bytes hold.
         data: the bytes of the file.
-        psnr: of the restored picture, in dB, over 8-bit RGB at its own size; infinite for an equal one.
-        restored: that picture, what `decode_picture` makes of the bytes.
+        psnr: of the restored image, in dB, over 8-bit RGB at its own size; infinite for an equal one.
+        restored: that image, what `decode_image` makes of the bytes.
         tokens: (tiles, N) int64, those too that the file leaves out; without tiles one row. Refined ones are of use
             together only.
         seconds: "encode" for the tokens, with the search for a length or for better ones, and "decode" for the restored
-            picture.
+            image.
     """
 
     file: OdpFile
@@ -49,8 +49,8 @@ class EncodedPicture:
     seconds: dict[str, float] = field(compare=False)
 
 
-def encode_picture(
-    picture: Image.Image,
+def encode_image(
+    image: Image.Image,
     tokenizer: OneDPieceTokenizer,
     *,
     length: int | None = None,
@@ -60,33 +60,33 @@ def encode_picture(
     refine: int = 0,
     name: str = "",
     stopped: Callable[[], bool] | None = None,
-) -> EncodedPicture:
-    """Encode a picture to the bytes of an `.odp` file.
+) -> EncodedImage:
+    """Encode an image to the bytes of an `.odp` file.
 
     Args:
-        picture: a PIL image of any mode, read as `studio.pictures.rgb_image` does.
+        image: a PIL image of any mode, read as `studio.images.rgb_image` does.
         tokenizer: a One-D-Piece tokenizer.
         length: how many tokens to keep, over all tiles; all of them when none of the three is given.
-        psnr: instead, the fewest tokens whose restored picture is that close in dB, found by bisection.
+        psnr: instead, the fewest tokens whose restored image is that close in dB, found by bisection.
         size: instead, the most tokens whose file has at most so many bytes.
-        tile: cut the picture into squares of the tokenizer's size instead of resizing it.
-        refine: steps of a search for tokens that restore this picture better, see `studio.tokenizers.refinement`; with
+        tile: cut the image into squares of the tokenizer's size instead of resizing it.
+        refine: steps of a search for tokens that restore this image better, see `studio.tokenizers.refinement`; with
             `psnr` at every length that is tried.
         name: the tokenizer's bundled name, to be written into the file.
         stopped: asked before each batch of tiles is encoded, searched or decoded; True gives up.
 
     Raises:
         StudioError: more than one of the three, a length out of range, a target that cannot be met, a number of steps
-            that is none, or more tiles than a picture of 64 million pixels has.
+            that is none, or more tiles than an image of 64 million pixels has.
         Stopped: `stopped` said so.
 
     Example:
-        >>> data = studio.encode_picture(picture, tokenizer, length=32).data
-        >>> restored = studio.decode_picture(data, tokenizer)
+        >>> data = studio.encode_image(image, tokenizer, length=32).data
+        >>> restored = studio.decode_image(data, tokenizer)
     """
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
-    refine, picture = check_steps(refine), rgb_image(picture)
+    refine, image = check_steps(refine), rgb_image(image)
     if length is not None:
         length = check_integer("length", length, 1)
     if size is not None:
@@ -94,10 +94,10 @@ def encode_picture(
     if psnr is not None:
         psnr = check_number("psnr", psnr)
     tile = check_flag("tile", tile)
-    tiles = count_tiles(picture.size, tokenizer.config.sample_size) if tile else 1
+    tiles = count_tiles(image.size, tokenizer.config.sample_size) if tile else 1
     checksum, bits = tokenizer_checksum(tokenizer), token_bits(tokenizer)
     began = time.perf_counter()
-    squares = _squares(picture, tokenizer.config.sample_size, tile)
+    squares = _squares(image, tokenizer.config.sample_size, tile)
     fewest, most = tiles, tiles * tokenizer.config.num_tokens
 
     @cache
@@ -109,7 +109,7 @@ def encode_picture(
         return _encode(squares, tokenizer, stopped)
 
     def file_of(kept: tuple[int, ...]) -> OdpFile:
-        return OdpFile(name, checksum, *picture.size, tile, bits, kept)
+        return OdpFile(name, checksum, *image.size, tile, bits, kept)
 
     def bytes_of(count: int) -> int:
         return len(file_of((0,) * count).to_bytes())
@@ -122,34 +122,34 @@ def encode_picture(
 
     @cache
     def reached(count: int) -> float:
-        return picture_psnr(_restore(tokens_of(count), count, picture.size, tile, tokenizer, stopped), picture)
+        return image_psnr(_restore(tokens_of(count), count, image.size, tile, tokenizer, stopped), image)
 
     if size is not None:
         if not fits(fewest):
             least = bytes_of(fewest)
-            raise StudioError(f"This picture takes at least {least} bytes with this tokenizer; {size} are too few.")
+            raise StudioError(f"This image takes at least {least} bytes with this tokenizer; {size} are too few.")
         count = most if fits(most) else smallest(lambda n: not fits(n), fewest, most) - 1
     elif psnr is not None:
         if not close_enough(most):
             raise StudioError(
-                f"All {most} tokens restore this picture to {reached(most):.2f} dB, not to {psnr}: ask for less."
+                f"All {most} tokens restore this image to {reached(most):.2f} dB, not to {psnr}: ask for less."
             )
         count = smallest(close_enough, fewest, most)
     else:
         count = most if length is None else length
         if not fewest <= count <= most:
-            raise StudioError(f"This picture has from {fewest} to {most} tokens with this tokenizer, not {count}.")
+            raise StudioError(f"This image has from {fewest} to {most} tokens with this tokenizer, not {count}.")
     tokens = tokens_of(count)
     seconds = {"encode": time.perf_counter() - began}
     rows = zip(tokens.tolist(), tile_lengths(count, fewest))
     file = file_of(tuple(token for row, first in rows for token in row[:first]))
     began = time.perf_counter()
-    restored = _restore(tokens, count, picture.size, tile, tokenizer, stopped)
+    restored = _restore(tokens, count, image.size, tile, tokenizer, stopped)
     seconds["decode"] = time.perf_counter() - began
-    return EncodedPicture(file, file.to_bytes(), picture_psnr(restored, picture), restored, tokens, seconds)
+    return EncodedImage(file, file.to_bytes(), image_psnr(restored, image), restored, tokens, seconds)
 
 
-def decode_picture(
+def decode_image(
     data: bytes | OdpFile,
     tokenizer: OneDPieceTokenizer,
     name="The file",
@@ -159,7 +159,7 @@ def decode_picture(
 
     Args:
         data: the bytes, or what `OdpFile.from_bytes` made of them.
-        tokenizer: the tokenizer that the picture was encoded with.
+        tokenizer: the tokenizer that the image was encoded with.
         name: what messages call the file.
         stopped: asked before each batch of tiles is decoded; True gives up.
 
@@ -167,7 +167,7 @@ def decode_picture(
         A PIL image in mode RGB, of the size of the encoded one.
 
     Raises:
-        StudioError: a damaged or foreign file, one of another tokenizer, or one of more tiles than a picture of 64
+        StudioError: a damaged or foreign file, one of another tokenizer, or one of more tiles than an image of 64
             million pixels has.
         Stopped: `stopped` said so.
     """
@@ -200,11 +200,11 @@ def token_bits(tokenizer: OneDPieceTokenizer) -> int:
     return max(1, (tokenizer.config.codebook_size - 1).bit_length())
 
 
-def count_tiles(size: tuple[int, int], side: int, name="The picture") -> int:
-    """How many squares of a tokenizer's side a picture of (width, height) pixels is cut into.
+def count_tiles(size: tuple[int, int], side: int, name="The image") -> int:
+    """How many squares of a tokenizer's side an image of (width, height) pixels is cut into.
 
     Raises:
-        StudioError: they have more pixels than any picture needs that is neither too large nor hardly wider than a
+        StudioError: they have more pixels than any image needs that is neither too large nor hardly wider than a
             line: what is decoded counts, not what is shown.
     """
     columns, rows = (-(-length // side) for length in size)
@@ -233,8 +233,8 @@ def smallest(meets: Callable[[int], bool], low: int, high: int) -> int:
     return high
 
 
-def picture_psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit RGB pictures of one size; infinite for equal ones."""
+def image_psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two 8-bit RGB images of one size; infinite for equal ones."""
     one, other, total = np.asarray(one), np.asarray(other), 0
     for rows in range(0, len(one), 256):
         difference = one[rows : rows + 256].astype(np.int32) - other[rows : rows + 256]
@@ -246,11 +246,11 @@ def _corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
     return [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
 
 
-def _squares(picture: Image.Image, side: int, tile: bool) -> list[Image.Image]:
-    """What is encoded: the picture resized to a square, or its tiles, those at the edges continued by their edge."""
+def _squares(image: Image.Image, side: int, tile: bool) -> list[Image.Image]:
+    """What is encoded: the image resized to a square, or its tiles, those at the edges continued by their edge."""
     if not tile:
-        return [picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC)]
-    pixels = np.asarray(picture)
+        return [image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)]
+    pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     padded = np.pad(pixels, ((0, -height % side), (0, -width % side), (0, 0)), mode="edge")
     return [
@@ -290,7 +290,7 @@ def _images(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.
 def _restore(
     tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer, stopped
 ) -> Image.Image:
-    """The picture that the first `count` of the tokens (tiles, N) stand for, over all tiles, as a PIL image."""
+    """The image that the first `count` of the tokens (tiles, N) stand for, over all tiles, as a PIL image."""
     lengths, side = tile_lengths(count, len(tokens)), tokenizer.config.sample_size
     width, height = size if tiled else (side, side)
     corners = _corners(width, height, side)
@@ -300,5 +300,5 @@ def _restore(
         for (left, top), square in zip(corners[part], images.round().to(torch.uint8).movedim(1, -1).cpu().numpy()):
             tile = whole[top : top + side, left : left + side]
             tile[:] = square[: tile.shape[0], : tile.shape[1]]
-    picture = Image.fromarray(whole)
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(whole)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 @pytest.mark.parametrize("options", [[], ["--decoding", "rq", "--top-p", 0.9, "--guidance", 2]], ids=str)
-def test_drawing(run, tiny_rq_folder, tmp_path, options):
+def test_sampling(run, tiny_rq_folder, tmp_path, options):
     code, out, err = run("generate", "a red apple", "--model", tiny_rq_folder, "--seed", 1, *options, "--json")
     assert code == 0, err
     document = json.loads(out)
@@ -20,7 +20,7 @@ def test_drawing(run, tiny_rq_folder, tmp_path, options):
     ("options", "word"),
     [
         (["--decoding", "ar"], "not Autoregressive"),
-        (["--decoding", "resgen"], "not ResidualUnmasking"),
+        (["--decoding", "resgen"], "not ResGenDecoding"),
         (["--decoding", "rq", "--steps", "4"], "--steps belongs to"),
         (["--steps", "4"], "--steps"),
         (["--cfg-interval", "3"], "no cfg_interval"),
@@ -36,6 +36,6 @@ def test_what_does_not_fit_is_refused_by_name(run, tiny_rq_folder, tmp_path, opt
 def test_a_file_of_prompts(run, tiny_rq_folder, tmp_path):
     lines = ('{"prompt": "a red apple"}', '{"prompt": "a pear", "decoding": "rq", "top_k": 4}')
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    code, _, err = run("generate", "--prompts", "prompts.jsonl", "--model", tiny_rq_folder, "--out", "drawn")
+    code, _, err = run("generate", "--prompts", "prompts.jsonl", "--model", tiny_rq_folder, "--out", "sampled")
     assert code == 0, err
-    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+    assert len(list((tmp_path / "sampled").glob("*.png"))) == 2

@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_refused_by_name(run, tiny_resgen_folder, tmp_path,
 
 
 @pytest.mark.parametrize(("name", "calls"), [("resgen", 3), ("first-hitting", 5)])
-def test_the_ablation_draws_by_the_same_command(run, tiny_softmax_folder, name, calls):
+def test_the_ablation_samples_by_the_same_command(run, tiny_softmax_folder, name, calls):
     decoding = ("--decoding", name, "--steps", calls, "--top-k", 4)
     code, out, err = run("generate", "a red apple", "--model", tiny_softmax_folder, *decoding, "--json")
     assert code == 0, err
@@ -55,6 +55,6 @@ def test_the_ablation_draws_by_the_same_command(run, tiny_softmax_folder, name, 
 def test_a_file_of_prompts(run, tiny_resgen_folder, tmp_path):
     lines = ('{"prompt": "a red apple"}', '{"prompt": "a pear", "decoding": "resgen", "confidence": "level"}')
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    code, _, err = run("generate", "--prompts", "prompts.jsonl", "--model", tiny_resgen_folder, "--out", "drawn")
+    code, _, err = run("generate", "--prompts", "prompts.jsonl", "--model", tiny_resgen_folder, "--out", "sampled")
     assert code == 0, err
-    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+    assert len(list((tmp_path / "sampled").glob("*.png"))) == 2

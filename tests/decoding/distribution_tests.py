@@ -1,4 +1,5 @@
-"""Tests of continuous laws: one sample against a known law, two samples against each other by permutation."""
+"""Tests of continuous distributions: one sample against a known distribution, two samples against each other by
+permutation."""
 
 import math
 
@@ -15,7 +16,8 @@ def normal_cdf(mean, std):
 
 
 def ks_excess(sample, cdf, level=LEVEL):
-    """How far the Kolmogorov-Smirnov distance of a sample (n,) exceeds its critical value; below 0: the law fits."""
+    """How far the Kolmogorov-Smirnov distance of a sample (n,) exceeds its critical value; below 0: the distribution
+    fits."""
     ordered, n = sample.double().sort().values, len(sample)
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     below = cdf(ordered)
@@ -26,7 +28,8 @@ def ks_excess(sample, cdf, level=LEVEL):
 def permutation_excess(kernel, seed):
     """How far the two halves that a symmetric kernel (2n, 2n) belongs to are apart, over the farthest of permuted ones.
 
-    The statistic is the mean of the kernel within halves less that across; below 0: the halves may share a law.
+    The statistic is the mean of the kernel within halves less that across; below 0: the halves may share a
+    distribution.
     """
     half = len(kernel) // 2
     generator = torch.Generator().manual_seed(seed)
@@ -48,8 +51,8 @@ def energy_excess(x, y, seed=0):
     return permutation_excess(-torch.cdist(torch.cat((x, y)).double(), torch.cat((x, y)).double()), seed)
 
 
-def cell_excess(sample, draws, cells=8):
-    """How far the chi-square of a sample (n, 2), in cells of quantiles of exact draws, exceeds its critical value.
+def cell_excess(sample, samples, cells=8):
+    """How far the chi-square of a sample (n, 2), in cells of quantiles of exact samples, exceeds its critical value.
 
     The critical value is that of level 1e-3, by the cube-root approximation of Wilson and Hilferty.
     """
@@ -57,13 +60,13 @@ def cell_excess(sample, draws, cells=8):
 
     def counts(points):
         numbers = [
-            torch.searchsorted(draws[:, axis].double().quantile(edges), points[:, axis].double().contiguous())
+            torch.searchsorted(samples[:, axis].double().quantile(edges), points[:, axis].double().contiguous())
             for axis in (0, 1)
         ]
         return torch.bincount(numbers[0] * cells + numbers[1], minlength=cells**2).double()
 
-    expected = counts(draws) * len(sample) / len(draws)
-    statistic = ((counts(sample) - expected).square() / expected / (1 + len(sample) / len(draws))).sum()
+    expected = counts(samples) * len(sample) / len(samples)
+    statistic = ((counts(sample) - expected).square() / expected / (1 + len(sample) / len(samples))).sum()
     freedom = cells**2 - 1
     spread = 2 / (9 * freedom)
     return float(statistic) - freedom * (1 - spread + 3.0902 * math.sqrt(spread)) ** 3

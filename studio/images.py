@@ -1,6 +1,6 @@
 """Reading an image that anybody may have made: whole, upright, RGB, or one sentence why not.
 
-There is one reader. `open_picture` reads a file, and `rgb_image` an image that Pillow has open already; both end in the
+There is one reader. `open_image` reads a file, and `rgb_image` an image that Pillow has open already; both end in the
 same pixels, so a file gives the same tokens on the command line, in the app and from `Image.open`.
 
 Levels are scaled by the mode of an image, never by what it shows: integers of more than 8 bits (`I;16`, `I`) run from 0
@@ -25,8 +25,8 @@ _ORIENTATION_TAG = 0x0112
 _READ = "give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF file"
 
 
-def open_picture(path, name=None, most_pixels=MOST_PIXELS):
-    """Read a picture as a person sees it.
+def open_image(path, name=None, most_pixels=MOST_PIXELS):
+    """Read an image as a person sees it.
 
     Args:
         path: a file of one of `FORMATS`, whatever it is called. Of an animation the first frame counts, transparency is
@@ -38,13 +38,13 @@ def open_picture(path, name=None, most_pixels=MOST_PIXELS):
         A PIL image in mode RGB.
 
     Raises:
-        StudioError: no such file, no picture of these formats, a damaged one, one with too many pixels, a side under 8
+        StudioError: no such file, no image of these formats, a damaged one, one with too many pixels, a side under 8
             pixels, or a side more than 100 times the other.
     """
     path = user_path(path)
     name = name or path
     if not os.path.isfile(path):
-        raise StudioError(f"There is no picture {name}.")
+        raise StudioError(f"There is no image {name}.")
     try:
         with open(path, "rb") as file:  # of a name Pillow would map the file, and turn a TIFF the wrong way
             return _read(file, name, most_pixels)
@@ -58,24 +58,24 @@ def _read(file, name, most_pixels):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise StudioError(f"{name} {_why_unknown(file)}.") from error
     except Image.DecompressionBombError as error:
         raise StudioError(f"{name} is too large: give one of at most 64 million pixels.") from error
     except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
         raise StudioError(_damaged(name, error)) from error
-    with picture:
-        check_pixels(name, *picture.size, most_pixels)
-        check_shape(name, *picture.size)
-        return rgb_image(picture, name)
+    with image:
+        check_pixels(name, *image.size, most_pixels)
+        check_shape(name, *image.size)
+        return rgb_image(image, name)
 
 
-def rgb_image(picture, name="The picture"):
-    """What `open_picture` makes of an image that is open already.
+def rgb_image(image, name="The image"):
+    """What `open_image` makes of an image that is open already.
 
     Args:
-        picture: a PIL image of any mode, of an animation the frame that it stands at; an orientation tag is applied.
+        image: a PIL image of any mode, of an animation the frame that it stands at; an orientation tag is applied.
         name: what messages call it.
 
     Returns:
@@ -86,16 +86,16 @@ def rgb_image(picture, name="The picture"):
     """
     from PIL import Image
 
-    if not isinstance(picture, Image.Image):
-        raise StudioError(f"A picture is a PIL image, not a {type(picture).__name__}: open it with PIL.Image.open.")
-    if min(picture.size) < 1:
+    if not isinstance(image, Image.Image):
+        raise StudioError(f"An image is a PIL image, not a {type(image).__name__}: open it with PIL.Image.open.")
+    if min(image.size) < 1:
         raise StudioError(f"{name} has no pixels.")
-    check_pixels(name, *picture.size)
+    check_pixels(name, *image.size)
     try:
-        turn = _turn(picture)
-        picture.load()
-        check_pixels(name, *picture.size)
-        read = _rgb(picture if turn is None else picture.transpose(turn))
+        turn = _turn(image)
+        image.load()
+        check_pixels(name, *image.size)
+        read = _rgb(image if turn is None else image.transpose(turn))
     except StudioError:
         raise
     except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
@@ -108,13 +108,13 @@ def check_pixels(name, width, height, most_pixels=MOST_PIXELS):
     """Raises a `StudioError` for a size of more pixels than that."""
     if width * height > most_pixels:
         most = f"{most_pixels / 1e6:g} million" if most_pixels >= 1e6 else f"{most_pixels}"
-        raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at most {most}.")
+        raise StudioError(f"{name} has {width} x {height} pixels: give an image of at most {most}.")
 
 
 def check_shape(name, width, height):
     """Raises a `StudioError` for a size that no model reads with any sense."""
     if min(width, height) < SMALLEST_SIDE:
-        raise StudioError(f"{name} has {width} x {height} pixels: give a picture of at least {SMALLEST_SIDE} a side.")
+        raise StudioError(f"{name} has {width} x {height} pixels: give an image of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):
         raise StudioError(f"{name} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
 
@@ -124,7 +124,7 @@ def _why_unknown(file):
     start = file.read(12)
     if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
         return "is a HEIC photo, which is not read: save it as JPEG, or set the camera to its most compatible format"
-    return f"is not a picture that can be read: {_READ}"
+    return f"is not an image that can be read: {_READ}"
 
 
 def _damaged(name, error):
@@ -132,7 +132,7 @@ def _damaged(name, error):
     return f"{name} is damaged and cannot be read whole: {reason.rstrip('.')}."
 
 
-def _turn(picture):
+def _turn(image):
     """How to turn an image as its orientation tag says, or None; what else its EXIF holds, broken or not, is no matter.
 
     It is asked before an image is loaded: Pillow turns a TIFF itself as it loads it.
@@ -140,7 +140,7 @@ def _turn(picture):
     from PIL import Image
 
     try:
-        orientation = picture.getexif().get(_ORIENTATION_TAG)
+        orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # a broken EXIF tells no orientation
         return None
     turns = {
@@ -152,30 +152,30 @@ def _turn(picture):
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    return turns.get(orientation) if isinstance(orientation, int) and picture.format != "TIFF" else None
+    return turns.get(orientation) if isinstance(orientation, int) and image.format != "TIFF" else None
 
 
-def _rgb(picture):
+def _rgb(image):
     from PIL import Image
 
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _eight_bits(picture)
-    if picture.mode in ("RGBa", "La"):
-        picture = picture.convert(picture.mode.upper())
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bits(image)
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
-def _eight_bits(picture):
+def _eight_bits(image):
     """An image of one deep channel as RGB; a level that its file declares transparent is white."""
     import numpy as np
     from PIL import Image
 
-    values = np.asarray(picture)
-    whole = 1.0 if picture.mode == "F" else 65535.0
+    values = np.asarray(image)
+    whole = 1.0 if image.mode == "F" else 65535.0
     levels = np.nan_to_num(values.astype(np.float32) * np.float32(255 / whole)).clip(0, 255).round().astype("uint8")
-    if isinstance(clear := picture.info.get("transparency"), int):
+    if isinstance(clear := image.info.get("transparency"), int):
         levels[values == clear] = 255
     return Image.fromarray(levels).convert("RGB")

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from laws import distance
+from distributions import distance
 
 from studio.decoding import jacobi as loop
-from studio.decoding.acceptance import Relaxation, borrowed_mass, weigh
+from studio.decoding.acceptance import Relaxation, acceptance_probs, borrowed_mass
 from studio.decoding.jacobi import decide, next_proposals
 from studio.decoding.sampling import sample_rows
 
@@ -106,15 +106,17 @@ def enumerated(
             continue
         flat = torch.full((vocab,), 1 / vocab, dtype=torch.float64)
         rows = len(levels)
-        laws = torch.stack([model.get((committed + guesses)[: len(committed) + i], flat) for i in range(window)])
-        laws, tokens = laws.expand(rows, -1, -1), torch.tensor(guesses).expand(rows, -1)
+        distributions = torch.stack(
+            [model.get((committed + guesses)[: len(committed) + i], flat) for i in range(window)]
+        )
+        distributions, tokens = distributions.expand(rows, -1, -1), torch.tensor(guesses).expand(rows, -1)
         q = torch.tensor(proposals, dtype=torch.float64).expand(rows, -1, -1)
         forced = chance(levels, samples)
-        outcomes, right = decide(laws, tokens, q, forced, coupling, relaxation)
+        outcomes, right = decide(distributions, tokens, q, forced, coupling, relaxation)
         if following is next_proposals:
-            new = following(laws, outcomes, right)
+            new = following(distributions, outcomes, right)
         else:
-            new = following(laws, outcomes, right, q, levels)
+            new = following(distributions, outcomes, right, q, levels)
         possible = forced.probability > 0
         columns = (outcomes, right, new.round(decimals=9), forced.probability * reached)
         for out, r, q_next, mass in zip(*(column[possible].tolist() for column in columns)):
@@ -130,9 +132,9 @@ def apart(found, model, vocab, total):
     return sum(abs(found.get(tokens, 0.0) - mass) for tokens, mass in exact.items()) / 2
 
 
-def kept_proposals(laws, outcomes, right, proposals, levels):
+def kept_proposals(distributions, outcomes, right, proposals, levels):
     """A mistake: a guess that passed behind the first failure keeps the distribution that it was sampled from."""
-    new = next_proposals(laws, outcomes, right)
+    new = next_proposals(distributions, outcomes, right)
     for row, first in enumerate((right + 1).tolist()):
         for place in range(first, proposals.shape[1]):
             if levels[row, place] == 0:
@@ -158,7 +160,7 @@ def test_with_the_old_proposals_they_do_not():
 
 def worked_example(following):
     half = {(): [0.5, 0.5, 0], (0,): [0.5, 0.5, 0], (1,): [0.5, 0, 0.5], (2,): [1, 0, 0]}
-    model = {prefix: torch.tensor(law, dtype=torch.float64) for prefix, law in half.items()}
+    model = {prefix: torch.tensor(distribution, dtype=torch.float64) for prefix, distribution in half.items()}
     third = (1 / 3,) * 3
     states = [(((), (0, code), (one_hot(0, 3), third)), 1 / 3) for code in range(3)]
     found = enumerated(model, 3, 2, "maximal", 3, states=states, following=following)
@@ -167,10 +169,10 @@ def worked_example(following):
 
 
 def test_why_proposals_become_the_models():
-    law, far = worked_example(next_proposals)
-    assert law == pytest.approx([0.5, 0, 0.5]) and far < ROUNDING
-    law, far = worked_example(kept_proposals)
-    assert law == pytest.approx([2 / 3, 0, 1 / 3]) and far == pytest.approx(1 / 12)
+    distribution, far = worked_example(next_proposals)
+    assert distribution == pytest.approx([0.5, 0, 0.5]) and far < ROUNDING
+    distribution, far = worked_example(kept_proposals)
+    assert distribution == pytest.approx([2 / 3, 0, 1 / 3]) and far == pytest.approx(1 / 12)
 
 
 def with_shared_noise(model, vocab, total, window, reuse):
@@ -191,19 +193,22 @@ def with_shared_noise(model, vocab, total, window, reuse):
             continue
         flat = torch.full((vocab,), 1 / vocab, dtype=torch.float64)
         prefixes = [(committed + guesses)[: len(committed) + i] for i in range(window)]
-        laws = torch.stack([model.get(prefix, flat) for prefix in prefixes])
+        distributions = torch.stack([model.get(prefix, flat) for prefix in prefixes])
         rows = len(levels)
         tokens, q = torch.tensor(guesses).expand(rows, -1), torch.tensor(proposals).double().expand(rows, -1, -1)
         forced = Forced(levels, samples)
-        outcomes, right = decide(laws.expand(rows, -1, -1), tokens, q, forced, "gumbel")
-        new = next_proposals(laws.expand(rows, -1, -1), outcomes, right)
+        outcomes, right = decide(distributions.expand(rows, -1, -1), tokens, q, forced, "gumbel")
+        new = next_proposals(distributions.expand(rows, -1, -1), outcomes, right)
         unused = [number is None for number in (*numbers, None)]
         grids = [range(GRID) if fresh else [number] for fresh, number in zip(unused, (*numbers, None))]
         choices = list(product(*grids))
-        rest = (laws[:-1] - q[0]).clamp(min=0)
+        rest = (distributions[:-1] - q[0]).clamp(min=0)
         for chosen in choices:
             points = (torch.tensor(chosen).double() + 0.5) / GRID
-            winners = [int(torch.searchsorted(law.cumsum(0), point)) for law, point in zip(laws, points)]
+            winners = [
+                int(torch.searchsorted(distribution.cumsum(0), point))
+                for distribution, point in zip(distributions, points)
+            ]
             for row in (forced.probability > 0).nonzero()[:, 0].tolist():
                 out, r = outcomes[row].tolist(), int(right[row])
                 mass = float(forced.probability[row]) * reached / len(choices)
@@ -212,7 +217,7 @@ def with_shared_noise(model, vocab, total, window, reuse):
                     mass *= float(int(torch.searchsorted(share.cumsum(0), points[r])) == out[r]) / float(share[out[r]])
                 out = out[: r + 1] + winners[r + 1 :]
                 following = (out[r + 1 :] + [out[-1]] * window)[: window - 1]
-                q_next = [*laws[r + 1 :].tolist(), *[one_hot(out[-1], vocab)] * window][: window - 1]
+                q_next = [*distributions[r + 1 :].tolist(), *[one_hot(out[-1], vocab)] * window][: window - 1]
                 assert q_next[: window - 1 - r] == new[row].tolist()[: window - 1 - r]
                 kept = (chosen[r + 1 :] + (None,) * window)[: window - 1]
                 key = (*committed, *out[: r + 1]), tuple(following), tuple(map(tuple, q_next)), kept
@@ -238,8 +243,8 @@ def chi_square(tokens, p):
     return float(((tokens.bincount(minlength=len(p)) - expected) ** 2 / expected).sum())
 
 
-def windows_of(*laws):
-    return torch.stack(laws).expand(SAMPLES, -1, -1)
+def windows_of(*distributions):
+    return torch.stack(distributions).expand(SAMPLES, -1, -1)
 
 
 def fresh(places, generator):
@@ -274,13 +279,16 @@ def test_how_often_a_guess_stays():
     noise = torch.empty(SAMPLES, 4).exponential_(generator=generator)
     guesses = sample_rows(windows_of(Q)[:, 0], noise=noise)
     failing, chance = torch.stack((torch.zeros_like(guesses), guesses), dim=1), fresh(3, generator)
-    laws, proposals = windows_of(torch.tensor([0.0, 1, 0, 0]), P, P), windows_of(torch.tensor([1.0, 0, 0, 0]), Q)
+    distributions, proposals = (
+        windows_of(torch.tensor([0.0, 1, 0, 0]), P, P),
+        windows_of(torch.tensor([1.0, 0, 0, 0]), Q),
+    )
     expected = {
         "maximal": 1 - distance(P, Q),
         "gumbel": sum(1 / float(torch.maximum(P / P[a], Q / Q[a]).sum()) for a in range(4)),
         "none": float((P * Q).sum()),
     }
-    kept = {name: decide(laws, failing, proposals, chance, name)[0][:, 1] for name in ("maximal", "none")}
+    kept = {name: decide(distributions, failing, proposals, chance, name)[0][:, 1] for name in ("maximal", "none")}
     kept["gumbel"] = sample_rows(windows_of(P)[:, 0], noise=noise)
     for name, probability in expected.items():
         error = (probability * (1 - probability) / SAMPLES) ** 0.5
@@ -293,14 +301,14 @@ def farthest(found, model, vocab, total):
     far, ratio = 0.0, 0.0
     for length in range(total):
         for prefix in product(range(vocab), repeat=length):
-            law = torch.zeros(vocab, dtype=torch.float64)
+            distribution = torch.zeros(vocab, dtype=torch.float64)
             for tokens, mass in found.items():
                 if tokens[:length] == prefix:
-                    law[tokens[length]] += mass
-            if law.sum() > 1e-9:
-                law, p = law / law.sum(), model[prefix]
-                far = max(far, distance(law, p))
-                ratio = max(ratio, float((law / p).nan_to_num(0.0, 0.0, float("inf")).max()))
+                    distribution[tokens[length]] += mass
+            if distribution.sum() > 1e-9:
+                distribution, p = distribution / distribution.sum(), model[prefix]
+                far = max(far, distance(distribution, p))
+                ratio = max(ratio, float((distribution / p).nan_to_num(0.0, 0.0, float("inf")).max()))
     return far, ratio
 
 
@@ -340,8 +348,8 @@ def test_a_relaxed_test_is_that_of_a_tree_of_one_draft():
     generator = torch.Generator().manual_seed(SEED)
     p, q = (2 * torch.randn(2, 64, 3, generator=generator)).softmax(dim=2)
     x = torch.randint(3, (64,), generator=generator)
-    share, own = (law.gather(1, x[:, None])[:, 0] for law in (q, p))
+    share, own = (distribution.gather(1, x[:, None])[:, 0] for distribution in (q, p))
     for budgets in ((DELTA, None), (None, RATIO), (DELTA, RATIO)):
         relaxation = Relaxation(LINE, 2, *budgets)
         ratio = (own + borrowed_mass(p, x, share, relaxation)) / share
-        assert torch.allclose(ratio, weigh(p, x[:, None], q, relaxation).ratios[:, 0], atol=1e-6)
+        assert torch.allclose(ratio, acceptance_probs(p, x[:, None], q, relaxation).ratios[:, 0], atol=1e-6)

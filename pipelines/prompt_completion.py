@@ -1,8 +1,8 @@
-"""What a prompt leaves open, chosen before a picture is drawn.
+"""What a prompt leaves open, chosen before an image is sampled.
 
-A model may have learned pictures that differ in a few named ways, such as style and background. The law of a picture
-given words that leave one of them open is a mixture over its values; to draw from a mixture is to draw the value first,
-then the picture given it. A small model does that second part much better than both at once.
+A model may have learned images that differ in a few named ways, such as style and background. The distribution of an
+image given words that leave one of them open is a mixture over its values; to sample from a mixture is to sample the
+value first, then the image given it. A small model does that second part much better than both at once.
 """
 
 import re
@@ -14,8 +14,8 @@ from studio.errors import StudioError
 _LONGEST, _MOST_OPTIONAL = 500, 10
 
 
-def check_choices(choices) -> None:
-    """Raises a `StudioError` for choices that are not as `completed` takes them."""
+def check_prompt_completion(choices) -> None:
+    """Raises a `StudioError` for choices that are not as `fill_unspecified` takes them."""
     try:
         valid = all(
             _ends(choice["named"]) and choice["one_of"] and all(isinstance(way, str) for way in choice["one_of"])
@@ -25,7 +25,7 @@ def check_choices(choices) -> None:
         valid = False
     if not valid:
         raise StudioError(
-            'open_choices is a list of {"named": a regular expression that repeats nothing but white space, '
+            'prompt_completion is a list of {"named": a regular expression that repeats nothing but white space, '
             '"one_of": [phrases]}.'
         )
 
@@ -40,7 +40,7 @@ def _ends(pattern: str) -> bool:
     return bounded and not re.search(r"\\[1-9]|\(\?P", pattern) and re.compile(pattern) is not None
 
 
-def completed(prompt: str, choices: list[dict], generator: torch.Generator) -> str:
+def fill_unspecified(prompt: str, choices: list[dict], generator: torch.Generator) -> str:
     """The prompt with a phrase for everything that it leaves open.
 
     Args:

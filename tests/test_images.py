@@ -1,4 +1,4 @@
-"""Picture files as people have them: read as they are seen, or refused with the reason."""
+"""Image files as people have them: read as they are seen, or refused with the reason."""
 
 import gc
 import io
@@ -9,44 +9,44 @@ import pytest
 from PIL import Image
 
 from studio.errors import StudioError
-from studio.pictures import open_picture, rgb_image
+from studio.images import open_image, rgb_image
 
 
-def save(tmp_path, picture, name="picture.png", **settings):
-    picture.save(tmp_path / name, **settings)
+def save(tmp_path, image, name="image.png", **settings):
+    image.save(tmp_path / name, **settings)
     return tmp_path / name
 
 
 def test_transparency_is_put_on_white(tmp_path):
-    picture = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
-    picture.paste((255, 0, 0, 255), (0, 0, 8, 16))
-    read = open_picture(save(tmp_path, picture))
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 8, 16))
+    read = open_image(save(tmp_path, image))
     assert read.mode == "RGB" and read.getpixel((2, 2)) == (255, 0, 0) and read.getpixel((12, 2)) == (255, 255, 255)
 
 
 def test_sixteen_bits_become_eight(tmp_path):
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    read = np.asarray(open_picture(save(tmp_path, Image.fromarray(values))))
+    read = np.asarray(open_image(save(tmp_path, Image.fromarray(values))))
     assert np.abs(read[..., 0].astype(int) - (values / 257).round()).max() <= 1
 
 
 def test_cmyk_and_palettes_become_rgb(tmp_path):
     red = Image.new("RGB", (16, 16), (250, 10, 10))
-    assert open_picture(save(tmp_path, red.convert("CMYK"), "cmyk.jpg", quality=95)).getpixel((8, 8))[0] > 200
-    assert open_picture(save(tmp_path, red.quantize(4), "palette.png")).getpixel((8, 8)) == (250, 10, 10)
+    assert open_image(save(tmp_path, red.convert("CMYK"), "cmyk.jpg", quality=95)).getpixel((8, 8))[0] > 200
+    assert open_image(save(tmp_path, red.quantize(4), "palette.png")).getpixel((8, 8)) == (250, 10, 10)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     path = save(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
-    assert open_picture(path).getpixel((8, 8)) == (255, 0, 0)
+    assert open_image(path).getpixel((8, 8)) == (255, 0, 0)
 
 
 def test_a_cameras_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path, Image.new("RGB", (32, 16)), "turned.jpg", exif=exif)
-    assert open_picture(path).size == (16, 32)
+    assert open_image(path).size == (16, 32)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_cameras_rotation_is_applied(tmp_path):
 def test_sizes_that_no_model_reads_are_refused(tmp_path, size, word):
     path = save(tmp_path, Image.new("1", size))
     with pytest.raises(StudioError, match=word) as refusal:
-        open_picture(path)
+        open_image(path)
     assert str(refusal.value).startswith(f"{path} has {size[0]} x {size[1]} pixels: ")
 
 
@@ -66,31 +66,31 @@ def test_no_file_stays_open(tmp_path):
     cut.write_bytes(moving.read_bytes()[:50])
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        open_picture(moving)
+        open_image(moving)
         with pytest.raises(StudioError, match="damaged"):
-            open_picture(cut)
+            open_image(cut)
         gc.collect()
     assert not [warning for warning in found if str(tmp_path) in str(warning.message)]
 
 
-def test_what_is_no_whole_picture_is_refused(tmp_path):
+def test_what_is_no_whole_image_is_refused(tmp_path):
     whole = save(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:4000])
-    (tmp_path / "text.png").write_text("no picture")
-    for name, word in {"cut.png": "damaged", "text.png": "not a picture", "absent.png": "no picture"}.items():
+    (tmp_path / "text.png").write_text("no image")
+    for name, word in {"cut.png": "damaged", "text.png": "not an image", "absent.png": "no image"}.items():
         with pytest.raises(StudioError, match=word):
-            open_picture(tmp_path / name)
+            open_image(tmp_path / name)
 
 
-def test_messages_call_a_picture_by_its_name(tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
-    with pytest.raises(StudioError, match="^my notes is not a picture"):
-        open_picture(tmp_path / "notes.png", "my notes")
+def test_messages_call_a_image_by_its_name(tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    with pytest.raises(StudioError, match="^my notes is not an image"):
+        open_image(tmp_path / "notes.png", "my notes")
 
 
-def encoded(picture, form, **settings):
+def encoded(image, form, **settings):
     file = io.BytesIO()
-    picture.copy().save(file, form, **settings)
+    image.copy().save(file, form, **settings)
     return file.getvalue()
 
 
@@ -116,15 +116,15 @@ def deep(level, dtype=np.uint16):
     ],
 )
 def test_levels_are_scaled_by_mode_and_not_by_what_is_shown(tmp_path, level, dtype, shown):
-    picture = deep(level, dtype)
-    assert np.all(np.asarray(rgb_image(picture)) == shown)
-    assert np.all(np.asarray(open_picture(save(tmp_path, picture, "deep.tiff"))) == shown)
+    image = deep(level, dtype)
+    assert np.all(np.asarray(rgb_image(image)) == shown)
+    assert np.all(np.asarray(open_image(save(tmp_path, image, "deep.tiff"))) == shown)
 
 
 def test_a_transparent_level_of_sixteen_bits_is_white(tmp_path):
-    picture = deep(1000)
-    picture.putpixel((3, 3), 2000)
-    read = open_picture(save(tmp_path, picture, transparency=2000))
+    image = deep(1000)
+    image.putpixel((3, 3), 2000)
+    read = open_image(save(tmp_path, image, transparency=2000))
     assert read.getpixel((3, 3)) == (255, 255, 255) and read.getpixel((4, 4)) == (4, 4, 4)
 
 
@@ -138,10 +138,8 @@ def upright_cases():
         if orientation:
             exif[0x0112] = orientation
         files = {"JPEG": red_left, "PNG": clear, "WEBP": red_left, "TIFF": clear, "AVIF": red_left}
-        for form, picture in files.items():
-            yield pytest.param(
-                form, encoded(picture, form, exif=exif.tobytes()), orientation, id=f"{form}-{orientation}"
-            )
+        for form, image in files.items():
+            yield pytest.param(form, encoded(image, form, exif=exif.tobytes()), orientation, id=f"{form}-{orientation}")
 
 
 @pytest.mark.parametrize(("form", "data", "orientation"), upright_cases())
@@ -149,7 +147,7 @@ def test_a_file_and_an_open_image_are_read_alike(tmp_path, form, data, orientati
     """By every door: a path, an image that Pillow opened, one that was read before, and one that was converted."""
     path = tmp_path / "image"
     path.write_bytes(data)
-    read = open_picture(path)
+    read = open_image(path)
     assert read.size == ((16, 32) if orientation in (6, 8) else (32, 16))
     loaded = Image.open(io.BytesIO(data))
     loaded.load()
@@ -159,16 +157,16 @@ def test_a_file_and_an_open_image_are_read_alike(tmp_path, form, data, orientati
 
 
 def test_the_codec_and_the_reader_of_questions_use_the_same_pixels(tmp_path, tiny_one_d, tiny_reader):
-    from studio import OdpFile, VisualQuestionPipeline, encode_picture
+    from studio import OdpFile, VisualQuestionPipeline, encode_image
 
     exif = Image.Exif()
     exif[0x0112] = 6
     levels = np.random.default_rng(0).integers(0, 256, (16, 32, 4), np.uint8)
     path = save(tmp_path, Image.fromarray(levels), exif=exif)
-    data = [encode_picture(picture, tiny_one_d).data for picture in (open_picture(path), Image.open(path))]
+    data = [encode_image(image, tiny_one_d).data for image in (open_image(path), Image.open(path))]
     assert data[0] == data[1] and OdpFile.from_bytes(data[1]).height == 32
     pipe = VisualQuestionPipeline(*tiny_reader)
-    answers = [pipe(picture, "what", max_new_tokens=2) for picture in (open_picture(path), Image.open(path))]
+    answers = [pipe(image, "what", max_new_tokens=2) for image in (open_image(path), Image.open(path))]
     assert answers[0].answer == answers[1].answer and answers[0].visual_tokens == answers[1].visual_tokens
 
 
@@ -178,27 +176,27 @@ def test_only_the_orientation_of_an_exif_matters(tmp_path):
     data = encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)
     at = data.index((72).to_bytes(4, "big") + (1).to_bytes(4, "big"))
     (tmp_path / "zero.jpg").write_bytes(data[: at + 4] + bytes(4) + data[at + 8 :])
-    assert open_picture(tmp_path / "zero.jpg").size == (16, 32)
+    assert open_image(tmp_path / "zero.jpg").size == (16, 32)
     start = data.index(b"Exif") + 14
     (tmp_path / "broken.jpg").write_bytes(data[:start] + b"\xff" * 8 + data[start + 8 :])
-    assert open_picture(tmp_path / "broken.jpg").mode == "RGB"
+    assert open_image(tmp_path / "broken.jpg").mode == "RGB"
 
 
 @pytest.mark.parametrize("form", ["ICO", "PPM", "TGA", "DDS", "JPEG2000", "EPS", "PCX", "ICNS", "SGI", "QOI", "BLP"])
 def test_other_formats_never_reach_their_decoder(tmp_path, form, monkeypatch):
     Image.init()
-    picture = Image.new("P", (16, 16)) if form == "BLP" else Image.new("RGB", (16, 16))
-    (tmp_path / "picture.png").write_bytes(encoded(picture, form))
+    image = Image.new("P", (16, 16)) if form == "BLP" else Image.new("RGB", (16, 16))
+    (tmp_path / "image.png").write_bytes(encoded(image, form))
     opened, accept = Image.OPEN[form]
     monkeypatch.setitem(Image.OPEN, form, (lambda *_: pytest.fail("its decoder was called"), accept))
-    with pytest.raises(StudioError, match="not a picture that can be read: give a PNG, JPEG, WebP"):
-        open_picture(tmp_path / "picture.png")
+    with pytest.raises(StudioError, match="not an image that can be read: give a PNG, JPEG, WebP"):
+        open_image(tmp_path / "image.png")
 
 
 def test_a_photo_of_a_phone_gets_a_hint(tmp_path):
     (tmp_path / "photo.heic").write_bytes(bytes(3) + b"\x18ftypheic" + bytes(40))
     with pytest.raises(StudioError, match="HEIC photo.*save it as JPEG"):
-        open_picture(tmp_path / "photo.heic")
+        open_image(tmp_path / "photo.heic")
 
 
 @pytest.mark.parametrize("form", ["AVIF", "WEBP", "TIFF", "GIF", "BMP", "JPEG"])
@@ -207,18 +205,18 @@ def test_every_cut_of_a_file_is_one_sentence(tmp_path, form):
     for length in range(0, len(data), max(1, len(data) // 40)):
         (tmp_path / "cut").write_bytes(data[:length])
         try:
-            open_picture(tmp_path / "cut")
+            open_image(tmp_path / "cut")
         except StudioError as error:
             assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "a\0b", "\ud800", "~nobody-here/a.png", "/dev/zero"])
 def test_paths_of_no_file_are_refused(path):
-    with pytest.raises(StudioError, match="There is no picture"):
-        open_picture(path)
+    with pytest.raises(StudioError, match="There is no image"):
+        open_image(path)
 
 
-@pytest.mark.parametrize("picture", [None, "picture.png", np.zeros((16, 16, 3), np.uint8), Image.new("RGB", (0, 5))])
-def test_what_is_no_image_is_refused(picture):
+@pytest.mark.parametrize("image", [None, "image.png", np.zeros((16, 16, 3), np.uint8), Image.new("RGB", (0, 5))])
+def test_what_is_no_image_is_refused(image):
     with pytest.raises(StudioError):
-        rgb_image(picture)
+        rgb_image(image)

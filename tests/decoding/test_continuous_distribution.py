@@ -1,8 +1,10 @@
-"""Whether continuous speculative sampling keeps the target's law: eleven tests, each with a control that must fail.
+"""Whether continuous speculative sampling keeps the target's distribution: eleven tests, each with a control that must
+fail.
 
-One procedure is tested throughout, `verify_path`: on chains of Gaussian kernels whose law is known, and on a pair of
-tiny models. Unless a test says otherwise, samples have 20000 rows, seeds are the numbers in the tests, and the level is
-1e-3 (Kolmogorov-Smirnov, chi-square) or 1 in 501 (permutation tests). No seed that fails is replaced by another.
+One procedure is tested throughout, `verify_path`: on chains of Gaussian kernels whose distribution is known, and on a
+pair of tiny models. Unless a test says otherwise, samples have 20000 rows, seeds are the numbers in the tests, and the
+level is 1e-3 (Kolmogorov-Smirnov, chi-square) or 1 in 501 (permutation tests). No seed that fails is replaced by
+another.
 """
 
 import math
@@ -13,22 +15,22 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from law_tests import LEVEL, cell_excess, energy_excess, ks_excess, mmd_excess, moments_fit, normal_cdf
+from distribution_tests import LEVEL, cell_excess, energy_excess, ks_excess, mmd_excess, moments_fit, normal_cdf
 from tiny_mar import tiny_mar
 
-from studio.decoding.counter_rng import Places, PositionNoise
+from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.cspd import (
     ContinuousSpeculative,
-    Ends,
+    FinalStep,
     continuous_speculative,
     log_density,
     log_ratio,
-    redraw,
-    redraw_reference,
+    resample,
+    resample_reference,
     trace,
     verify_path,
 )
-from studio.decoding.mar import MaskedAutoregressive, descend, masked_autoregressive
+from studio.decoding.mar import MaskedAutoregressive, denoise, masked_autoregressive
 
 COUNT = 20000
 
@@ -57,30 +59,32 @@ def stay(x, given):
 
 
 def gaussian(mean, std):
-    """A law as a chain: one step that draws it, one that keeps it."""
+    """A distribution as a chain: one step that samples it, one that keeps it."""
     return Chain(stay, lambda x, given: (torch.zeros_like(x) + mean, std))
 
 
 def noise_of(count, dim, seed):
-    pictures = torch.arange(count)
-    return Places(pictures, torch.zeros_like(pictures)), PositionNoise(pictures + 10**9 * (seed + 1), dim)
+    images = torch.arange(count)
+    return TokenIndex(images, torch.zeros_like(images)), PositionNoise(images + 10**9 * (seed + 1), dim)
 
 
 def speculate(p, q, seed, count=COUNT, dim=1):
-    """Draws from q, verified for p; the verdict and the drafts."""
+    """Samples from q, verified for p; the verdict and the drafts."""
     places, noise = noise_of(count, dim, seed)
     path = trace(q, noise.start(places), noise.steps(places, q.steps))
     return verify_path(path, p, places, noise), path
 
 
 def relaxed(p, q, seed, inner_temperature, count=COUNT):
-    """The authors' acceptance of draws from q's last noisy step."""
+    """The authors' acceptance of samples from q's last noisy step."""
     places, noise = noise_of(count, 1, seed)
     drafts = trace(q, noise.start(places), noise.steps(places, 2)).states[0]
-    ends = [Ends(*(torch.full_like(drafts, value) for value in (*law, 0.0))) for law in (p, q_of(q))]
+    ends = [
+        FinalStep(*(torch.full_like(drafts, value) for value in (*distribution, 0.0))) for distribution in (p, q_of(q))
+    ]
     accepted = log_ratio(drafts, *ends, inner_temperature, reference=True) > noise.test(places).double().log()
-    redrawn = redraw(*ends, places, noise, 100).tokens
-    return torch.where(accepted[:, None], drafts, redrawn)[:, 0], accepted
+    resampled = resample(*ends, places, noise, 100).tokens
+    return torch.where(accepted[:, None], drafts, resampled)[:, 0], accepted
 
 
 def q_of(chain):
@@ -97,10 +101,10 @@ def shared_mass(p, q):
 
 def test_01_shifted_gaussians():
     verdict, _ = speculate(gaussian(1.0, 1.0), gaussian(0.0, 1.0), seed=1)
-    drawn = verdict.tokens[:, 0]
+    sampled = verdict.tokens[:, 0]
     assert abs(float(verdict.accepted.float().mean()) - 0.6171) < 4 * 0.0034
-    assert ks_excess(drawn, normal_cdf(1, 1)) < 0
-    assert ks_excess(drawn, normal_cdf(0, 1)) > 0
+    assert ks_excess(sampled, normal_cdf(1, 1)) < 0
+    assert ks_excess(sampled, normal_cdf(0, 1)) > 0
     flattened, accepted = relaxed((1.0, 1.0), gaussian(0.0, 1.0), seed=1, inner_temperature=42.0)
     assert float(accepted.float().mean()) > 0.99
     assert ks_excess(flattened, normal_cdf(1, 1)) > 0, "an inner temperature of 42 must be seen"
@@ -116,7 +120,7 @@ def test_02_other_widths(p, q):
     assert ks_excess(path.means[0, :, 0], normal_cdf(*p)) > 0, "drafts alone must be seen"
 
 
-def test_03_equal_laws():
+def test_03_equal_distributions():
     verdict, path = speculate(gaussian(0.5, 0.7), gaussian(0.5, 0.7), seed=3)
     assert verdict.accepted.all() and verdict.trials == 0
     assert torch.equal(verdict.tokens, path.means[0])
@@ -124,18 +128,18 @@ def test_03_equal_laws():
 
 
 @pytest.mark.parametrize("distance", [0.01, 0.02])
-def test_04_close_laws(distance):
+def test_04_close_distributions(distance):
     verdict, _ = speculate(gaussian(distance, 1.0), gaussian(0.0, 1.0), seed=4)
-    drawn = verdict.tokens[:, 0]
-    assert drawn.isfinite().all() and (drawn != 0).all() and len(drawn.unique()) > COUNT - 50
+    sampled = verdict.tokens[:, 0]
+    assert sampled.isfinite().all() and (sampled != 0).all() and len(sampled.unique()) > COUNT - 50
     assert verdict.trials < 3 * COUNT
-    assert ks_excess(drawn, normal_cdf(distance, 1)) < 0
+    assert ks_excess(sampled, normal_cdf(distance, 1)) < 0
     places, noise = noise_of(2000, 1, 4)
-    ends = [Ends(*(torch.full((2000, 1), value) for value in (mean, 1.0, 0.0))) for mean in (distance, 0.0)]
-    assert (redraw_reference(*ends, places, noise, 100).tokens == 0).any(), "the authors' zeros must be seen"
+    ends = [FinalStep(*(torch.full((2000, 1), value) for value in (mean, 1.0, 0.0))) for mean in (distance, 0.0)]
+    assert (resample_reference(*ends, places, noise, 100).tokens == 0).any(), "the authors' zeros must be seen"
 
 
-def test_05_disjoint_laws():
+def test_05_disjoint_distributions():
     verdict, path = speculate(gaussian(12.0, 1.0), gaussian(0.0, 1.0), seed=5)
     assert float(verdict.accepted.float().mean()) < 1e-3
     assert ks_excess(verdict.tokens[:, 0], normal_cdf(12, 1)) < 0
@@ -168,7 +172,7 @@ def test_06_mixture_from_a_wide_draft():
 
 
 @pytest.mark.parametrize("dim", [16, 64])
-def test_07_narrow_laws_of_many_numbers(dim):
+def test_07_narrow_distributions_of_many_numbers(dim):
     generator = torch.Generator().manual_seed(7)
     p_mean = torch.randn(dim, generator=generator)
     q_mean, p_std = p_mean + 0.001 * torch.randn(dim, generator=generator), torch.full((dim,), 0.006)
@@ -199,7 +203,7 @@ P = ((0.9, 0.05, 0.5), (0.8, 0.3, 0.3), (0.7, -0.2, 0.5), (0.9, 0.1, 0.8), (0.6,
 Q = ((0.95, 0.0, 0.6), (0.7, 0.2, 0.35), (0.75, -0.1, 0.45), (0.8, 0.2, 0.9), (0.5, 0.3, 1.1))
 
 
-def law_of_chain(kernels):
+def distribution_of_chain(kernels):
     """Mean and standard deviation of the token from x_T ~ N(0, 1); the last step, the first kernel, has no noise."""
     mean, variance = 0.0, 1.0
     for step in reversed(range(len(kernels))):
@@ -212,14 +216,16 @@ def test_08_chain():
     p, q = (Chain(*(linear(*kernel) for kernel in kernels)) for kernels in (P, Q))
     verdict, _ = speculate(p, q, seed=8)
     assert 0.1 < float(verdict.accepted.float().mean()) < 0.9
-    assert ks_excess(verdict.tokens[:, 0], normal_cdf(*law_of_chain(P))) < 0
+    assert ks_excess(verdict.tokens[:, 0], normal_cdf(*distribution_of_chain(P))) < 0
     places, noise = noise_of(COUNT, 1, 8)
-    ends = [Ends.of(descend(chain, noise.start(places), noise.steps(places, chain.steps)), 1.0) for chain in (p, q)]
+    ends = [
+        FinalStep.of(denoise(chain, noise.start(places), noise.steps(places, chain.steps)), 1.0) for chain in (p, q)
+    ]
     for reference in (False, True):
         accepted = log_ratio(ends[1].mean, *ends, 1.0, reference) > noise.test(places).double().log()
-        redrawn = (redraw_reference if reference else redraw)(*ends, places, noise, 100).tokens
-        tokens = torch.where(accepted[:, None], ends[1].mean, redrawn)[:, 0]
-        assert ks_excess(tokens, normal_cdf(*law_of_chain(P))) > 0, "the relaxed scheme must be seen"
+        resampled = (resample_reference if reference else resample)(*ends, places, noise, 100).tokens
+        tokens = torch.where(accepted[:, None], ends[1].mean, resampled)[:, 0]
+        assert ks_excess(tokens, normal_cdf(*distribution_of_chain(P))) > 0, "the relaxed scheme must be seen"
 
 
 def test_09_prefix():
@@ -253,13 +259,13 @@ def test_10_rows_do_not_depend_on_each_other():
     everyone, some = verified(places), verified(places.take(rows))
     assert not everyone.accepted.all()
     torch.testing.assert_close(some.tokens, everyone.tokens[rows], atol=1e-6, rtol=0)
-    others = verified(Places(places.pictures[rows] + 1, places.positions[rows]))
-    assert not torch.equal(others.tokens, some.tokens), "other pictures have other numbers"
+    others = verified(TokenIndex(places.images[rows] + 1, places.positions[rows]))
+    assert not torch.equal(others.tokens, some.tokens), "other images have other numbers"
 
 
 @pytest.mark.slow
 def test_11_models():
-    """4000 pictures of one class, of 4 tokens of 2 numbers, in 3 steps of 4 denoising steps, guided."""
+    """4000 images of one class, of 4 tokens of 2 numbers, in 3 steps of 4 denoising steps, guided."""
     count, sizes = 4000, {"steps": 3, "diffusion_steps": 4}
     target, draft = (tiny_mar(seed, grid_size=2, token_dim=2, width=16) for seed in (0, 1))
     condition = {"class_labels": torch.zeros(count, dtype=torch.long)}
@@ -274,7 +280,7 @@ def test_11_models():
         ).tokens.flatten(1)
 
     exact, control = plain(target, 10**9), plain(draft, 2 * 10**9)
-    drawn = continuous_speculative(
+    sampled = continuous_speculative(
         target,
         condition,
         draft=draft,
@@ -282,8 +288,8 @@ def test_11_models():
         settings=ContinuousSpeculative(prefill=0.0, **sizes),
         noise=noise(3 * 10**9),
     )
-    assert 0.02 < drawn.acceptance < 0.98
-    speculated = drawn.tokens.flatten(1)
+    assert 0.02 < sampled.acceptance < 0.98
+    speculated = sampled.tokens.flatten(1)
     assert same_moments(speculated, exact) and not same_moments(control, exact)
     assert mmd_excess(speculated[:2000], exact[:2000]) < 0
     assert mmd_excess(control[:2000], exact[:2000]) > 0, "drafts alone must be seen"

@@ -1,4 +1,4 @@
-"""Pixels of one seed, whatever it was drawn with."""
+"""Pixels of one seed, whatever it was sampled with."""
 
 import pytest
 import torch
@@ -21,4 +21,4 @@ def test_pixels_do_not_depend_on_the_batch(model):
 def test_pixels_that_are_no_numbers_are_refused():
     pipe = load("emoji-ar", device="cpu")
     with pytest.raises(StudioError, match="no finite pixels"):
-        pipe.finished_pictures(torch.full((1, 3, 4, 4), torch.nan), "pil")
+        pipe.postprocess(torch.full((1, 3, 4, 4), torch.nan), "pil")
