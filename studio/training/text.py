@@ -9,13 +9,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 
 from studio.data.source import Source
 from studio.errors import StudioError
-from studio.pipelines.known_words import CONCEPTS_FILE
 from studio.training.text_tokenizer import known_words, plan_length_of, train_text_tokenizer
 
 PLAN_SIZE = 4
 """Side of the grid of regions that a new text encoder plans; every caption ends with a plan token for each region."""
 TEXT = {"d_model": 256, "d_kv": 32, "d_ff": 768, "num_layers": 4, "num_heads": 8}
-_FEWEST_TOKENS, _MOST_TOKENS = 16, 96
+_FEWEST_TOKENS, _MOST_TOKENS = 12, 96
 
 
 @dataclass
@@ -41,10 +40,11 @@ class Text:
         """Tokens of a caption, padding included."""
         return self.tokenizer.model_max_length
 
-    def encode(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` (n, length) of captions."""
+    def encode(self, captions: list[str], shorten: bool = False) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` (n, length) of captions; to `shorten` is to pad to the longest only."""
+        padding = "longest" if shorten else "max_length"
         encoded = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            captions, padding=padding, truncation=True, max_length=self.length, return_tensors="pt"
         )
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
@@ -57,8 +57,9 @@ class Text:
 def new_text(source: Source, *, plan_size: int = PLAN_SIZE, dim: int | None = None, layers: int | None = None) -> Text:
     """A text tokenizer for a source's captions, and a T5 encoder of random weights in layers that do nothing yet."""
     corpus, plan = source.caption_corpus(), plan_size**2
-    longest = max(len(text.split()) for text in corpus) * 3 // 2 + 1
-    tokenizer = train_text_tokenizer(corpus, min(_MOST_TOKENS, max(_FEWEST_TOKENS, longest)) + plan, plan)
+    tokenizer = train_text_tokenizer(corpus, _MOST_TOKENS + plan, plan)
+    longest = max(map(len, tokenizer(corpus)["input_ids"])) - plan
+    tokenizer.model_max_length = min(_MOST_TOKENS, max(_FEWEST_TOKENS, longest * 5 // 4)) + plan
     sizes = {**TEXT, "d_model": dim or TEXT["d_model"], "num_layers": layers or TEXT["num_layers"]}
     if dim:
         sizes |= {"d_ff": 3 * dim, "num_heads": max(1, dim // TEXT["d_kv"])}
@@ -91,6 +92,5 @@ def load_text(folder: Path, source: Source) -> Text:
     plan = plan_length_of(tokenizer)
     if not plan:
         tokenizer.model_max_length = min(tokenizer.model_max_length, _MOST_TOKENS)
-    knows = source.concepts or (folder / CONCEPTS_FILE).is_file()
-    vocabulary = (known_words(source.caption_corpus()), source.concepts) if knows and source.concepts else None
+    vocabulary = (known_words(source.caption_corpus()), source.concepts) if source.concepts else None
     return Text(encoder.eval(), tokenizer, round(plan**0.5), False, vocabulary)

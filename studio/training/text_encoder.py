@@ -105,7 +105,11 @@ class TextEncoderRecipe(Recipe):
             (self.source.train, self.tokens) if training else (self.source.validation, self.unseen)
         )  # fmt: skip
         indices = rng.integers(len(tokens), size=size)
-        return {"tokens": tokens[torch.from_numpy(indices)], **self.text.encode(examples.captions(indices, rng))}
+        return {"tokens": tokens[torch.from_numpy(indices)], **self._encoded(examples.captions(indices, rng))}
+
+    def _encoded(self, captions):
+        """On a CPU padding costs time; on CUDA shapes that stay the same are worth more."""
+        return self.text.encode(captions, shorten=self.device.type == "cpu")
 
     def load(self, module, folder):
         """A text encoder with fewer layers starts the first ones; a head of other sizes is left at random."""
