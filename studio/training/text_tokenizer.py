@@ -68,7 +68,8 @@ def train_text_tokenizer(texts: list[str], max_length: int, plan_length: int = 0
         max_token_length=LONGEST,
         min_frequency=FEWEST,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    words = [word for word in known_words(texts) for _ in range(FEWEST)]  # every word is a token, however rare
+    tokenizer.train_from_iterator([*texts, *words], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join(("$A", "</s>", *plan)),
         special_tokens=[(token, special.index(token)) for token in ("</s>", *plan)],
