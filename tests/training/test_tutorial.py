@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from studio.cli import main
+from studio.training import loop
 from studio.training.report import read_metrics
 
 MINUTES = {"20": "2", "30": "2"}
@@ -35,6 +36,7 @@ def test_from_photographs_to_images(repository, tmp_path, monkeypatch):
     page = (repository / "docs" / "training.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loop, "REPORT_EVERY", 1)
     script = re.search(r"```py\n(.*?)```", page, re.DOTALL)[1]
     exec(compile(script, "docs/training.md", "exec"), {})
     assert len(list(tmp_path.glob("photos/*/*.png"))) >= 400
