@@ -56,6 +56,7 @@ BUNDLED = {
         "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-ar", "emoji-rvq")
     ),
     "emoji-vq": Bundled("tokenizer", "image to tokens and back: a VQ tokenizer"),
+    "emoji-vq-128": Bundled("tokenizer", "image to tokens and back at 128 px: a VQ tokenizer, for generators to come"),
     "emoji-1d": Bundled("tokenizer", "image to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "image to tokens and back, coarse to fine: an RQ-VAE of four levels"),
     "emoji-kl": Bundled("tokenizer", "image to continuous tokens and back: a KL autoencoder"),
