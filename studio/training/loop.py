@@ -100,6 +100,7 @@ def train(
 
     def sampled(step):
         key = (seed, step, accelerator.process_index)
+        recipe.share = step / steps if steps else progress.seconds / (60 * options.minutes)
         return [recipe.batch(np.random.default_rng((*key, part)), size) for part in range(options.accumulate)]
 
     def validated():

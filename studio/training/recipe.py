@@ -45,6 +45,7 @@ class Recipe(ABC):
         library, task: what the Hub calls the library that loads the model, and what the model is for.
         source: the training data, once `build` was called.
         origin: in words, what a run starts from without `init_from`.
+        share: of the run that is done when a batch is made, for what changes over a run.
 
     Args:
         options: of the run.
@@ -62,6 +63,7 @@ class Recipe(ABC):
     library: str = "diffusers"
     task: str = "token-based-image-generation"
     origin: str = "random weights"
+    share: float = 0.0
     source: Source
 
     def __init__(self, options: Options, device: torch.device, find: Callable[[str], Path]):

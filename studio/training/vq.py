@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
+from studio.checkpoints.loading import load_model
+from studio.errors import StudioError
 from studio.tokenizers.vq import VQTokenizer
-from studio.training.learned_codebook import export_with_codebook, load_with_codebook, put_codebook
+from studio.training.learned_codebook import load_with_codebook, put_codebook
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, TokenizerRecipe, downsampling
+from studio.training.robust_decoder import DecoderTuning, perturbation_at
 
 CONTEXT_WEIGHT = 4
 
@@ -58,10 +61,14 @@ class VQRecipe(TokenizerRecipe):
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "codes", "dim", "layers"})
-    model = {"code_dim": 8, "z_channels": 192, "decoder_layers": None}
+    model = {"code_dim": 8, "z_channels": 192, "decoder_layers": None, "train": "all", "perturbed_codes": 1}
 
     def build(self):
         options = self.options
+        if self.model["train"] not in ("all", "decoder"):
+            raise StudioError(f'train in [model] is "all" or "decoder", not {self.model["train"]!r}.')
+        if self.tunes_decoder:
+            return self._decoder()
         size = options.size or 128
         self.grid = options.grid or size // 8
         folded, halvings = downsampling(size, self.grid)
@@ -80,22 +87,44 @@ class VQRecipe(TokenizerRecipe):
         })  # fmt: skip
         return module.to(self.device, memory_format=torch.channels_last)
 
+    @property
+    def tunes_decoder(self) -> bool:
+        """Whether the decoder alone is trained, of the tokenizer to start from."""
+        return self.model["train"] == "decoder"
+
+    def _decoder(self):
+        if self.options.init_from is None:
+            raise StudioError("A decoder is tuned for the tokens of a trained tokenizer: name it with --init-from.")
+        tokenizer = load_model(VQTokenizer, self.find(self.options.init_from), torch.float32)
+        self.open(tokenizer.config.sample_size)
+        return DecoderTuning(tokenizer, reconstruction_loss).to(self.device, memory_format=torch.channels_last)
+
     def optimizers(self, module, learning_rate):
-        matrices = hidden_matrices(module.tokenizer.encoder, module.tokenizer.decoder)
+        trained = [module.tokenizer.decoder] if self.tunes_decoder else [
+            module.tokenizer.encoder, module.tokenizer.decoder,
+        ]  # fmt: skip
+        matrices = hidden_matrices(*trained)
         return muon_and_adamw(module, matrices, learning_rate)
 
     def batch(self, rng, size, training=True):
         images = self.images(rng, size, training).contiguous(memory_format=torch.channels_last)
+        if self.tunes_decoder:
+            alpha, delta = perturbation_at(self.share, self.model["perturbed_codes"] if training else 1)
+            return {"images": images, "alpha": torch.tensor(alpha), "delta": torch.tensor(delta)}
         return {"images": images, "cells": torch.from_numpy(rectangles(rng, max(1, size // 2), self.grid))}
 
     def load(self, module, folder):
-        load_with_codebook(module, folder)
+        if not self.tunes_decoder:  # which has been built from there
+            load_with_codebook(module, folder)
 
     def export(self, module, folder):
-        export_with_codebook(module, folder)
+        if not self.tunes_decoder:
+            put_codebook(module)
+        super().export(module, folder)
 
     def samples(self, module):
-        put_codebook(module)
+        if not self.tunes_decoder:
+            put_codebook(module)
         return super().samples(module)
 
 
