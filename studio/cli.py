@@ -11,6 +11,7 @@ import typer
 
 from studio import __version__
 from studio.commands import bench, convert, data, space
+from studio.commands.analyze import analyze
 from studio.commands.ask import ask
 from studio.commands.generate import generate
 from studio.commands.info import doctor, models, ui
@@ -88,7 +89,7 @@ def _root(
     pass
 
 
-for command in (generate, tokenize, detokenize, ask, train, evaluate, push, models, doctor, ui, serve):
+for command in (generate, tokenize, detokenize, ask, train, evaluate, analyze, push, models, doctor, ui, serve):
     app.command()(command)
 for command in (data.build, data.scene):
     data_app.command()(command)
