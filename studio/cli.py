@@ -15,6 +15,7 @@ from studio.commands.analyze import analyze
 from studio.commands.ask import ask
 from studio.commands.generate import generate
 from studio.commands.info import doctor, models, ui
+from studio.commands.pull import pull
 from studio.commands.push import push
 from studio.commands.restoring import bench_tokenizers
 from studio.commands.serve import bench_serve, serve
@@ -89,7 +90,7 @@ def _root(
     pass
 
 
-for command in (generate, tokenize, detokenize, ask, train, evaluate, analyze, push, models, doctor, ui, serve):
+for command in (generate, tokenize, detokenize, ask, train, evaluate, analyze, pull, push, models, doctor, ui, serve):
     app.command()(command)
 for command in (data.build, data.scene):
     data_app.command()(command)

@@ -3,6 +3,7 @@
 Folders of diffusers' form hold our pipelines and tokenizers; those of transformers' form a vision-language model.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from studio.backends import native_library
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, folder_of_model, unknown_name
 from studio.checkpoints.foreign import check_folder, check_sizes, check_weights, read_json
+from studio.checkpoints.published import PUBLISHED, pull
 from studio.checkpoints.vocabulary import read_vocabulary
 from studio.checks import first_line, shown
 from studio.errors import StudioError
@@ -57,6 +59,7 @@ _TOKENIZERS = {
     kind.__name__: kind for kind in (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)
 }
 _PARTS = ("DistilledStudent", "Drafter", "LlamaGen", "MAR", "RQTransformer", "ResGen", "TokenBridge")
+logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -66,7 +69,9 @@ def load(name, *, device=None, dtype=None):
 
     Args:
         name: a bundled name (`"emoji-ar"`), a folder written by `save_pretrained` or `studio convert`, or the id of a
-            Hub repository of that form (`"owner/name"`); also a vision-language model of transformers.
+            Hub repository of that form (`"owner/name"`); also a vision-language model of transformers, and a published
+            model by name (`"llamagen-b-256"`, see `studio.checkpoints.published`), which is downloaded and converted
+            first.
         device: where it runs; CUDA when there is one, else the CPU.
         dtype: a `torch.dtype` or one of `"float32"`, `"bfloat16"`, `"float16"` (`"fp32"`, `"bf16"`, `"fp16"`);
             float32 on a CPU and bfloat16 on CUDA when `None`.
@@ -105,9 +110,16 @@ def _folder(name):
         return bundled_folder(bundled) if bundled else path
     if os.path.exists(path):
         raise StudioError(f"{name} is a file, not a model folder: convert published checkpoints with `studio convert`.")
+    if name in PUBLISHED:
+        return pull(name, on_plan=_announce)
     if _HUB_ID.fullmatch(name):
         return _fetch(name)
     raise StudioError(unknown_name(name))
+
+
+def _announce(plan):
+    size = f"{plan['bytes'] / 1e9:.2f} GB"
+    logger.warning("Downloading %s (%s, licence: %s) to %s.", plan["name"], size, plan["licence"], plan["folder"])
 
 
 def _fetch(hub_id):
