@@ -29,7 +29,7 @@ CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 DYNAMIC, STATIC, DISTRIBUTIONS = (
     find("lantern_accept_dynamic"),
     find("lantern_accept_static"),
-    find("lantern_exact_distribution"),
+    find("lantern_exact_law"),
 )
 
 
@@ -130,7 +130,7 @@ def test_exact_distributions(path):
             distribution[token] += reached * ratio
             reached = reached * (1 - ratio)
         distribution += reached * (weighed.rest[0] / weighed.rest[0].sum()).double()
-        torch.testing.assert_close(distribution, arrays["distribution"], **CLOSE)
+        torch.testing.assert_close(distribution, arrays["law"], **CLOSE)
         distance = float((distribution - p.double()).clamp(min=0).sum())
         assert distance == pytest.approx(case["tv_from_target"], abs=CLOSE["atol"])
 
