@@ -9,13 +9,12 @@ Classifier-free guidance (arXiv:2207.12598) when the tokens of one call stand at
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from studio.checks import check_choice
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 
 
 @dataclass
@@ -120,7 +119,7 @@ def autoregressive(
     cfg_interval: int = -1,
     settings: Autoregressive | None = None,
     num_tokens: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Sampled:
     """Samples the tokens of B images.
 
@@ -129,7 +128,7 @@ def autoregressive(
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
         generators: one per image.
         num_tokens: how many first tokens to sample; all when None.
-        on_token: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
+        on_step: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
     """
     settings = settings or Autoregressive()
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -148,7 +147,7 @@ def autoregressive(
         if len(logits) > batch:
             logits = guided_logits(logits, guidance_scale)
         tokens[:, index] = sampling.sample(logits, generators)
-        if on_token is not None and on_token(index, tokens[:, : index + 1]):
+        if on_step is not None and on_step(index, tokens[:, : index + 1]):
             sampled.tokens = tokens[:, : index + 1]
             break
         if index + 1 == total:

@@ -25,7 +25,7 @@ import torch
 from studio.checks import check_choice, check_integer, set_fields, shown
 from studio.decoding.autoregressive import WEIGHTS, Sampled, condition_rows, guided_logits, is_guided
 from studio.decoding.noise_map import NoiseMap
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")
@@ -109,7 +109,7 @@ class Distilled:
         return total if split is None else split
 
     def reports_for(self, student: torch.nn.Module, steps: int | None = None) -> int:
-        """How often `distilled` calls `on_token`; `steps` as there."""
+        """How often `distilled` calls `on_step`; `steps` as there."""
         if self.teacher_steps is None:
             return len(self.times_for(student, steps))
         total = steps or len(student.bounds) - 1
@@ -249,7 +249,7 @@ def teacher_tokens(
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     weights: str = "auto",
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     cost: Sampled | None = None,
 ) -> torch.Tensor:
     """Tokens (B, end) of an autoregressive teacher that goes on from the prefix (B, begin).
@@ -257,7 +257,7 @@ def teacher_tokens(
     Args:
         teacher: a `LlamaGen` in evaluation mode.
         sample: called as (index, guided logits (B, V)), returns tokens (B,).
-        guidance_scale, cfg_interval, weights, on_token: as of `autoregressive`; a stopped loop returns fewer tokens.
+        guidance_scale, cfg_interval, weights, on_step: as of `autoregressive`; a stopped loop returns fewer tokens.
         cost: has its calls counted, if given.
     """
     batch, begin = prefix.shape
@@ -273,7 +273,7 @@ def teacher_tokens(
             cost.target_calls += 1
             cost.row_calls += len(logits)
         tokens[:, index] = sample(index, guided_logits(logits, guidance_scale) if len(logits) > batch else logits)
-        if on_token is not None and on_token(index, tokens[:, : index + 1]):
+        if on_step is not None and on_step(index, tokens[:, : index + 1]):
             return tokens[:, : index + 1]
         if index + 1 < end:
             if not is_guided(index + 1, guidance_scale, cfg_interval) and cache.rows > batch:
@@ -319,7 +319,7 @@ def distilled(
     cfg_interval: int = -1,
     settings: Distilled | None = None,
     steps: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     noise: torch.Tensor | None = None,
     noise_map: NoiseMap | None = None,
 ) -> DistilledOutput:
@@ -333,7 +333,7 @@ def distilled(
         generators: one per image: its noise, then the teacher's random samples.
         sampling, guidance_scale, cfg_interval: of the teacher's steps; the student knows neither.
         steps: how many first steps to sample; all when None.
-        on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
+        on_step: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
             teacher and, with index n - 1, after each call of the student for all tokens; True stops the loop.
         noise: (B, N, C) for all tokens, in place of what the generators would sample.
         noise_map: for `teacher_sample="map"`, to spare measuring the codebook anew.
@@ -353,10 +353,10 @@ def distilled(
     call = _Counted(student, sampled)
 
     def after_call(vectors, tokens):
-        if on_token is None:
+        if on_step is None:
             return vectors, False
         before = tokens.clone()
-        stopped = on_token(n - 1, tokens)
+        stopped = on_step(n - 1, tokens)
         return torch.where((tokens != before)[:, :, None], codebook[tokens], vectors), bool(stopped)
 
     if settings.teacher_steps is None:
@@ -373,7 +373,7 @@ def distilled(
         options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "weights": settings.weights}
 
         def teacher_samples(prefix):
-            return teacher_tokens(model, condition, prefix, end, sample, on_token=on_token, cost=sampled, **options)
+            return teacher_tokens(model, condition, prefix, end, sample, on_step=on_step, cost=sampled, **options)
 
         sampled.latents, sampled.tokens = hybrid(
             call, codebook, noise, condition, teacher_samples, begin=begin, end=end, split=split

@@ -23,7 +23,7 @@ one call of C (`studio.backends.cpu_c_head`) where that works.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
@@ -33,6 +33,7 @@ import torch
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.sampling import OnStep
 from studio.errors import StudioError
 
 _PREPARED_NUMBERS = 2**22
@@ -260,7 +261,7 @@ def masked_autoregressive(
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
     settings: MaskedAutoregressive | None = None,
-    on_step: Callable[[int, torch.Tensor, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     noise: PositionNoise | None = None,
 ) -> MaskedOutput:
     """Samples all tokens of B images.
@@ -271,8 +272,8 @@ def masked_autoregressive(
         generators: one per image; an image does not depend on the others.
         guidance_scale: at its greatest; 1 is no guidance.
         temperature: multiplies the standard deviation of every denoising step, at least 0.
-        on_step: called as (number of the step, positions (B, k) that it drew, tokens (B, L, D) which may be written
-            to); True stops the loop. Tokens not yet sampled are 0.
+        on_step: called as (number of the step, tokens (B, L, D) which may be written to, positions (B, k) that it
+            sampled); True stops the loop. Tokens not yet sampled are 0.
         noise: random numbers in place of the generators'.
 
     Errors: `StudioError` for more steps than tokens and for a temperature that is none.
@@ -281,12 +282,12 @@ def masked_autoregressive(
     check_number("temperature", temperature)
     plan = settings.plan(model.num_tokens)
     began = time.perf_counter()
-    painter = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
+    stepper = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
     order = noise.order(model.num_tokens)
     tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
     for number, step in enumerate(plan):
-        kernels = painter.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
+        kernels = stepper.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
         sampled = order[:, step.first : step.last]
         places = TokenIndex.of(sampled)
         for _, _, mean, _ in denoise(
@@ -294,7 +295,7 @@ def masked_autoregressive(
         ):
             token = mean
         put(tokens, places, token)
-        if on_step is not None and on_step(number, sampled, tokens):
+        if on_step is not None and on_step(number, tokens, sampled):
             break
-    head = time.perf_counter() - began - painter.seconds
-    return MaskedOutput(tokens, painter.calls, painter.rows, {"transformer": painter.seconds, "head": head})
+    head = time.perf_counter() - began - stepper.seconds
+    return MaskedOutput(tokens, stepper.calls, stepper.rows, {"transformer": stepper.seconds, "head": head})

@@ -40,7 +40,6 @@ distribution may); which schedule the paper uses is not known to us, so three ar
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -48,7 +47,7 @@ import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, guided_logits
-from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 from studio.errors import StudioError
 
 SCHEDULES = ("cosine", "circle", "arccos")
@@ -331,7 +330,7 @@ def resgen_decoding(
     sampling: Sampling | None = None,
     guidance_scale: float = 1.0,
     settings: ResidualSteps | None = None,
-    on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
 ) -> ResGenOutput:
     """Samples B images.
 

@@ -6,14 +6,14 @@ guidance (arXiv:2207.12598) the rows of captions and their null twins run as one
 `null + scale * (conditional - null)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from studio.checks import shown
 from studio.decoding.autoregressive import guided_logits, is_guided
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
 
@@ -46,7 +46,7 @@ def rq_decoding(
     valid: torch.Tensor | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     guidance_scale: float = 1.0,
-    on_cell: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Samples B images: codes (B, h, w, D), int64; those of cells that were not reached are -1.
 
@@ -58,7 +58,7 @@ def rq_decoding(
         valid: which states of captions (B, T) are of words; all when None.
         sampling: one for all levels, or one of each.
         guidance_scale: of captions; 1 (or 0) is no guidance.
-        on_cell: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
+        on_step: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
 
     Errors: `StudioError` for a number of samplings that is not the number of levels, and for guidance of a model that
     has no null condition.
@@ -86,6 +86,6 @@ def rq_decoding(
             if streams == 2:
                 logits = guided_logits(logits, guidance_scale)
             cells[:, index, level] = by_level[level].sample(logits, generators)
-        if on_cell is not None and on_cell(index, cells):
+        if on_step is not None and on_step(index, cells):
             break
     return cells.unflatten(1, (height, width))

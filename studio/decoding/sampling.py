@@ -15,6 +15,12 @@ import torch
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.errors import StudioError
 
+OnStep = Callable[..., bool | None]
+"""What every loop calls after a step as (step, tokens), or (step, tokens, positions) where tokens have no fixed order.
+
+`step` counts from 0, `tokens` are those of all images so far, which may be written to where a loop says so, and
+`positions` (B, k) are those that are new. True stops the loop.
+"""
 FILTER_ORDERS = ("llamagen", "lantern")
 _SMALLEST_TEMPERATURE = 1e-5
 

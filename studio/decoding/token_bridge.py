@@ -8,14 +8,13 @@ Deviations from the authors' code: each image has its own generator; the head ke
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from studio.decoding.autoregressive import Sampled, condition_rows, guided_logits
 from studio.decoding.mar import MaskedSteps
-from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ def dimension_wise(
     sampling: Sampling | None = None,
     guidance_scale: float = 1.0,
     settings: DimensionWise | None = None,
-    on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     order: torch.Tensor | None = None,
 ) -> DimensionWiseOutput:
     """Samples all tokens of B images, in the tokenizer's order of dimensions.

@@ -13,7 +13,7 @@ def test_every_decoding_can_be_made_and_says_what_it_is(name):
 
 
 def test_options_arrive():
-    assert decoding_named("lantern").settings(delta=0.3, neighbours=7).k == 7
+    assert decoding_named("lantern").settings(delta=0.3, k=7).k == 7
 
 
 def test_unknown_names_and_options_are_refused():
@@ -21,7 +21,7 @@ def test_unknown_names_and_options_are_refused():
         decoding_named("fast")
     with pytest.raises(StudioError, match=r"no options, not delta; delta belongs to lantern\."):
         decoding_named("speculative").settings(delta=0.1)
-    with pytest.raises(StudioError, match="delta, neighbours"):
+    with pytest.raises(StudioError, match="delta, k"):
         decoding_named("lantern").settings(colour=1)
 
 
