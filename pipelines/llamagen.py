@@ -165,7 +165,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
             settings.reports_for(self.student, num_tokens)
         elif isinstance(settings, Speculative):
-            settings.relaxation(self.image_tokenizer.quantize.embedding.weight)
+            settings.rule(self.image_tokenizer.quantize.embedding.weight)
         elif not isinstance(settings, (Autoregressive, Jacobi, FastestExact)):
             raise StudioError(
                 "LlamaGen samples with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
