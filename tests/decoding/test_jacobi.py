@@ -18,6 +18,7 @@ from studio.decoding.jacobi import choose_window, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.models.kv_cache import TreeCache
+from studio.reference.lantern import AuthorsLantern
 
 SETTINGS = {
     "plain": {},
@@ -227,7 +228,7 @@ def test_without_a_budget_lantern_is_lossless(coupling):
     drafts = Jacobi(6, coupling)
     for settings in (
         Speculative(drafts=drafts), Lantern(31, 0.0, drafts=drafts),
-        LanternPlusPlus(k=31, ratio_budget=1.0, drafts=drafts),
+        LanternPlusPlus(k=31, ratio=1.0, drafts=drafts),
     ):  # fmt: skip
         found = speculative(tiny(), conditions(False), generators=streams(1, 2, 3), settings=settings, **call)
         assert torch.equal(found.tokens, lossless.tokens)
@@ -305,7 +306,7 @@ def test_settings_are_checked():
         with pytest.raises(StudioError, match=f"to {settings.__name__}, not"):
             settings(drafts=Jacobi(weights="plain"))
     with pytest.raises(StudioError, match="leave reference out"):
-        Lantern(drafts=Jacobi(), reference=True)
+        AuthorsLantern(drafts=Jacobi())
 
 
 @pytest.mark.parametrize("weights", ["auto", "plain"])

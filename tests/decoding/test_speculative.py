@@ -21,6 +21,7 @@ from studio.decoding.lantern import Lantern
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
+from studio.reference.lantern import AuthorsLantern
 from studio.models.drafter import Drafter
 
 GREEDY = Sampling(temperature=0)
@@ -130,7 +131,7 @@ def test_relaxed_tests_accept_more():
     codebook = model.tok_embeddings.weight.detach()
     accepted = [
         speculative(model, condition, generators=streams(1, 2, 3), codebook=codebook, settings=settings)
-        for settings in (Speculative(), Lantern(31, 0.0), Lantern(31, 0.9), Lantern(31, None, ratio_budget=1.0))
+        for settings in (Speculative(), Lantern(31, 0.0), Lantern(31, 0.9), Lantern(31, None, ratio=1.0))
     ]
     exact, nothing, much, ratio = accepted
     assert torch.equal(exact.tokens, nothing.tokens) and torch.equal(exact.tokens, ratio.tokens)
@@ -179,8 +180,8 @@ def test_continuations():
 def test_settings_are_checked():
     for wrong in (
         lambda: Speculative(drafts="eagle"), lambda: Speculative(filter_order="other"), lambda: Lantern(0),
-        lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio_budget=0.5),
-        lambda: Lantern(10, 0.1, 2.0, reference=True), lambda: NGram(branches=0),
+        lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio=0.5),
+        lambda: AuthorsLantern(10, 0.1, 2.0).rule(torch.randn(20, 3)), lambda: NGram(branches=0),
         lambda: DrafterDrafts(None, "tree"), lambda: TokenRecycling(candidates=0),
     ):  # fmt: skip
         with pytest.raises(StudioError):
