@@ -28,7 +28,7 @@ import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.mar import MARStepper, MaskedAutoregressive, MaskedOutput, Step, denoise, put
+from studio.decoding.mar import MARStepper, MaskedAutoregressive, MaskedOutput, Step, denoise, scatter_tokens
 from studio.decoding.sampling import OnStep
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.errors import StudioError
@@ -310,7 +310,7 @@ class _Run:
 
     def _target_step(self, number: int, step: Step) -> bool:
         places, steps = self._denoise(self.target, step)
-        put(self.tokens, places, [mean for _, _, mean, _ in steps][-1])
+        scatter_tokens(self.tokens, places, [mean for _, _, mean, _ in steps][-1])
         self.verified = step.first
         return self._stopped(self.on_step, number, step)
 
@@ -319,12 +319,12 @@ class _Run:
         kernels = self._kernels(self.draft, step)
         places = self._places(step)
         path = trace(kernels, self.noise.start(places), self._step_noise(places), self.temperature)
-        put(self.tokens, places, path.means[0])
+        scatter_tokens(self.tokens, places, path.means[0])
         self.drafting += time.perf_counter() - entered
         if self._stopped(self.on_draft, number, step):
             return True
         verified = verify_path(path, self._kernels(self.target, step), places, self.noise, self.temperature)
-        put(self.tokens, places, verified.tokens)
+        scatter_tokens(self.tokens, places, verified.tokens)
         self._count(places, verified.accepted)
         self.sampled.trials += verified.trials
         return self._stopped(self.on_step, number, step)
@@ -335,7 +335,7 @@ class _Run:
         ends = FinalStep.of(steps, self.temperature)
         for kept, new in ((self.tokens, ends.mean), (self.ends.mean, ends.mean), (self.ends.std, ends.std),
                           (self.ends.widths, ends.widths)):  # fmt: skip
-            put(kept, places, new)
+            scatter_tokens(kept, places, new)
         self.scales[places.images, places.positions] = self.settings.scale_at(step, self.guidance_scale)
         self.drafting += time.perf_counter() - entered
         stopped = self._stopped(self.on_draft, number, step)
@@ -354,7 +354,7 @@ class _Run:
         if not accepted.all():
             rejected = torch.nonzero(~accepted)[:, 0]
             resampled = rule.resample(target, draft, places, self.noise, rejected)
-            put(self.tokens, places.take(rejected), resampled.tokens)
+            scatter_tokens(self.tokens, places.take(rejected), resampled.tokens)
             self.sampled.trials += resampled.rounds
             self.sampled.fallbacks += int(resampled.fallbacks.sum())
         self.verified = block.first

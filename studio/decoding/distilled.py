@@ -29,7 +29,7 @@ from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")
-TEACHER_DRAWS = ("sample", "map")
+TEACHER_SAMPLES = ("sample", "map")
 _OF_TEACHER = ("teacher_sample", "filter_order", "weights")
 _NEAREST_ROWS = 4096
 
@@ -78,7 +78,7 @@ class Distilled:
         if self.split is not None:
             set_fields(self, split=check_integer("split", self.split))
         check_choice("snap", self.snap, SNAPS)
-        check_choice("teacher_sample", self.teacher_sample, TEACHER_DRAWS)
+        check_choice("teacher_sample", self.teacher_sample, TEACHER_SAMPLES)
         check_choice("weights", self.weights, WEIGHTS)
         of_teacher = [name for name in _OF_TEACHER if getattr(self, name) != getattr(type(self), name)]
         if of_teacher and self.teacher_steps is None:

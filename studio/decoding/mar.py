@@ -1,24 +1,18 @@
 """Masked autoregressive decoding: in a random order, a few more tokens at each step, each sampled by a diffusion head.
 
-"Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4 and the authors' sampler.
-How many tokens a step samples: see `masked_steps`.
+"Autoregressive Image Generation without Vector Quantization" (MAR, arXiv:2406.11838), section 4 and the authors'
+sampler. How many tokens a step samples follows the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and guidance
+grows meanwhile, as in MAR and TokenBridge (arXiv:2503.16430); see `MaskedSteps`.
+
+The head turns a condition into a token by DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance. The noise is
+guided, `unconditional + scale * (conditional - unconditional)`, and the variance is the conditional one; both
+conditions see one state.
 
 The result is that of the authors' sampler on the same random numbers, up to rounding (`textbook_masked` has it written
-plainly), with less work: see `denoising`; and the last decoder block answers only for the tokens that are sampled.
-Deviations: each image has its own generator; more steps than tokens are refused, as some would sample nothing.
-
-How many tokens each step of masked decoding samples: the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and how
-guidance grows meanwhile, as MAR (arXiv:2406.11838) and TokenBridge (arXiv:2503.16430) have it.
-
-Deviation from their authors' code: more steps than tokens are refused, as some would sample nothing.
-
-How a diffusion-loss head turns conditions into tokens: DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance
-(arXiv:2406.11838, section 3 and its sampling code).
-
-The noise is guided, `null + scale * (conditional - null)`, and the variance is the conditional one; both conditions see
-one state. What a step reads besides the state is known before the first step: times are embedded once for all calls,
-conditions once for all steps, and the shifts, scales and gates of many steps are one product. On a processor a step is
-one call of C (`studio.backends.cpu_c_head`) where that works.
+plainly), with less work: times are embedded once for all calls, conditions once for all steps, and the shifts, scales
+and gates of many steps are one product; the last decoder block runs on the tokens that are sampled only; on a CPU a
+step is one call of C where that works. Deviations: each image has its own generator; more steps than tokens are
+refused, as some would sample nothing.
 """
 
 import math
@@ -56,7 +50,7 @@ class ReverseTransitions:
 
     Args:
         head: whose steps are T.
-        conditions: (S, n, C): the conditional vectors, and with S = 2 the null ones behind them.
+        conditions: (S, n, C): the conditional vectors, and with S = 2 the unconditional ones behind them.
         scale: of guidance, a number or (n, 1); without meaning when S = 1.
     """
 
@@ -122,9 +116,9 @@ class ReverseTransitions:
     def _guided(self, outputs: torch.Tensor, x: torch.Tensor, steps: int | slice):
         noise, logit = outputs[0].to(x.dtype).chunk(2, dim=-1)
         if len(outputs) == 2:
-            null = outputs[1, ..., : x.shape[-1]].to(x.dtype)
+            unconditional = outputs[1, ..., : x.shape[-1]].to(x.dtype)
             scale = self.scale[: x.shape[-2]] if isinstance(self.scale, torch.Tensor) else self.scale
-            noise = torch.lerp(null, noise, scale)
+            noise = torch.lerp(unconditional, noise, scale)
         return self.head.diffusion.reverse(x, noise, logit, steps)
 
 
@@ -247,7 +241,7 @@ class MARStepper:
         return ReverseTransitions(self.head, conditions.flatten(1, 2), scale)
 
 
-def put(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
+def scatter_tokens(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
     """Writes values (n, D) into tokens (B, L, D)."""
     tokens[places.images, places.positions] = values
 
@@ -294,7 +288,7 @@ def masked_autoregressive(
             kernels, noise.start(places), noise.steps(places, settings.diffusion_steps), temperature
         ):
             token = mean
-        put(tokens, places, token)
+        scatter_tokens(tokens, places, token)
         if on_step is not None and on_step(number, tokens, sampled):
             break
     head = time.perf_counter() - began - stepper.seconds

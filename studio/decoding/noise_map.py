@@ -83,11 +83,6 @@ class Flow:
         return Posterior(sums[:, :-1] / sums[:, -1:], token[:, 0] if pick else None, 1 / sums[:, -1])
 
 
-def velocity(flow: Flow, x: torch.Tensor, t: float) -> torch.Tensor:
-    """dx/dt (B, C) at x (B, C) and t in [0, 1); for checks only: solvers step exactly instead."""
-    return (flow.at_time(x, t, pick=False).mean - x) / (1 - t)
-
-
 def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch.Tensor]:
     """Steps of 1 / steps in t; the posterior at the last of them, and x_1 (B, C), which is its mean."""
     x, found = noise, None

@@ -2,8 +2,8 @@
 
 The order of RQ-Transformer (arXiv:2203.01941, section 3.2). There is one call of the spatial transformer per cell and
 one of the depth transformer per code. Deviation from the authors' code, which has no guidance: with classifier-free
-guidance (arXiv:2207.12598) the rows of captions and their null twins run as one batch, and every code is sampled from
-`null + scale * (conditional - null)`.
+guidance (arXiv:2207.12598) the rows of captions and their unconditional twins run as one batch, and every code is
+sampled from `unconditional + scale * (conditional - unconditional)`.
 """
 
 from collections.abc import Sequence
@@ -61,14 +61,14 @@ def rq_decoding(
         on_step: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
 
     Errors: `StudioError` for a number of samplings that is not the number of levels, and for guidance of a model that
-    has no null condition.
+    has no unconditional rows.
     """
     (height, width), depth = model.config.grid, model.config.depth
     by_level = [sampling or Sampling()] * depth if not isinstance(sampling, Sequence) else sampling
     if len(by_level) != depth:
         raise StudioError(f"{depth} levels need one sampling or {depth} of them; got {len(by_level)}.")
     batch, streams = len(condition), 2 if is_guided(0, guidance_scale, -1) else 1
-    null = None if streams == 1 else torch.arange(2 * batch, device=condition.device) >= batch
+    drop = None if streams == 1 else torch.arange(2 * batch, device=condition.device) >= batch
 
     def rows(of_images):
         return of_images if streams == 1 else torch.cat((of_images, of_images))
@@ -76,7 +76,7 @@ def rq_decoding(
     cells = torch.full((batch, height * width, depth), -1, device=condition.device)
     spatial, deep = model.new_caches(streams * batch)
     valid = None if valid is None else rows(valid)
-    context = model.first_context(rows(condition), spatial, valid=valid, drop=null)
+    context = model.first_context(rows(condition), spatial, valid=valid, drop=drop)
     for index in range(height * width):
         if index > 0:
             context = model.next_context(rows(cells[:, index - 1]), index - 1, spatial, codebooks)

@@ -21,8 +21,8 @@ from studio.decoding.lantern import Lantern
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
-from studio.reference.lantern import AuthorsLantern
 from studio.models.drafter import Drafter
+from studio.reference.lantern import AuthorsLantern
 
 GREEDY = Sampling(temperature=0)
 STATIC = StaticTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
