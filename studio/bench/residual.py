@@ -40,7 +40,8 @@ def bench_residual(
         `{"model", "samples", "seed", "rows"}`. A row has "decoding", "steps", "depth" (the levels that are decoded),
         "judge_top1" as a fraction, "frechet" in the judge's features, and "seconds_per_image" of sampling all levels.
 
-    Errors: `StudioError` for another kind of model, and for more calls than an image has codes.
+    Raises:
+        StudioError: for another kind of model, and for more calls than an image has codes.
     """
     pipe = load(model, device=device)
     if not isinstance(pipe, ResGenPipeline) or not pipe.takes_text:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from studio.errors import StudioError
 from studio.evaluation.generators import held_out_samples, judge_samples
 from studio.evaluation.judge import sample_combinations
 from studio.evaluation.metrics import sliced_distance
+from studio.pipelines.base import ConditionalPipeline
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
@@ -94,12 +96,12 @@ class Contender:
     decoding: str
     settings: dict = dataclasses.field(default_factory=dict)
 
-    def make(self):
+    def make(self) -> Any:
         """What `decoding=` of a pipeline takes."""
         return decoding_named(self.decoding).settings(**self.settings)
 
 
-def contenders(pipe) -> list[Contender]:
+def contenders(pipe: ConditionalPipeline) -> list[Contender]:
     """Plain decoding, and every decoding that the pipeline has the parts for, at the settings of the registry."""
     components = [name for name, part in pipe.components.items() if part is not None]
     names = decodings_for(type(pipe).__name__, components)
@@ -142,8 +144,9 @@ def bench_tradeoff(
         in a round, drafts and tests, over a plain step), break_even_length (their sum: what must be accepted to gain),
         and for every row but a student's memory_bound_seconds and compute_bound_seconds for an image.
 
-    Errors: `StudioError` for another kind of model, for a name in `only` that it has no decoding of, and in a quick run
-        when the committed quality is of other weights or lacks a setting.
+    Raises:
+        StudioError: for another kind of model, for a name in `only` that it has no decoding of, and in a quick run when
+            the committed quality is of other weights or lacks a setting.
     """
     mark = fingerprint(model)
     committed = _committed_quality(model, mark) if quick else None
@@ -254,7 +257,7 @@ class _CountedDrafts:
     def __init__(self, source):
         self._source, self.nodes = source, 1
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
     def candidate_generator(self, context):

@@ -37,7 +37,8 @@ def bench_verify(
     Returns:
         `{"ms", "reference_ms"}`, milliseconds for a tree; the reference applies the authors' rule.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: for sizes that do not fit together.
     """
     for name, value in (("trees", trees), ("repeats", repeats)):
         if value < 1:

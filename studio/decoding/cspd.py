@@ -58,7 +58,7 @@ class FinalStep:
                 ended = cls(mean, temperature * log_std.exp(), widths + torch.zeros_like(mean))
         return ended
 
-    def take(self, rows) -> "FinalStep":
+    def take(self, rows: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> "FinalStep":
         """Those of some of the paths."""
         return FinalStep(self.mean[rows], self.std[rows], self.widths[rows])
 
@@ -256,7 +256,9 @@ def continuous_speculative(
     return _Run(model, draft, condition, noise, guidance_scale, temperature, settings, on_step, on_draft).sample()
 
 
-def check_pair(model, draft, settings: ContinuousSpeculative, temperature: float) -> None:
+def check_pair(
+    model: torch.nn.Module, draft: torch.nn.Module, settings: ContinuousSpeculative, temperature: float
+) -> None:
     """Raises the `StudioError` that `continuous_speculative` would raise for these, with settings that are filled."""
     check_number("temperature", temperature)
     if temperature == 0:

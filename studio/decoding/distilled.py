@@ -47,7 +47,8 @@ class Distilled:
         teacher_sample: "sample" samples the teacher's steps at random (as published), "map" from the image's noise.
         filter_order, weights: of the teacher's steps, as in `Autoregressive`; all three go with `teacher_steps` only.
 
-    Errors: `StudioError` for a value outside these ranges, and for settings that exclude each other.
+    Raises:
+        StudioError: for a value outside these ranges, and for settings that exclude each other.
     """
 
     steps: int = 1
@@ -59,7 +60,7 @@ class Distilled:
     filter_order: str = "llamagen"
     weights: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Sampling(order=self.filter_order)
         set_fields(self, steps=check_integer("steps", self.steps, 1))
         if self.times is not None:
@@ -142,7 +143,7 @@ def spread_times(calls: int, total: int, horizon: float) -> tuple[int, ...]:
     return tuple(round(horizon * total * call / calls) for call in range(calls))
 
 
-def sample_noise(generators: list[torch.Generator], n: int, width: int, device) -> torch.Tensor:
+def sample_noise(generators: list[torch.Generator], n: int, width: int, device: torch.device | str) -> torch.Tensor:
     """Gaussian noise (B, n, width), float32; image i uses generators[i] alone."""
     sampled = [torch.randn(n, width, generator=g, device=g.device).to(device) for g in generators]
     return torch.stack(sampled)
@@ -282,9 +283,10 @@ def teacher_tokens(
     return tokens
 
 
-def map_sample(noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling):
-    """A `sample` of `teacher_tokens` that maps noise (B, n, C): token i is a function of its distribution and noise
-    i."""
+def map_sample(
+    noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A `sample` of `teacher_tokens` by noise (B, n, C): token i is a function of its distribution and its noise."""
     return lambda index, logits: noise_map(noise[:, index], sampling.probabilities(logits))
 
 
@@ -338,7 +340,8 @@ def distilled(
         noise: (B, N, C) for all tokens, in place of what the generators would sample.
         noise_map: for `teacher_sample="map"`, to spare measuring the codebook anew.
 
-    Errors: `StudioError` for settings that the student cannot serve, and for teacher's steps without a teacher.
+    Raises:
+        StudioError: for settings that the student cannot serve, and for teacher's steps without a teacher.
     """
     settings = settings or Distilled()
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -389,7 +392,7 @@ def distilled(
 class _Counted:
     """A student whose calls are counted."""
 
-    def __init__(self, student, sampled: DistilledOutput):
+    def __init__(self, student, sampled: DistilledOutput) -> None:
         self.student, self.sampled = student, sampled
 
     def __getattr__(self, name):

@@ -130,7 +130,8 @@ class NGram:
         branches: most continuations, the latest first.
         levels: tokens of a continuation.
 
-    Errors: `StudioError` for numbers below 1.
+    Raises:
+        StudioError: for numbers below 1.
     """
 
     longest: int = 3
@@ -139,7 +140,7 @@ class NGram:
 
     sampled = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("longest", "branches", "levels"):
             set_fields(self, **{name: check_integer(f"{name} of n-gram drafts", getattr(self, name), 1, MAX_NODES)})
         nodes = self.branches * self.levels
@@ -151,7 +152,7 @@ class NGram:
 
 
 class _NGramCandidates(StatelessCandidates):
-    def __init__(self, settings: NGram):
+    def __init__(self, settings: NGram) -> None:
         self.settings, self.nodes = settings, 1 + settings.branches * settings.levels
 
     def get_candidates(self, progress: Progress) -> Tree:
@@ -200,14 +201,15 @@ class TokenRecycling:
             target is greedy, they are the likeliest.
         candidates: how many the table keeps for a token that drafts are sampled for, at least the width of the tree.
 
-    Errors: `StudioError` for a number of candidates below 1.
+    Raises:
+        StudioError: for a number of candidates below 1.
     """
 
     tree: StaticTree = StaticTree(((0,), (1,), (0, 0), (0, 0, 0)))
     sampled: bool = False
     candidates: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_fields(self, candidates=check_integer("candidates of recycled drafts", self.candidates, 1, MAX_NODES))
 
     def candidate_generator(self, context: DraftContext) -> CandidateGenerator:
@@ -219,7 +221,7 @@ class TokenRecycling:
 class _Recycled(StatelessCandidates):
     """For each image the likeliest tokens behind each token that was seen, and trees filled in their order."""
 
-    def __init__(self, shape: StaticTree, context: DraftContext):
+    def __init__(self, shape: StaticTree, context: DraftContext) -> None:
         self.shape, self.nodes = shape, shape.nodes
         self.likeliest: list[dict[int, list[int]]] = [{} for _ in range(context.batch)]
 
@@ -255,7 +257,7 @@ class _Recycled(StatelessCandidates):
 class _RecycledSamples(StatelessCandidates):
     """Candidates (B, V, kept), -1 where there is none, their probabilities after filters, and trees sampled of them."""
 
-    def __init__(self, shape: StaticTree, kept: int, context: DraftContext):
+    def __init__(self, shape: StaticTree, kept: int, context: DraftContext) -> None:
         self.shape, self.kept, self.nodes, self.sampling = shape, kept, shape.nodes, context.sampling
         size, device = (context.batch, context.model.config.vocab_size, kept), context.model.device
         self.candidates = torch.full(size, -1, dtype=torch.int32, device=device)

@@ -29,13 +29,14 @@ class DrafterDrafts:
         drafter: a `Drafter` of the target's sizes, in evaluation mode.
         tree: `DynamicTree` or `StaticTree`.
 
-    Errors: `StudioError` for another tree.
+    Raises:
+        StudioError: for another tree.
     """
 
     drafter: torch.nn.Module
     tree: DynamicTree | StaticTree = DynamicTree()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.tree, (DynamicTree, StaticTree)):
             raise StudioError(f"tree is a DynamicTree or a StaticTree, not {type(self.tree).__name__}.")
 
@@ -53,7 +54,7 @@ class DrafterCandidates:
 
     uses_states = True
 
-    def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, context: DraftContext):
+    def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, context: DraftContext) -> None:
         self.nodes = shape.nodes
         self.drafter, self.shape, self.context = drafter.for_decoding(context.weights), shape, context
         self.before = context.model.prefix_length - 1

@@ -37,7 +37,7 @@ class FastestExact:
     weights: str = "auto"
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights)
 
 
@@ -90,7 +90,7 @@ def fastest_exact(
 class _Record:
     """Seconds that each of the two took, in a file or, where it cannot be written, in this process alone."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.file = cache_folder() / "decodings" / f"exact-{name}.json"
         self.seconds: dict[str, list[float]] = {"ar": [], "jacobi": []}
         self.window: int | None = None

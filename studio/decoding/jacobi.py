@@ -61,7 +61,8 @@ class Jacobi:
         on_round: called before each call of the model as (lengths (B,), tokens (B, n)): how many tokens of each image
             are final, the last of which is tokens[:, 0], and the guesses behind it.
 
-    Errors: `StudioError` for a value outside these ranges.
+    Raises:
+        StudioError: for a value outside these ranges.
     """
 
     window: int | str = "auto"
@@ -70,7 +71,7 @@ class Jacobi:
     weights: str = "auto"
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights)
         is_whole = isinstance(self.window, int) and not isinstance(self.window, bool)
         if self.window != "auto" and (not is_whole or self.window < 1):
@@ -146,7 +147,7 @@ class _Run:
 
     def __init__(
         self, model, condition, generators, sampling, guidance, settings, relaxation, total, window, editable
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.model, self.sampling, self.guidance = model.for_decoding(settings.weights), sampling, guidance
         self.total, self.window, self.relaxation, self.on_round = total, window, relaxation, settings.on_round
         self.coupling = settings.coupling or "seed"
@@ -314,11 +315,11 @@ def next_proposals(distributions: torch.Tensor, outcomes: torch.Tensor, right: t
 class _Chance:
     """Fresh random numbers of one round, in [0, 1): `tests` (B, n - 1) and `samples` (B, n), float64."""
 
-    def __init__(self, tests: torch.Tensor, samples: torch.Tensor):
+    def __init__(self, tests: torch.Tensor, samples: torch.Tensor) -> None:
         self.tests, self.samples = tests, samples
 
     @classmethod
-    def of(cls, generators: list[torch.Generator], places: int, device) -> "_Chance":
+    def of(cls, generators: list[torch.Generator], places: int, device: torch.device | str) -> "_Chance":
         """For windows of n places, of each image's generator alone."""
         numbers = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
         numbers = torch.stack(numbers).to(device)
@@ -342,7 +343,7 @@ class _PositionRaces:
         total: positions of an image; the first one has had its noise already.
     """
 
-    def __init__(self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device):
+    def __init__(self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device) -> None:
         self.generators, self.slots, self.total = generators, slots, total
         self.noise, self.taken = torch.ones(len(generators) * slots, vocab, device=device), [1] * len(generators)
 

@@ -36,7 +36,7 @@ _PREPARED_NUMBERS = 2**22
 class TimedHead:
     """A `DiffusionLoss` with a schedule of `steps` steps, its times embedded."""
 
-    def __init__(self, head: torch.nn.Module, steps: int):
+    def __init__(self, head: torch.nn.Module, steps: int) -> None:
         self.network, self.diffusion = head.net, head.schedule(steps)
         network = self.network
         self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
@@ -54,7 +54,7 @@ class ReverseTransitions:
         scale: of guidance, a number or (n, 1); without meaning when S = 1.
     """
 
-    def __init__(self, head: TimedHead, conditions: torch.Tensor, scale: float | torch.Tensor):
+    def __init__(self, head: TimedHead, conditions: torch.Tensor, scale: float | torch.Tensor) -> None:
         self.head, self.scale, self.steps = head, scale, head.diffusion.steps
         self.embedded = head.network.cond_embed(conditions)
         self.span = max(1, _PREPARED_NUMBERS // max(1, self.embedded[..., 0].numel() * head.numbers))
@@ -158,7 +158,8 @@ class MaskedSteps:
         steps: calls of the transformer, 1 to the number of tokens; None leaves it to whoever samples.
         guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not.
 
-    Errors: `StudioError` for a value outside these.
+    Raises:
+        StudioError: for a value outside these.
     """
 
     steps: int | None = None
@@ -167,7 +168,7 @@ class MaskedSteps:
     DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64}
     """What takes the place of None."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps is not None:
             set_fields(self, steps=check_integer("steps", self.steps, 1))
         check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
@@ -200,14 +201,15 @@ class MaskedAutoregressive(MaskedSteps):
     Args:
         diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever samples.
 
-    Errors: `StudioError` for a value outside these.
+    Raises:
+        StudioError: for a value outside these.
     """
 
     diffusion_steps: int | None = None
 
     DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64, "diffusion_steps": 100}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.diffusion_steps is not None:
             set_fields(self, diffusion_steps=check_integer("diffusion_steps", self.diffusion_steps, 1, 1000))
@@ -221,7 +223,7 @@ class MaskedOutput(Sampled):
 class MARStepper:
     """A `MAR` at work on B images of one call: its conditions, its head, and the seconds of each."""
 
-    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int):
+    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int) -> None:
         began = time.perf_counter()
         self.model = model
         self.buffer, _ = condition_rows(model, condition, guided=guided)
@@ -270,7 +272,8 @@ def masked_autoregressive(
             sampled); True stops the loop. Tokens not yet sampled are 0.
         noise: random numbers in place of the generators'.
 
-    Errors: `StudioError` for more steps than tokens and for a temperature that is none.
+    Raises:
+        StudioError: for more steps than tokens and for a temperature that is none.
     """
     settings = (settings or MaskedAutoregressive()).filled()
     check_number("temperature", temperature)

@@ -39,7 +39,7 @@ class Reporter:
         editable: whether it may write to the last of those tokens.
     """
 
-    def __init__(self, run: Run, on_step: OnStep | None, editable: bool):
+    def __init__(self, run: Run, on_step: OnStep | None, editable: bool) -> None:
         self.run, self.on_step, self.reported = run, on_step, 0
         self.editable = editable and on_step is not None
 

@@ -46,7 +46,8 @@ def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "co
 
     gamma is cos(pi r / 2), sqrt(1 - r^2) or 2 arccos(r) / pi.
 
-    Errors: `StudioError` for another schedule.
+    Raises:
+        StudioError: for another schedule.
     """
     if schedule not in SCHEDULES:
         raise StudioError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}.")
@@ -63,7 +64,8 @@ def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "co
 def hidden_after_calls(calls: int, slots: int, schedule: str = "cosine") -> list[int]:
     """How many slots are hidden after each call: as scheduled, but every call shows at least one, and the last all.
 
-    Errors: `StudioError` for more calls than slots.
+    Raises:
+        StudioError: for more calls than slots.
     """
     if calls > slots:
         raise StudioError(f"An image has {slots} codes: sample them in at most as many steps, not {calls}.")
@@ -223,7 +225,8 @@ class ResidualSteps(ABC):
         schedule: how the number of hidden slots falls, see `hidden_slots`.
         scatter: multiplies the standard deviation around a mean, as the temperature does; 0 takes the mean itself.
 
-    Errors: `StudioError` for a value outside these ranges.
+    Raises:
+        StudioError: for a value outside these ranges.
     """
 
     steps: int | None = None
@@ -246,7 +249,8 @@ class ResidualSteps(ABC):
     def plan(self, slots: int) -> list[int]:
         """How many of the slots of an image are hidden after each call, for settings that are filled.
 
-        Errors: `StudioError` for more steps than slots.
+        Raises:
+            StudioError: for more steps than slots.
         """
         return hidden_after_calls(self.steps, slots, self.schedule)
 
@@ -286,7 +290,8 @@ class ResGenDecoding(ResidualSteps):
         confidence: "cell" (one number for all levels of a cell) or "level" (what each level adds).
         confidence_temperature: of the noise on confidence at the start; 0: none.
 
-    Errors: `StudioError` for a value outside these ranges.
+    Raises:
+        StudioError: for a value outside these ranges.
     """
 
     confidence: str = "cell"
@@ -339,7 +344,8 @@ def resgen_decoding(
         settings: which slots are shown when: `ResGenDecoding()` when None.
         on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
 
-    Errors: `StudioError` for more steps than an image has codes, and for settings that would change nothing.
+    Raises:
+        StudioError: for more steps than an image has codes, and for settings that would change nothing.
     """
     settings, sampling = (settings or ResGenDecoding()).filled(), sampling or Sampling()
     kind = DISTRIBUTIONS[model.config.prediction]

@@ -24,12 +24,13 @@ class RQDecoding:
     Args:
         levels: temperature and filters of each level, coarse to fine, in place of those of the call.
 
-    Errors: `StudioError` for what is not a `Sampling` for each level.
+    Raises:
+        StudioError: for what is not a `Sampling` for each level.
     """
 
     levels: tuple[Sampling, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.levels is None:
             return
         if not isinstance(self.levels, list | tuple) or not all(isinstance(level, Sampling) for level in self.levels):
@@ -60,8 +61,9 @@ def rq_decoding(
         guidance_scale: of captions; 1 (or 0) is no guidance.
         on_step: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
 
-    Errors: `StudioError` for a number of samplings that is not the number of levels, and for guidance of a model that
-    has no unconditional rows.
+    Raises:
+        StudioError: for a number of samplings that is not the number of levels, and for guidance of a model that has no
+            unconditional rows.
     """
     (height, width), depth = model.config.grid, model.config.depth
     by_level = [sampling or Sampling()] * depth if not isinstance(sampling, Sequence) else sampling

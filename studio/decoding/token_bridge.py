@@ -54,7 +54,8 @@ def dimension_wise(
         on_step: called as (number of the step, tokens (B, L, D) which may be written to); True stops the loop.
         order: of the cells (B, L) in place of the generators'; cells at its end are sampled first.
 
-    Errors: `StudioError` for more steps than cells.
+    Raises:
+        StudioError: for more steps than cells.
     """
     settings, sampling = (settings or DimensionWise()).filled(), sampling or Sampling()
     plan = settings.plan(model.num_tokens)

@@ -112,7 +112,7 @@ def _shape_of(parents: tuple[int, ...]) -> _Shape:
     return _Shape(ancestors, torch.tensor([len(line) - 1 for line in lines]), children, first)
 
 
-def trees_of(rows: list[tuple[list[int], list[int]]], device) -> Tree:
+def trees_of(rows: list[tuple[list[int], list[int]]], device: torch.device | str) -> Tree:
     """Trees from lists (tokens, parents) of each image, the root included."""
     n = max(len(tokens) for tokens, _ in rows)
     tokens = [one + [0] * (n - len(one)) for one, _ in rows]
@@ -127,12 +127,13 @@ class StaticTree:
     Args:
         paths: the nodes without the root, in any order; a node's parent and its elder siblings must be there too.
 
-    Errors: `StudioError` for paths that are no tree.
+    Raises:
+        StudioError: for paths that are no tree.
     """
 
     paths: tuple[tuple[int, ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.paths, Sequence) or not all(isinstance(path, Sequence) for path in self.paths):
             raise StudioError(f"paths are tuples of ranks such as ((0,), (0, 0)), not {shown(self.paths)}.")
         check_integer("The number of nodes of a draft tree", len(self.paths) + 1, 1, MAX_NODES)
@@ -194,14 +195,15 @@ class DynamicTree:
             5).
         width: children that a node may get, and nodes of a level that get any (the authors' 10).
 
-    Errors: `StudioError` for numbers below 1, and for fewer than two nodes.
+    Raises:
+        StudioError: for numbers below 1, and for fewer than two nodes.
     """
 
     nodes: int = 59
     levels: int = 5
     width: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("nodes", 2), ("levels", 1), ("width", 1)):
             set_fields(self, **{name: check_integer(f"{name} of a draft tree", getattr(self, name), least, MAX_NODES)})
 
