@@ -155,7 +155,7 @@ def test_every_decoding_is_taken(run, student_folder, tmp_path, decoding, option
     ("options", "word"),
     [
         (["--decoding", "jacobi", "--coupling", "eagle"], "coupling is one of seed, none, maximal, gumbel"),
-        (["--decoding", "lantern", "--drafts", "eagle"], "drafts"),
+        (["--decoding", "lantern", "--drafts", "eagle"], "drafts is one of own, jacobi"),
         (["--window", 4], "--window belongs to --decoding jacobi: say which decoding you mean"),
         (["--decoding", "ar", "--window", 4], "--window belongs to --decoding jacobi, not ar"),
     ],

@@ -252,7 +252,7 @@ def _mean_of_known(numbers):
 
 
 class _CountedDrafts:
-    """A source of drafts that does what another does, and notes how many nodes its trees have."""
+    """Drafts as of other settings, which notes how many nodes the trees have."""
 
     def __init__(self, source):
         self._source, self.nodes = source, 1

@@ -73,7 +73,7 @@ def _noting(decoding, images, rounds):
 
 
 class TracedDrafts:
-    """A source of drafts that does what another does, and keeps the rounds of some images of one call.
+    """Drafts as of other settings, which keep the rounds of some images of one call.
 
     Args:
         source: what makes the drafts.
