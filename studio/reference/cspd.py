@@ -11,6 +11,7 @@ import torch
 
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.cspd import AlignedAcceptance, ContinuousSpeculative, FinalStep, Resampled
+from studio.errors import StudioError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class AuthorsContinuousSpeculative(ContinuousSpeculative):
     """`ContinuousSpeculative` in "relaxed" mode by the authors' rule."""
 
     mode: str = "relaxed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode != "relaxed":
+            raise StudioError('The authors\' rule is for mode="relaxed": use ContinuousSpeculative for exact decoding.')
 
     @property
     def acceptance(self) -> AuthorsAcceptance:
