@@ -106,7 +106,7 @@ def contenders(pipe: ConditionalPipeline) -> list[Contender]:
     components = [name for name, part in pipe.components.items() if part is not None]
     names = decodings_for(type(pipe).__name__, components)
     total = pipe.transformer.num_tokens
-    return [Contender(name, options) for name in names for options in decoding_named(name).benchmarked(total)]
+    return [Contender(name, dict(options)) for name in names for options in decoding_named(name).benchmarked(total)]
 
 
 def bench_tradeoff(

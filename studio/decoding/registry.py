@@ -6,7 +6,7 @@ library; the class of the settings is imported when settings are made.
 """
 
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Option:
     convert: Callable[[Any], Any] | None = None
 
 
-Settings = dict[str, float | str]
+Settings = Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DecodingChoice:
     options: tuple[Option, ...] = ()
     pipeline: str = "LlamaGenPipeline"
     needs: str | None = None
-    benchmarked: Callable[[int], list[Settings]] = lambda total: [{}]
+    benchmarked: Callable[[int], Sequence[Settings]] = lambda total: [{}]
 
     def settings(self, **given: float | str | None) -> Any:
         """The settings object, with its defaults for what is not given.

@@ -98,7 +98,8 @@ class _Shape:
 @lru_cache(maxsize=4096)
 def _shape_of(parents: tuple[int, ...]) -> _Shape:
     """Kept, as small trees come again and again."""
-    lines, children = [], [[] for _ in parents]
+    lines: list[list[int]] = []
+    children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents):
         lines.append([*lines[parent], node] if parent >= 0 else [node])
         if parent >= 0:
@@ -140,7 +141,7 @@ class StaticTree:
         ranks = [[check_integer("A rank in a draft tree", rank, 0, MAX_NODES) for rank in path] for path in self.paths]
         paths = tuple(sorted(map(tuple, ranks), key=lambda path: (len(path), path)))
         set_fields(self, paths=paths)
-        known = {()}
+        known: set[tuple[int, ...]] = {()}
         for path in paths:
             elder = (*path[:-1], path[-1] - 1) if path and path[-1] else ()
             if not path or path in known or path[:-1] not in known or elder not in known:
@@ -287,7 +288,8 @@ def default_tree(device: torch.device, sampled: bool = False) -> DynamicTree | S
 
 def _likeliest_paths(acceptance: Sequence[float], count: int, levels: int) -> list[tuple[tuple[int, ...], float]]:
     """The `count` likeliest paths of at most `levels` ranks, parents and elder siblings first."""
-    found, waiting = [], [(-acceptance[0], (0,), 1.0)]
+    found: list[tuple[tuple[int, ...], float]] = []
+    waiting: list[tuple[float, tuple[int, ...], float]] = [(-acceptance[0], (0,), 1.0)]
     while waiting and len(found) < count:
         probability, path, above = heapq.heappop(waiting)
         found.append((path, -probability))

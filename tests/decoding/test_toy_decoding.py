@@ -45,17 +45,24 @@ def __getattr__(name):
 '''
 
 PROGRAM = """
-import contextlib, io, json, sys
+import json, os, sys, tempfile
 import toy
 from studio.cli import main
 
 def output(*arguments):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    """What a command writes to the file of stdout."""
+    with tempfile.TemporaryFile() as file:
+        real = os.dup(1)
+        os.dup2(file.fileno(), 1)
         try:
             main([*arguments])
         except SystemExit as ended:
-            assert not ended.code, out.getvalue()
-    return out.getvalue()
+            assert not ended.code, arguments
+        finally:
+            sys.stdout.flush()
+            os.dup2(real, 1)
+        file.seek(0)
+        return file.read().decode()
 
 model, lines = sys.argv[1:]
 found = {"help": output("generate", "--help")}
