@@ -50,7 +50,7 @@ import toy
 from studio.cli import main
 
 def output(*arguments):
-    """What a command writes to the file of stdout."""
+    # What a command writes to the file of stdout.
     with tempfile.TemporaryFile() as file:
         real = os.dup(1)
         os.dup2(file.fileno(), 1)
