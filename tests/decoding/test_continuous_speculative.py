@@ -139,6 +139,12 @@ def test_refused_settings(settings, words):
         ContinuousSpeculative(**settings)
 
 
+def test_the_authors_rule_is_for_relaxed_mode():
+    assert AuthorsContinuousSpeculative().approximate
+    with pytest.raises(StudioError, match='mode="relaxed"'):
+        AuthorsContinuousSpeculative(mode="exact")
+
+
 def test_refused_calls():
     with pytest.raises(StudioError, match="temperature of 0"):
         sample({}, temperature=0.0)

@@ -305,7 +305,7 @@ def test_settings_are_checked():
             settings(drafts=Jacobi(coupling="seed"))
         with pytest.raises(StudioError, match=f"to {settings.__name__}, not"):
             settings(drafts=Jacobi(weights="plain"))
-    with pytest.raises(StudioError, match="leave reference out"):
+    with pytest.raises(StudioError, match="use Lantern with Jacobi drafts"):
         AuthorsLantern(drafts=Jacobi())
 
 
