@@ -95,9 +95,7 @@ def test_options_of_a_decoding_are_numbers(steps, toasts):
     assert "speculative" in toasts[-1] and not steps
 
 
-@pytest.mark.parametrize(
-    ("decoding", "options"), [("speculative", {}), ("lantern", {"delta": "0.2", "k": "9"})]
-)
+@pytest.mark.parametrize(("decoding", "options"), [("speculative", {}), ("lantern", {"delta": "0.2", "k": "9"})])
 def test_drafts_are_told_from_the_models_own_tokens(steps, decoding, options):
     gallery, tokens, status = updates("a red apple", 1, "7", "", "", "", "", decoding, options)[-1]
     assert "accepted drafts" in tokens and tokens.count("M") == 16
