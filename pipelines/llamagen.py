@@ -165,7 +165,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
             settings.reports_for(self.student, num_tokens)
         elif isinstance(settings, Speculative):
-            settings.relaxation(self.image_tokenizer.quantize.embedding.weight)
+            settings.rule(self.image_tokenizer.quantize.embedding.weight)
         elif not isinstance(settings, (Autoregressive, Jacobi, FastestExact)):
             raise StudioError(
                 "LlamaGen samples with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
@@ -260,7 +260,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             if isinstance(settings, Distilled):
                 total = settings.reports_for(self.student, num_tokens)
             with self.progress_bar(total=total) as progress:
-                on_token = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 sampled = self._sample(
                     condition,
                     generators=generators,
@@ -269,7 +269,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                     cfg_interval=cfg_interval,
                     settings=settings,
                     num_tokens=num_tokens,
-                    on_token=on_token,
+                    on_step=on_step,
                     editable=callback_on_step_end is not None,
                 )
             with timed(seconds, "pixels"):
@@ -278,7 +278,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
     def _sample(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Sampled:
-        """Calls the loop that the settings are of; `editable`: whether `on_token` may change tokens."""
+        """Calls the loop that the settings are of; `editable`: whether `on_step` may change tokens."""
         call["settings"] = settings
         if isinstance(settings, Speculative):
             codebook = self.image_tokenizer.quantize.embedding.weight

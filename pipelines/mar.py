@@ -215,7 +215,7 @@ class MARPipeline(ConditionalPipeline):
             steps = 0
             with self.progress_bar(total=self.transformer.num_tokens) as progress:
 
-                def on_step(positions: torch.Tensor, tokens: torch.Tensor) -> bool:
+                def on_step(step: int, tokens: torch.Tensor, positions: torch.Tensor) -> bool:
                     nonlocal final, steps
                     final += positions.shape[1]
                     progress.update(positions.shape[1])
@@ -232,13 +232,15 @@ class MARPipeline(ConditionalPipeline):
 
     def _sample(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedOutput:
         if not is_speculative:
-            call["on_step"] = lambda number, positions, tokens: on_step(positions, tokens)
-            return masked_autoregressive(self.transformer, condition, **call)
-
-        def on_call(what, positions, tokens):
-            return self._interrupt if what == "draft" else on_step(positions, tokens)
-
-        return continuous_speculative(self.transformer, condition, draft=self.drafter, on_call=on_call, **call)
+            return masked_autoregressive(self.transformer, condition, on_step=on_step, **call)
+        return continuous_speculative(
+            self.transformer,
+            condition,
+            draft=self.drafter,
+            on_step=on_step,
+            on_draft=lambda *_: self._interrupt,
+            **call,
+        )
 
 
 def _stats(sampled: MaskedOutput, final: int, seconds: dict[str, float]) -> DecodingStats:

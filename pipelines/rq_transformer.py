@@ -188,7 +188,7 @@ class RQTransformerPipeline(ResidualPipeline):
                     generators=generators,
                     sampling=sampling,
                     guidance_scale=guidance_scale,
-                    on_cell=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
+                    on_step=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
                 ).flatten(1, 2)
             with timed(seconds, "pixels"):
                 images = tokens if output_type == "tokens" else self.decode_tokens(tokens, output_type)

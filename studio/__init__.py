@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from studio.decoding.jacobi import Jacobi
     from studio.decoding.lantern import Lantern, LanternPlusPlus
     from studio.decoding.mar import MaskedAutoregressive
+    from studio.decoding.registry import (
+        DECODINGS,
+        decoding_named,
+        decoding_options,
+        decodings_for,
+        decodings_with,
+        default_decoding,
+    )
     from studio.decoding.resgen import FirstHitting, ResGenDecoding
     from studio.decoding.rq_transformer import RQDecoding
     from studio.decoding.speculative import Speculative
@@ -41,7 +49,6 @@ if TYPE_CHECKING:
     from studio.models.resgen import ResGen
     from studio.models.rq_transformer import RQTransformer
     from studio.models.token_bridge import TokenBridge
-    from studio.pipelines.decodings import DECODINGS, decoding_named, decodings_for, decodings_with, default_decoding
     from studio.pipelines.image_codec import decode_image, encode_image
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.mar import MARPipeline
@@ -63,7 +70,7 @@ _EXPORTS = {
     "Autoregressive": "studio.decoding.autoregressive",
     "RQDecoding": "studio.decoding.rq_transformer",
     "ContinuousSpeculative": "studio.decoding.cspd",
-    "DECODINGS": "studio.pipelines.decodings",
+    "DECODINGS": "studio.decoding.registry",
     "DimensionWise": "studio.decoding.token_bridge",
     "Distilled": "studio.decoding.distilled",
     "DistilledStudent": "studio.models.distilled",
@@ -95,10 +102,11 @@ _EXPORTS = {
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
     "compress": "studio.pruning.kv_cache",
     "decode_image": "studio.pipelines.image_codec",
-    "decoding_named": "studio.pipelines.decodings",
-    "decodings_for": "studio.pipelines.decodings",
-    "decodings_with": "studio.pipelines.decodings",
-    "default_decoding": "studio.pipelines.decodings",
+    "decoding_named": "studio.decoding.registry",
+    "decoding_options": "studio.decoding.registry",
+    "decodings_for": "studio.decoding.registry",
+    "decodings_with": "studio.decoding.registry",
+    "default_decoding": "studio.decoding.registry",
     "encode_image": "studio.pipelines.image_codec",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.api",
@@ -144,6 +152,7 @@ __all__ = [
     "compress",
     "decode_image",
     "decoding_named",
+    "decoding_options",
     "decodings_for",
     "decodings_with",
     "default_decoding",

@@ -72,7 +72,7 @@ def test_json_is_readable_where_it_can_be_and_valid_where_not():
     "make",
     [
         lambda: Lantern(delta="0.1"),
-        lambda: Lantern(ratio_budget=math.nan),
+        lambda: Lantern(ratio=math.nan),
         lambda: LanternPlusPlus(k="10"),
         lambda: Distilled(teacher_steps=5),
         lambda: Distilled(teacher_steps=(1, "2")),

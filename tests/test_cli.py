@@ -129,11 +129,11 @@ def student_folder(tiny_pipeline, tmp_path_factory):
         ("jacobi", []),
         ("jacobi", ["--window", 4, "--coupling", "maximal"]),
         ("speculative", []),
-        ("lantern", ["--delta", 0.2, "--neighbours", 8]),
-        ("lantern", ["--neighbours", 8, "--drafts", "jacobi"]),
-        ("lantern++", ["--neighbours", 8, "--drafts", "jacobi"]),
+        ("lantern", ["--delta", 0.2, "--k", 8]),
+        ("lantern", ["--k", 8, "--drafts", "jacobi"]),
+        ("lantern++", ["--k", 8, "--drafts", "jacobi"]),
         ("lantern++", []),
-        ("lantern++", ["--ratio", 2, "--neighbours", 8]),
+        ("lantern++", ["--ratio", 2, "--k", 8]),
         ("distilled", []),
         ("distilled", ["--steps", 2]),
         ("distilled", ["--steps", 1, "--teacher-steps", 3, "--guidance", 2]),
@@ -155,7 +155,7 @@ def test_every_decoding_is_taken(run, student_folder, tmp_path, decoding, option
     ("options", "word"),
     [
         (["--decoding", "jacobi", "--coupling", "eagle"], "coupling is one of seed, none, maximal, gumbel"),
-        (["--decoding", "lantern", "--drafts", "eagle"], "drafts are one of own, jacobi"),
+        (["--decoding", "lantern", "--drafts", "eagle"], "drafts is one of own, jacobi"),
         (["--window", 4], "--window belongs to --decoding jacobi: say which decoding you mean"),
         (["--decoding", "ar", "--window", 4], "--window belongs to --decoding jacobi, not ar"),
     ],
@@ -218,7 +218,7 @@ def test_auto_takes_the_fastest_that_was_measured_here(run, student_folder, tmp_
         | {"judge_top1": quality, "batch": 1, "dtype": "float32"}
         for name, settings, seconds, quality in (
             ("ar", {}, 1.0, 0.6),
-            ("lantern", {"delta": 0.2, "neighbours": 8}, 0.5, 0.58),
+            ("lantern", {"delta": 0.2, "k": 8}, 0.5, 0.58),
             ("distilled", {"steps": 1, "teacher_steps": 0}, 0.1, 0.4),
         )
     ]
@@ -255,7 +255,7 @@ def test_what_a_student_cannot_do_is_refused(run, student_folder, options, word)
         (["--decoding", "distilled", "--steps", "0"], "--steps"),
         (["--decoding", "distilled", "--dtype", "int8"], "int8"),
         (["--decoding", "distilled"], "needs a student"),
-        (["--decoding", "speculative", "--neighbours", "5"], "lantern"),
+        (["--decoding", "speculative", "--k", "5"], "lantern"),
         (["--decoding", "speculative", "--dtype", "int8"], "int8"),
         (["--decoding", "lantern", "--delta", "2"], "delta"),
         (["--decoding", "auto", "--delta", "0.1"], "--delta"),

@@ -33,7 +33,7 @@ def test_python_that_needs_published_weights_compiles(page):
 def test_command_parses(line):
     """Its command and options exist; what a decoding, a kind or a preset is called, and what goes with it, is right."""
     from studio.commands.decodings import decoding_of, given
-    from studio.pipelines.decodings import DECODINGS
+    from studio.decoding.registry import DECODINGS
     from studio.training import KINDS
     from studio.training.options import preset_names
 

@@ -186,7 +186,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
 
         Features are logits of the second table's codes, or pixels. `length` as of `decode`.
         """
-        vectors, lengths = self._first(vectors, length)
+        vectors, lengths = self.tail_token_drop(vectors, length)
         return self.decoder(vectors.to(self.dtype), lengths)
 
     def decode_vectors(self, vectors: torch.Tensor, length: int | Sequence[int] | None = None) -> torch.Tensor:
@@ -217,8 +217,21 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         quantized = self.quantize_features(self.encode_features(images))
         return self.decode_vectors(quantized.vectors, length), 0.25 * quantized.commitment + quantized.codebook
 
-    def _first(self, vectors, length):
-        """The vectors that count for any image, and how many for each (None: all of them)."""
+    def tail_token_drop(
+        self, vectors: torch.Tensor, length: int | Sequence[int] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tail Token Drop (arXiv:2501.10064, section 3.2): only the first tokens of an image are decoded.
+
+        Args:
+            vectors: (B, n, code_dim).
+            length: how many of them count, as of `decode`.
+
+        Returns:
+            The vectors that count for any image, and how many for each; None where all of those count.
+
+        Raises:
+            StudioError: for lengths that cannot be.
+        """
         n, most = vectors.shape[1], self.config.num_tokens
         if not 1 <= n <= most:
             raise StudioError(f"This tokenizer decodes from 1 to {most} tokens, not from {n}.")

@@ -81,7 +81,8 @@ def bench_random_decoding(
         `{"rows": [{"batch", "dtype", "tokens_per_second", "bound_tokens_per_second", "reference_tokens_per_second",
         "speedup", "identical_tokens"}]}`. The reference is the textbook sampler in float32.
 
-    Errors: `StudioError` for sizes that do not fit together, a wrong guidance scale and an unknown dtype.
+    Raises:
+        StudioError: for sizes that do not fit together, a wrong guidance scale and an unknown dtype.
     """
     guidance = check_number("The guidance scale", guidance)
     side = round(tokens**0.5)

@@ -39,8 +39,9 @@ def bench_mar(
     Returns:
         `{"seconds", "reference_seconds", "head_share"}`; the share of the seconds that the head takes.
 
-    Errors: `StudioError` for sizes that are none or do not fit together, for a number below 1, and for a device that is
-    not there.
+    Raises:
+        StudioError: for sizes that are none or do not fit together, for a number below 1, and for a device that is not
+            there.
     """
     for name, value in (("batch", batch), ("repeats", repeats)):
         if value < 1:

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from studio.bench.report import markdown_table
 from studio.checkpoints.loading import load
 from studio.data.captions import full_caption
+from studio.decoding.registry import decoding_named, decodings_for
 from studio.errors import StudioError
 from studio.evaluation.judge import held_out_features, load_judge, sample_combinations, scores, verdicts
 from studio.evaluation.metrics import frechet_distance
-from studio.pipelines.decodings import decoding_named, decodings_for
 from studio.pipelines.resgen import ResGenPipeline
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -40,7 +40,8 @@ def bench_residual(
         `{"model", "samples", "seed", "rows"}`. A row has "decoding", "steps", "depth" (the levels that are decoded),
         "judge_top1" as a fraction, "frechet" in the judge's features, and "seconds_per_image" of sampling all levels.
 
-    Errors: `StudioError` for another kind of model, and for more calls than an image has codes.
+    Raises:
+        StudioError: for another kind of model, and for more calls than an image has codes.
     """
     pipe = load(model, device=device)
     if not isinstance(pipe, ResGenPipeline) or not pipe.takes_text:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from studio.checkpoints.loading import load
 from studio.checkpoints.measured import fingerprint, save_measured
 from studio.data.captions import full_caption
 from studio.decoding.jacobi import Jacobi
+from studio.decoding.registry import DECODINGS, decoding_named, decodings_for, is_approximate
 from studio.errors import StudioError
 from studio.evaluation.generators import held_out_samples, judge_samples
 from studio.evaluation.judge import sample_combinations
 from studio.evaluation.metrics import sliced_distance
-from studio.pipelines.decodings import decoding_named, decodings_for, is_approximate
+from studio.pipelines.base import ConditionalPipeline
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
@@ -85,7 +87,6 @@ COMMITTED = Path(__file__).with_name("decodings")
 PICTURES = 16
 QUALITY_SAMPLES = 500
 _QUALITY = ("judge_top1", "frechet", "quality_samples")
-_NEEDED = {LlamaGenPipeline: {"distilled": "student"}, MARPipeline: {"cspd": "drafter"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,35 +96,17 @@ class Contender:
     decoding: str
     settings: dict = dataclasses.field(default_factory=dict)
 
-    def make(self):
+    def make(self) -> Any:
         """What `decoding=` of a pipeline takes."""
         return decoding_named(self.decoding).settings(**self.settings)
 
 
-def contenders(pipe) -> list[Contender]:
-    """Plain decoding, and every decoding that the pipeline has the parts for, at several settings."""
-    if isinstance(pipe, MARPipeline):
-        total = pipe.transformer.num_tokens
-        found = [Contender("mar"), Contender("mar", {"steps": total})]
-        if pipe.drafter is not None:
-            relaxed = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"steps": total}]
-            found.append(Contender("cspd", {"mode": "exact"}))
-            found += [Contender("cspd", {"mode": "relaxed", **more}) for more in relaxed]
-        return found
-    if isinstance(pipe, ResGenPipeline):
-        orders = decodings_for(type(pipe).__name__, ())
-        return [Contender("resgen"), *(Contender(name, {"steps": steps}) for name in orders for steps in (4, 8, 32))]
-    if isinstance(pipe, RQTransformerPipeline):
-        return [Contender("rq")]
-    if isinstance(pipe, TokenBridgePipeline):
-        return [Contender("bridge"), *(Contender("bridge", {"steps": steps}) for steps in (4, 8, 32))]
-    found = [Contender("ar"), Contender("jacobi"), Contender("speculative")]
-    found += [Contender("lantern", {"delta": delta, "neighbours": 1000}) for delta in (0.05, 0.1, 0.2, 0.4)]
-    found += [Contender("lantern++", {"ratio": ratio, "neighbours": 10}) for ratio in (2.0, 5.0)]
-    if pipe.student is not None:
-        found += [Contender("distilled", {"steps": steps, "teacher_steps": 0}) for steps in (1, 2, 4)]
-        found.append(Contender("distilled", {"steps": 1, "teacher_steps": pipe.transformer.num_tokens // 4}))
-    return found
+def contenders(pipe: ConditionalPipeline) -> list[Contender]:
+    """Plain decoding, and every decoding that the pipeline has the parts for, at the settings of the registry."""
+    components = [name for name, part in pipe.components.items() if part is not None]
+    names = decodings_for(type(pipe).__name__, components)
+    total = pipe.transformer.num_tokens
+    return [Contender(name, dict(options)) for name in names for options in decoding_named(name).benchmarked(total)]
 
 
 def bench_tradeoff(
@@ -161,8 +144,9 @@ def bench_tradeoff(
         in a round, drafts and tests, over a plain step), break_even_length (their sum: what must be accepted to gain),
         and for every row but a student's memory_bound_seconds and compute_bound_seconds for an image.
 
-    Errors: `StudioError` for another kind of model, for a name in `only` that it has no decoding of, and in a quick run
-        when the committed quality is of other weights or lacks a setting.
+    Raises:
+        StudioError: for another kind of model, for a name in `only` that it has no decoding of, and in a quick run when
+            the committed quality is of other weights or lacks a setting.
     """
     mark = fingerprint(model)
     committed = _committed_quality(model, mark) if quick else None
@@ -194,9 +178,10 @@ def bench_tradeoff(
             for contender, run, judged in zip(field, timed, quality):
                 rows.append(_row(contender, batch, name, run, base, judged, machine))
     result = {"model": model, "fingerprint": mark, "device": pipe.device.type, "left_out": {}, "rows": rows}
-    for decoding, part in _NEEDED.get(type(pipe), {}).items():
-        if getattr(pipe, part) is None and (not only or decoding in only):
-            result["left_out"][decoding] = f"the pipeline has no {part}"
+    for decoding, choice in DECODINGS.items():
+        is_asked_for = choice.pipeline == type(pipe).__name__ and (not only or decoding in only)
+        if choice.needs and is_asked_for and getattr(pipe, choice.needs) is None:
+            result["left_out"][decoding] = f"the pipeline has no {choice.needs}"
     if save:
         result["saved"] = str(save_measured(model, pipe.device, rows))
     return result
@@ -267,18 +252,18 @@ def _mean_of_known(numbers):
 
 
 class _CountedDrafts:
-    """A source of drafts that does what another does, and notes how many nodes its trees have."""
+    """Drafts as of other settings, which notes how many nodes the trees have."""
 
     def __init__(self, source):
         self._source, self.nodes = source, 1
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def begin(self, setting):
-        drafting = self._source.begin(setting)
-        self.nodes = drafting.nodes
-        return drafting
+    def candidate_generator(self, context):
+        candidates = self._source.candidate_generator(context)
+        self.nodes = candidates.nodes
+        return candidates
 
 
 class _Machine:

@@ -4,12 +4,12 @@ import time
 
 import torch
 
-from studio.decoding.acceptance import Relaxation
-from studio.decoding.lantern import neighbour_table
+from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling
+from studio.decoding.speculative import verify
 from studio.decoding.trees import DynamicTree, Tree, grow
-from studio.decoding.verification import verify
 from studio.errors import StudioError
+from studio.reference.lantern import AuthorsRelaxation
 from studio.reference.verification import leaf_paths, textbook_verify
 
 _CODE_DIM = 8
@@ -37,7 +37,8 @@ def bench_verify(
     Returns:
         `{"ms", "reference_ms"}`, milliseconds for a tree; the reference applies the authors' rule.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: for sizes that do not fit together.
     """
     for name, value in (("trees", trees), ("repeats", repeats)):
         if value < 1:
@@ -48,7 +49,7 @@ def bench_verify(
     if k > width:
         raise StudioError(f"A codebook of {vocab} codes has neighbourhoods of 1 to {vocab - 1} codes, not {k}.")
     ours = Relaxation(table, k, tv_budget=_DELTA)
-    authors = Relaxation(table, k, tv_budget=_DELTA, reference=True)
+    authors = AuthorsRelaxation(table, k, tv_budget=_DELTA)
     sampled = [_random_case(vocab, nodes, generator) for _ in range(trees)]
     prepared = [(leaf_paths(tree), tree.tokens[0], numbers[0].tolist()) for tree, _, numbers in sampled]
     sampling = Sampling()

@@ -7,24 +7,7 @@ from typing import Annotated
 import typer
 
 from studio.commands.decodings import (
-    Confidence,
-    ConfidenceTemperature,
-    Coupling,
-    Decoding,
-    Delta,
-    DiffusionSteps,
-    Drafts,
-    DraftSteps,
-    InnerTemperature,
-    Mode,
-    Neighbours,
-    Prefill,
-    Ratio,
-    Schedule,
-    Steps,
-    TeacherSteps,
     Tolerance,
-    Window,
     check_auto,
     check_given,
     decoding_of,
@@ -32,6 +15,7 @@ from studio.commands.decodings import (
     named,
     picked,
     shown_name,
+    with_decoding,
 )
 from studio.commands.options import Device, DrawingDtype, Json, number
 from studio.console import emit, quiet_libraries, say, warn
@@ -39,6 +23,7 @@ from studio.errors import StudioError
 from studio.files import user_path
 
 
+@with_decoding
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help='What to sample, such as "a red apple".', show_default=False)
@@ -82,23 +67,8 @@ def generate(
             min=1, help="How many tokens to sample of a model whose first ones are an image.", show_default="all"
         ),
     ] = None,
-    decoding: Decoding = None,
-    delta: Delta = None,
-    neighbours: Neighbours = None,
-    ratio: Ratio = None,
-    drafts: Drafts = None,
-    window: Window = None,
-    coupling: Coupling = None,
-    steps: Steps = None,
-    teacher_steps: TeacherSteps = None,
-    mode: Mode = None,
-    diffusion_steps: DiffusionSteps = None,
-    prefill: Prefill = None,
-    draft_steps: DraftSteps = None,
-    inner_temperature: InnerTemperature = None,
-    schedule: Schedule = None,
-    confidence: Confidence = None,
-    confidence_temperature: ConfidenceTemperature = None,
+    decoding: str | None = None,
+    options: dict | None = None,
     tolerance: Tolerance = None,
     device: Device = None,
     dtype: DrawingDtype = None,
@@ -117,11 +87,6 @@ def generate(
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if cfg_interval == -1:
         del sampling["cfg_interval"]
-    chosen = {"delta": delta, "neighbours": neighbours, "ratio": ratio, "steps": steps, "teacher_steps": teacher_steps}
-    chosen |= {"mode": mode, "diffusion_steps": diffusion_steps, "prefill": prefill, "draft_steps": draft_steps}
-    chosen |= {"inner_temperature": inner_temperature, "schedule": schedule, "confidence": confidence}
-    chosen |= {"confidence_temperature": confidence_temperature, "drafts": drafts}
-    chosen |= {"window": window, "coupling": coupling}
     if prompts is not None:
         if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
             raise StudioError("With --prompts the lines say what to sample, and --out is a folder: leave out the rest.")
@@ -129,15 +94,15 @@ def generate(
             raise StudioError("With --prompts every process must sample alike: name the decoding, and leave out auto.")
         from studio.commands.generate_batch import generate_many
 
-        options = {"num_images": num_images, "guidance": guidance, **sampling, "length": length}
-        options |= {"decoding": decoding, **chosen}
-        options = {name: value for name, value in options.items() if value is not None}
+        fields = {"num_images": num_images, "guidance": guidance, **sampling, "length": length}
+        fields |= {"decoding": decoding, **options}
+        fields = {name: value for name, value in fields.items() if value is not None}
         generate_many(
             prompts,
             user_path(out),
             model=model,
             seed=seed or 0,
-            options=options,
+            options=fields,
             batch_size=batch_size,
             device=device,
             dtype=dtype,
@@ -153,7 +118,7 @@ def generate(
     settings |= {} if length is None else {"num_tokens": length}
     if dtype == "int8" and decoding not in (None, "ar"):
         raise StudioError("--dtype int8 goes with --decoding ar only.")
-    chosen = given("ar" if dtype == "int8" else decoding, **chosen)
+    chosen = given("ar" if dtype == "int8" else decoding, **options)
     check_auto(decoding, tolerance, [name for name in chosen if name != "name"])
     if decoding != "auto":
         check_given(**chosen)

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 
+from studio import decoding_options
 from studio.checks import MAX_INTEGER, MAX_NUMBER, check_integer, check_number, first_line, is_unicode, shown
 from studio.commands.decodings import check_given, flag, given
 from studio.errors import StudioError
@@ -18,24 +19,7 @@ _SAMPLING = {
     "top_p": "top_p",
     "length": "num_tokens",
 }
-_DECODING = {
-    "delta": float,
-    "neighbours": int,
-    "ratio": float,
-    "drafts": str,
-    "window": int,
-    "coupling": str,
-    "steps": int,
-    "teacher_steps": int,
-    "mode": str,
-    "diffusion_steps": int,
-    "prefill": float,
-    "draft_steps": int,
-    "inner_temperature": float,
-    "schedule": str,
-    "confidence": str,
-    "confidence_temperature": float,
-}
+_OPTIONS = {name: next(iter(owners.values())) for name, owners in decoding_options().items()}
 _KINDS = {
     "prompt": str,
     "class_label": int,
@@ -48,9 +32,10 @@ _KINDS = {
     "top_p": float,
     "length": int,
     "decoding": str,
-    **_DECODING,
+    **{name: option.kind for name, option in _OPTIONS.items()},
 }
-_SMALLEST = {"num_images": 1, "length": 1, "neighbours": 1, "window": 1, "steps": 1, "cfg_interval": -1}
+_SMALLEST = {"num_images": 1, "length": 1, "cfg_interval": -1}
+_SMALLEST |= {name: option.least for name, option in _OPTIONS.items() if option.least is not None}
 _MOST_IMAGES = 1_000_000
 _LARGEST = {"num_images": _MOST_IMAGES, "seed": MAX_INTEGER - _MOST_IMAGES}
 _SEEDS = 2**48
@@ -81,7 +66,7 @@ class Request:
     approximate: bool = False
 
 
-def read_prompts(file, base_seed=0, options=None):
+def read_prompts(file: str, base_seed: int = 0, options: dict | None = None) -> list[Request]:
     """Read a file of prompts, and refuse it at the first line that is wrong.
 
     Args:
@@ -98,7 +83,7 @@ def read_prompts(file, base_seed=0, options=None):
             of a decoding that no line has.
     """
     file, requests, options = user_path(file), [], options or {}
-    of_decoding = [name for name in _DECODING if name in options]
+    of_decoding = [name for name in _OPTIONS if name in options]
     check_given(options.get("decoding"), **{name: options[name] for name in of_decoding})
     if os.path.exists(file) and not os.path.isfile(file):
         raise StudioError(f"{file} is no file: give a file with one JSON object a line.")
@@ -130,7 +115,7 @@ def read_prompts(file, base_seed=0, options=None):
     return requests
 
 
-def line_seed(base_seed, line):
+def line_seed(base_seed: int, line: int) -> int:
     """The seed of a line that has none: a number below 2**48 that depends on the base seed and the line's number."""
     digest = hashlib.sha256(f"{base_seed} {line}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % _SEEDS
@@ -166,9 +151,9 @@ def _request(number, fields, base_seed, options):
     if ("prompt" in fields) == ("class_label" in fields):
         raise StudioError('say what to sample: a prompt such as "a red apple", or class_label for such a model.')
     if fields.get("decoding", options.get("decoding")) != options.get("decoding"):
-        options = {name: value for name, value in options.items() if name not in _DECODING}  # none of this decoding's
+        options = {name: value for name, value in options.items() if name not in _OPTIONS}  # none of this decoding's
     chosen = {**options, **fields}
-    decoding = given(chosen.get("decoding"), **{name: chosen[name] for name in _DECODING if name in chosen})
+    decoding = given(chosen.get("decoding"), **{name: chosen[name] for name in _OPTIONS if name in chosen})
     check_given(**decoding)
     return Request(
         line=number,

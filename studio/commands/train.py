@@ -7,29 +7,7 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.decodings import (
-    Confidence,
-    ConfidenceTemperature,
-    Coupling,
-    Decoding,
-    Delta,
-    DiffusionSteps,
-    Drafts,
-    DraftSteps,
-    InnerTemperature,
-    Mode,
-    Neighbours,
-    Prefill,
-    Ratio,
-    Schedule,
-    Steps,
-    TeacherSteps,
-    Window,
-    check_given,
-    decoding_of,
-    given,
-    named,
-)
+from studio.commands.decodings import check_given, decoding_of, given, named, with_decoding
 from studio.commands.options import Device, Json, number, parsed_tiles
 from studio.console import emit, quiet_libraries, say
 from studio.training import KINDS
@@ -111,6 +89,7 @@ def train(
         say(f"  {file}")
 
 
+@with_decoding
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundled name or a model folder.")],
     samples: Annotated[
@@ -129,23 +108,8 @@ def evaluate(
         str | None,
         typer.Option(help="A vision model whose features compare images of --data.", show_default="the tokenizer's"),
     ] = None,
-    decoding: Decoding = None,
-    delta: Delta = None,
-    neighbours: Neighbours = None,
-    ratio: Ratio = None,
-    drafts: Drafts = None,
-    window: Window = None,
-    coupling: Coupling = None,
-    steps: Steps = None,
-    teacher_steps: TeacherSteps = None,
-    mode: Mode = None,
-    diffusion_steps: DiffusionSteps = None,
-    prefill: Prefill = None,
-    draft_steps: DraftSteps = None,
-    inner_temperature: InnerTemperature = None,
-    schedule: Schedule = None,
-    confidence: Confidence = None,
-    confidence_temperature: ConfidenceTemperature = None,
+    decoding: str | None = None,
+    options: dict | None = None,
     device: Device = None,
     as_json: Json = False,
 ):
@@ -153,25 +117,7 @@ def evaluate(
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()
-    chosen = given(
-        decoding,
-        delta=delta,
-        neighbours=neighbours,
-        ratio=ratio,
-        drafts=drafts,
-        window=window,
-        coupling=coupling,
-        steps=steps,
-        teacher_steps=teacher_steps,
-        mode=mode,
-        diffusion_steps=diffusion_steps,
-        prefill=prefill,
-        draft_steps=draft_steps,
-        inner_temperature=inner_temperature,
-        schedule=schedule,
-        confidence=confidence,
-        confidence_temperature=confidence_temperature,
-    )
+    chosen = given(decoding, **options)
     check_given(**chosen)
     is_plain = decoding is None and len(chosen) == 1
     how = None if is_plain else lambda pipe: decoding_of(**named(pipe=pipe, **chosen))

@@ -1,26 +1,24 @@
 """Plain autoregressive decoding: one call of the model per token.
 
-With classifier-free guidance (arXiv:2207.12598) the conditional rows and their null twins run as one batch, both fed
-the same token: `logits = null + scale * (conditional - null)`. Inside the guidance interval only (LlamaGen,
-arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the null rows leave
-the batch and the cache, and a step costs half.
-
-Classifier-free guidance (arXiv:2207.12598) when the tokens of one call stand at different places of the image.
+With classifier-free guidance (arXiv:2207.12598) the conditional rows and their unconditional twins run as one batch,
+both fed the same token: `logits = unconditional + scale * (conditional - unconditional)`. Inside the guidance interval
+only (LlamaGen, arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the
+unconditional rows leave the batch and the cache, and a step costs half. `Guidance` is the same for loops in which the
+tokens of one call have different positions in the image.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from studio.checks import check_choice
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 
 
 @dataclass
 class Guidance:
-    """Scale and interval as of `autoregressive`; `streams` is 2 while null rows follow the conditional ones, else 1."""
+    """Scale and interval as of `autoregressive`; `streams` is 2 while there are unconditional rows, else 1."""
 
     scale: float
     interval: int
@@ -41,7 +39,7 @@ class Guidance:
         return torch.cat((per_image, per_image)) if self.streams == 2 else per_image
 
     def is_over(self, length: int) -> bool:
-        """Whether no token behind the first `length` is guided, though null rows are still there."""
+        """Whether no token behind the first `length` is guided, though unconditional rows are still there."""
         return self.streams == 2 and 0 <= self.interval < length - 1
 
 
@@ -62,7 +60,7 @@ class Autoregressive:
     filter_order: str = "llamagen"
     weights: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Sampling(order=self.filter_order)
         check_choice("weights", self.weights, WEIGHTS)
 
@@ -95,12 +93,12 @@ def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
 
 def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
     """Combines logits (2B, V), conditional rows first, into (B, V)."""
-    conditional, null = logits.chunk(2)
-    return (conditional - null).mul_(scale).add_(null)
+    conditional, unconditional = logits.chunk(2)
+    return (conditional - unconditional).mul_(scale).add_(unconditional)
 
 
 def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The prefix (B or 2B, T, dim) and its valid positions; a null row keeps the padding of its conditional twin."""
+    """The prefix (B or 2B, T, dim) and its valid positions; an unconditional row keeps the padding of its twin."""
     if not guided:
         return model.embed_condition(**condition)
     doubled = {name: torch.cat((value, value)) for name, value in condition.items() if value is not None}
@@ -120,7 +118,7 @@ def autoregressive(
     cfg_interval: int = -1,
     settings: Autoregressive | None = None,
     num_tokens: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Sampled:
     """Samples the tokens of B images.
 
@@ -129,7 +127,7 @@ def autoregressive(
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
         generators: one per image.
         num_tokens: how many first tokens to sample; all when None.
-        on_token: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
+        on_step: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
     """
     settings = settings or Autoregressive()
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -148,7 +146,7 @@ def autoregressive(
         if len(logits) > batch:
             logits = guided_logits(logits, guidance_scale)
         tokens[:, index] = sampling.sample(logits, generators)
-        if on_token is not None and on_token(index, tokens[:, : index + 1]):
+        if on_step is not None and on_step(index, tokens[:, : index + 1]):
             sampled.tokens = tokens[:, : index + 1]
             break
         if index + 1 == total:

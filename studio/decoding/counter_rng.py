@@ -42,11 +42,11 @@ class PositionNoise:
         token_dim: numbers of a token D.
     """
 
-    def __init__(self, keys: torch.Tensor, token_dim: int):
+    def __init__(self, keys: torch.Tensor, token_dim: int) -> None:
         self.keys, self.token_dim = _mix(keys + _GOLDEN), token_dim
 
     @classmethod
-    def of(cls, generators: list[torch.Generator], token_dim: int, device) -> "PositionNoise":
+    def of(cls, generators: list[torch.Generator], token_dim: int, device: torch.device | str) -> "PositionNoise":
         """One random number is taken from each image's generator."""
         sampled = [torch.randint(2**62, (1,), generator=g, device=g.device).to(device) for g in generators]
         return cls(torch.cat(sampled), token_dim)

@@ -25,11 +25,11 @@ import torch
 from studio.checks import check_choice, check_integer, set_fields, shown
 from studio.decoding.autoregressive import WEIGHTS, Sampled, condition_rows, guided_logits, is_guided
 from studio.decoding.noise_map import NoiseMap
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")
-TEACHER_DRAWS = ("sample", "map")
+TEACHER_SAMPLES = ("sample", "map")
 _OF_TEACHER = ("teacher_sample", "filter_order", "weights")
 _NEAREST_ROWS = 4096
 
@@ -47,7 +47,8 @@ class Distilled:
         teacher_sample: "sample" samples the teacher's steps at random (as published), "map" from the image's noise.
         filter_order, weights: of the teacher's steps, as in `Autoregressive`; all three go with `teacher_steps` only.
 
-    Errors: `StudioError` for a value outside these ranges, and for settings that exclude each other.
+    Raises:
+        StudioError: for a value outside these ranges, and for settings that exclude each other.
     """
 
     steps: int = 1
@@ -59,7 +60,7 @@ class Distilled:
     filter_order: str = "llamagen"
     weights: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Sampling(order=self.filter_order)
         set_fields(self, steps=check_integer("steps", self.steps, 1))
         if self.times is not None:
@@ -78,7 +79,7 @@ class Distilled:
         if self.split is not None:
             set_fields(self, split=check_integer("split", self.split))
         check_choice("snap", self.snap, SNAPS)
-        check_choice("teacher_sample", self.teacher_sample, TEACHER_DRAWS)
+        check_choice("teacher_sample", self.teacher_sample, TEACHER_SAMPLES)
         check_choice("weights", self.weights, WEIGHTS)
         of_teacher = [name for name in _OF_TEACHER if getattr(self, name) != getattr(type(self), name)]
         if of_teacher and self.teacher_steps is None:
@@ -109,7 +110,7 @@ class Distilled:
         return total if split is None else split
 
     def reports_for(self, student: torch.nn.Module, steps: int | None = None) -> int:
-        """How often `distilled` calls `on_token`; `steps` as there."""
+        """How often `distilled` calls `on_step`; `steps` as there."""
         if self.teacher_steps is None:
             return len(self.times_for(student, steps))
         total = steps or len(student.bounds) - 1
@@ -142,7 +143,7 @@ def spread_times(calls: int, total: int, horizon: float) -> tuple[int, ...]:
     return tuple(round(horizon * total * call / calls) for call in range(calls))
 
 
-def sample_noise(generators: list[torch.Generator], n: int, width: int, device) -> torch.Tensor:
+def sample_noise(generators: list[torch.Generator], n: int, width: int, device: torch.device | str) -> torch.Tensor:
     """Gaussian noise (B, n, width), float32; image i uses generators[i] alone."""
     sampled = [torch.randn(n, width, generator=g, device=g.device).to(device) for g in generators]
     return torch.stack(sampled)
@@ -249,7 +250,7 @@ def teacher_tokens(
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     weights: str = "auto",
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     cost: Sampled | None = None,
 ) -> torch.Tensor:
     """Tokens (B, end) of an autoregressive teacher that goes on from the prefix (B, begin).
@@ -257,7 +258,7 @@ def teacher_tokens(
     Args:
         teacher: a `LlamaGen` in evaluation mode.
         sample: called as (index, guided logits (B, V)), returns tokens (B,).
-        guidance_scale, cfg_interval, weights, on_token: as of `autoregressive`; a stopped loop returns fewer tokens.
+        guidance_scale, cfg_interval, weights, on_step: as of `autoregressive`; a stopped loop returns fewer tokens.
         cost: has its calls counted, if given.
     """
     batch, begin = prefix.shape
@@ -273,7 +274,7 @@ def teacher_tokens(
             cost.target_calls += 1
             cost.row_calls += len(logits)
         tokens[:, index] = sample(index, guided_logits(logits, guidance_scale) if len(logits) > batch else logits)
-        if on_token is not None and on_token(index, tokens[:, : index + 1]):
+        if on_step is not None and on_step(index, tokens[:, : index + 1]):
             return tokens[:, : index + 1]
         if index + 1 < end:
             if not is_guided(index + 1, guidance_scale, cfg_interval) and cache.rows > batch:
@@ -282,9 +283,10 @@ def teacher_tokens(
     return tokens
 
 
-def map_sample(noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling):
-    """A `sample` of `teacher_tokens` that maps noise (B, n, C): token i is a function of its distribution and noise
-    i."""
+def map_sample(
+    noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A `sample` of `teacher_tokens` by noise (B, n, C): token i is a function of its distribution and its noise."""
     return lambda index, logits: noise_map(noise[:, index], sampling.probabilities(logits))
 
 
@@ -319,7 +321,7 @@ def distilled(
     cfg_interval: int = -1,
     settings: Distilled | None = None,
     steps: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     noise: torch.Tensor | None = None,
     noise_map: NoiseMap | None = None,
 ) -> DistilledOutput:
@@ -333,12 +335,13 @@ def distilled(
         generators: one per image: its noise, then the teacher's random samples.
         sampling, guidance_scale, cfg_interval: of the teacher's steps; the student knows neither.
         steps: how many first steps to sample; all when None.
-        on_token: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
+        on_step: called as (index, tokens so far (B, index + 1), which may be written to) after each token of the
             teacher and, with index n - 1, after each call of the student for all tokens; True stops the loop.
         noise: (B, N, C) for all tokens, in place of what the generators would sample.
         noise_map: for `teacher_sample="map"`, to spare measuring the codebook anew.
 
-    Errors: `StudioError` for settings that the student cannot serve, and for teacher's steps without a teacher.
+    Raises:
+        StudioError: for settings that the student cannot serve, and for teacher's steps without a teacher.
     """
     settings = settings or Distilled()
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -353,10 +356,10 @@ def distilled(
     call = _Counted(student, sampled)
 
     def after_call(vectors, tokens):
-        if on_token is None:
+        if on_step is None:
             return vectors, False
         before = tokens.clone()
-        stopped = on_token(n - 1, tokens)
+        stopped = on_step(n - 1, tokens)
         return torch.where((tokens != before)[:, :, None], codebook[tokens], vectors), bool(stopped)
 
     if settings.teacher_steps is None:
@@ -373,7 +376,7 @@ def distilled(
         options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "weights": settings.weights}
 
         def teacher_samples(prefix):
-            return teacher_tokens(model, condition, prefix, end, sample, on_token=on_token, cost=sampled, **options)
+            return teacher_tokens(model, condition, prefix, end, sample, on_step=on_step, cost=sampled, **options)
 
         sampled.latents, sampled.tokens = hybrid(
             call, codebook, noise, condition, teacher_samples, begin=begin, end=end, split=split
@@ -389,7 +392,7 @@ def distilled(
 class _Counted:
     """A student whose calls are counted."""
 
-    def __init__(self, student, sampled: DistilledOutput):
+    def __init__(self, student, sampled: DistilledOutput) -> None:
         self.student, self.sampled = student, sampled
 
     def __getattr__(self, name):

@@ -1,20 +1,17 @@
-"""What makes drafts for speculative decoding: the protocol of a source, and what it gets to see.
+"""Drafts for speculative decoding: the interface of what makes them, and two ways that need no training.
 
-A source is a frozen object of settings, a `Drafting` its state for one call of a pipeline. An image's drafts may
-depend on its own tokens, states and random numbers only, so that a batch equals its single calls, and never on the
-uniform numbers of the tests.
+Drafts are chosen by a frozen object of settings (`Drafts`), whose `candidate_generator` holds the state of one call.
+An image's drafts may depend on its own tokens, states and random numbers only, so results do not depend on batch size,
+and never on the uniform numbers of the tests.
 
-Drafts without training: what followed the last time that the latest tokens stood in the image.
+`NGram`: what followed the last time that the latest tokens stood in the image. Prompt lookup ("Inference with
+Reference", arXiv:2304.04487), with several continuations as branches of a tree.
 
-Prompt lookup ("Inference with Reference", arXiv:2304.04487), with several continuations as branches of a tree.
-
-Drafts without training: the candidates that the target itself had when a token stood in the image before.
-
-Token recycling ("Turning Trash into Treasure", arXiv:2408.08696): a table keeps, for each token, the likeliest tokens
-behind it when the target saw it last, in the image or in a draft. A tree of fixed shape is filled from that table.
-Deviations from the authors' code: every image begins with an empty table of its own, so that a batch equals its
-single calls; drafts that have no entry are left out; drafts can be sampled from the probabilities that the candidates
-had then, as LANTERN++ wants them, and not only be the likeliest.
+`TokenRecycling`: the candidates that the target itself had when a token stood in the image before ("Turning Trash into
+Treasure", arXiv:2408.08696). A table keeps, for each token, the likeliest tokens behind it when the target saw it last,
+in the image or in a draft; a tree of fixed shape is filled from that table. Deviations from the authors' code: every
+image begins with an empty table of its own; drafts that have no entry are left out; drafts can be sampled from the
+probabilities that the candidates had then, as LANTERN++ wants them, and not only be the likeliest.
 """
 
 from dataclasses import dataclass
@@ -30,12 +27,12 @@ from studio.errors import StudioError
 
 
 @dataclass
-class Setting:
+class DraftContext:
     """What a call is about: the target, valid prefix positions (rows, T) or None, and how its tokens are sampled.
 
-    `guidance` follows the loop: its number of streams drops when null rows leave. `drafter` is the `Drafter` that
-    belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`; `plan` is the target's
-    for these rows, as of `LlamaGen.plan`.
+    `guidance` follows the loop: its number of streams drops when the unconditional rows leave. `drafter` is the
+    `Drafter` that belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`; `plan`
+    is the target's for these rows, as of `LlamaGen.plan`.
     """
 
     model: torch.nn.Module
@@ -54,14 +51,14 @@ class Progress:
 
     Args:
         tokens: (B, N) int64, of which the first `lengths` (B,) are sampled; the last of those is the root.
-        room: levels (B,) that a tree may have; more cannot be of use.
+        max_depth: levels (B,) that a tree may have; more cannot be of use.
         generators: one per image.
-        states: the target's states (rows, T + N, dim) of all positions before the root; None unless the source asks.
+        states: the target's states (rows, T + N, dim) of all positions before the root; None unless `uses_states`.
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
-    room: torch.Tensor
+    max_depth: torch.Tensor
     generators: list[torch.Generator]
     states: torch.Tensor | None
 
@@ -70,8 +67,8 @@ class Progress:
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
 
 
-class Drafting(Protocol):
-    """The state of a source during one call.
+class CandidateGenerator(Protocol):
+    """Makes drafts during one call of a pipeline; the names are those of `transformers.CandidateGenerator`.
 
     `nodes` bounds the nodes of its trees with the root; `uses_states` says whether it reads the target's states.
     """
@@ -79,10 +76,10 @@ class Drafting(Protocol):
     nodes: int
     uses_states: bool
 
-    def propose(self, progress: Progress) -> Tree:
-        """Trees below the roots, siblings distinct, at most `room` levels."""
+    def get_candidates(self, progress: Progress) -> Tree:
+        """Trees below the roots, siblings distinct, at most `max_depth` levels."""
 
-    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+    def update_candidate_strategy(self, tree: Tree, logits: torch.Tensor) -> None:
         """Sees the target's guided logits (B, n, V) at the nodes of its trees."""
 
     def rewind(self, lengths: list[int]) -> None:
@@ -92,8 +89,8 @@ class Drafting(Protocol):
         """Goes on with these images, and these rows of the batch, only."""
 
 
-class DraftSource(Protocol):
-    """Settings of a source.
+class Drafts(Protocol):
+    """Settings that make drafts.
 
     `sampled` says whether it samples siblings at random, from distributions that its trees carry, where the target is
     not greedy.
@@ -101,19 +98,20 @@ class DraftSource(Protocol):
 
     sampled: bool
 
-    def begin(self, setting: Setting) -> Drafting:
+    def candidate_generator(self, context: DraftContext) -> CandidateGenerator:
         """Fresh state for a call.
 
-        Errors: `StudioError` when the source does not fit the target.
+        Raises:
+            StudioError: when the drafts do not fit the target.
         """
 
 
-class Memoryless:
-    """A `Drafting` that keeps nothing from call to call; `nodes` and `propose` are left to its subclasses."""
+class StatelessCandidates:
+    """A `CandidateGenerator` without states of the target; subclasses add `nodes` and `get_candidates`."""
 
     uses_states = False
 
-    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+    def update_candidate_strategy(self, tree: Tree, logits: torch.Tensor) -> None:
         pass
 
     def rewind(self, lengths: list[int]) -> None:
@@ -132,7 +130,8 @@ class NGram:
         branches: most continuations, the latest first.
         levels: tokens of a continuation.
 
-    Errors: `StudioError` for numbers below 1.
+    Raises:
+        StudioError: for numbers below 1.
     """
 
     longest: int = 3
@@ -141,26 +140,26 @@ class NGram:
 
     sampled = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("longest", "branches", "levels"):
             set_fields(self, **{name: check_integer(f"{name} of n-gram drafts", getattr(self, name), 1, MAX_NODES)})
         nodes = self.branches * self.levels
         if nodes > MAX_NODES:
             raise StudioError(f"n-gram drafts have at most {MAX_NODES} nodes, not {nodes}: lower branches or levels.")
 
-    def begin(self, setting: Setting) -> "_NGramDrafting":
-        return _NGramDrafting(self)
+    def candidate_generator(self, context: DraftContext) -> "_NGramCandidates":
+        return _NGramCandidates(self)
 
 
-class _NGramDrafting(Memoryless):
-    def __init__(self, settings: NGram):
+class _NGramCandidates(StatelessCandidates):
+    def __init__(self, settings: NGram) -> None:
         self.settings, self.nodes = settings, 1 + settings.branches * settings.levels
 
-    def propose(self, progress: Progress) -> Tree:
-        lengths, rooms = progress.lengths.tolist(), progress.room.tolist()
+    def get_candidates(self, progress: Progress) -> Tree:
+        lengths, max_depths = progress.lengths.tolist(), progress.max_depth.tolist()
         rows = [
-            _tree(tokens[:length], continuations(tokens[:length], self.settings, min(room, self.settings.levels)))
-            for tokens, length, room in zip(progress.tokens.tolist(), lengths, rooms)
+            _tree(tokens[:length], continuations(tokens[:length], self.settings, min(max_depth, self.settings.levels)))
+            for tokens, length, max_depth in zip(progress.tokens.tolist(), lengths, max_depths)
         ]
         return trees_of(rows, progress.tokens.device)
 
@@ -202,39 +201,40 @@ class TokenRecycling:
             target is greedy, they are the likeliest.
         candidates: how many the table keeps for a token that drafts are sampled for, at least the width of the tree.
 
-    Errors: `StudioError` for a number of candidates below 1.
+    Raises:
+        StudioError: for a number of candidates below 1.
     """
 
     tree: StaticTree = StaticTree(((0,), (1,), (0, 0), (0, 0, 0)))
     sampled: bool = False
     candidates: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_fields(self, candidates=check_integer("candidates of recycled drafts", self.candidates, 1, MAX_NODES))
 
-    def begin(self, setting: Setting) -> Drafting:
-        if self.sampled and not setting.sampling.greedy:
-            return _RecycledDraws(self.tree, max(self.candidates, self.tree.width), setting)
-        return _Recycled(self.tree, setting)
+    def candidate_generator(self, context: DraftContext) -> CandidateGenerator:
+        if self.sampled and not context.sampling.greedy:
+            return _RecycledSamples(self.tree, max(self.candidates, self.tree.width), context)
+        return _Recycled(self.tree, context)
 
 
-class _Recycled(Memoryless):
+class _Recycled(StatelessCandidates):
     """For each image the likeliest tokens behind each token that was seen, and trees filled in their order."""
 
-    def __init__(self, shape: StaticTree, setting: Setting):
+    def __init__(self, shape: StaticTree, context: DraftContext) -> None:
         self.shape, self.nodes = shape, shape.nodes
-        self.likeliest: list[dict[int, list[int]]] = [{} for _ in range(setting.batch)]
+        self.likeliest: list[dict[int, list[int]]] = [{} for _ in range(context.batch)]
 
-    def propose(self, progress: Progress) -> Tree:
-        rows = zip(self.likeliest, progress.roots.tolist(), progress.room.tolist())
+    def get_candidates(self, progress: Progress) -> Tree:
+        rows = zip(self.likeliest, progress.roots.tolist(), progress.max_depth.tolist())
         return trees_of([self._filled(*row) for row in rows], progress.tokens.device)
 
-    def _filled(self, likeliest: dict[int, list[int]], root: int, room: int) -> tuple[list[int], list[int]]:
+    def _filled(self, likeliest: dict[int, list[int]], root: int, max_depth: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of one tree; drafts without an entry are left out."""
         shape, tokens, parents, number = self.shape, [root], [-1], {0: 0}
         for node in range(1, shape.nodes):
             above, rank = number.get(shape.parents[node]), shape.ranks[node]
-            if above is None or shape.depths[node] > room:
+            if above is None or shape.depths[node] > max_depth:
                 continue
             candidates = likeliest.get(tokens[above], ())
             if rank < len(candidates):
@@ -243,7 +243,7 @@ class _Recycled(Memoryless):
                 parents.append(above)
         return tokens, parents
 
-    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+    def update_candidate_strategy(self, tree: Tree, logits: torch.Tensor) -> None:
         best = logits.topk(min(self.shape.width, logits.shape[-1]), dim=-1).indices.tolist()
         for likeliest, tokens, parents, seen in zip(self.likeliest, tree.token_lists, tree.parents.tolist(), best):
             likeliest.update(
@@ -254,16 +254,16 @@ class _Recycled(Memoryless):
         self.likeliest = [self.likeliest[image] for image in images]
 
 
-class _RecycledDraws(Memoryless):
+class _RecycledSamples(StatelessCandidates):
     """Candidates (B, V, kept), -1 where there is none, their probabilities after filters, and trees sampled of them."""
 
-    def __init__(self, shape: StaticTree, kept: int, setting: Setting):
-        self.shape, self.kept, self.nodes, self.sampling = shape, kept, shape.nodes, setting.sampling
-        size, device = (setting.batch, setting.model.config.vocab_size, kept), setting.model.device
+    def __init__(self, shape: StaticTree, kept: int, context: DraftContext) -> None:
+        self.shape, self.kept, self.nodes, self.sampling = shape, kept, shape.nodes, context.sampling
+        size, device = (context.batch, context.model.config.vocab_size, kept), context.model.device
         self.candidates = torch.full(size, -1, dtype=torch.int32, device=device)
         self.masses = torch.zeros(size, device=device)
 
-    def propose(self, progress: Progress) -> Tree:
+    def get_candidates(self, progress: Progress) -> Tree:
         roots, shape = progress.roots, self.shape
         (batch, vocab, kept), count = self.candidates.shape, len(shape.expanded)
         rows = torch.arange(batch, device=roots.device)
@@ -280,7 +280,7 @@ class _RecycledDraws(Memoryless):
             proposal_rows[node] = place
             children = [child for child, parent in enumerate(shape.parents) if parent == node]
             won = (masses / race).topk(len(children), dim=1)
-            exists = (won.values > 0) & (progress.room[:, None] > shape.depths[node])
+            exists = (won.values > 0) & (progress.max_depth[:, None] > shape.depths[node])
             tokens[:, children] = torch.where(exists, codes.gather(1, won.indices), -1)
         parents = torch.tensor(shape.parents, device=tokens.device).expand_as(tokens)
         exists = tokens >= 0
@@ -288,7 +288,7 @@ class _RecycledDraws(Memoryless):
         parents = parents.masked_fill(~exists, -1)[:, :size]
         return Tree(tokens.clamp(min=0)[:, :size], parents, distributions, proposal_rows)
 
-    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+    def update_candidate_strategy(self, tree: Tree, logits: torch.Tensor) -> None:
         distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
         best = distributions.topk(min(self.kept, distributions.shape[-1]), dim=-1)
         self._remember(tree, self.candidates, best.indices.int())

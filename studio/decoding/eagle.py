@@ -8,14 +8,14 @@ replacement, from the distribution that filters leave; otherwise they are the li
 Deviations from the authors' code: trees end with the image; as many children are sampled as the shape has, not always
 ten; what is kept in the drafter's cache comes from the target's states alone, fed once.
 
-Drafts of the drafter that belongs to a model, or, where it has none, recycled ones.
+`AutoDrafts` takes the drafter that belongs to a model, or, where it has none, recycles tokens.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from studio.decoding.drafts import Drafting, Progress, Setting, TokenRecycling
+from studio.decoding.drafts import CandidateGenerator, DraftContext, Progress, TokenRecycling
 from studio.decoding.sampling import exponential_noise
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, default_tree, grow
 from studio.errors import StudioError
@@ -29,13 +29,14 @@ class DrafterDrafts:
         drafter: a `Drafter` of the target's sizes, in evaluation mode.
         tree: `DynamicTree` or `StaticTree`.
 
-    Errors: `StudioError` for another tree.
+    Raises:
+        StudioError: for another tree.
     """
 
     drafter: torch.nn.Module
     tree: DynamicTree | StaticTree = DynamicTree()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.tree, (DynamicTree, StaticTree)):
             raise StudioError(f"tree is a DynamicTree or a StaticTree, not {type(self.tree).__name__}.")
 
@@ -43,36 +44,36 @@ class DrafterDrafts:
     def sampled(self) -> bool:
         return isinstance(self.tree, StaticTree)
 
-    def begin(self, setting: Setting) -> "DrafterDrafting":
-        self.drafter.check_target(setting.model)
-        return DrafterDrafting(self.drafter, self.tree, setting)
+    def candidate_generator(self, context: DraftContext) -> "DrafterCandidates":
+        self.drafter.check_target(context.model)
+        return DrafterCandidates(self.drafter, self.tree, context)
 
 
-class DrafterDrafting:
+class DrafterCandidates:
     """The drafter's cache during one call; row i of it belongs to row i of the target."""
 
     uses_states = True
 
-    def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, setting: Setting):
+    def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, context: DraftContext) -> None:
         self.nodes = shape.nodes
-        self.drafter, self.shape, self.setting = drafter.for_decoding(setting.weights), shape, setting
-        self.before = setting.model.prefix_length - 1
-        self.guidance = setting.guidance
+        self.drafter, self.shape, self.context = drafter.for_decoding(context.weights), shape, context
+        self.before = context.model.prefix_length - 1
+        self.guidance = context.guidance
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
-        rows = setting.batch * self.guidance.streams
+        rows = context.batch * self.guidance.streams
         self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
-        self.cache.plan = drafter.plan(setting.plan)
-        if setting.valid is not None:
-            self.cache.mask_prefix(setting.valid)
+        self.cache.plan = drafter.plan(context.plan)
+        if context.valid is not None:
+            self.cache.mask_prefix(context.valid)
 
-    def propose(self, progress: Progress) -> Tree:
+    def get_candidates(self, progress: Progress) -> Tree:
         root_states = self._catch_up(progress)
         fill = self._static if isinstance(self.shape, StaticTree) else self._dynamic
         tree = fill(progress, root_states)
         self.cache.forget()
         return tree
 
-    def observe(self, tree: Tree, logits: torch.Tensor) -> None:
+    def update_candidate_strategy(self, tree: Tree, logits: torch.Tensor) -> None:
         pass
 
     def rewind(self, lengths: list[int]) -> None:
@@ -102,15 +103,15 @@ class DrafterDrafting:
     def _logits(self, states: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
         """Guided logits (B, n, V) behind nodes of one depth, from guesses (rows, n, dim) at their states."""
         index = (progress.lengths + depth)[:, None].expand(-1, states.shape[1])
-        return self.guidance.combine(self.setting.model.logits(states), index)
+        return self.guidance.combine(self.context.model.logits(states), index)
 
     def _distributions(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.setting.sampling.greedy:
+        if self.context.sampling.greedy:
             return logits.softmax(dim=-1)
-        return self.setting.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+        return self.context.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
 
     def _log_distributions(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.log_softmax(dim=-1) if self.setting.sampling.greedy else self._distributions(logits).log()
+        return logits.log_softmax(dim=-1) if self.context.sampling.greedy else self._distributions(logits).log()
 
     def _feed(self, tokens, states, progress: Progress, depth: int, visible) -> torch.Tensor:
         """Guesses (rows, n, dim) behind nodes (B, n) of one depth, given those behind their parents."""
@@ -134,7 +135,7 @@ class DrafterDrafting:
             return self._log_distributions(self._logits(level["states"], progress, level["depth"]))
 
         first = self._log_distributions(self._logits(root_states, progress, 0))[:, 0]
-        return grow(self.shape, progress.roots, first, expand, progress.room)
+        return grow(self.shape, progress.roots, first, expand, progress.max_depth)
 
     def _static(self, progress: Progress, root_states: torch.Tensor) -> Tree:
         shape, device, batch = self.shape, root_states.device, len(progress.lengths)
@@ -142,7 +143,7 @@ class DrafterDrafting:
         tokens[:, 0] = progress.roots
         proposal_rows = torch.full((shape.nodes,), -1, dtype=torch.long, device=device)
         distributions, states, fed, behind = [], root_states, [], {0: 0}
-        for depth in range(min(shape.levels, int(progress.room.max()))):
+        for depth in range(min(shape.levels, int(progress.max_depth.max()))):
             nodes = [node for node in shape.expanded if shape.depths[node] == depth]
             if depth:
                 places = torch.tensor([behind[shape.parents[node]] for node in nodes], device=device)
@@ -158,21 +159,21 @@ class DrafterDrafting:
                 if parent in behind:
                     tokens[:, child] = ranked[:, behind[parent], shape.ranks[child]]
         parents = torch.tensor(shape.parents, device=device).expand_as(tokens)
-        exists = torch.tensor(shape.depths, device=device) <= progress.room[:, None]
+        exists = torch.tensor(shape.depths, device=device) <= progress.max_depth[:, None]
         parents = parents.masked_fill(~exists, -1)
-        if self.setting.sampling.greedy or not distributions:
+        if self.context.sampling.greedy or not distributions:
             return Tree(tokens, parents)
         return Tree(tokens, parents, torch.stack(distributions, dim=1), proposal_rows)
 
     def _ranked(self, distribution: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
         """Children (B, n, width) of n nodes: the likeliest, or sampled without replacement from distributions (B, n,
         V)."""
-        if self.setting.sampling.greedy:
+        if self.context.sampling.greedy:
             return distribution.topk(self.shape.width, dim=-1).indices
         nodes, vocab = distribution.shape[1:]
         noise = torch.ones_like(distribution)
-        for row, (room, generator) in enumerate(zip(progress.room.tolist(), progress.generators)):
-            if depth < room:
+        for row, (max_depth, generator) in enumerate(zip(progress.max_depth.tolist(), progress.generators)):
+            if depth < max_depth:
                 noise[row] = exponential_noise(nodes, vocab, [generator] * nodes, distribution.device)
         return (distribution / noise).topk(self.shape.width, dim=-1).indices
 
@@ -190,7 +191,9 @@ class DrafterDrafting:
 
 @dataclass(frozen=True)
 class AutoDrafts:
-    """A drafter's tree has the size that suits the device (`default_tree`).
+    """Settings: the drafter that belongs to the model or, where it has none, `TokenRecycling`.
+
+    A drafter's tree has the size that suits the device (`default_tree`).
 
     Args:
         sampled: whether siblings are sampled at random, in a tree of fixed shape; else they are the likeliest.
@@ -198,7 +201,9 @@ class AutoDrafts:
 
     sampled: bool = False
 
-    def begin(self, setting: Setting) -> Drafting:
-        if setting.drafter is None:
-            return TokenRecycling(sampled=self.sampled).begin(setting)
-        return DrafterDrafts(setting.drafter, default_tree(setting.model.device, self.sampled)).begin(setting)
+    def candidate_generator(self, context: DraftContext) -> CandidateGenerator:
+        if context.drafter is None:
+            return TokenRecycling(sampled=self.sampled).candidate_generator(context)
+        return DrafterDrafts(context.drafter, default_tree(context.model.device, self.sampled)).candidate_generator(
+            context
+        )

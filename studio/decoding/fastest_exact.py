@@ -17,7 +17,7 @@ import torch
 
 from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive, is_guided
 from studio.decoding.jacobi import Jacobi, jacobi
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 from studio.files import cache_folder
 
 _RUNS = 3
@@ -37,7 +37,7 @@ class FastestExact:
     weights: str = "auto"
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights)
 
 
@@ -52,7 +52,7 @@ def fastest_exact(
     cfg_interval: int = -1,
     settings: FastestExact | None = None,
     num_tokens: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     editable: bool = True,
 ) -> Sampled:
     """Generates the tokens of B images; arguments as of `jacobi`. `decoding` of the result says which was taken."""
@@ -69,11 +69,11 @@ def fastest_exact(
     def timed(index: int, tokens: torch.Tensor) -> bool | None:
         nonlocal outside
         began = time.perf_counter()
-        stopped = on_token(index, tokens)
+        stopped = on_step(index, tokens)
         outside += time.perf_counter() - began
         return stopped
 
-    call["on_token"] = None if on_token is None else timed
+    call["on_step"] = None if on_step is None else timed
     if taken == "jacobi":
         order, weights = settings.filter_order, settings.weights
         guesses = Jacobi(record.window or "auto", filter_order=order, weights=weights, on_round=settings.on_round)
@@ -90,7 +90,7 @@ def fastest_exact(
 class _Record:
     """Seconds that each of the two took, in a file or, where it cannot be written, in this process alone."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.file = cache_folder() / "decodings" / f"exact-{name}.json"
         self.seconds: dict[str, list[float]] = {"ar": [], "jacobi": []}
         self.window: int | None = None

@@ -27,16 +27,18 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from studio.decoding.acceptance import Relaxation, borrowed_mass
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.reporting import Reporter, SpeculativeOutput
-from studio.decoding.sampling import Sampling, fill_exponential, sample_rows
-from studio.decoding.verification import is_likeliest
+from studio.decoding.sampling import OnStep, Sampling, fill_exponential, sample_rows
 from studio.errors import StudioError
+
+if TYPE_CHECKING:
+    from studio.decoding.lantern import Relaxation
 
 COUPLINGS = ("seed", "none", "maximal", "gumbel")
 _TOKENS_A_CALL = {2: 1.4, 3: 1.7, 4: 1.95, 6: 2.35, 8: 2.75, 12: 3.1, 16: 3.45, 24: 3.7, 32: 3.9}
@@ -59,7 +61,8 @@ class Jacobi:
         on_round: called before each call of the model as (lengths (B,), tokens (B, n)): how many tokens of each image
             are final, the last of which is tokens[:, 0], and the guesses behind it.
 
-    Errors: `StudioError` for a value outside these ranges.
+    Raises:
+        StudioError: for a value outside these ranges.
     """
 
     window: int | str = "auto"
@@ -68,7 +71,7 @@ class Jacobi:
     weights: str = "auto"
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights)
         is_whole = isinstance(self.window, int) and not isinstance(self.window, bool)
         if self.window != "auto" and (not is_whole or self.window < 1):
@@ -99,9 +102,9 @@ def jacobi(
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     settings: Jacobi | None = None,
-    relaxation: Relaxation | None = None,
+    relaxation: "Relaxation | None" = None,
     num_tokens: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     editable: bool = True,
 ) -> JacobiSampled:
     """Generates the tokens of B images.
@@ -109,8 +112,8 @@ def jacobi(
     Args:
         model, condition, generators, sampling, guidance_scale, cfg_interval, num_tokens: as of `autoregressive`.
         relaxation: how the tests that commit a token are relaxed; of `Lantern`, never with the coupling "seed".
-        on_token: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
-        editable: whether `on_token` may write to the last of those tokens. An image goes back to a token that it
+        on_step: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
+        editable: whether `on_step` may write to the last of those tokens. An image goes back to a token that it
             changes, so images that are complete stay in the batch until the others are.
     """
     settings = settings or Jacobi()
@@ -121,15 +124,15 @@ def jacobi(
     total = num_tokens or model.num_tokens
     run = _Run(
         model, condition, generators, sampling, guidance, settings, relaxation, total, min(window, total),
-        editable and on_token is not None,
+        editable and on_step is not None,
     )  # fmt: skip
     run.sampled.seconds["prefill"] = time.perf_counter() - began
-    reporter = Reporter(run, on_token, editable)
+    reporter = Reporter(run, on_step, editable)
     while not reporter.stopped() and min(run.lengths) < total:
         if not reporter.editable:
             run.retire()
         run.round()
-    run.sampled.tokens = run.tokens[:, : reporter.reported if on_token is not None else total]
+    run.sampled.tokens = run.tokens[:, : reporter.reported if on_step is not None else total]
     run.sampled.seconds["decode"] = time.perf_counter() - began - run.sampled.seconds["prefill"]
     return run.sampled
 
@@ -144,7 +147,7 @@ class _Run:
 
     def __init__(
         self, model, condition, generators, sampling, guidance, settings, relaxation, total, window, editable
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.model, self.sampling, self.guidance = model.for_decoding(settings.weights), sampling, guidance
         self.total, self.window, self.relaxation, self.on_round = total, window, relaxation, settings.on_round
         self.coupling = settings.coupling or "seed"
@@ -208,7 +211,7 @@ class _Run:
             outcomes = logits.argmax(dim=-1)
             if self.relaxation is None:
                 return outcomes, _leading(guesses == outcomes[:, :-1])
-            passed = is_likeliest(logits[:, :-1].flatten(0, 1), guesses.reshape(-1, 1), self.relaxation)
+            passed = self.relaxation.is_likeliest(logits[:, :-1].flatten(0, 1), guesses.reshape(-1, 1))
             right = _leading(passed.view_as(guesses))
             outcomes[:, :-1] = torch.where(self.steps[:-1] < right[:, None], guesses, outcomes[:, :-1])
             return outcomes, right
@@ -260,7 +263,7 @@ def decide(
     proposals: torch.Tensor,
     chance: "_Chance",
     coupling: str,
-    relaxation: Relaxation | None = None,
+    relaxation: "Relaxation | None" = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tests the guesses of B windows of n places, all places at once.
 
@@ -283,7 +286,7 @@ def decide(
     held = own
     if relaxation is not None:
         flat = (values.flatten(0, 1) for values in (p, guesses, share))
-        held = own + borrowed_mass(*flat, relaxation).view_as(own)
+        held = own + relaxation.borrowed_mass(*flat).view_as(own)
     passed, relaxed = chance.test(share, own, held)
     right = _leading(relaxed)
     behind = steps[:-1] > right[:, None]
@@ -302,7 +305,7 @@ def next_proposals(distributions: torch.Tensor, outcomes: torch.Tensor, right: t
     """The distributions q (B, n - 1, V) of the guesses behind `right` + 1 new tokens, all of them this call's p.
 
     That is so for guesses that passed a test and for those that replaced others: as an outcome, both have the
-    distribution p. TokenIndex beyond this window repeat its last outcome.
+    distribution p. Places beyond this window repeat its last outcome.
     """
     places, images = distributions.shape[1], torch.arange(len(distributions), device=distributions.device)[:, None]
     known = torch.cat((distributions, _one_hot(outcomes[:, -1:], distributions)), dim=1)
@@ -312,11 +315,11 @@ def next_proposals(distributions: torch.Tensor, outcomes: torch.Tensor, right: t
 class _Chance:
     """Fresh random numbers of one round, in [0, 1): `tests` (B, n - 1) and `samples` (B, n), float64."""
 
-    def __init__(self, tests: torch.Tensor, samples: torch.Tensor):
+    def __init__(self, tests: torch.Tensor, samples: torch.Tensor) -> None:
         self.tests, self.samples = tests, samples
 
     @classmethod
-    def of(cls, generators: list[torch.Generator], places: int, device) -> "_Chance":
+    def of(cls, generators: list[torch.Generator], places: int, device: torch.device | str) -> "_Chance":
         """For windows of n places, of each image's generator alone."""
         numbers = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
         numbers = torch.stack(numbers).to(device)
@@ -340,7 +343,7 @@ class _PositionRaces:
         total: positions of an image; the first one has had its noise already.
     """
 
-    def __init__(self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device):
+    def __init__(self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device) -> None:
         self.generators, self.slots, self.total = generators, slots, total
         self.noise, self.taken = torch.ones(len(generators) * slots, vocab, device=device), [1] * len(generators)
 

@@ -1,29 +1,23 @@
 """Masked autoregressive decoding: in a random order, a few more tokens at each step, each sampled by a diffusion head.
 
-"Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4 and the authors' sampler.
-How many tokens a step samples: see `masked_steps`.
+"Autoregressive Image Generation without Vector Quantization" (MAR, arXiv:2406.11838), section 4 and the authors'
+sampler. How many tokens a step samples follows the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and guidance
+grows meanwhile, as in MAR and TokenBridge (arXiv:2503.16430); see `MaskedSteps`.
+
+The head turns a condition into a token by DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance. The noise is
+guided, `unconditional + scale * (conditional - unconditional)`, and the variance is the conditional one; both
+conditions see one state.
 
 The result is that of the authors' sampler on the same random numbers, up to rounding (`textbook_masked` has it written
-plainly), with less work: see `denoising`; and the last decoder block answers only for the tokens that are sampled.
-Deviations: each image has its own generator; more steps than tokens are refused, as some would sample nothing.
-
-How many tokens each step of masked decoding samples: the cosine of MaskGIT (arXiv:2202.04200, section 3.3), and how
-guidance grows meanwhile, as MAR (arXiv:2406.11838) and TokenBridge (arXiv:2503.16430) have it.
-
-Deviation from their authors' code: more steps than tokens are refused, as some would sample nothing.
-
-How a diffusion-loss head turns conditions into tokens: DDPM's reverse steps (arXiv:2006.11239) with MAR's guidance
-(arXiv:2406.11838, section 3 and its sampling code).
-
-The noise is guided, `null + scale * (conditional - null)`, and the variance is the conditional one; both conditions see
-one state. What a step reads besides the state is known before the first step: times are embedded once for all calls,
-conditions once for all steps, and the shifts, scales and gates of many steps are one product. On a processor a step is
-one call of C (`studio.backends.cpu_c_head`) where that works.
+plainly), with less work: times are embedded once for all calls, conditions once for all steps, and the shifts, scales
+and gates of many steps are one product; the last decoder block runs on the tokens that are sampled only; on a CPU a
+step is one call of C where that works. Deviations: each image has its own generator; more steps than tokens are
+refused, as some would sample nothing.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
@@ -33,6 +27,7 @@ import torch
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.sampling import OnStep
 from studio.errors import StudioError
 
 _PREPARED_NUMBERS = 2**22
@@ -41,7 +36,7 @@ _PREPARED_NUMBERS = 2**22
 class TimedHead:
     """A `DiffusionLoss` with a schedule of `steps` steps, its times embedded."""
 
-    def __init__(self, head: torch.nn.Module, steps: int):
+    def __init__(self, head: torch.nn.Module, steps: int) -> None:
         self.network, self.diffusion = head.net, head.schedule(steps)
         network = self.network
         self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
@@ -55,11 +50,11 @@ class ReverseTransitions:
 
     Args:
         head: whose steps are T.
-        conditions: (S, n, C): the conditional vectors, and with S = 2 the null ones behind them.
+        conditions: (S, n, C): the conditional vectors, and with S = 2 the unconditional ones behind them.
         scale: of guidance, a number or (n, 1); without meaning when S = 1.
     """
 
-    def __init__(self, head: TimedHead, conditions: torch.Tensor, scale: float | torch.Tensor):
+    def __init__(self, head: TimedHead, conditions: torch.Tensor, scale: float | torch.Tensor) -> None:
         self.head, self.scale, self.steps = head, scale, head.diffusion.steps
         self.embedded = head.network.cond_embed(conditions)
         self.span = max(1, _PREPARED_NUMBERS // max(1, self.embedded[..., 0].numel() * head.numbers))
@@ -121,9 +116,9 @@ class ReverseTransitions:
     def _guided(self, outputs: torch.Tensor, x: torch.Tensor, steps: int | slice):
         noise, logit = outputs[0].to(x.dtype).chunk(2, dim=-1)
         if len(outputs) == 2:
-            null = outputs[1, ..., : x.shape[-1]].to(x.dtype)
+            unconditional = outputs[1, ..., : x.shape[-1]].to(x.dtype)
             scale = self.scale[: x.shape[-2]] if isinstance(self.scale, torch.Tensor) else self.scale
-            noise = torch.lerp(null, noise, scale)
+            noise = torch.lerp(unconditional, noise, scale)
         return self.head.diffusion.reverse(x, noise, logit, steps)
 
 
@@ -163,7 +158,8 @@ class MaskedSteps:
         steps: calls of the transformer, 1 to the number of tokens; None leaves it to whoever samples.
         guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not.
 
-    Errors: `StudioError` for a value outside these.
+    Raises:
+        StudioError: for a value outside these.
     """
 
     steps: int | None = None
@@ -172,7 +168,7 @@ class MaskedSteps:
     DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64}
     """What takes the place of None."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps is not None:
             set_fields(self, steps=check_integer("steps", self.steps, 1))
         check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
@@ -205,14 +201,15 @@ class MaskedAutoregressive(MaskedSteps):
     Args:
         diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever samples.
 
-    Errors: `StudioError` for a value outside these.
+    Raises:
+        StudioError: for a value outside these.
     """
 
     diffusion_steps: int | None = None
 
     DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64, "diffusion_steps": 100}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.diffusion_steps is not None:
             set_fields(self, diffusion_steps=check_integer("diffusion_steps", self.diffusion_steps, 1, 1000))
@@ -226,7 +223,7 @@ class MaskedOutput(Sampled):
 class MARStepper:
     """A `MAR` at work on B images of one call: its conditions, its head, and the seconds of each."""
 
-    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int):
+    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int) -> None:
         began = time.perf_counter()
         self.model = model
         self.buffer, _ = condition_rows(model, condition, guided=guided)
@@ -246,7 +243,7 @@ class MARStepper:
         return ReverseTransitions(self.head, conditions.flatten(1, 2), scale)
 
 
-def put(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
+def scatter_tokens(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
     """Writes values (n, D) into tokens (B, L, D)."""
     tokens[places.images, places.positions] = values
 
@@ -260,7 +257,7 @@ def masked_autoregressive(
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
     settings: MaskedAutoregressive | None = None,
-    on_step: Callable[[int, torch.Tensor, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     noise: PositionNoise | None = None,
 ) -> MaskedOutput:
     """Samples all tokens of B images.
@@ -271,30 +268,31 @@ def masked_autoregressive(
         generators: one per image; an image does not depend on the others.
         guidance_scale: at its greatest; 1 is no guidance.
         temperature: multiplies the standard deviation of every denoising step, at least 0.
-        on_step: called as (number of the step, positions (B, k) that it drew, tokens (B, L, D) which may be written
-            to); True stops the loop. Tokens not yet sampled are 0.
+        on_step: called as (number of the step, tokens (B, L, D) which may be written to, positions (B, k) that it
+            sampled); True stops the loop. Tokens not yet sampled are 0.
         noise: random numbers in place of the generators'.
 
-    Errors: `StudioError` for more steps than tokens and for a temperature that is none.
+    Raises:
+        StudioError: for more steps than tokens and for a temperature that is none.
     """
     settings = (settings or MaskedAutoregressive()).filled()
     check_number("temperature", temperature)
     plan = settings.plan(model.num_tokens)
     began = time.perf_counter()
-    painter = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
+    stepper = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
     order = noise.order(model.num_tokens)
     tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
     for number, step in enumerate(plan):
-        kernels = painter.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
+        kernels = stepper.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
         sampled = order[:, step.first : step.last]
         places = TokenIndex.of(sampled)
         for _, _, mean, _ in denoise(
             kernels, noise.start(places), noise.steps(places, settings.diffusion_steps), temperature
         ):
             token = mean
-        put(tokens, places, token)
-        if on_step is not None and on_step(number, sampled, tokens):
+        scatter_tokens(tokens, places, token)
+        if on_step is not None and on_step(number, tokens, sampled):
             break
-    head = time.perf_counter() - began - painter.seconds
-    return MaskedOutput(tokens, painter.calls, painter.rows, {"transformer": painter.seconds, "head": head})
+    head = time.perf_counter() - began - stepper.seconds
+    return MaskedOutput(tokens, stepper.calls, stepper.rows, {"transformer": stepper.seconds, "head": head})

@@ -1,8 +1,8 @@
 """Next-scale decoding of VAR ("Visual Autoregressive Modeling", arXiv:2404.02905): one call per scale.
 
 All tokens of a scale are sampled from one call, independently given the coarser scales. Guidance grows with the scale:
-g = strength k / (S - 1) at scale k of S, logits (1 + g) conditional - g null. `next_scale` can go on from given scales,
-which enter with the first scale to sample, in one call under the block-causal mask.
+g = strength k / (S - 1) at scale k of S, logits (1 + g) conditional - g unconditional. `next_scale` can go on from
+given scales, which enter with the first scale to sample, in one call under the block-causal mask.
 
 Deviation from the code of Distilled Decoding (arXiv:2412.17153), which goes on from scales in this way: theirs feeds
 them without that mask, so that coarse scales see finer ones.
@@ -11,14 +11,6 @@ them without that mask, so that coarse scales see finer ones.
 from collections.abc import Callable
 
 import torch
-
-from studio.decoding.sampling import filter_logits
-
-
-def scale_probabilities(logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """The distributions (..., V) of VAR's sampler: top-k first, then top-p counted from the least likely token."""
-    kept = filter_logits(filter_logits(logits, top_k=top_k), top_p=top_p, order="lantern")
-    return kept.softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -40,7 +32,7 @@ def next_scale(
         class_labels: (B,).
         prefix: tokens of whole scales, possibly none.
         sample: called as (scale, guided logits (B, k, V)), returns tokens (B, k).
-        guidance: strength at the last scale; 0 leaves out the null rows.
+        guidance: strength at the last scale; 0 leaves out the unconditional rows.
     """
     begin, last, batch = model.bounds.index(prefix.shape[1]), len(model.bounds) - 2, len(prefix)
     context = model.embed_class(class_labels)
@@ -54,7 +46,7 @@ def next_scale(
         logits = logits[:, model.bounds[step] - model.bounds[fed] :]
         if guidance:
             strength = guidance * step / max(1, last)
-            conditional, null = logits.chunk(2)
-            logits = (1 + strength) * conditional - strength * null
+            conditional, unconditional = logits.chunk(2)
+            logits = (1 + strength) * conditional - strength * unconditional
         tokens, fed = torch.cat((tokens, sample(step, logits)), dim=1), step + 1
     return tokens

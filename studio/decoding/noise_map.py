@@ -47,7 +47,7 @@ class Posterior(NamedTuple):
 class Flow:
     """The posterior over a codebook (V, C) with prior log_probs (B, V), computed in blocks of codes."""
 
-    def __init__(self, log_probs: torch.Tensor, codebook: torch.Tensor, block: int = BLOCK):
+    def __init__(self, log_probs: torch.Tensor, codebook: torch.Tensor, block: int = BLOCK) -> None:
         self.log_probs, self.codebook, self.block = log_probs, codebook, block
         self.half_norms = codebook.square().sum(dim=-1) / 2
         self._in = torch.cat((codebook, -self.half_norms[:, None]), dim=1)
@@ -81,11 +81,6 @@ class Flow:
             sums = torch.addmm(sums * (best - above).exp(), weights, self._out[part])
             best = above
         return Posterior(sums[:, :-1] / sums[:, -1:], token[:, 0] if pick else None, 1 / sums[:, -1])
-
-
-def velocity(flow: Flow, x: torch.Tensor, t: float) -> torch.Tensor:
-    """dx/dt (B, C) at x (B, C) and t in [0, 1); for checks only: solvers step exactly instead."""
-    return (flow.at_time(x, t, pick=False).mean - x) / (1 - t)
 
 
 def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch.Tensor]:
@@ -197,7 +192,8 @@ class NoiseMap:
             100 radii and 1e-4 of the spacing. "euler" has no such grid and refuses them.
         block: codes treated at a time.
 
-    Errors: `StudioError` for values outside these ranges and a codebook that is no table of vectors.
+    Raises:
+        StudioError: for values outside these ranges and a codebook that is no table of vectors.
     """
 
     def __init__(
@@ -209,7 +205,7 @@ class NoiseMap:
         sigma_max: float | None = None,
         sigma_min: float | None = None,
         block: int = BLOCK,
-    ):
+    ) -> None:
         if codebook.ndim != 2 or not codebook.is_floating_point():
             raise StudioError(f"The codebook must be a table (V, C) of code vectors, not {tuple(codebook.shape)}.")
         if method not in METHODS:

@@ -1,17 +1,17 @@
 """What loops share in which images of a batch advance by different lengths: what they cost, and what is reported."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from studio.decoding.autoregressive import Sampled
+from studio.decoding.sampling import OnStep
 
 
 @dataclass
 class SpeculativeOutput(Sampled):
-    """As of `Sampled`; `image_calls` counts images over all calls of the model, `image_tokens` what those drew."""
+    """As of `Sampled`; `image_calls` counts images over all calls of the model, `image_tokens` the tokens of those."""
 
     image_calls: int = 0
     image_tokens: int = 0
@@ -32,24 +32,24 @@ class Run(Protocol):
 
 
 class Reporter:
-    """Tells `on_token` of tokens that all images have reached, and acts on what it changes.
+    """Tells `on_step` of tokens that all images have reached, and acts on what it changes.
 
     Args:
-        on_token: called as (index, tokens (B, index + 1)); True stops the loop. None: nothing is reported.
+        on_step: called as (index, tokens (B, index + 1)); True stops the loop. None: nothing is reported.
         editable: whether it may write to the last of those tokens.
     """
 
-    def __init__(self, run: Run, on_token: Callable[[int, torch.Tensor], bool | None] | None, editable: bool):
-        self.run, self.on_token, self.reported = run, on_token, 0
-        self.editable = editable and on_token is not None
+    def __init__(self, run: Run, on_step: OnStep | None, editable: bool) -> None:
+        self.run, self.on_step, self.reported = run, on_step, 0
+        self.editable = editable and on_step is not None
 
     def stopped(self) -> bool:
         """Reports what is new; whether to stop."""
         run = self.run
-        while self.on_token is not None and self.reported < min(run.lengths):
+        while self.on_step is not None and self.reported < min(run.lengths):
             index, self.reported = self.reported, self.reported + 1
             before = run.tokens[:, index].clone() if self.editable else None
-            if self.on_token(index, run.tokens[:, : index + 1]):
+            if self.on_step(index, run.tokens[:, : index + 1]):
                 return True
             if self.editable:
                 changed = (run.tokens[:, index] != before).tolist()

@@ -1,54 +1,40 @@
-"""Sampling all levels of all cells in a chosen number of calls, however deep the codes are (ResGen, arXiv:2412.10208).
+"""ResGen's decoding: all levels of all residual codes in a chosen number of calls, however deep the codes are.
 
-Every call predicts for each cell the sum of its hidden code vectors; a sample of that sum is quantised from the first
-hidden level on; the most confident slots stay, the shallowest levels of a cell first, and the rest is forgotten. After
-call t of T, ceil(gamma(t / T) L D) slots are hidden.
+ResGen (arXiv:2412.10208): of the L D slots of an image, ceil(gamma(r) L D) are hidden, from the deepest level of a cell
+up, and decoding lowers that number call by call. Every call predicts for each cell the distribution of the sum of its
+hidden code vectors (a mixture or, in the ablation, a softmax for each level); a sample of that sum is quantised from
+the first hidden level on. Which slots then stay, the shallowest levels of a cell first, is a matter of the settings:
 
-Published: this loop, top-p on the mixture, a temperature on confidence, guidance. Ours, because nothing more is known:
-confidence is the log-likelihood of the quantised sum under the mixture, for a whole cell or as each level's gain, plus
-Gumbel noise that fades linearly; guidance (arXiv:2207.12598) extrapolates what the head gives, logits and scores, with
-a scale that rises linearly from 1; the sampling temperature divides the mixture's logits and multiplies the spread
-around a mean; every call shows at least one slot, so none is wasted where the schedule moves slowly.
+- `ResGenDecoding`: the most confident ones, as in the paper. Ours, because nothing more is known: confidence is the
+  log-likelihood of the quantised sum under the mixture, for a whole cell or as each level's gain, plus Gumbel noise
+  that fades linearly.
+- `FirstHitting`: those that a random order gives. The network is given which slots are hidden and not the time, so
+  between two moments at which a slot is hit its prediction does not change: "Masked Diffusion Models are Secretly
+  Time-Agnostic Masked Models" (arXiv:2409.02908) therefore samples from one hit to the next. Here the order of the hits
+  is sampled, and they are cut into as many groups as there may be calls, of the sizes that the schedule gives (ours:
+  not of random sizes, so that the number of calls is exact and the same for all images). With one call for each code no
+  two codes of an image are sampled at once and nothing is approximate but the network; with fewer calls those of a
+  group that lie in different cells (in the ablation: all of them) are sampled independently, which is all that is lost.
 
-Sampling residual codes in a random order: ResGen's noising process run backwards, at any number of calls.
-
-ResGen (arXiv:2412.10208) hides slots in a random order, those of a cell from the deepest up. Its network is told which
-slots are hidden and not the time, so between two moments at which a slot is hit it has nothing new to say: "Masked
-Diffusion Models are Secretly Time-Agnostic Masked Models" (arXiv:2409.02908) therefore samples from one hit to the next
-(the first-hitting sampler) instead of through a grid of times. Here the order of the hits is sampled, and they are cut
-into as many groups as there may be calls, of the sizes that the schedule gives. With one call for each code no two
-codes of an image are sampled at once and nothing is approximate but the network; with fewer calls those of a group that
-lie in different cells (in the ablation: all of them) are sampled independently, which is all that is lost.
-
-Ours: groups of planned sizes in place of random ones, so that the number of calls is exact and the same for all
-images; the moments themselves are left out, as nothing depends on them.
-
-Settings that every way to sample residual codes with ResGen (arXiv:2412.10208) has.
-
-What ResGen (arXiv:2412.10208) says of the hidden levels of an image, as a distribution that codes are sampled from and
-that
-says how sure it is of them: a mixture over their sum, or, in the ablation, a softmax for each level.
-
-Which levels of residual codes are hidden: from the deepest up, so a number of levels per cell says all of it.
-
-ResGen (arXiv:2412.10208): of the L D slots of an image, ceil(gamma(r) L D) are hidden, spread over the cells at
-random, and sampling lowers that number step by step. Ours: slots are chosen without replacement, so the numbers per
-cell follow the multivariate hypergeometric distribution and never exceed D (those of the paper's multinomial
-distribution may); which schedule the paper uses is not known to us, so three are here.
+Published: this loop, top-p on the mixture, a temperature on confidence, guidance. Ours: guidance (arXiv:2207.12598)
+extrapolates what the head predicts, logits and scores, with a scale that rises linearly from 1; the sampling
+temperature divides the mixture's logits and multiplies the spread around a mean; every call shows at least one slot, so
+none is wasted where the schedule moves slowly. In training, hidden slots are chosen without replacement, so the numbers
+per cell follow the multivariate hypergeometric distribution and never exceed D (those of the paper's multinomial
+distribution may). Which schedule the paper uses is not known, so three are here.
 """
 
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, guided_logits
-from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 from studio.errors import StudioError
 
 SCHEDULES = ("cosine", "circle", "arccos")
@@ -60,7 +46,8 @@ def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "co
 
     gamma is cos(pi r / 2), sqrt(1 - r^2) or 2 arccos(r) / pi.
 
-    Errors: `StudioError` for another schedule.
+    Raises:
+        StudioError: for another schedule.
     """
     if schedule not in SCHEDULES:
         raise StudioError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}.")
@@ -77,7 +64,8 @@ def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "co
 def hidden_after_calls(calls: int, slots: int, schedule: str = "cosine") -> list[int]:
     """How many slots are hidden after each call: as scheduled, but every call shows at least one, and the last all.
 
-    Errors: `StudioError` for more calls than slots.
+    Raises:
+        StudioError: for more calls than slots.
     """
     if calls > slots:
         raise StudioError(f"An image has {slots} codes: sample them in at most as many steps, not {calls}.")
@@ -129,7 +117,7 @@ class ResidualDistribution(ABC):
 
     Args:
         head: that of the network.
-        said: what the head gave for every cell.
+        predicted: what the head gave for every cell.
         quantizer: the tokenizer's.
 
     Attributes:
@@ -138,8 +126,8 @@ class ResidualDistribution(ABC):
 
     has_spread: bool
 
-    def __init__(self, head, said, quantizer):
-        self.head, self.said, self.quantizer = head, said, quantizer
+    def __init__(self, head: torch.nn.Module, predicted: Any, quantizer: torch.nn.Module) -> None:
+        self.head, self.predicted, self.quantizer = head, predicted, quantizer
 
     @classmethod
     def check(cls, scatter: float) -> None:
@@ -167,20 +155,22 @@ class MixtureDistribution(ResidualDistribution):
 
     has_spread = True
 
-    def sample(self, hidden, sampling, scatter, generators):
-        sums = self.head.mean(self.said, _sample(self.said.logits, sampling, generators))
+    def sample(
+        self, hidden: torch.Tensor, sampling: Sampling, scatter: float, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        sums = self.head.mean(self.predicted, _sample(self.predicted.logits, sampling, generators))
         if spread := scatter * sampling.temperature:
             sums = sums + spread * self.head.sigma * _normal_noise(sums, generators)
         return self.quantizer.encode(sums, first=self.quantizer.depth - hidden)
 
-    def level_confidence(self, codes):
+    def level_confidence(self, codes: torch.Tensor) -> torch.Tensor:
         partial = self.quantizer.lookup(codes).cumsum(dim=-2)
         points = (torch.zeros_like(partial[..., 0, :]), *partial.unbind(-2))
-        return torch.stack([self.head.log_likelihood(self.said, point) for point in points], dim=-1).diff(dim=-1)
+        return torch.stack([self.head.log_likelihood(self.predicted, point) for point in points], dim=-1).diff(dim=-1)
 
-    def cell_confidence(self, codes):
+    def cell_confidence(self, codes: torch.Tensor) -> torch.Tensor:
         total = self.quantizer.lookup(codes).sum(dim=-2)
-        return self.head.log_likelihood(self.said, total)[..., None].expand(codes.shape)
+        return self.head.log_likelihood(self.predicted, total)[..., None].expand(codes.shape)
 
 
 class LevelDistribution(ResidualDistribution):
@@ -188,15 +178,17 @@ class LevelDistribution(ResidualDistribution):
 
     has_spread = False
 
-    def sample(self, hidden, sampling, scatter, generators):
-        sampled = _sample(self.said.logits, sampling, generators)
+    def sample(
+        self, hidden: torch.Tensor, sampling: Sampling, scatter: float, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        sampled = _sample(self.predicted.logits, sampling, generators)
         return torch.where(shown(hidden, self.quantizer.depth), -1, sampled)
 
-    def level_confidence(self, codes):
-        chosen = self.said.logits.log_softmax(dim=-1).gather(-1, codes.clamp(min=0)[..., None])[..., 0]
+    def level_confidence(self, codes: torch.Tensor) -> torch.Tensor:
+        chosen = self.predicted.logits.log_softmax(dim=-1).gather(-1, codes.clamp(min=0)[..., None])[..., 0]
         return chosen.masked_fill(codes < 0, 0)
 
-    def cell_confidence(self, codes):
+    def cell_confidence(self, codes: torch.Tensor) -> torch.Tensor:
         return self.level_confidence(codes).sum(dim=-1, keepdim=True).expand(codes.shape)
 
 
@@ -233,7 +225,8 @@ class ResidualSteps(ABC):
         schedule: how the number of hidden slots falls, see `hidden_slots`.
         scatter: multiplies the standard deviation around a mean, as the temperature does; 0 takes the mean itself.
 
-    Errors: `StudioError` for a value outside these ranges.
+    Raises:
+        StudioError: for a value outside these ranges.
     """
 
     steps: int | None = None
@@ -243,7 +236,7 @@ class ResidualSteps(ABC):
     DEFAULT_STEPS: ClassVar[int] = 16
     """What takes the place of None."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps is not None:
             set_fields(self, steps=check_integer("steps", self.steps, 1))
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -256,7 +249,8 @@ class ResidualSteps(ABC):
     def plan(self, slots: int) -> list[int]:
         """How many of the slots of an image are hidden after each call, for settings that are filled.
 
-        Errors: `StudioError` for more steps than slots.
+        Raises:
+            StudioError: for more steps than slots.
         """
         return hidden_after_calls(self.steps, slots, self.schedule)
 
@@ -278,7 +272,9 @@ class ResidualSteps(ABC):
 class FirstHitting(ResidualSteps):
     """Settings for `resgen_decoding`, which then shows slots in a random order: those of `ResidualSteps`."""
 
-    def preference(self, distribution, codes, fading, generators):
+    def preference(
+        self, distribution: ResidualDistribution, codes: torch.Tensor, fading: float, generators: list[torch.Generator]
+    ) -> torch.Tensor:
         """Noise (B, L, D): any hidden slot is as likely as any other."""
         return gumbel_noise(codes, generators)
 
@@ -294,18 +290,21 @@ class ResGenDecoding(ResidualSteps):
         confidence: "cell" (one number for all levels of a cell) or "level" (what each level adds).
         confidence_temperature: of the noise on confidence at the start; 0: none.
 
-    Errors: `StudioError` for a value outside these ranges.
+    Raises:
+        StudioError: for a value outside these ranges.
     """
 
     confidence: str = "cell"
     confidence_temperature: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("confidence", self.confidence, CONFIDENCES)
         set_fields(self, confidence_temperature=check_number("confidence_temperature", self.confidence_temperature))
 
-    def preference(self, distribution, codes, fading, generators):
+    def preference(
+        self, distribution: ResidualDistribution, codes: torch.Tensor, fading: float, generators: list[torch.Generator]
+    ) -> torch.Tensor:
         """The confidence (B, L, D), give or take noise that fades."""
         confidence = (
             distribution.cell_confidence(codes) if self.confidence == "cell" else distribution.level_confidence(codes)
@@ -331,7 +330,7 @@ def resgen_decoding(
     sampling: Sampling | None = None,
     guidance_scale: float = 1.0,
     settings: ResidualSteps | None = None,
-    on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
 ) -> ResGenOutput:
     """Samples B images.
 
@@ -341,11 +340,12 @@ def resgen_decoding(
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
         generators: one per image; an image does not depend on the others.
         sampling: of components (of the ablation: of codes); its temperature also multiplies the spread around a mean.
-        guidance_scale: at the last call; 1 leaves out the null rows.
+        guidance_scale: at the last call; 1 leaves out the unconditional rows.
         settings: which slots are shown when: `ResGenDecoding()` when None.
         on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
 
-    Errors: `StudioError` for more steps than an image has codes, and for settings that would change nothing.
+    Raises:
+        StudioError: for more steps than an image has codes, and for settings that would change nothing.
     """
     settings, sampling = (settings or ResGenDecoding()).filled(), sampling or Sampling()
     kind = DISTRIBUTIONS[model.config.prediction]
@@ -357,11 +357,11 @@ def resgen_decoding(
         began = time.perf_counter()
         scale = _scale_at(step, settings.steps, guidance_scale)
         visible, hidden = quantizer.lookup(codes).sum(dim=-2), (codes < 0).sum(dim=-1)
-        said = _predict(model, visible, hidden, condition, scale)
+        predicted = _predict(model, visible, hidden, condition, scale)
         sampled.target_calls += 1
         sampled.row_calls += len(codes) * (1 if scale == 1 else 2)
         answered = time.perf_counter()
-        distribution = kind(model.head, said, quantizer)
+        distribution = kind(model.head, predicted, quantizer)
         proposed = distribution.sample(hidden, sampling, settings.scatter, generators)
         preference = settings.preference(distribution, proposed, 1 - (step + 1) / settings.steps, generators)
         remains = shown(reveal(hidden, preference, left), depth)
@@ -383,5 +383,5 @@ def _predict(model, visible, hidden, condition, scale):
         return model(visible, hidden, **condition)
     twice = {name: torch.cat((value, value)) for name, value in condition.items() if value is not None}
     drop = torch.arange(2 * len(visible), device=visible.device) >= len(visible)
-    said = model(torch.cat((visible, visible)), torch.cat((hidden, hidden)), **twice, drop=drop)
-    return type(said)(*(guided_logits(part, scale) for part in said))
+    predicted = model(torch.cat((visible, visible)), torch.cat((hidden, hidden)), **twice, drop=drop)
+    return type(predicted)(*(guided_logits(part, scale) for part in predicted))

@@ -2,18 +2,18 @@
 
 The order of RQ-Transformer (arXiv:2203.01941, section 3.2). There is one call of the spatial transformer per cell and
 one of the depth transformer per code. Deviation from the authors' code, which has no guidance: with classifier-free
-guidance (arXiv:2207.12598) the rows of captions and their null twins run as one batch, and every code is sampled from
-`null + scale * (conditional - null)`.
+guidance (arXiv:2207.12598) the rows of captions and their unconditional twins run as one batch, and every code is
+sampled from `unconditional + scale * (conditional - unconditional)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from studio.checks import shown
 from studio.decoding.autoregressive import guided_logits, is_guided
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
 
@@ -24,12 +24,13 @@ class RQDecoding:
     Args:
         levels: temperature and filters of each level, coarse to fine, in place of those of the call.
 
-    Errors: `StudioError` for what is not a `Sampling` for each level.
+    Raises:
+        StudioError: for what is not a `Sampling` for each level.
     """
 
     levels: tuple[Sampling, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.levels is None:
             return
         if not isinstance(self.levels, list | tuple) or not all(isinstance(level, Sampling) for level in self.levels):
@@ -46,7 +47,7 @@ def rq_decoding(
     valid: torch.Tensor | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     guidance_scale: float = 1.0,
-    on_cell: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Samples B images: codes (B, h, w, D), int64; those of cells that were not reached are -1.
 
@@ -58,17 +59,18 @@ def rq_decoding(
         valid: which states of captions (B, T) are of words; all when None.
         sampling: one for all levels, or one of each.
         guidance_scale: of captions; 1 (or 0) is no guidance.
-        on_cell: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
+        on_step: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
 
-    Errors: `StudioError` for a number of samplings that is not the number of levels, and for guidance of a model that
-    has no null condition.
+    Raises:
+        StudioError: for a number of samplings that is not the number of levels, and for guidance of a model that has no
+            unconditional rows.
     """
     (height, width), depth = model.config.grid, model.config.depth
     by_level = [sampling or Sampling()] * depth if not isinstance(sampling, Sequence) else sampling
     if len(by_level) != depth:
         raise StudioError(f"{depth} levels need one sampling or {depth} of them; got {len(by_level)}.")
     batch, streams = len(condition), 2 if is_guided(0, guidance_scale, -1) else 1
-    null = None if streams == 1 else torch.arange(2 * batch, device=condition.device) >= batch
+    drop = None if streams == 1 else torch.arange(2 * batch, device=condition.device) >= batch
 
     def rows(of_images):
         return of_images if streams == 1 else torch.cat((of_images, of_images))
@@ -76,7 +78,7 @@ def rq_decoding(
     cells = torch.full((batch, height * width, depth), -1, device=condition.device)
     spatial, deep = model.new_caches(streams * batch)
     valid = None if valid is None else rows(valid)
-    context = model.first_context(rows(condition), spatial, valid=valid, drop=null)
+    context = model.first_context(rows(condition), spatial, valid=valid, drop=drop)
     for index in range(height * width):
         if index > 0:
             context = model.next_context(rows(cells[:, index - 1]), index - 1, spatial, codebooks)
@@ -86,6 +88,6 @@ def rq_decoding(
             if streams == 2:
                 logits = guided_logits(logits, guidance_scale)
             cells[:, index, level] = by_level[level].sample(logits, generators)
-        if on_cell is not None and on_cell(index, cells):
+        if on_step is not None and on_step(index, cells):
             break
     return cells.unflatten(1, (height, width))

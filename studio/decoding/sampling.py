@@ -15,6 +15,12 @@ import torch
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.errors import StudioError
 
+OnStep = Callable[..., bool | None]
+"""What every loop calls after a step as (step, tokens), or (step, tokens, positions) where tokens have no fixed order.
+
+`step` counts from 0, `tokens` are those of all images so far, which may be written to where a loop says so, and
+`positions` (B, k) are those that are new. True stops the loop.
+"""
 FILTER_ORDERS = ("llamagen", "lantern")
 _SMALLEST_TEMPERATURE = 1e-5
 
@@ -29,7 +35,8 @@ class Sampling:
         top_p: keep the likeliest tokens that together hold this probability, in (0, 1]; 1 keeps all.
         order: "llamagen" (top-k first) or "lantern" (top-p first).
 
-    Errors: `StudioError` for a value outside these ranges or not a number.
+    Raises:
+        StudioError: for a value outside these ranges or not a number.
     """
 
     temperature: float = 1.0
@@ -37,7 +44,7 @@ class Sampling:
     top_p: float = 1.0
     order: str = "llamagen"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_fields(
             self,
             temperature=check_number("temperature", self.temperature),
@@ -125,7 +132,9 @@ def _without(
     return logits.masked_fill(dropped.scatter(-1, indices, dropped), float("-inf"))
 
 
-def exponential_noise(rows: int, vocab: int, generators: list[torch.Generator], device) -> torch.Tensor:
+def exponential_noise(
+    rows: int, vocab: int, generators: list[torch.Generator], device: torch.device | str
+) -> torch.Tensor:
     """Exp(1) noise (rows, vocab), float32; row i comes from generators[i] alone, in a batch as on its own."""
     if len(generators) != rows:
         raise StudioError(f"{rows} rows need {rows} generators, one each; {len(generators)} were given.")

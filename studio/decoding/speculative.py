@@ -1,35 +1,233 @@
 """Speculative decoding over image tokens: several tokens for a call of the target, with the target's own distribution.
 
 "Fast Inference from Transformers via Speculative Decoding" (arXiv:2211.17192) over trees of drafts (SpecInfer,
-arXiv:2305.09781). One round: a source drafts a tree below the last token, one call of the target reads all its nodes,
-`verification` accepts a path, and the token behind it is sampled from what the tests leave of the target's
-distribution. Greedy, the tokens are those of plain greedy decoding.
+arXiv:2305.09781). One round: a candidate generator drafts a tree below the last token, one call of the target reads all
+its nodes, `verify` accepts a path, and the token behind it is sampled from the residual distribution. Greedy, the
+tokens are those of plain greedy decoding.
 
-Images of a batch accept different lengths. Each goes on from its own place, leaves the batch when it is whole, and
-uses its own generator alone, so that a batch equals its single calls. Null rows leave when no image is guided any
-more.
+At a node of the tree, the siblings x_1, x_2, ... are tried in order against the target's distribution p. Sibling j
+passes with probability `ratios[j]`, given that all before it failed; when all fail, the next token comes from
+`residual`. The token that comes out has distribution p:
 
-Deviations from LANTERN's code (arXiv:2410.03355), whose loop this is without relaxation: batches; no guidance, or an
-interval of it; trees end with the image, so that no round is wasted behind it; filters in the target's own order.
+- Deterministic drafts, as of a dynamic tree (EAGLE-2, arXiv:2406.16858): the ratio is p(x) over the mass not yet tried.
+- Drafts sampled from a distribution q without replacement, as of a static tree (several rounds, arXiv:2305.09781 and
+  2402.14160): the ratio is p(x) / q(x) with q renormalised over the tokens left, and after a failure p becomes
+  max(p - q, 0), renormalised. What is left of q is summed, not taken from 1, which would lose the tail of a sharp q.
+
+Other rules of acceptance, such as LANTERN's, are those of settings derived from `Speculative`.
+
+Images of a batch accept different lengths. Each goes on from its own place, leaves the batch when it is complete, and
+uses its own generator alone, so results do not depend on batch size. The unconditional rows leave when no image is
+guided any more.
+
+Deviations from LANTERN's code (arXiv:2410.03355), whose loop this is: batches; no guidance, or an interval of it; trees
+end with the image, so that no round is wasted behind it; filters in the target's own order.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
 from studio.checks import shown
-from studio.decoding.acceptance import Relaxation
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
-from studio.decoding.drafts import DraftSource, Progress, Setting
+from studio.decoding.drafts import DraftContext, Drafts, Progress
 from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.reporting import Reporter, SpeculativeOutput
-from studio.decoding.sampling import Sampling, sample_rows
+from studio.decoding.sampling import OnStep, Sampling, sample_rows
 from studio.decoding.trees import Tree
-from studio.decoding.verification import Verdict, verify, verify_greedy
 from studio.errors import StudioError
+
+_TINY = 1e-12
+
+
+@dataclass
+class Acceptance:
+    """The siblings below R nodes: `ratios` (R, c), which are `tried` (R, c) at all, and the `residual` (R, V).
+
+    A sibling passes when a uniform number is at most its ratio; `residual` need not sum to 1.
+    """
+
+    ratios: torch.Tensor
+    tried: torch.Tensor
+    residual: torch.Tensor
+
+
+class AcceptanceRule(Protocol):
+    """Which drafts stand in for the target's own tokens."""
+
+    def probs(self, p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor | None = None) -> Acceptance:
+        """Acceptance probabilities of the siblings below R nodes, computed together.
+
+        Args:
+            p: the target's distributions (R, V) there, after all filters.
+            tokens: siblings (R, c) in the order in which they are tried, distinct; -1 where there is none.
+            q: the distributions (R, V) that they were sampled from without replacement; None for deterministic drafts.
+        """
+
+    def is_likeliest(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Which tokens (R, c), -1 where there is none, greedy decoding accepts behind nodes with logits (R, V)."""
+
+
+class Lossless:
+    """The rule that keeps the target's distribution."""
+
+    def probs(self, p: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor | None = None) -> Acceptance:
+        if q is None:
+            tried, x = tokens >= 0, tokens.clamp(min=0)
+            gains = p.gather(1, x) * tried
+            return Acceptance(ratios_in_turn(p, gains), tried, or_else(p.scatter_add(1, x, -gains), p))
+        ratios, tests = [p.new_zeros(len(p), 0)], [tokens.new_zeros(len(p), 0).bool()]
+        for token in tokens.split(1, 1):
+            share, proposal, q = take_proposal(q, token)
+            ratios.append(p.gather(1, token.clamp(min=0)) / share.clamp(min=_TINY))
+            tests.append(share > 0)
+            p = torch.where(share > 0, residual(p, proposal), p)
+        return Acceptance(torch.cat(ratios, dim=1), torch.cat(tests, dim=1), p)
+
+    def is_likeliest(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens == logits.argmax(dim=-1)[:, None]
+
+
+def ratios_in_turn(p: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """Acceptance probabilities (R, c) of deterministic siblings that hold the masses `gains` (R, c) of p (R, V)."""
+    reached = gains.double()
+    reached = p.sum(1, keepdim=True, dtype=torch.float64) - (reached.cumsum(1) - reached)
+    return gains / reached.clamp(min=_TINY)
+
+
+def take_proposal(q: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sibling (R, 1) out of the mass q (R, V) that is left: its probability, q normalised, and q without it.
+
+    The probability (R, 1) is 0 where there is no sibling, -1, and where nothing of q is left.
+    """
+    exists, token = token >= 0, token.clamp(min=0)
+    mass, left = q.gather(1, token), q.sum(1, keepdim=True)
+    share = (mass / left).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * exists
+    return share, (q / left).nan_to_num(0.0, 0.0, 0.0), q.scatter_add(1, token, -mass * exists)
+
+
+def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """max(p - q, 0), normalised, of distributions (R, V); p where rounding left nothing of it."""
+    left = or_else((p - q).clamp(min=0), p)
+    return left / left.sum(1, keepdim=True)
+
+
+def or_else(distribution: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """`distribution` (R, V), or the one before where rounding left nothing of it."""
+    return torch.where(distribution.sum(1, keepdim=True) > 0, distribution, before)
+
+
+@dataclass
+class VerifyResult:
+    """What was accepted in each of B trees.
+
+    `paths` (B lists) hold the root's and the accepted nodes' numbers; `distribution` (B, V) is what the next token
+    comes from, None when greedy: the likeliest behind the last node of the path; `ratios` (B lists) are those of the
+    tests, in the order in which they were made.
+    """
+
+    paths: list[list[int]]
+    distribution: torch.Tensor | None = None
+    ratios: list[list[float]] = field(default_factory=list)
+
+    @property
+    def last(self) -> list[int]:
+        """The last accepted node of each tree."""
+        return [path[-1] for path in self.paths]
+
+
+def verify(
+    tree: Tree, logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, rule: AcceptanceRule
+) -> VerifyResult:
+    """Walks down from the root along the siblings that pass, waiting for the device once a level.
+
+    Args:
+        tree: trees of B images with n nodes.
+        logits: the target's (B, n, V) at every node, guided, before filters; those that the walk visits are filtered.
+        uniforms: numbers (B, at least n - 1) from [0, 1), used in order, one for each test.
+        sampling: temperature and filters; not greedy.
+        rule: how siblings are accepted.
+    """
+    batch, _, vocab = logits.shape
+    paths: list[list[int]] = [[0] for _ in range(batch)]
+    ratios: list[list[float]] = [[] for _ in range(batch)]
+    distribution = logits.new_empty(batch, vocab, dtype=torch.float32)
+    numbers, walking = [iter(row) for row in uniforms.tolist()], list(range(batch))
+    while walking:
+        nodes = [paths[row][-1] for row in walking]
+        p = sampling.probabilities(_at(logits, walking, nodes))
+        children = [tree.children[row][node] for row, node in zip(walking, nodes)]
+        if not any(children):
+            _write_rows(distribution, walking, p)
+            break
+        q = None
+        if tree.proposals is not None:
+            q = _at(tree.proposals, walking, tree.proposal_rows[nodes].clamp(min=0).tolist())
+        acceptance = rule.probs(p, tree.tokens_at(walking, children), q)
+        ended, onward = [], []
+        tested = zip(walking, acceptance.tried.tolist(), acceptance.ratios.tolist())
+        for place, (row, tried, chances) in enumerate(tested):
+            passed = None
+            for child, chance in [pair for pair, made in zip(zip(children[place], chances), tried) if made]:
+                ratios[row].append(chance)
+                if next(numbers[row]) <= chance:
+                    passed = child
+                    break
+            if passed is None:
+                ended.append(place)
+            else:
+                paths[row].append(passed)
+                onward.append(row)
+        if ended:
+            left = acceptance.residual if len(ended) == len(walking) else acceptance.residual[ended]
+            _write_rows(distribution, [walking[place] for place in ended], left)
+        walking = onward
+    return VerifyResult(paths, distribution / distribution.sum(dim=1, keepdim=True), ratios)
+
+
+def verify_greedy(tree: Tree, logits: torch.Tensor, rule: AcceptanceRule) -> VerifyResult:
+    """Accepts every draft that the rule takes for the likeliest token behind an accepted node; the longest path counts.
+
+    With a relaxed rule several siblings may pass; of equally long paths the one with the first leaf wins. Arguments as
+    of `verify`.
+    """
+    batch = len(logits)
+    best, accepted = [0] * batch, [(row, 0) for row in range(batch)]
+    while accepted := [(row, node) for row, node in accepted if tree.children[row][node]]:
+        rows, nodes = zip(*accepted)
+        children = [tree.children[row][node] for row, node in accepted]
+        passed = rule.is_likeliest(_at(logits, rows, nodes), tree.tokens_at(rows, children)).tolist()
+        accepted = [
+            (row, child)
+            for row, below, marks in zip(rows, children, passed)
+            for child, mark in zip(below, marks)
+            if mark
+        ]
+        longest: dict[int, int] = {}
+        for row, node in accepted:
+            if row not in longest or tree.first_leaves[row][node] < tree.first_leaves[row][longest[row]]:
+                longest[row] = node
+        for row, node in longest.items():
+            best[row] = node
+    return VerifyResult([tree.path_to(row, node) for row, node in enumerate(best)])
+
+
+def _at(values: torch.Tensor, rows: Sequence[int], nodes: Sequence[int]) -> torch.Tensor:
+    """values[rows, nodes] of a tensor (B, n, V)."""
+    if len(values) == len(rows) == 1:
+        return values[:, nodes[0]]
+    return values[torch.tensor(rows, device=values.device), torch.tensor(nodes, device=values.device)]
+
+
+def _write_rows(distribution: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
+    if len(rows) == len(distribution):
+        distribution.copy_(values)
+    else:
+        distribution[torch.tensor(rows, device=distribution.device)] = values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +236,26 @@ class Speculative:
 
     Args:
         drafts: where drafts come from: `TokenRecycling()` and `NGram()` need no training, `DrafterDrafts(drafter)`
-            does;
-            `AutoDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses of
-            Jacobi decoding, whose loop it then is, with the tests of these settings.
+            does; `AutoDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses
+            of Jacobi decoding, whose loop it then is, with the tests of these settings.
         filter_order: as of `Autoregressive`; of target and drafter alike.
         weights: how the target is run, as of `Autoregressive`.
 
-    Errors: `StudioError` for what is no source of drafts.
+    Raises:
+        StudioError: for what makes no drafts.
     """
 
-    drafts: DraftSource | Jacobi = AutoDrafts()
+    drafts: Drafts | Jacobi = AutoDrafts()
     filter_order: str = "llamagen"
     weights: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights)
         if isinstance(self.drafts, Jacobi):
             self._check_jacobi(self.drafts)
-        elif not callable(getattr(self.drafts, "begin", None)):
+        elif not callable(getattr(self.drafts, "candidate_generator", None)):
             raise StudioError(
-                f"drafts is a source such as TokenRecycling(), NGram(), Jacobi() or DrafterDrafts(drafter), not "
+                f"drafts is TokenRecycling(), NGram(), Jacobi() or DrafterDrafts(drafter), for example, not "
                 f"{shown(self.drafts)}."
             )
 
@@ -76,9 +274,9 @@ class Speculative:
         order, weights = self.filter_order, self.weights
         return replace(self.drafts, coupling=self.drafts.coupling or "maximal", filter_order=order, weights=weights)
 
-    def relaxation(self, codebook: torch.Tensor | None) -> Relaxation | None:
-        """How acceptance is relaxed, given the stored code vectors (V, C); None: lossless."""
-        return None
+    def rule(self, codebook: torch.Tensor | None) -> AcceptanceRule:
+        """How drafts are accepted, given the stored code vectors (V, C)."""
+        return Lossless()
 
 
 @torch.no_grad()
@@ -94,7 +292,7 @@ def speculative(
     codebook: torch.Tensor | None = None,
     drafter: torch.nn.Module | None = None,
     num_tokens: int | None = None,
-    on_token: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     editable: bool = True,
 ) -> SpeculativeOutput:
     """Samples the tokens of B images.
@@ -103,29 +301,33 @@ def speculative(
         model, condition, generators, sampling, guidance_scale, cfg_interval, num_tokens: as of `autoregressive`.
         codebook: stored code vectors (V, C); needed by relaxed settings.
         drafter: the `Drafter` that belongs to the model, for `AutoDrafts`.
-        on_token: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
-        editable: whether `on_token` may write to the last of those tokens. An image goes back to a token that it
-            changes, so images that are whole stay in the batch until the others are.
+        on_step: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
+        editable: whether `on_step` may write to the last of those tokens. An image goes back to a token that it
+            changes, so images that are complete stay in the batch until the others are.
+
+    Returns:
+        The tokens and what they cost.
     """
     settings = settings or Speculative()
+    rule = settings.rule(codebook)
     if isinstance(settings.drafts, Jacobi):
         return jacobi(
             model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
-            cfg_interval=cfg_interval, settings=settings.guesses, relaxation=settings.relaxation(codebook),
-            num_tokens=num_tokens, on_token=on_token, editable=editable,
+            cfg_interval=cfg_interval, settings=settings.guesses, num_tokens=num_tokens,
+            relaxation=None if isinstance(rule, Lossless) else rule, on_step=on_step, editable=editable,
         )  # fmt: skip
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    run = _Run(
-        model, condition, generators, sampling, guidance_scale, cfg_interval, settings, codebook, drafter, num_tokens
-    )
+    guidance = Guidance(guidance_scale, cfg_interval, 2 if is_guided(0, guidance_scale, cfg_interval) else 1)
+    total = num_tokens or model.num_tokens
+    run = _Run(model, condition, generators, sampling, guidance, settings, rule, drafter, total)
     run.sampled.seconds["prefill"] = time.perf_counter() - began
-    reporter = Reporter(run, on_token, editable)
-    while not reporter.stopped() and not run.is_done:
+    reporter = Reporter(run, on_step, editable)
+    while not reporter.stopped() and min(run.lengths) < total:
         if not reporter.editable:
             run.retire()
         run.round()
-    run.sampled.tokens = run.tokens[:, : reporter.reported] if on_token is not None else run.tokens
+    run.sampled.tokens = run.tokens[:, : reporter.reported] if on_step is not None else run.tokens
     run.sampled.seconds["decode"] = time.perf_counter() - began - run.sampled.seconds["prefill"]
     return run.sampled
 
@@ -134,63 +336,47 @@ class _Run:
     """The images of one call: tokens, `lengths` sampled, caches. `images` are the numbers of those in the batch."""
 
     def __init__(
-        self,
-        model,
-        condition,
-        generators,
-        sampling,
-        guidance_scale,
-        cfg_interval,
-        settings,
-        codebook,
-        drafter,
-        num_tokens,
-    ):
+        self, model, condition, generators, sampling, guidance, settings, rule, drafter, total
+    ) -> None:  # fmt: skip
         self.model, self.sampling, self.generators = model.for_decoding(settings.weights), sampling, generators
-        guided = is_guided(0, guidance_scale, cfg_interval)
-        prefix, valid = condition_rows(model, condition, guided=guided)
-        self.relaxation = settings.relaxation(codebook)
-        self.guidance = Guidance(guidance_scale, cfg_interval, 2 if guided else 1)
-        batch, self.total, self.before = len(generators), num_tokens or model.num_tokens, prefix.shape[1]
+        self.guidance, self.rule, self.total = guidance, rule, total
+        prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
+        batch, self.before = len(generators), prefix.shape[1]
         self.images, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
-        setting = Setting(
-            self.model, valid, batch, sampling, self.guidance, drafter, settings.weights, model.plan(prefix)
-        )
-        self.drafting = settings.drafts.begin(setting)
-        self.cache = self.model.new_tree_cache(len(prefix), self.drafting.nodes)
+        context = DraftContext(
+            self.model, valid, batch, sampling, guidance, drafter, settings.weights, model.plan(prefix)
+        )  # fmt: skip
+        self.candidates = settings.drafts.candidate_generator(context)
+        self.cache = self.model.new_tree_cache(len(prefix), self.candidates.nodes)
         states = self.model.prefill_states(prefix, valid, self.cache)
         self.cache.keep_all()
         self.states = None
-        if self.drafting.uses_states:
+        if self.candidates.uses_states:
             self.states = states.new_zeros(len(prefix), self.before + self.total, states.shape[2])
             self.states[:, : self.before] = states
         logits = self.guidance.combine(self.model.logits(states[:, -1:]), self.tokens[:, :1])
         self.tokens[:, 0] = sampling.sample(logits[:, 0], generators)
         self.sampled = SpeculativeOutput(self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch)
 
-    @property
-    def is_done(self) -> bool:
-        return min(self.lengths) >= self.total
-
     def round(self) -> None:
         """One tree of drafts and one call of the target for each image in the batch."""
         if self.guidance.is_over(min(self.lengths)):
-            self._drop_null_rows()
+            self._drop_unconditional_rows()
         progress = self._progress()
-        tree = self.drafting.propose(progress)
+        tree = self.candidates.get_candidates(progress)
         rows, behind = self.guidance.rows, progress.lengths[:, None] + tree.depths
         ancestors = rows(tree.ancestors)
         states = self.model.extend_tree(rows(tree.tokens), self.cache, rows(self.before - 1 + behind), ancestors)
         logits = self.guidance.combine(self.model.logits(states), behind)
-        verdict, following = self._verify(tree, logits, progress.generators)
+        result, following = self._verify(tree, logits, progress.generators)
         lengths = [self.lengths[image] for image in self.images]
-        kept = [path if length < self.total else [] for path, length in zip(verdict.paths, lengths)]
+        kept = [path if length < self.total else [] for path, length in zip(result.paths, lengths)]
         self._write(tree, kept, following.tolist())
         if self.states is not None:
             self._keep_states(states, kept, lengths)
         self.cache.keep(kept * self.guidance.streams)
-        self.drafting.observe(tree, logits)
+        self.candidates.update_candidate_strategy(tree, logits)
         self.sampled.target_calls += 1
         self.sampled.row_calls += len(states)
         self.sampled.image_calls += sum(map(bool, kept))
@@ -198,22 +384,22 @@ class _Run:
 
     def _progress(self) -> Progress:
         lengths = [self.lengths[image] for image in self.images]
-        room = [max(0, self.total - length - 1) for length in lengths]
+        max_depth = [max(0, self.total - length - 1) for length in lengths]
         tokens = self.tokens if len(self.images) == len(self.tokens) else self.tokens[self.images]
         generators = [self.generators[image] for image in self.images]
-        return Progress(tokens, self._tensor(lengths), self._tensor(room), generators, self.states)
+        return Progress(tokens, self._tensor(lengths), self._tensor(max_depth), generators, self.states)
 
     def _tensor(self, numbers: list) -> torch.Tensor:
         return torch.tensor(numbers, device=self.tokens.device)
 
-    def _verify(self, tree: Tree, logits: torch.Tensor, generators) -> tuple[Verdict, torch.Tensor]:
+    def _verify(self, tree: Tree, logits: torch.Tensor, generators) -> tuple[VerifyResult, torch.Tensor]:
         """What is accepted, and the token (B,) behind it. An image's random numbers do not depend on the others."""
         if self.sampling.greedy:
-            verdict = verify_greedy(tree, logits, self.relaxation)
-            return verdict, logits[list(range(len(logits))), verdict.last].argmax(dim=-1)
-        uniforms = [torch.rand(self.drafting.nodes, generator=g, device=g.device) for g in generators]
-        verdict = verify(tree, logits, torch.stack(uniforms), self.sampling, self.relaxation)
-        return verdict, sample_rows(verdict.distribution, generators)
+            result = verify_greedy(tree, logits, self.rule)
+            return result, logits[list(range(len(logits))), result.last].argmax(dim=-1)
+        uniforms = [torch.rand(self.candidates.nodes, generator=g, device=g.device) for g in generators]
+        result = verify(tree, logits, torch.stack(uniforms), self.sampling, self.rule)
+        return result, sample_rows(result.distribution, generators)
 
     def _write(self, tree: Tree, kept: list[list[int]], following: list[int]) -> None:
         """Puts the accepted drafts and the tokens behind them in their places."""
@@ -239,14 +425,14 @@ class _Run:
         self.states[rows, places] = states[rows, nodes]
 
     def retire(self) -> None:
-        """Goes on without the images that are whole."""
+        """Goes on without the images that are complete."""
         stay = [place for place, image in enumerate(self.images) if self.lengths[image] < self.total]
         count = len(self.images)
         if len(stay) < count:
             self.images = [self.images[place] for place in stay]
             self._select(stay, [stream * count + place for stream in range(self.guidance.streams) for place in stay])
 
-    def _drop_null_rows(self) -> None:
+    def _drop_unconditional_rows(self) -> None:
         self.guidance.streams = 1
         rows = list(range(len(self.images)))
         self._select(rows, rows)
@@ -254,10 +440,10 @@ class _Run:
     def _select(self, images: list[int], rows: list[int]) -> None:
         self.cache.select_rows(rows)
         self.states = None if self.states is None else self.states[rows]
-        self.drafting.select(images, rows)
+        self.candidates.select(images, rows)
 
     def rewind(self, lengths: list[int]) -> None:
         """Goes back to the first `lengths` tokens of each image; all are still in the batch."""
         self.lengths = lengths
         self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
-        self.drafting.rewind(lengths)
+        self.candidates.rewind(lengths)

@@ -1,21 +1,20 @@
 """TokenBridge's decoding: in a random order, a few more cells at each step, each cell dimension by dimension.
 
 "Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation" (arXiv:2503.16430), section 3.3 and the
-authors' sampler. Guidance (arXiv:2207.12598) extrapolates what the transformer says about a cell, not logits, so the
+authors' sampler. Guidance (arXiv:2207.12598) extrapolates the states of the transformer, not logits, so the
 head runs once.
 
 Deviations from the authors' code: each image has its own generator; the head keeps a cache.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from studio.decoding.autoregressive import Sampled, condition_rows, guided_logits
 from studio.decoding.mar import MaskedSteps
-from studio.decoding.sampling import Sampling, exponential_noise, sample_rows
+from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ def dimension_wise(
     sampling: Sampling | None = None,
     guidance_scale: float = 1.0,
     settings: DimensionWise | None = None,
-    on_step: Callable[[int, torch.Tensor], bool | None] | None = None,
+    on_step: OnStep | None = None,
     order: torch.Tensor | None = None,
 ) -> DimensionWiseOutput:
     """Samples all tokens of B images, in the tokenizer's order of dimensions.
@@ -55,7 +54,8 @@ def dimension_wise(
         on_step: called as (number of the step, tokens (B, L, D) which may be written to); True stops the loop.
         order: of the cells (B, L) in place of the generators'; cells at its end are sampled first.
 
-    Errors: `StudioError` for more steps than cells.
+    Raises:
+        StudioError: for more steps than cells.
     """
     settings, sampling = (settings or DimensionWise()).filled(), sampling or Sampling()
     plan = settings.plan(model.num_tokens)
@@ -73,12 +73,12 @@ def dimension_wise(
             states = guided_logits(states, settings.scale_at(step, guidance_scale))
         sampled.target_calls += 1
         sampled.row_calls += len(buffer)
-        said = time.perf_counter()
+        predicted = time.perf_counter()
         cells = sample_cells(model, states, sampling, generators)
         tokens[images, wanted] = torch.empty_like(cells).index_copy_(2, dimensions, cells)
         ended = time.perf_counter()
-        sampled.seconds["head"] += ended - said
-        sampled.seconds["transformer"] += said - began
+        sampled.seconds["head"] += ended - predicted
+        sampled.seconds["transformer"] += predicted - began
         began = ended
         if on_step is not None and on_step(number, tokens):
             break
@@ -90,10 +90,14 @@ def sample_cells(
 ) -> torch.Tensor:
     """Tokens (B, k, D), in the order of sampling, of cells about which the transformer says states (B, k, C)."""
     head, (batch, count) = model.head, states.shape[:2]
-    said = head.condition_proj(states.flatten(0, 1))
-    cache, levels, first_step = head.new_cache(len(said)), [None], model.config.sampling_first_input_adds_step_embedding
+    condition = head.condition_proj(states.flatten(0, 1))
+    cache, levels, first_step = (
+        head.new_cache(len(condition)),
+        [None],
+        model.config.sampling_first_input_adds_step_embedding,
+    )
     for _ in range(head.dimensions):
-        logits = head.next_logits(said, levels[-1], cache, first_step)
+        logits = head.next_logits(condition, levels[-1], cache, first_step)
         if sampling.greedy:
             levels.append(logits.argmax(dim=-1))
         else:

@@ -3,16 +3,14 @@
 Node 0 is the root, a token that is sampled already and that the target has not read. Every other node proposes the
 token behind its parent. Nodes stand in level order, siblings in the order in which they are tried.
 
-Which tree of drafts pays: what a call of the target costs with n nodes, against the tokens that it should bring.
-
-"Sequoia: Scalable and Robust Speculative Decoding" (arXiv:2402.12374, sections 3.1 and 3.3): child number k of a node
-is the accepted one with a probability that depends on k alone. A node is then reached with the product of the
-probabilities along its path, the best tree of n nodes holds the n likeliest paths, and the best n is the one that
-brings most tokens a second. On a GPU the nodes of a call are nearly free, on a processor each of them costs.
+Trees of fixed shape by default follow "Sequoia: Scalable and Robust Speculative Decoding" (arXiv:2402.12374, section
+3.1): child number k of a node is the accepted one with a probability that depends on k alone. A node is then reached
+with the product of the probabilities along its path, and the best tree of n nodes holds the n likeliest paths. On a GPU
+the nodes of a call are nearly free, on a CPU each of them costs.
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -57,8 +55,27 @@ class Tree:
         return [shape.children for shape in self._shapes]
 
     @cached_property
+    def first_leaves(self) -> list[list[int]]:
+        """Number of the first leaf at or below each node, for each image."""
+        return [shape.first_leaves for shape in self._shapes]
+
+    @cached_property
     def token_lists(self) -> list[list[int]]:
+        """The tokens of each image."""
         return self.tokens.tolist()
+
+    def tokens_at(self, images: Sequence[int], nodes: list[list[int]]) -> torch.Tensor:
+        """Tokens (R, c) of some nodes of R images, in order, then -1."""
+        width = max(map(len, nodes))
+        rows = [
+            [self.token_lists[image][node] for node in some] + [-1] * (width - len(some))
+            for image, some in zip(images, nodes)
+        ]
+        return torch.tensor(rows, device=self.tokens.device)
+
+    def path_to(self, image: int, node: int) -> list[int]:
+        """Numbers of the nodes from the root to a node."""
+        return torch.nonzero(self._shapes[image].ancestors[node])[:, 0].tolist()
 
     @cached_property
     def _shapes(self) -> list["_Shape"]:
@@ -75,12 +92,14 @@ class _Shape:
     ancestors: torch.Tensor
     depths: torch.Tensor
     children: list[list[int]]
+    first_leaves: list[int]
 
 
 @lru_cache(maxsize=4096)
 def _shape_of(parents: tuple[int, ...]) -> _Shape:
     """Kept, as small trees come again and again."""
-    lines, children = [], [[] for _ in parents]
+    lines: list[list[int]] = []
+    children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents):
         lines.append([*lines[parent], node] if parent >= 0 else [node])
         if parent >= 0:
@@ -88,10 +107,13 @@ def _shape_of(parents: tuple[int, ...]) -> _Shape:
     ancestors = torch.zeros(len(parents), len(parents), dtype=torch.bool)
     for node, line in enumerate(lines):
         ancestors[node, line] = True
-    return _Shape(ancestors, torch.tensor([len(line) - 1 for line in lines]), children)
+    first = list(range(len(parents)))
+    for node in reversed(first):
+        first[node] = min((first[child] for child in children[node]), default=node)
+    return _Shape(ancestors, torch.tensor([len(line) - 1 for line in lines]), children, first)
 
 
-def trees_of(rows: list[tuple[list[int], list[int]]], device) -> Tree:
+def trees_of(rows: list[tuple[list[int], list[int]]], device: torch.device | str) -> Tree:
     """Trees from lists (tokens, parents) of each image, the root included."""
     n = max(len(tokens) for tokens, _ in rows)
     tokens = [one + [0] * (n - len(one)) for one, _ in rows]
@@ -106,19 +128,20 @@ class StaticTree:
     Args:
         paths: the nodes without the root, in any order; a node's parent and its elder siblings must be there too.
 
-    Errors: `StudioError` for paths that are no tree.
+    Raises:
+        StudioError: for paths that are no tree.
     """
 
     paths: tuple[tuple[int, ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.paths, Sequence) or not all(isinstance(path, Sequence) for path in self.paths):
             raise StudioError(f"paths are tuples of ranks such as ((0,), (0, 0)), not {shown(self.paths)}.")
         check_integer("The number of nodes of a draft tree", len(self.paths) + 1, 1, MAX_NODES)
         ranks = [[check_integer("A rank in a draft tree", rank, 0, MAX_NODES) for rank in path] for path in self.paths]
         paths = tuple(sorted(map(tuple, ranks), key=lambda path: (len(path), path)))
         set_fields(self, paths=paths)
-        known = {()}
+        known: set[tuple[int, ...]] = {()}
         for path in paths:
             elder = (*path[:-1], path[-1] - 1) if path and path[-1] else ()
             if not path or path in known or path[:-1] not in known or elder not in known:
@@ -173,14 +196,15 @@ class DynamicTree:
             5).
         width: children that a node may get, and nodes of a level that get any (the authors' 10).
 
-    Errors: `StudioError` for numbers below 1, and for fewer than two nodes.
+    Raises:
+        StudioError: for numbers below 1, and for fewer than two nodes.
     """
 
     nodes: int = 59
     levels: int = 5
     width: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("nodes", 2), ("levels", 1), ("width", 1)):
             set_fields(self, **{name: check_integer(f"{name} of a draft tree", getattr(self, name), least, MAX_NODES)})
 
@@ -190,7 +214,7 @@ def grow(
     roots: torch.Tensor,
     first: torch.Tensor,
     expand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    room: torch.Tensor,
+    max_depth: torch.Tensor,
 ) -> Tree:
     """Grows trees below the roots (B,).
 
@@ -198,25 +222,25 @@ def grow(
         first: the drafter's log-probabilities (B, V) behind the roots.
         expand: called once a level as (tokens (B, w), which of the w nodes of the level before is the parent (B, w)),
             returns log-probabilities (B, w, V) behind each.
-        room: levels (B,) that an image has left.
+        max_depth: levels (B,) that an image has left.
 
     A node's score is its path's log-probability; the best `nodes` - 1 of all scores stay. Deviation from the authors'
     code: among equal scores (a log-probability that rounds to 0) the elder level comes first, so that no node stays
     without its parent; nodes of no probability are left out.
     """
     batch, width = len(roots), min(shape.width, first.shape[-1])
-    deepest = min(shape.levels, int(room.max()))
+    deepest = min(shape.levels, int(max_depth.max()))
     if deepest < 1:
         return Tree(roots[:, None], torch.full_like(roots[:, None], -1))
     scores, tokens = first.topk(width, dim=-1)
-    scores = scores.masked_fill(room[:, None] < 1, float("-inf"))
+    scores = scores.masked_fill(max_depth[:, None] < 1, float("-inf"))
     parents = torch.full_like(tokens, -1)
     pool = [(scores, tokens, parents)]
     beam, beam_scores, beam_tokens = torch.arange(width, device=roots.device).repeat(batch, 1), scores, tokens
     came_from, size = torch.zeros_like(tokens), width
     for level in range(2, deepest + 1):
         below, new = expand(beam_tokens, came_from).topk(width, dim=-1)
-        scores = (beam_scores[:, :, None] + below).flatten(1).masked_fill(room[:, None] < level, float("-inf"))
+        scores = (beam_scores[:, :, None] + below).flatten(1).masked_fill(max_depth[:, None] < level, float("-inf"))
         new = new.flatten(1)
         pool.append((scores, new, beam.repeat_interleave(width, dim=1)))
         beam_scores, best = scores.topk(width, dim=-1)
@@ -244,7 +268,7 @@ def _best(count: int, roots, scores, tokens, parents) -> Tree:
     )
 
 
-_SUPPOSED = (0.4, 0.15, 0.1, 0.07, 0.05)
+SUPPOSED_ACCEPTANCE = (0.4, 0.15, 0.1, 0.07, 0.05)
 """How often child 0, 1, ... of a node is taken to be accepted where nothing was measured."""
 
 
@@ -257,48 +281,15 @@ def default_tree(device: torch.device, sampled: bool = False) -> DynamicTree | S
     """
     on_cpu = device.type == "cpu"
     if sampled:
-        paths = _likeliest_paths(_SUPPOSED, *(5, 2) if on_cpu else (24, 5))
+        paths = _likeliest_paths(SUPPOSED_ACCEPTANCE, *(5, 2) if on_cpu else (24, 5))
         return StaticTree(tuple(path for path, _ in paths))
     return DynamicTree(nodes=6, levels=2, width=3) if on_cpu else DynamicTree()
 
 
-def choose_tree(
-    acceptance: Sequence[float],
-    verify_seconds: Mapping[int, float],
-    *,
-    level_seconds: float = 0.0,
-    most_levels: int = 8,
-) -> StaticTree | None:
-    """The tree that brings most tokens a second; None where plain decoding brings more.
-
-    Args:
-        acceptance: for k = 0, 1, ..., how often child k of a node is the accepted one; at most 1 together.
-        verify_seconds: measured seconds of a call of the target with n nodes, the root included, by n. A call with one
-            node is a plain step, and must be there. Numbers between the measured ones are not considered.
-        level_seconds: what drafting a level costs, a call of the drafter.
-        most_levels: deepest tree that is considered.
-
-    Errors: `StudioError` for probabilities out of range and for times that are missing or not above 0.
-    """
-    if not acceptance or min(acceptance) < 0 or sum(acceptance) > 1 + 1e-6:
-        raise StudioError("acceptance must hold a probability for each child, not below 0, and at most 1 together.")
-    if 1 not in verify_seconds or min(verify_seconds.values()) <= 0:
-        raise StudioError("verify_seconds must say what calls cost, above 0, that of one node among them.")
-    best, most = None, 1 / verify_seconds[1]
-    for levels in range(1, most_levels + 1):
-        paths = _likeliest_paths(acceptance, max(verify_seconds) - 1, levels)
-        for nodes, seconds in verify_seconds.items():
-            chosen = paths[: nodes - 1]
-            depth = max((len(path) for path, _ in chosen), default=0)
-            speed = (1 + sum(probability for _, probability in chosen)) / (seconds + level_seconds * depth)
-            if len(chosen) == nodes - 1 and chosen and speed > most:
-                best, most = StaticTree(tuple(path for path, _ in chosen)), speed
-    return best
-
-
 def _likeliest_paths(acceptance: Sequence[float], count: int, levels: int) -> list[tuple[tuple[int, ...], float]]:
     """The `count` likeliest paths of at most `levels` ranks, parents and elder siblings first."""
-    found, waiting = [], [(-acceptance[0], (0,), 1.0)]
+    found: list[tuple[tuple[int, ...], float]] = []
+    waiting: list[tuple[float, tuple[int, ...], float]] = [(-acceptance[0], (0,), 1.0)]
     while waiting and len(found) < count:
         probability, path, above = heapq.heappop(waiting)
         found.append((path, -probability))

@@ -14,7 +14,7 @@ from studio.decoding.sampling import Sampling
 
 
 def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """TurnScheduler the pairs (2j, 2j + 1) of x (rows, n, heads, head_dim) by table (n, head_dim // 2, 2)."""
+    """Rotates the pairs (2j, 2j + 1) of x (rows, n, heads, head_dim) by table (n, head_dim // 2, 2)."""
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
     turned = torch.empty_like(x, dtype=torch.float32)
     turned[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin

@@ -1,15 +1,16 @@
 """Verification as LANTERN's authors write it (arXiv:2410.03355): the slow, plain reference of tests and benchmarks.
 
 Logits are gathered along every path from the root to a leaf; candidates are tried in Python, each with a number fetched
-from the device, and the distribution is renormalised after each failure. Deterministic drafts, `reference` rule or
-lossless; the results are those of `studio.decoding.verification.verify`.
+from the device, and the distribution is renormalised after each failure. Deterministic drafts, the authors' rule or
+lossless; the results are those of `studio.decoding.speculative.verify`.
 """
 
 import torch
 
-from studio.decoding.acceptance import Relaxation
 from studio.decoding.sampling import Sampling
+from studio.decoding.speculative import Lossless
 from studio.decoding.trees import Tree
+from studio.reference.lantern import AuthorsRelaxation
 
 
 def leaf_paths(tree: Tree) -> torch.Tensor:
@@ -33,7 +34,7 @@ def textbook_verify(
     logits: torch.Tensor,
     uniforms: list[float],
     sampling: Sampling,
-    relaxation: Relaxation | None = None,
+    rule: AuthorsRelaxation | Lossless,
 ) -> tuple[list[int], torch.Tensor]:
     """The accepted tokens behind the root, and the distribution (V,) of the next one.
 
@@ -61,13 +62,13 @@ def textbook_verify(
                 continue
             seen.add(x)
             near, count, ratio = None, 0, distribution[x]
-            if relaxation is not None:
-                near = relaxation.neighbours[x].long()
-                sums = distribution[near[: relaxation.k]].cumsum(dim=0)
-                bound = relaxation.tv_budget
+            if isinstance(rule, AuthorsRelaxation):
+                near = rule.neighbours[x].long()
+                sums = distribution[near[: rule.k]].cumsum(dim=0)
+                bound = rule.tv_budget
                 if bound is None:
-                    bound = (relaxation.ratio_budget - 1) * distribution[x]
-                count = int((sums <= bound).sum()) if bound != 1 else relaxation.k
+                    bound = (rule.ratio_budget - 1) * distribution[x]
+                count = int((sums <= bound).sum()) if bound != 1 else rule.k
                 if count:
                     ratio = ratio + sums[count - 1]
             number, used = uniforms[used], used + 1
@@ -77,7 +78,7 @@ def textbook_verify(
                 break
             distribution[x] = 0
             if count:
-                distribution[near[: relaxation.k + 1]] = 0
+                distribution[near[: rule.k + 1]] = 0
             if distribution.sum() == 0:
                 distribution = torch.ones_like(distribution)
             distribution = distribution / distribution.sum()

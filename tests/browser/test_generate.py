@@ -81,7 +81,7 @@ def test_a_decoding_shows_its_options_and_what_became_of_drafts(page):
     assert not page.is_visible("#lantern-delta")
     choose(page, "Lantern")
     page.wait_for_selector("#lantern-delta")
-    page.fill("#lantern-neighbours input, #lantern-neighbours textarea", "20")
+    page.fill("#lantern-k input, #lantern-k textarea", "20")
     sample(page)
     assert "accepted drafts" in page.inner_text("#tokens")
     page.fill("#lantern-delta input, #lantern-delta textarea", "2")

@@ -38,7 +38,7 @@ def keep(page, name):
 def test_sampling_fits_the_window(window):
     page, name = window
     page.get_by_role("radio", name="Lantern", exact=True).check()
-    page.fill("#lantern-neighbours input, #lantern-neighbours textarea", "20")
+    page.fill("#lantern-k input, #lantern-k textarea", "20")
     page.fill("#prompt textarea", "a red apple")
     page.click("#generate")
     page.wait_for_selector("#status .done", timeout=LIMIT)

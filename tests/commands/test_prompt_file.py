@@ -18,13 +18,13 @@ def write(folder, *lines):
 def test_lines_say_what_the_options_say(tmp_path):
     line = {
         "prompt": "a pear", "seed": 7, "num_images": 2, "guidance": 3, "cfg_interval": 4, "temperature": 0.5,
-        "top_k": 8, "top_p": 0.9, "decoding": "lantern", "delta": 0.2, "neighbours": 5,
+        "top_k": 8, "top_p": 0.9, "decoding": "lantern", "delta": 0.2, "k": 5,
     }  # fmt: skip
     [request] = read_prompts(write(tmp_path, line))
     assert (request.line, request.prompt, request.seed, request.num_images) == (1, "a pear", 7, 2)
     sampling = {"guidance_scale": 3, "cfg_interval": 4, "temperature": 0.5, "top_k": 8, "top_p": 0.9}
     assert request.settings == sampling
-    assert request.decoding == {"name": "lantern", "delta": 0.2, "neighbours": 5}
+    assert request.decoding == {"name": "lantern", "delta": 0.2, "k": 5}
 
 
 def test_options_fill_what_lines_leave_out(tmp_path):

@@ -3,15 +3,15 @@
 import torch
 
 
-def distribution_of_node(weighed, tokens):
+def distribution_of_node(acceptance, tokens):
     """The distribution (V,) of the token that comes out at one node, in float64."""
-    distribution, reached = torch.zeros_like(weighed.rest[0], dtype=torch.float64), 1.0
-    for token, ratio, tried in zip(tokens.tolist(), weighed.ratios[0].tolist(), weighed.tried[0].tolist()):
+    distribution, reached = torch.zeros_like(acceptance.residual[0], dtype=torch.float64), 1.0
+    for token, ratio, tried in zip(tokens.tolist(), acceptance.ratios[0].tolist(), acceptance.tried[0].tolist()):
         if tried:
             passes = min(1.0, ratio)
             distribution[token] += reached * passes
             reached *= 1 - passes
-    rest = weighed.rest[0].double()
+    rest = acceptance.residual[0].double()
     return distribution + reached * rest / rest.sum()
 
 

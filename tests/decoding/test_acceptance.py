@@ -11,10 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distributions import distance, distribution_of_node, without_replacement
 
 from studio import StudioError
-from studio.decoding.acceptance import Acceptance, Relaxation, acceptance_probs
-from studio.decoding.lantern import neighbour_table
+from studio.decoding.lantern import Relaxation, neighbour_table
+from studio.decoding.speculative import Acceptance, Lossless
+from studio.reference.lantern import AuthorsRelaxation
 
 ROUNDING = 1e-6
+LOSSLESS = Lossless()
 
 
 def random_distribution(generator, vocab, sharpness=2.0):
@@ -30,17 +32,15 @@ def cases(count, vocab, seed):
         yield random_distribution(generator, vocab), table, tokens
 
 
-def deterministic_distribution(p, tokens, relaxation=None):
-    return distribution_of_node(acceptance_probs(p[None], tokens[None], relaxation=relaxation), tokens)
+def deterministic_distribution(p, tokens, rule=LOSSLESS):
+    return distribution_of_node(rule.probs(p[None], tokens[None]), tokens)
 
 
-def sampled_distribution(p, q, siblings, relaxation=None):
+def sampled_distribution(p, q, siblings, rule=LOSSLESS):
     distribution = torch.zeros_like(p)
     for sampled, probability in without_replacement(q, siblings):
         tokens = torch.tensor(sampled)
-        distribution += probability * distribution_of_node(
-            acceptance_probs(p[None], tokens[None], q[None], relaxation), tokens
-        )
+        distribution += probability * distribution_of_node(rule.probs(p[None], tokens[None], q[None]), tokens)
     return distribution
 
 
@@ -48,10 +48,10 @@ def test_lossless_deterministic_drafts_are_exact():
     wrong = 0.0
     for p, _, tokens in cases(50, 24, seed=0):
         assert distance(deterministic_distribution(p, tokens), p) < ROUNDING
-        weighed = acceptance_probs(p[None], tokens[None])
-        distribution = distribution_of_node(Acceptance(weighed.ratios, weighed.tried, p[None]), tokens)
+        acceptance = LOSSLESS.probs(p[None], tokens[None])
+        distribution = distribution_of_node(Acceptance(acceptance.ratios, acceptance.tried, p[None]), tokens)
         wrong = max(wrong, distance(distribution, p))
-    assert wrong > 0.05, "a next token from the distribution itself in place of the rest must be seen"
+    assert wrong > 0.05, "a next token from the distribution itself in place of the residual must be seen"
 
 
 @pytest.mark.parametrize("siblings", [1, 2, 3])
@@ -66,12 +66,12 @@ def test_lossless_sampled_drafts_are_exact(siblings):
         distribution = torch.zeros_like(p)
         for sampled, probability in without_replacement(q, siblings):
             tokens = torch.tensor(sampled)
-            weighed = acceptance_probs(p[None], tokens[None], q[None])
+            acceptance = LOSSLESS.probs(p[None], tokens[None], q[None])
             distribution += probability * distribution_of_node(
-                Acceptance(weighed.ratios, weighed.tried, p[None]), tokens
+                Acceptance(acceptance.ratios, acceptance.tried, p[None]), tokens
             )
         wrong = max(wrong, distance(distribution, p))
-    assert wrong > 0.05, "a next token from the distribution itself in place of the rest must be seen"
+    assert wrong > 0.05, "a next token from the distribution itself in place of the residual must be seen"
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.02, 0.1, 0.4])
@@ -82,7 +82,7 @@ def test_the_strict_rule_moves_at_most_its_budget(delta):
         moved = distance(deterministic_distribution(p, tokens, relaxation), p)
         assert moved <= delta + ROUNDING
         farthest = max(farthest, moved)
-        reference = Relaxation(table, 20, tv_budget=delta, reference=True)
+        reference = AuthorsRelaxation(table, 20, tv_budget=delta)
         authors = max(authors, distance(deterministic_distribution(p, tokens, reference), p))
     assert delta == 0 or farthest > delta / 2
     assert delta == 0 or authors > delta + 0.01, "the authors' rule must break the bound"
@@ -103,7 +103,7 @@ def test_a_zero_budget_is_lossless_where_the_authors_is_not():
     p = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0], dtype=torch.float64)
     table, tokens = torch.tensor([[3, 1, 4, 2]] * 5), torch.tensor([0])
     assert distance(deterministic_distribution(p, tokens, Relaxation(table, 1, tv_budget=0.0)), p) < ROUNDING
-    reference = Relaxation(table, 1, tv_budget=0.0, reference=True)
+    reference = AuthorsRelaxation(table, 1, tv_budget=0.0)
     assert distance(deterministic_distribution(p, tokens, reference), p) > 0.1
 
 
@@ -136,9 +136,7 @@ def test_sampled_drafts_keep_their_budgets(siblings, budget):
         assert (distribution <= budget.get("ratio_budget", float("inf")) * p + ROUNDING).all()
         assert siblings > 1 or distance(distribution, p) <= distance(p, q) + ROUNDING
         single = dict([next(iter(budget.items()))])
-        authors = max(
-            authors, distance(sampled_distribution(p, q, siblings, Relaxation(table, 5, **single, reference=True)), p)
-        )
+        authors = max(authors, distance(sampled_distribution(p, q, siblings, AuthorsRelaxation(table, 5, **single)), p))
     assert farthest > 0.005
     assert len(budget) > 1 or "ratio_budget" in budget or authors > 0.15, "the authors' rule must break the bound"
 
@@ -147,7 +145,7 @@ def test_many_drafts_that_share_one_neighbour():
     p = torch.tensor([0.1, 0.9, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     q = torch.tensor([0.0, 0.0, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
     table = torch.tensor([[1], [2], [0], [0], [0], [0]])
-    authors = sampled_distribution(p, q, 2, Relaxation(table, 1, tv_budget=0.1, reference=True))
+    authors = sampled_distribution(p, q, 2, AuthorsRelaxation(table, 1, tv_budget=0.1))
     assert distance(authors, p) > 0.5
     assert distance(sampled_distribution(p, q, 2, Relaxation(table, 1, tv_budget=0.1)), p) <= 0.1 + ROUNDING
     assert distance(sampled_distribution(p, q, 2, Relaxation(table, 1, ratio_budget=3.0)), p) < ROUNDING
@@ -163,26 +161,27 @@ def test_siblings_in_any_order_and_padding():
     p, _, _ = next(cases(1, 24, seed=6))
     for tokens in ([3, 9, 4], [4, 3, 9], [3, 9, 4, -1, -1]):
         assert distance(deterministic_distribution(p, torch.tensor(tokens)), p) < ROUNDING
-    both = acceptance_probs(torch.stack((p, p)), torch.tensor([[3, 9], [5, -1]]))
+    both = LOSSLESS.probs(torch.stack((p, p)), torch.tensor([[3, 9], [5, -1]]))
     assert both.tried.tolist() == [[True, True], [True, False]]
-    assert both.rest[1, 3] == p[3] and both.rest[1, 5] == 0
+    assert both.residual[1, 3] == p[3] and both.residual[1, 5] == 0
 
 
 def test_all_mass_on_the_siblings():
     p = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
-    weighed = acceptance_probs(p[None], torch.tensor([[0, 1]]))
-    assert weighed.ratios.tolist() == [[0.5, 1.0]] and weighed.rest.sum() > 0
-    assert weighed.rest[0, 2] == 0
+    acceptance = LOSSLESS.probs(p[None], torch.tensor([[0, 1]]))
+    assert acceptance.ratios.tolist() == [[0.5, 1.0]] and acceptance.residual.sum() > 0
+    assert acceptance.residual[0, 2] == 0
 
 
 def test_budgets_are_checked():
     table = neighbour_table(torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), 5)
     for wrong in (
         {}, {"tv_budget": 1.1}, {"tv_budget": -0.1}, {"ratio_budget": 0.9}, {"ratio_budget": float("inf")},
-        {"tv_budget": 0.1, "ratio_budget": 2.0, "reference": True},
     ):  # fmt: skip
         with pytest.raises(StudioError):
             Relaxation(table, 5, **wrong)
+    with pytest.raises(StudioError, match="one bound"):
+        AuthorsRelaxation(table, 5, tv_budget=0.1, ratio_budget=2.0)
     with pytest.raises(StudioError, match="width of the table"):
         Relaxation(table, 6, tv_budget=0.1)
     with pytest.raises(StudioError, match="1 to 5"):

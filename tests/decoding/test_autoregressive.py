@@ -104,14 +104,14 @@ def test_packed_weights_follow_the_model(change):
     assert torch.equal(after, textbook(model, conditions(False), generators=streams(1, 2, 3), **call))
 
 
-def test_on_token_sees_and_stops():
+def test_on_step_sees_and_stops():
     seen = []
 
     def stop_after_five(index, tokens):
         seen.append(tokens.clone())
         return index == 4
 
-    sampled = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3), on_token=stop_after_five)
+    sampled = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3), on_step=stop_after_five)
     assert sampled.target_calls == 5
     assert sampled.tokens.shape == (3, 5)
     assert torch.equal(seen[-1], sampled.tokens)

@@ -56,7 +56,7 @@ def test_the_likeliest_codes_are_those_of_the_whole(model):
 
 def test_stops_when_told(model):
     sampled = rq_decoding(
-        model, torch.tensor([[0]]), CODEBOOKS, generators=generators(1), on_cell=lambda index, codes: index == 1
+        model, torch.tensor([[0]]), CODEBOOKS, generators=generators(1), on_step=lambda index, codes: index == 1
     )
     assert (sampled[0, 0] >= 0).all() and (sampled[0, 1] == -1).all()
 

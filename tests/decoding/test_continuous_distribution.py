@@ -19,18 +19,10 @@ from distribution_tests import LEVEL, cell_excess, energy_excess, ks_excess, mmd
 from tiny_mar import tiny_mar
 
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.cspd import (
-    ContinuousSpeculative,
-    FinalStep,
-    continuous_speculative,
-    log_density,
-    log_ratio,
-    resample,
-    resample_reference,
-    trace,
-    verify_path,
-)
+from studio.decoding.cspd import AlignedAcceptance, ContinuousSpeculative, FinalStep, continuous_speculative
 from studio.decoding.mar import MaskedAutoregressive, denoise, masked_autoregressive
+from studio.decoding.speculative_diffusion import log_density, trace, verify_path
+from studio.reference.cspd import AuthorsAcceptance
 
 COUNT = 20000
 
@@ -69,7 +61,7 @@ def noise_of(count, dim, seed):
 
 
 def speculate(p, q, seed, count=COUNT, dim=1):
-    """Samples from q, verified for p; the verdict and the drafts."""
+    """Samples from q, verified for p; the verified and the drafts."""
     places, noise = noise_of(count, dim, seed)
     path = trace(q, noise.start(places), noise.steps(places, q.steps))
     return verify_path(path, p, places, noise), path
@@ -82,8 +74,9 @@ def relaxed(p, q, seed, inner_temperature, count=COUNT):
     ends = [
         FinalStep(*(torch.full_like(drafts, value) for value in (*distribution, 0.0))) for distribution in (p, q_of(q))
     ]
-    accepted = log_ratio(drafts, *ends, inner_temperature, reference=True) > noise.test(places).double().log()
-    resampled = resample(*ends, places, noise, 100).tokens
+    authors = AuthorsAcceptance(inner_temperature, 100)
+    accepted = authors.log_ratio(drafts, *ends) > noise.test(places).double().log()
+    resampled = AlignedAcceptance(inner_temperature, 100).resample(*ends, places, noise, torch.arange(count)).tokens
     return torch.where(accepted[:, None], drafts, resampled)[:, 0], accepted
 
 
@@ -100,9 +93,9 @@ def shared_mass(p, q):
 
 
 def test_01_shifted_gaussians():
-    verdict, _ = speculate(gaussian(1.0, 1.0), gaussian(0.0, 1.0), seed=1)
-    sampled = verdict.tokens[:, 0]
-    assert abs(float(verdict.accepted.float().mean()) - 0.6171) < 4 * 0.0034
+    verified, _ = speculate(gaussian(1.0, 1.0), gaussian(0.0, 1.0), seed=1)
+    sampled = verified.tokens[:, 0]
+    assert abs(float(verified.accepted.float().mean()) - 0.6171) < 4 * 0.0034
     assert ks_excess(sampled, normal_cdf(1, 1)) < 0
     assert ks_excess(sampled, normal_cdf(0, 1)) > 0
     flattened, accepted = relaxed((1.0, 1.0), gaussian(0.0, 1.0), seed=1, inner_temperature=42.0)
@@ -112,37 +105,38 @@ def test_01_shifted_gaussians():
 
 @pytest.mark.parametrize(("p", "q"), [((0.0, 0.5), (0.3, 1.0)), ((0.3, 1.0), (0.0, 0.5))], ids=["narrow", "wide"])
 def test_02_other_widths(p, q):
-    verdict, path = speculate(gaussian(*p), gaussian(*q), seed=2)
+    verified, path = speculate(gaussian(*p), gaussian(*q), seed=2)
     expected = shared_mass(p, q)
     error = math.sqrt(expected * (1 - expected) / COUNT)
-    assert abs(float(verdict.accepted.float().mean()) - expected) < 4 * error
-    assert ks_excess(verdict.tokens[:, 0], normal_cdf(*p)) < 0
+    assert abs(float(verified.accepted.float().mean()) - expected) < 4 * error
+    assert ks_excess(verified.tokens[:, 0], normal_cdf(*p)) < 0
     assert ks_excess(path.means[0, :, 0], normal_cdf(*p)) > 0, "drafts alone must be seen"
 
 
 def test_03_equal_distributions():
-    verdict, path = speculate(gaussian(0.5, 0.7), gaussian(0.5, 0.7), seed=3)
-    assert verdict.accepted.all() and verdict.trials == 0
-    assert torch.equal(verdict.tokens, path.means[0])
+    verified, path = speculate(gaussian(0.5, 0.7), gaussian(0.5, 0.7), seed=3)
+    assert verified.accepted.all() and verified.trials == 0
+    assert torch.equal(verified.tokens, path.means[0])
     assert not speculate(gaussian(0.5, 0.7), gaussian(0.6, 0.7), seed=3)[0].accepted.all()
 
 
 @pytest.mark.parametrize("distance", [0.01, 0.02])
 def test_04_close_distributions(distance):
-    verdict, _ = speculate(gaussian(distance, 1.0), gaussian(0.0, 1.0), seed=4)
-    sampled = verdict.tokens[:, 0]
+    verified, _ = speculate(gaussian(distance, 1.0), gaussian(0.0, 1.0), seed=4)
+    sampled = verified.tokens[:, 0]
     assert sampled.isfinite().all() and (sampled != 0).all() and len(sampled.unique()) > COUNT - 50
-    assert verdict.trials < 3 * COUNT
+    assert verified.trials < 3 * COUNT
     assert ks_excess(sampled, normal_cdf(distance, 1)) < 0
     places, noise = noise_of(2000, 1, 4)
     ends = [FinalStep(*(torch.full((2000, 1), value) for value in (mean, 1.0, 0.0))) for mean in (distance, 0.0)]
-    assert (resample_reference(*ends, places, noise, 100).tokens == 0).any(), "the authors' zeros must be seen"
+    tokens, _, _ = AuthorsAcceptance(1.0, 100).resample_all(*ends, places, noise)
+    assert (tokens == 0).any(), "the authors' zeros must be seen"
 
 
 def test_05_disjoint_distributions():
-    verdict, path = speculate(gaussian(12.0, 1.0), gaussian(0.0, 1.0), seed=5)
-    assert float(verdict.accepted.float().mean()) < 1e-3
-    assert ks_excess(verdict.tokens[:, 0], normal_cdf(12, 1)) < 0
+    verified, path = speculate(gaussian(12.0, 1.0), gaussian(0.0, 1.0), seed=5)
+    assert float(verified.accepted.float().mean()) < 1e-3
+    assert ks_excess(verified.tokens[:, 0], normal_cdf(12, 1)) < 0
     assert ks_excess(path.means[0, :, 0], normal_cdf(12, 1)) > 0
 
 
@@ -156,18 +150,18 @@ def mixture(x, given):
 
 def test_06_mixture_from_a_wide_draft():
     p, q = Chain(stay, mixture), gaussian(0.0, 3.0)
-    verdict, path = speculate(p, q, seed=6, dim=2)
+    verified, path = speculate(p, q, seed=6, dim=2)
     generator = torch.Generator().manual_seed(6)
     start, normal = (torch.randn(400_000, 2, generator=generator) for _ in range(2))
     mean, std = mixture(start, None)
     exact = mean + std * normal
-    assert cell_excess(verdict.tokens, exact) < 0 and cell_excess(path.means[0], exact) > 0
+    assert cell_excess(verified.tokens, exact) < 0 and cell_excess(path.means[0], exact) > 0
     mean = 0.4 * torch.tensor([-2.0, 0.0]) + 0.6 * torch.tensor([2.0, 1.0])
     apart = torch.tensor([4.0, 1.0], dtype=torch.float64)
     covariance = torch.eye(2, dtype=torch.float64) + 0.24 * torch.outer(apart, apart)
     covariance[0, 1], covariance[1, 0] = covariance[0, 1] + 0.36, covariance[1, 0] + 0.36
-    assert moments_fit(verdict.tokens, mean, covariance) and not moments_fit(path.means[0], mean, covariance)
-    assert mmd_excess(verdict.tokens[:2000], exact[:2000]) < 0
+    assert moments_fit(verified.tokens, mean, covariance) and not moments_fit(path.means[0], mean, covariance)
+    assert mmd_excess(verified.tokens[:2000], exact[:2000]) < 0
     assert mmd_excess(path.means[0][:2000], exact[:2000]) > 0
 
 
@@ -177,8 +171,8 @@ def test_07_narrow_distributions_of_many_numbers(dim):
     p_mean = torch.randn(dim, generator=generator)
     q_mean, p_std = p_mean + 0.001 * torch.randn(dim, generator=generator), torch.full((dim,), 0.006)
     q_std = p_std * (1 + 0.05 * torch.randn(dim, generator=generator))
-    verdict, path = speculate(gaussian(p_mean, p_std), gaussian(q_mean, q_std), seed=7, dim=dim)
-    assert 0.05 < float(verdict.accepted.float().mean()) < 0.95
+    verified, path = speculate(gaussian(p_mean, p_std), gaussian(q_mean, q_std), seed=7, dim=dim)
+    assert 0.05 < float(verified.accepted.float().mean()) < 0.95
     x = path.states[0]
     ours = log_density(x, p_mean, p_std.log()) - log_density(x, q_mean, q_std.log())
     exact = sum(
@@ -190,7 +184,7 @@ def test_07_narrow_distributions_of_many_numbers(dim):
     failed = 0
     for direction in directions:
         cdf = normal_cdf(float(p_mean @ direction), float((p_std * direction).norm()))
-        assert ks_excess(verdict.tokens @ direction, cdf, LEVEL / 20) < 0
+        assert ks_excess(verified.tokens @ direction, cdf, LEVEL / 20) < 0
         failed += ks_excess(path.means[0] @ direction, cdf, LEVEL / 20) > 0
     assert failed > 0, "drafts alone must be seen"
 
@@ -214,16 +208,16 @@ def distribution_of_chain(kernels):
 
 def test_08_chain():
     p, q = (Chain(*(linear(*kernel) for kernel in kernels)) for kernels in (P, Q))
-    verdict, _ = speculate(p, q, seed=8)
-    assert 0.1 < float(verdict.accepted.float().mean()) < 0.9
-    assert ks_excess(verdict.tokens[:, 0], normal_cdf(*distribution_of_chain(P))) < 0
+    verified, _ = speculate(p, q, seed=8)
+    assert 0.1 < float(verified.accepted.float().mean()) < 0.9
+    assert ks_excess(verified.tokens[:, 0], normal_cdf(*distribution_of_chain(P))) < 0
     places, noise = noise_of(COUNT, 1, 8)
     ends = [
         FinalStep.of(denoise(chain, noise.start(places), noise.steps(places, chain.steps)), 1.0) for chain in (p, q)
     ]
-    for reference in (False, True):
-        accepted = log_ratio(ends[1].mean, *ends, 1.0, reference) > noise.test(places).double().log()
-        resampled = (resample_reference if reference else resample)(*ends, places, noise, 100).tokens
+    for rule in (AlignedAcceptance(1.0, 100), AuthorsAcceptance(1.0, 100)):
+        accepted = rule.log_ratio(ends[1].mean, *ends) > noise.test(places).double().log()
+        resampled = rule.resample(*ends, places, noise, torch.arange(COUNT)).tokens
         tokens = torch.where(accepted[:, None], ends[1].mean, resampled)[:, 0]
         assert ks_excess(tokens, normal_cdf(*distribution_of_chain(P))) > 0, "the relaxed scheme must be seen"
 
@@ -238,8 +232,8 @@ def test_09_prefix():
     first, path = speculate(gaussian(0.0, 1.0), gaussian(0.8, 1.0), seed=9, count=count)
     joint = {}
     for name, given in (("kept prefix", first.tokens), ("no roll-back", path.means[0])):
-        verdict, _ = speculate(second(0.9, 0.3, given), second(0.5, 0.5, given), seed=10, count=count)
-        joint[name] = torch.cat((first.tokens, verdict.tokens), dim=1)
+        verified, _ = speculate(second(0.9, 0.3, given), second(0.5, 0.5, given), seed=10, count=count)
+        joint[name] = torch.cat((first.tokens, verified.tokens), dim=1)
     generator = torch.Generator().manual_seed(9)
     x, normal = (torch.randn(count, 1, generator=generator) for _ in range(2))
     exact = torch.cat((x, 0.9 * x + 0.3 * normal), dim=1)

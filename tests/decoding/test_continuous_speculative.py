@@ -11,19 +11,22 @@ from tiny_mar import generators, tiny_mar
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.cspd import FinalStep, continuous_speculative, resample, sample_rest
+from studio.decoding.cspd import AlignedAcceptance, FinalStep, continuous_speculative
 from studio.decoding.mar import masked_autoregressive
+from studio.decoding.speculative_diffusion import sample_residual
+from studio.reference.cspd import AuthorsAcceptance, AuthorsContinuousSpeculative
 
 TARGET, DRAFT = tiny_mar(0).double(), tiny_mar(1, depth=1).double()
 """Heads in float64 say the same to a float32 state whatever else is in the batch."""
 SIZES = {"steps": 6, "diffusion_steps": 5}
-MODES = [{"mode": "exact"}, {"mode": "relaxed"}, {"mode": "relaxed", "reference": True}]
+MODES = [{"mode": "exact"}, {"mode": "relaxed"}, {"kind": AuthorsContinuousSpeculative, "mode": "relaxed"}]
 each_mode = pytest.mark.parametrize("mode", MODES, ids=["exact", "relaxed", "reference"])
 
 
 def sample(mode, draft=DRAFT, labels=(0, 1, 2), first=0, sizes=SIZES, **options):
     condition = {"class_labels": torch.tensor(labels)}
-    settings = ContinuousSpeculative(**{"prefill": 0.2, **mode, **sizes})
+    settings = {"prefill": 0.2, **mode, **sizes}
+    settings = settings.pop("kind", ContinuousSpeculative)(**settings)
     given = {"generators": generators(len(labels), first), "guidance_scale": 2.0, **options}
     return continuous_speculative(TARGET, condition, draft=draft, settings=settings, **given)
 
@@ -58,9 +61,19 @@ def test_a_batch_equals_its_single_calls(mode):
 
 
 @each_mode
-def test_calls_are_told_and_counted(mode):
-    calls = []
-    sampled = sample(mode, on_call=lambda what, positions, tokens: calls.append((what, positions.shape[1])))
+def test_steps_are_reported_and_counted(mode):
+    calls, steps = [], []
+
+    def on_step(step, tokens, positions):
+        steps.append(step)
+        calls.append(("verify" if "draft" in dict(calls) else "target", positions.shape[1]))
+
+    def on_draft(step, tokens, positions):
+        steps.append(step)
+        calls.append(("draft", positions.shape[1]))
+
+    sampled = sample(mode, on_step=on_step, on_draft=on_draft)
+    assert steps == sorted(steps) and set(steps) == set(range(6))
     kinds = [what for what, _ in calls]
     drafted = sum(count for what, count in calls if what == "draft")
     assert kinds[:2] == ["target", "target"]
@@ -73,9 +86,9 @@ def test_calls_are_told_and_counted(mode):
 
 
 @each_mode
-@pytest.mark.parametrize("when", ["draft", "verify"])
-def test_on_call_stops(mode, when):
-    sampled = sample(mode, on_call=lambda what, positions, tokens: what == when)
+@pytest.mark.parametrize("when", ["on_draft", "on_step"])
+def test_callbacks_stop(mode, when):
+    sampled = sample(mode, **{when: lambda step, tokens, positions: step >= 2})
     assert (sampled.tokens == 0).any() and sampled.draft_calls >= 1
 
 
@@ -91,16 +104,17 @@ def ends(mean, count):
 def test_relaxed_falls_back_to_the_target_within_its_rounds():
     images = torch.arange(50)
     noise = PositionNoise(images, 2)
-    resampled = resample(ends(0.0, 50), ends(0.0, 50), TokenIndex(images, images * 0), noise, 3)
+    rule, places = AlignedAcceptance(42.0, 3), TokenIndex(images, images * 0)
+    resampled = rule.resample(ends(0.0, 50), ends(0.0, 50), places, noise, images)
     assert (resampled.rounds, int(resampled.fallbacks.sum())) == (3, 50)
     assert (resampled.tokens != 0).all() and abs(float(resampled.tokens.mean())) < 0.5
 
 
-def test_exact_refuses_to_draw_from_nothing(monkeypatch):
-    monkeypatch.setattr("studio.decoding.cspd._MOST_TRIALS", 10)
+def test_exact_refuses_to_sample_from_nothing(monkeypatch):
+    monkeypatch.setattr("studio.decoding.speculative_diffusion._MOST_TRIALS", 10)
     distribution = (torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises(StudioError, match="rounding"):
-        sample_rest(
+        sample_residual(
             distribution,
             distribution,
             TokenIndex(torch.tensor([0]), torch.tensor([0])),
@@ -115,7 +129,6 @@ def test_exact_refuses_to_draw_from_nothing(monkeypatch):
         ({"mode": "lossless"}, "exact, relaxed"),
         ({"prefill": 1.5}, "prefill"),
         ({"draft_steps": 4}, "draft_steps goes with"),
-        ({"reference": True}, "reference goes with"),
         ({"mode": "relaxed", "draft_steps": 0}, "draft_steps"),
         ({"mode": "relaxed", "inner_temperature": 0.0}, "inner_temperature"),
         ({"mode": "relaxed", "max_rounds": 1.5}, "max_rounds"),
@@ -124,6 +137,12 @@ def test_exact_refuses_to_draw_from_nothing(monkeypatch):
 def test_refused_settings(settings, words):
     with pytest.raises(StudioError, match=words):
         ContinuousSpeculative(**settings)
+
+
+def test_the_authors_rule_is_for_relaxed_mode():
+    assert AuthorsContinuousSpeculative().approximate
+    with pytest.raises(StudioError, match='mode="relaxed"'):
+        AuthorsContinuousSpeculative(mode="exact")
 
 
 def test_refused_calls():
@@ -135,15 +154,16 @@ def test_refused_calls():
         sample({}, draft=tiny_mar(0, grid_size=2))
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_fallbacks_are_rejected_tokens_that_no_trial_accepted(monkeypatch, reference):
+@pytest.mark.parametrize("kind", [ContinuousSpeculative, AuthorsContinuousSpeculative])
+def test_fallbacks_are_rejected_tokens_that_no_trial_accepted(monkeypatch, kind):
     """With the authors' scheme too, which tries all tokens of a block, also those whose draft is kept."""
 
-    def every_other(x, *_):
+    def every_other(self, x, *_):
         return torch.where(torch.arange(len(x)) % 2 == 0, torch.inf, -torch.inf).double()
 
-    monkeypatch.setattr("studio.decoding.cspd.log_ratio", every_other)
-    monkeypatch.setattr("studio.decoding.cspd.trial_chance", lambda x, *_, **__: x.new_zeros(len(x)))
-    sampled = sample({"mode": "relaxed", "reference": reference, "max_rounds": 1})
+    rule = AuthorsAcceptance if kind is AuthorsContinuousSpeculative else AlignedAcceptance
+    monkeypatch.setattr(rule, "log_ratio", every_other)
+    monkeypatch.setattr(rule, "trial_chance", lambda self, x, *_: x.new_zeros(len(x)))
+    sampled = sample({"kind": kind, "mode": "relaxed", "max_rounds": 1})
     assert 0 < sampled.accepted < sampled.tested
     assert sampled.fallbacks == sampled.tested - sampled.accepted

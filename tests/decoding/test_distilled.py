@@ -175,7 +175,7 @@ def test_calls(settings, calls, by_student, teacher, student, codebook):
     ends, settings = [], Distilled(**settings)
     sampled = distilled(
         teacher, CONDITION, student=student, codebook=codebook, generators=streams(), settings=settings,
-        on_token=lambda index, tokens: ends.append((index, tokens.shape[1])),
+        on_step=lambda index, tokens: ends.append((index, tokens.shape[1])),
     )  # fmt: skip
     assert (sampled.target_calls, sampled.student_calls) == (calls, by_student)
     assert sampled.tokens.shape == (BATCH, N) and sampled.latents.shape == (BATCH, N, 5)
@@ -200,13 +200,13 @@ def test_a_callback_changes_and_stops(teacher, student, codebook):
     def paint(index, tokens):
         tokens[:, 0] = 11
 
-    sampled = distilled(None, CONDITION, settings=Distilled(steps=2, split=4), on_token=paint, **options)
+    sampled = distilled(None, CONDITION, settings=Distilled(steps=2, split=4), on_step=paint, **options)
     assert (sampled.tokens[:, 0] == 11).all()
     torch.testing.assert_close(sampled.latents[:, 0], codebook[11].expand(BATCH, -1))
-    stopped = distilled(None, CONDITION, settings=Distilled(steps=3), on_token=lambda *_: True, **options)
+    stopped = distilled(None, CONDITION, settings=Distilled(steps=3), on_step=lambda *_: True, **options)
     assert stopped.student_calls == 1 and stopped.tokens.shape == (BATCH, N)
     halfway = distilled(
-        teacher, CONDITION, settings=Distilled(teacher_steps=(4, 12)), on_token=lambda index, _: index == 6, **options
+        teacher, CONDITION, settings=Distilled(teacher_steps=(4, 12)), on_step=lambda index, _: index == 6, **options
     )
     assert halfway.tokens.shape == (BATCH, 7) and halfway.latents.shape == (BATCH, 7, 5)
 

@@ -63,7 +63,7 @@ def test_both_are_timed_and_then_the_faster_one_is_taken(seconds, cache):
 
 
 def test_what_is_stopped_is_not_timed_and_callbacks_are_not_counted(cache, monkeypatch):
-    run(tiny(), on_token=lambda index, tokens: index == 4)
+    run(tiny(), on_step=lambda index, tokens: index == 4)
     assert not cache.exists()
 
     def slow(index, tokens):
@@ -73,7 +73,7 @@ def test_what_is_stopped_is_not_timed_and_callbacks_are_not_counted(cache, monke
     clock = [0.0]
     real = choice.time.perf_counter
     monkeypatch.setattr(choice.time, "perf_counter", lambda: real() + clock[0])
-    run(tiny(), on_token=slow)
+    run(tiny(), on_step=slow)
     [file] = cache.iterdir()
     assert json.loads(file.read_text())["seconds"]["ar"][0] < 50
 

@@ -18,6 +18,7 @@ from studio.decoding.jacobi import choose_window, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.models.kv_cache import TreeCache
+from studio.reference.lantern import AuthorsLantern
 
 SETTINGS = {
     "plain": {},
@@ -124,7 +125,7 @@ def test_a_batch_equals_its_single_calls(coupling, relaxed, temperature):
     drafts = Jacobi(5, coupling)
     for watched in (False, True):
         call = {"guidance_scale": 2.0, "cfg_interval": 5, "sampling": Sampling(temperature)}
-        call |= {"on_token": (lambda index, tokens: None) if watched else None}
+        call |= {"on_step": (lambda index, tokens: None) if watched else None}
         calls = []
 
         def run(condition, generators, call=call):
@@ -160,7 +161,7 @@ def edits(index, tokens):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("window", [3, 9])
 def test_a_changed_token_is_gone_on_from_as_in_plain_decoding(temperature, window):
-    call = {"guidance_scale": 2.0, "cfg_interval": 9, "on_token": edits, "sampling": Sampling(temperature)}
+    call = {"guidance_scale": 2.0, "cfg_interval": 9, "on_step": edits, "sampling": Sampling(temperature)}
     model, theirs, ours = tiny(), streams(1, 2, 3), streams(1, 2, 3)
     plain = autoregressive(model, conditions(False), generators=theirs, **call)
     found = jacobi(model, conditions(False), generators=ours, settings=Jacobi(window), **call)
@@ -172,7 +173,7 @@ def test_other_couplings_drop_their_guesses_behind_a_changed_token(coupling):
     """The image that is not changed comes out as it was; the others go on from the change."""
     call = {"generators": streams(1, 2, 3), "settings": Jacobi(4, coupling)}
     untouched = jacobi(tiny(), conditions(False), **call | {"generators": streams(1, 2, 3)})
-    changed = jacobi(tiny(), conditions(False), on_token=edits, **call)
+    changed = jacobi(tiny(), conditions(False), on_step=edits, **call)
     assert torch.equal(changed.tokens[0], untouched.tokens[0])
     assert torch.equal(changed.tokens[:, :5], untouched.tokens[:, :5])
     assert torch.equal(changed.tokens[1:, 5], (untouched.tokens[1:, 5] + 5) % 32)
@@ -180,7 +181,7 @@ def test_other_couplings_drop_their_guesses_behind_a_changed_token(coupling):
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_on_token_sees_and_stops(editable):
+def test_on_step_sees_and_stops(editable):
     seen = []
 
     def stop_after_five(index, tokens):
@@ -188,7 +189,7 @@ def test_on_token_sees_and_stops(editable):
         return index == 4
 
     plain = autoregressive(tiny(), conditions(False), generators=streams(1, 2, 3)).tokens
-    call = {"generators": streams(1, 2, 3), "on_token": stop_after_five, "editable": editable}
+    call = {"generators": streams(1, 2, 3), "on_step": stop_after_five, "editable": editable}
     found = jacobi(tiny(), conditions(False), **call)
     assert [tokens.shape[1] for tokens in seen] == [1, 2, 3, 4, 5]
     assert torch.equal(found.tokens, plain[:, :5]) and found.target_calls <= 5
@@ -227,7 +228,7 @@ def test_without_a_budget_lantern_is_lossless(coupling):
     drafts = Jacobi(6, coupling)
     for settings in (
         Speculative(drafts=drafts), Lantern(31, 0.0, drafts=drafts),
-        LanternPlusPlus(k=31, ratio_budget=1.0, drafts=drafts),
+        LanternPlusPlus(k=31, ratio=1.0, drafts=drafts),
     ):  # fmt: skip
         found = speculative(tiny(), conditions(False), generators=streams(1, 2, 3), settings=settings, **call)
         assert torch.equal(found.tokens, lossless.tokens)
@@ -304,8 +305,8 @@ def test_settings_are_checked():
             settings(drafts=Jacobi(coupling="seed"))
         with pytest.raises(StudioError, match=f"to {settings.__name__}, not"):
             settings(drafts=Jacobi(weights="plain"))
-    with pytest.raises(StudioError, match="leave reference out"):
-        Lantern(drafts=Jacobi(), reference=True)
+    with pytest.raises(StudioError, match="use Lantern with Jacobi drafts"):
+        AuthorsLantern(drafts=Jacobi())
 
 
 @pytest.mark.parametrize("weights", ["auto", "plain"])

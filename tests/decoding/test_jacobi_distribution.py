@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distributions import distance
 
 from studio.decoding import jacobi as loop
-from studio.decoding.acceptance import Relaxation, acceptance_probs, borrowed_mass
 from studio.decoding.jacobi import decide, next_proposals
+from studio.decoding.lantern import Relaxation
 from studio.decoding.sampling import sample_rows
 
 ROUNDING = 1e-12
@@ -336,7 +336,8 @@ def test_relaxed_tests_move_a_token_by_delta_at_most(monkeypatch):
     relaxation = Relaxation(LINE, 2, DELTA)
     assert 0.8 * DELTA < worst(relaxation)[0] <= DELTA + 1e-6
     assert worst(relaxation, RelaxedBehind)[0] > DELTA + 0.01
-    monkeypatch.setattr(loop, "borrowed_mass", lambda p, x, share, how: borrowed_mass(p, x, share * 0 + 1, how))
+    borrowed_mass = Relaxation.borrowed_mass
+    monkeypatch.setattr(Relaxation, "borrowed_mass", lambda how, p, x, share: borrowed_mass(how, p, x, share * 0 + 1))
     assert worst(relaxation)[0] > DELTA + 0.01
 
 
@@ -351,5 +352,5 @@ def test_a_relaxed_test_is_that_of_a_tree_of_one_draft():
     share, own = (distribution.gather(1, x[:, None])[:, 0] for distribution in (q, p))
     for budgets in ((DELTA, None), (None, RATIO), (DELTA, RATIO)):
         relaxation = Relaxation(LINE, 2, *budgets)
-        ratio = (own + borrowed_mass(p, x, share, relaxation)) / share
-        assert torch.allclose(ratio, acceptance_probs(p, x[:, None], q, relaxation).ratios[:, 0], atol=1e-6)
+        ratio = (own + relaxation.borrowed_mass(p, x, share)) / share
+        assert torch.allclose(ratio, relaxation.probs(p, x[:, None], q).ratios[:, 0], atol=1e-6)

@@ -9,13 +9,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from distributions import distance, distribution_of_node, without_replacement
 
-from studio import Lantern, LanternPlusPlus, LlamaGen, StudioError
-from studio.decoding.acceptance import acceptance_probs
+from studio import LanternPlusPlus, LlamaGen, StudioError
 from studio.decoding.drafts import NGram, TokenRecycling
 from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
+from studio.reference.lantern import AuthorsLantern
 
 ROUNDING = 1e-6
 VOCAB = 6
@@ -32,14 +32,14 @@ def problems(count, seed):
 
 def distributions(settings, codebook, p, q, siblings):
     """The distribution of a token, and the part of it that comes from accepted drafts, over all samples of siblings."""
-    relaxation = settings.relaxation(codebook)
+    rule = settings.rule(codebook)
     distribution, accepted = torch.zeros_like(p), torch.zeros_like(p)
     for sampled, probability in without_replacement(q, siblings):
         tokens = torch.tensor(sampled)
-        weighed = acceptance_probs(p[None], tokens[None], q[None], relaxation)
-        distribution += probability * distribution_of_node(weighed, tokens)
+        acceptance = rule.probs(p[None], tokens[None], q[None])
+        distribution += probability * distribution_of_node(acceptance, tokens)
         reached = probability
-        for token, ratio in zip(sampled, weighed.ratios[0].clamp(max=1).tolist()):
+        for token, ratio in zip(sampled, acceptance.ratios[0].clamp(max=1).tolist()):
             accepted[token] += reached * ratio
             reached *= 1 - ratio
     return distribution, accepted
@@ -50,7 +50,7 @@ def distributions(settings, codebook, p, q, siblings):
 def test_no_token_passes_the_ratio(siblings, ratio):
     largest = 0.0
     for p, q, codebook in problems(12, seed=0):
-        distribution, accepted = distributions(LanternPlusPlus(k=5, ratio_budget=ratio), codebook, p, q, siblings)
+        distribution, accepted = distributions(LanternPlusPlus(k=5, ratio=ratio), codebook, p, q, siblings)
         assert float(distribution.sum()) == pytest.approx(1)
         assert (accepted <= ratio * p + ROUNDING).all() and (distribution <= ratio * p + ROUNDING).all()
         assert distance(distribution, p) <= ratio - 1 + ROUNDING
@@ -64,7 +64,7 @@ def test_a_bound_on_moved_mass_lets_what_is_excluded_through():
     excluded, farthest = 0.0, 0.0
     for p, q, codebook in problems(12, seed=0):
         distribution, accepted = distributions(
-            Lantern(5, 0.3, reference=True, drafts=TokenRecycling(sampled=True)), codebook, p, q, 2
+            AuthorsLantern(5, 0.3, drafts=TokenRecycling(sampled=True)), codebook, p, q, 2
         )
         excluded, farthest = max(excluded, float(accepted[p == 0].sum())), max(farthest, distance(distribution, p))
     assert excluded > 0.05 and farthest > 0.3
@@ -88,8 +88,8 @@ def sample(settings, **sampling):
 
 def test_a_larger_ratio_accepts_more_and_one_accepts_what_is_lossless():
     lossless = sample(Speculative(drafts=TokenRecycling(sampled=True)))
-    assert torch.equal(sample(LanternPlusPlus(ratio_budget=1.0)).tokens, lossless.tokens)
-    relaxed = sample(LanternPlusPlus(k=31, ratio_budget=20.0))
+    assert torch.equal(sample(LanternPlusPlus(ratio=1.0)).tokens, lossless.tokens)
+    relaxed = sample(LanternPlusPlus(k=31, ratio=20.0))
     assert relaxed.mean_accepted_length > lossless.mean_accepted_length > 1
 
 
@@ -108,7 +108,7 @@ def test_drafts_must_be_sampled():
             LanternPlusPlus(drafts=drafts)
 
 
-@pytest.mark.parametrize("wrong", [{"ratio_budget": None}, {"ratio_budget": 0.9}, {"k": 0}, {"delta": 2.0}], ids=str)
+@pytest.mark.parametrize("wrong", [{"ratio": None}, {"ratio": 0.9}, {"k": 0}, {"delta": 2.0}], ids=str)
 def test_settings_are_checked(wrong):
     with pytest.raises(StudioError):
         LanternPlusPlus(**wrong)

@@ -99,7 +99,7 @@ def test_guidance_grows_or_stays():
 def test_on_step_sees_all_tokens_once_and_stops():
     seen = []
 
-    def on_step(number, positions, tokens):
+    def on_step(number, tokens, positions):
         assert (tokens.gather(1, positions[..., None].expand(-1, -1, 4)) != 0).all()
         seen.append(positions)
         return number == 2

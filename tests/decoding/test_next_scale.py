@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from studio.decoding.distilled import few_step, hybrid
-from studio.decoding.next_scale import next_scale, scale_probabilities
+from studio.decoding.next_scale import next_scale
 from studio.models.distilled_var import DistilledVAR
 from studio.models.var import VAR
+from studio.reference.next_scale import scale_probabilities
 from studio.tokenizers.var import VARTokenizer
 
 SCALES, LABELS = (1, 2, 3, 4), torch.tensor([1, 5])

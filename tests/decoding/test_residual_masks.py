@@ -55,7 +55,7 @@ def test_refuses_other_schedules():
 @settings(deadline=None, max_examples=40)
 def test_hidden_levels_add_up(case, data):
     rows, positions, depth, seed = case
-    counts = data.sample(st.lists(st.integers(0, positions * depth), min_size=rows, max_size=rows))
+    counts = data.draw(st.lists(st.integers(0, positions * depth), min_size=rows, max_size=rows))
     hidden = hide(noise_of(*case), torch.tensor(counts))
     assert hidden.shape == (rows, positions) and hidden.sum(dim=1).tolist() == counts
     assert hidden.min() >= 0 and hidden.max() <= depth
@@ -84,8 +84,8 @@ def test_the_distribution_is_multivariate_hypergeometric():
 @settings(deadline=None, max_examples=40)
 def test_showing_keeps_what_was_shown(case, data):
     rows, positions, depth, seed = case
-    before = data.sample(st.integers(0, positions * depth))
-    left = data.sample(st.integers(0, before))
+    before = data.draw(st.integers(0, positions * depth))
+    left = data.draw(st.integers(0, before))
     hidden = hide(noise_of(*case), torch.full((rows,), before))
     after = reveal(hidden, noise_of(rows, positions, depth, seed + 1), left)
     assert (after.sum(dim=1) == left).all()

@@ -22,6 +22,7 @@ from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
 from studio.models.drafter import Drafter
+from studio.reference.lantern import AuthorsLantern
 
 GREEDY = Sampling(temperature=0)
 STATIC = StaticTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
@@ -130,7 +131,7 @@ def test_relaxed_tests_accept_more():
     codebook = model.tok_embeddings.weight.detach()
     accepted = [
         speculative(model, condition, generators=streams(1, 2, 3), codebook=codebook, settings=settings)
-        for settings in (Speculative(), Lantern(31, 0.0), Lantern(31, 0.9), Lantern(31, None, ratio_budget=1.0))
+        for settings in (Speculative(), Lantern(31, 0.0), Lantern(31, 0.9), Lantern(31, None, ratio=1.0))
     ]
     exact, nothing, much, ratio = accepted
     assert torch.equal(exact.tokens, nothing.tokens) and torch.equal(exact.tokens, ratio.tokens)
@@ -147,22 +148,22 @@ def test_a_changed_token_is_gone_on_from(name):
         if index % 3 == 1:
             tokens[1:, index] = (5 * index + tokens[1:, index] + 1) % 32
 
-    plain = autoregressive(model, conditions(False), generators=streams(1, 2, 3), on_token=write, **call)
+    plain = autoregressive(model, conditions(False), generators=streams(1, 2, 3), on_step=write, **call)
     sampled = speculative(
-        model, conditions(False), generators=streams(1, 2, 3), settings=settings, on_token=write, **call
+        model, conditions(False), generators=streams(1, 2, 3), settings=settings, on_step=write, **call
     )
     assert torch.equal(sampled.tokens, plain.tokens)
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_on_token_sees_and_stops(editable):
+def test_on_step_sees_and_stops(editable):
     seen = []
 
     def stop_after_five(index, tokens):
         seen.append(tokens.clone())
         return index == 4
 
-    call = {"generators": streams(1, 2, 3), "on_token": stop_after_five, "editable": editable}
+    call = {"generators": streams(1, 2, 3), "on_step": stop_after_five, "editable": editable}
     sampled = speculative(tiny(), conditions(False), **call)
     assert [tokens.shape[1] for tokens in seen] == [1, 2, 3, 4, 5]
     assert torch.equal(seen[-1], sampled.tokens) and sampled.target_calls <= 5
@@ -179,8 +180,8 @@ def test_continuations():
 def test_settings_are_checked():
     for wrong in (
         lambda: Speculative(drafts="eagle"), lambda: Speculative(filter_order="other"), lambda: Lantern(0),
-        lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio_budget=0.5),
-        lambda: Lantern(10, 0.1, 2.0, reference=True), lambda: NGram(branches=0),
+        lambda: Lantern(10, 1.5), lambda: Lantern(10, None), lambda: Lantern(10, None, ratio=0.5),
+        lambda: AuthorsLantern(10, 0.1, 2.0).rule(torch.randn(20, 3)), lambda: NGram(branches=0),
         lambda: DrafterDrafts(None, "tree"), lambda: TokenRecycling(candidates=0),
     ):  # fmt: skip
         with pytest.raises(StudioError):
@@ -242,15 +243,15 @@ def all_courses(run):
         pending += [[*choices.forced[:place], number] for place, number in choices.others]
 
 
-def proposals_of(drafting, propose, progress):
+def proposals_of(candidates, get_candidates, progress):
     """Every tree that recycled samples can make now, with its probability: each order of the candidates wins once."""
-    orders = list(permutations(range(drafting.kept)))
+    orders = list(permutations(range(candidates.kept)))
     found = {}
-    for chosen in product(orders, repeat=len(drafting.shape.expanded)):
-        races = torch.tensor([[1e6 ** order.index(slot) for slot in range(drafting.kept)] for order in chosen])
+    for chosen in product(orders, repeat=len(candidates.shape.expanded)):
+        races = torch.tensor([[1e6 ** order.index(slot) for slot in range(candidates.kept)] for order in chosen])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recycling, "exponential_noise", lambda *_, races=races: races)
-            tree = propose(progress)
+            tree = get_candidates(progress)
         probability = 1.0
         for node, below in enumerate(tree.children[0]):
             left = tree.proposals[0, tree.proposal_rows[node]].double() if below else None
@@ -266,26 +267,26 @@ def enumerated_distribution(model, settings, monkeypatch, *, spoil=False):
     """The joint distribution of an image sampled by the loop itself, over everything that chance can do in it."""
     distribution = torch.zeros(model.config.vocab_size**model.num_tokens, dtype=torch.float64)
     weights = model.config.vocab_size ** torch.arange(model.num_tokens - 1, -1, -1)
-    verify, propose = loop.verify, recycling._RecycledDraws.propose
+    verify, get_candidates = loop.verify, recycling._RecycledSamples.get_candidates
 
     def run(choices):
         def sampled(rows):
             return torch.tensor([choices.choose(rows[0].double().tolist())])
 
-        def tested(tree, logits, uniforms, sampling, relaxation):
+        def tested(tree, logits, uniforms, sampling, rule):
             numbers = torch.full_like(uniforms, 2.0)
             for place in range(numbers.shape[1] + 1):
-                verdict = verify(tree, logits, numbers, sampling, relaxation)
-                if len(verdict.ratios[0]) <= place:
+                result = verify(tree, logits, numbers, sampling, rule)
+                if len(result.ratios[0]) <= place:
                     break
-                passes = min(1.0, verdict.ratios[0][place])
+                passes = min(1.0, result.ratios[0][place])
                 numbers[0, place] = (2.0, -1.0)[choices.choose([1 - passes, passes])]
             if spoil:
-                verdict.distribution = sampling.probabilities(logits[:, verdict.last[0]])
-            return verdict
+                result.distribution = sampling.probabilities(logits[:, result.last[0]])
+            return result
 
-        def proposed(drafting, progress):
-            trees = proposals_of(drafting, lambda progress: propose(drafting, progress), progress)
+        def proposed(candidates, progress):
+            trees = proposals_of(candidates, lambda progress: get_candidates(candidates, progress), progress)
             assert sum(probability for _, probability in trees) == pytest.approx(1)
             return trees[choices.choose([probability for _, probability in trees])][0]
 
@@ -293,7 +294,7 @@ def enumerated_distribution(model, settings, monkeypatch, *, spoil=False):
             patch.setattr(loop, "verify", tested)
             patch.setattr(loop, "sample_rows", lambda rows, generators: sampled(rows))
             patch.setattr(Sampling, "sample", lambda self, logits, generators: sampled(self.probabilities(logits)))
-            patch.setattr(recycling._RecycledDraws, "propose", proposed)
+            patch.setattr(recycling._RecycledSamples, "get_candidates", proposed)
             call = {"sampling": FLAT, "guidance_scale": GUIDANCE, "settings": settings}
             return speculative(model, {"class_labels": torch.tensor([4])}, generators=streams(0), **call)
 
@@ -376,10 +377,10 @@ def test_the_distribution_of_200000_images(name, monkeypatch):
     verify = loop.verify
 
     def without_residual(tree, logits, uniforms, sampling, relaxation):
-        verdict = verify(tree, logits, uniforms, sampling, relaxation)
+        result = verify(tree, logits, uniforms, sampling, relaxation)
         rows = torch.arange(len(logits))
-        verdict.distribution = sampling.probabilities(logits[rows, verdict.last])
-        return verdict
+        result.distribution = sampling.probabilities(logits[rows, result.last])
+        return result
 
     monkeypatch.setattr(loop, "verify", without_residual)
     assert p_value(counts_of(model, settings, 4, sampling), distribution) < LEVEL

@@ -12,11 +12,11 @@ from distributions import distance, without_replacement
 
 from studio import StudioError
 from studio.bench.verify import bench_verify
-from studio.decoding.acceptance import Relaxation
-from studio.decoding.lantern import neighbour_table
+from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling
+from studio.decoding.speculative import Lossless, verify, verify_greedy
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, grow, trees_of
-from studio.decoding.verification import verify, verify_greedy
+from studio.reference.lantern import AuthorsRelaxation
 from studio.reference.verification import leaf_paths, textbook_verify
 
 V, LENGTH = 4, 3
@@ -63,15 +63,15 @@ def outcomes(tree, language, *, spoil=False):
         forced, probability = pending.pop()
         numbers = torch.full((1, tree.tokens.shape[1]), FAIL)
         numbers[0, : len(forced)] = torch.tensor(forced)
-        verdict = verify(tree, logits, numbers, language.sampling)
-        ratios = [min(1.0, ratio) for ratio in verdict.ratios[0]]
+        result = verify(tree, logits, numbers, language.sampling, Lossless())
+        ratios = [min(1.0, ratio) for ratio in result.ratios[0]]
         for place in range(len(forced), len(ratios)):
             chance = probability * ratios[place]
             if chance > 0:
                 pending.append(([*forced, *[FAIL] * (place - len(forced)), PASS], chance))
             probability *= 1 - ratios[place]
-        tokens = tuple(tree.tokens[0, verdict.paths[0][1:]].tolist())
-        distribution = language.distribution(tokens) if spoil else verdict.distribution[0]
+        tokens = tuple(tree.tokens[0, result.paths[0][1:]].tolist())
+        distribution = language.distribution(tokens) if spoil else result.distribution[0]
         found.append((tokens, distribution, probability))
     return found
 
@@ -109,7 +109,7 @@ def test_the_joint_distribution_of_deterministic_drafts():
         language, tree = Language(seed), trees_of([rows], "cpu")
         assert distance(joint_distribution([(tree, 1.0)], language), language.joint()) < 1e-6
         wrong = max(wrong, distance(joint_distribution([(tree, 1.0)], language, spoil=True), language.joint()))
-    assert wrong > 0.02, "a next token from the distribution itself in place of the rest must be seen"
+    assert wrong > 0.02, "a next token from the distribution itself in place of the residual must be seen"
 
 
 def test_the_joint_distribution_of_sampled_drafts():
@@ -134,8 +134,8 @@ def random_tree(generator, shape, vocab, batch=1):
     def behind(*size):
         return (4 * torch.randn(*size, vocab, generator=generator)).log_softmax(dim=-1)
 
-    roots, room = torch.zeros(batch, dtype=torch.long), torch.full((batch,), shape.levels)
-    return grow(shape, roots, behind(batch), lambda tokens, _: behind(*tokens.shape), room)
+    roots, max_depth = torch.zeros(batch, dtype=torch.long), torch.full((batch,), shape.levels)
+    return grow(shape, roots, behind(batch), lambda tokens, _: behind(*tokens.shape), max_depth)
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
@@ -143,19 +143,19 @@ def test_equals_the_textbook(relaxed):
     generator = torch.Generator().manual_seed(0)
     table = neighbour_table(torch.randn(40, 3, generator=generator), 12)
     for budget in ({"tv_budget": 0.2}, {"ratio_budget": 3.0}, {"tv_budget": 1.0}):
-        relaxation = Relaxation(table, 8, reference=True, **budget) if relaxed else None
+        rule = AuthorsRelaxation(table, 8, **budget) if relaxed else Lossless()
         lengths = set()
         for _ in range(20):
             tree = random_tree(generator, DynamicTree(nodes=16, levels=3, width=4), 40)
             n = tree.tokens.shape[1]
             logits, numbers = 4 * torch.randn(n, 40, generator=generator), torch.rand(1, n, generator=generator)
             logits[torch.arange(n - 1), tree.tokens[0, 1:]] += 4
-            verdict = verify(tree, logits[None], numbers, Sampling(top_k=30), relaxation)
+            result = verify(tree, logits[None], numbers, Sampling(top_k=30), rule)
             accepted, distribution = textbook_verify(
-                leaf_paths(tree), tree.tokens[0], logits, numbers[0].tolist(), Sampling(top_k=30), relaxation
+                leaf_paths(tree), tree.tokens[0], logits, numbers[0].tolist(), Sampling(top_k=30), rule
             )
-            assert tree.tokens[0, verdict.paths[0][1:]].tolist() == accepted
-            torch.testing.assert_close(verdict.distribution[0], distribution, atol=1e-6, rtol=1e-5)
+            assert tree.tokens[0, result.paths[0][1:]].tolist() == accepted
+            torch.testing.assert_close(result.distribution[0], distribution, atol=1e-6, rtol=1e-5)
             lengths.add(len(accepted))
         assert len(lengths) > 1
 
@@ -166,13 +166,13 @@ def test_a_batch_equals_its_single_trees():
     trees = random_tree(generator, DynamicTree(nodes=12, levels=3, width=3), 40, batch=6)
     logits, numbers = 3 * torch.randn(6, 12, 40, generator=generator), torch.rand(6, 12, generator=generator)
     numbers *= 0.3
-    for relaxation in (None, Relaxation(table, 8, tv_budget=0.3)):
+    for rule in (Lossless(), Relaxation(table, 8, tv_budget=0.3)):
         for greedy in (False, True):
 
-            def call(tree, logits, numbers, greedy=greedy, relaxation=relaxation):
+            def call(tree, logits, numbers, greedy=greedy, rule=rule):
                 if greedy:
-                    return verify_greedy(tree, logits, relaxation)
-                return verify(tree, logits, numbers, Sampling(), relaxation)
+                    return verify_greedy(tree, logits, rule)
+                return verify(tree, logits, numbers, Sampling(), rule)
 
             together = call(trees, logits, numbers)
             assert len(set(map(len, together.paths))) > 1
@@ -197,8 +197,8 @@ def test_the_greedy_path_is_the_likeliest():
             if node is None:
                 break
             path.append(node)
-        verdict = verify_greedy(tree, logits)
-        assert verdict.paths == [path] and verdict.last == path[-1:]
+        result = verify_greedy(tree, logits, Lossless())
+        assert result.paths == [path] and result.last == path[-1:]
         lengths.add(len(path))
     assert len(lengths) > 2
 
@@ -206,13 +206,13 @@ def test_the_greedy_path_is_the_likeliest():
 def test_no_node_without_its_parent():
     """Log-probabilities that round to 0 tie a child with its parent."""
     generator = torch.Generator().manual_seed(3)
-    roots, room = torch.zeros(2, dtype=torch.long), torch.tensor([4, 2])
+    roots, max_depth = torch.zeros(2, dtype=torch.long), torch.tensor([4, 2])
 
     def sure(*size):
         return (400 * torch.randn(*size, 12, generator=generator)).log_softmax(dim=-1)
 
     for _ in range(30):
-        tree = grow(DynamicTree(9, 4, 3), roots, sure(2), lambda tokens, _: sure(*tokens.shape), room)
+        tree = grow(DynamicTree(9, 4, 3), roots, sure(2), lambda tokens, _: sure(*tokens.shape), max_depth)
         rising = torch.arange(tree.parents.shape[1])
         assert (tree.parents < rising).all() and (tree.parents[:, 0] == -1).all()
         existing = tree.parents[:, 1:] >= 0

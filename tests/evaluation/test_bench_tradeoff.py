@@ -9,7 +9,7 @@ from studio.bench import tradeoff as bench
 from studio.bench.tradeoff import tradeoff_chart, tradeoff_table
 from studio.checkpoints.measured import fingerprint
 
-FIELD = [bench.Contender("ar"), bench.Contender("lantern", {"delta": 0.2, "neighbours": 100})]
+FIELD = [bench.Contender("ar"), bench.Contender("lantern", {"delta": 0.2, "k": 100})]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_jacobi_decoding_has_the_quality_of_plain_decoding_in_float32(recorded, 
     field = [
         bench.Contender("ar"),
         bench.Contender("jacobi", {"window": 4}),
-        bench.Contender("lantern", {"delta": 0.2, "neighbours": 100, "drafts": "jacobi"}),
+        bench.Contender("lantern", {"delta": 0.2, "k": 100, "drafts": "jacobi"}),
     ]
     recorded(fingerprint("emoji-ar"), [field[0], field[2]])
     monkeypatch.setattr(bench, "contenders", lambda pipe: field)

@@ -14,16 +14,9 @@ from recordings import find
 
 from studio.checkpoints.mar import mar_from_state_dict
 from studio.decoding.counter_rng import TokenIndex
-from studio.decoding.cspd import (
-    ContinuousSpeculative,
-    FinalStep,
-    continuous_speculative,
-    log_ratio,
-    resample,
-    resample_reference,
-    trial_chance,
-)
+from studio.decoding.cspd import AlignedAcceptance, FinalStep, continuous_speculative
 from studio.models.mar import unpatchify
+from studio.reference.cspd import AuthorsAcceptance, AuthorsContinuousSpeculative
 
 MARGIN = 1e-4
 
@@ -59,10 +52,15 @@ def test_acceptance(path, name):
     recording = Arrays(path)
     io, tau = recording.under(name + "."), recording.info["cases"][name]["inner_temperature"]
     target, draft = ends(io, "p"), ends(io, "q")
-    ratio = log_ratio(io["x"], target, draft, tau, reference=True)
+    ratio = AuthorsAcceptance(tau, 100).log_ratio(io["x"], target, draft)
     close(ratio, io["log_ratio64"], atol=1e-4, rtol=1e-6)
     if "sign_corrected_log_ratio64" in io:
-        close(log_ratio(io["x"], target, draft, tau), io["sign_corrected_log_ratio64"], atol=1e-4, rtol=1e-6)
+        close(
+            AlignedAcceptance(tau, 100).log_ratio(io["x"], target, draft),
+            io["sign_corrected_log_ratio64"],
+            atol=1e-4,
+            rtol=1e-6,
+        )
     if "accept" in io:
         close(ratio.exp().float(), io["ratio"])
     check_decisions(ratio, io)
@@ -81,19 +79,24 @@ def test_replacements(path, name):
     recording = Arrays(path)
     io, tau = recording.under(name + "."), recording.info["cases"][name]["inner_temperature"]
     target, draft = ends(io, "p"), ends(io, "q")
+    rule = AuthorsAcceptance(tau, 100)
     if "prop_eps" not in io:
-        resampled = resample_reference(target, draft, *generated(io), 100)
-        assert resampled.tokens.isfinite().all()
+        tokens, _, _ = rule.resample_all(target, draft, *generated(io))
+        assert tokens.isfinite().all()
         return
     places, noise = trials(io, len(io["x"]))
     first = target.mean + target.std * io["prop_eps"][0]
-    close(trial_chance(first, target, draft, reference=True).float(), io["res_alpha"], atol=1e-4)
-    resampled = resample_reference(target, draft, places, noise, 100)
-    assert resampled.rounds == int(io["rounds"])
-    close(resampled.tokens, io["residual"])
-    accepted = log_ratio(io["x"], target, draft, tau, reference=True) > io["u"].double().log()
-    assert int((resampled.fallbacks & ~accepted).sum()) == recording.info["cases"][name]["zero_rows_emitted"]
-    out = io["x"] if accepted.all() else torch.where(accepted[:, None], io["x"], resampled.tokens)
+    close(rule.trial_chance(first, target, draft).float(), io["res_alpha"], atol=1e-4)
+    tokens, rounds, ever_accepted = rule.resample_all(target, draft, places, noise)
+    assert rounds == int(io["rounds"])
+    close(tokens, io["residual"])
+    accepted = rule.log_ratio(io["x"], target, draft) > io["u"].double().log()
+    resampled = rule.resample(target, draft, places, noise, torch.nonzero(~accepted)[:, 0])
+    assert (
+        torch.equal(resampled.tokens, tokens[~accepted]) and not (resampled.fallbacks & ever_accepted[~accepted]).any()
+    )
+    assert int(resampled.fallbacks.sum()) == recording.info["cases"][name]["zero_rows_emitted"]
+    out = io["x"] if accepted.all() else torch.where(accepted[:, None], io["x"], tokens)
     close(out, io["out"])
 
 
@@ -109,7 +112,8 @@ def generated(io):
 def test_ours_never_leaves_zeros(path, name):
     recording = Arrays(path)
     io = recording.under(name + ".")
-    resampled = resample(ends(io, "p"), ends(io, "q"), *generated(io), 3)
+    everything = torch.arange(len(io["x"]))
+    resampled = AlignedAcceptance(42.0, 3).resample(ends(io, "p"), ends(io, "q"), *generated(io), everything)
     assert resampled.tokens.isfinite().all() and (resampled.tokens != 0).any(dim=1).all()
 
 
@@ -122,9 +126,7 @@ def test_whole_run(path, name):
         mar_from_state_dict(recording.state(f"{side}_sd."), **mar_sizes(config[side])) for side in ("target", "draft")
     )
     steps = int(config["target"]["num_sampling_steps"])
-    settings = ContinuousSpeculative(
-        mode="relaxed",
-        reference=True,
+    settings = AuthorsContinuousSpeculative(
         steps=case["num_iter"],
         diffusion_steps=steps,
         guidance_schedule=case["cfg_schedule"],
@@ -144,17 +146,20 @@ def test_whole_run(path, name):
         noise.put_test(places, io[f"verify{verify}.u"], *made)
     calls = []
 
-    def on_call(what, positions, tokens):
+    def on_draft(step, tokens, positions, what="draft:step"):
         number = len(calls)
-        calls.append([{"target": "target:step", "draft": "draft:step", "verify": "target:verify"}[what],
-                      positions.numel()])  # fmt: skip
+        calls.append([what, positions.numel()])
         places = TokenIndex.of(positions.sort().values)
         assert torch.equal(torch.stack(places), io[f"call{number}.index"].long())
-        if what == "verify":
+        if what == "target:verify":
             sampled = tokens[places.images, places.positions]
             close(sampled, io[f"verify{blocks.index(number)}.out"], atol=tolerance)
         else:
             close(tokens, io[f"call{number}.tokens"], atol=tolerance)
+
+    def on_step(step, tokens, positions):
+        has_drafts = bool(calls) and calls[-1][0] == "draft:step"
+        on_draft(step, tokens, positions, "target:verify" if has_drafts else "target:step")
 
     tolerance = 2e-3 * float(io["latent"].abs().max())
     sampled = continuous_speculative(
@@ -164,7 +169,8 @@ def test_whole_run(path, name):
         guidance_scale=case["cfg"],
         temperature=case["temperature"],
         settings=settings,
-        on_call=on_call,
+        on_step=on_step,
+        on_draft=on_draft,
         noise=noise,
     )
     assert calls == case["calls"]

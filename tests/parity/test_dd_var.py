@@ -20,10 +20,11 @@ from studio.checkpoints.distilled import (
     var_tokenizer_from_state_dict,
 )
 from studio.decoding.distilled import few_step, hybrid, mix, nearest
-from studio.decoding.next_scale import next_scale, scale_probabilities
+from studio.decoding.next_scale import next_scale
 from studio.decoding.noise_map import noise_to_token
 from studio.models.distilled_var import DistilledVAR
 from studio.models.var import VAR
+from studio.reference.next_scale import scale_probabilities
 from studio.tokenizers.var import VARTokenizer
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-4}

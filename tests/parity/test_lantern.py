@@ -15,21 +15,20 @@ from recordings import Recording, find, stem
 from studio.checkpoints.drafter import drafter_from_state_dict
 from studio.checkpoints.llamagen import gpt_from_state_dict
 from studio.decoding import trees
-from studio.decoding.acceptance import Relaxation, acceptance_probs
 from studio.decoding.autoregressive import Guidance
-from studio.decoding.drafts import Progress, Setting
+from studio.decoding.drafts import DraftContext, Progress
 from studio.decoding.eagle import DrafterDrafts
-from studio.decoding.lantern import Lantern, neighbour_table
+from studio.decoding.lantern import neighbour_table
 from studio.decoding.sampling import Sampling
-from studio.decoding.speculative import Speculative, speculative
+from studio.decoding.speculative import Lossless, Speculative, speculative, verify, verify_greedy
 from studio.decoding.trees import DynamicTree, StaticTree, Tree
-from studio.decoding.verification import verify, verify_greedy
+from studio.reference.lantern import AuthorsLantern, AuthorsRelaxation
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 DYNAMIC, STATIC, DISTRIBUTIONS = (
     find("lantern_accept_dynamic"),
     find("lantern_accept_static"),
-    find("lantern_exact_distribution"),
+    find("lantern_exact_law"),
 )
 
 
@@ -48,25 +47,25 @@ class Arrays:
         return {name[len(prefix) :]: array for name, array in self.arrays.items() if name.startswith(prefix)}
 
 
-def relaxation_of(case, neighbours):
+def rule_of(case, neighbours):
     if not case["lantern"]:
-        return None
+        return Lossless()
     delta = case["delta"]
     budget = {"tv_budget": delta} if delta <= 1 else {"ratio_budget": delta}
-    return Relaxation(neighbours.long(), min(case["k"], neighbours.shape[1]), reference=True, **budget)
+    return AuthorsRelaxation(neighbours.long(), min(case["k"], neighbours.shape[1]), **budget)
 
 
 def sampling_of(case):
     return Sampling(temperature=case["temperature"], top_k=case["top_k"], top_p=case["top_p"], order="lantern")
 
 
-def check(case, verdict, arrays):
-    assert verdict.paths == [case["accepted_nodes"]]
-    assert len(verdict.paths[0]) - 1 == case["accept_length"]
-    ratios = torch.tensor(verdict.ratios[0], dtype=torch.float64)
+def check(case, result, arrays):
+    assert result.paths == [case["accepted_nodes"]]
+    assert len(result.paths[0]) - 1 == case["accept_length"]
+    ratios = torch.tensor(result.ratios[0], dtype=torch.float64)
     assert len(ratios) == case["uniforms_used"]
     torch.testing.assert_close(ratios, arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(verdict.distribution[0], arrays["sample_p"].float(), **CLOSE)
+    torch.testing.assert_close(result.distribution[0], arrays["sample_p"].float(), **CLOSE)
 
 
 @pytest.mark.parametrize("path", DYNAMIC + STATIC + DISTRIBUTIONS, ids=stem)
@@ -82,18 +81,18 @@ def test_deterministic_drafts(path):
     recording = Arrays(path)
     assert recording.info["cases"]
     for case in recording.info["cases"]:
-        arrays, relaxation = recording.case(case), relaxation_of(case, recording["neighbours"])
+        arrays, rule = recording.case(case), rule_of(case, recording["neighbours"])
         tree = Tree(arrays["tokens"][None].long(), arrays["parents"][None].long())
         logits = arrays["tree_logits"][None]
         if case["greedy"]:
-            verdict = verify_greedy(tree, logits, relaxation)
-            assert verdict.paths == [case["accepted_nodes"]], case["id"]
-            following = logits[0, verdict.last[0]]
+            result = verify_greedy(tree, logits, rule)
+            assert result.paths == [case["accepted_nodes"]], case["id"]
+            following = logits[0, result.last[0]]
             assert int(following.argmax()) == case["next_token_argmax"]
             torch.testing.assert_close(following, arrays["next_logits"])
         else:
             uniforms = arrays["uniforms"][None]
-            check(case, verify(tree, logits, uniforms, sampling_of(case), relaxation), arrays)
+            check(case, verify(tree, logits, uniforms, sampling_of(case), rule), arrays)
 
 
 @pytest.mark.parametrize("path", STATIC, ids=stem)
@@ -112,8 +111,8 @@ def test_sampled_drafts(path):
         parents = recording["parents"][None].long()
         tree = Tree(arrays["tokens"][None].long(), parents, arrays["draft_q"][None], proposal_rows)
         assert torch.equal(tree.ancestors[0].to(torch.uint8), recording["tree_attn_mask"])
-        relaxation, uniforms = relaxation_of(case, recording["neighbours"]), arrays["uniforms"][None]
-        check(case, verify(tree, arrays["tree_logits"][None], uniforms, sampling_of(case), relaxation), arrays)
+        rule, uniforms = rule_of(case, recording["neighbours"]), arrays["uniforms"][None]
+        check(case, verify(tree, arrays["tree_logits"][None], uniforms, sampling_of(case), rule), arrays)
 
 
 @pytest.mark.parametrize("path", DISTRIBUTIONS, ids=stem)
@@ -123,14 +122,14 @@ def test_exact_distributions(path):
     for case in recording.info["cases"]:
         arrays = recording.case(case)
         p, tokens = arrays["logits"].softmax(dim=-1), arrays["tokens"].long()
-        weighed = acceptance_probs(p[None], tokens[None], relaxation=relaxation_of(case, recording["neighbours"]))
-        torch.testing.assert_close(weighed.ratios[0].double(), arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
+        acceptance = rule_of(case, recording["neighbours"]).probs(p[None], tokens[None])
+        torch.testing.assert_close(acceptance.ratios[0].double(), arrays["accept_ratio"].double(), atol=1e-5, rtol=1e-5)
         distribution, reached = torch.zeros_like(p, dtype=torch.float64), 1.0
-        for token, ratio in zip(tokens, weighed.ratios[0].double().clamp(max=1)):
+        for token, ratio in zip(tokens, acceptance.ratios[0].double().clamp(max=1)):
             distribution[token] += reached * ratio
             reached = reached * (1 - ratio)
-        distribution += reached * (weighed.rest[0] / weighed.rest[0].sum()).double()
-        torch.testing.assert_close(distribution, arrays["distribution"], **CLOSE)
+        distribution += reached * (acceptance.residual[0] / acceptance.residual[0].sum()).double()
+        torch.testing.assert_close(distribution, arrays["law"], **CLOSE)
         distance = float((distribution - p.double()).clamp(min=0).sum())
         assert distance == pytest.approx(case["tv_from_target"], abs=CLOSE["atol"])
 
@@ -170,17 +169,17 @@ class Drafted:
         self.scale, self.vocab = config["cfg_scale"], config["vocab"]
         self.dynamic = DynamicTree(config["total_tokens_arg"], config["depth"] + 1, config["top_k"])
 
-    def begin(self, tree, sampling):
+    def candidates(self, tree, sampling):
         source = DrafterDrafts(self.drafter, tree)
-        return source.begin(Setting(self.head, None, 1, sampling, Guidance(self.scale, -1, 2)))
+        return source.candidate_generator(DraftContext(self.head, None, 1, sampling, Guidance(self.scale, -1, 2)))
 
     def progress(self, ids, states):
         """`ids` (2, T + sampled tokens) and the states of all positions before the last one."""
         tokens = torch.zeros(1, self.drafter.config.grid_size**2, dtype=torch.long)
         length = ids.shape[1] - self.prefix
         tokens[0, :length] = ids[0, self.prefix :]
-        room = torch.tensor([tokens.shape[1] - length - 1])
-        return Progress(tokens, torch.tensor([length]), room, [torch.Generator()], states)
+        max_depth = torch.tensor([tokens.shape[1] - length - 1])
+        return Progress(tokens, torch.tensor([length]), max_depth, [torch.Generator()], states)
 
 
 @pytest.mark.parametrize("path", DRAFTERS, ids=stem)
@@ -204,13 +203,13 @@ def test_dynamic_trees(path):
         sampling = Sampling(temperature=0)
         if mode == "sampling":
             sampling = Sampling(temperature=0.9, top_k=case.vocab // 2, order="lantern")
-        drafting, states = case.begin(case.dynamic, sampling), None
+        candidates, states = case.candidates(case.dynamic, sampling), None
         calls = sorted({int(name.split(".")[1]) for name in case.io if name.startswith(f"{mode}.")})
         for call in calls:
             io = {name: case.io[f"{mode}.{call}.{name}"] for name in ("input_ids", "hidden_states")}
             new = io["hidden_states"]
             states = new if states is None else torch.cat((states, new), dim=1)
-            tree = drafting.propose(case.progress(io["input_ids"], states))
+            tree = candidates.get_candidates(case.progress(io["input_ids"], states))
             expected = {name: case.io[f"{mode}.{call}.{name}"] for name in ("draft_tokens", "tree_mask")}
             assert torch.equal(tree.tokens, expected["draft_tokens"])
             assert torch.equal(tree.ancestors[0].float(), expected["tree_mask"][0, 0])
@@ -226,8 +225,8 @@ def test_static_trees(path):
     for name in names:
         shape = StaticTree(tuple(map(tuple, case.info["static_tree_choices"])))
         top = case.io[f"{name}.top_tokens"]
-        drafting = case.begin(shape, Sampling(temperature=0))
-        tree = drafting.propose(case.progress(case.io[f"{name}.input_ids"], case.io[f"{name}.hidden_states"]))
+        candidates = case.candidates(shape, Sampling(temperature=0))
+        tree = candidates.get_candidates(case.progress(case.io[f"{name}.input_ids"], case.io[f"{name}.hidden_states"]))
         assert len(top) == len(shape.expanded)
         for node in range(1, shape.nodes):
             row = shape.expanded.index(shape.parents[node])
@@ -278,7 +277,7 @@ def test_whole_greedy_runs(path, monkeypatch):
             guidance_scale=info["cfg_scale"],
             settings=settings,
             codebook=arrays["io.codebook"],
-            on_token=lambda index, tokens: index + 1 == length,
+            on_step=lambda index, tokens: index + 1 == length,
             editable=False,
         )
 
@@ -289,8 +288,8 @@ def test_whole_greedy_runs(path, monkeypatch):
         if run["lantern"]:
             delta, more = run["lantern_delta"], {}
             if delta > 1:
-                delta, more = None, {"ratio_budget": delta}
-            settings = Lantern(run["lantern_k"], delta, reference=True, drafts=DrafterDrafts(drafter, tree), **more)
+                delta, more = None, {"ratio": delta}
+            settings = AuthorsLantern(run["lantern_k"], delta, drafts=DrafterDrafts(drafter, tree), **more)
         sampled = sample(settings)
         assert torch.equal(sampled.tokens, arrays[f"io.run{number}.tokens"]), run
         assert torch.equal(sampled.tokens, plain) == run["equals_plain_greedy"]

@@ -193,7 +193,7 @@ def test_whole_run(path, name):
         noise.put(places, io[f"step{number}.init"], io[f"step{number}.noise"].flip(0))
     seen = []
 
-    def on_step(number, positions, tokens):
+    def on_step(number, tokens, positions):
         places = TokenIndex.of(positions.sort().values)
         seen.append((tokens[places.images, places.positions], io[f"step{number}.sampled"]))
 

@@ -143,8 +143,8 @@ def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, changes, words)
 
 
 def test_options_are_part_of_a_side(monkeypatch):
-    wish = CompareRequest("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
-    assert wish.wishes[0].options == {"delta": 0.3, "neighbours": 9} and wish.wishes[0].model == "tiny"
+    wish = CompareRequest("a fox", ["tiny: lantern delta=0.3 k=9", "folder/of a model: ar"], seed=3)
+    assert wish.wishes[0].options == {"delta": 0.3, "k": 9} and wish.wishes[0].model == "tiny"
     assert wish.wishes[1].model == "folder/of a model" and [each.seed for each in wish.wishes] == [3, 3]
     monkeypatch.setattr(comparing, "fitting_decodings", lambda model: ["mar", "cspd"])
     assert CompareRequest("a fox", ["m: steps=3", "m"]).wishes[0].how == {"name": "mar", "steps": 3}
@@ -166,7 +166,7 @@ def test_unknown_words_are_named_once(steps, toasts, tiny_pipeline, monkeypatch)
 
 def test_closing_stops_the_model_within_one_step(steps):
     async def close_while_the_second_samples():
-        work = compare.show_comparison("a red apple", ["tiny", "tiny: lantern neighbours=9"], 1, "7")
+        work = compare.show_comparison("a red apple", ["tiny", "tiny: lantern k=9"], 1, "7")
         async for _, _, status in work:
             if "Sampling 2 of 2" in status:
                 break

@@ -85,9 +85,9 @@ def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, position, entry
 
 
 def test_options_of_a_decoding_are_numbers(steps, toasts):
-    updates(*FIELDS, "lantern", {"delta": "much", "neighbours": ""})
+    updates(*FIELDS, "lantern", {"delta": "much", "k": ""})
     assert toasts == ["Delta must be a number, not 'much'; or leave it empty."]
-    updates(*FIELDS, "lantern", {"delta": "", "neighbours": "1.5"})
+    updates(*FIELDS, "lantern", {"delta": "", "k": "1.5"})
     assert "whole number" in toasts[-1]
     updates(*FIELDS, "speculative", {"delta": "0.1"})
     assert toasts[-1] == "Speculative decoding has no options, not delta; delta belongs to lantern."
@@ -95,9 +95,7 @@ def test_options_of_a_decoding_are_numbers(steps, toasts):
     assert "speculative" in toasts[-1] and not steps
 
 
-@pytest.mark.parametrize(
-    ("decoding", "options"), [("speculative", {}), ("lantern", {"delta": "0.2", "neighbours": "9"})]
-)
+@pytest.mark.parametrize(("decoding", "options"), [("speculative", {}), ("lantern", {"delta": "0.2", "k": "9"})])
 def test_drafts_are_told_from_the_models_own_tokens(steps, decoding, options):
     gallery, tokens, status = updates("a red apple", 1, "7", "", "", "", "", decoding, options)[-1]
     assert "accepted drafts" in tokens and tokens.count("M") == 16

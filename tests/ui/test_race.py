@@ -61,7 +61,7 @@ def test_a_model_with_one_decoding_cannot_race(steps, toasts, monkeypatch):
 
 
 def test_a_side_that_is_refused_ends_the_race(steps, toasts):
-    found = updates(*FIELDS[:-2], "lantern", {"neighbours": "64"})
+    found = updates(*FIELDS[:-2], "lantern", {"k": "64"})
     assert len(toasts) == 1 and "64 codes" in toasts[0]
     assert "unchanged" in found[-1][2]
     assert len(steps) < 16

@@ -101,7 +101,7 @@ def test_everybody_gets_the_images_of_a_call_of_their_own(pipe, calls, decoding)
 @pytest.mark.parametrize("decoding", ["speculative", "lantern"])
 def test_everybody_sees_what_became_of_the_drafts_of_their_own_image(pipe, calls, monkeypatch, decoding):
     monkeypatch.setattr(sampling.Pace, "is_due", lambda pace: True)
-    options = {"neighbours": 8} if decoding == "lantern" else {}
+    options = {"k": 8} if decoding == "lantern" else {}
     wishes = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding, options=options)
               for word, count, seed in (("red", 2, 7), ("green", 1, 8), ("blue", 3, 50))]  # fmt: skip
     found = sampled(wishes)

@@ -37,8 +37,8 @@ def test_a_image_that_others_wait_for_is_told_as_far_as_it_is_shown():
 )
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_own_tokens_are_the_calls_of_the_model(tiny_pipeline, decoding, temperature):
-    takes_neighbours = any(option.name == "neighbours" for option in DECODINGS[decoding].options)
-    options = {"neighbours": 8} if takes_neighbours else {}
+    takes_k = any(option.name == "k" for option in DECODINGS[decoding].options)
+    options = {"k": 8} if takes_k else {}
     wish = GenerateRequest("tiny", "a red apple", 1, 3, temperature=temperature, decoding=decoding, options=options)
     call = Call(tiny_pipeline, wish)
     output = call(lambda sketch: False)
@@ -70,7 +70,7 @@ def test_watching_changes_nothing(tiny_pipeline):
 
 
 def test_drafts_of_lantern_that_are_jacobi_guesses_are_seen(tiny_pipeline):
-    options = {"neighbours": 8, "drafts": "jacobi", "delta": 0.9}
+    options = {"k": 8, "drafts": "jacobi", "delta": 0.9}
     call = Call(tiny_pipeline, GenerateRequest("tiny", "a red apple", 1, 3, decoding="lantern", options=options))
     output = call(lambda sketch: False)
     fates = call.fates(Sketch(output.tokens))

@@ -73,7 +73,7 @@ def _noting(decoding, images, rounds):
 
 
 class TracedDrafts:
-    """A source of drafts that does what another does, and keeps the rounds of some images of one call.
+    """Drafts as of other settings, which keep the rounds of some images of one call.
 
     Args:
         source: what makes the drafts.
@@ -87,20 +87,20 @@ class TracedDrafts:
     def __getattr__(self, name):
         return getattr(self._source, name)
 
-    def begin(self, setting):
+    def candidate_generator(self, context):
         """Fresh state for the call."""
-        return _Watched(self._source.begin(setting), self._images, self._rounds)
+        return _Watched(self._source.candidate_generator(context), self._images, self._rounds)
 
 
 class _Watched:
-    def __init__(self, drafting, images, rounds):
-        self._drafting, self._images, self._rounds = drafting, images, rounds
+    def __init__(self, candidates, images, rounds):
+        self._candidates, self._images, self._rounds = candidates, images, rounds
 
     def __getattr__(self, name):
-        return getattr(self._drafting, name)
+        return getattr(self._candidates, name)
 
-    def propose(self, progress):
-        tree = self._drafting.propose(progress)
+    def get_candidates(self, progress):
+        tree = self._candidates.get_candidates(progress)
         seen = (progress.lengths, tree.tokens, tree.parents, tree.depths)
         for rounds, *nodes in zip(self._rounds, *(part[self._images].tolist() for part in seen)):
             rounds.append(Round(*nodes))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studio import DECODINGS, StudioError, decoding_named, default_decoding
+from studio import DECODINGS, StudioError, decoding_named, decoding_options, decodings_with, default_decoding
 
 
 @pytest.mark.parametrize("name", DECODINGS)
@@ -12,8 +12,40 @@ def test_every_decoding_can_be_made_and_says_what_it_is(name):
     assert choice.title and all(text.endswith(".") for text in (choice.summary, *(o.summary for o in choice.options)))
 
 
+@pytest.mark.parametrize("name", DECODINGS)
+def test_options_are_fields_of_the_settings_and_have_their_defaults(name):
+    choice = decoding_named(name)
+    settings = choice.settings()
+    own = type(settings)()
+    for option in choice.options:
+        expected = getattr(own, option.name)
+        if (name, option.name) == ("jacobi", "coupling"):
+            assert expected is None, "seed by itself, maximal as drafts"
+            continue
+        assert getattr(settings, option.name) == expected, option.name
+        assert not option.choices or option.default in option.choices
+        if option.least is not None and (name, option.name) != ("distilled", "teacher_steps"):
+            with pytest.raises(StudioError):
+                choice.settings(**{option.name: option.least - 1})
+
+
+def test_benchmark_rows_can_be_made():
+    rows = [(name, row) for name, choice in DECODINGS.items() for row in choice.benchmarked(64)]
+    made = [decoding_named(name).settings(**row) for name, row in rows]
+    assert len(made) > 20 and {name for name, _ in rows} == set(DECODINGS) - {"exact"}
+    with pytest.raises(StudioError):
+        decoding_named("lantern").settings(**{"delta": 2.0, "k": 1000})
+
+
+def test_an_option_of_several_decodings_is_of_one_kind():
+    """A flag of the command line and a field of a prompt file are made from any of them."""
+    for name, owners in decoding_options().items():
+        assert len({(option.kind, option.least) for option in owners.values()}) == 1, name
+        assert list(owners) == decodings_with(name)
+
+
 def test_options_arrive():
-    assert decoding_named("lantern").settings(delta=0.3, neighbours=7).k == 7
+    assert decoding_named("lantern").settings(delta=0.3, k=7).k == 7
 
 
 def test_unknown_names_and_options_are_refused():
@@ -21,7 +53,7 @@ def test_unknown_names_and_options_are_refused():
         decoding_named("fast")
     with pytest.raises(StudioError, match=r"no options, not delta; delta belongs to lantern\."):
         decoding_named("speculative").settings(delta=0.1)
-    with pytest.raises(StudioError, match="delta, neighbours"):
+    with pytest.raises(StudioError, match="delta, k"):
         decoding_named("lantern").settings(colour=1)
 
 
