@@ -70,7 +70,7 @@ def tables(text):
 
 
 def is_number(cell):
-    return re.fullmatch(r"[<≈~+-]?\d[\d,.]*(?:e-?\d+)?\s?(?:%|s|ms|dB|x|×)?", cell) is not None
+    return re.fullmatch(r"[<≈~+-]?\d[\d,.]*(?:e-?\d+)?\s?(?:%|s|ms|dB|x|×|\([\d.]+\))?", cell) is not None
 
 
 def is_benchmark(table):
