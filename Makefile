@@ -51,7 +51,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	rm -rf typing_tree && mkdir -p typing_tree/studio
 	ln -s $(CURDIR)/studio/* $(CURDIR)/pipelines $(CURDIR)/tokenizers $(CURDIR)/ui typing_tree/studio/
-	cd typing_tree && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml -p studio
+	cd typing_tree && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p studio
 
 checksums: $(STAMP)
 	$(VENV)/bin/python -c "from studio.checkpoints.bundled import write_checksums; write_checksums()"
