@@ -1,8 +1,9 @@
-# make demo           one sheet of pictures for "a red apple" in out/
+# make demo           one sheet of images for "a red apple" in out/
 # make test           the test suite
 # make test-browser   the app in a headless Chromium
 # make ui             the app on http://127.0.0.1:7860
-# make lint           ruff
+# make lint           ruff check, ruff format, mypy
+# make types          mypy alone
 #
 # Each builds .venv first when it is missing or out of date. Nothing after the install touches a network.
 
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-browser ui lint install checksums constraints
+.PHONY: demo test test-browser ui lint types install checksums constraints
 
 install: $(STAMP)
 
@@ -43,6 +44,14 @@ ui: $(STAMP)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(MAKE) types
+
+# Mypy reads the package as a wheel lays it out: studio/ with pipelines/, tokenizers/ and ui/ inside.
+types: $(STAMP)
+	rm -rf typing_tree && mkdir -p typing_tree/studio
+	ln -s $(CURDIR)/studio/* $(CURDIR)/pipelines $(CURDIR)/tokenizers $(CURDIR)/ui typing_tree/studio/
+	cd typing_tree && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p studio
 
 checksums: $(STAMP)
 	$(VENV)/bin/python -c "from studio.checkpoints.bundled import write_checksums; write_checksums()"

@@ -1,4 +1,4 @@
-"""The pages on methods tell no lies: their Python runs, their commands parse, their links and tests are there."""
+"""The documents tell no lies: their Python runs, their commands parse, their links and files are there."""
 
 import re
 import sys
@@ -7,10 +7,25 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from documents import ROOT, blocks, commands, dead_links, parse
+from documents import (
+    DOCUMENTS,
+    ROOT,
+    blocks,
+    commands,
+    dead_links,
+    help_parses,
+    is_benchmark,
+    named_commands,
+    parse,
+    tables,
+)
 
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
-LINES = sorted({line for text in PAGES.values() for line in commands(text)})
+from studio.bench.report import printed_by
+
+TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in DOCUMENTS}
+PAGES = {Path(name).name: text for name, text in TEXTS.items() if name.startswith("docs/")}
+LINES = sorted({line for text in TEXTS.values() for line in commands(text)})
+BENCHMARKS = "docs/benchmarks.md"
 
 
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks(text, "python")])
@@ -23,10 +38,10 @@ def test_python_runs(page, tmp_path, monkeypatch):
     assert "studio" in names
 
 
-@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks(text, "py")])
-def test_python_that_needs_published_weights_compiles(page):
-    for block in blocks(PAGES[page], "py"):
-        assert compile(block, page, "exec").co_names
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text, "py")])
+def test_python_that_needs_more_than_the_package_compiles(name):
+    for block in blocks(TEXTS[name], "py"):
+        assert compile(block, name, "exec").co_names
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -39,25 +54,64 @@ def test_command_parses(line):
 
     options = parse(line)
     if line.startswith("studio train "):
-        assert options["kind"] in (None, *KINDS) and options["preset"] in (None, "family", *preset_names())
+        assert options["kind"] in (None, *KINDS)
+        assert options["preset"] in (None, "family", *preset_names())
         assert options["kind"] or options["preset"] or options["config"]
     if options.get("decoding") not in (None, "auto"):
         names = {option.name for choice in DECODINGS.values() for option in choice.options}
         assert decoding_of(**given(options["decoding"], **{name: options.get(name) for name in names}))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_relative_links_lead_to_files(page):
-    assert not dead_links(ROOT / "docs" / page)
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_in_sentences_exist(name):
+    assert not [line for line in named_commands(TEXTS[name]) if not help_parses(line)]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_named_files_exist(page):
-    named = re.findall(r"`((?:tests|studio|pipelines|tokenizers|ui)/[\w./-]+)`", PAGES[page])
+def test_a_command_that_does_not_exist_is_noticed():
+    assert named_commands("`studio paint x`, `studio bench decoding --quick`") == [
+        "studio bench decoding",
+        "studio paint x",
+    ]
+    assert help_parses("studio bench decoding") and not help_parses("studio paint x")
+    assert not help_parses("studio bench painting")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_relative_links_lead_to_files_and_headings(name):
+    assert not dead_links(ROOT / name)
+
+
+def test_dead_links_are_noticed(tmp_path):
+    (tmp_path / "page.md").write_text(
+        "# Title\n[a](gone.md) [b](page.md#title) [c](#nothing) [d](https://example.org)\n"
+    )
+    assert dead_links(tmp_path / "page.md") == ["gone.md", "#nothing"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_named_files_exist(name):
+    named = re.findall(r"`((?:tests|studio|pipelines|tokenizers|ui|examples)/[\w./-]+)`", TEXTS[name])
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_the_index_leads_to_every_page_and_the_readme_to_the_index():
     index = set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["README.md"]))
     assert index == set(PAGES) - {"README.md"}
-    assert "](docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/README.md)" in TEXTS["README.md"]
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != BENCHMARKS])
+def test_tables_of_measurements_stand_in_one_page(name):
+    assert not printed_by(TEXTS[name])
+    assert not [table[0] for table in tables(TEXTS[name]) if is_benchmark(table)]
+
+
+def test_every_table_of_the_benchmarks_is_printed_by_a_command():
+    found = [table for table in tables(TEXTS[BENCHMARKS]) if is_benchmark(table)]
+    printed = printed_by(TEXTS[BENCHMARKS])
+    assert len(found) == len(printed) == len(set(printed)) >= 10
+
+
+@pytest.mark.parametrize("command", printed_by(TEXTS[BENCHMARKS]))
+def test_what_prints_a_table_parses(command):
+    assert parse(command)

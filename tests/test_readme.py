@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its commands exist with those options, its links lead somewhere."""
+"""The README is short, its Python runs, its make targets exist, and its numbers are those of the benchmarks."""
 
 import re
 import sys
@@ -7,35 +7,41 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from documents import ROOT, blocks, commands, dead_links, parse
+from documents import ROOT, blocks, is_number, tables
 
-from studio.bench.report import printed_by
-
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)
-PAGES = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+REASONS = re.findall(
+    r"^- \*\*.+?(?=\n- |\n\n)", README.partition("\n## Three reasons\n")[2].partition("\n## ")[0], re.M | re.S
+)
 
 
 def make_targets():
-    lines = [line for block in blocks(TEXT, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(README + CONTRIBUTING, "sh") for line in block.splitlines()]
     return sorted({line.split()[1] for line in lines if line.startswith("make ")})
 
 
-@pytest.mark.parametrize("snippet", blocks(TEXT, "python"))
+def numbers_of(command):
+    """The numbers in the tables that a command printed."""
+    [block] = re.findall(rf"<!-- printed by: {re.escape(command)} -->(.*?)<!-- end -->", BENCHMARKS, re.S)
+    return {float(cell) for table in tables(block) for row in table for cell in row if is_number(cell)}
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_first_screen_says_how_to_start():
+    head = "\n".join(README.splitlines()[:40])
+    assert "\nmake demo " in head and "\nmake test " in head and "](docs/gallery.png)" in head
+
+
+@pytest.mark.parametrize("snippet", blocks(README, "python"))
 def test_python_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "apple.png").is_file()
-
-
-@pytest.mark.parametrize("line", commands(TEXT))
-def test_command_parses(line):
-    assert parse(line)
-
-
-@pytest.mark.parametrize("command", sorted({*printed_by(TEXT), *(c for page in PAGES for c in printed_by(page))}))
-def test_what_prints_a_table_parses(command):
-    assert parse(command)
 
 
 @pytest.mark.parametrize("target", make_targets())
@@ -43,6 +49,17 @@ def test_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_relative_links_lead_to_files(name):
-    assert not dead_links(ROOT / name)
+def test_there_are_three_reasons():
+    assert len(REASONS) == 3
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_numbers_of_a_reason_are_those_that_its_command_printed(reason):
+    text, command = re.fullmatch(r"(.+?)`(studio bench [^`]+)`", reason, re.S).groups()
+    found = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)}
+    assert len(found) >= 2 and not found - numbers_of(command)
+
+
+def test_images_of_the_documents_are_small():
+    sizes = {file.name: file.stat().st_size for file in (ROOT / "docs").glob("*.png")}
+    assert sizes and max(sizes.values()) < 300_000

@@ -56,7 +56,12 @@ def train(
     name = preset or f"{Path(asked.data).expanduser().resolve().name}-{asked.kind}"
     out = Path(out or Path("runs") / name)
     module, recipe = KINDS[asked.kind].split(":")
-    make_recipe = getattr(import_module(module), recipe)
+    try:
+        make_recipe = getattr(import_module(module), recipe)
+    except ModuleNotFoundError as error:
+        if error.name != "vector_quantize_pytorch":
+            raise
+        raise StudioError('Training needs more packages: pip install "token-studio[train]".') from error
     return run(make_recipe, asked, out, find=Finder(out), resume=resume, name=name, command=command)
 
 

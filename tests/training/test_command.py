@@ -137,3 +137,10 @@ def test_in_a_process_of_its_own(photos, tmp_path):
     assert wrong.returncode == 2 and not wrong.stdout and not (tmp_path / "other").exists()
     assert wrong.stderr.startswith("Error: There is no kind 'vqgan'; choose one of vq, ")
     assert wrong.stderr.count("\n") == 1
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    monkeypatch.delitem(sys.modules, "studio.training.vq", raising=False)
+    refused(run("train", "vq", "--data", photos, *TINY, "--out", "vq"), 'pip install "token-studio[train]"')
+    assert not (tmp_path / "vq").exists()
