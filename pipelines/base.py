@@ -175,7 +175,7 @@ class ConditionalPipeline(DiffusionPipeline):
             condition = {"class_labels": torch.tensor(listed(class_labels), device=device or self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
-    def begin(self, prompt, class_labels, num_images_per_prompt: int, generator):
+    def prepare_inputs(self, prompt, class_labels, num_images_per_prompt: int, generator):
         """What the images of a call are sampled from; each one's own stream chooses what its prompt leaves open.
 
         Returns:

@@ -255,7 +255,9 @@ class LlamaGenPipeline(ConditionalPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = self.prepare_inputs(
+                    prompt, class_labels, num_images_per_prompt, generator
+                )
             total = num_tokens or self.transformer.num_tokens
             if isinstance(settings, Distilled):
                 total = settings.reports_for(self.student, num_tokens)

@@ -205,7 +205,9 @@ class MARPipeline(ConditionalPipeline):
         final = 0
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = self.prepare_inputs(
+                    prompt, class_labels, num_images_per_prompt, generator
+                )
             call = {
                 "generators": generators,
                 "guidance_scale": guidance_scale,

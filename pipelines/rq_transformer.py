@@ -178,7 +178,9 @@ class RQTransformerPipeline(ResidualPipeline):
         seconds = {"prefill": 0.0}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = self.prepare_inputs(
+                    prompt, class_labels, num_images_per_prompt, generator
+                )
             with self.progress_bar(total=self.transformer.num_tokens) as progress, timed(seconds, "decode"):
                 tokens = rq_decoding(
                     self.transformer,

@@ -168,7 +168,9 @@ class TokenBridgePipeline(ConditionalPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = self.prepare_inputs(
+                    prompt, class_labels, num_images_per_prompt, generator
+                )
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 sampled = dimension_wise(

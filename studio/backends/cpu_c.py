@@ -49,8 +49,8 @@ class NativeDrafter:
     ) -> torch.Tensor:
         """As of `Drafter`."""
         x = self._states(states).add_(F.embedding(tokens, self._tokens))
-        if cache.plan is not None:
-            x = cache.with_plan(x, positions.clamp(max=cache.plan.shape[1] - 1))
+        if cache.region_conditioning is not None:
+            x = cache.add_region_conditioning(x, positions.clamp(max=cache.region_conditioning.shape[1] - 1))
         return self._blocks(x, cache, positions, visible)
 
 
@@ -180,7 +180,7 @@ class NativeBlocks:
         Errors: `StudioError` when the cache is full.
         """
         rows, nodes, dim = x.shape
-        cache.check_room(nodes)
+        cache.check_capacity(nodes)
         base, kept = cache.kept()
         store, bias = cache.store, cache.bias
         positions, states = positions.contiguous(), torch.empty(x.shape).copy_(x)
@@ -259,20 +259,20 @@ class NativeLlamaGen:
         """`prefill`, but the states (rows, T, dim) of all prefix positions."""
         rows, length, _ = prefix.shape
         mask = self.model.prefix_mask(valid, length)
-        states = self._run(self.model.begin(prefix, cache), cache, None if mask is None else mask[:, 0])
+        states = self._run(self.model.prepare_inputs(prefix, cache), cache, None if mask is None else mask[:, 0])
         if valid is not None:
             cache.mask_prefix(valid)
         return states
 
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
-        return self.logits(self._run(cache.with_plan(F.embedding(tokens, self._embedding)), cache, None))
+        return self.logits(self._run(cache.add_region_conditioning(F.embedding(tokens, self._embedding)), cache, None))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
-        x = cache.with_plan(F.embedding(tokens, self._embedding), positions)
+        x = cache.add_region_conditioning(F.embedding(tokens, self._embedding), positions)
         return self._blocks(x, cache, positions, visible)
 
     def _run(self, x: torch.Tensor, cache: KVCache, visible: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 One step over two rows reads every weight once, so its time is the time to stream them. This view of a model keeps each
 weight matrix prepacked in the layout of the library's best small-batch kernel, joins w1 with w3, adds residuals inside
-the product, turns queries and keys in place, and writes keys and values with one copy. It needs no compiler.
+the product, rope queries and keys in place, and writes keys and values with one copy. It needs no compiler.
 
 Weights: "float32" (oneDNN blocked layout; plain products where torch has no oneDNN), and two smaller ones that trade
 exactness for bandwidth: "float16" (half the bytes, float32 arithmetic) and "int8" (a quarter of the bytes, one scale
@@ -123,7 +123,7 @@ class PackedLlamaGen:
         self.prefix_length, self.num_tokens, self.config = model.prefix_length, model.num_tokens, model.config
         self.device = model.device
         self.embedding = model.tok_embeddings.weight.detach()
-        self.turns = torch.view_as_complex(model.rope().contiguous())
+        self.rope = torch.view_as_complex(model.rope().contiguous())
         self.layers = [
             (
                 make(_behind_norm(layer.attention_norm, layer.attention.wqkv.weight)),
@@ -156,8 +156,8 @@ class PackedLlamaGen:
     def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """`prefill`, but the states (rows, T, dim) of all prefix positions."""
         length = prefix.shape[1]
-        mask, turns = self.model.prefix_mask(valid, length), self.turns[:length]
-        states = self._run_layers(self.model.begin(prefix, cache), turns, mask, cache, length > 1)
+        mask, rope = self.model.prefix_mask(valid, length), self.rope[:length]
+        states = self._run_layers(self.model.prepare_inputs(prefix, cache), rope, mask, cache, length > 1)
         if valid is not None:
             cache.mask_prefix(valid)
         return states
@@ -169,25 +169,26 @@ class PackedLlamaGen:
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
         n = tokens.shape[1]
-        x, turns = cache.with_plan(F.embedding(tokens, self.embedding)), self.turns[cache.length : cache.length + n]
-        return self.logits(self._run_layers(x, turns, cache.attention_mask(n), cache, False))
+        x = cache.add_region_conditioning(F.embedding(tokens, self.embedding))
+        rope = self.rope[cache.length : cache.length + n]
+        return self.logits(self._run_layers(x, rope, cache.attention_mask(n), cache, False))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
-        x, mask = cache.with_plan(F.embedding(tokens, self.embedding), positions), cache.tree_mask(visible)
-        return self._run_layers(x, self.turns[positions], mask, cache, False)
+        x = cache.add_region_conditioning(F.embedding(tokens, self.embedding), positions)
+        return self._run_layers(x, self.rope[positions], cache.tree_mask(visible), cache, False)
 
-    def _run_layers(self, x, turns, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:
+    def _run_layers(self, x, rope, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:
         rows, n, dim = x.shape
         heads, head_dim = self.heads, self.head_dim
-        turns = turns[..., None, :]
+        rope = rope[..., None, :]
         causal = causal and mask is None
         x = x.reshape(rows * n, dim)
         for index, (wqkv, wo, w13, w2) in enumerate(self.layers):
             qkv = wqkv(self._unit(x))
-            torch.view_as_complex(qkv[:, : 2 * dim].view(rows, n, 2 * heads, head_dim // 2, 2)).mul_(turns)
+            torch.view_as_complex(qkv[:, : 2 * dim].view(rows, n, 2 * heads, head_dim // 2, 2)).mul_(rope)
             parts = qkv.view(rows, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
             keys, values = cache.update(index, parts[1:].transpose(0, 1))
             attended = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=mask, is_causal=causal)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio import backends
 from studio.decoding.drafts import Drafting, Progress, Setting, TokenRecycling
 from studio.decoding.sampling import exponential_noise
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, default_tree, grow
@@ -55,13 +56,13 @@ class DrafterDrafting:
 
     def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, setting: Setting):
         self.nodes = shape.nodes
-        self.drafter, self.shape, self.setting = drafter.for_decoding(setting.weights), shape, setting
+        self.drafter, self.shape, self.setting = backends.select(drafter, setting.weights), shape, setting
         self.before = setting.model.prefix_length - 1
         self.guidance = setting.guidance
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
         rows = setting.batch * self.guidance.streams
         self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
-        self.cache.plan = drafter.plan(setting.plan)
+        self.cache.region_conditioning = drafter.region_conditioning(setting.plan)
         if setting.valid is not None:
             self.cache.mask_prefix(setting.valid)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from studio import backends
 from studio.checks import shown
 from studio.decoding.acceptance import Relaxation
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
@@ -146,7 +147,7 @@ class _Run:
         drafter,
         num_tokens,
     ):
-        self.model, self.sampling, self.generators = model.for_decoding(settings.weights), sampling, generators
+        self.model, self.sampling, self.generators = backends.select(model, settings.weights), sampling, generators
         guided = is_guided(0, guidance_scale, cfg_interval)
         prefix, valid = condition_rows(model, condition, guided=guided)
         self.relaxation = settings.relaxation(codebook)
@@ -155,7 +156,14 @@ class _Run:
         self.images, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
         setting = Setting(
-            self.model, valid, batch, sampling, self.guidance, drafter, settings.weights, model.plan(prefix)
+            self.model,
+            valid,
+            batch,
+            sampling,
+            self.guidance,
+            drafter,
+            settings.weights,
+            model.region_conditioning(prefix),
         )
         self.drafting = settings.drafts.begin(setting)
         self.cache = self.model.new_tree_cache(len(prefix), self.drafting.nodes)

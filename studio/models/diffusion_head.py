@@ -289,12 +289,6 @@ class DenoisingNetwork(nn.Module):
             hidden = block(hidden, part)
         return self.final_layer(hidden, modulated[-1])
 
-    def for_decoding(self):
-        """The view whose reverse steps are single calls of C (`studio.backends.cpu_c_head`), or None."""
-        from studio.backends.select import head_view
-
-        return head_view(self)
-
     def forward(self, x: torch.Tensor, times: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """Noise and variance logits (N, 2D) for x (N, D), times (N,) of training and conditions (N, condition_dim)."""
         return self.denoise(x, self.modulations(self.time_embed(times) + self.cond_embed(conditions)))

@@ -24,7 +24,7 @@ from torch import nn
 from studio.errors import StudioError
 from studio.models.llama_blocks import Block, CaptionEmbedder, ClassEmbedder, RMSNorm, check_layout, default_ffn_dim
 from studio.models.llamagen import LlamaGen
-from studio.models.plan import plan_reader
+from studio.models.region_conditioning import build_region_conditioning
 
 
 class RegressionHead(nn.Module):
@@ -98,7 +98,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.final_layer_conti = RegressionHead(dim, code_dim)
         if plan_size:
-            self.plan_embeddings = plan_reader(plan_size, grid_size, row_length, dim)
+            self.plan_embeddings = build_region_conditioning(plan_size, grid_size, row_length, dim)
         self._rope: torch.Tensor | None = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -141,7 +141,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         return student.to(teacher.device)
 
     embed_condition = LlamaGen.embed_condition
-    plan = LlamaGen.plan
+    region_conditioning = LlamaGen.region_conditioning
     prefix_mask = staticmethod(LlamaGen.prefix_mask)
     prefix_length = LlamaGen.prefix_length
     num_tokens = LlamaGen.num_tokens
@@ -174,9 +174,9 @@ class DistilledStudent(ModelMixin, ConfigMixin):
             context = (prefix * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)
         known = torch.as_tensor(known, device=prefix.device).reshape(-1, 1)
         is_data = torch.arange(length + n, device=prefix.device) < length + known
-        embedded, plan = self.tok_embeddings(vectors.to(prefix.dtype)), self.plan(prefix)
-        if plan is not None:
-            embedded = embedded + plan[:, length - 1 : length - 1 + n]
+        embedded, regions = self.tok_embeddings(vectors.to(prefix.dtype)), self.region_conditioning(prefix)
+        if regions is not None:
+            embedded = embedded + regions[:, length - 1 : length - 1 + n]
         x = torch.cat((prefix, embedded), dim=1) + self.n_d_embed(is_data.long())
         rope, mask = self.rope()[: length + n], self.prefix_mask(valid, length + n)
         for index, layer in enumerate(self.layers):

@@ -5,8 +5,8 @@ in LANTERN (arXiv:2410.03355). Position i reads the target's state i (behind its
 i + 1, and returns a guess at state i + 1, from which the target's own head reads logits. Blocks are those of the
 target, with no norm before the first attention. Position i is turned like the cell of the token that it reads.
 
-Deviations from the authors' code: padding of captions is hidden from attention, as in the target; beside the embedding
-of a token stands the plan for the cell behind it, where the target has one.
+Deviations from the authors' code: padding of captions is hidden from attention, as in the target; where the target has
+region conditioning, that of the next cell is added to the embedding of a token.
 
 Scope: the network. How drafts are made with it is in `studio.decoding.eagle`.
 """
@@ -31,7 +31,8 @@ class Drafter(ModelMixin, ConfigMixin):
             target.
         prefix_length: the target's number of prefix positions.
         num_layers: blocks; published drafters have one.
-        reads_plan: whether the target's inputs hold a plan (`LlamaGen.plan`), which the drafter reads too.
+        reads_plan: whether the target has region conditioning (`LlamaGen.region_conditioning`), which the drafter then
+            reads too.
         norm_eps: of the norms, 1e-6 in published drafters.
         own_embeddings: whether token embeddings are stored with the drafter, as in published ones. Those of others are
             the target's, of which `read_embeddings` takes a copy; a pipeline does so with its transformer.
@@ -92,7 +93,7 @@ class Drafter(ModelMixin, ConfigMixin):
                 f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."
             )
         if ours.reads_plan != bool(target.config.get("plan_size")):
-            raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
+            raise StudioError("Only one of drafter and model has region conditioning: use the drafter of this model.")
 
     @property
     def token_embeddings(self) -> torch.Tensor:
@@ -130,25 +131,29 @@ class Drafter(ModelMixin, ConfigMixin):
             self._rope = table.to(self.fc.weight.device)
         return self._rope
 
-    def plan(self, plan: torch.Tensor | None) -> torch.Tensor | None:
-        """What the blocks' inputs get from the target's plan (rows, T + grid**2, dim), or None.
+    def region_conditioning(self, regions: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the blocks' inputs, from the target's region conditioning (rows, T + image tokens, dim).
 
-        Position i gets what is planned for position i + 1, through the same weights as the embedding of its token.
+        Position i gets that of position i + 1, through the same weights as the embedding of its token. None without.
         """
-        if plan is None or not self.config.reads_plan:
+        if regions is None or not self.config.reads_plan:
             return None
-        return F.linear(plan[:, 1:], self.fc.weight[:, : self.config.dim])
+        return F.linear(regions[:, 1:], self.fc.weight[:, : self.config.dim])
 
     def forward(
         self,
         tokens: torch.Tensor,
         states: torch.Tensor,
         valid: torch.Tensor | None = None,
-        plan: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Guesses (rows, n, dim) at states 1 to n, from states (rows, n, dim) 0 to n - 1 and tokens (rows, n) 1 to n.
+        """Guesses (rows, n, dim) at the target's states 1 to n.
 
-        Tokens of prefix positions are 0; `valid` (rows, T) is false at padding; `plan` is the target's.
+        Args:
+            tokens: tokens 1 to n, (rows, n), int64; those of prefix positions are 0.
+            states: the target's states 0 to n - 1, (rows, n, dim).
+            valid: (rows, T), false at padding of the prefix.
+            regions: the target's region conditioning, (rows, T + image tokens, dim).
         """
         rows, n = tokens.shape
         mask = None
@@ -157,22 +162,16 @@ class Drafter(ModelMixin, ConfigMixin):
             mask[:, :, : valid.shape[1]] &= valid[:, None, :n]
             mask.diagonal(dim1=1, dim2=2).fill_(True)
             mask = mask[:, None]
-        x, plan = self._inputs(tokens, states), self.plan(plan)
-        return self._run(x if plan is None else x + plan[:, :n], self.rope()[:n], mask, None)
+        x, regions = self._inputs(tokens, states), self.region_conditioning(regions)
+        return self._run(x if regions is None else x + regions[:, :n], self.rope()[:n], mask, None)
 
-    def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.backends.select`).
-
-        Errors: `StudioError` when `read_embeddings` is needed and was not called.
-        """
+    def check_embeddings(self) -> None:
+        """Raises a `StudioError` when `read_embeddings` is needed and was not called."""
         if self.token_embeddings[0, 0].isnan():
             raise StudioError(
                 "This drafter reads the token embeddings of its model: load the two as one pipeline, "
                 "or call drafter.read_embeddings(model)."
             )
-        from studio.backends.select import drafter_view
-
-        return drafter_view(self, weights)
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
         """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""
@@ -201,7 +200,7 @@ class Drafter(ModelMixin, ConfigMixin):
         """
         table = self.rope()
         positions = positions.clamp(max=len(table) - 1)
-        x = cache.with_plan(self._inputs(tokens, states), positions)
+        x = cache.add_region_conditioning(self._inputs(tokens, states), positions)
         out = self._run(x, table[positions], cache.tree_mask(visible), cache)
         cache.advance(tokens.shape[1])
         return out

@@ -53,7 +53,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
         token_limit: the largest number of a token; denoising aims at none beyond (`GaussianDiffusion`). None: any, as
             in the authors' code.
         plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` text states say what
-            belongs into each, in raster order (`studio.models.plan`). 0: none, as in released weights.
+            belongs into each, in raster order (`studio.models.region_conditioning`). 0: none, as in released weights.
         class_dropout: share of conditions replaced by the null vector in training.
         dropout: in attention and feed-forward, in training.
 
@@ -92,7 +92,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
             raise StudioError(f"token_dim {token_dim} must be a multiple of patch_size**2, {patch_size**2}.")
         self.diffusion_pos_embed_learned = learned(1, grid_size**2, decoder_dim)
         self.apply(self._init_weights)
-        self.forget_plan()
+        self.zero_region_conditioning()
         self.diffloss = DiffusionLoss(token_dim, decoder_dim, head_width, head_depth, token_limit)
 
     @classmethod

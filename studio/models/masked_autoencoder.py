@@ -7,7 +7,7 @@ from which a head samples its token. Blocks are those of ViT (arXiv:2010.11929).
 Added for words, of which the authors' models know nothing: with `caption_dim` the buffer holds projected states of a
 caption, one a place, and the null vector where there are none and for rows without guidance. The last states stand at
 the end, whatever the length: a caption that ends with tokens of a fixed meaning has them at fixed places. With
-`plan_size` these are a plan, of which the decoder tells each position its part (`studio.models.plan`).
+`plan_size` these are a plan, of which the decoder tells each position its part (`studio.models.region_conditioning`).
 
 Deviations from the authors' code: visible tokens are named by their positions, in any order, instead of a mask; the
 last decoder block can be told to answer only for the positions that are asked for.
@@ -19,7 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.region_conditioning import RegionConditioning, check_region_conditioning
 
 _EPS = 1e-6
 
@@ -120,7 +120,8 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
             raise StudioError("Encoder and decoder need a block at least.")
         if (config.num_classes is None) == (config.get("caption_dim") is None):
             raise StudioError("A model is conditioned on classes or on text: give num_classes or caption_dim.")
-        check_plan(config.plan_size, config.grid_size, config.buffer_size if config.num_classes is None else 0)
+        text_positions = config.buffer_size if config.num_classes is None else 0
+        check_region_conditioning(config.plan_size, config.grid_size, text_positions)
         places = config.buffer_size + self.num_tokens
 
         def blocks(dim, depth, heads):
@@ -142,7 +143,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         self.decoder_blocks = blocks(config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.decoder_norm = nn.LayerNorm(config.decoder_dim, eps=_EPS)
         if config.plan_size:
-            self.plan_embeddings = PlanEmbeddings(
+            self.plan_embeddings = RegionConditioning(
                 config.plan_size, config.grid_size, config.encoder_dim, config.decoder_dim
             )
 
@@ -155,7 +156,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forget_plan(self) -> None:
+    def zero_region_conditioning(self) -> None:
         """Makes the plan, if there is one, say nothing: how training begins."""
         if self.config.plan_size:
             nn.init.zeros_(self.plan_embeddings.weight)

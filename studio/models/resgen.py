@@ -25,7 +25,7 @@ from torch import nn
 from studio.errors import StudioError
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
 from studio.models.llama_blocks import CaptionEmbedder, ClassEmbedder, left_pad
-from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.region_conditioning import RegionConditioning, check_region_conditioning
 
 PREDICTIONS = ("mixture", "levels")
 LOSSES = ("variational", "exact")
@@ -84,7 +84,7 @@ class ResGen(ModelMixin, ConfigMixin):
         prediction: "mixture" or, as an ablation, "levels".
         components, rank, sigma, learn_sigma: of the mixture, see `GaussianMixture`.
         plan_size: side of a grid of regions, which divides that of the cells; the last `plan_size**2` caption vectors
-            say what belongs into each, in raster order (`studio.models.plan`). 0: none.
+            say what belongs into each, in raster order (`studio.models.region_conditioning`). 0: none.
         condition_dropout: share of conditions replaced by the null condition in training.
 
     Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
@@ -121,7 +121,7 @@ class ResGen(ModelMixin, ConfigMixin):
         if prediction not in PREDICTIONS:
             raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
         grid_size = round(num_positions**0.5)
-        check_plan(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
+        check_region_conditioning(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
         if num_classes is not None:
             self.condition = ClassEmbedder(num_classes, dim)
         else:
@@ -134,7 +134,7 @@ class ResGen(ModelMixin, ConfigMixin):
         for weight in (self.positions, self.hidden_levels.weight, self.modulation.weight):
             nn.init.normal_(weight, std=0.02)
         if plan_size:
-            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
+            self.plan_embeddings = RegionConditioning(plan_size, grid_size, dim)
             nn.init.zeros_(self.plan_embeddings.weight)
         if prediction == "mixture":
             self.head = GaussianMixture(dim, code_dim, components, rank, sigma, learn_sigma)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studio import LlamaGen, StudioError
+from studio import LlamaGen, StudioError, backends
 from studio.models.kv_cache import KVCache
 from studio.models.llama_blocks import rotate
 
@@ -50,7 +50,7 @@ def test_a_plan_goes_to_the_positions_that_draw_its_cells():
     tokens, captions = torch.randint(48, (2, 15)), torch.randn(2, 5, 16)
     mask = torch.tensor([[False, True, True, True, True], [True, True, True, True, True]])
     without = model(tokens, captions=captions, caption_mask=mask)
-    assert not model.plan(model.embed_condition(captions=captions)[0]).any()
+    assert not model.region_conditioning(model.embed_condition(captions=captions)[0]).any()
     torch.nn.init.normal_(model.plan_embeddings.weight)
     padded_right = torch.cat((captions[:1, 1:], captions[:1, :1]), dim=1)
     logits = model(tokens, captions=captions, caption_mask=mask)
@@ -59,11 +59,11 @@ def test_a_plan_goes_to_the_positions_that_draw_its_cells():
     )
     assert ((logits - without).abs().amax(dim=2) > 1e-3).all()
     prefix, _ = model.embed_condition(captions=captions)
-    plan = model.plan(prefix)
+    plan = model.region_conditioning(prefix)
     for region in range(4):
         other = prefix.clone()
         other[:, 1 + region] += 1
-        changed = (model.plan(other) != plan).any(dim=2)
+        changed = (model.region_conditioning(other) != plan).any(dim=2)
         expected = torch.zeros(4, 4, dtype=torch.bool)
         expected[region // 2 * 2 :, region % 2 * 2 :][:2, :2] = True
         assert not changed[:, :4].any() and not changed[:, -1].any()
@@ -107,7 +107,7 @@ def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, kind):
             torch.nn.init.normal_(weights)
     with torch.no_grad():
         expected = model(tokens, **condition)
-        views = [model] if num_kv_heads else [model, model.for_decoding("float32")]
+        views = [model] if num_kv_heads else [model, backends.select(model, "float32")]
         for network in views:
             cache = network.new_cache(2)
             prefix, valid = model.embed_condition(**condition)

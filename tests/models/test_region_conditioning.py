@@ -5,7 +5,7 @@ import torch
 
 from studio import MAR, StudioError, TokenBridge
 from studio.models.masked_autoencoder import both_halves
-from studio.models.plan import PlanEmbeddings, RowPlan, check_plan
+from studio.models.region_conditioning import RegionConditioning, RowRegionConditioning, check_region_conditioning
 from studio.models.resgen import ResGen
 
 TEXT = {"num_classes": None, "caption_dim": 8, "caption_length": 5, "plan_size": 2}
@@ -22,7 +22,7 @@ def of_region(region):
 @torch.no_grad()
 def test_every_region_has_its_cells():
     torch.manual_seed(0)
-    plan, vectors = PlanEmbeddings(2, 4, 8, 6), torch.randn(3, 5, 8)
+    plan, vectors = RegionConditioning(2, 4, 8, 6), torch.randn(3, 5, 8)
     told = plan(vectors)
     assert told.shape == (3, 16, 6)
     for region in range(4):
@@ -60,7 +60,7 @@ MODELS = {
 
 @torch.no_grad()
 def test_tokens_of_a_row_read_the_regions_of_their_shares():
-    plan, vectors = RowPlan(2, 6, 8), torch.randn(3, 5, 8)
+    plan, vectors = RowRegionConditioning(2, 6, 8), torch.randn(3, 5, 8)
     of_regions = vectors[:, 1:] @ plan.weight.T
     torch.testing.assert_close(plan(vectors), of_regions.mean(dim=1, keepdim=True).expand(3, 6, 8))
     plan.shares[2, 1] = plan.shares[5, 3] = 40.0
@@ -92,8 +92,8 @@ def test_models_tell_each_cell_what_its_region_says(name):
 )
 def test_a_plan_that_does_not_fit_is_refused(size, grid, vectors):
     with pytest.raises(StudioError, match=f"plan of {size} x {size} regions"):
-        check_plan(size, grid, vectors)
-    check_plan(0, grid, vectors)
+        check_region_conditioning(size, grid, vectors)
+    check_region_conditioning(0, grid, vectors)
 
 
 @pytest.mark.parametrize(
