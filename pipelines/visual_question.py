@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from studio.checks import check_integer, check_number, check_text
 from studio.errors import StudioError
 from studio.images import rgb_image
-from studio.pipelines.chat_template import bounded_render, check_template, reading
+from studio.pipelines.chat_template import bounded_render, check_template, checked_tokenize
 from studio.pruning.adapters import family_of
 from studio.pruning.api import prune as pruning
 from studio.pruning.api import prune_inputs
@@ -232,7 +232,9 @@ class VisualQuestionPipeline:
 
     def _inputs(self, image, question: str):
         prompt = self._prompt(question.strip())
-        inputs = reading(lambda: self.processor(images=image, text=prompt, return_tensors="pt")).to(self.device)
+        inputs = checked_tokenize(lambda: self.processor(images=image, text=prompt, return_tensors="pt")).to(
+            self.device
+        )
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs

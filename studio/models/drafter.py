@@ -1,15 +1,17 @@
-"""A small network that guesses what a LlamaGen will sample next: EAGLE's drafter, as LANTERN uses it.
+"""EAGLE's drafter, as LANTERN uses it: a small network that predicts the states of a LlamaGen.
 
 "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv:2401.15077, section 4.1), for image tokens
 in LANTERN (arXiv:2410.03355). Position i reads the target's state i (behind its final norm) and the embedding of token
-i + 1, and returns a guess at state i + 1, from which the target's own head reads logits. Blocks are those of the
-target, with no norm before the first attention. Position i is turned like the cell of the token that it reads.
+i + 1, and predicts state i + 1, from which the target's own head gives logits. Blocks are those of the target, with no
+norm before the first attention. Position i has the rotary position of the token that it reads.
 
 Deviations from the authors' code: padding of captions is hidden from attention, as in the target; where the target has
 region conditioning, that of the next cell is added to the embedding of a token.
 
-Scope: the network. How drafts are made with it is in `studio.decoding.eagle`.
+Scope: the network. `studio.decoding.eagle` drafts tokens with it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from studio.models.llamagen import LlamaGen
 
 
 class Drafter(ModelMixin, ConfigMixin):
-    """Guesses states of a `LlamaGen`.
+    """Predicts states of a `LlamaGen`.
 
     Args:
         vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, row_length, rope_base, prefix_rope: as of the
@@ -34,10 +36,11 @@ class Drafter(ModelMixin, ConfigMixin):
         reads_plan: whether the target has region conditioning (`LlamaGen.region_conditioning`), which the drafter then
             reads too.
         norm_eps: of the norms, 1e-6 in published drafters.
-        own_embeddings: whether token embeddings are stored with the drafter, as in published ones. Those of others are
-            the target's, of which `read_embeddings` takes a copy; a pipeline does so with its transformer.
+        own_embeddings: whether token embeddings are stored with the drafter, as in published ones; otherwise it uses a
+            copy of the target's, which `read_embeddings` makes. A pipeline does so with its transformer.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
     """
 
     @register_to_config
@@ -81,7 +84,7 @@ class Drafter(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.fc.bias)
 
     def check_target(self, target: LlamaGen) -> None:
-        """Raises a `StudioError` that says why this is no drafter of a model."""
+        """Raises a `StudioError` for a target whose sizes differ from those of the drafter."""
         ours = self.config
         for name in ("vocab_size", "dim", "grid_size", "row_length"):
             if ours.get(name) != target.config.get(name):
@@ -104,15 +107,16 @@ class Drafter(ModelMixin, ConfigMixin):
     def read_embeddings(self, target: LlamaGen) -> None:
         """Copies the token embeddings of the target, unless the drafter has its own.
 
-        Errors: `StudioError` for a target of other sizes.
+        Raises:
+            StudioError: a target of other sizes.
         """
         if not self.config.own_embeddings:
             self.check_target(target)
             self.read_tokens.copy_(target.tok_embeddings.weight)
 
     @classmethod
-    def for_target(cls, target: LlamaGen, **config) -> "Drafter":
-        """An untrained drafter of a target's sizes and embeddings; `config` overrides sizes."""
+    def for_target(cls, target: LlamaGen, **config: Any) -> "Drafter":
+        """An untrained drafter with the sizes and embeddings of a target; `config` overrides sizes."""
         same = "vocab_size dim num_heads num_kv_heads ffn_dim grid_size row_length rope_base prefix_rope"
         sizes = {name: target.config[name] for name in same.split()}
         sizes |= {"prefix_length": target.prefix_length, "reads_plan": bool(target.config.plan_size)}
@@ -121,7 +125,7 @@ class Drafter(ModelMixin, ConfigMixin):
         return drafter.to(target.device, target.dtype)
 
     def rope(self) -> torch.Tensor:
-        """The rotation table (prefix - 1 + image tokens, head_dim // 2, 2), float32, built once per device."""
+        """The rotary table (prefix - 1 + image tokens, head_dim // 2, 2), float32, built once per device."""
         if self._rope is None or self._rope.device != self.fc.weight.device:
             sizes = self.config
             head_dim = sizes.dim // sizes.num_heads
@@ -147,7 +151,7 @@ class Drafter(ModelMixin, ConfigMixin):
         valid: torch.Tensor | None = None,
         regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Guesses (rows, n, dim) at the target's states 1 to n.
+        """Predictions (rows, n, dim) of the target's states 1 to n.
 
         Args:
             tokens: tokens 1 to n, (rows, n), int64; those of prefix positions are 0.
@@ -174,7 +178,7 @@ class Drafter(ModelMixin, ConfigMixin):
             )
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
-        """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""
+        """An empty cache for `rows` sequences, with space for `pending` positions that are not kept yet."""
         sizes = self.config
         return TreeCache(
             num_layers=sizes.num_layers,
@@ -194,9 +198,16 @@ class Drafter(ModelMixin, ConfigMixin):
         positions: torch.Tensor,
         visible: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` behind what each row of the cache keeps; the new positions (rows, n) are pending there.
+        """As `forward`, but continues what each row of the cache keeps; the new positions are pending there.
 
-        `visible` is as of `TreeCache.tree_mask`; positions behind the grid are turned like its last cell.
+        Args:
+            tokens, states: as of `forward`.
+            cache: from `new_tree_cache`.
+            positions: (rows, n); those behind the last image token have its rotary position.
+            visible: as of `TreeCache.tree_mask`.
+
+        Returns:
+            Predictions (rows, n, dim).
         """
         table = self.rope()
         positions = positions.clamp(max=len(table) - 1)
@@ -205,10 +216,12 @@ class Drafter(ModelMixin, ConfigMixin):
         cache.advance(tokens.shape[1])
         return out
 
-    def _inputs(self, tokens, states) -> torch.Tensor:
+    def _inputs(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.cat((F.embedding(tokens, self.token_embeddings).to(states.dtype), states), dim=-1))
 
-    def _run(self, x, rope, mask, cache) -> torch.Tensor:
+    def _run(
+        self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: TreeCache | None
+    ) -> torch.Tensor:
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, index)
         return x

@@ -1,17 +1,16 @@
-"""ResGen: a transformer that sees each cell's first levels of residual codes and says what the hidden ones add up to.
+"""ResGen: a transformer that sees the first levels of each cell's residual codes and predicts the sum of the others.
 
-"Efficient Generative Modeling with Residual Vector Quantization-Based Tokens" (arXiv:2412.10208). Levels are hidden
-from the deepest up, so what is visible of a cell is the sum of its first code vectors and the number of levels that
-are missing; what is predicted is the sum of the missing ones. Steps of sampling then do not depend on the depth.
+"Efficient Generative Modeling with Residual Vector Quantization-Based Tokens" (arXiv:2412.10208). Levels are masked
+from the deepest up: the input of a cell is the sum of its visible code vectors and the number of hidden levels, the
+prediction is the sum of the hidden code vectors. So the number of sampling steps does not depend on the depth.
 
-No code is published. Ours, because the paper's text leaves it open or could not be compared: the wiring (linear input,
-learned positions, one embedding per number of hidden levels, adaptive layer norms as in DiT, arXiv:2212.09748, from the
-condition; captions are also read as positions in front, and may hold a plan), and the low-rank means of the mixture. An
-ablation under the same masking is `prediction="levels"`: one softmax over the codes for every level, each independent
-of the others.
+No code is published. Ours, because the paper leaves it open or it could not be compared: the architecture (linear
+input, learned positions, one embedding per number of hidden levels, adaptive layer norms from the condition as in DiT,
+arXiv:2212.09748; captions also stand as positions in front, and may end with region vectors), and the low-rank means of
+the mixture. `prediction="levels"` is an ablation under the same masking: an independent softmax over the codes of every
+level.
 
-Scope: the network and its training loss. Hiding and sampling are in `studio.decoding.resgen` and
-`studio.decoding.resgen`.
+Scope: the network and its training loss. `studio.decoding.resgen` masks and samples.
 """
 
 from typing import NamedTuple
@@ -32,7 +31,7 @@ LOSSES = ("variational", "exact")
 
 
 class LevelLogits(NamedTuple):
-    """What the ablation says of each cell: logits (..., D, V) of every level."""
+    """Prediction of the ablation: logits (..., D, V) of every level of a cell."""
 
     logits: torch.Tensor
 
@@ -50,7 +49,7 @@ class LevelSoftmax(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward without causality, gated, scaled and shifted by the condition; closed at first."""
+    """Bidirectional attention and feed-forward, modulated by the condition (AdaLN-Zero: gates start at zero)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -73,7 +72,7 @@ class Block(nn.Module):
 
 
 class ResGen(ModelMixin, ConfigMixin):
-    """The network. Exactly one of `num_classes` and `caption_dim` says what it is conditioned on.
+    """The network, conditioned on classes (`num_classes`) or on captions (`caption_dim`).
 
     Args:
         num_positions: cells L of the grid.
@@ -83,11 +82,12 @@ class ResGen(ModelMixin, ConfigMixin):
         caption_dim, caption_length: width of the text encoder and its number of positions.
         prediction: "mixture" or, as an ablation, "levels".
         components, rank, sigma, learn_sigma: of the mixture, see `GaussianMixture`.
-        plan_size: side of a grid of regions, which divides that of the cells; the last `plan_size**2` caption vectors
-            say what belongs into each, in raster order (`studio.models.region_conditioning`). 0: none.
-        condition_dropout: share of conditions replaced by the null condition in training.
+        plan_size: regions a side for region conditioning (`studio.models.region_conditioning`), a divisor of the
+            grid's side; the last `plan_size**2` caption vectors are those of the regions in raster order. 0: none.
+        condition_dropout: probability that the null condition replaces a condition in training.
 
-    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    Raises:
+        StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
 
     @register_to_config
@@ -156,12 +156,13 @@ class ResGen(ModelMixin, ConfigMixin):
         caption_mask: torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
     ) -> Mixture | LevelLogits:
-        """What is hidden in each cell.
+        """Predicts the hidden levels of each cell.
 
         Args:
-            visible: sums (B, L, C) of the code vectors that are shown.
-            hidden: how many levels (B, L) are not, 0 to D.
-            class_labels: (B,), or `captions` (B, T, caption_dim) with `caption_mask` (B, T), true at words.
+            visible: sums (B, L, C) of the visible code vectors.
+            hidden: number of hidden levels (B, L), 0 to D.
+            class_labels: (B,), for a class-conditional model.
+            captions, caption_mask: (B, T, caption_dim), and (B, T), true at text, for a text-conditional model.
             drop: rows (B,) that get the null condition. In training mode without it, conditions are dropped with
                 probability `condition_dropout`, sampled from the global generator.
 
@@ -181,31 +182,37 @@ class ResGen(ModelMixin, ConfigMixin):
         return self.head(_norm(x[:, prefix.shape[1] :]) * (1 + scale) + shift)
 
     def loss(
-        self, vectors: torch.Tensor, codes: torch.Tensor, hidden: torch.Tensor, form: str = "variational", **condition
+        self,
+        vectors: torch.Tensor,
+        codes: torch.Tensor,
+        hidden: torch.Tensor,
+        form: str = "variational",
+        **condition: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean over the cells with something hidden of the cost of that.
+        """The training loss (scalar): mean over the cells with hidden levels, or over hidden codes in the ablation.
 
         Args:
             vectors: code vectors (B, L, D, C) of all levels of an image.
-            codes: their numbers (B, L, D), which the ablation predicts.
+            codes: their indices (B, L, D), which the ablation predicts.
             hidden: how many of the deepest levels (B, L) are hidden.
-            form: "variational" or "exact", of the mixture's likelihood.
+            form: "variational" or "exact" likelihood of the mixture.
             condition: as of `forward`.
 
-        Errors: `StudioError` for another form.
+        Raises:
+            StudioError: another form.
         """
         if form not in LOSSES:
             raise StudioError(f"form is one of {', '.join(LOSSES)}, not {form!r}.")
         is_hidden = torch.arange(vectors.shape[2], device=hidden.device) >= vectors.shape[2] - hidden[..., None]
         shown, missing = (vectors * which[..., None] for which in (~is_hidden, is_hidden))
-        said = self(shown.sum(dim=2), hidden, **condition)
-        if isinstance(said, LevelLogits):
-            costs = F.cross_entropy(said.logits.movedim(-1, 1), codes, reduction="none")
+        prediction = self(shown.sum(dim=2), hidden, **condition)
+        if isinstance(prediction, LevelLogits):
+            costs = F.cross_entropy(prediction.logits.movedim(-1, 1), codes, reduction="none")
             return costs[is_hidden].mean()
         if form == "variational":
-            costs = self.head.variational_loss(said, missing.sum(dim=2))
+            costs = self.head.variational_loss(prediction, missing.sum(dim=2))
         else:
-            costs = -self.head.log_likelihood(said, missing.sum(dim=2))
+            costs = -self.head.log_likelihood(prediction, missing.sum(dim=2))
         return costs[hidden > 0].mean()
 
     def _embed_condition(self, class_labels, captions, caption_mask, drop):
@@ -220,11 +227,11 @@ class ResGen(ModelMixin, ConfigMixin):
         if caption_mask is None:
             embedded = self.condition(captions, drop)
             return embedded, embedded.mean(dim=1), None
-        captions, words = left_pad(captions, caption_mask)
+        captions, valid = left_pad(captions, caption_mask)
         embedded = self.condition(captions, drop)
-        weights = words.to(embedded.dtype) / words.sum(dim=1, keepdim=True).clamp(min=1)
-        cells = words.new_ones(len(words), self.config.num_positions)
-        return embedded, (embedded * weights[..., None]).sum(dim=1), torch.cat((words, cells), dim=1)[:, None, None]
+        weights = valid.to(embedded.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        cells = valid.new_ones(len(valid), self.config.num_positions)
+        return embedded, (embedded * weights[..., None]).sum(dim=1), torch.cat((valid, cells), dim=1)[:, None, None]
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ def mar_optimizers(
     places = [
         transformer.encoder_pos_embed_learned,
         transformer.decoder_pos_embed_learned,
-        transformer.head_places,
+        transformer.head_positions,
         transformer.mask_token,
         transformer.fake_latent,
     ]
