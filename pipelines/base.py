@@ -28,7 +28,7 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_IMAGES = 10_000
 """The most images of one call, over all prompts."""
 _ADVICE = {
-    "negative_prompt": "there is no negative prompt, so describe in the prompt what the image shows",
+    "negative_prompt": "there is no negative prompt, so say in the prompt what the image shows",
     "num_inference_steps": "the number of steps is a setting of the decoding",
     "height": "images have the size of the image tokenizer",
     "width": "images have the size of the image tokenizer",
@@ -285,7 +285,7 @@ class ConditionalPipeline(DiffusionPipeline):
         pixels = pixels.float()
         if not pixels.isfinite().all():
             raise StudioError(
-                "The model gave pixels that are not finite: lower guidance and temperature, or run it in float32; "
+                "The model gave no finite pixels: lower guidance and temperature, or run it in float32; "
                 "if nothing helps, its weights are damaged."
             )
         if output_type == "pil":

@@ -99,7 +99,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         row = self.transformer.config.row_length
         if row is None:
             raise StudioError(
-                "num_tokens is for tokens in a row, coarse to fine: this model samples a grid, so leave it out."
+                "num_tokens is for rows of tokens, coarse to fine: this model samples a grid, so leave it out."
             )
         check_integer("num_tokens", num_tokens, 1, row)
 

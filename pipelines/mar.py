@@ -1,6 +1,7 @@
 """Text- and class-conditional MAR (arXiv:2406.11838): text encoder, masked autoencoder and KL autoencoder."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -179,7 +180,7 @@ class MARPipeline(ConditionalPipeline):
             num_inference_steps: calls of the transformer, 1 to the number of tokens; more give better images.
             generator: one per image, or one from which a random stream for each image is derived.
             decoding: how tokens are sampled: `MaskedAutoregressive()` (the default) or `ContinuousSpeculative()`.
-            output_type: "pil", "np", "pt", or "tokens", which skips decoding; `transformer.unpatchify` turns tokens into
+            output_type: "pil", "np", "pt", or "tokens", which skips decoding; `transformer.unpatchify` turns them into
                 latents.
             callback_on_step_end: called as (pipe, index, index, {"tokens": (B, L, D)}) after each step whose tokens are
                 final; tokens that are not sampled yet are 0. "positions" (B, k) are those that the step sampled. It may

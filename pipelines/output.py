@@ -40,7 +40,7 @@ class ImageTokenPipelineOutput(BaseOutput):
     """Images and their tokens.
 
     Args:
-        images: as of `output_type`: PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens.
+        images: PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens (`output_type`).
         tokens: (B, n) int64, a grid in raster order or a row; fewer than all only after an interrupted call or with
             `num_tokens`. Continuous tokens are (B, L, D) float32, 0 where an interrupted call did not sample.
         stats: see `DecodingStats`.

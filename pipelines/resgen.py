@@ -138,7 +138,7 @@ class ResGenPipeline(ResidualPipeline):
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
             class_labels: class indices, for a class-conditional model.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598); it rises from 1 at the first call to this at the
+            guidance_scale: classifier-free guidance (arXiv:2207.12598); rises from 1 at the first call to this at the
                 last; 1 (or 0) turns it off.
             temperature: of the choice of a component, and a factor on the spread around its mean; 0 takes the likeliest
                 mean.

@@ -103,8 +103,8 @@ class RQTransformerPipeline(ResidualPipeline):
         """Checks the arguments of a call, whose meaning is that of `__call__`.
 
         Returns:
-            What the call would sample with, defaults filled in: guidance scale, sampling (one for all levels, or one for
-            each) and decoding.
+            What the call would sample with, defaults filled in: guidance scale, sampling (one, or one for each
+            level) and decoding.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs

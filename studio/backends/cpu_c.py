@@ -13,12 +13,13 @@ Without a compiler `is_available` is false, and `studio.backends.packed` is the 
 import ctypes
 import weakref
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from studio.backends.native_library import library
+from studio.backends.native_library import library, loaded_library
 from studio.errors import StudioError
 from studio.models.drafter import Drafter
 from studio.models.kv_cache import KVCache, TreeCache
@@ -30,7 +31,7 @@ _LANES, _QUERIES = 8, 4
 class _Network(ctypes.Structure):
     """The struct `Network` of native.c; a list has an entry per layer."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("dim", "heads", "kv_heads", "head_dim", "hidden", "layers", "bf16")]
         + [("positions", ctypes.c_int32), ("eps", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in ("wqkv", "wo", "w1", "w3", "w2")]
@@ -41,7 +42,7 @@ class _Network(ctypes.Structure):
 class _Call(ctypes.Structure):
     """The struct `Call` of native.c."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("rows", "nodes", "base", "pending", "max_length", "threads")]
         + [(name, ctypes.c_int64) for name in ("cache_layer", "cache_row", "bias_row")]
         + [(name, ctypes.c_void_p) for name in ("cache", "kept", "positions", "visible", "bias")]
@@ -70,7 +71,7 @@ def pack(weight: torch.Tensor, bf16: bool) -> torch.Tensor:
     A block is two of the widest vectors. In bfloat16 the low and high parts of 32-bit words are its first and its
     second vector.
     """
-    lanes = library().studio_lanes()
+    lanes = loaded_library().studio_lanes()
     rows, columns = weight.shape
     blocks = -(-rows // (2 * lanes))
     filled = torch.zeros(blocks * 2 * lanes, columns)
@@ -87,7 +88,7 @@ class NativeProduct:
         self.out, self.inputs = weight.shape
         self.bf16 = are_bfloat16(weight)
         self.weight = pack(weight, self.bf16)
-        self._run = library().studio_product
+        self._run = loaded_library().studio_product
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -110,7 +111,7 @@ class NativeBlocks:
 
     @torch.no_grad()
     def __init__(self, model: LlamaGen | Drafter, norm: torch.Tensor | None):
-        layers, self._run = model.layers, library().studio_blocks
+        layers, self._run = model.layers, loaded_library().studio_blocks
         attention, feed_forward = layers[0].attention, layers[0].feed_forward
         matrices = {
             "wqkv": [layer.attention.wqkv.weight for layer in layers],
@@ -120,7 +121,9 @@ class NativeBlocks:
             "w2": [layer.feed_forward.w2.weight for layer in layers],
         }
         bf16 = are_bfloat16(*(weight for group in matrices.values() for weight in group))
-        self._kept = {name: [pack(weight, bf16) for weight in group] for name, group in matrices.items()}
+        self._kept: dict[str, list[torch.Tensor | None]] = {
+            name: [pack(weight, bf16) for weight in group] for name, group in matrices.items()
+        }
         self._kept["attention_norm"] = [_norm_weight(layer.attention_norm) for layer in layers]
         self._kept["ffn_norm"] = [_norm_weight(layer.ffn_norm) for layer in layers]
         self._norm = None if norm is None else norm.detach().clone()
@@ -130,7 +133,7 @@ class NativeBlocks:
             dim=model.config.dim, heads=attention.num_heads, kv_heads=attention.num_kv_heads,
             head_dim=attention.head_dim, hidden=feed_forward.w1.out_features, layers=len(layers), bf16=bf16,
             positions=len(self._rope), eps=model.config.norm_eps, rope=self._rope.data_ptr(),
-            norm=None if norm is None else self._norm.data_ptr(),
+            norm=None if self._norm is None else self._norm.data_ptr(),
             **{name: ctypes.addressof(group) for name, group in self._lists.items()},
         )  # fmt: skip
         outputs = attention.wqkv.out_features + attention.num_heads * attention.head_dim

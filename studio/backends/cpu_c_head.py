@@ -5,11 +5,13 @@ exceeds their work. Weights that are exact in bfloat16 are read as such, as in `
 """
 
 import ctypes
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
 from studio.backends.cpu_c import are_bfloat16, pack, pointers
-from studio.backends.native_library import library
+from studio.backends.native_library import library, loaded_library
 from studio.models.diffusion_head import DenoisingNetwork
 
 _LANES, _ROWS_AT_ONCE = 8, 48
@@ -18,7 +20,7 @@ _LANES, _ROWS_AT_ONCE = 8, 48
 class _Head(ctypes.Structure):
     """The struct `Head` of native.c; a list has an entry per block."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("token", "width", "depth", "bf16")]
         + [("eps", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in ("input", "output", "first", "second")]
@@ -30,7 +32,7 @@ class _Head(ctypes.Structure):
 class _Denoising(ctypes.Structure):
     """The struct `Denoising` of native.c."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("steps", "copies", "tokens", "threads")]
         + [(name, ctypes.c_int64) for name in ("step_rows", "copy_rows")]
         + [(name, ctypes.c_void_p) for name in ("x", "modulated", "scales", "table")]
@@ -57,7 +59,7 @@ class NativeHead:
 
     @torch.no_grad()
     def __init__(self, network: DenoisingNetwork):
-        self._run = library().studio_denoise
+        self._run = loaded_library().studio_denoise
         blocks, ends = network.res_blocks, (network.input_proj, network.final_layer.linear)
         layers = [[block.mlp[0] for block in blocks], [block.mlp[2] for block in blocks]]
         norms = [block.in_ln for block in blocks]

@@ -31,6 +31,13 @@ def library() -> ctypes.CDLL | None:
     return _outcome()[0]
 
 
+def loaded_library() -> ctypes.CDLL:
+    """The library, for callers that know that it is available."""
+    loaded = library()
+    assert loaded is not None, "check library() first"
+    return loaded
+
+
 def state() -> str:
     """The state that `studio doctor` shows: "ok", or why there is no library."""
     return _outcome()[1]
@@ -59,17 +66,18 @@ def find_library() -> ctypes.CDLL:
     sources = [source.read_text() for source in SOURCES]
     key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     file = cache_folder() / "native" / f"{key}.so"
+    can_keep = True
     try:
         _check_private(file.parent)
         if _is_whole(file):
             return _declared(file)
     except OSError as error:
-        file, problem = None, error
+        can_keep, problem = False, error
     with tempfile.TemporaryDirectory(prefix="studio-native-", ignore_cleanup_errors=True) as folder:
         made = Path(folder) / f"{key}.so"
         command = [*compiler, *FLAGS, str(SOURCES[0]), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
-        if file is not None:
+        if can_keep:
             try:
                 _store(made.read_bytes(), file)
                 return _declared(file)

@@ -208,7 +208,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:
-        return self.mlp(time_waves(times).to(self.mlp[0].weight.dtype))
+        return self.mlp(time_waves(times).to(next(self.parameters()).dtype))
 
 
 class Modulation(nn.Sequential):
@@ -269,8 +269,9 @@ class DenoisingNetwork(nn.Module):
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
         self.apply(self._init_linear)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.time_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(m.adaLN_modulation[1] for m in (*self.res_blocks, self.final_layer)), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 

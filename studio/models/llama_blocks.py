@@ -42,6 +42,8 @@ class CaptionProjection(nn.Module):
 class CaptionEmbedder(nn.Module):
     """Projects caption vectors; the null caption of dropped rows is fixed, never trained."""
 
+    uncond_embedding: torch.Tensor
+
     def __init__(self, caption_dim: int, caption_length: int, dim: int):
         super().__init__()
         self.cap_proj = CaptionProjection(caption_dim, dim)

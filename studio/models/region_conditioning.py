@@ -99,4 +99,4 @@ def build_region_conditioning(
 
 def region_conditioning_layers(model: nn.Module) -> list[nn.Module]:
     """The region conditioning layer of a model, as a list; empty for a model without one."""
-    return [model.plan_embeddings] if model.config.plan_size else []
+    return [layer for name, layer in model.named_children() if name == "plan_embeddings"]

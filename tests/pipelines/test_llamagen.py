@@ -143,7 +143,7 @@ def test_class_errors(class_pipe, wrong):
 
 
 def test_words_for_a_class_model(class_pipe):
-    with pytest.raises(StudioError, match="class numbers"):
+    with pytest.raises(StudioError, match="is class-conditional"):
         class_pipe("a red apple", class_labels=1)
 
 

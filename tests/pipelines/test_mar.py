@@ -146,7 +146,7 @@ def test_errors(pipe, wrong, message):
 def test_what_does_not_fit_is_refused_by_name(pipe, class_pipe, tiny_pipeline):
     with pytest.raises(StudioError, match="cspd.*needs a drafter"):
         class_pipe(class_labels=1, decoding=ContinuousSpeculative())
-    with pytest.raises(StudioError, match="class numbers"):
+    with pytest.raises(StudioError, match="is class-conditional"):
         class_pipe("a red apple", class_labels=1)
     with pytest.raises(StudioError, match="not MaskedAutoregressive"):
         tiny_pipeline("a red apple", decoding=MaskedAutoregressive())

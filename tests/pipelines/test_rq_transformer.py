@@ -99,7 +99,7 @@ def test_sampling_goes_on_from_a_changed_cell(tiny_rq_class_pipeline):
     ("options", "words"),
     [
         ({"class_labels": 5}, "0 to 4"),
-        ({"prompt": "a pear"}, "class numbers"),
+        ({"prompt": "a pear"}, "is class-conditional"),
         ({"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
         ({"class_labels": 0, "decoding": Autoregressive()}, "RQDecoding"),
         ({"class_labels": 0, "decoding": RQDecoding((Sampling(),))}, "3 levels; RQDecoding has 1"),
