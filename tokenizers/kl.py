@@ -20,10 +20,9 @@ class KLTokenizer(ModelMixin, ConfigMixin):
     """Encodes images to a grid of latents and decodes them.
 
     Args:
-        autoencoder: arguments of diffusers' `AutoencoderKL`, with the defaults of that class. Its channels are those of
-            the folded images.
+        autoencoder: arguments of diffusers' `AutoencoderKL`, with its defaults; its channels: those of folded images.
         pixel_unshuffle: side of the pixel blocks folded into channels before the first convolution (1: none).
-        scaling_factor: factor that gives latents a standard deviation of about 1; `encode` and `decode` do not apply it.
+        scaling_factor: factor that gives latents a standard deviation of about 1; `encode` and `decode` ignore it.
         sample_size: side in pixels that the weights were trained for.
     """
 

@@ -63,7 +63,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         decoder_width, decoder_layers, decoder_heads: size of the decoder.
         code_dim: length of a code vector.
         codebook_size: number of codes V.
-        legacy_reshape: whether the encoder's outputs (N, width) are reshaped to (width, N) instead of transposed, as the
+        legacy_reshape: whether outputs (N, width) of the encoder are reshaped to (width, N), not transposed, as the
             published weights were trained; a token then mixes numbers of all queries.
         pixel_stage: `"maskgit-vqgan"`, where the decoder predicts weights over a second codebook for each patch and a
             convolutional decoder reads the weighted sum, or `"patches"`, where the decoder's last layer gives the

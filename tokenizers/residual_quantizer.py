@@ -77,7 +77,7 @@ class ResidualQuantizer(nn.Module):
     @property
     def tables(self) -> list[torch.Tensor]:
         """Code vectors (K_d, C) of each level, coarse to fine; a shared codebook appears D times."""
-        tables = [weight for weight in self.codebooks.parameters()]
+        tables: list[torch.Tensor] = list(self.codebooks.parameters())
         return tables * self.depth if len(tables) == 1 else tables
 
     def encode(self, vectors: torch.Tensor, first: int | torch.Tensor = 0) -> torch.Tensor:
@@ -107,28 +107,7 @@ class ResidualQuantizer(nn.Module):
         found = [F.embedding(code.clamp(min=0), table) for code, table in zip(codes.unbind(-1), self.tables)]
         return torch.stack(found, dim=-2).masked_fill((codes < 0)[..., None], 0)
 
-    def soft_codes(
-        self, vectors: torch.Tensor, temperature: float, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Soft targets of the second stage (section 3.2.3): probabilities (..., D, K) and codes (..., D).
-
-        softmax(-squared distance / temperature) at each level, along the nearest codes, or, with a generator, along
-        codes sampled from these probabilities. Levels must be equally large.
-        """
-        rest, distributions, codes = vectors.float().flatten(0, -2), [], []
-        for table in self.tables:
-            distributions.append((-distances(rest, table) / temperature).softmax(dim=-1))
-            sampled = distributions[-1].argmax(dim=-1) if generator is None else _sample(distributions[-1], generator)
-            codes.append(sampled)
-            rest = rest - table[sampled].float()
-        shape = vectors.shape[:-1]
-        return torch.stack(distributions, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)
-
     def forward(self, vectors: torch.Tensor) -> Quantized:
         """Quantises vectors (..., C) for training the network around it."""
         codes = self.encode(vectors.detach())
         return straight_through(vectors, self.lookup(codes), codes)
-
-
-def _sample(distribution: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.multinomial(distribution, 1, generator=generator)[:, 0]

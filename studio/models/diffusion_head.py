@@ -12,7 +12,7 @@ Scope: the network, the schedule and the training loss. `studio.decoding.mar` de
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,12 @@ class GaussianDiffusion:
             return self._mean_within(x, noise, self._of_steps(self._aim, step, x)), log_std
         return keep * x - remove * noise, log_std
 
-    def _mean_within(self, x: torch.Tensor, noise: torch.Tensor, tables: Sequence) -> torch.Tensor:
+    def _mean_within(self, x: torch.Tensor, noise: torch.Tensor, tables: Iterable) -> torch.Tensor:
         grow, remove, to_data, stay = tables
-        return to_data * (grow * x - remove * noise).clamp(-self.limit, self.limit) + stay * x
+        data = grow * x - remove * noise
+        if self.limit is not None:
+            data = data.clamp(-self.limit, self.limit)
+        return to_data * data + stay * x
 
     @staticmethod
     def _of_steps(table: torch.Tensor, steps: slice | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
