@@ -137,6 +137,7 @@ class MARPipeline(ConditionalPipeline):
         check_pair(self.transformer, self.drafter, settings, temperature)
 
     def validation_warning(self, decoding: MaskedAutoregressive | None) -> str | None:
+        """As of the base class, for settings of `ContinuousSpeculative`."""
         if not isinstance(decoding, ContinuousSpeculative):
             return None
         return self._filled(decoding).validation_warning(self.transformer.num_tokens)

@@ -115,14 +115,14 @@ static void reverse(const Head *head, const Denoising *call, int step, int token
     const int numbers = head->token;
     const float *t = call->table + 6 * step, scale = call->scales[token], limit = call->limit;
     const int64_t place = ((int64_t)step * call->tokens + token) * numbers;
-    const float *told = out + ((int64_t)step * call->copies * call->tokens + token) * 2 * numbers;
-    const float *null = call->copies > 1 ? told + (int64_t)call->tokens * 2 * numbers : told;
+    const float *cond = out + ((int64_t)step * call->copies * call->tokens + token) * 2 * numbers;
+    const float *null = call->copies > 1 ? cond + (int64_t)call->tokens * 2 * numbers : cond;
     for (int i = 0; i < numbers; i++) {
-        const float x = call->x[place + i], noise = null[i] + scale * (told[i] - null[i]);
+        const float x = call->x[place + i], noise = null[i] + scale * (cond[i] - null[i]);
         float aim = t[0] * x - t[1] * noise;
         if (limit > 0) aim = t[2] * (aim > limit ? limit : aim < -limit ? -limit : aim) + t[3] * x;
         call->mean[place + i] = aim;
-        call->log_std[place + i] = t[4] + t[5] * told[numbers + i];
+        call->log_std[place + i] = t[4] + t[5] * cond[numbers + i];
     }
 }
 

@@ -1,4 +1,4 @@
-/* Vectors, and products of packed matrices with a few rows, for native.c; its head comment says how matrices lie. */
+/* Vectors, and products of packed matrices with a few rows, for native.c; its head comment describes the layout of matrices. */
 
 #pragma once
 
@@ -36,7 +36,7 @@ typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4), may_ali
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
 
-/* a * b + c, rounded once where the processor can: said outright, as compilers fuse some of such sums and not others. */
+/* a * b + c, rounded once where the processor can: explicitly, because compilers fuse only some of these sums. */
 INLINE vec fused(vec a, vec b, vec c) {
 #if defined(__FMA__)
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);

@@ -54,6 +54,7 @@ class KVCache:
 
     @property
     def rows(self) -> int:
+        """Sequences in the cache."""
         return self.store.shape[1]
 
     def mask_prefix(self, valid: torch.Tensor) -> None:
@@ -143,6 +144,7 @@ class TreeCache(KVCache):
         return torch.tensor(self.lengths, device=self.store.device)
 
     def kept(self) -> tuple[int, torch.Tensor]:
+        """As `KVCache.kept`; pending positions do not count."""
         return self.base, self.row_lengths
 
     def tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
@@ -211,6 +213,7 @@ class TreeCache(KVCache):
         self._set_lengths([self.lengths[row] for row in rows])
 
     def keep_rows(self, rows: int) -> None:
+        """As `KVCache.keep_rows`; pending positions are forgotten."""
         super().keep_rows(rows)
         self._set_lengths(self.lengths[:rows])
 

@@ -66,7 +66,7 @@ class Block(nn.Module):
         x = x + gate1 * self._attend(_norm(x) * (1 + scale1) + shift1, mask)
         return x + gate2 * self.mlp(_norm(x) * (1 + scale2) + shift2)
 
-    def _attend(self, x, mask):
+    def _attend(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -215,7 +215,13 @@ class ResGen(ModelMixin, ConfigMixin):
             costs = -self.head.log_likelihood(prediction, missing.sum(dim=2))
         return costs[hidden > 0].mean()
 
-    def _embed_condition(self, class_labels, captions, caption_mask, drop):
+    def _embed_condition(
+        self,
+        class_labels: torch.Tensor | None,
+        captions: torch.Tensor | None,
+        caption_mask: torch.Tensor | None,
+        drop: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Positions in front (B, T or 0, dim), the condition's vector (B, dim), and the attention mask or None."""
         if self.config.num_classes is not None:
             if class_labels is None or captions is not None:

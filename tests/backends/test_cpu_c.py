@@ -16,8 +16,8 @@ CAPTIONS = {
     "vocab_size": 128, "dim": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 104, "num_layers": 3, "grid_size": 5,
     "caption_dim": 16, "caption_length": 5, "prefix_rope": "identity",
 }  # fmt: skip
-PLANNED = {**CAPTIONS, "grid_size": 6, "plan_size": 2}
-KINDS = {"argnames": "sizes", "argvalues": [CLASSES, CAPTIONS, PLANNED], "ids": ["classes", "captions", "planned"]}
+REGIONS = {**CAPTIONS, "grid_size": 6, "plan_size": 2}
+KINDS = {"argnames": "sizes", "argvalues": [CLASSES, CAPTIONS, REGIONS], "ids": ["classes", "captions", "regions"]}
 
 
 def model_of(sizes, halves=False):

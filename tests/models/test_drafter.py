@@ -1,4 +1,4 @@
-"""A drafter embeds tokens as its model does: with a table of its own, or a copy of the model's that is not stored."""
+"""Token embeddings of a drafter: its own, or a copy of its model's that is not saved."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_a_pipeline_gives_its_drafter_the_embeddings(tiny_class_pipeline, target
 
 
 @torch.no_grad()
-def test_a_faster_view_follows_when_other_embeddings_are_read(target):
+def test_a_backend_is_rebuilt_when_other_embeddings_are_read(target):
     drafter, other = Drafter.for_target(target).eval(), copy.deepcopy(target)
     torch.nn.init.normal_(other.tok_embeddings.weight)
     places = {"positions": torch.zeros(2, 1, dtype=torch.long), "visible": torch.ones(2, 1, 1, dtype=torch.bool)}

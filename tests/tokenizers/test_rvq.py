@@ -1,4 +1,4 @@
-"""Residual quantisation and the tokenizer around it: sums, prefixes, starts at any level, gradients, averages."""
+"""Residual quantisation and its tokenizer: sums, prefixes, starts at any level, gradients, moving averages."""
 
 import sys
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_blocks_of_pixels_may_be_folded_first():
 
 
 @torch.no_grad()
-def test_the_first_levels_are_a_image():
+def test_the_first_levels_are_an_image():
     model = tiny()
     codes = model.encode(torch.rand(1, 3, 8, 8))
     for depth in (1, 2, 3):
