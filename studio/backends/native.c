@@ -8,7 +8,7 @@
    Every sum is taken in an order of its own that depends neither on the number of rows or positions nor on what else is
    pending: a tree of tokens gets, bit by bit, the numbers of its paths taken one token at a time.
 
-   Compiled on first use by native_library.py; native_blocks.py and native_head.py make the arguments. */
+   Compiled on first use by native_library.py; cpu_c.py and cpu_c_head.py prepare the arguments. */
 
 #define _GNU_SOURCE
 #include <math.h>

@@ -142,22 +142,22 @@ def test_nothing_is_executed_from_a_folder_that_others_can_write_to(how, ask, ke
         cache.chmod(0o777)
     else:
         before = "import os; os.geteuid = lambda: 12345\n"
-    answer, state, told, compiled = ask(cache, before)
+    answer, state, warned, compiled = ask(cache, before)
     assert (answer, state, compiled) == (whole[1], "ok", 2)
-    assert len(told.splitlines()) == 1 and "cannot be kept" in told
+    assert len(warned.splitlines()) == 1 and "cannot be kept" in warned
 
 
 @pytest.mark.parametrize("compiler", ["false", "/no/such/compiler", "'unclosed"])
 def test_a_compiler_that_fails_is_missed_aloud(compiler, ask, tmp_path):
-    answer, state, told, _ = ask(tmp_path / "cache", CC=compiler)
+    answer, state, warned, _ = ask(tmp_path / "cache", CC=compiler)
     assert answer == "None" and state.startswith("no working C compiler")
-    assert len(told.splitlines()) == 1 and "without the compiled step" in told
+    assert len(warned.splitlines()) == 1 and "without the compiled step" in warned
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
 def test_no_compiler_at_all_is_missed_aloud(ask, tmp_path):
-    answer, state, told, _ = ask(tmp_path / "cache", CC="", PATH=str(tmp_path))
-    assert answer == "None" and "cc, gcc and clang are not on the path" in state and state.split(": ")[1] in told
+    answer, state, warned, _ = ask(tmp_path / "cache", CC="", PATH=str(tmp_path))
+    assert answer == "None" and "cc, gcc and clang are not on the path" in state and state.split(": ")[1] in warned
 
 
 def test_a_compiler_may_have_options(tmp_path, repository):
