@@ -253,9 +253,8 @@ class VisualQuestionPipeline:
 
     def _inputs(self, image: Image.Image, question: str) -> BatchFeature:
         prompt = self._prompt(question.strip())
-        inputs = checked_tokenize(lambda: self.processor(images=image, text=prompt, return_tensors="pt")).to(
-            self.device
-        )
+        inputs = checked_tokenize(lambda: self.processor(images=image, text=prompt, return_tensors="pt"))
+        inputs = inputs.to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs

@@ -109,7 +109,7 @@ def test_a_full_cache_is_refused():
         network.extend(torch.tensor([[3]]), cache)
 
 
-def test_the_fastest_view_that_works_is_taken(monkeypatch):
+def test_the_fastest_backend_that_works_is_selected(monkeypatch):
     model = model_of(CLASSES)
     assert isinstance(backends.select(model), NativeLlamaGen)
     assert backends.select(model) is backends.select(model)
@@ -120,7 +120,7 @@ def test_the_fastest_view_that_works_is_taken(monkeypatch):
     assert backends.select(model) is model
 
 
-def test_changed_weights_make_a_new_view():
+def test_changed_weights_make_a_new_backend():
     model = model_of(CLASSES, halves=True)
     before = backends.select(model)
     model.output.weight.data[0, 0] += 1

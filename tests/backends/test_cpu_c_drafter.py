@@ -26,10 +26,10 @@ def drafter_of(layers=1, halves=False, **sizes):
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
     drafter = drafter_of(layers, halves, num_kv_heads=kv_heads)
-    view = backends.select(drafter)
-    assert isinstance(view, NativeDrafter) and backends.select(drafter) is view
+    backend = backends.select(drafter)
+    assert isinstance(backend, NativeDrafter) and backends.select(drafter) is backend
     rows, valid = 2, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
-    ours, own = view.new_tree_cache(rows, 8), drafter.new_tree_cache(rows, 8)
+    ours, own = backend.new_tree_cache(rows, 8), drafter.new_tree_cache(rows, 8)
     for cache in (ours, own):
         cache.mask_prefix(valid)
     chain = trees_of([([0, 0, 0, 0, 7, 3], [-1, 0, 1, 2, 3, 4])] * rows, "cpu")
@@ -39,7 +39,7 @@ def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
         positions = ours.row_lengths[:, None] + drafts.depths
         guesses = [
             network.extend_tree(drafts.tokens, states, cache, positions, drafts.ancestors)
-            for network, cache in ((view, ours), (drafter, own))
+            for network, cache in ((backend, ours), (drafter, own))
         ]
         torch.testing.assert_close(*guesses, atol=2e-5, rtol=2e-5)
         for cache in (ours, own):

@@ -48,9 +48,9 @@ def test_a_backend_is_rebuilt_when_other_embeddings_are_read(target):
     torch.nn.init.normal_(other.tok_embeddings.weight)
     places = {"positions": torch.zeros(2, 1, dtype=torch.long), "visible": torch.ones(2, 1, 1, dtype=torch.bool)}
 
-    def guess(view):
+    def guess(network):
         tokens, states = torch.tensor([[3], [4]]), torch.ones(2, 1, 32)
-        return view.extend_tree(tokens, states, view.new_tree_cache(2, 1), **places)
+        return network.extend_tree(tokens, states, network.new_tree_cache(2, 1), **places)
 
     before = guess(backends.select(drafter))
     drafter.read_embeddings(other)

@@ -107,8 +107,8 @@ def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, kind):
             torch.nn.init.normal_(weights)
     with torch.no_grad():
         expected = model(tokens, **condition)
-        views = [model] if num_kv_heads else [model, backends.select(model, "float32")]
-        for network in views:
+        networks = [model] if num_kv_heads else [model, backends.select(model, "float32")]
+        for network in networks:
             cache = network.new_cache(2)
             prefix, valid = model.embed_condition(**condition)
             parts = [network.prefill(prefix, valid, cache)[:, None]]
