@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
 
@@ -45,6 +45,12 @@ class ConditionalPipeline(DiffusionPipeline):
     `fill_unspecified`.
     """
 
+    config: Any
+    transformer: Any
+    image_tokenizer: Any
+    text_encoder: Any
+    tokenizer: Any
+    _callback_tensor_inputs: list[str]
     vocabulary: tuple[list[str], list[str]] | None = None
     """The words and the concepts that the model was trained with; None for an open vocabulary."""
     _interrupt = False

@@ -51,6 +51,8 @@ class LlamaGenPipeline(ConditionalPipeline):
             prompts are in the output.
     """
 
+    drafter: Drafter | None
+    student: DistilledStudent | None
     model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
     _exclude_from_cpu_offload = ["drafter"]
     _optional_components = ["text_encoder", "tokenizer", "drafter", "student"]

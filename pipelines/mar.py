@@ -36,6 +36,7 @@ class MARPipeline(ConditionalPipeline):
             prompts are in the output.
     """
 
+    drafter: MAR | None
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
     _exclude_from_cpu_offload = ["drafter"]
     _optional_components = ["text_encoder", "tokenizer", "drafter"]

@@ -7,11 +7,14 @@ first, so that a small network does not work at full resolution.
 Scope: encoding and decoding. `studio.training.kl` trains; the generator cuts latents into tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
 
 from studio.errors import StudioError
 
@@ -25,6 +28,8 @@ class KLTokenizer(ModelMixin, ConfigMixin):
         scaling_factor: factor that gives latents a standard deviation of about 1; `encode` and `decode` ignore it.
         sample_size: side in pixels that the weights were trained for.
     """
+
+    config: Any
 
     _no_split_modules = ["ResnetBlock2D"]
 

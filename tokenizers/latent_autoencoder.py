@@ -116,7 +116,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(features, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], attention, groups)
-        levels, width = [], widths[-1]
+        levels: list[nn.Module] = []
+        width = widths[-1]
         for index, wanted in reversed([*enumerate(widths)]):
             level = Level(width, wanted, blocks + 1, attention if index in attention_levels else None, groups)
             if index:

@@ -11,12 +11,12 @@ also be one linear layer a patch, for small models that are trained end to end.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -80,6 +80,8 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
     Example:
         >>> tokenizer = OneDPieceTokenizer(**sizes("S"))
     """
+
+    config: Any
 
     _no_split_modules = ["Block", "MaskGITResBlock"]
 

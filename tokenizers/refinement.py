@@ -61,7 +61,7 @@ def refined_tokens(
             codes = unit + (codebook[tokens] - unit).detach()
             restored = tokenizer.decode_vectors(codes.to(tokenizer.dtype), lengths).float()
             shown = ((restored.detach().clamp(-1, 1) - wanted) / 2).square().mean(dim=(1, 2, 3))
-            if best is None:
+            if best is None or least is None:
                 best, least = tokens, shown
             better = shown < least
             best, least = torch.where(better[:, None], tokens, best), torch.where(better, shown, least)
@@ -70,6 +70,7 @@ def refined_tokens(
                 loss = errors.clamp(min=_LEAST_ERROR).log().sum()
                 (vectors.grad,) = torch.autograd.grad(loss, [vectors])
                 optimizer.step()
+    assert best is not None and least is not None, "the first pass sets both"
     return best, least
 
 

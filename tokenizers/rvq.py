@@ -8,11 +8,12 @@ averages of its training are not stored, and images may have any size that split
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.checks import check_integer
@@ -57,6 +58,8 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     _no_split_modules = ["ResBlock", "AttentionBlock"]
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 
 from studio.checks import check_integer
 from studio.errors import StudioError
@@ -61,6 +61,8 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
     Raises:
         StudioError: fewer than two levels, another number of values, or an order that is not a permutation.
     """
+
+    config: Any
 
     _no_split_modules = ["ResnetBlock2D"]
     OF_LEVELS = ("levels", "value_range", "std_range", "reconstruction_values", "dimension_order", "sample_size")

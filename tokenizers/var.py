@@ -6,10 +6,12 @@ share one. Codes are not normalised. Parameters carry the authors' names. Tokens
 to fine, each scale in raster order.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
@@ -26,6 +28,8 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         phi_share: weight of the convolution in phi; that of the identity is the rest.
         norm_groups: groups of every GroupNorm.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(

@@ -5,10 +5,12 @@ after VQGAN, arXiv:2012.09841). Parameters carry the authors' names. Scope: enco
 trains.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -32,6 +34,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     Raises:
         StudioError: widths that do not split into the groups, or images whose shape does not fit.
     """
+
+    config: Any
 
     _no_split_modules = ["ResBlock", "AttentionBlock"]
 

@@ -14,11 +14,12 @@ Scope: the network. `studio.decoding.distilled` samples images with it.
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -53,6 +54,8 @@ class DistilledStudent(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
+
+    config: Any
 
     horizon = 5 / 8
     """Fraction of the tokens over which several calls are spread: two calls start at 0 and 5/16, as published (80 of

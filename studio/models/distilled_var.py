@@ -10,10 +10,11 @@ level of the first scale; theirs reinitialises class 1 by mistake.
 """
 
 import inspect
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -31,6 +32,8 @@ class DistilledVAR(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     horizon = 1.0
     """Fraction of the scales over which several calls are spread: two calls start at scales 0 and 5 of 10, as

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -42,6 +42,8 @@ class Drafter(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -64,6 +64,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(

@@ -10,8 +10,8 @@ Scope: the network and its training loss. `studio.decoding.mar` samples tokens.
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError

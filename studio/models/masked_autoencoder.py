@@ -14,9 +14,12 @@ Deviations from the authors' code: visible tokens are given by their positions, 
 last decoder block can compute the wanted positions only.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -108,6 +111,8 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     def __init__(self):
         super().__init__()

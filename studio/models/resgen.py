@@ -13,12 +13,12 @@ level.
 Scope: the network and its training loss. `studio.decoding.resgen` masks and samples.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -89,6 +89,8 @@ class ResGen(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(

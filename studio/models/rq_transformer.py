@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -158,6 +158,8 @@ class RQTransformer(ModelMixin, ConfigMixin):
     Raises:
         StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(

@@ -12,11 +12,12 @@ several scales may be fed behind a cache at once. Left out: the variant with one
 
 import math
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -130,6 +131,8 @@ class VAR(ModelMixin, ConfigMixin):
     Raises:
         StudioError: a width that does not split into heads.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
