@@ -53,7 +53,7 @@ class LlamaGenPipeline(ConditionalPipeline):
 
     drafter: Drafter | None
     student: DistilledStudent | None
-    model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
+    model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
     _exclude_from_cpu_offload = ["drafter"]
     _optional_components = ["text_encoder", "tokenizer", "drafter", "student"]
     _callback_tensor_inputs = ["tokens"]

@@ -37,7 +37,7 @@ class MARPipeline(ConditionalPipeline):
     """
 
     drafter: MAR | None
-    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
     _exclude_from_cpu_offload = ["drafter"]
     _optional_components = ["text_encoder", "tokenizer", "drafter"]
     _callback_tensor_inputs = ["tokens", "positions"]

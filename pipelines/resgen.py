@@ -46,7 +46,7 @@ class ResGenPipeline(ResidualPipeline):
             prompts are in the output.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer"
+    model_cpu_offload_seq = "text_encoder->transformer"  # type: ignore[assignment]  # None in diffusers
 
     def __init__(
         self,

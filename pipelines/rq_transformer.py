@@ -51,7 +51,7 @@ class RQTransformerPipeline(ResidualPipeline):
         StudioError: a transformer with word embeddings of its own (`caption_words`), for which there is no tokenizer.
     """
 
-    model_cpu_offload_seq = "text_encoder"
+    model_cpu_offload_seq = "text_encoder"  # type: ignore[assignment]  # None in diffusers
     _exclude_from_cpu_offload = ["image_tokenizer", "transformer"]
 
     def __init__(

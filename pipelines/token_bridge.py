@@ -42,7 +42,7 @@ class TokenBridgePipeline(ConditionalPipeline):
             prompts are in the output.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["tokens"]
 

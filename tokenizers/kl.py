@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from studio.errors import StudioError
 
 
-class KLTokenizer(ModelMixin, ConfigMixin):
+class KLTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encodes images to a grid of latents and decodes them.
 
     Args:
@@ -31,7 +31,7 @@ class KLTokenizer(ModelMixin, ConfigMixin):
 
     config: Any
 
-    _no_split_modules = ["ResnetBlock2D"]
+    _no_split_modules = ["ResnetBlock2D"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(

@@ -51,7 +51,7 @@ class QuantizedRow(NamedTuple):
     codebook: torch.Tensor
 
 
-class OneDPieceTokenizer(ModelMixin, ConfigMixin):
+class OneDPieceTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encodes images to rows of code indices, and decodes the first n of them for any n.
 
     Args:
@@ -83,7 +83,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
 
     config: Any
 
-    _no_split_modules = ["Block", "MaskGITResBlock"]
+    _no_split_modules = ["Block", "MaskGITResBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(

@@ -35,7 +35,7 @@ def depth_to_space(vectors: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-class RVQTokenizer(ModelMixin, ConfigMixin):
+class RVQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encodes images to a grid of D code indices a cell and decodes them.
 
     Args:
@@ -61,7 +61,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
 
     config: Any
 
-    _no_split_modules = ["ResBlock", "AttentionBlock"]
+    _no_split_modules = ["ResBlock", "AttentionBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(

@@ -46,7 +46,7 @@ def low_frequency_order(latents: torch.Tensor, cutoff: float = 0.25) -> list[int
     return shares.mean(dim=0).argsort(descending=True, stable=True).tolist()
 
 
-class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
+class TokenBridgeTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encodes images to a grid of C level indices a cell and decodes them.
 
     Args:
@@ -64,7 +64,7 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
 
     config: Any
 
-    _no_split_modules = ["ResnetBlock2D"]
+    _no_split_modules = ["ResnetBlock2D"]  # type: ignore[assignment]  # None in diffusers
     OF_LEVELS = ("levels", "value_range", "std_range", "reconstruction_values", "dimension_order", "sample_size")
     """Keys of its configuration besides those of the autoencoder."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
 
 
-class VARTokenizer(ModelMixin, ConfigMixin):
+class VARTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encodes images to code indices of all scales and decodes them.
 
     Args:

@@ -16,7 +16,7 @@ from torch import nn
 from studio.errors import StudioError
 
 
-class VQTokenizer(ModelMixin, ConfigMixin):
+class VQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encodes images to a grid of code indices and decodes them.
 
     Args:
@@ -37,7 +37,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     config: Any
 
-    _no_split_modules = ["ResBlock", "AttentionBlock"]
+    _no_split_modules = ["ResBlock", "AttentionBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(

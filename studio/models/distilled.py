@@ -42,7 +42,7 @@ class RegressionHead(nn.Module):
         return self.linear(F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
-class DistilledStudent(ModelMixin, ConfigMixin):
+class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Predicts code vectors and logits of all positions from noise or code vectors (B, n, C).
 
     Args:

@@ -22,7 +22,7 @@ from studio.models.distilled import RegressionHead
 from studio.models.var import SCALES, VAR, Block, HeadNorm, bounds_of, level_of
 
 
-class DistilledVAR(ModelMixin, ConfigMixin):
+class DistilledVAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Predicts code vectors and logits of all positions from noise or code vectors (B, n, C).
 
     Args:

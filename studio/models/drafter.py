@@ -25,7 +25,7 @@ from studio.models.llama_blocks import Block, check_layout, default_ffn_dim, rop
 from studio.models.llamagen import LlamaGen
 
 
-class Drafter(ModelMixin, ConfigMixin):
+class Drafter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Predicts states of a `LlamaGen`.
 
     Args:

@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class LlamaGen(ModelMixin, ConfigMixin):
+class LlamaGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """The transformer, conditioned on classes (`num_classes`) or on captions (`caption_dim`).
 
     Args:

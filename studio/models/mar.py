@@ -64,7 +64,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
         StudioError: sizes that do not fit together.
     """
 
-    _no_split_modules = ["Block", "ResidualBlock"]
+    _no_split_modules = ["Block", "ResidualBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(

@@ -100,7 +100,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class MaskedAutoencoder(ModelMixin, ConfigMixin):
+class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encoder and decoder, of the sizes in the configuration that a subclass registers.
 
     These are `grid_size`, `token_dim`, `encoder_dim`, `encoder_depth`, `encoder_heads`, `decoder_dim`, `decoder_depth`,

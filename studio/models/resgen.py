@@ -71,7 +71,7 @@ class Block(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-class ResGen(ModelMixin, ConfigMixin):
+class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """The network, conditioned on classes (`num_classes`) or on captions (`caption_dim`).
 
     Args:

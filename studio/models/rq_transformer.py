@@ -136,7 +136,7 @@ class Classifier(nn.Module):
         return self.linear(normed, level) if isinstance(self.linear, LevelLinear) else self.linear(normed)
 
 
-class RQTransformer(ModelMixin, ConfigMixin):
+class RQTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """The two transformers, conditioned on classes, captions of a text encoder, or words with embeddings of their own.
 
     Args:

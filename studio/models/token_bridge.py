@@ -215,7 +215,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         StudioError: sizes that do not fit together.
     """
 
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(

@@ -118,7 +118,7 @@ class HeadNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
 
-class VAR(ModelMixin, ConfigMixin):
+class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """The transformer.
 
     Args:
