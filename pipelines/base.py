@@ -1,21 +1,24 @@
-"""What pipelines share that sample from words or classes: conditions, random streams, images, and their checks."""
+"""What conditional pipelines share: conditions, random streams, images, and the checks of arguments."""
 
 import functools
 import inspect
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
+from PIL import Image
 
 from studio.checks import check_choice, check_integer, check_number, check_text, shown
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
-from studio.pipelines.chat_template import reading
+from studio.pipelines.chat_template import checked_tokenize
 from studio.pipelines.known_words import write_known_words
-from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
+from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import fill_unspecified
 
 logger = logging.get_logger(__name__)
@@ -23,35 +26,41 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 MAX_PROMPT_CHARACTERS = 2000
 MAX_IMAGES = 10_000
-"""The most images of one call, over all of its prompts."""
-_INSTEAD = {
+"""The most images of one call, over all prompts."""
+_ADVICE = {
     "negative_prompt": "there is no negative prompt, so say in the prompt what the image shows",
     "num_inference_steps": "the number of steps is a setting of the decoding",
     "height": "images have the size of the image tokenizer",
     "width": "images have the size of the image tokenizer",
 }
-"""Arguments that pipelines of diffusers take, and what to do in their place."""
+"""Arguments of diffusers' pipelines, and what to do instead."""
 
 
 class ConditionalPipeline(DiffusionPipeline):
     """Base of a pipeline with a `transformer` conditioned on classes (`num_classes` in its configuration) or on text.
 
-    A transformer of text has `caption_dim` and `caption_length` in its configuration, and the pipeline then has a
-    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and `lowercase_prompts` and
-    `prompt_completion`
-    in its own: what is chosen at random for an image where its prompt leaves it open; see `fill_unspecified`.
+    A text-conditional transformer has `caption_dim` and `caption_length` in its configuration. The pipeline then has a
+    `text_encoder` with the interface of `T5EncoderModel`, its `tokenizer`, and in its own configuration
+    `lowercase_prompts` and `prompt_completion`, phrases sampled for what a prompt leaves unspecified; see
+    `fill_unspecified`.
     """
 
+    config: Any
+    transformer: Any
+    image_tokenizer: Any
+    text_encoder: Any
+    tokenizer: Any
+    _callback_tensor_inputs: list[str]
     vocabulary: tuple[list[str], list[str]] | None = None
-    """The words and the concepts that the model knows; None where any word may do."""
+    """The words and the concepts that the model was trained with; None for an open vocabulary."""
     _interrupt = False
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__call__ = _with_known_arguments(cls.__call__)
+        cls.__call__ = _with_known_arguments(cls.__call__)  # type: ignore[method-assign]  # every call is checked
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As of diffusers; the words that the pipeline knows are saved with it."""
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in diffusers; the vocabulary is saved with the pipeline."""
         super().save_pretrained(save_directory, **kwargs)
         if self.vocabulary is not None:
             write_known_words(save_directory, *self.vocabulary)
@@ -63,8 +72,10 @@ class ConditionalPipeline(DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As of diffusers, which looks through the parts several times for hooks of offloading; once is enough to see
-        that there are none, and a student's call is short."""
+        """As in diffusers, but searches the components for offloading hooks only once.
+
+        diffusers searches several times, which is noticeable beside the short call of a student.
+        """
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 for module in part.modules():
@@ -74,31 +85,39 @@ class ConditionalPipeline(DiffusionPipeline):
 
     @property
     def takes_text(self) -> bool:
+        """Whether the transformer is conditioned on text."""
         return self.transformer.config.caption_dim is not None
 
-    def check_condition(self, prompt, class_labels) -> None:
+    def check_condition(self, prompt: str | list[str] | None, class_labels: int | list[int] | None) -> None:
         """Raises a `StudioError` for a prompt or classes that the transformer cannot be conditioned on."""
         if self.takes_text:
             if class_labels is not None:
-                raise StudioError("This model samples from words: pass a prompt and no class_labels.")
+                raise StudioError("This model is text-conditional: pass a prompt and no class_labels.")
             if self.text_encoder is None or self.tokenizer is None:
                 raise StudioError("This pipeline has no text encoder: load or convert it with one to use a prompt.")
             for text in listed(prompt) or [None]:
                 check_text(
-                    "The prompt", text, MAX_PROMPT_CHARACTERS, "The prompt is empty: say in a few words what to sample."
+                    "The prompt", text, MAX_PROMPT_CHARACTERS, "The prompt is empty: describe the image in a few words."
                 )
         else:
             if prompt is not None:
-                raise StudioError("This model samples from class numbers: pass class_labels and no prompt.")
+                raise StudioError("This model is class-conditional: pass class_labels and no prompt.")
             for label in listed(class_labels) or [None]:
                 check_integer("Each of class_labels", label, 0, self.transformer.config.num_classes - 1)
 
     def checked_guidance(
-        self, prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
+        self,
+        prompt: str | list[str] | None,
+        class_labels: int | list[int] | None,
+        num_images_per_prompt: int,
+        guidance_scale: float | None,
+        output_type: str,
+        callback_inputs: Sequence[str],
     ) -> float:
-        """The guidance scale of a call, this pipeline's where it is left out.
+        """Checks the arguments that all pipelines have; returns the guidance scale, the default one for None.
 
-        Errors: `StudioError` that names the first of these arguments that cannot be used.
+        Raises:
+            StudioError: the first of these arguments that cannot be used.
         """
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self.check_condition(prompt, class_labels)
@@ -113,8 +132,10 @@ class ConditionalPipeline(DiffusionPipeline):
             raise StudioError(f"Callbacks can ask for {known}, not {shown(callback_inputs)}.")
         return guidance_scale
 
-    def sampling(self, temperature, top_k, top_p, order: str = "llamagen") -> Sampling:
-        """How a call samples, with this pipeline's defaults where it says nothing."""
+    def sampling(
+        self, temperature: float | None, top_k: int | None, top_p: float | None, order: str = "llamagen"
+    ) -> Sampling:
+        """The sampling of a call, with this pipeline's defaults for None."""
         config = self.config
         return Sampling(
             config.default_temperature if temperature is None else temperature,
@@ -123,32 +144,42 @@ class ConditionalPipeline(DiffusionPipeline):
             order,
         )
 
-    def check_arguments(self, names) -> None:
-        """Raises a `StudioError` for names of arguments that a call of this pipeline does not take."""
+    def check_arguments(self, names: Iterable[str]) -> None:
+        """Raises a `StudioError` for names that are no arguments of this pipeline's call."""
         known = inspect.signature(type(self).__call__).parameters
         if unknown := [name for name in names if name not in known]:
-            told = "; ".join(dict.fromkeys(_INSTEAD.get(name, "leave that out") for name in unknown))
-            raise StudioError(f"{type(self).__name__} knows no {', no '.join(unknown)}: {told}.")
+            advice = "; ".join(dict.fromkeys(_ADVICE.get(name, "leave that out") for name in unknown))
+            raise StudioError(f"{type(self).__name__} knows no {', no '.join(unknown)}: {advice}.")
 
-    def validation_warning(self, decoding) -> str | None:
-        """What a user should know before sampling so, or None: settings outside those that were validated."""
+    def validation_warning(self, decoding: Any) -> str | None:
+        """A warning for settings outside the validated range; None where there is nothing to warn of."""
         return None
 
     @torch.no_grad()
     def encode_prompt(
         self, prompt: str | list[str], device: torch.device | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text encoder states (B, caption_length, caption_dim) and the mask (B, caption_length) of real text tokens.
+        """Encodes prompts.
 
-        `device` is where they are wanted: where the pipeline runs when left out.
+        Args:
+            prompt: one text or B of them.
+            device: of the result; the pipeline's execution device when None.
+
+        Returns:
+            Text encoder states (B, caption_length, caption_dim), and the mask (B, caption_length), false at padding.
+
+        Raises:
+            StudioError: a text that the text tokenizer cannot read.
         """
         texts = [text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt)]
         if self.config.lowercase_prompts:
             texts = [text.lower() for text in texts]
         length = self.transformer.config.caption_length
-        full = reading(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
+        full = checked_tokenize(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
         if (longest := max(map(len, full))) > length:
-            logger.warning("The prompt is cut: %d text tokens, of which the model reads %d.", longest, length)
+            logger.warning(
+                "The prompt is truncated: it has %d text tokens, of which the model reads %d.", longest, length
+            )
         ids = self.tokenizer(
             texts,
             padding="max_length",
@@ -162,9 +193,13 @@ class ConditionalPipeline(DiffusionPipeline):
         return states.last_hidden_state.to(self.transformer.dtype), ids["attention_mask"].bool()
 
     def condition(
-        self, prompt=None, class_labels=None, num_images_per_prompt: int = 1, device: torch.device | None = None
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The condition of every image; images of one prompt stand together."""
+        """The condition of every image, as keyword arguments of the transformer; images of one prompt are adjacent."""
         if self.takes_text:
             texts = listed(prompt)
             different = list(dict.fromkeys(texts))
@@ -175,11 +210,17 @@ class ConditionalPipeline(DiffusionPipeline):
             condition = {"class_labels": torch.tensor(listed(class_labels), device=device or self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
-    def begin(self, prompt, class_labels, num_images_per_prompt: int, generator):
-        """What the images of a call are sampled from; each one's own stream chooses what its prompt leaves open.
+    def prepare_inputs(
+        self,
+        prompt: str | list[str] | None,
+        class_labels: int | list[int] | None,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> tuple[list[torch.Generator], dict[str, torch.Tensor], list[str] | None]:
+        """Random streams, condition and prompts of the images; each stream first samples what its prompt leaves open.
 
         Returns:
-            A random stream for each, the condition, and the words of each, or None without words.
+            A generator for each image, the condition, and the completed prompt of each image (None for classes).
         """
         subjects = of_each_image(prompt if self.takes_text else class_labels, num_images_per_prompt)
         device = self._execution_device
@@ -187,13 +228,21 @@ class ConditionalPipeline(DiffusionPipeline):
         if not self.takes_text:
             return generators, self.condition(class_labels=subjects, device=device), None
         choices = self.config.prompt_completion or []
-        words = [fill_unspecified(text, choices, stream) for text, stream in zip(subjects, generators)]
-        return generators, self.condition(words, device=device), words
+        prompts = [fill_unspecified(text, choices, stream) for text, stream in zip(subjects, generators)]
+        return generators, self.condition(prompts, device=device), prompts
 
-    def end_step(self, callback, number: int, names, *, tokens: torch.Tensor, **tensors: torch.Tensor) -> bool:
-        """Calls a `callback_on_step_end`, if any, with the tensors of these names; True where sampling should stop.
+    def end_step(
+        self,
+        callback: Callable | None,
+        number: int,
+        names: Sequence[str],
+        *,
+        tokens: torch.Tensor,
+        **tensors: torch.Tensor,
+    ) -> bool:
+        """Calls a `callback_on_step_end`, if any, with the tensors of these names; True when sampling should stop.
 
-        Tokens that it returns are written into those that were shown.
+        Tokens that it returns are written into `tokens`.
         """
         if callback is not None:
             shown = {"tokens": tokens, **tensors}
@@ -202,8 +251,10 @@ class ConditionalPipeline(DiffusionPipeline):
                 tokens.copy_(changed["tokens"])
         return self._interrupt
 
-    def step_reporter(self, progress, callback, names):
-        """What a loop calls after each step as (number, tokens): `progress` moves on, and the callback is called."""
+    def step_reporter(
+        self, progress: Any, callback: Callable | None, names: Sequence[str]
+    ) -> Callable[[int, torch.Tensor], bool]:
+        """The `on_step(number, tokens)` of a loop, which updates `progress` and calls the callback."""
 
         def on_step(number: int, tokens: torch.Tensor) -> bool:
             progress.update()
@@ -212,25 +263,31 @@ class ConditionalPipeline(DiffusionPipeline):
         return on_step
 
     def output(
-        self, images, tokens: torch.Tensor, stats: DecodingStats, prompts: list[str] | None, return_dict: bool
+        self, images: Images, tokens: torch.Tensor, stats: DecodingStats, prompts: list[str] | None, return_dict: bool
     ) -> ImageTokenPipelineOutput | tuple:
-        """What a call returns; models that were moved for it go back."""
+        """The return value of a call; offloaded models are moved back."""
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, tokens, stats
         return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
 
-    def decoded_images(self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str):
-        """Images of tokens (B, ...), in the form that was asked for.
+    def decoded_images(
+        self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str
+    ) -> Images:
+        """Decodes tokens (B, ...) to images.
 
-        `decode` makes pixels of some of them. On a CPU that is one at a time, which takes about half as long again: the
-        convolutions there round otherwise in a batch, and one seed would not always give one PNG.
+        On a CPU `decode` gets one image at a time, which takes about 1.5 times as long: convolutions round differently
+        in a batch there, and a seed would not always give the same PNG.
         """
         parts = tokens.split(1) if tokens.device.type == "cpu" else [tokens]
         return self.postprocess(torch.cat([decode(part) for part in parts]), output_type)
 
-    def postprocess(self, pixels: torch.Tensor, output_type: str):
-        """Decoded images (B, 3, H, W), about [-1, 1], in the form that was asked for."""
+    def postprocess(self, pixels: torch.Tensor, output_type: str) -> Images:
+        """Images of `output_type` from decoded pixels (B, 3, H, W), about [-1, 1].
+
+        Raises:
+            StudioError: pixels that are not finite.
+        """
         pixels = pixels.float()
         if not pixels.isfinite().all():
             raise StudioError(
@@ -244,42 +301,48 @@ class ConditionalPipeline(DiffusionPipeline):
         return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
 
     @staticmethod
-    def bytes_to_pil(values: torch.Tensor) -> list:
-        """uint8 images (B, 3, H, W) to a list of PIL images."""
-        from PIL import Image
-
+    def bytes_to_pil(values: torch.Tensor) -> list[Image.Image]:
+        """PIL images of uint8 values (B, 3, H, W)."""
         return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def of_each_image(subjects, num_images_per_prompt: int) -> list:
-    """The prompt or class of every image, of one or a list of them; images of one stand together."""
+def of_each_image(subjects: Any, num_images_per_prompt: int) -> list:
+    """The prompt or class of every image, from one or a list of them; images of one prompt are adjacent."""
     return [subject for subject in listed(subjects) for _ in range(num_images_per_prompt)]
 
 
-def listed(subjects) -> list:
-    """Prompts or classes, of which one may be given by itself, as a list."""
+def listed(subjects: Any) -> list:
+    """One prompt or class, or several, as a list."""
     return list(subjects) if isinstance(subjects, list | tuple) else [subjects]
 
 
-def _with_known_arguments(call):
-    """A pipeline's `__call__` that refuses keywords which it does not know as a `StudioError`."""
+def _with_known_arguments(call: Callable) -> Callable:
+    """Wraps a pipeline's `__call__` so that unknown keywords raise a `StudioError`."""
 
     @functools.wraps(call)
-    def checked(self, *args, **kwargs):
+    def checked(self: ConditionalPipeline, *args: Any, **kwargs: Any) -> Any:
         self.check_arguments(kwargs)
         callback = kwargs.get("callback_on_step_end")
         if callback is not None and not callable(callback):
-            raise StudioError(f"callback_on_step_end is a function, not {shown(callback)}.")
+            raise StudioError(f"callback_on_step_end must be a function, not {shown(callback)}.")
         return call(self, *args, **kwargs)
 
     return checked
 
 
-def image_generators(generator, batch: int, device) -> list[torch.Generator]:
+def image_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int, device: torch.device
+) -> list[torch.Generator]:
     """One random stream per image.
 
-    A list is used as it is. A single generator serves the first image itself and seeds streams for the others; `None`
-    seeds every stream from torch's global generator.
+    Args:
+        generator: a list is used as it is; a single generator serves the first image and seeds streams for the others;
+            None seeds every stream from torch's global generator.
+        batch: number of images.
+        device: of new streams.
+
+    Raises:
+        StudioError: a list of another length, or something other than generators.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
@@ -297,13 +360,13 @@ def image_generators(generator, batch: int, device) -> list[torch.Generator]:
     return [generator, *(_seeded(seed, generator.device) for seed in seeds)]
 
 
-def _seeded(seed: int, device) -> torch.Generator:
+def _seeded(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
 @contextmanager
-def timed(seconds: dict[str, float], phase: str):
-    """Notes how long the block took."""
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Stores the seconds that the block took as `seconds[phase]`."""
     began = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - began

@@ -1,30 +1,35 @@
-"""Running the chat template and the text tokenizer of a model that somebody else made, within bounds.
+"""Runs the chat template and the text tokenizer of a foreign model within limits.
 
-transformers renders in jinja's immutable sandbox, which keeps a template from Python's objects but not from loops.
+transformers renders templates in jinja's immutable sandbox, which protects Python objects but does not limit loops.
 """
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 from studio.checks import first_line
 from studio.errors import StudioError
 
 Result = TypeVar("Result")
+TraceFunction = Callable[[FrameType, str, Any], Any]
 
 MAX_TEMPLATE_CHARACTERS = 1 << 16
 MAX_TEMPLATE_LINES = 1_000_000
 
 
 def bounded_render(render: Callable[[], str]) -> str:
-    """What a chat template makes, in the sandbox of transformers, within a number of steps.
+    """Renders a chat template within a limit on the executed lines.
+
+    Args:
+        render: renders the template in the sandbox of transformers.
 
     Raises:
-        StudioError: it fails, or takes more steps than any conversation needs.
+        StudioError: the template fails, or exceeds the limit.
     """
     left, before = MAX_TEMPLATE_LINES, sys.gettrace()
 
-    def trace(frame, event, argument):
+    def trace(frame: FrameType, event: str, argument: Any) -> TraceFunction:
         nonlocal left
         left -= 1
         if left < 0:
@@ -37,7 +42,7 @@ def bounded_render(render: Callable[[], str]) -> str:
     except StudioError:
         raise
     except Exception as error:  # a template may call anything that the sandbox has
-        raise StudioError(f"The chat template of this model takes no question: {first_line(error)}") from error
+        raise StudioError(f"The chat template of this model cannot render a question: {first_line(error)}") from error
     finally:
         sys.settrace(before)
 
@@ -49,15 +54,18 @@ def check_template(template: str | dict | None) -> None:
             raise StudioError(f"A chat template has at most {MAX_TEMPLATE_CHARACTERS} characters: use another model.")
 
 
-def reading(tokenize: Callable[[], Result]) -> Result:
-    """What a text tokenizer makes of a text. Raises: `StudioError` where its compiled part gives up.
+def checked_tokenize(tokenize: Callable[[], Result]) -> Result:
+    """The result of a call of a text tokenizer.
 
-    The engine of its regular expressions counts its steps; past the limit it panics, which Python sees as an exception
-    that is no `Exception`.
+    Its regular expression engine limits its steps and panics beyond the limit, which reaches Python as a
+    `BaseException` that is not an `Exception`.
+
+    Raises:
+        StudioError: the tokenizer panics.
     """
     try:
         return tokenize()
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise StudioError("The text tokenizer of this model gives up on this text: shorten or reword it.") from error
+        raise StudioError("The text tokenizer of this model cannot read this text: shorten or reword it.") from error

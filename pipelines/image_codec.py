@@ -1,12 +1,12 @@
-"""Images to the bytes of an `.odp` file and back, with a One-D-Piece tokenizer (arXiv:2501.10064, section 4).
+"""Encodes images to the bytes of an `.odp` file and decodes them (One-D-Piece, arXiv:2501.10064, section 4).
 
-The whole image is resized to the tokenizer's square and restored at its own size; cut into tiles it keeps its detail
-at the price of tokens for each tile. There is no entropy coder: a token costs the bits of its number.
+The whole image is resized to the tokenizer's square and restored at its own size. Cut into tiles it keeps its detail,
+at the cost of tokens for each tile. There is no entropy coder: a token costs the bits of its index.
 """
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -21,6 +21,8 @@ from studio.pipelines.odp_file import MOST_PIXELS, OdpFile
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.refinement import check_steps, refined_tokens
 
+StopCheck = Callable[[], bool] | None
+
 MOST_TILE_PIXELS = MOST_PIXELS * 3 // 2
 _AT_ONCE = 64
 _REFINED_AT_ONCE = 16
@@ -31,14 +33,14 @@ class EncodedImage:
     """An encoded image.
 
     Attributes:
-        file: what the bytes hold.
+        file: the parsed file.
         data: the bytes of the file.
-        psnr: of the restored image, in dB, over 8-bit RGB at its own size; infinite for an equal one.
-        restored: that image, what `decode_image` makes of the bytes.
-        tokens: (tiles, N) int64, those too that the file leaves out; without tiles one row. Refined ones are of use
-            together only.
-        seconds: "encode" for the tokens, with the search for a length or for better ones, and "decode" for the restored
-            image.
+        psnr: of the restored image in dB, over 8-bit RGB at its own size; infinite if it is equal.
+        restored: the image that `decode_image` returns for the bytes.
+        tokens: (tiles, N) int64, including those that the file leaves out; one row without tiles. Refined tokens are
+            optimised for their length.
+        seconds: "encode" for the tokens, including the search for a length and refinement, and "decode" for the
+            restored image.
     """
 
     file: OdpFile
@@ -59,33 +61,32 @@ def encode_image(
     tile: bool = False,
     refine: int = 0,
     name: str = "",
-    stopped: Callable[[], bool] | None = None,
+    stopped: StopCheck = None,
 ) -> EncodedImage:
-    """Encode an image to the bytes of an `.odp` file.
+    """Encodes an image to the bytes of an `.odp` file.
 
     Args:
         image: a PIL image of any mode, read as `studio.images.rgb_image` does.
         tokenizer: a One-D-Piece tokenizer.
-        length: how many tokens to keep, over all tiles; all of them when none of the three is given.
-        psnr: instead, the fewest tokens whose restored image is that close in dB, found by bisection.
-        size: instead, the most tokens whose file has at most so many bytes.
+        length: number of tokens to keep, over all tiles; all when length, psnr and size are None.
+        psnr: instead, keep the fewest tokens whose restored image reaches this PSNR in dB, found by bisection.
+        size: instead, keep the most tokens whose file has at most so many bytes.
         tile: cut the image into squares of the tokenizer's size instead of resizing it.
-        refine: steps of a search for tokens that restore this image better, see `studio.tokenizers.refinement`; with
-            `psnr` at every length that is tried.
-        name: the tokenizer's bundled name, to be written into the file.
-        stopped: asked before each batch of tiles is encoded, searched or decoded; True gives up.
+        refine: steps of refinement, 0 to 10,000 (`studio.tokenizers.refinement`); with `psnr` at every length tried.
+        name: the tokenizer's bundled name, which is written into the file.
+        stopped: called before each batch of tiles is encoded, refined or decoded; True stops.
 
     Raises:
-        StudioError: more than one of the three, a length out of range, a target that cannot be met, a number of steps
-            that is none, or more tiles than an image of 64 million pixels has.
-        Stopped: `stopped` said so.
+        StudioError: more than one of length, psnr and size, a length out of range, a target that cannot be met, an
+            invalid number of steps, or more tiles than an image of 64 million pixels has.
+        Stopped: `stopped` returned True.
 
     Example:
         >>> data = studio.encode_image(image, tokenizer, length=32).data
         >>> restored = studio.decode_image(data, tokenizer)
     """
-    if sum(wish is not None for wish in (length, psnr, size)) > 1:
-        raise StudioError("Choose one of length, psnr and size: each decides the number of tokens alone.")
+    if sum(target is not None for target in (length, psnr, size)) > 1:
+        raise StudioError("Choose one of length, psnr and size: each determines the number of tokens.")
     refine, image = check_steps(refine), rgb_image(image)
     if length is not None:
         length = check_integer("length", length, 1)
@@ -152,24 +153,24 @@ def encode_image(
 def decode_image(
     data: bytes | OdpFile,
     tokenizer: OneDPieceTokenizer,
-    name="The file",
-    stopped: Callable[[], bool] | None = None,
+    name: str = "The file",
+    stopped: StopCheck = None,
 ) -> Image.Image:
-    """Decode the bytes of an `.odp` file.
+    """Decodes the bytes of an `.odp` file.
 
     Args:
-        data: the bytes, or what `OdpFile.from_bytes` made of them.
+        data: the bytes, or the result of `OdpFile.from_bytes`.
         tokenizer: the tokenizer that the image was encoded with.
-        name: what messages call the file.
-        stopped: asked before each batch of tiles is decoded; True gives up.
+        name: of the file in messages.
+        stopped: called before each batch of tiles is decoded; True stops.
 
     Returns:
         A PIL image in mode RGB, of the size of the encoded one.
 
     Raises:
-        StudioError: a damaged or foreign file, one of another tokenizer, or one of more tiles than an image of 64
+        StudioError: a damaged or foreign file, a file of another tokenizer, or one with more tiles than an image of 64
             million pixels has.
-        Stopped: `stopped` said so.
+        Stopped: `stopped` returned True.
     """
     file = data if isinstance(data, OdpFile) else OdpFile.from_bytes(data, name)
     if file.checksum != tokenizer_checksum(tokenizer):
@@ -186,7 +187,7 @@ def decode_image(
 
 
 def tokenizer_checksum(tokenizer: OneDPieceTokenizer) -> int:
-    """CRC-32 of names, shapes and weights, rounded to bfloat16 so that it is the same in float32."""
+    """CRC-32 of names, shapes and weights; weights are rounded to bfloat16, so the dtype does not change it."""
     checksum = 0
     for name, weight in sorted(tokenizer.state_dict().items()):
         numbers = weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2")
@@ -196,16 +197,20 @@ def tokenizer_checksum(tokenizer: OneDPieceTokenizer) -> int:
 
 
 def token_bits(tokenizer: OneDPieceTokenizer) -> int:
-    """Whole bits of a token number."""
+    """Bits of a token index in a file."""
     return max(1, (tokenizer.config.codebook_size - 1).bit_length())
 
 
-def count_tiles(size: tuple[int, int], side: int, name="The image") -> int:
-    """How many squares of a tokenizer's side an image of (width, height) pixels is cut into.
+def count_tiles(size: tuple[int, int], side: int, name: str = "The image") -> int:
+    """Number of tiles of an image.
+
+    Args:
+        size: width and height of the image in pixels.
+        side: of the tokenizer's square in pixels.
+        name: of the image in messages.
 
     Raises:
-        StudioError: they have more pixels than any image needs that is neither too large nor hardly wider than a
-            line: what is decoded counts, not what is shown.
+        StudioError: the tiles have too many pixels, because the image is too large or extremely narrow.
     """
     columns, rows = (-(-length // side) for length in size)
     if columns * rows * side**2 > MOST_TILE_PIXELS:
@@ -217,13 +222,13 @@ def count_tiles(size: tuple[int, int], side: int, name="The image") -> int:
 
 
 def tile_lengths(count: int, tiles: int) -> list[int]:
-    """How many of `count` tokens each tile has: equally many, the first ones one more where that does not divide."""
+    """Number of tokens of each tile: `count` divided equally, with the remainder over the first tiles."""
     each, more = divmod(count, tiles)
     return [each + (index < more) for index in range(tiles)]
 
 
 def smallest(meets: Callable[[int], bool], low: int, high: int) -> int:
-    """The smallest number from `low` to `high` that meets a target which `high` meets and more always meet."""
+    """The smallest number from `low` to `high` that meets a monotone condition, by bisection; `high` meets it."""
     while low < high:
         middle = (low + high) // 2
         if meets(middle):
@@ -234,12 +239,12 @@ def smallest(meets: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def image_psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit RGB images of one size; infinite for equal ones."""
-    one, other, total = np.asarray(one), np.asarray(other), 0
-    for rows in range(0, len(one), 256):
-        difference = one[rows : rows + 256].astype(np.int32) - other[rows : rows + 256]
+    """Peak signal-to-noise ratio in dB of two 8-bit RGB images of equal size; infinite for equal images."""
+    first, second, total = np.asarray(one), np.asarray(other), 0
+    for rows in range(0, len(first), 256):
+        difference = first[rows : rows + 256].astype(np.int32) - second[rows : rows + 256]
         total += int(np.square(difference).sum(dtype=np.int64))
-    return float("inf") if total == 0 else 10 * float(np.log10(255**2 * one.size / total))
+    return float("inf") if total == 0 else 10 * float(np.log10(255**2 * first.size / total))
 
 
 def _corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
@@ -247,7 +252,7 @@ def _corners(width: int, height: int, side: int) -> list[tuple[int, int]]:
 
 
 def _squares(image: Image.Image, side: int, tile: bool) -> list[Image.Image]:
-    """What is encoded: the image resized to a square, or its tiles, those at the edges continued by their edge."""
+    """The squares to encode: the resized image, or its tiles, padded at the edges by repeating the last pixels."""
     if not tile:
         return [image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)]
     pixels = np.asarray(image)
@@ -259,14 +264,16 @@ def _squares(image: Image.Image, side: int, tile: bool) -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, stopped) -> torch.Tensor:
-    """Token numbers (tiles, N) on the CPU."""
+def _encode(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, stopped: StopCheck) -> torch.Tensor:
+    """Tokens (tiles, N) on the CPU."""
     parts = _batches(len(squares), _AT_ONCE, stopped)
     return torch.cat([tokenizer.encode(_images(squares[part], tokenizer)).cpu() for part in parts])
 
 
-def _refine(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, lengths: list[int], steps, stopped):
-    """Token numbers (tiles, N) on the CPU, searched for so many steps."""
+def _refine(
+    squares: list[Image.Image], tokenizer: OneDPieceTokenizer, lengths: list[int], steps: int, stopped: StopCheck
+) -> torch.Tensor:
+    """Refined tokens (tiles, N) on the CPU."""
     parts = _batches(len(squares), _REFINED_AT_ONCE, stopped)
     found = [
         refined_tokens(tokenizer, _images(squares[part], tokenizer), lengths[part], steps, stopped) for part in parts
@@ -274,8 +281,8 @@ def _refine(squares: list[Image.Image], tokenizer: OneDPieceTokenizer, lengths: 
     return torch.cat([tokens.cpu() for tokens, _ in found])
 
 
-def _batches(count: int, at_once: int, stopped):
-    """Slices of `count` tiles, each when it is wanted, and `Stopped` instead when `stopped` says so."""
+def _batches(count: int, at_once: int, stopped: StopCheck) -> Iterator[slice]:
+    """Slices of `count` tiles; raises `Stopped` before a slice when `stopped` returns True."""
     for start in range(0, count, at_once):
         check_stopped(stopped)
         yield slice(start, start + at_once)
@@ -288,9 +295,14 @@ def _images(squares: list[Image.Image], tokenizer: OneDPieceTokenizer) -> torch.
 
 @torch.inference_mode()
 def _restore(
-    tokens: torch.Tensor, count: int, size: tuple[int, int], tiled: bool, tokenizer: OneDPieceTokenizer, stopped
+    tokens: torch.Tensor,
+    count: int,
+    size: tuple[int, int],
+    tiled: bool,
+    tokenizer: OneDPieceTokenizer,
+    stopped: StopCheck,
 ) -> Image.Image:
-    """The image that the first `count` of the tokens (tiles, N) stand for, over all tiles, as a PIL image."""
+    """The PIL image of the first `count` of the tokens (tiles, N), over all tiles."""
     lengths, side = tile_lengths(count, len(tokens)), tokenizer.config.sample_size
     width, height = size if tiled else (side, side)
     corners = _corners(width, height, side)

@@ -1,8 +1,10 @@
-"""Words or a class to images with LlamaGen (arXiv:2406.06525): text encoder, token model, image tokenizer."""
+"""Text- and class-conditional LlamaGen (arXiv:2406.06525): text encoder, token model and image tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_integer
 from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive
@@ -15,15 +17,15 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.base import ConditionalPipeline, Images, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
 
 
-def incompatibility(tokenizer: VQTokenizer | OneDPieceTokenizer, transformer: dict) -> str | None:
-    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+def incompatibility(tokenizer: VQTokenizer | OneDPieceTokenizer, transformer: Mapping[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
     codes, vocabulary = tokenizer.config.codebook_size, transformer["vocab_size"]
     if codes != vocabulary:
         return f"the image tokenizer has {codes} codes but the transformer samples from {vocabulary}"
@@ -37,21 +39,21 @@ class LlamaGenPipeline(ConditionalPipeline):
     """Samples images token by token.
 
     Args:
-        image_tokenizer: decodes tokens to pixels, a grid of them or a row, coarse to fine, of which the first few are a
-            image already.
+        image_tokenizer: decodes tokens to pixels: a grid, or a row from coarse to fine whose first tokens are an image.
         transformer: samples tokens; class- or text-conditional.
-        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
-        tokenizer: the text tokenizer that goes with it.
-        drafter: guesses the transformer's next tokens, for `Speculative` and `Lantern` decoding.
-        student: samples all tokens in few calls; only for `Distilled` decoding. It was distilled from the transformer.
+        text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer of that encoder.
+        drafter: drafts tokens for `Speculative` and `Lantern` decoding.
+        student: a student distilled from the transformer, for `Distilled` decoding.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
-        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
-            output's
-            `prompts`; see `fill_unspecified`.
+        prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
+            prompts are in the output.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"
+    drafter: Drafter | None
+    student: DistilledStudent | None
+    model_cpu_offload_seq = "text_encoder->transformer->student->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
     _exclude_from_cpu_offload = ["drafter"]
     _optional_components = ["text_encoder", "tokenizer", "drafter", "student"]
     _callback_tensor_inputs = ["tokens"]
@@ -60,8 +62,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         self,
         image_tokenizer: VQTokenizer | OneDPieceTokenizer,
         transformer: LlamaGen,
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         drafter: Drafter | None = None,
         student: DistilledStudent | None = None,
         default_guidance_scale: float = 4.0,
@@ -92,23 +94,23 @@ class LlamaGenPipeline(ConditionalPipeline):
         if drafter is not None:
             drafter.read_embeddings(transformer)
 
-    def check_number(self, num_tokens: int | None) -> None:
-        """Raises a `StudioError` for a number of first tokens that are no image of this model."""
+    def check_num_tokens(self, num_tokens: int | None) -> None:
+        """Raises a `StudioError` for a number of tokens that this model cannot decode to an image."""
         if num_tokens is None:
             return
         row = self.transformer.config.row_length
         if row is None:
             raise StudioError(
-                "num_tokens is for rows of tokens, coarse to fine, of which the first few are an image: "
-                "this model samples a grid, so leave it out."
+                "num_tokens is for rows of tokens, coarse to fine: this model samples a grid, so leave it out."
             )
         check_integer("num_tokens", num_tokens, 1, row)
 
     def check_distilled(self, settings: Distilled, given: list[str]) -> None:
-        """Raises a `StudioError` where there is no student that fits, or for arguments that it cannot follow.
+        """Raises a `StudioError` if no student fits, or if a student cannot use these arguments.
 
         Args:
-            given: names of the arguments of a call that say how the transformer's tokens are sampled.
+            settings: of the call.
+            given: names of the arguments of the call that apply to the transformer's sampling.
         """
         if self.student is None:
             raise StudioError(
@@ -126,30 +128,33 @@ class LlamaGenPipeline(ConditionalPipeline):
             )
         if given and settings.teacher_steps is None:
             raise StudioError(
-                f"Distilled decoding knows no {', no '.join(given)}: "
-                "a student samples as it was taught, so leave that out, or let the teacher sample some tokens."
+                f"Distilled decoding does not use {', '.join(given)}: "
+                "leave that out, or let the teacher sample some tokens (teacher_steps)."
             )
 
     def check_call(
         self,
-        prompt=None,
+        prompt: str | list[str] | None = None,
         *,
-        class_labels=None,
-        num_images_per_prompt=1,
-        guidance_scale=None,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        cfg_interval=-1,
-        num_tokens=None,
-        decoding=None,
-        output_type="pil",
-        callback_inputs=("tokens",),
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_interval: int = -1,
+        num_tokens: int | None = None,
+        decoding: Autoregressive | Jacobi | FastestExact | Speculative | Distilled | None = None,
+        output_type: str = "pil",
+        callback_inputs: Sequence[str] = ("tokens",),
     ) -> tuple[float, Sampling, Autoregressive | Jacobi | FastestExact | Speculative | Distilled]:
-        """Raises the `StudioError` that a call with these arguments would raise before it samples.
+        """Checks the arguments of a call, whose meaning is that of `__call__`.
 
         Returns:
-            What it would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
+            What the call would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
+
+        Raises:
+            StudioError: arguments that the call cannot use, or components that do not fit together.
         """
         cfg_interval = check_integer("cfg_interval", cfg_interval, -1)
         steering = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -158,8 +163,8 @@ class LlamaGenPipeline(ConditionalPipeline):
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
         if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
-        self.check_number(num_tokens)
+            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
+        self.check_num_tokens(num_tokens)
         settings = Autoregressive() if decoding is None else decoding
         if isinstance(settings, Distilled):
             self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
@@ -175,26 +180,28 @@ class LlamaGenPipeline(ConditionalPipeline):
         return guidance_scale, sampling, settings
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """The first tokens (B, n) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
+        """Decodes the first tokens of images.
 
-        In a grid, what is missing repeats the first token; of a row, any n from 1 on are an image.
+        Args:
+            tokens: (B, n) int64. Missing tokens of a grid repeat the first one; of a row, any n from 1 on are an image.
+            output_type: "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
         """
-        return self.decoded_images(self.image_tokenizer.decode, self._laid_out(tokens), output_type)
+        return self.decoded_images(self.image_tokenizer.decode, self._to_layout(tokens), output_type)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
-        """The first code vectors (B, n, code_dim) to images, as of `decode_tokens`."""
-        vectors = self._laid_out(latents.to(self.image_tokenizer.dtype))
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Images:
+        """Decodes the first code vectors (B, n, code_dim) of images, as `decode_tokens`."""
+        vectors = self._to_layout(latents.to(self.image_tokenizer.dtype))
         return self.decoded_images(self.image_tokenizer.decode_vectors, vectors, output_type)
 
-    def _laid_out(self, sampling: torch.Tensor) -> torch.Tensor:
-        """The first tokens or vectors (B, n, ...) as the image tokenizer has them: a row, or a grid (B, h, w, ...)."""
+    def _to_layout(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first tokens or vectors (B, n, ...) in the image tokenizer's layout: a row, or a grid (B, h, w, ...)."""
         side = self.transformer.config.grid_size
         if side is None:
-            return sampling
-        missing = sampling[:, :1].repeat_interleave(side**2 - sampling.shape[1], dim=1)
-        return torch.cat((sampling, missing), dim=1).unflatten(1, (side, side))
+            return tokens
+        missing = tokens[:, :1].repeat_interleave(side**2 - tokens.shape[1], dim=1)
+        return torch.cat((tokens, missing), dim=1).unflatten(1, (side, side))
 
     @torch.no_grad()
     def __call__(
@@ -214,28 +221,33 @@ class LlamaGenPipeline(ConditionalPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
-            prompt: words, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class numbers, for a class-conditional model.
+            prompt: text, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class indices, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
-            temperature: 0 takes the likeliest token each time.
-            top_k, top_p: keep the k likeliest tokens (0: all), or those that hold probability p (1: all).
+            temperature: at least 0; 0 takes the likeliest token each time.
+            top_k, top_p: keep the k likeliest tokens (0: all), or the nucleus of probability p (1: all).
             cfg_interval: index of the last token but one that is guided; -1 guides all.
             num_tokens: how many tokens to sample of a row, coarse to fine; all when None.
-            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
-            decoding: how tokens are sampled, `Autoregressive()` (when left out), `Jacobi()`, `FastestExact()`,
-                `Speculative()`, `Lantern()`, `LanternPlusPlus()` or `Distilled()`. The last takes guidance and filters
-                with `teacher_steps` only, for those steps.
-            output_type: "pil", "np", "pt", or "tokens" to leave out pixels.
-            callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) after each token that all
-                images have; may return a dict with a changed last token in "tokens", from which sampling goes on.
-                A student's call samples all tokens at once, of which any may be changed: index is that of the last.
+            generator: one per image, or one from which a random stream for each image is derived.
+            decoding: how tokens are sampled: `Autoregressive()` (the default), `Jacobi()`, `FastestExact()`,
+                `Speculative()`, `Lantern()`, `LanternPlusPlus()` or `Distilled()`. The last uses guidance and filters
+                only for its `teacher_steps`.
+            output_type: "pil", "np", "pt", or "tokens", which skips decoding.
+            callback_on_step_end: called as (pipe, index, index, {"tokens": (B, index + 1)}) when all images have
+                a token more; may return a dict with a changed last token in "tokens", with which sampling continues. A
+                student's call samples all tokens at once, and any of them may be changed; index is that of the last.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
 
-        Errors: `StudioError` for a call that cannot be used.
+        Returns:
+            An `ImageTokenPipelineOutput`, or with `return_dict=False` a tuple of images, tokens and stats.
+
+        Raises:
+            StudioError: arguments that cannot be used, or components that do not fit together.
         """
         guidance_scale, sampling, settings = self.check_call(
             prompt,
@@ -255,7 +267,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = inputs
             total = num_tokens or self.transformer.num_tokens
             if isinstance(settings, Distilled):
                 total = settings.reports_for(self.student, num_tokens)
@@ -277,8 +290,16 @@ class LlamaGenPipeline(ConditionalPipeline):
         stats = _stats(sampled, seconds)
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
-    def _sample(self, condition: dict, *, settings, num_tokens: int | None, editable: bool, **call) -> Sampled:
-        """Calls the loop that the settings are of; `editable`: whether `on_step` may change tokens."""
+    def _sample(
+        self,
+        condition: dict[str, torch.Tensor],
+        *,
+        settings: Autoregressive | Jacobi | FastestExact | Speculative | Distilled,
+        num_tokens: int | None,
+        editable: bool,
+        **call: Any,
+    ) -> Sampled:
+        """Calls the loop of these settings; `editable`: whether `on_step` may change tokens."""
         call["settings"] = settings
         if isinstance(settings, Speculative):
             codebook = self.image_tokenizer.quantize.embedding.weight
@@ -293,7 +314,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             return loop(self.transformer, condition, num_tokens=num_tokens, editable=editable, **call)
         return autoregressive(self.transformer, condition, num_tokens=num_tokens, **call)
 
-    def _images(self, sampled: Sampled, output_type: str):
+    def _images(self, sampled: Sampled, output_type: str) -> Images:
         """Images of complete or interrupted samples."""
         if isinstance(sampled, DistilledOutput):
             return self.decode_latents(sampled.latents, output_type)

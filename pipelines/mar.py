@@ -1,16 +1,18 @@
-"""Words or a class to images with MAR (arXiv:2406.11838): text encoder, masked autoencoder, KL autoencoder."""
+"""Text- and class-conditional MAR (arXiv:2406.11838): text encoder, masked autoencoder and KL autoencoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
 from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
-from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.base import ConditionalPipeline, Images, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.kl import KLTokenizer
@@ -24,19 +26,18 @@ class MARPipeline(ConditionalPipeline):
     Args:
         image_tokenizer: decodes latents to pixels.
         transformer: samples tokens; class- or text-conditional.
-        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
-        tokenizer: the text tokenizer that goes with it.
+        text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer of that encoder.
         drafter: a smaller `MAR` over the same tokens and conditions, for `ContinuousSpeculative` decoding.
         default_guidance_scale, default_temperature, default_num_inference_steps, default_diffusion_steps: used where a
-            call
-            leaves them out. Steps are calls of the transformer, diffusion steps those that denoise a token.
+            call leaves them out. Inference steps are calls of the transformer, diffusion steps denoise a token.
         lowercase_prompts: whether prompts are lowercased first.
-        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
-            output's
-            `prompts`; see `fill_unspecified`.
+        prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
+            prompts are in the output.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    drafter: MAR | None
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
     _exclude_from_cpu_offload = ["drafter"]
     _optional_components = ["text_encoder", "tokenizer", "drafter"]
     _callback_tensor_inputs = ["tokens", "positions"]
@@ -45,8 +46,8 @@ class MARPipeline(ConditionalPipeline):
         self,
         image_tokenizer: KLTokenizer,
         transformer: MAR,
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         drafter: MAR | None = None,
         default_guidance_scale: float = 3.0,
         default_temperature: float = 1.0,
@@ -75,21 +76,24 @@ class MARPipeline(ConditionalPipeline):
 
     def check_call(
         self,
-        prompt=None,
+        prompt: str | list[str] | None = None,
         *,
-        class_labels=None,
-        num_images_per_prompt=1,
-        guidance_scale=None,
-        temperature=None,
-        num_inference_steps=None,
-        decoding=None,
-        output_type="pil",
-        callback_inputs=("tokens",),
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        num_inference_steps: int | None = None,
+        decoding: MaskedAutoregressive | None = None,
+        output_type: str = "pil",
+        callback_inputs: Sequence[str] = ("tokens",),
     ) -> tuple[float, float, MaskedAutoregressive]:
-        """Raises the `StudioError` that a call with these arguments would raise before it samples.
+        """Checks the arguments of a call, whose meaning is that of `__call__`.
 
         Returns:
-            What it would sample with: guidance scale, temperature and decoding, with this pipeline's defaults.
+            What the call would sample with: guidance scale, temperature and decoding, with this pipeline's defaults.
+
+        Raises:
+            StudioError: arguments that the call cannot use, or components that do not fit together.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
@@ -112,7 +116,7 @@ class MARPipeline(ConditionalPipeline):
         return guidance_scale or 1.0, temperature, settings
 
     def _check_components(self, settings: MaskedAutoregressive, temperature: float) -> None:
-        """Raises a `StudioError` for components that do not fit together, or that the decoding cannot work with."""
+        """Raises a `StudioError` for components that do not fit together or do not fit the decoding."""
         ours = self.transformer.config
         numbers, latents = ours.token_dim // ours.patch_size**2, self.image_tokenizer.latent_channels
         if numbers != latents:
@@ -133,20 +137,21 @@ class MARPipeline(ConditionalPipeline):
                 )
         check_pair(self.transformer, self.drafter, settings, temperature)
 
-    def validation_warning(self, decoding) -> str | None:
+    def validation_warning(self, decoding: MaskedAutoregressive | None) -> str | None:
+        """As of the base class, for settings of `ContinuousSpeculative`."""
         if not isinstance(decoding, ContinuousSpeculative):
             return None
         return self._filled(decoding).validation_warning(self.transformer.num_tokens)
 
     def _filled(self, settings: MaskedAutoregressive, num_inference_steps: int | None = None) -> MaskedAutoregressive:
-        """The settings with this pipeline's numbers where none were given."""
+        """The settings, with this pipeline's defaults where they are None."""
         config = self.config
         steps = config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         return settings.filled(steps=steps, diffusion_steps=config.default_diffusion_steps)
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """Tokens (B, L, D) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
+        """Decodes tokens (B, L, D); "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
         latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
         return self.decoded_images(self.image_tokenizer.decode, latents, output_type)
 
@@ -165,26 +170,31 @@ class MARPipeline(ConditionalPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
-            prompt: words, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class numbers, for a class-conditional model.
+            prompt: text, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class indices, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
-            temperature: multiplies the standard deviation of every denoising step; 0 leaves out their noise.
-            num_inference_steps: calls of the transformer, at most one a token; more give better images.
-            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
-            decoding: how tokens are sampled, `MaskedAutoregressive()` (when left out) or `ContinuousSpeculative()`.
-            output_type: "pil", "np", "pt", or "tokens" to leave out pixels; `transformer.unpatchify` makes latents of
-                tokens.
+            temperature: factor on the standard deviation of every denoising step; 0 adds no noise.
+            num_inference_steps: calls of the transformer, 1 to the number of tokens; more give better images.
+            generator: one per image, or one from which a random stream for each image is derived.
+            decoding: how tokens are sampled: `MaskedAutoregressive()` (the default) or `ContinuousSpeculative()`.
+            output_type: "pil", "np", "pt", or "tokens", which skips decoding; `transformer.unpatchify` turns them into
+                latents.
             callback_on_step_end: called as (pipe, index, index, {"tokens": (B, L, D)}) after each step whose tokens are
-                final; those not yet sampled are 0. "positions" (B, k) are those that the step drew. It may return a
-                dict with changed "tokens", from which sampling goes on. With `ContinuousSpeculative` a step ends when
-                its drafts are verified.
+                final; tokens that are not sampled yet are 0. "positions" (B, k) are those that the step sampled. It may
+                return a dict with changed "tokens", with which sampling continues. With `ContinuousSpeculative` a step
+                ends when its drafts are verified.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
 
-        Errors: `StudioError` for a call that cannot be used.
+        Returns:
+            An `ImageTokenPipelineOutput`, or with `return_dict=False` a tuple of images, tokens and stats.
+
+        Raises:
+            StudioError: arguments that cannot be used, or components that do not fit together.
         """
         guidance_scale, temperature, settings = self.check_call(
             prompt,
@@ -205,7 +215,8 @@ class MARPipeline(ConditionalPipeline):
         final = 0
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = inputs
             call = {
                 "generators": generators,
                 "guidance_scale": guidance_scale,
@@ -230,7 +241,9 @@ class MARPipeline(ConditionalPipeline):
         stats = _stats(sampled, final, seconds)
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
-    def _sample(self, condition: dict, on_step: Callable, is_speculative: bool, call: dict) -> MaskedOutput:
+    def _sample(
+        self, condition: dict[str, torch.Tensor], on_step: Callable, is_speculative: bool, call: dict[str, Any]
+    ) -> MaskedOutput:
         if not is_speculative:
             return masked_autoregressive(self.transformer, condition, on_step=on_step, **call)
         return continuous_speculative(

@@ -1,4 +1,4 @@
-"""The `.odp` file: the token numbers of an image, packed, with at most 32 bytes around them.
+"""The `.odp` file: the packed tokens of an image, with at most 32 bytes around them.
 
 | bytes | content |
 |---|---|
@@ -10,14 +10,15 @@
 | 1-3, 1-3 | width and height of the image in pixels |
 | 1-4 | number n of tokens |
 | ceil(bits n / 8) | token numbers, highest bit first, the last byte filled up with zeros |
-| 4 | CRC-32 of everything before |
+| 4 | CRC-32 of all bytes before |
 
 Checksums are big-endian; width, height and n are written in groups of seven bits, lowest first, with 128 added to all
-but the last (LEB128). Scope: bytes. What the tokens mean is in `studio.pipelines.image_codec`.
+but the last (LEB128). Scope: bytes. `studio.pipelines.image_codec` encodes and decodes images.
 """
 
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +45,12 @@ class OdpFile:
         tokenizer: name of the bundled tokenizer, or empty.
         checksum: of the tokenizer's weights, 32 bits.
         width, height: size of the image in pixels.
-        tiled: whether the tokens are those of tiles, one after the other.
+        tiled: whether the image is cut into tiles, whose tokens follow one another.
         bits: of a token number.
         tokens: the numbers (n,).
 
-    Errors: `StudioError` for what the format cannot hold.
+    Raises:
+        StudioError: values that the format cannot hold.
     """
 
     tokenizer: str
@@ -73,7 +75,7 @@ class OdpFile:
             raise StudioError(f"Not all token numbers fit into {self.bits} bits.")
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """The bytes of the file."""
         content = self._header() + pack(self.tokens, self.bits)
         return content + _crc(content)
 
@@ -83,10 +85,15 @@ class OdpFile:
         return payload_bytes(len(self.tokens), self.bits)
 
     @classmethod
-    def from_bytes(cls, data: bytes, name="The file") -> "OdpFile":
-        """Read a file; `name` is what messages call it.
+    def from_bytes(cls, data: bytes, name: str = "The file") -> "OdpFile":
+        """Parses the bytes of a file.
 
-        Errors: `StudioError` for bytes that are no such file, of a later version, cut short, or damaged.
+        Args:
+            data: the bytes.
+            name: of the file in messages.
+
+        Raises:
+            StudioError: bytes that are not an `.odp` file, of a later version, truncated or damaged.
         """
         if not isinstance(data, bytes | bytearray | memoryview):
             raise StudioError(f"{name} must be given as bytes, not as a {type(data).__name__}.")
@@ -102,17 +109,17 @@ class OdpFile:
         reader = _Reader(data[:-_CHECKSUM_BYTES], len(MAGIC) + 1)
         damaged = f"{name} is not a whole .odp file: its header does not fit its content."
         try:
-            *header, count = reader.header()
+            tokenizer, checksum, width, height, tiled, bits, count = reader.header()
         except ValueError as error:
             raise StudioError(damaged) from error
         if count > MOST_TOKENS:
             raise StudioError(f"{name} says that it holds {count} tokens: at most {MOST_TOKENS} are read.")
         try:
-            bits = header[-1]
             payload = reader.take(payload_bytes(count, bits))
             if reader.place != len(reader.data):
                 raise ValueError("more bytes than tokens")
-            file = cls(*header, tuple(unpack(payload, bits, count)))
+            tokens = tuple(unpack(payload, bits, count))
+            file = cls(tokenizer, checksum, width, height, tiled, bits, tokens)
             if file.to_bytes() != data:
                 raise ValueError("another way of writing the same")
         except ValueError as error:
@@ -133,13 +140,13 @@ class OdpFile:
 
 
 class _Reader:
-    """Bytes taken one after the other; `ValueError` where there are no more."""
+    """Reads bytes in order; raises `ValueError` at the end."""
 
     def __init__(self, data: bytes, place: int):
         self.data, self.place = data, place
 
     def header(self) -> tuple[str, int, int, int, bool, int, int]:
-        """The fields of an `OdpFile` but its tokens, and how many of these there are."""
+        """The fields of an `OdpFile` without its tokens, and the number of tokens."""
         flags, name_length = self.take(1)[0], self.take(1)[0]
         bits = flags & ~_TILED
         if not 1 <= bits <= _MOST_BITS:
@@ -150,6 +157,7 @@ class _Reader:
         return tokenizer, checksum, width, height, bool(flags & _TILED), bits, count
 
     def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
         taken = self.data[self.place : self.place + count]
         if len(taken) < count:
             raise ValueError("too few bytes")
@@ -157,6 +165,7 @@ class _Reader:
         return taken
 
     def number(self, most_bytes: int) -> int:
+        """The next LEB128 number, of at most so many bytes."""
         value = 0
         for index in range(most_bytes):
             byte = self.take(1)[0]
@@ -167,12 +176,12 @@ class _Reader:
 
 
 def payload_bytes(count: int, bits: int) -> int:
-    """Bytes of that many token numbers of so many bits."""
+    """Number of bytes that hold `count` tokens of `bits` bits."""
     return -(-count * bits // 8)
 
 
-def pack(tokens, bits: int) -> bytes:
-    """Token numbers (n,) as bits, highest first, filled up with zeros to whole bytes."""
+def pack(tokens: Sequence[int], bits: int) -> bytes:
+    """Tokens (n,) as bits, highest first, padded with zeros to whole bytes."""
     numbers = np.asarray(tokens, dtype=np.int32)
     places = np.arange(bits - 1, -1, -1, dtype=np.int32)
     parts = [numbers[start : start + _AT_ONCE, None] for start in range(0, len(numbers), _AT_ONCE)]
@@ -180,7 +189,7 @@ def pack(tokens, bits: int) -> bytes:
 
 
 def unpack(data: bytes, bits: int, count: int) -> list[int]:
-    """The first `count` token numbers of packed bytes."""
+    """The first `count` tokens of packed bytes."""
     packed, values = np.frombuffer(data, dtype=np.uint8), 1 << np.arange(bits - 1, -1, -1, dtype=np.int32)
     numbers: list[int] = []
     for start in range(0, count, _AT_ONCE):

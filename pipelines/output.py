@@ -1,25 +1,29 @@
-"""What a pipeline call returns."""
+"""Return values of pipelines."""
 
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import BaseOutput
+from PIL import Image
+
+Images = list[Image.Image] | np.ndarray | torch.Tensor
+"""Images as PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W), or their tokens."""
 
 
 @dataclass
 class DecodingStats(BaseOutput):
-    """What a call cost.
+    """Cost of a call.
 
     Args:
         target_calls: calls of the transformer, and of a student, for the whole batch.
         tokens: image tokens sampled, over all images.
         mean_accepted_length: tokens of an image per call (1.0 for plain autoregressive decoding).
-        seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total"; and what "decode" is made
-            of, where a decoding tells: "transformer" and "head", or "target" and "draft".
-        acceptance: share of the drafted tokens that were accepted, where a decoding tells.
-        decoding: the name of the decoding that was taken, where the settings left that open.
-        window: tokens that a call read for each image, in Jacobi decoding.
+        seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total"; with some decodings also
+            the parts of "decode": "transformer" and "head", or "target" and "draft".
+        acceptance: fraction of the drafted tokens that were accepted, with decodings that draft.
+        decoding: name of the decoding, where the settings leave it to `FastestExact`.
+        window: tokens that a call reads for each image, in Jacobi decoding.
     """
 
     target_calls: int
@@ -33,17 +37,17 @@ class DecodingStats(BaseOutput):
 
 @dataclass
 class ImageTokenPipelineOutput(BaseOutput):
-    """Images and the tokens they were decoded from.
+    """Images and their tokens.
 
     Args:
-        images: a list of PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens again.
-        tokens: (B, n) int64, a grid in raster order, or a row; n is below its size only for an interrupted call, and
-            where fewer were asked for. Continuous ones are (B, L, D) float32, 0 where an interrupted call did not come.
+        images: PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the tokens (`output_type`).
+        tokens: (B, n) int64, a grid in raster order or a row; fewer than all only after an interrupted call or with
+            `num_tokens`. Continuous tokens are (B, L, D) float32, 0 where an interrupted call did not sample.
         stats: see `DecodingStats`.
-        prompts: the words that each image was sampled from, what its prompt left open included; None without words.
+        prompts: the completed prompt of each image; None for classes.
     """
 
-    images: Any
+    images: Images
     tokens: torch.Tensor
     stats: DecodingStats
     prompts: list[str] | None = None

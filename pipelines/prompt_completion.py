@@ -1,8 +1,8 @@
-"""What a prompt leaves open, chosen before an image is sampled.
+"""Completes prompts: samples the attributes that a prompt leaves unspecified, before its image is sampled.
 
-A model may have learned images that differ in a few named ways, such as style and background. The distribution of an
-image given words that leave one of them open is a mixture over its values; to sample from a mixture is to sample the
-value first, then the image given it. A small model does that second part much better than both at once.
+Images of a training set may differ in a few named attributes, such as style and background. Given a prompt that leaves
+an attribute unspecified, the distribution of images is a mixture over its values. Sampling the value first and then the
+image samples from this mixture, and a small model does this much better than without the value.
 """
 
 import re
@@ -14,11 +14,11 @@ from studio.errors import StudioError
 _LONGEST, _MOST_OPTIONAL = 500, 10
 
 
-def check_prompt_completion(choices) -> None:
-    """Raises a `StudioError` for choices that are not as `fill_unspecified` takes them."""
+def check_prompt_completion(choices: list[dict] | None) -> None:
+    """Raises a `StudioError` for choices that `fill_unspecified` cannot use."""
     try:
         valid = all(
-            _ends(choice["named"]) and choice["one_of"] and all(isinstance(way, str) for way in choice["one_of"])
+            _is_fast(choice["named"]) and choice["one_of"] and all(isinstance(way, str) for way in choice["one_of"])
             for choice in choices or ()
         )
     except (TypeError, KeyError, re.error, OverflowError, RecursionError):
@@ -30,10 +30,10 @@ def check_prompt_completion(choices) -> None:
         )
 
 
-def _ends(pattern: str) -> bool:
-    """Whether a regular expression surely takes little time: words, of which few are optional, with space between.
+def _is_fast(pattern: str) -> bool:
+    """Whether a regular expression is certain to be fast: words with white space between, few of them optional.
 
-    Backtracking over anything that is repeated, or over many optional parts, may take for ever.
+    Backtracking over repeated parts, or over many optional ones, may take exponential time.
     """
     plain = re.sub(r"\\s[+*]|\\.|\(\?", "", pattern)
     bounded = len(pattern) <= _LONGEST and not re.search(r"[*+{]", plain) and plain.count("?") <= _MOST_OPTIONAL
@@ -41,13 +41,13 @@ def _ends(pattern: str) -> bool:
 
 
 def fill_unspecified(prompt: str, choices: list[dict], generator: torch.Generator) -> str:
-    """The prompt with a phrase for everything that it leaves open.
+    """The prompt, with a phrase for every attribute that it leaves unspecified.
 
     Args:
-        prompt: the words.
-        choices: what there is to choose, in the order of a caption: `named`, a regular expression that finds the place
-            where a prompt (in any case) names it, and `one_of`, phrases that are all as likely.
-        generator: chooses; it is not used where nothing is open.
+        prompt: the text.
+        choices: the attributes in the order of a caption: `named`, a regular expression that finds the attribute in a
+            prompt (case-insensitive), and `one_of`, its equally likely phrases.
+        generator: samples the phrases; it is not used where nothing is unspecified.
     """
     prompt = re.sub(r"\s+", " ", prompt)  # what a pattern may repeat is then one space at most
     for index, choice in enumerate(choices):
@@ -62,6 +62,6 @@ def fill_unspecified(prompt: str, choices: list[dict], generator: torch.Generato
     return prompt
 
 
-def _place(prompt, choice):
+def _place(prompt: str, choice: dict) -> int | None:
     found = re.search(choice["named"], prompt, re.IGNORECASE)
-    return found and found.start()
+    return found.start() if found else None

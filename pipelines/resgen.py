@@ -1,8 +1,10 @@
-"""Words or a class to images with ResGen (arXiv:2412.10208): stacks of residual codes, in any number of calls."""
+"""Text- and class-conditional ResGen (arXiv:2412.10208): stacks of residual codes in any number of calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
 from studio.decoding.sampling import Sampling
@@ -15,8 +17,8 @@ from studio.pipelines.residual import ResidualPipeline, first_difference
 from studio.tokenizers.rvq import RVQTokenizer
 
 
-def incompatibility(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
-    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+def incompatibility(tokenizer: RVQTokenizer, transformer: Mapping[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
     config, tables = tokenizer.config, tokenizer.codebooks
     rows, columns = tokenizer.pixels_per_cell
     compared = [
@@ -30,30 +32,28 @@ def incompatibility(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
 
 
 class ResGenPipeline(ResidualPipeline):
-    """Samples all levels of many cells at a time; the number of calls does not depend on the depth.
+    """Samples all levels of many cells at once; the number of calls does not depend on the depth.
 
     Args:
-        image_tokenizer: quantises what is predicted, and decodes codes to pixels.
-        transformer: predicts what is hidden; class- or text-conditional.
-        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
-        tokenizer: the text tokenizer that goes with it.
+        image_tokenizer: quantises the predictions and decodes codes to pixels.
+        transformer: predicts the hidden levels; class- or text-conditional.
+        text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_inference_steps: used
-            where a call
-            leaves them out.
+            where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
-        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
-            output's
-            `prompts`; see `fill_unspecified`.
+        prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
+            prompts are in the output.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer"
+    model_cpu_offload_seq = "text_encoder->transformer"  # type: ignore[assignment]  # None in diffusers
 
     def __init__(
         self,
         image_tokenizer: RVQTokenizer,
         transformer: ResGen,
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         default_guidance_scale: float = 3.0,
         default_temperature: float = 1.0,
         default_top_k: int = 0,
@@ -79,28 +79,31 @@ class ResGenPipeline(ResidualPipeline):
 
     def check_call(
         self,
-        prompt=None,
+        prompt: str | list[str] | None = None,
         *,
-        class_labels=None,
-        num_images_per_prompt=1,
-        guidance_scale=None,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        decoding=None,
-        output_type="pil",
-        callback_inputs=("tokens",),
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        decoding: ResidualSteps | None = None,
+        output_type: str = "pil",
+        callback_inputs: Sequence[str] = ("tokens",),
     ) -> tuple[float, Sampling, ResidualSteps]:
-        """Raises the `StudioError` that a call with these arguments would raise before it samples.
+        """Checks the arguments of a call, whose meaning is that of `__call__`.
 
         Returns:
-            What it would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
+            What the call would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
+
+        Raises:
+            StudioError: arguments that the call cannot use, or components that do not fit together.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
         if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
+            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, ResidualSteps):
             raise StudioError(
                 "ResGen samples with ResGenDecoding (resgen) or FirstHitting (first-hitting) decoding, "
@@ -128,28 +131,31 @@ class ResGenPipeline(ResidualPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["ResGenPipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
-            prompt: words, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class numbers, for a class-conditional model.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598) at the last call, to which it rises from 1; 1
-                (or 0) turns it off.
-            temperature: of the choice of a component, and of the spread around its mean; 0 takes the likeliest mean.
-            top_k, top_p: keep the k likeliest components (0: all), or those that hold probability p (1: all).
-            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
-            decoding: which codes stay when, and after how many calls all do: `ResGenDecoding()` (when left out), the
-                most confident first, or `FirstHitting()`, in a random order.
-            output_type: "pil", "np", "pt", or "tokens" for the codes alone.
-            callback_on_step_end: called after each step as (pipeline, step, step, {"tokens": codes (B, L, D)}), -1
-                where nothing is shown yet; may return a dict with changed "tokens", from which sampling goes on.
+            prompt: text, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class indices, for a class-conditional model.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598); rises from 1 at the first call to this at the
+                last; 1 (or 0) turns it off.
+            temperature: of the choice of a component, and a factor on the spread around its mean; 0 takes the likeliest
+                mean.
+            top_k, top_p: keep the k likeliest components (0: all), or the nucleus of probability p (1: all).
+            generator: one per image, or one from which a random stream for each image is derived.
+            decoding: how many calls there are and which codes each of them keeps: `ResGenDecoding()` (the default), the
+                most confident first, or `FirstHitting()`, in random order.
+            output_type: "pil", "np", "pt", or "tokens", which skips decoding.
+            callback_on_step_end: called after each step as (pipe, step, step, {"tokens": codes (B, L, D)}), -1 where
+                nothing is sampled yet; may return a dict with changed "tokens", with which sampling continues.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
 
         Returns:
-            An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not come.
+            An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not sample.
 
-        Errors: `StudioError` for arguments that cannot be used, and for parts that do not fit.
+        Raises:
+            StudioError: arguments that cannot be used, or components that do not fit together.
         """
         guidance_scale, sampling, settings = self.check_call(
             prompt,
@@ -167,7 +173,8 @@ class ResGenPipeline(ResidualPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = inputs
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 sampled = resgen_decoding(

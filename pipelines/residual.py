@@ -1,15 +1,16 @@
-"""What pipelines share that sample stacks of residual codes."""
+"""The base of pipelines that sample stacks of residual codes."""
 
 from functools import partial
 
 import torch
 
-from studio.pipelines.base import ConditionalPipeline
+from studio.pipelines.base import ConditionalPipeline, Images
 
 
 class ResidualPipeline(ConditionalPipeline):
-    """Base of a pipeline whose `image_tokenizer` is an `RVQTokenizer`, which the loop needs as well: its tokens are
-    codes (B, L, D) of all cells of an image, coarse to fine.
+    """Base of a pipeline whose `image_tokenizer` is an `RVQTokenizer`, which the decoding loop needs too.
+
+    Tokens are codes (B, L, D) of all cells of an image, coarse to fine.
     """
 
     _optional_components = ["text_encoder", "tokenizer"]
@@ -17,10 +18,13 @@ class ResidualPipeline(ConditionalPipeline):
     _callback_tensor_inputs = ["tokens"]
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil", depth: int | None = None):
-        """Codes (B, L, D) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil", depth: int | None = None) -> Images:
+        """Decodes codes to images.
 
-        A code that was not sampled, -1, adds nothing to its cell; of all others the first `depth` levels count.
+        Args:
+            tokens: (B, L, D) int64; a code of -1 adds nothing to its cell.
+            output_type: "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+            depth: use the first levels only, 1 to D; all when None.
         """
         config = self.image_tokenizer.config
         rows = config.sample_size // self.image_tokenizer.pixels_per_cell[0]
@@ -28,8 +32,8 @@ class ResidualPipeline(ConditionalPipeline):
         return self.decoded_images(decode, tokens.unflatten(1, (rows, -1)), output_type)
 
 
-def first_difference(compared: list[tuple]) -> str | None:
-    """Of (name, what the tokenizer has, what the transformer has), the first that differ, in words; else None."""
+def first_difference(compared: list[tuple[str, object, object]]) -> str | None:
+    """Describes the first difference among (name, value of the tokenizer, value of the transformer), or None."""
     for name, ours, sampled in compared:
         if ours != sampled:
             return f"the image tokenizer has {name} {ours}, the transformer {sampled}"

@@ -1,8 +1,10 @@
-"""Words or a class to images with RQ-Transformer (arXiv:2203.01941): stacks of residual codes, one after another."""
+"""Text- and class-conditional RQ-Transformer (arXiv:2203.01941): stacks of residual codes, cell by cell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.decoding.rq_transformer import RQDecoding, rq_decoding
 from studio.decoding.sampling import Sampling
@@ -15,8 +17,8 @@ from studio.pipelines.residual import ResidualPipeline, first_difference
 from studio.tokenizers.rvq import RVQTokenizer
 
 
-def incompatibility(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
-    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+def incompatibility(tokenizer: RVQTokenizer, transformer: Mapping[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
     side, cell, codes = tokenizer.config.sample_size, tokenizer.pixels_per_cell, transformer["vocab_size"]
     sampled = [codes] * transformer["depth"] if isinstance(codes, int) else list(codes)
     compared = [
@@ -32,32 +34,32 @@ def incompatibility(tokenizer: RVQTokenizer, transformer: dict) -> str | None:
 class RQTransformerPipeline(ResidualPipeline):
     """Samples images cell by cell, and each cell level by level.
 
-    A call of the transformer, in the stats, is one of the spatial transformer: it gives a whole stack of codes, each of
-    which is a call of the small depth transformer.
+    The stats count calls of the spatial transformer. Each gives a whole stack of codes, with one call of the small
+    depth transformer per code.
 
     Args:
-        image_tokenizer: gives the transformer its code vectors, and decodes codes to pixels.
-        transformer: samples codes; conditional on a class (of one, without a condition) or on a text encoder.
-        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
-        tokenizer: the text tokenizer that goes with it.
+        image_tokenizer: has the code vectors that the transformer reads, and decodes codes to pixels.
+        transformer: samples codes; class-conditional (with one class: unconditional) or text-conditional.
+        text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
-        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
-            output's
-            `prompts`; see `fill_unspecified`.
+        prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
+            prompts are in the output.
 
-    Errors: `StudioError` for a transformer with words of its own, which have no text tokenizer here.
+    Raises:
+        StudioError: a transformer with word embeddings of its own (`caption_words`), for which there is no tokenizer.
     """
 
-    model_cpu_offload_seq = "text_encoder"
+    model_cpu_offload_seq = "text_encoder"  # type: ignore[assignment]  # None in diffusers
     _exclude_from_cpu_offload = ["image_tokenizer", "transformer"]
 
     def __init__(
         self,
         image_tokenizer: RVQTokenizer,
         transformer: RQTransformer,
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         default_guidance_scale: float = 1.0,
         default_temperature: float = 1.0,
         default_top_k: int = 0,
@@ -68,8 +70,8 @@ class RQTransformerPipeline(ResidualPipeline):
         super().__init__()
         if transformer.config.caption_words is not None:
             raise StudioError(
-                "This RQ-Transformer reads words as numbers of its own, which no pipeline can tell: sample with "
-                "studio.decoding.rq_transformer, or take one of classes or of a text encoder."
+                "This RQ-Transformer has word embeddings of its own and no text tokenizer: sample with "
+                "studio.decoding.rq_transformer, or use a model of classes or of a text encoder."
             )
         self.register_modules(
             image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
@@ -86,31 +88,33 @@ class RQTransformerPipeline(ResidualPipeline):
 
     def check_call(
         self,
-        prompt=None,
+        prompt: str | list[str] | None = None,
         *,
-        class_labels=None,
-        num_images_per_prompt=1,
-        guidance_scale=None,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        decoding=None,
-        output_type="pil",
-        callback_inputs=("tokens",),
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        decoding: RQDecoding | None = None,
+        output_type: str = "pil",
+        callback_inputs: Sequence[str] = ("tokens",),
     ) -> tuple[float, Sampling | tuple[Sampling, ...], RQDecoding]:
-        """Raises the `StudioError` that a call with these arguments would raise before it samples.
+        """Checks the arguments of a call, whose meaning is that of `__call__`.
 
         Returns:
-            What it would sample with: guidance scale, sampling (one for all levels, or one of each) and decoding, with
-            this pipeline's defaults.
+            What the call would sample with, defaults filled in: guidance scale, sampling (one, or one for each
+            level) and decoding.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
         if guidance_scale not in (0, 1) and not self.takes_text:
-            raise StudioError("This model has no null class to guide with: leave out guidance_scale, or give 1.")
+            raise StudioError(
+                "This model has no null class, so it cannot use guidance: leave out guidance_scale, or give 1."
+            )
         if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
+            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, RQDecoding):
             raise StudioError(f"RQ-Transformer samples with RQDecoding (rq) decoding, not {type(decoding).__name__}.")
         settings, depth = decoding or RQDecoding(), self.transformer.config.depth
@@ -140,27 +144,29 @@ class RQTransformerPipeline(ResidualPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["RQTransformerPipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
-            prompt: words, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class numbers, for a class-conditional model; 0 for one without a condition.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598) of words; 1 (or 0) turns it off.
+            prompt: text, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class indices, for a class-conditional model; 0 for an unconditional one.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598), for text only; 1 (or 0) turns it off.
             temperature: 0 takes the likeliest code each time.
-            top_k, top_p: keep the k likeliest codes (0: all), or those that hold probability p (1: all).
-            generator: one per image, or one for all (each image then gets a stream of its own derived from it).
-            decoding: `RQDecoding()`, which may say how each level is sampled.
-            output_type: "pil", "np", "pt", or "tokens" for the codes alone.
-            callback_on_step_end: called after each cell as (pipeline, cell, cell, {"tokens": codes (B, L, D)}), -1
-                where nothing is sampled yet; may return a dict with "tokens" in which that cell is changed, from which
-                sampling goes on.
+            top_k, top_p: keep the k likeliest codes (0: all), or the nucleus of probability p (1: all).
+            generator: one per image, or one from which a random stream for each image is derived.
+            decoding: `RQDecoding()`, which may have a sampling for each level.
+            output_type: "pil", "np", "pt", or "tokens", which skips decoding.
+            callback_on_step_end: called after each cell as (pipe, cell, cell, {"tokens": codes (B, L, D)}), -1 where
+                nothing is sampled yet; may return a dict with "tokens" in which that cell is changed, with which
+                sampling continues.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
 
         Returns:
-            An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not come.
+            An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not sample.
 
-        Errors: `StudioError` for arguments that cannot be used, and for parts that do not fit.
+        Raises:
+            StudioError: arguments that cannot be used, or components that do not fit together.
         """
         guidance_scale, sampling, _ = self.check_call(
             prompt,
@@ -178,7 +184,8 @@ class RQTransformerPipeline(ResidualPipeline):
         seconds = {"prefill": 0.0}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = inputs
             with self.progress_bar(total=self.transformer.num_tokens) as progress, timed(seconds, "decode"):
                 tokens = rq_decoding(
                     self.transformer,

@@ -1,21 +1,23 @@
-"""Words or a class to images with TokenBridge (arXiv:2503.16430): masked cells, sampled dimension by dimension."""
+"""Text- and class-conditional TokenBridge (arXiv:2503.16430): masked cells, sampled dimension by dimension."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.decoding.sampling import Sampling
 from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
-from studio.pipelines.base import ConditionalPipeline, timed
+from studio.pipelines.base import ConditionalPipeline, Images, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
 
-def incompatibility(tokenizer: TokenBridgeTokenizer, transformer: dict) -> str | None:
-    """What keeps a tokenizer from a transformer of this configuration, in words; None where they fit."""
+def incompatibility(tokenizer: TokenBridgeTokenizer, transformer: Mapping[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
     for name, ours, sampled in (
         ("tokens a cell", tokenizer.dimensions, transformer["token_dim"]),
         ("levels", tokenizer.config.levels, transformer["levels"]),
@@ -30,18 +32,17 @@ class TokenBridgePipeline(ConditionalPipeline):
     """Samples images a few cells at a time.
 
     Args:
-        image_tokenizer: gives levels their values, and decodes cells to pixels.
+        image_tokenizer: has the values of levels, and decodes cells to pixels.
         transformer: samples cells; class- or text-conditional.
-        text_encoder: any encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
-        tokenizer: the text tokenizer that goes with it.
+        text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
+        tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_num_inference_steps: used where a call leaves them out.
         lowercase_prompts: whether prompts are lowercased first.
-        prompt_completion: what is chosen at random for an image where its prompt leaves it open, and said in the
-            output's
-            `prompts`; see `fill_unspecified`.
+        prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
+            prompts are in the output.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["tokens"]
 
@@ -49,8 +50,8 @@ class TokenBridgePipeline(ConditionalPipeline):
         self,
         image_tokenizer: TokenBridgeTokenizer,
         transformer: TokenBridge,
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         default_guidance_scale: float = 3.0,
         default_temperature: float = 1.0,
         default_num_inference_steps: int = 64,
@@ -72,29 +73,32 @@ class TokenBridgePipeline(ConditionalPipeline):
 
     def check_call(
         self,
-        prompt=None,
+        prompt: str | list[str] | None = None,
         *,
-        class_labels=None,
-        num_images_per_prompt=1,
-        guidance_scale=None,
-        temperature=None,
-        top_k=0,
-        top_p=1.0,
-        decoding=None,
-        output_type="pil",
-        callback_inputs=("tokens",),
+        class_labels: int | list[int] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        decoding: DimensionWise | None = None,
+        output_type: str = "pil",
+        callback_inputs: Sequence[str] = ("tokens",),
     ) -> tuple[float, Sampling, DimensionWise]:
-        """Raises the `StudioError` that a call with these arguments would raise before it samples.
+        """Checks the arguments of a call, whose meaning is that of `__call__`.
 
         Returns:
-            What it would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
+            What the call would sample with: guidance scale, sampling and decoding, with this pipeline's defaults.
+
+        Raises:
+            StudioError: arguments that the call cannot use, or components that do not fit together.
         """
         config = self.config
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
         if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The parts of this pipeline do not fit together: {mismatch}.")
+            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, DimensionWise):
             raise StudioError(
                 f"TokenBridge samples with DimensionWise (bridge) decoding, not {type(decoding).__name__}."
@@ -105,10 +109,12 @@ class TokenBridgePipeline(ConditionalPipeline):
         return guidance_scale or 1.0, sampling, settings
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil"):
-        """Tokens (B, L, D) to images; "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
+    def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
+        """Decodes tokens to images.
 
-        A cell that was not sampled, -1, has the level nearest to 0 in all dimensions.
+        Args:
+            tokens: (B, L, D) int64; cells that are not sampled, -1, get the level nearest to 0 in all dimensions.
+            output_type: "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
         """
         side = self.transformer.config.grid_size
         nothing = self.image_tokenizer.quantizer.encode(torch.zeros((), device=tokens.device))
@@ -131,25 +137,28 @@ class TokenBridgePipeline(ConditionalPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["TokenBridgePipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("tokens",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
         Args:
-            prompt: words, for a text-conditional model.
-            class_labels: class numbers, for a class-conditional model.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 (or 0) turns it off.
+            prompt: text, at most 2,000 characters each, for a text-conditional model.
+            class_labels: class indices, for a class-conditional model.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598) at its maximum; 1 (or 0) turns it off.
             temperature: 0 takes the likeliest level each time.
-            top_k, top_p: keep the k likeliest levels (0: all), or those that hold probability p (1: all).
-            generator: one for all images, or a list with one for each.
-            decoding: how many steps there are, and how guidance grows.
-            output_type: "pil", "np", "pt", or "tokens" for the tokens alone.
-            callback_on_step_end: called after each step as (pipeline, step, step, {"tokens": tokens (B, L, D)}).
+            top_k, top_p: keep the k likeliest levels (0: all), or the nucleus of probability p (1: all).
+            generator: one per image, or one from which a random stream for each image is derived.
+            decoding: `DimensionWise()`, the number of steps and the guidance schedule.
+            output_type: "pil", "np", "pt", or "tokens", which skips decoding.
+            callback_on_step_end: called after each step as (pipe, step, step, {"tokens": tokens (B, L, D)}), -1 in
+                cells that are not sampled yet.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
 
         Returns:
             An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 in cells that an interrupted call left out.
 
-        Errors: `StudioError` for arguments that cannot be used, and for parts that do not fit.
+        Raises:
+            StudioError: arguments that cannot be used, or components that do not fit together.
         """
         guidance_scale, sampling, settings = self.check_call(
             prompt,
@@ -168,7 +177,8 @@ class TokenBridgePipeline(ConditionalPipeline):
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
             with timed(seconds, "text"):
-                generators, condition, prompts = self.begin(prompt, class_labels, num_images_per_prompt, generator)
+                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
+                generators, condition, prompts = inputs
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 sampled = dimension_wise(

@@ -1,18 +1,27 @@
-"""An image and a question to an answer: a vision-language model of transformers, with any token pruner."""
+"""Visual question answering with a vision-language model of transformers and any token pruning method."""
 
 import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from PIL import Image
+from transformers import (
+    BatchFeature,
+    Cache,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from studio.checks import check_integer, check_number, check_text
 from studio.errors import StudioError
 from studio.images import rgb_image
-from studio.pipelines.chat_template import bounded_render, check_template, reading
+from studio.pipelines.chat_template import bounded_render, check_template, checked_tokenize
 from studio.pruning.adapters import family_of
 from studio.pruning.api import prune as pruning
 from studio.pruning.api import prune_inputs
@@ -24,23 +33,23 @@ from studio.pruning.shortening import PruneInfo
 MAX_QUESTION_CHARACTERS = 2000
 MAX_NEW_TOKENS = 100_000
 _CROPS_IN_PLACE = ("llava_next", "llava_onevision")
-"""Families whose layouts tell where crops lie."""
+"""Families whose layouts contain the positions of crops."""
 
 _MARKS = ("image_token", "video_token")
-"""What a processor calls the text that it takes for an image or a video."""
+"""Attributes of a processor: the texts that stand for an image or a video."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what it cost.
+    """An answer of the model, and its cost.
 
     Args:
-        answer: the text, so far or whole.
+        answer: the text, partial or complete.
         visual_tokens, kept_tokens: tokens of the image before and after pruning, newlines included.
-        seconds: "encode" (vision tower), "select" (choice of tokens), "prefill" (prompt to first token), "decode".
-        cache_bytes: keys and values that the language model holds at the end.
-        info: which tokens were kept.
-        views: where those lie in the image: the whole, and crops where their places are known.
+        seconds: "encode" (vision tower), "select" (choice of tokens), "prefill" (prompt to first token) and "decode".
+        cache_bytes: size of the language model's key/value cache at the end.
+        info: the kept tokens.
+        views: their positions in the image: of the whole image, and of crops where their positions are known.
     """
 
     answer: str
@@ -54,18 +63,18 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class ImageMemory:
-    """What a reader keeps of an image between questions; made by `VisualQuestionPipeline.remember`.
+    """The compressed cache of an image, reused for several questions; from `VisualQuestionPipeline.remember`.
 
     Args:
         cache: keys and values of the prompt up to the end of the image.
-        ids: (1, L) that prompt.
-        method, keep: how the cache was made smaller.
-        visual_tokens, kept_tokens: tokens of the image, and how many of them each layer holds.
-        seconds: "remember", to read the image.
-        cache_bytes: what the cache takes.
+        ids: that prompt, (1, L) int64.
+        method, keep: of the compression.
+        visual_tokens, kept_tokens: tokens of the image, and how many of them each layer keeps.
+        seconds: "remember", the time to encode the image.
+        cache_bytes: size of the cache.
     """
 
-    cache: object
+    cache: Cache
     ids: torch.Tensor
     method: str
     keep: float
@@ -73,6 +82,9 @@ class ImageMemory:
     kept_tokens: int
     seconds: dict[str, float]
     cache_bytes: int
+
+
+OnStep = Callable[[Answer], bool | None]
 
 
 class VisualQuestionPipeline:
@@ -83,48 +95,50 @@ class VisualQuestionPipeline:
         processor: its processor.
     """
 
-    def __init__(self, model, processor):
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         check_template(getattr(processor, "chat_template", None))
         self.model, self.processor = model, processor
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.model.device
 
-    def to(self, device) -> "VisualQuestionPipeline":
-        """Moves the model; returns the pipeline."""
+    def to(self, device: torch.device | str) -> "VisualQuestionPipeline":
+        """Moves the model and returns the pipeline."""
         self.model.to(device)
         return self
 
     @torch.no_grad()
     def __call__(
         self,
-        image,
+        image: Image.Image,
         question: str,
         *,
         prune: str | None = None,
         keep: float = 0.2,
         after_layer: int | tuple[int, ...] | None = None,
         max_new_tokens: int = 64,
-        on_step: Callable[[Answer], bool | None] | None = None,
-        **options,
+        on_step: OnStep | None = None,
+        **options: Any,
     ) -> Answer:
-        """Answers greedily.
+        """Answers a question about an image with greedy decoding.
 
         Args:
             image: a PIL image of any mode, read as `studio.images.rgb_image` does.
-            question: what to ask, at most 2,000 characters.
+            question: at most 2,000 characters.
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
             keep: the fraction of the image's tokens to keep, in (0, 1].
-            after_layer: prune behind this layer of the language model and not before it (see `studio.prune`); then the
-                tokens that were kept are known in the answer, and not before its first token.
-            max_new_tokens: longest answer, at most 100,000.
-            on_step: called with the answer so far when the tokens are chosen, and after each token of the answer; True
-                stops there.
-            options: more settings of `studio.prune_inputs`.
+            after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
+                known after the first token of the answer.
+            max_new_tokens: maximum length of the answer, 1 to 100,000.
+            on_step: called with the partial answer when the tokens are chosen, and after each token of the answer;
+                True stops.
+            options: further settings of `studio.prune_inputs`.
 
-        Errors: `StudioError` for a question that is empty, too long or holds the mark of an image, a setting out of
-            range, an unknown method, and a model and a method that do not go together.
+        Raises:
+            StudioError: a question that is empty, too long or contains an image token, a setting out of range, an
+                unknown method, or a method that does not support the model.
         """
         max_new_tokens = self._checked(question, max_new_tokens)
         share = float(check_number("keep", keep, 0, 1, above=True))
@@ -157,20 +171,24 @@ class VisualQuestionPipeline:
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
 
     @torch.no_grad()
-    def remember(self, image, *, method: str = "coverage", keep: float = 0.05) -> ImageMemory:
-        """Reads an image once, for any number of questions.
+    def remember(self, image: Image.Image, *, method: str = "coverage", keep: float = 0.05) -> ImageMemory:
+        """Encodes an image once, for any number of questions.
 
-        The cache is made smaller before any question is known, so methods that score by attention see the image alone.
+        The cache is compressed before any question is known, so methods that score by attention see the image only.
 
         Args:
             image: a PIL image in RGB.
             method: "coverage" or another of `studio.compress`.
             keep: the fraction of the image's tokens that each layer keeps, in (0, 1].
 
-        Errors: `StudioError` as `studio.compress`, and for models that count positions on three axes.
+        Returns:
+            The memory, for `ask`.
+
+        Raises:
+            StudioError: as `studio.compress`, and for models with three-dimensional positions.
         """
         if family_of(self.model, "uniform").mrope:
-            raise StudioError(f"{self.model.config.model_type} models keep positions outside of the cache: ask anew.")
+            raise StudioError(f"{self.model.config.model_type} models cannot be remembered: call the pipeline.")
         began, probe = _now(self.device), "?"
         inputs = self._inputs(rgb_image(image), probe)
         ids = inputs["input_ids"][0].tolist()
@@ -178,7 +196,7 @@ class VisualQuestionPipeline:
         end = len(ids) - len(self._tail(probe))
         if follows[len(follows) - len(ids) + end :] != self._tail(probe):
             raise StudioError(
-                f"The processor of {self.model.config.model_type} changes what follows an image: ask anew."
+                f"The processor of {self.model.config.model_type} changes the prompt after an image: call the pipeline."
             )
         prompt = {
             name: value[:, :end] if value.shape[:2] == (1, len(ids)) and value.dim() == 2 else value
@@ -199,17 +217,20 @@ class VisualQuestionPipeline:
 
     @torch.no_grad()
     def ask(self, memory: ImageMemory, question: str, *, max_new_tokens: int = 64) -> Answer:
-        """Answers greedily about an image that was read before; the memory stays as it is.
+        """Answers a question about a remembered image with greedy decoding; the memory does not change.
 
         Args:
             memory: from `remember` of the same pipeline.
-            question, max_new_tokens: as in a call.
+            question, max_new_tokens: as of a call.
+
+        Raises:
+            StudioError: as a call.
         """
         max_new_tokens = self._checked(question, max_new_tokens)
         ids = torch.cat((memory.ids, torch.tensor([self._tail(question.strip())], device=self.device)), dim=1)
         info = PruneInfo(memory.method, memory.keep, [memory.visual_tokens], [memory.kept_tokens])
-        unsaid = Answer("", memory.visual_tokens, memory.kept_tokens, dict(info.seconds), 0, info, ())
-        steps = _Steps(self, unsaid, ids.shape[1], None)
+        empty = Answer("", memory.visual_tokens, memory.kept_tokens, dict(info.seconds), 0, info, ())
+        steps = _Steps(self, empty, ids.shape[1], None)
         with compress(self.model, memory.method, memory.keep):
             out = self.model.generate(
                 input_ids=ids,
@@ -222,23 +243,24 @@ class VisualQuestionPipeline:
             )
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
 
-    def _checked(self, question, max_new_tokens) -> int:
-        """The length of an answer; raises `StudioError` for a question that cannot be asked."""
+    def _checked(self, question: str, max_new_tokens: int) -> int:
+        """The checked length of an answer; raises a `StudioError` for an invalid question or length."""
         check_text("The question", question, MAX_QUESTION_CHARACTERS, "The question is empty: ask about the image.")
         for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
             if mark in question:
-                raise StudioError(f"The question holds {mark}, which stands for an image: leave it out.")
+                raise StudioError(f"The question contains {mark}, which stands for an image: leave it out.")
         return check_integer("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
 
-    def _inputs(self, image, question: str):
+    def _inputs(self, image: Image.Image, question: str) -> BatchFeature:
         prompt = self._prompt(question.strip())
-        inputs = reading(lambda: self.processor(images=image, text=prompt, return_tensors="pt")).to(self.device)
+        inputs = checked_tokenize(lambda: self.processor(images=image, text=prompt, return_tensors="pt"))
+        inputs = inputs.to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
     def _tail(self, question: str) -> list[int]:
-        """The ids of a prompt behind the mark of its image."""
+        """The token ids of a prompt behind its image."""
         ids = self.processor.tokenizer(self._prompt(question))["input_ids"]
         return ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
 
@@ -267,21 +289,24 @@ class VisualQuestionPipeline:
 
 
 class _Steps(StoppingCriteria):
-    """Keeps the time of an answer, tells `on_step` of it, and stops when that says so."""
+    """Times an answer, reports it to `on_step`, and stops when that returns True."""
 
-    def __init__(self, pipe: VisualQuestionPipeline, chosen: Answer, prompt_length: int, on_step):
+    def __init__(self, pipe: VisualQuestionPipeline, chosen: Answer, prompt_length: int, on_step: OnStep | None):
         self.pipe, self.chosen, self.prompt_length, self.on_step = pipe, chosen, prompt_length, on_step
-        self.began, self.first = _now(pipe.device), None
+        self.began = _now(pipe.device)
+        self.first: float | None = None
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         if self.first is None:
             self.first = _now(self.pipe.device)
         stop = self.on_step is not None and bool(self.on_step(self.answer(input_ids)))
         return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
     def answer(self, sequences: torch.Tensor) -> Answer:
-        """The answer at the end of the first sequence, with the seconds until now."""
-        seconds = {"prefill": self.first - self.began, "decode": _now(self.pipe.device) - self.first}
+        """The answer at the end of the first sequence, with the seconds so far."""
+        now = _now(self.pipe.device)
+        first = now if self.first is None else self.first
+        seconds = {"prefill": first - self.began, "decode": now - first}
         text = self.pipe.processor.decode(sequences[0, self.prompt_length :], skip_special_tokens=True).strip()
         return replace(self.chosen, answer=text, seconds={**self.chosen.seconds, **seconds})
 
@@ -292,5 +317,5 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _cache_bytes(cache) -> int:
+def _cache_bytes(cache: Cache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

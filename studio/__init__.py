@@ -1,18 +1,18 @@
-"""Token-based image models on PyTorch, diffusers and transformers.
+"""Token-based image generation and fast image understanding on PyTorch, diffusers and transformers.
 
-The public names are flat (`from studio import LlamaGenPipeline`) and are imported when they are first used, so
-`import studio` costs nothing.
+The public names are flat (`from studio import LlamaGenPipeline`) and are imported on first use, so `import studio` is
+fast.
 """
 
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Torch's threads wait for one another by spinning, for milliseconds: on a busy machine each wait costs a time slice.
-# They sleep soon instead, unless the user has said how they wait. OpenMP reads this when it is loaded.
+# Torch's threads spin for milliseconds while they wait for one another, which costs time slices on a busy machine.
+# Make them sleep soon, unless the user has chosen a policy. OpenMP reads these variables when it is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("KMP_BLOCKTIME", "1")
@@ -66,9 +66,8 @@ if TYPE_CHECKING:
     from studio.tokenizers.token_bridge import TokenBridgeTokenizer
     from studio.tokenizers.vq import VQTokenizer
 
-_EXPORTS = {
+_EXPORTS: dict[str, str] = {
     "Autoregressive": "studio.decoding.autoregressive",
-    "RQDecoding": "studio.decoding.rq_transformer",
     "ContinuousSpeculative": "studio.decoding.cspd",
     "DECODINGS": "studio.decoding.registry",
     "DimensionWise": "studio.decoding.token_bridge",
@@ -87,12 +86,13 @@ _EXPORTS = {
     "MaskedAutoregressive": "studio.decoding.mar",
     "OdpFile": "studio.pipelines.odp_file",
     "OneDPieceTokenizer": "studio.tokenizers.one_d_piece",
+    "RQDecoding": "studio.decoding.rq_transformer",
     "RQTransformer": "studio.models.rq_transformer",
     "RQTransformerPipeline": "studio.pipelines.rq_transformer",
     "RVQTokenizer": "studio.tokenizers.rvq",
     "ResGen": "studio.models.resgen",
-    "ResGenPipeline": "studio.pipelines.resgen",
     "ResGenDecoding": "studio.decoding.resgen",
+    "ResGenPipeline": "studio.pipelines.resgen",
     "Speculative": "studio.decoding.speculative",
     "StudioError": "studio.errors",
     "TokenBridge": "studio.models.token_bridge",
@@ -116,7 +116,6 @@ _EXPORTS = {
 
 __all__ = [
     "Autoregressive",
-    "RQDecoding",
     "ContinuousSpeculative",
     "DECODINGS",
     "DimensionWise",
@@ -135,12 +134,13 @@ __all__ = [
     "MaskedAutoregressive",
     "OdpFile",
     "OneDPieceTokenizer",
+    "RQDecoding",
     "RQTransformer",
     "RQTransformerPipeline",
     "RVQTokenizer",
     "ResGen",
-    "ResGenPipeline",
     "ResGenDecoding",
+    "ResGenPipeline",
     "Speculative",
     "StudioError",
     "TokenBridge",
@@ -164,11 +164,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

@@ -12,18 +12,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NAMESPACES = ("pipelines", "tokenizers", "ui")
 LEVELS = {
-    "ui": 5,
-    "cli": 5,
-    "commands": 5,
-    "images": 4,
-    "saving": 4,
-    "training": 4,
-    "evaluation": 4,
-    "checkpoints": 3,
-    "pipelines": 2,
+    "ui": 8,
+    "cli": 8,
+    "commands": 8,
+    "bench": 7,
+    "images": 6,
+    "saving": 6,
+    "training": 6,
+    "evaluation": 6,
+    "checkpoints": 5,
+    "pipelines": 4,
+    "reference": 4,
+    "decoding": 3,
+    "backends": 2,
     "tokenizers": 1,
     "models": 1,
-    "decoding": 1,
     "pruning": 1,
     "processes": 0,
 }
@@ -33,6 +36,9 @@ MAY_ALSO = {
     ("commands", "cli"),
     ("commands", "ui"),
     ("commands", "data"),
+    ("commands", "bench"),
+    ("ui", "bench"),
+    ("bench", "data"),
     ("training", "data"),
     ("evaluation", "data"),
     ("training", "evaluation"),
@@ -94,7 +100,13 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or ""), [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
+            module = "." * node.level + (node.module or "")
+            if module == "studio":
+                yield from ((f"studio.{name}", []) for name in names if name in LEVELS)
+                names = [name for name in names if name not in LEVELS]
+            if names:
+                yield module, names
         pending += ast.iter_child_nodes(node)
 
 

@@ -1,33 +1,37 @@
-"""KL tokenizer: a variational autoencoder whose latents are continuous tokens, as MAR samples them.
+"""KL tokenizer: a variational autoencoder whose latents are the continuous tokens of MAR.
 
 The network is diffusers' `AutoencoderKL` ("High-Resolution Image Synthesis with Latent Diffusion Models",
-arXiv:2112.10752, section 3.1), in the part `network`. Scope: encoding and decoding; how it is trained is the
-recipe's business, how latents are cut into tokens that of the model that samples them.
+arXiv:2112.10752, section 3.1), in the component `network`. Our addition: pixels can be folded into channels
+first, so that a small network does not work at full resolution.
 
-Added to that network: pixels can be folded into channels first, so that a small one never works at full resolution.
+Scope: encoding and decoding. `studio.training.kl` trains; the generator cuts latents into tokens.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
 
 from studio.errors import StudioError
 
 
-class KLTokenizer(ModelMixin, ConfigMixin):
-    """Images to a grid of latents and back.
+class KLTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Encodes images to a grid of latents and decodes them.
 
     Args:
-        autoencoder: arguments of diffusers' `AutoencoderKL`; those of that class where none are given. Its channels are
-            those of the folded images.
+        autoencoder: arguments of diffusers' `AutoencoderKL`, with its defaults; its channels: those of folded images.
         pixel_unshuffle: side of the pixel blocks folded into channels before the first convolution (1: none).
-        scaling_factor: what brings latents to a standard deviation of about 1; `encode` and `decode` are without it.
+        scaling_factor: factor that gives latents a standard deviation of about 1; `encode` and `decode` ignore it.
         sample_size: side in pixels that the weights were trained for.
     """
 
-    _no_split_modules = ["ResnetBlock2D"]
+    config: Any
+
+    _no_split_modules = ["ResnetBlock2D"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(
@@ -42,7 +46,7 @@ class KLTokenizer(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_autoencoder(cls, autoencoder: AutoencoderKL) -> "KLTokenizer":
-        """A tokenizer of which this network is the part `network`."""
+        """A tokenizer around this network, which is not copied."""
         sizes = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             tokenizer = cls(sizes, 1, sizes["scaling_factor"], sizes["sample_size"])
@@ -51,18 +55,19 @@ class KLTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels a side that one cell of the grid stands for."""
+        """Pixels a side of one cell of the grid."""
         return self.config.pixel_unshuffle * 2 ** (len(self.network.config.block_out_channels) - 1)
 
     @property
     def latent_channels(self) -> int:
-        """Numbers of a cell C."""
+        """Channels C of a latent."""
         return self.network.config.latent_channels
 
     def encode_distribution(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
-        """Gaussians over latents (B, C, h, w), of images (B, 3, H, W) in [-1, 1].
+        """Gaussian distributions over latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        Errors: `StudioError` for images whose shape does not fit.
+        Raises:
+            StudioError: images whose shape does not fit.
         """
         factor, channels = self.downsample_factor, self.network.config.in_channels // self.config.pixel_unshuffle**2
         if images.ndim != 4 or images.shape[1] != channels:
@@ -72,7 +77,7 @@ class KLTokenizer(ModelMixin, ConfigMixin):
         return self.network.encode(F.pixel_unshuffle(images, self.config.pixel_unshuffle)).latent_dist
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w), the means, of images (B, 3, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w), the means of the distributions, of images (B, 3, H, W) in [-1, 1]."""
         return self.encode_distribution(images).mode()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

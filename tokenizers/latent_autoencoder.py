@@ -1,8 +1,9 @@
-"""The convolutional encoder and decoder of latent diffusion (arXiv:2112.10752), which VAR and RQ-VAE quantise between.
+"""The convolutional encoder and decoder of latent diffusion (arXiv:2112.10752), as in VAR and RQ-VAE.
 
 Parameters carry the names of that code: levels `down` and `up`, both numbered from fine to coarse, and `mid`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -11,7 +12,11 @@ from studio.tokenizers.vq import AttentionBlock, Downsample, ResBlock, Upsample
 
 
 def level_widths(base: int, multipliers: tuple[int, ...], groups: int) -> list[int]:
-    """The width of each level. Errors: `StudioError` when one does not split into the groups of a GroupNorm."""
+    """Width of each level.
+
+    Raises:
+        StudioError: a width that does not split into the groups of a GroupNorm.
+    """
     widths = [base * multiplier for multiplier in multipliers]
     if any(width % groups for width in widths):
         raise StudioError(f"Every level's width must be a multiple of norm_groups={groups}; got {widths}.")
@@ -28,7 +33,7 @@ class Level(nn.Module):
         )
         self.attn = nn.ModuleList(attention(width_out, groups) for _ in range(blocks if attention else 0))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.block):
             x = block(x)
             if self.attn:
@@ -44,7 +49,7 @@ class Middle(nn.Module):
         self.block_1, self.block_2 = ResBlock(width, width, groups), ResBlock(width, width, groups)
         self.attn_1 = attention(width, groups)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -52,7 +57,7 @@ class Encoder(nn.Module):
     """Images (B, channels, H, W) to features (B, features, h, w); each level after the first halves the grid.
 
     Args:
-        channels, base, features: colours, width behind the first convolution, width of what comes out.
+        channels, base, features: colour channels, width behind the first convolution, width of the output.
         widths: width of each level, fine to coarse.
         blocks: residual blocks a level.
         attention_levels: numbers of the levels with attention.
@@ -83,7 +88,7 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, features, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -93,8 +98,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, features, h, w) to images (B, channels, H, W), with one residual block a level more than the
-    encoder. Arguments as there.
+    """Features (B, features, h, w) to images (B, channels, H, W).
+
+    Arguments are those of `Encoder`; each level has one residual block more.
     """
 
     def __init__(
@@ -110,7 +116,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(features, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], attention, groups)
-        levels, width = [], widths[-1]
+        levels: list[nn.Module] = []
+        width = widths[-1]
         for index, wanted in reversed([*enumerate(widths)]):
             level = Level(width, wanted, blocks + 1, attention if index in attention_levels else None, groups)
             if index:
@@ -121,7 +128,7 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)

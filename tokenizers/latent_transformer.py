@@ -1,7 +1,7 @@
 """Transformers between a grid of patches and a row of latent tokens, as in TiTok (arXiv:2406.07550, section 3.2).
 
-The encoder reads patches and learned queries together, and what becomes of the queries is the image. The decoder
-reads a placeholder for every patch and any number of latent tokens. Pre-norm blocks, full attention, exact GELU,
+The encoder reads patches and learned queries together; its outputs for the queries are the latent tokens. The decoder
+reads a mask token for every patch and any number of latent tokens. Pre-norm blocks, full attention, exact GELU,
 learned positions. Parameters carry the authors' names.
 """
 
@@ -23,26 +23,26 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x, visible=None):
+    def forward(self, x: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         joint = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = joint.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, visible).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers with a hidden width of four times the width."""
 
     def __init__(self, width: int):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):
-    """norm, attention, norm, MLP, each with a residual. `visible` (B, 1, 1, S) says which places may be looked at."""
+    """Norm, attention, norm, MLP, with residuals; `visible` (B, 1, 1, S) is the attention mask."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -50,20 +50,21 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.mlp = MLP(width)
 
-    def forward(self, x, visible=None):
+    def forward(self, x: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), visible)
         return x + self.mlp(self.ln_2(x))
 
 
 class LatentTransformer(nn.Module):
-    """What encoder and decoder share: embeddings of class, grid and latent places, and the blocks between two norms.
+    """Base of encoder and decoder: embeddings of class, grid and latent positions, and blocks between two norms.
 
     Args:
         width, layers, heads: of the blocks.
         side: patches a side of the grid.
-        latents: number N of latent places.
+        latents: number N of latent tokens.
 
-    Errors: `StudioError` for a width that does not split into heads.
+    Raises:
+        StudioError: a width that does not split into heads.
     """
 
     def __init__(self, width: int, layers: int, heads: int, side: int, latents: int):
@@ -78,12 +79,12 @@ class LatentTransformer(nn.Module):
         self.transformer = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def with_class(self, grid: torch.Tensor) -> torch.Tensor:
-        """Class embedding and grid (B, side^2, width), each with its position: (B, 1 + side^2, width)."""
+        """Class embedding and grid (B, side^2, width), with position embeddings: (B, 1 + side^2, width)."""
         first = self.class_embedding.to(grid.dtype).expand(len(grid), 1, -1)
         return torch.cat((first, grid), dim=1) + self.positional_embedding
 
     def blocks(self, x: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
-        """What the blocks make of (B, S, width)."""
+        """Output of the blocks for x (B, S, width)."""
         x = self.ln_pre(x)
         for block in self.transformer:
             x = block(x, visible)
@@ -91,9 +92,9 @@ class LatentTransformer(nn.Module):
 
 
 class LatentEncoder(LatentTransformer):
-    """Images to what becomes of the latent queries; `conv_out` projects that to vectors of `code_dim` numbers."""
+    """Images to latent tokens (B, N, width); `conv_out` projects them to code vectors of length `code_dim`."""
 
-    def __init__(self, channels: int, patch_size: int, code_dim: int, **sizes):
+    def __init__(self, channels: int, patch_size: int, code_dim: int, **sizes: int):
         super().__init__(**sizes)
         width = sizes["width"]
         self.patch_embed = nn.Conv2d(channels, width, patch_size, stride=patch_size)
@@ -108,9 +109,9 @@ class LatentEncoder(LatentTransformer):
 
 
 class LatentDecoder(LatentTransformer):
-    """Vectors of `code_dim` numbers to a grid of `features` numbers a cell."""
+    """Code vectors of length `code_dim` to a grid of `features` numbers a cell."""
 
-    def __init__(self, code_dim: int, features: int, hidden: int, **sizes):
+    def __init__(self, code_dim: int, features: int, hidden: int, **sizes: int):
         super().__init__(**sizes)
         width = sizes["width"]
         self.mask_token = nn.Parameter(_normal(1, 1, width))
@@ -118,9 +119,11 @@ class LatentDecoder(LatentTransformer):
         self.ffn = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.Tanh(), nn.Conv2d(hidden, features, 1))
 
     def forward(self, vectors: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Vectors (B, n, code_dim) to (B, features, side, side); n may be less than N.
+        """Features (B, features, side, side) of the grid.
 
-        `lengths` (B,): how many of the n vectors of each image count; all when None.
+        Args:
+            vectors: the first n code vectors (B, n, code_dim), n up to N.
+            lengths: how many of the n vectors of each image are used, (B,); all when None.
         """
         n, cells = vectors.shape[1], self.side**2
         latents = self.decoder_embed(vectors) + self.latent_token_positional_embedding[:n]
@@ -134,6 +137,6 @@ class LatentDecoder(LatentTransformer):
         return self.ffn(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
 
 
-def _normal(*shape):
-    """Numbers around zero as wide as the authors start from: one over the root of the width."""
+def _normal(*shape: int) -> torch.Tensor:
+    """The authors' initialisation: Gaussian with a standard deviation of one over the root of the width."""
     return torch.randn(shape) * shape[-1] ** -0.5

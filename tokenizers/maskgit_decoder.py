@@ -1,7 +1,7 @@
 """The convolutional decoder of MaskGIT's VQGAN (arXiv:2202.04200), the pixel stage behind TiTok and One-D-Piece.
 
 Parameters carry the authors' names; levels `up` are numbered from fine to coarse. Where a block changes the width, its
-1x1 shortcut reads the block's own output and the block's input is not added: so the weights were trained.
+1x1 shortcut reads the block's own output and the block's input is not added, as the weights were trained.
 """
 
 import torch
@@ -12,7 +12,7 @@ from studio.tokenizers.latent_autoencoder import level_widths
 
 
 class MaskGITResBlock(nn.Module):
-    """norm, swish, 3x3 twice, without biases."""
+    """Norm, swish and 3x3 convolution without bias, twice."""
 
     def __init__(self, width_in: int, width_out: int, groups: int):
         super().__init__()
@@ -23,7 +23,7 @@ class MaskGITResBlock(nn.Module):
         if width_in != width_out:
             self.nin_shortcut = nn.Conv2d(width_out, width_out, 1, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else x)
@@ -40,7 +40,7 @@ class MaskGITLevel(nn.Module):
         if not finest:
             self.upsample_conv = nn.Conv2d(width_out, width_out, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.block:
             x = block(x)
         if hasattr(self, "upsample_conv"):
@@ -52,13 +52,14 @@ class MaskGITDecoder(nn.Module):
     """Features (B, features, h, w) to images (B, channels, h * f, w * f), f = 2 ** (levels - 1).
 
     Args:
-        features, channels: what comes in and what goes out.
-        base: width of the finest level over its multiplier.
+        features, channels: channels of the input and of the images.
+        base: factor of the widths.
         multipliers: width of each level over `base`, fine to coarse.
         blocks: residual blocks a level, and before the first one.
         groups: groups of every GroupNorm.
 
-    Errors: `StudioError` for a width that does not split into the groups.
+    Raises:
+        StudioError: a width that does not split into the groups.
     """
 
     def __init__(

@@ -1,22 +1,22 @@
-"""One-D-Piece tokenizer: an image as a row of tokens of which any first few already are an image.
+"""One-D-Piece tokenizer: an image as a row of tokens, of which any first few decode to an image.
 
 "One-D-Piece: Image Tokenizer Meets Quality-Controllable Compression" (arXiv:2501.10064), which is TiTok
-(arXiv:2406.07550) with Tail Token Drop: in training the decoder is given a random number of first tokens, so what
-matters most comes first. Parameters carry the authors' names.
+(arXiv:2406.07550) with Tail Token Drop: in training the decoder gets a random number of first tokens, so the most
+important content comes first. Parameters carry the authors' names.
 
-Deviations from the authors' code: images are in [-1, 1] here, as everywhere in Studio; a length is always asked for,
-never sampled because the module is in training mode; a batch may hold images of different lengths. The pixel stage may
+Deviations from the authors' code: images are in [-1, 1] here, as everywhere in Studio; the caller chooses the length,
+the module in training mode does not sample it; a batch may hold images of different lengths. The pixel stage may
 also be one linear layer a patch, for small models that are trained end to end.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -36,13 +36,13 @@ PIXEL_STAGES = ("maskgit-vqgan", "patches")
 
 
 class QuantizedRow(NamedTuple):
-    """What the quantiser gives in training; both losses are means over all tokens, on unit vectors.
+    """Output of the quantiser in training; both losses are means over all tokens, on unit vectors.
 
     Attributes:
-        vectors: unit code vectors (B, N, code_dim), through which gradients pass unchanged.
-        tokens: code numbers (B, N), int64.
-        commitment: mean((z - constant code)^2), not yet weighted.
-        codebook: mean((code - constant z)^2).
+        vectors: unit code vectors (B, N, code_dim) with straight-through gradients.
+        tokens: code indices (B, N), int64.
+        commitment: mean((z - stop_gradient(code))^2), not weighted.
+        codebook: mean((code - stop_gradient(z))^2).
     """
 
     vectors: torch.Tensor
@@ -51,36 +51,39 @@ class QuantizedRow(NamedTuple):
     codebook: torch.Tensor
 
 
-class OneDPieceTokenizer(ModelMixin, ConfigMixin):
-    """Images to rows of code numbers and back, from any first n of them.
+class OneDPieceTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Encodes images to rows of code indices, and decodes the first n of them for any n.
 
     Args:
         in_channels: colour channels.
         sample_size: side in pixels of the images.
         patch_size: side in pixels of a patch.
-        num_tokens: tokens N of an image, the most that `decode` takes.
+        num_tokens: tokens N of an image, the maximum of `decode`.
         encoder_width, encoder_layers, encoder_heads: size of the encoder; see `PRESETS`.
         decoder_width, decoder_layers, decoder_heads: size of the decoder.
         code_dim: length of a code vector.
         codebook_size: number of codes V.
-        legacy_reshape: whether the encoder's rows (N, width) are read as (width, N) without being transposed, as the
+        legacy_reshape: whether outputs (N, width) of the encoder are reshaped to (width, N), not transposed, as the
             published weights were trained; a token then mixes numbers of all queries.
-        pixel_stage: `"maskgit-vqgan"`, where the decoder weighs the codes of a second table for each patch and a
-            convolutional decoder reads the mixture, or `"patches"`, where the decoder's last layer gives the pixels and
-            two convolutions smooth the borders.
-        pixel_base_channels: width of the finest level of the convolutional decoder, or between those two.
-        pixel_codes, pixel_code_dim: size of the second table.
+        pixel_stage: `"maskgit-vqgan"`, where the decoder predicts weights over a second codebook for each patch and a
+            convolutional decoder reads the weighted sum, or `"patches"`, where the decoder's last layer gives the
+            pixels and two convolutions smooth the borders.
+        pixel_base_channels: width of the finest level of the convolutional decoder, or between the two convolutions.
+        pixel_codes, pixel_code_dim: size of the second codebook.
         pixel_channel_multipliers, pixel_res_blocks: of the convolutional decoder; each level after the first halves
             the grid.
         norm_groups: groups of every GroupNorm.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
 
     Example:
         >>> tokenizer = OneDPieceTokenizer(**sizes("S"))
     """
 
-    _no_split_modules = ["Block", "MaskGITResBlock"]
+    config: Any
+
+    _no_split_modules = ["Block", "MaskGITResBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(
@@ -138,23 +141,24 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def row_length(self) -> int:
-        """Tokens N of an image, which are a row: any first few are an image."""
+        """Tokens N of an image in a row."""
         return self.config.num_tokens
 
     @property
     def bits_per_token(self) -> float:
-        """Bits that name one code, log2 V."""
+        """Bits of a code index, log2 V."""
         return math.log2(self.config.codebook_size)
 
     @property
     def lengths(self) -> list[int]:
-        """Lengths at which it is measured: the full one, halved up to four times, the shortest first."""
+        """Lengths at which it is evaluated: the full one, halved up to four times, the shortest first."""
         return sorted({self.config.num_tokens // 2**halvings for halvings in range(5)} - {0})
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, channels, side, side) in [-1, 1] to vectors before quantisation (B, N, code_dim).
 
-        Errors: `StudioError` for other shapes.
+        Raises:
+            StudioError: images of another shape.
         """
         side, channels = self.config.sample_size, self.config.in_channels
         if images.ndim != 4 or images.shape[1:] != (channels, side, side):
@@ -167,13 +171,13 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return self.encoder.conv_out(columns)[..., 0].transpose(1, 2)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, channels, side, side) in [-1, 1] to code numbers (B, N), int64, what matters most first."""
+        """Images (B, channels, side, side) in [-1, 1] to code indices (B, N), int64, most important first."""
         return self.quantize.nearest(self.encode_features(images).transpose(1, 2))
 
     def quantize_features(self, features: torch.Tensor) -> QuantizedRow:
-        """For training: vectors (B, N, code_dim) to the unit code vectors nearest to them, and the losses of both.
+        """For training: quantises vectors (B, N, code_dim) to the nearest unit code vectors, and computes the losses.
 
-        Both are normalised first; the codebook learns by gradient.
+        Both are normalised first; the codebook learns by gradient descent.
         """
         unit = F.normalize(features.float(), dim=-1)
         tokens = self.quantize.nearest(features.transpose(1, 2))
@@ -182,9 +186,9 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return QuantizedRow(unit + (codes - unit).detach(), tokens, commitment, codebook)
 
     def decode_features(self, vectors: torch.Tensor, length: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Unit code vectors (B, n, code_dim) to what the decoder says of each patch (B, features, h, w).
+        """Unit code vectors (B, n, code_dim) to the features of each patch (B, features, h, w).
 
-        Features are logits of the second table's codes, or pixels. `length` as of `decode`.
+        Features are logits over the second codebook, or pixels. `length` is as of `decode`.
         """
         vectors, lengths = self.tail_token_drop(vectors, length)
         return self.decoder(vectors.to(self.dtype), lengths)
@@ -198,21 +202,28 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return self.pixel_decoder(mixture.movedim(-1, 1)) * 2 - 1
 
     def decode(self, tokens: torch.Tensor, length: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Code numbers (B, n) to images (B, channels, side, side), about [-1, 1].
+        """Code indices (B, n) to images (B, channels, side, side), about [-1, 1].
 
         Args:
             tokens: the first n tokens of each image, n from 1 to N.
-            length: how many of them count, one number for all or one for each image; all when None.
+            length: how many of them are used, one number for all or one for each image; all when None.
 
-        Errors: `StudioError` for more tokens than there are, none, or another number of lengths than images.
+        Raises:
+            StudioError: no tokens, more than N, or another number of lengths than images.
         """
         return self.decode_vectors(self.quantize.lookup(tokens).transpose(1, 2), length)
 
     def forward(
         self, images: torch.Tensor, length: int | Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: images (B, channels, side, side) in [-1, 1] restored from their first tokens, and the loss
-        of the quantiser over all tokens, a quarter of the commitment and the codebook's.
+        """For training: reconstruction from the first tokens, and the quantiser's loss over all tokens.
+
+        Args:
+            images: (B, channels, side, side) in [-1, 1].
+            length: as of `decode`.
+
+        Returns:
+            Images, and the loss: a quarter of the commitment loss plus the codebook loss.
         """
         quantized = self.quantize_features(self.encode_features(images))
         return self.decode_vectors(quantized.vectors, length), 0.25 * quantized.commitment + quantized.codebook
@@ -246,10 +257,11 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):
         return vectors[:, :longest], None if shortest == longest else lengths
 
 
-def sizes(preset: str) -> dict:
-    """The arguments of an `OneDPieceTokenizer` of a published size, encoder and decoder alike.
+def sizes(preset: str) -> dict[str, int]:
+    """The arguments of a `OneDPieceTokenizer` of a published size, the same for encoder and decoder.
 
-    Errors: `StudioError` for an unknown preset.
+    Raises:
+        StudioError: an unknown preset.
     """
     if preset not in PRESETS:
         raise StudioError(f"There is no size {preset!r}: choose one of {', '.join(PRESETS)}.")

@@ -1,4 +1,4 @@
-"""Pixels straight from the vectors of patches: the pixel stage of small one-dimensional tokenizers."""
+"""Pixels from the vectors of patches: the pixel stage of small one-dimensional tokenizers."""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +6,12 @@ from torch import nn
 
 
 class PatchPixels(nn.Module):
-    """Patches side by side, then two 3x3 convolutions that see across their borders.
+    """Places patches side by side, then adds two 3x3 convolutions that smooth their borders.
 
-    The convolutions work on blocks of pixels folded into channels, half a patch a side, and add nothing before
-    training.
+    The convolutions work on blocks of pixels folded into channels, half a patch a side. The second starts at zero.
 
     Args:
-        channels: colours.
+        channels: colour channels.
         patch_size: side of a patch in pixels.
         width: channels between the two convolutions.
     """
@@ -24,7 +23,7 @@ class PatchPixels(nn.Module):
         self.conv_in = nn.Conv2d(channels * self.block**2, width, 3, padding=1)
         self.conv_out = nn.Conv2d(width, channels * self.block**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]  # a Conv2d without bias=False has one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors (B, channels * patch_size^2, h, w) to images (B, channels, h * patch_size, w * patch_size)."""

@@ -1,9 +1,9 @@
-"""Tokens chosen by what the decoder makes of them: the image is looked at while its tokens are searched.
+"""Refines the tokens of an image by gradient descent on the error of its reconstruction.
 
-An encoder guesses the vectors once. Here gradient descent moves them on, for one image, so that the decoder restores
-it better; the nearest codes are used throughout, and gradients pass them unchanged. "Content Adaptive Optimization for
-Neural Image Compression" (arXiv:1906.01223) does the same to the numbers of an entropy-coded network. Decoder and
-format stay as they are.
+The search starts at the vectors of the encoder and moves them, for one image, so that the decoder reconstructs it
+better. Vectors are quantised to the nearest codes throughout, with straight-through gradients. "Content Adaptive
+Optimization for Neural Image Compression" (arXiv:1906.01223) does the same for an entropy-coded network. Decoder and
+file format do not change.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 MAX_STEPS = 10_000
 RATE = 0.01
 """Adam's learning rate, for unit vectors."""
-_LEAST_ERROR = 1e-6  # below it, no image is worth another step
+_LEAST_ERROR = 1e-6  # smaller errors do not improve the loss
 
 
 def refined_tokens(
@@ -28,20 +28,22 @@ def refined_tokens(
     steps: int,
     stopped: Callable[[], bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that restore images better from their first few than those that the encoder gives.
+    """Tokens whose first few reconstruct images better than those of the encoder.
 
     Args:
         tokenizer: a One-D-Piece tokenizer.
         images: images (B, channels, side, side) in [-1, 1].
-        lengths: how many tokens of each image count; only these are searched.
-        steps: of gradient descent, each as dear as decoding twice or three times; with 0 the encoder's tokens.
-        stopped: asked before each step; True gives up.
+        lengths: how many first tokens of each image are decoded; only these are refined.
+        steps: of gradient descent, 0 to 10,000, each of the cost of two or three decodings; 0: the encoder's tokens.
+        stopped: called before each step; True stops.
 
     Returns:
-        Tokens (B, N), int64, the best of all steps for each image, and their mean squared errors (B,) over numbers in
-        [0, 1]. No image is worse than from the encoder's tokens.
+        Tokens (B, N), int64, the best of all steps for each image, and their mean squared errors (B,) for pixels in
+        [0, 1]. No image is worse than with the encoder's tokens.
 
-    Errors: `StudioError` for a number of steps that is none, `Stopped` when `stopped` says so.
+    Raises:
+        StudioError: an invalid number of steps.
+        Stopped: `stopped` returned True.
     """
     steps = check_steps(steps)
     best, least = None, None
@@ -59,7 +61,7 @@ def refined_tokens(
             codes = unit + (codebook[tokens] - unit).detach()
             restored = tokenizer.decode_vectors(codes.to(tokenizer.dtype), lengths).float()
             shown = ((restored.detach().clamp(-1, 1) - wanted) / 2).square().mean(dim=(1, 2, 3))
-            if best is None:
+            if best is None or least is None:
                 best, least = tokens, shown
             better = shown < least
             best, least = torch.where(better[:, None], tokens, best), torch.where(better, shown, least)
@@ -68,9 +70,14 @@ def refined_tokens(
                 loss = errors.clamp(min=_LEAST_ERROR).log().sum()
                 (vectors.grad,) = torch.autograd.grad(loss, [vectors])
                 optimizer.step()
+    assert best is not None and least is not None, "the first pass sets both"
     return best, least
 
 
 def check_steps(steps: int) -> int:
-    """The number of steps as an `int`. Raises: `StudioError` for what is no integer from 0 to 10,000."""
+    """The number of steps as an `int`.
+
+    Raises:
+        StudioError: not an integer from 0 to 10,000.
+    """
     return check_integer("refine", steps, 0, MAX_STEPS)

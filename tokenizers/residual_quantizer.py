@@ -1,11 +1,11 @@
-"""Residual quantisation: a vector as a sum of codes, each of which names what those before it left over.
+"""Residual quantisation: a vector as a sum of code vectors, each of which quantises the residual of those before.
 
 "Autoregressive Image Generation using Residual Quantization" (arXiv:2203.01941), section 3.1: level d takes the code
 nearest to the residual r_(d-1) and leaves r_d = r_(d-1) - e_d(code). Codes are not normalised. The chain may start at
 any level, and at another one for every vector: that is how ResGen (arXiv:2412.10208) turns a predicted sum of hidden
 levels into their codes.
 
-Scope: finding codes and adding them up. How codebooks are learned is in `studio.tokenizers.codebook_averages`.
+Scope: encoding and lookup. `studio.training.rvq` learns codebooks.
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ _DISTANCES_AT_ONCE = 1 << 24
 
 
 class Quantized(NamedTuple):
-    """What the training forward of the quantiser gives.
+    """Output of the quantiser in training.
 
     Attributes:
-        vectors: sums of all levels (..., C), through which gradients pass unchanged.
+        vectors: sums of all levels (..., C) with straight-through gradients.
         codes: (..., D) int64.
-        commitment: mean over levels d of mean((z - S_d)^2), S_d the constant sum of levels 1 to d (equation 8).
+        commitment: mean over levels d of mean((z - S_d)^2), S_d the sum of levels 1 to d without gradient (equation 8).
     """
 
     vectors: torch.Tensor
@@ -48,18 +48,21 @@ def distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Numbers (...,) of the codes (K, C) nearest to vectors (..., C); the first of equally near ones."""
+    """Indices (...,) of the codes (K, C) nearest to vectors (..., C); the first of equally near ones."""
     rows = vectors.flatten(0, -2).split(max(1, _DISTANCES_AT_ONCE // len(codebook)))
     return torch.cat([distances(some, codebook).argmin(dim=1) for some in rows]).view(vectors.shape[:-1])
 
 
 class ResidualQuantizer(nn.Module):
-    """D codebooks, or one that serves all D levels.
+    """D codebooks, or one that all D levels share.
 
     Args:
         codebook_sizes: number of codes K_d at each level.
         code_dim: length C of a code vector.
-        shared: one codebook for all levels, which then are equally large.
+        shared: whether all levels share one codebook.
+
+    Raises:
+        StudioError: a shared codebook of different sizes.
     """
 
     def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, shared: bool):
@@ -73,15 +76,16 @@ class ResidualQuantizer(nn.Module):
 
     @property
     def tables(self) -> list[torch.Tensor]:
-        """Code vectors (K_d, C) of each level, coarse to fine; a shared codebook stands there D times."""
-        tables = [codebook.weight for codebook in self.codebooks]
+        """Code vectors (K_d, C) of each level, coarse to fine; a shared codebook appears D times."""
+        tables: list[torch.Tensor] = list(self.codebooks.parameters())
         return tables * self.depth if len(tables) == 1 else tables
 
     def encode(self, vectors: torch.Tensor, first: int | torch.Tensor = 0) -> torch.Tensor:
-        """Codes (..., D) of vectors (..., C), found in float32.
+        """Codes (..., D) of vectors, computed in float32.
 
-        `first`, a number or (...), is the level that the vector is the residual of: levels before it get -1, and the
-        chain starts there.
+        Args:
+            vectors: (..., C).
+            first: the level to start at, one for all or (...,) for each vector; codes of the levels before are -1.
         """
         rest, codes = vectors.float(), []
         first = torch.as_tensor(first, device=vectors.device).expand(vectors.shape[:-1])
@@ -93,37 +97,17 @@ class ResidualQuantizer(nn.Module):
         return torch.stack(codes, dim=-1)
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """Code vectors (..., d, C) of the first d levels, for codes (..., d); -1 stands for the zero vector.
+        """Code vectors (..., d, C) of the first d levels, for codes (..., d); that of -1 is the zero vector.
 
-        Errors: `StudioError` for more levels than there are.
+        Raises:
+            StudioError: more levels than there are.
         """
         if codes.shape[-1] > self.depth:
             raise StudioError(f"The quantiser has {self.depth} levels; codes of {codes.shape[-1]} were given.")
         found = [F.embedding(code.clamp(min=0), table) for code, table in zip(codes.unbind(-1), self.tables)]
         return torch.stack(found, dim=-2).masked_fill((codes < 0)[..., None], 0)
 
-    def soft_codes(
-        self, vectors: torch.Tensor, temperature: float, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Soft targets of the second stage (section 3.2.3): probabilities (..., D, K) and the codes (..., D) passed.
-
-        softmax(-squared distance / temperature) at each level, along the nearest codes, or, with a generator, along
-        codes sampled from these probabilities. Levels must be equally large.
-        """
-        rest, distributions, codes = vectors.float().flatten(0, -2), [], []
-        for table in self.tables:
-            distributions.append((-distances(rest, table) / temperature).softmax(dim=-1))
-            sampled = distributions[-1].argmax(dim=-1) if generator is None else _sample(distributions[-1], generator)
-            codes.append(sampled)
-            rest = rest - table[sampled].float()
-        shape = vectors.shape[:-1]
-        return torch.stack(distributions, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)
-
     def forward(self, vectors: torch.Tensor) -> Quantized:
         """Quantises vectors (..., C) for training the network around it."""
         codes = self.encode(vectors.detach())
         return straight_through(vectors, self.lookup(codes), codes)
-
-
-def _sample(distribution: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.multinomial(distribution, 1, generator=generator)[:, 0]

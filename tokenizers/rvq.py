@@ -1,19 +1,19 @@
-"""RVQ tokenizer: a convolutional autoencoder whose bottleneck is a grid of stacks of codes, coarse to fine.
+"""RVQ tokenizer: a convolutional autoencoder with a grid of stacks of codes, coarse to fine.
 
 RQ-VAE of "Autoregressive Image Generation using Residual Quantization" (arXiv:2203.01941): each cell of the grid is the
-sum of D code vectors, and the first few of them already are an image. Parameters carry the authors' names.
+sum of D code vectors, and the first few of them already decode to an image. Parameters carry the authors' names.
 
-Deviations from the authors' code: a shared codebook is stored once, the padding row behind each codebook and the
-averages of its training are not stored at all, and images of any fitting size are taken, not only of the size in
-training.
+Deviations from the authors' code: a shared codebook is stored once, the padding row of each codebook and the moving
+averages of its training are not stored, and images may have any size that splits into cells.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.checks import check_integer
@@ -30,35 +30,38 @@ def space_to_depth(features: torch.Tensor, cell: tuple[int, int]) -> torch.Tenso
 
 
 def depth_to_space(vectors: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
-    """The way back: vectors (B, h, w, rows * columns * c) to features (B, c, h * rows, w * columns)."""
+    """The inverse: vectors (B, h, w, rows * columns * c) to features (B, c, h * rows, w * columns)."""
     blocks = vectors.unflatten(3, (*cell, -1))
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-class RVQTokenizer(ModelMixin, ConfigMixin):
-    """Images to a grid of D code numbers a cell and back.
+class RVQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Encodes images to a grid of D code indices a cell and decodes them.
 
     Args:
         in_channels: colour channels.
         base_channels: width behind the first convolution.
         channel_multipliers: width of each level over `base_channels`; each level after the first halves the grid.
         res_blocks: residual blocks a level of the encoder; the decoder has one more.
-        attention_levels: numbers of the levels with attention, 0 the finest.
+        attention_levels: indices of the levels with attention, 0 the finest.
         z_channels: width at the bottleneck, before the projection to `feature_dim`.
         feature_dim: width of a feature of the encoder's grid.
-        cell: rows and columns of features that one stack of codes stands for.
+        cell: rows and columns of features of one stack of codes.
         depth: levels D of codes.
-        codebook_size: number of codes, one for all levels or one of each.
+        codebook_size: number of codes, one for all levels or one for each.
         shared_codebook: one codebook for all levels.
         norm_groups: groups of every GroupNorm.
         pixel_unshuffle: side of the pixel blocks folded into channels before the first convolution (1: none, as
             published).
         sample_size: side in pixels that the weights were trained for.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
     """
 
-    _no_split_modules = ["ResBlock", "AttentionBlock"]
+    config: Any
+
+    _no_split_modules = ["ResBlock", "AttentionBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(
@@ -93,7 +96,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def pixels_per_cell(self) -> tuple[int, int]:
-        """Rows and columns of pixels that one stack of codes stands for."""
+        """Rows and columns of pixels of one cell."""
         factor = self.config.pixel_unshuffle * 2 ** (len(self.config.channel_multipliers) - 1)
         rows, columns = self.config.cell
         return rows * factor, columns * factor
@@ -105,17 +108,18 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def bits_per_token(self) -> float:
-        """Bits that name one code of a stack, log2 K, on average over the levels."""
+        """Bits of a code index, log2 K, averaged over the levels."""
         return self.bits_of_stack(self.config.depth) / self.config.depth
 
     def bits_of_stack(self, depth: int) -> float:
-        """Bits that name the codes of a cell at its first `depth` levels."""
+        """Bits of the codes of a cell at its first `depth` levels."""
         return sum(math.log2(len(self.codebooks[level])) for level in range(depth))
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, channels, H, W) in [-1, 1] to vectors before quantisation (B, h, w, C).
 
-        Errors: `StudioError` for other shapes, and for sides that do not split into cells.
+        Raises:
+            StudioError: images of another shape, or sides that do not split into cells.
         """
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
             raise StudioError(f"Images must be (B, {self.config.in_channels}, H, W); got {tuple(images.shape)}.")
@@ -128,7 +132,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         return space_to_depth(self.quant_conv(self.encoder(folded)), self.config.cell)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, channels, H, W) in [-1, 1] to code numbers (B, h, w, D), int64, coarse to fine."""
+        """Images (B, channels, H, W) in [-1, 1] to code indices (B, h, w, D), int64, coarse to fine."""
         return self.quantizer.encode(self.encode_features(images))
 
     def decode_features(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -137,11 +141,14 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(folded, self.config.pixel_unshuffle)
 
     def decode(self, tokens: torch.Tensor, depth: int | None = None) -> torch.Tensor:
-        """Code numbers (B, h, w, d) of the first d levels to images (B, channels, H, W), about [-1, 1].
+        """Decodes to images (B, channels, H, W), about [-1, 1].
 
-        Of these the first `depth` are used, all when None; a code of -1 adds nothing.
+        Args:
+            tokens: code indices (B, h, w, d) of the first d levels; a code of -1 adds nothing.
+            depth: how many of these levels are used; all when None.
 
-        Errors: `StudioError` for more levels than there are.
+        Raises:
+            StudioError: more levels than there are.
         """
         if depth is not None:
             depth = check_integer("depth", depth, 1, tokens.shape[-1])
@@ -150,7 +157,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For training: reconstruction of images (B, channels, H, W) in [-1, 1], and the commitment loss.
 
-        Gradients pass the quantiser unchanged (straight-through); codebooks get none.
+        Gradients pass the quantiser straight-through; codebooks get none.
         """
         quantized = self.quantizer(self.encode_features(images))
         return self.decode_features(quantized.vectors), quantized.commitment

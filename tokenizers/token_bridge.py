@@ -1,19 +1,20 @@
 """TokenBridge tokenizer: the latents of a frozen variational autoencoder, each number quantised on its own.
 
 "Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation" (arXiv:2503.16430), section 3.2. Nothing
-is trained: any `KLTokenizer` becomes a tokenizer of discrete tokens, 16 of them a cell with MAR's KL-16.
+is trained: any `KLTokenizer` becomes a tokenizer of discrete tokens, 16 a cell with MAR's KL-16.
 
-Deviations from the authors' code: `encode` takes the mean of a latent unless it is given a generator to sample with;
-the order of dimensions is theirs for MAR's autoencoder only and is measured for others (`low_frequency_order`), because
-they publish the list but not how low a frequency is.
+Deviations from the authors' code: `encode` takes the mean of a latent unless a generator is given to sample with; the
+order of dimensions is theirs for MAR's autoencoder and is measured for others (`low_frequency_order`), because they
+publish the order but not the cutoff frequency.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 
 from studio.checks import check_integer
 from studio.errors import StudioError
@@ -27,13 +28,14 @@ KL16_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
 
 def low_frequency_order(latents: torch.Tensor, cutoff: float = 0.25) -> list[int]:
-    """Dimensions of latents (n, C, h, w) by their share of energy in low frequencies, the greatest first.
+    """Dimensions of latents by their fraction of energy in low frequencies, the largest first.
 
     Args:
-        latents: of images of the kind that will be sampled.
-        cutoff: length, in cycles per cell, below which a frequency is low; the highest along an axis is 0.5.
+        latents: (n, C, h, w), of images of the kind that will be sampled.
+        cutoff: magnitude in cycles per cell below which a frequency is low, above 0; the highest along an axis is 0.5.
 
-    Errors: `StudioError` for a cutoff that is not above 0.
+    Raises:
+        StudioError: a cutoff that is not above 0.
     """
     if not cutoff > 0:
         raise StudioError(f"cutoff must be above 0, not {cutoff!r}.")
@@ -44,25 +46,27 @@ def low_frequency_order(latents: torch.Tensor, cutoff: float = 0.25) -> list[int
     return shares.mean(dim=0).argsort(descending=True, stable=True).tolist()
 
 
-class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
-    """Images to a grid of C level numbers a cell and back.
+class TokenBridgeTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Encodes images to a grid of C level indices a cell and decodes them.
 
     Args:
-        autoencoder: arguments of the `KLTokenizer` in the part `continuous`, but for its `sample_size`.
-        levels: numbers of levels B of every dimension.
-        value_range: scaled latents at the ends of the axis; those outside take the outermost levels.
-        std_range: where the Gaussian that the levels are laid for is cut off.
-        reconstruction_values: places of the levels (B,) from -`std_range` to `std_range`; computed when None.
-        dimension_order: a permutation of the C dimensions, in which a generator samples them; as they are when None.
+        autoencoder: arguments of the `KLTokenizer` in the component `continuous`, without its `sample_size`.
+        levels: number of levels B of every dimension.
+        value_range: scaled latents at the ends of the axis; latents outside take the outermost levels.
+        std_range: where the Gaussian of the levels is truncated.
+        reconstruction_values: positions of the levels (B,) from -`std_range` to `std_range`; computed when None.
+        dimension_order: order in which a generator samples the C dimensions, a permutation; 0 to C - 1 when None.
         sample_size: side in pixels that the weights were trained for.
 
-    Errors: `StudioError` for levels that are fewer than two or other than their values, and for an order that is no
-    permutation.
+    Raises:
+        StudioError: fewer than two levels, another number of values, or an order that is not a permutation.
     """
 
-    _no_split_modules = ["ResnetBlock2D"]
+    config: Any
+
+    _no_split_modules = ["ResnetBlock2D"]  # type: ignore[assignment]  # None in diffusers
     OF_LEVELS = ("levels", "value_range", "std_range", "reconstruction_values", "dimension_order", "sample_size")
-    """What its configuration says beside that of the autoencoder."""
+    """Keys of its configuration besides those of the autoencoder."""
 
     @register_to_config
     def __init__(
@@ -88,8 +92,8 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
         self.quantizer = ScalarQuantizer(values, tuple(value_range), std_range)
 
     @classmethod
-    def from_autoencoder(cls, autoencoder: KLTokenizer, **options) -> "TokenBridgeTokenizer":
-        """A tokenizer around this very network, which is not copied; `options` are those of the class."""
+    def from_autoencoder(cls, autoencoder: KLTokenizer, **options: Any) -> "TokenBridgeTokenizer":
+        """A tokenizer around this network, which is not copied; `options` are arguments of the class."""
         sizes = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             tokenizer = cls(sizes, **{"sample_size": sizes.pop("sample_size"), **options})
@@ -97,7 +101,7 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
         return tokenizer.train(autoencoder.training)
 
     def with_levels(self, levels: int) -> "TokenBridgeTokenizer":
-        """The same network and order with another number of levels."""
+        """A tokenizer with the same network and order and another number of levels."""
         kept = {name: self.config[name] for name in self.OF_LEVELS}
         return self.from_autoencoder(self.continuous, **{**kept, "levels": levels, "reconstruction_values": None})
 
@@ -108,30 +112,31 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels a side that one cell stands for."""
+        """Pixels a side of one cell."""
         return self.continuous.downsample_factor
 
     @property
     def bits_per_token(self) -> float:
-        """Bits that name one level, log2 B."""
+        """Bits of a level index, log2 B."""
         return math.log2(self.config.levels)
 
     @property
     def level_values(self) -> torch.Tensor:
-        """The scaled latent that each level stands for, (B,) float32."""
+        """The scaled latent of each level, (B,) float32."""
         return self.quantizer.values(self.device)
 
     def encode_features(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w): means, or samples with a generator.
 
-        Errors: `StudioError` for images whose shape does not fit.
+        Raises:
+            StudioError: images whose shape does not fit.
         """
         distribution = self.continuous.encode_distribution(images)
         latents = distribution.mode() if generator is None else distribution.sample(generator)
         return latents * self.continuous.config.scaling_factor
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to level numbers (B, h, w, C), int64, in the autoencoder's order."""
+        """Images (B, 3, H, W) in [-1, 1] to level indices (B, h, w, C), int64, in the autoencoder's order."""
         return self.quantizer.encode(self.encode_features(images, generator)).movedim(1, -1)
 
     def decode_features(self, latents: torch.Tensor) -> torch.Tensor:
@@ -139,9 +144,9 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):
         return self.continuous.decode((latents / self.continuous.config.scaling_factor).to(self.dtype))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Level numbers (B, h, w, C) to images (B, 3, H, W), about [-1, 1]."""
+        """Level indices (B, h, w, C) to images (B, 3, H, W), about [-1, 1]."""
         return self.decode_features(self.quantizer.decode(tokens).movedim(-1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Restoration of images (B, 3, H, W) in [-1, 1] from their tokens."""
+        """Reconstruction of images (B, 3, H, W) in [-1, 1] from their tokens."""
         return self.decode(self.encode(images))

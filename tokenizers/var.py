@@ -1,31 +1,35 @@
-"""VAR's tokenizer: an image as code grids of rising size, each of which corrects the sum of those before.
+"""VAR's tokenizer: an image as code grids of increasing size, each of which refines the sum of those before.
 
 "Visual Autoregressive Modeling" (arXiv:2404.02905), algorithms 1 and 2. The features of an image are the sum over
-scales of phi_k(enlarged code vectors); phi is half the identity and half a 3x3 convolution, and neighbouring scales
-share one. Codes are not normalised. Parameters carry the authors' names. Tokens of all scales stand in one row, coarse
-to fine, raster order in each.
+scales of phi_k(upsampled code vectors); phi is half the identity and half a 3x3 convolution, and neighbouring scales
+share one. Codes are not normalised. Parameters carry the authors' names. Tokens of all scales are one sequence, coarse
+to fine, each scale in raster order.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
 
 
-class VARTokenizer(ModelMixin, ConfigMixin):
-    """Images to code numbers of all scales and back.
+class VARTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Encodes images to code indices of all scales and decodes them.
 
     Args:
         base_channels, channel_multipliers, res_blocks: as in VQGAN; each level after the first halves the grid.
         code_dim, codebook_size: width C and number V of code vectors.
         scales: side of the grid at each scale; the last is the grid of the features.
         phis: number of shared convolutions.
-        phi_share: share of the convolution in phi, the rest is the identity.
+        phi_share: weight of the convolution in phi; that of the identity is the rest.
         norm_groups: groups of every GroupNorm.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
@@ -51,15 +55,15 @@ class VARTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """Code vectors (V, code_dim), as they are."""
+        """Code vectors (V, code_dim), not normalised."""
         return self.quantize.embedding.weight
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to code numbers (B, n), int64."""
+        """Images (B, 3, H, W) in [-1, 1] to code indices (B, n), int64."""
         return self.encode_features(self.quant_conv(self.encoder(images)))
 
     def encode_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, C, h, w) to code numbers (B, n): the nearest code of what is left, scale by scale."""
+        """Features (B, C, h, w) to code indices (B, n): the nearest codes of the residual, scale by scale."""
         rest, found = features, []
         for step, side in enumerate(self.config.scales):
             shrunk = F.interpolate(rest, size=(side, side), mode="area").permute(0, 2, 3, 1).flatten(1, 2)
@@ -69,7 +73,7 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         return torch.cat(found, dim=1)
 
     def correction(self, vectors: torch.Tensor, step: int) -> torch.Tensor:
-        """What code vectors (B, side^2, C) of one scale add to the features: (B, C, h, w)."""
+        """The contribution (B, C, h, w) of the code vectors (B, side^2, C) of one scale to the features."""
         side, last = self.config.scales[step], self.config.scales[-1]
         grid = vectors.transpose(1, 2).unflatten(2, (side, side))
         if side != last:
@@ -81,9 +85,10 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         return self._sums(vectors)[-1]
 
     def inputs(self, vectors: torch.Tensor) -> torch.Tensor:
-        """What VAR reads at the scales behind the first, for code vectors (B, n, C) of the scales before them.
+        """The inputs of VAR at scales 1 and up: the features so far, resized to each next scale, (B, m, C).
 
-        The features so far, shrunk to each next scale: (B, m, C).
+        Args:
+            vectors: code vectors (B, n, C) of the scales before.
         """
         scales = self.config.scales
         shrunk = [
@@ -92,9 +97,10 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         ]
         return torch.cat(shrunk, dim=1) if shrunk else vectors[:, :0]
 
-    def _sums(self, vectors):
-        """Features after each of the scales that the vectors hold."""
-        sums, start = [], 0
+    def _sums(self, vectors: torch.Tensor) -> list[torch.Tensor]:
+        """Features after each scale of the vectors."""
+        sums: list[torch.Tensor] = []
+        start = 0
         for step, side in enumerate(self.config.scales):
             if start == vectors.shape[1]:
                 break
@@ -108,12 +114,12 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         return self.decoder(self.post_quant_conv(features)).clamp(-1, 1)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Code numbers (B, n) to images (B, 3, H, W) in [-1, 1]."""
+        """Code indices (B, n) to images (B, 3, H, W) in [-1, 1]."""
         return self.decode_features(self.features(self.codebook[tokens]))
 
 
 class MultiScaleCodebook(nn.Module):
-    """The code vectors, and the convolutions that scales share."""
+    """The code vectors, and the convolutions shared by scales."""
 
     def __init__(self, codebook_size: int, code_dim: int, phis: int, phi_share: float):
         super().__init__()
@@ -121,7 +127,7 @@ class MultiScaleCodebook(nn.Module):
         self.quant_resi = SharedPhis(code_dim, phis, phi_share)
 
     def phi(self, step: int, steps: int) -> "Phi":
-        """The convolution of a scale: the one whose place on the line from 0 to 1 is nearest."""
+        """The convolution of a scale: the one whose position on the line from 0 to 1 is nearest."""
         layers = self.quant_resi.qresi_ls
         share = 3 if len(layers) == 4 else 2
         edge = 1 / (share * len(layers))
@@ -130,7 +136,7 @@ class MultiScaleCodebook(nn.Module):
 
 
 class SharedPhis(nn.Module):
-    """The list of convolutions, under the authors' name."""
+    """The list of convolutions, with the authors' parameter names."""
 
     def __init__(self, code_dim: int, phis: int, phi_share: float):
         super().__init__()
@@ -144,7 +150,7 @@ class Phi(nn.Conv2d):
         super().__init__(width, width, 3, padding=1)
         self.share = share
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (1 - self.share) * x + self.share * super().forward(x)
 
 
@@ -156,7 +162,7 @@ class AttentionBlock(nn.Module):
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.qkv, self.proj_out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(mixed)

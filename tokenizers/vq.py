@@ -1,21 +1,23 @@
-"""VQ tokenizer: a convolutional autoencoder whose bottleneck is a grid of codes from one table of unit vectors.
+"""VQ tokenizer: a convolutional autoencoder with a grid of codes from a codebook of unit vectors.
 
 The architecture of LlamaGen's VQ-8 and VQ-16 ("Autoregressive Model Beats Diffusion", arXiv:2406.06525, section 3.1;
-after VQGAN, arXiv:2012.09841). Parameters carry the authors' names. Scope: encoding and decoding; how a codebook is
-trained is the recipe's business.
+after VQGAN, arXiv:2012.09841). Parameters carry the authors' names. Scope: encoding and decoding; `studio.training.vq`
+trains.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
 
 
-class VQTokenizer(ModelMixin, ConfigMixin):
-    """Images to a grid of code numbers and back.
+class VQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Encodes images to a grid of code indices and decodes them.
 
     Args:
         in_channels: colour channels.
@@ -28,9 +30,14 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         pixel_unshuffle: side of the pixel blocks folded into channels before the first convolution (1: none).
         norm_groups: groups of every GroupNorm.
         sample_size: side in pixels that the weights were trained for.
+
+    Raises:
+        StudioError: widths that do not split into the groups, or images whose shape does not fit.
     """
 
-    _no_split_modules = ["ResBlock", "AttentionBlock"]
+    config: Any
+
+    _no_split_modules = ["ResBlock", "AttentionBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(
@@ -60,7 +67,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels a side that one token stands for."""
+        """Pixels a side of one token."""
         return self.config.pixel_unshuffle * 2 ** (len(self.config.channel_multipliers) - 1)
 
     @property
@@ -70,15 +77,19 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def row_length(self) -> None:
-        """Tokens of an image where they are a row: None, these are a grid."""
+        """Tokens of an image in a row; None, because these tokens are a grid."""
 
     @property
     def bits_per_token(self) -> float:
-        """Bits that name one code, log2 V."""
+        """Bits of a code index, log2 V."""
         return float(torch.log2(torch.tensor(float(self.config.codebook_size))))
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1] to vectors before quantisation (B, code_dim, h, w)."""
+        """Images (B, C, H, W) in [-1, 1] to vectors before quantisation (B, code_dim, h, w).
+
+        Raises:
+            StudioError: images whose shape does not fit.
+        """
         factor = self.downsample_factor
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
             raise StudioError(f"Images must be (B, {self.config.in_channels}, H, W); got {tuple(images.shape)}.")
@@ -87,7 +98,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.pixel_unshuffle)))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1] to code numbers (B, h, w), int64."""
+        """Images (B, C, H, W) in [-1, 1] to code indices (B, h, w), int64."""
         return self.quantize.nearest(self.encode_features(images))
 
     def decode_features(self, codes: torch.Tensor) -> torch.Tensor:
@@ -99,7 +110,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         return self.decode_features(vectors.movedim(-1, 1))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Code numbers (B, h, w) to images (B, C, H, W), about [-1, 1]."""
+        """Code indices (B, h, w) to images (B, C, H, W), about [-1, 1]."""
         return self.decode_features(self.quantize.lookup(tokens))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -115,18 +126,18 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(codebook_size, code_dim)
 
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """Code numbers (B, h, w) of the closest unit vector to each feature (B, code_dim, h, w), found in float32."""
+        """Code indices (B, h, w) of the closest unit vector to each feature (B, code_dim, h, w), found in float32."""
         codebook = F.normalize(self.embedding.weight.float(), dim=-1)
         vectors = F.normalize(features.float().movedim(1, -1), dim=-1)
         return (vectors @ codebook.T).argmax(dim=-1)
 
     def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Unit vectors (B, code_dim, h, w) of code numbers (B, h, w)."""
+        """Unit vectors (B, code_dim, h, w) of code indices (B, h, w)."""
         return F.normalize(self.embedding(tokens), dim=-1).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):
-    """norm, swish, 3x3 twice; the shortcut is a 1x1 convolution where the width changes."""
+    """Norm, swish and 3x3 convolution, twice; the shortcut is a 1x1 convolution where the width changes."""
 
     def __init__(self, width_in: int, width_out: int, groups: int):
         super().__init__()
@@ -137,7 +148,7 @@ class ResBlock(nn.Module):
         if width_in != width_out:
             self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -151,7 +162,7 @@ class AttentionBlock(nn.Module):
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(x)
         q, k, v = (layer(hidden).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
@@ -159,13 +170,13 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the grid: zeros on the right and bottom, then a 3x3 convolution with stride 2."""
+    """Halves the grid: zero padding on the right and bottom, then a 3x3 convolution with stride 2."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -176,7 +187,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -188,7 +199,7 @@ class Level(nn.Module):
         self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width_out, width_out, groups) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in range(blocks if attention else 0))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.res):
             x = block(x)
             if self.attn:
@@ -219,7 +230,7 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
@@ -247,7 +258,7 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for block in self.mid:
             x = block(x)

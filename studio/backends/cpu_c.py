@@ -1,58 +1,29 @@
-"""LlamaGen for sampling tokens on a CPU, compiled from C on first use (`native.c`, `native_blocks`).
+"""LlamaGen and its drafter in C for CPUs, compiled from `native.c` on first use.
 
-Where there is no compiler, `is_available` is false, and `studio.backends.packed` is the next best.
+On a CPU the time of a step is the time to read the weights. Weights that are exact in bfloat16, as those of every
+bundled model, are stored and read as bfloat16: half the bytes and the same results, bit by bit. The result at a
+position depends neither on how many positions or rows are computed with it nor on what else is pending in the cache: a
+tree of tokens gets, bit by bit, the states that its paths get one token at a time.
 
-Blocks of a LlamaGen or its drafter in C (`native.c`): on a processor their time is the time to read the weights.
+Half of a drafter's input layer, the product with the token embeddings, is computed in advance as a table.
 
-Weights that are bfloat16 numbers, as those of every bundled model, are read as such: half the bytes, and not a bit of
-difference. A position's numbers depend neither on how many positions or rows run with it nor on what else is pending in
-the cache: a tree of tokens gets, bit by bit, the states that its paths get one token at a time.
-
-A `Drafter` compiled from C on first use (`native_blocks`), for processors.
-
-Half of what it reads, the token's embedding, is multiplied in advance: a row of a table stands for it.
+Without a compiler `is_available` is false, and `studio.backends.packed` is the next best.
 """
 
 import ctypes
 import weakref
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from studio.backends.native_library import library
+from studio.backends.native_library import library, loaded_library
 from studio.errors import StudioError
+from studio.models.drafter import Drafter
 from studio.models.kv_cache import KVCache, TreeCache
-
-
-class NativeDrafter:
-    """The cached calls of a `Drafter` that `native_blocks.can_run`; results differ by rounding only."""
-
-    @torch.no_grad()
-    def __init__(self, drafter):
-        self._drafter, self.config = weakref.ref(drafter), drafter.config
-        by_token, by_state = drafter.fc.weight.chunk(2, dim=1)
-        self._tokens = F.linear(drafter.token_embeddings, by_token, drafter.fc.bias)
-        self._states = NativeProduct(by_state)
-        self._blocks = NativeBlocks(drafter, norm=None)
-
-    def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
-        """As of `Drafter`."""
-        return self._drafter().new_tree_cache(rows, pending)
-
-    def extend_tree(
-        self,
-        tokens: torch.Tensor,
-        states: torch.Tensor,
-        cache: TreeCache,
-        positions: torch.Tensor,
-        visible: torch.Tensor,
-    ) -> torch.Tensor:
-        """As of `Drafter`."""
-        x = self._states(states).add_(F.embedding(tokens, self._tokens))
-        if cache.plan is not None:
-            x = cache.with_plan(x, positions.clamp(max=cache.plan.shape[1] - 1))
-        return self._blocks(x, cache, positions, visible)
-
+from studio.models.llamagen import LlamaGen
 
 _LANES, _QUERIES = 8, 4
 
@@ -60,51 +31,54 @@ _LANES, _QUERIES = 8, 4
 class _Network(ctypes.Structure):
     """The struct `Network` of native.c; a list has an entry per layer."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("dim", "heads", "kv_heads", "head_dim", "hidden", "layers", "bf16")]
         + [("positions", ctypes.c_int32), ("eps", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in ("wqkv", "wo", "w1", "w3", "w2")]
-        + [(name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "norm", "turns")]
+        + [(name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "norm", "rope")]
     )
 
 
 class _Call(ctypes.Structure):
     """The struct `Call` of native.c."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("rows", "nodes", "base", "pending", "max_length", "threads")]
         + [(name, ctypes.c_int64) for name in ("cache_layer", "cache_row", "bias_row")]
         + [(name, ctypes.c_void_p) for name in ("cache", "kept", "positions", "visible", "bias")]
     )
 
 
-def can_run(model, *sizes: int) -> bool:
-    """Whether a model's blocks run in C here: float32 on a CPU, sizes in eights, and a compiler that works."""
+def can_run(model: LlamaGen | Drafter, *sizes: int) -> bool:
+    """Whether a model's blocks, and more products of these `sizes`, run in C on this machine.
+
+    This needs float32 weights on a CPU, sizes that are multiples of 8, and a working compiler.
+    """
     block = model.layers[0]
     sizes = (*sizes, model.config.dim, block.attention.head_dim, block.feed_forward.w1.out_features)
     fits = not any(size % _LANES for size in sizes)
     return model.device.type == "cpu" and model.dtype == torch.float32 and fits and library() is not None
 
 
-def are_halves(*weights: torch.Tensor) -> bool:
-    """Whether all numbers are bfloat16 numbers."""
+def are_bfloat16(*weights: torch.Tensor) -> bool:
+    """Whether all numbers are exact in bfloat16."""
     return all(torch.equal(weight.bfloat16().float(), weight) for weight in weights)
 
 
-def pack(weight: torch.Tensor, halves: bool) -> torch.Tensor:
-    """A matrix (out, in) as native.c reads it: (ceil(out / block), in, block), bfloat16 or float32.
+def pack(weight: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """A matrix (out, in) in the layout of native.c: (ceil(out / block), in, block), bfloat16 or float32.
 
-    A block is two of the widest vectors. Halves lie so that the low and high parts of 32-bit words are its first and
-    its second vector.
+    A block is two of the widest vectors. In bfloat16 the low and high parts of 32-bit words are its first and its
+    second vector.
     """
-    lanes = library().studio_lanes()
+    lanes = loaded_library().studio_lanes()
     rows, columns = weight.shape
     blocks = -(-rows // (2 * lanes))
     filled = torch.zeros(blocks * 2 * lanes, columns)
     filled[:rows] = weight.detach()
     packed = filled.view(blocks, 2, lanes, columns)
-    packed = packed.permute(0, 3, 2, 1) if halves else packed.permute(0, 3, 1, 2)
-    return packed.to(torch.bfloat16 if halves else torch.float32).contiguous().view(blocks, columns, 2 * lanes)
+    packed = packed.permute(0, 3, 2, 1) if bf16 else packed.permute(0, 3, 1, 2)
+    return packed.to(torch.bfloat16 if bf16 else torch.float32).contiguous().view(blocks, columns, 2 * lanes)
 
 
 class NativeProduct:
@@ -112,32 +86,32 @@ class NativeProduct:
 
     def __init__(self, weight: torch.Tensor):
         self.out, self.inputs = weight.shape
-        self.halves = are_halves(weight)
-        self.weight = pack(weight, self.halves)
-        self._run = library().studio_product
+        self.bf16 = are_bfloat16(weight)
+        self.weight = pack(weight, self.bf16)
+        self._run = loaded_library().studio_product
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out)
         rows = x.numel() // self.inputs
         self._run(
-            self.weight.data_ptr(), self.inputs, self.out, self.halves, torch.get_num_threads(), rows, x.data_ptr(),
+            self.weight.data_ptr(), self.inputs, self.out, self.bf16, torch.get_num_threads(), rows, x.data_ptr(),
             y.data_ptr(),
         )  # fmt: skip
         return y
 
 
 class NativeBlocks:
-    """A copy of some blocks and of the norm behind them.
+    """A packed copy of a model's blocks and of the norm behind them.
 
     Args:
-        model: a float32 model on the CPU whose blocks are those of `LlamaGen`; see `can_run`.
+        model: a `LlamaGen` or `Drafter` for which `can_run` is true.
         norm: the weight (dim,) of the norm behind the blocks, or None.
     """
 
     @torch.no_grad()
-    def __init__(self, model, norm: torch.Tensor | None):
-        layers, self._run = model.layers, library().studio_blocks
+    def __init__(self, model: LlamaGen | Drafter, norm: torch.Tensor | None):
+        layers, self._run = model.layers, loaded_library().studio_blocks
         attention, feed_forward = layers[0].attention, layers[0].feed_forward
         matrices = {
             "wqkv": [layer.attention.wqkv.weight for layer in layers],
@@ -146,18 +120,20 @@ class NativeBlocks:
             "w3": [layer.feed_forward.w3.weight for layer in layers],
             "w2": [layer.feed_forward.w2.weight for layer in layers],
         }
-        halves = are_halves(*(weight for group in matrices.values() for weight in group))
-        self._kept = {name: [pack(weight, halves) for weight in group] for name, group in matrices.items()}
+        bf16 = are_bfloat16(*(weight for group in matrices.values() for weight in group))
+        self._kept: dict[str, list[torch.Tensor | None]] = {
+            name: [pack(weight, bf16) for weight in group] for name, group in matrices.items()
+        }
         self._kept["attention_norm"] = [_norm_weight(layer.attention_norm) for layer in layers]
         self._kept["ffn_norm"] = [_norm_weight(layer.ffn_norm) for layer in layers]
         self._norm = None if norm is None else norm.detach().clone()
-        self._turns = model.rope().contiguous()
+        self._rope = model.rope().contiguous()
         self._lists = {name: pointers(group) for name, group in self._kept.items()}
         self.network = _Network(
             dim=model.config.dim, heads=attention.num_heads, kv_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim, hidden=feed_forward.w1.out_features, layers=len(layers), bf16=halves,
-            positions=len(self._turns), eps=model.config.norm_eps, turns=self._turns.data_ptr(),
-            norm=None if norm is None else self._norm.data_ptr(),
+            head_dim=attention.head_dim, hidden=feed_forward.w1.out_features, layers=len(layers), bf16=bf16,
+            positions=len(self._rope), eps=model.config.norm_eps, rope=self._rope.data_ptr(),
+            norm=None if self._norm is None else self._norm.data_ptr(),
             **{name: ctypes.addressof(group) for name, group in self._lists.items()},
         )  # fmt: skip
         outputs = attention.wqkv.out_features + attention.num_heads * attention.head_dim
@@ -165,22 +141,25 @@ class NativeBlocks:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that a step reads."""
+        """Bytes of weights that a step reads."""
         return sum(weight.nbytes for group in self._kept.values() for weight in group if weight is not None)
 
     def __call__(
         self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor, visible: torch.Tensor | None
     ) -> torch.Tensor:
-        """States (rows, n, dim) behind inputs x (rows, n, dim), whose keys and values are stored in the cache.
+        """States (rows, n, dim) of new positions, whose keys and values are stored in the cache.
 
         Args:
-            positions: (rows, n) int64, from 0; those behind the rotation table are turned like its last.
-            visible: (rows, n, pending + n) bool, as of `TreeCache.tree_mask`; None: each sees all before it.
+            x: inputs (rows, n, dim).
+            cache: of the model.
+            positions: (rows, n) int64, from 0; those behind the rotary table have its last entry.
+            visible: (rows, n, pending + n) bool, as of `TreeCache.tree_mask`; None: causal.
 
-        Errors: `StudioError` when the cache is full.
+        Raises:
+            StudioError: the cache is full.
         """
         rows, nodes, dim = x.shape
-        cache.check_room(nodes)
+        cache.check_capacity(nodes)
         base, kept = cache.kept()
         store, bias = cache.store, cache.bias
         positions, states = positions.contiguous(), torch.empty(x.shape).copy_(x)
@@ -198,30 +177,31 @@ class NativeBlocks:
         return states
 
 
-def _norm_weight(norm) -> torch.Tensor | None:
+def _norm_weight(norm: nn.Module) -> torch.Tensor | None:
     """The weight of an `RMSNorm`; None where a block has no norm."""
     weight = getattr(norm, "weight", None)
     return None if weight is None else weight.detach().clone()
 
 
-def pointers(tensors) -> ctypes.Array:
-    """Where tensors lie, for a list in C; keep it, and them, as long as it is used."""
+def pointers(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array:
+    """Addresses of tensors as an array in C; keep it and the tensors alive while it is used."""
     return (ctypes.c_void_p * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def is_available(model) -> bool:
-    """Whether this model runs in C here: float32 on a CPU, sizes in eights, and a compiler that works."""
+def is_available(model: LlamaGen) -> bool:
+    """Whether a whole `LlamaGen` runs in C on this machine; see `can_run`."""
     return can_run(model, model.config.vocab_size)
 
 
 class NativeLlamaGen:
     """The cached-decoding calls of `LlamaGen`, for single tokens, several, and trees; results differ by rounding only.
 
-    Errors: `StudioError` for a model that `is_available` refuses.
+    Raises:
+        StudioError: a model for which `is_available` is false.
     """
 
     @torch.no_grad()
-    def __init__(self, model):
+    def __init__(self, model: LlamaGen):
         if not is_available(model):
             raise StudioError(
                 "Native decoding needs a float32 model on the CPU with sizes divisible by 8, and a C compiler (cc) "
@@ -235,47 +215,87 @@ class NativeLlamaGen:
         self._embedding = model.tok_embeddings.weight.detach()
 
     @property
-    def model(self):
-        return self._model()
+    def model(self) -> LlamaGen:
+        """The model that this backend was built from."""
+        model = self._model()
+        assert model is not None, "a backend is used while its model is alive"
+        return model
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that a step reads."""
+        """Bytes of weights that a step reads."""
         return self._blocks.weight_bytes + self.logits.weight.nbytes
 
     def new_cache(self, rows: int) -> KVCache:
-        """An empty cache for `rows` sequences."""
+        """As `LlamaGen.new_cache`."""
         return self.model.new_cache(rows)
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
-        """As of `LlamaGen`."""
+        """As `LlamaGen.new_tree_cache`."""
         return self.model.new_tree_cache(rows, pending)
 
     def prefill(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-        """Stores the prefix (rows, T, dim) in an empty cache; logits (rows, V) of the first image token."""
+        """As `LlamaGen.prefill`."""
         return self.logits(self.prefill_states(prefix, valid, cache)[:, -1])
 
     def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-        """`prefill`, but the states (rows, T, dim) of all prefix positions."""
+        """As `LlamaGen.prefill_states`."""
         rows, length, _ = prefix.shape
         mask = self.model.prefix_mask(valid, length)
-        states = self._run(self.model.begin(prefix, cache), cache, None if mask is None else mask[:, 0])
+        states = self._run(self.model.prepare_inputs(prefix, cache), cache, None if mask is None else mask[:, 0])
         if valid is not None:
             cache.mask_prefix(valid)
         return states
 
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
-        return self.logits(self._run(cache.with_plan(F.embedding(tokens, self._embedding)), cache, None))
+        """As `LlamaGen.extend`."""
+        return self.logits(self._run(cache.add_region_conditioning(F.embedding(tokens, self._embedding)), cache, None))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
-        """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
-        x = cache.with_plan(F.embedding(tokens, self._embedding), positions)
+        """As `LlamaGen.extend_tree`."""
+        x = cache.add_region_conditioning(F.embedding(tokens, self._embedding), positions)
         return self._blocks(x, cache, positions, visible)
 
     def _run(self, x: torch.Tensor, cache: KVCache, visible: torch.Tensor | None) -> torch.Tensor:
         """States (rows, n, dim) of positions that follow one another."""
         rows, n, _ = x.shape
         return self._blocks(x, cache, torch.arange(cache.length, cache.length + n).expand(rows, n), visible)
+
+
+class NativeDrafter:
+    """The cached calls of a `Drafter` for which `can_run` is true; results differ by rounding only."""
+
+    @torch.no_grad()
+    def __init__(self, drafter: Drafter):
+        self._drafter, self.config = weakref.ref(drafter), drafter.config
+        by_token, by_state = drafter.fc.weight.chunk(2, dim=1)
+        self._tokens = F.linear(drafter.token_embeddings, by_token, drafter.fc.bias)
+        self._states = NativeProduct(by_state)
+        self._blocks = NativeBlocks(drafter, norm=None)
+
+    @property
+    def drafter(self) -> Drafter:
+        """The drafter that this backend was built from."""
+        drafter = self._drafter()
+        assert drafter is not None, "a backend is used while its drafter is alive"
+        return drafter
+
+    def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
+        """As `Drafter.new_tree_cache`."""
+        return self.drafter.new_tree_cache(rows, pending)
+
+    def extend_tree(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        cache: TreeCache,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `Drafter.extend_tree`."""
+        x = self._states(states).add_(F.embedding(tokens, self._tokens))
+        if cache.region_conditioning is not None:
+            x = cache.add_region_conditioning(x, positions.clamp(max=cache.region_conditioning.shape[1] - 1))
+        return self._blocks(x, cache, positions, visible)

@@ -1,15 +1,18 @@
-"""Reverse steps of a diffusion-loss head in C (`native.c`), for processors: a step, guidance included, is one call.
+"""Reverse steps of a diffusion-loss head in C (`native.c`) for CPUs: a step, guidance included, is one call.
 
-A step over a few tokens is a few dozen operations on small matrices; started one by one from Python, they wait longer
-than they work. Weights that are bfloat16 numbers are read as such, as in `native_blocks`.
+A step over a few tokens is a few dozen operations on small matrices. Started one by one from Python, their overhead
+exceeds their work. Weights that are exact in bfloat16 are read as such, as in `studio.backends.cpu_c`.
 """
 
 import ctypes
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
-from studio.backends.cpu_c import are_halves, pack, pointers
-from studio.backends.native_library import library
+from studio.backends.cpu_c import are_bfloat16, pack, pointers
+from studio.backends.native_library import library, loaded_library
+from studio.models.diffusion_head import DenoisingNetwork
 
 _LANES, _ROWS_AT_ONCE = 8, 48
 
@@ -17,7 +20,7 @@ _LANES, _ROWS_AT_ONCE = 8, 48
 class _Head(ctypes.Structure):
     """The struct `Head` of native.c; a list has an entry per block."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("token", "width", "depth", "bf16")]
         + [("eps", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in ("input", "output", "first", "second")]
@@ -29,7 +32,7 @@ class _Head(ctypes.Structure):
 class _Denoising(ctypes.Structure):
     """The struct `Denoising` of native.c."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
         [(name, ctypes.c_int32) for name in ("steps", "copies", "tokens", "threads")]
         + [(name, ctypes.c_int64) for name in ("step_rows", "copy_rows")]
         + [(name, ctypes.c_void_p) for name in ("x", "modulated", "scales", "table")]
@@ -38,30 +41,34 @@ class _Denoising(ctypes.Structure):
     )
 
 
-def can_denoise(network) -> bool:
-    """Whether a `DenoisingNetwork` runs in C here: float32 on a CPU, sizes in eights, and a compiler that works."""
+def can_denoise(network: DenoisingNetwork) -> bool:
+    """Whether this network runs in C on this machine.
+
+    This needs float32 weights on a CPU, sizes that are multiples of 8, and a working compiler.
+    """
     weight = network.input_proj.weight
     fits = not len(weight) % _LANES and not 2 * weight.shape[1] % _LANES
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and fits and library() is not None
 
 
 class NativeHead:
-    """A copy of a `DenoisingNetwork` that `can_denoise`, but for what makes the modulations; results differ by rounding
-    only.
+    """The `denoise` of a `DenoisingNetwork` for which `can_denoise` is true; results differ by rounding only.
+
+    The modulations are computed by the network itself.
     """
 
     @torch.no_grad()
-    def __init__(self, network):
-        self._run = library().studio_denoise
+    def __init__(self, network: DenoisingNetwork):
+        self._run = loaded_library().studio_denoise
         blocks, ends = network.res_blocks, (network.input_proj, network.final_layer.linear)
         layers = [[block.mlp[0] for block in blocks], [block.mlp[2] for block in blocks]]
         norms = [block.in_ln for block in blocks]
-        halves = are_halves(*(layer.weight for layer in (*layers[0], *layers[1], *ends)))
+        bf16 = are_bfloat16(*(layer.weight for layer in (*layers[0], *layers[1], *ends)))
         self._kept = {
-            "input": [pack(ends[0].weight, halves)],
-            "output": [pack(ends[1].weight, halves)],
-            "first": [pack(layer.weight, halves) for layer in layers[0]],
-            "second": [pack(layer.weight, halves) for layer in layers[1]],
+            "input": [pack(ends[0].weight, bf16)],
+            "output": [pack(ends[1].weight, bf16)],
+            "first": [pack(layer.weight, bf16) for layer in layers[0]],
+            "second": [pack(layer.weight, bf16) for layer in layers[1]],
             "input_bias": [_copy(ends[0].bias)],
             "output_bias": [_copy(ends[1].bias)],
             "first_bias": [_copy(layer.bias) for layer in layers[0]],
@@ -73,7 +80,7 @@ class NativeHead:
         single = {name for name in self._kept if name.startswith(("input", "output"))}
         self.width, self.token = ends[0].weight.shape
         self._head = _Head(
-            token=self.token, width=self.width, depth=len(blocks), bf16=halves, eps=network.final_layer.norm_final.eps,
+            token=self.token, width=self.width, depth=len(blocks), bf16=bf16, eps=network.final_layer.norm_final.eps,
             **{
                 name: group[0] if name in single else ctypes.addressof(group)
                 for name, group in self._lists.items()
@@ -88,12 +95,13 @@ class NativeHead:
         table: torch.Tensor,
         limit: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log of the standard deviation (t, m, D) of the states before x (t, m, D), as of
-        `ReverseTransitions.along`.
+        """Mean and log standard deviation (t, m, D) of the reverse steps from x, as of `ReverseTransitions.along`.
 
         Args:
-            modulated: what each block and the last layer read, (t, S, n, numbers), of which the first m tokens count.
-            scales: of guidance, (m,).
+            x: states (t, m, D) at t steps.
+            modulated: modulations of each block and the last layer, (t, S, n, numbers), of which the first m tokens
+                are used; S is 2 with guidance, conditional then unconditional.
+            scales: guidance scales (m,).
             table: rows of `GaussianDiffusion.table`, (t, 6).
             limit: of `GaussianDiffusion`.
         """

@@ -8,7 +8,7 @@
    Every sum is taken in an order of its own that depends neither on the number of rows or positions nor on what else is
    pending: a tree of tokens gets, bit by bit, the numbers of its paths taken one token at a time.
 
-   Compiled on first use by native_library.py; native_blocks.py and native_head.py make the arguments. */
+   Compiled on first use by native_library.py; cpu_c.py and cpu_c_head.py prepare the arguments. */
 
 #define _GNU_SOURCE
 #include <math.h>
@@ -25,7 +25,7 @@ typedef struct {
     int32_t dim, heads, kv_heads, head_dim, hidden, layers, bf16, positions;
     float eps;
     const void **wqkv, **wo, **w1, **w3, **w2;
-    const float **attention_norm, **ffn_norm, *norm, *turns; /* a norm may be missing; turns: (positions, head_dim) */
+    const float **attention_norm, **ffn_norm, *norm, *rope; /* a norm may be missing; rope: (positions, head_dim) */
 } Network;
 
 /* `nodes` new positions of each row, stored behind `base` + `pending`. Each sees its row's first `kept` positions, of the
@@ -55,7 +55,7 @@ INLINE void normalise(const float *x, const float *weight, int dim, float eps, f
     for (int i = 0; i < dim; i += LANES) *(vec *)(y + i) = *(const vec *)(x + i) * scale * *(const vec *)(weight + i);
 }
 
-INLINE void turn(float *x, const float *cos_sin, int head_dim) {
+INLINE void rotate(float *x, const float *cos_sin, int head_dim) {
     for (int i = 0; i < head_dim; i += 2) {
         float even = x[i], odd = x[i + 1], c = cos_sin[i], s = cos_sin[i + 1];
         x[i] = even * c - odd * s;
@@ -195,13 +195,13 @@ static void attend_group(const Network *net, const Call *call, int layer, int ro
     float *from = qkv + (int64_t)row * nodes * stride, *to = mixed + (int64_t)row * nodes * heads * head_dim;
     for (int node = 0; node < nodes; node++) {
         const int64_t asked = call->positions[(int64_t)row * nodes + node], last = net->positions - 1;
-        const float *cos_sin = net->turns + (asked < last ? asked : last) * head_dim;
+        const float *cos_sin = net->rope + (asked < last ? asked : last) * head_dim;
         const int64_t place = (int64_t)(call->base + call->pending + node) * head_dim;
         float *head = from + (int64_t)node * stride, *key = head + (heads + group) * head_dim;
-        turn(key, cos_sin, head_dim);
+        rotate(key, cos_sin, head_dim);
         memcpy(keys + place, key, sizeof(float) * head_dim);
         memcpy(values + place, key + kv * head_dim, sizeof(float) * head_dim);
-        for (int h = group * queries; h < (group + 1) * queries; h++) turn(head + h * head_dim, cos_sin, head_dim);
+        for (int h = group * queries; h < (group + 1) * queries; h++) rotate(head + h * head_dim, cos_sin, head_dim);
     }
     for (int h = group * queries; h < (group + 1) * queries; h++)
         for (int first = 0; first < nodes; first += QUERIES)
@@ -233,7 +233,7 @@ static void run_blocks(Worker *me, const void *arguments) {
     float *unit = ups + (int64_t)rows * hidden + me->thread * ((int64_t)rows * dim + 2 * scores_size);
     float *scores = unit + (int64_t)rows * dim;
     int *seen = (int *)(scores + scores_size);
-    Share part;
+    Range part;
 
     for (int layer = 0; layer < net->layers; layer++) {
         for (int first = 1; take_blocks(me, width, rows, &part); first = 0) {
@@ -247,7 +247,7 @@ static void run_blocks(Worker *me, const void *arguments) {
         for (int first = 1; take_blocks(me, hidden, rows, &part); first = 0) {
             if (first) normalise_all(x, net->ffn_norm[layer], rows, net, unit);
             multiply(net->w1[layer], part, dim, hidden, bf16, unit, rows, gates, 0);
-            const Share made = multiply(net->w3[layer], part, dim, hidden, bf16, unit, rows, ups, 0);
+            const Range made = multiply(net->w3[layer], part, dim, hidden, bf16, unit, rows, ups, 0);
             for (int r = 0; r < rows; r++)
                 for (int i = made.begin; i < made.end; i += LANES) {
                     vec *gate = (vec *)(gates + (int64_t)r * hidden + i);
@@ -281,7 +281,7 @@ typedef struct {
 
 static void run_product(Worker *me, const void *arguments) {
     const Product *p = arguments;
-    for (Share part; take_blocks(me, p->out, p->rows, &part);)
+    for (Range part; take_blocks(me, p->out, p->rows, &part);)
         multiply(p->matrix, part, p->in, p->out, p->bf16, p->x, p->rows, p->y, 0);
 }
 

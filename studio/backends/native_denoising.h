@@ -53,7 +53,7 @@ INLINE const float *modulation_of(const Denoising *call, int layer, int row, int
 static void denoise_rows(Worker *me, const Head *head, const Denoising *call, int begin, int rows, float *hidden,
                          float *unit, float *inner, float *out) {
     const int width = head->width, token = head->token, bf16 = head->bf16, per_step = call->copies * call->tokens;
-    Share part;
+    Range part;
     while (take(me, rows, &part))
         for (int r = part.begin; r < part.end; r++) {
             const int row = begin + r;
@@ -62,7 +62,7 @@ static void denoise_rows(Worker *me, const Head *head, const Denoising *call, in
                    sizeof(float) * token);
         }
     while (take_blocks(me, width, rows, &part)) {
-        const Share made = multiply(head->input, part, token, width, bf16, inner, rows, hidden, 0);
+        const Range made = multiply(head->input, part, token, width, bf16, inner, rows, hidden, 0);
         for (int r = 0; r < rows; r++)
             for (int i = made.begin; i < made.end; i += LANES)
                 *(vec *)(hidden + (int64_t)r * width + i) += *(const vec *)(head->input_bias + i);
@@ -75,7 +75,7 @@ static void denoise_rows(Worker *me, const Head *head, const Denoising *call, in
                          shift + width, width, head->eps, unit + (int64_t)r * width);
             }
         while (take_blocks(me, width, rows, &part)) {
-            const Share made = multiply(head->first[layer], part, width, width, bf16, unit, rows, inner, 0);
+            const Range made = multiply(head->first[layer], part, width, width, bf16, unit, rows, inner, 0);
             for (int r = 0; r < rows; r++)
                 for (int i = made.begin; i < made.end; i += LANES) {
                     vec *to = (vec *)(inner + (int64_t)r * width + i);
@@ -83,7 +83,7 @@ static void denoise_rows(Worker *me, const Head *head, const Denoising *call, in
                 }
         }
         while (take_blocks(me, width, rows, &part)) {
-            const Share made = multiply(head->second[layer], part, width, width, bf16, inner, rows, unit, 0);
+            const Range made = multiply(head->second[layer], part, width, width, bf16, inner, rows, unit, 0);
             for (int r = 0; r < rows; r++) {
                 const float *gate = modulation_of(call, layer, begin + r, 3 * width) + 2 * width;
                 for (int i = made.begin; i < made.end; i += LANES) {
@@ -102,7 +102,7 @@ static void denoise_rows(Worker *me, const Head *head, const Denoising *call, in
                      unit + (int64_t)r * width);
         }
     while (take_blocks(me, 2 * token, rows, &part)) {
-        const Share made = multiply(head->output, part, width, 2 * token, bf16, unit, rows, out, 0);
+        const Range made = multiply(head->output, part, width, 2 * token, bf16, unit, rows, out, 0);
         for (int r = 0; r < rows; r++)
             for (int i = made.begin; i < made.end; i += LANES)
                 *(vec *)(out + (int64_t)r * 2 * token + i) += *(const vec *)(head->output_bias + i);
@@ -115,14 +115,14 @@ static void reverse(const Head *head, const Denoising *call, int step, int token
     const int numbers = head->token;
     const float *t = call->table + 6 * step, scale = call->scales[token], limit = call->limit;
     const int64_t place = ((int64_t)step * call->tokens + token) * numbers;
-    const float *told = out + ((int64_t)step * call->copies * call->tokens + token) * 2 * numbers;
-    const float *null = call->copies > 1 ? told + (int64_t)call->tokens * 2 * numbers : told;
+    const float *cond = out + ((int64_t)step * call->copies * call->tokens + token) * 2 * numbers;
+    const float *null = call->copies > 1 ? cond + (int64_t)call->tokens * 2 * numbers : cond;
     for (int i = 0; i < numbers; i++) {
-        const float x = call->x[place + i], noise = null[i] + scale * (told[i] - null[i]);
+        const float x = call->x[place + i], noise = null[i] + scale * (cond[i] - null[i]);
         float aim = t[0] * x - t[1] * noise;
         if (limit > 0) aim = t[2] * (aim > limit ? limit : aim < -limit ? -limit : aim) + t[3] * x;
         call->mean[place + i] = aim;
-        call->log_std[place + i] = t[4] + t[5] * told[numbers + i];
+        call->log_std[place + i] = t[4] + t[5] * cond[numbers + i];
     }
 }
 
@@ -142,7 +142,7 @@ static void run_denoise(Worker *me, const void *arguments) {
     for (int begin = 0; begin < rows; begin += ROWS_AT_ONCE)
         denoise_rows(me, head, call, begin, rows - begin < ROWS_AT_ONCE ? rows - begin : ROWS_AT_ONCE, scratch,
                      scratch + room, scratch + 2 * room, out + (int64_t)begin * 2 * head->token);
-    for (Share part; take(me, call->steps * call->tokens, &part);)
+    for (Range part; take(me, call->steps * call->tokens, &part);)
         for (int state = part.begin; state < part.end; state++)
             reverse(head, call, state / call->tokens, state % call->tokens, out);
 }

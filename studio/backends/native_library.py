@@ -1,7 +1,7 @@
-"""The library that `native.c` is compiled to, on first use, with the machine's C compiler; it is kept in the cache.
+"""Compiles `native.c` on first use with the machine's C compiler, and keeps the library in the cache folder.
 
-What is kept there is executed: it is loaded only from a folder that nobody else can write to, and only with the
-checksum that was stored beside it. Where there is no such folder, the library is compiled anew by each process.
+The library is executed, so it is loaded only from a folder that nobody else can write to, and only if it matches the
+checksum stored beside it. Without such a folder, each process compiles the library again.
 """
 
 import ctypes
@@ -27,12 +27,19 @@ logger = logging.getLogger(__name__)
 
 
 def library() -> ctypes.CDLL | None:
-    """The library with its functions declared, or `None` where it cannot be had; then one warning says why."""
+    """The library with its functions declared; None where it is not available, after one warning with the reason."""
     return _outcome()[0]
 
 
+def loaded_library() -> ctypes.CDLL:
+    """The library, for callers that know that it is available."""
+    loaded = library()
+    assert loaded is not None, "check library() first"
+    return loaded
+
+
 def state() -> str:
-    """What `studio doctor` tells: "ok", or why there is no library here."""
+    """The state that `studio doctor` shows: "ok", or why there is no library."""
     return _outcome()[1]
 
 
@@ -43,39 +50,40 @@ def _outcome() -> tuple[ctypes.CDLL | None, str]:
     try:
         return find_library(), "ok"
     except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = f"no C compiler that works: {told[0] if told else type(error).__name__}"
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = f"no working C compiler: {lines[0] if lines else type(error).__name__}"
         logger.warning("Images are generated without the compiled step, which takes longer (%s).", reason)
         return None, reason
 
 
 def find_library() -> ctypes.CDLL:
-    """The library from the cache, or compiled anew where the cache holds none that is whole and ours.
+    """The library from the cache, compiled again if the cache has no intact one of this user.
 
     Raises:
-        OSError, AttributeError, ValueError, SubprocessError: there is no compiler that works.
+        OSError, AttributeError, ValueError, SubprocessError: there is no working compiler.
     """
     compiler = _compiler()
     sources = [source.read_text() for source in SOURCES]
     key = hashlib.sha256("\0".join([*sources, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     file = cache_folder() / "native" / f"{key}.so"
+    can_keep = True
     try:
         _check_private(file.parent)
         if _is_whole(file):
             return _declared(file)
     except OSError as error:
-        file, problem = None, error
+        can_keep, problem = False, error
     with tempfile.TemporaryDirectory(prefix="studio-native-", ignore_cleanup_errors=True) as folder:
         made = Path(folder) / f"{key}.so"
         command = [*compiler, *FLAGS, str(SOURCES[0]), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
-        if file is not None:
+        if can_keep:
             try:
                 _store(made.read_bytes(), file)
                 return _declared(file)
             except OSError as error:
                 problem = error
-        logger.warning("The compiled step cannot be kept, and is compiled anew each time (%s).", problem)
+        logger.warning("The compiled step cannot be kept and is compiled again each time (%s).", problem)
         return _declared(made)
 
 
@@ -89,10 +97,10 @@ def _compiler() -> list[str]:
 
 
 def _check_private(folder: Path) -> None:
-    """Makes the folder if need be.
+    """Creates the folder if it does not exist.
 
     Raises:
-        OSError: it cannot be made, is a link or another's, or others can write to it or replace it.
+        OSError: it cannot be created, is a link, belongs to another user, or others can write to it or replace it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,7 +117,7 @@ def _check_private(folder: Path) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether this file is there, a file of ours, and has the checksum beside it."""
+    """Whether this file exists, belongs to this user, and matches the checksum beside it."""
     try:
         found, checksum = file.lstat(), _checksum_file(file).read_text()
         is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
@@ -124,7 +132,7 @@ def _store(content: bytes, file: Path) -> None:
 
 
 def _replace(content: bytes, file: Path, mode: int) -> None:
-    """Writes a file that is whole under its name, or not there, whenever the machine stops."""
+    """Writes a file atomically: it is complete under its name, or absent, even after a crash."""
     descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
     try:
         with open(descriptor, "wb") as stream:
@@ -154,7 +162,7 @@ def _declared(file: Path) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on, so that a cache folder shared between machines holds a library for each."""
+    """Description of the processor, so that a cache folder shared between machines has a library for each."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))

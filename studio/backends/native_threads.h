@@ -30,7 +30,7 @@ typedef struct {
 /* A part of some things. */
 typedef struct {
     int begin, end;
-} Share;
+} Range;
 
 typedef void Run(Worker *, const void *arguments);
 
@@ -81,7 +81,7 @@ static inline void pause_briefly(void) {
     } while (0)
 
 /* The next piece of a phase of `count` things, all of the last piece being done; 0 when the phase is over. */
-static int take(Worker *me, int count, Share *share) {
+static int take(Worker *me, int count, Range *share) {
     int pieces = me->threads == 1 ? 1 : PIECES * me->threads, piece;
     if (pieces > count) pieces = count;
     if (me->threads == 1) {
@@ -108,7 +108,7 @@ static int take(Worker *me, int count, Share *share) {
             return 0;
         }
     }
-    *share = (Share){(int)((int64_t)count * piece / pieces), (int)((int64_t)count * (piece + 1) / pieces)};
+    *share = (Range){(int)((int64_t)count * piece / pieces), (int)((int64_t)count * (piece + 1) / pieces)};
     return 1;
 }
 

@@ -1,4 +1,4 @@
-/* Vectors, and products of packed matrices with a few rows, for native.c; its head comment says how matrices lie. */
+/* Vectors, and products of packed matrices with a few rows, for native.c; its head comment describes the layout of matrices. */
 
 #pragma once
 
@@ -36,7 +36,7 @@ typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4), may_ali
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
 
-/* a * b + c, rounded once where the processor can: said outright, as compilers fuse some of such sums and not others. */
+/* a * b + c, rounded once where the processor can: explicitly, because compilers fuse only some of these sums. */
 INLINE vec fused(vec a, vec b, vec c) {
 #if defined(__FMA__)
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -152,7 +152,7 @@ INLINE int blocks_at_once(int rows) {
 }
 
 /* Block by block, each read once for up to MOST_TOGETHER rows. */
-INLINE void all_products(const void *matrix, Share share, int in, int out, const float *x, int rows, const int bf16,
+INLINE void all_products(const void *matrix, Range share, int in, int out, const float *x, int rows, const int bf16,
                          float *y, int add) {
     const int together = blocks_at_once(rows);
     for (int b = share.begin, blocks; b < share.end; b += blocks) {
@@ -180,17 +180,17 @@ INLINE void all_products(const void *matrix, Share share, int in, int out, const
 }
 
 /* The next blocks of a matrix with so many outputs, for this thread, as of `take`. */
-static int take_blocks(Worker *me, int out, int rows, Share *blocks) {
+static int take_blocks(Worker *me, int out, int rows, Range *blocks) {
     const int all = (out + BLOCK - 1) / BLOCK, unit = blocks_at_once(rows);
     if (!take(me, (all + unit - 1) / unit, blocks)) return 0;
-    *blocks = (Share){blocks->begin * unit, blocks->end * unit < all ? blocks->end * unit : all};
+    *blocks = (Range){blocks->begin * unit, blocks->end * unit < all ? blocks->end * unit : all};
     return 1;
 }
 
 /* Some blocks of y = x W^T, or of y += x W^T where `add`; their outputs. */
-static Share multiply(const void *matrix, Share blocks, int in, int out, int bf16, const float *x, int rows, float *y,
+static Range multiply(const void *matrix, Range blocks, int in, int out, int bf16, const float *x, int rows, float *y,
                       int add) {
     if (bf16) all_products(matrix, blocks, in, out, x, rows, 1, y, add);
     else all_products(matrix, blocks, in, out, x, rows, 0, y, add);
-    return (Share){blocks.begin * BLOCK, blocks.end * BLOCK < out ? blocks.end * BLOCK : out};
+    return (Range){blocks.begin * BLOCK, blocks.end * BLOCK < out ? blocks.end * BLOCK : out};
 }

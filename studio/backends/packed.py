@@ -1,8 +1,8 @@
-"""LlamaGen arranged for sampling tokens quickly on a CPU.
+"""LlamaGen with prepacked weights, for fast sampling on a CPU without a compiler.
 
-One step over two rows reads every weight once, so its time is the time to stream them. This view of a model keeps each
-weight matrix prepacked in the layout of the library's best small-batch kernel, joins w1 with w3, adds residuals inside
-the product, turns queries and keys in place, and writes keys and values with one copy. It needs no compiler.
+A step over two rows reads every weight once, so its time is the time to stream them. This backend prepacks each weight
+matrix in the layout of torch's best small-batch kernel, joins w1 with w3, adds residuals inside the product, rotates
+queries and keys in place, and writes keys and values with one copy.
 
 Weights: "float32" (oneDNN blocked layout; plain products where torch has no oneDNN), and two smaller ones that trade
 exactness for bandwidth: "float16" (half the bytes, float32 arithmetic) and "int8" (a quarter of the bytes, one scale
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache, TreeCache
+from studio.models.llama_blocks import RMSNorm
 from studio.models.llamagen import LlamaGen
 
 WEIGHTS = ("float32", "float16", "int8")
@@ -35,7 +36,7 @@ def can_pack(model: LlamaGen) -> bool:
 
 @cache
 def _has_blocked_products() -> bool:
-    """Whether this build of torch has oneDNN's prepacked products for this processor, tried on a small one."""
+    """Whether this build of torch has oneDNN's prepacked products for this processor, tested on a small one."""
     try:
         x, weight = torch.ones(2, 16), torch.ones(8, 16)
         blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
@@ -94,7 +95,7 @@ def _int8_product(weight: torch.Tensor) -> Product:
 _PRODUCTS = {"float32": _float32_product, "float16": _float16_product, "int8": _int8_product}
 
 
-def _behind_norm(norm, *weights: torch.Tensor) -> torch.Tensor:
+def _behind_norm(norm: RMSNorm, *weights: torch.Tensor) -> torch.Tensor:
     """Weights joined along their outputs, times the RMS norm's weight and root of dim before them."""
     joined = torch.cat(weights) if len(weights) > 1 else weights[0]
     return joined.detach() * (norm.weight.detach() * joined.shape[1] ** 0.5)
@@ -105,8 +106,9 @@ class PackedLlamaGen:
 
     Results differ from the model's own by rounding only (float32), or by the weights' precision.
 
-    Errors: `StudioError` for unknown weights, for a model `can_pack` refuses, and for smaller weights on a processor
-    whose torch build has no kernels for them.
+    Raises:
+        StudioError: unknown weights, a model for which `can_pack` is false, or smaller weights where this build of
+            torch has no kernels for them.
     """
 
     @torch.no_grad()
@@ -123,7 +125,7 @@ class PackedLlamaGen:
         self.prefix_length, self.num_tokens, self.config = model.prefix_length, model.num_tokens, model.config
         self.device = model.device
         self.embedding = model.tok_embeddings.weight.detach()
-        self.turns = torch.view_as_complex(model.rope().contiguous())
+        self.rope = torch.view_as_complex(model.rope().contiguous())
         self.layers = [
             (
                 make(_behind_norm(layer.attention_norm, layer.attention.wqkv.weight)),
@@ -139,55 +141,61 @@ class PackedLlamaGen:
 
     @property
     def model(self) -> LlamaGen:
-        return self._model()
+        """The model that this backend was built from."""
+        model = self._model()
+        assert model is not None, "a backend is used while its model is alive"
+        return model
 
     def new_cache(self, rows: int) -> KVCache:
-        """An empty cache for `rows` sequences."""
+        """As `LlamaGen.new_cache`."""
         return self.model.new_cache(rows)
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
-        """As of `LlamaGen`."""
+        """As `LlamaGen.new_tree_cache`."""
         return self.model.new_tree_cache(rows, pending)
 
     def prefill(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-        """Stores the prefix (rows, T, dim) in an empty cache; logits (rows, V) of the first image token."""
+        """As `LlamaGen.prefill`."""
         return self.logits(self.prefill_states(prefix, valid, cache)[:, -1])
 
     def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-        """`prefill`, but the states (rows, T, dim) of all prefix positions."""
+        """As `LlamaGen.prefill_states`."""
         length = prefix.shape[1]
-        mask, turns = self.model.prefix_mask(valid, length), self.turns[:length]
-        states = self._run_layers(self.model.begin(prefix, cache), turns, mask, cache, length > 1)
+        mask, rope = self.model.prefix_mask(valid, length), self.rope[:length]
+        states = self._run_layers(self.model.prepare_inputs(prefix, cache), rope, mask, cache, length > 1)
         if valid is not None:
             cache.mask_prefix(valid)
         return states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of the token behind the position of each state (..., dim)."""
+        """As `LlamaGen.logits`."""
         return self.output(states.reshape(-1, states.shape[-1])).view(*states.shape[:-1], -1)
 
     def extend(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Feeds tokens (rows, n) behind what the cache holds; logits (rows, n, V) of the tokens after them."""
+        """As `LlamaGen.extend`."""
         n = tokens.shape[1]
-        x, turns = cache.with_plan(F.embedding(tokens, self.embedding)), self.turns[cache.length : cache.length + n]
-        return self.logits(self._run_layers(x, turns, cache.attention_mask(n), cache, False))
+        x = cache.add_region_conditioning(F.embedding(tokens, self.embedding))
+        rope = self.rope[cache.length : cache.length + n]
+        return self.logits(self._run_layers(x, rope, cache.attention_mask(n), cache, False))
 
     def extend_tree(
         self, tokens: torch.Tensor, cache: TreeCache, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
-        """As of `LlamaGen`: states (rows, n, dim) of trees of tokens (rows, n), pending in the cache."""
-        x, mask = cache.with_plan(F.embedding(tokens, self.embedding), positions), cache.tree_mask(visible)
-        return self._run_layers(x, self.turns[positions], mask, cache, False)
+        """As `LlamaGen.extend_tree`."""
+        x = cache.add_region_conditioning(F.embedding(tokens, self.embedding), positions)
+        return self._run_layers(x, self.rope[positions], cache.tree_mask(visible), cache, False)
 
-    def _run_layers(self, x, turns, mask: torch.Tensor | None, cache: KVCache, causal: bool) -> torch.Tensor:
+    def _run_layers(
+        self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: KVCache, causal: bool
+    ) -> torch.Tensor:
         rows, n, dim = x.shape
         heads, head_dim = self.heads, self.head_dim
-        turns = turns[..., None, :]
+        rope = rope[..., None, :]
         causal = causal and mask is None
         x = x.reshape(rows * n, dim)
         for index, (wqkv, wo, w13, w2) in enumerate(self.layers):
             qkv = wqkv(self._unit(x))
-            torch.view_as_complex(qkv[:, : 2 * dim].view(rows, n, 2 * heads, head_dim // 2, 2)).mul_(turns)
+            torch.view_as_complex(qkv[:, : 2 * dim].view(rows, n, 2 * heads, head_dim // 2, 2)).mul_(rope)
             parts = qkv.view(rows, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
             keys, values = cache.update(index, parts[1:].transpose(0, 1))
             attended = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=mask, is_causal=causal)

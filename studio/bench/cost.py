@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from studio import backends
 from studio.checkpoints.loading import load, pick_device
 from studio.decoding.trees import trees_of
 from studio.errors import StudioError
@@ -51,7 +52,7 @@ def least_call_seconds(
 
 def _prepared(model: LlamaGen, rows: int, nodes: int) -> Callable[[], None]:
     """A call for a path of n nodes in each row, half down an image, which leaves the cache as it was."""
-    view, device = model.for_decoding("auto"), model.device
+    view, device = backends.select(model), model.device
     last = len(model.rope()) - 1
     length = last + 1 - model.num_tokens // 2
     prefix = torch.zeros(rows, length, model.config.dim, device=device)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio import backends
 from studio.checkpoints.loading import pick_device
 from studio.checks import check_number
 from studio.decoding.autoregressive import Autoregressive, autoregressive
@@ -135,7 +136,7 @@ def _row(model, guidance, images, name, top_k, repeats, bandwidth) -> dict:
         seconds, plain = _timed(model.device, lambda: sample(textbook, model))
         reference.append(seconds)
     sampled = images * model.num_tokens
-    view = tested.for_decoding(settings.weights)
+    view = backends.select(tested, settings.weights)
     step_bytes = getattr(view, "weight_bytes", None) or step_weights(model) * _BYTES[precision]
     return {
         "batch": images,

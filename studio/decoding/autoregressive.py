@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from studio import backends
 from studio.checks import check_choice
 from studio.decoding.sampling import OnStep, Sampling
 
@@ -132,7 +133,7 @@ def autoregressive(
     settings = settings or Autoregressive()
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    network = model.for_decoding(settings.weights)
+    network = backends.select(model, settings.weights)
     prefix, valid = condition_rows(model, condition, guided=is_guided(0, guidance_scale, cfg_interval))
     batch, total = len(generators), num_tokens or model.num_tokens
     tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from studio import backends
 from studio.decoding.trees import trees_of
 
 
@@ -17,7 +18,7 @@ def least_call_seconds(model: torch.nn.Module, rows: int, nodes: int, weights: s
         nodes: tokens of a path.
         weights: how the model is run, as of `Autoregressive`.
     """
-    view, device = model.for_decoding(weights), model.device
+    view, device = backends.select(model, weights), model.device
     last = len(model.rope()) - 1
     length = last + 1 - model.num_tokens // 2
     cache = view.new_tree_cache(rows, nodes)

@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import torch
 
+from studio import backends
 from studio.checks import check_choice, check_integer, set_fields, shown
 from studio.decoding.autoregressive import WEIGHTS, Sampled, condition_rows, guided_logits, is_guided
 from studio.decoding.noise_map import NoiseMap
@@ -262,7 +263,7 @@ def teacher_tokens(
         cost: has its calls counted, if given.
     """
     batch, begin = prefix.shape
-    network = teacher.for_decoding(weights)
+    network = backends.select(teacher, weights)
     rows, valid = condition_rows(teacher, condition, guided=is_guided(begin, guidance_scale, cfg_interval))
     tokens = torch.cat((prefix, prefix.new_zeros(batch, end - begin)), dim=1)
     cache = network.new_cache(len(rows))

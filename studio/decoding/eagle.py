@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio import backends
 from studio.decoding.drafts import CandidateGenerator, DraftContext, Progress, TokenRecycling
 from studio.decoding.sampling import exponential_noise
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, default_tree, grow
@@ -56,13 +57,13 @@ class DrafterCandidates:
 
     def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, context: DraftContext) -> None:
         self.nodes = shape.nodes
-        self.drafter, self.shape, self.context = drafter.for_decoding(context.weights), shape, context
+        self.drafter, self.shape, self.context = backends.select(drafter, context.weights), shape, context
         self.before = context.model.prefix_length - 1
         self.guidance = context.guidance
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
         rows = context.batch * self.guidance.streams
         self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
-        self.cache.plan = drafter.plan(context.plan)
+        self.cache.region_conditioning = drafter.region_conditioning(context.plan)
         if context.valid is not None:
             self.cache.mask_prefix(context.valid)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from studio import backends
 from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive, is_guided
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import OnStep, Sampling
@@ -127,6 +128,6 @@ def _record_of(model, batch: int, guided: bool, interval: int, total: int, setti
     call = [machine, threads, batch, guided, interval if guided else None, total, settings.weights]
     key, known = json.dumps(call), _records.setdefault(model, {})
     if key not in known:
-        weights = json.dumps([dict(model.config), model.weight_sums()], default=str, sort_keys=True)
+        weights = json.dumps([dict(model.config), backends.weight_sums(model)], default=str, sort_keys=True)
         known[key] = _Record(hashlib.sha256(f"{weights}{key}".encode()).hexdigest()[:16])
     return known[key]

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from studio import backends
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.reporting import Reporter, SpeculativeOutput
@@ -148,7 +149,7 @@ class _Run:
     def __init__(
         self, model, condition, generators, sampling, guidance, settings, relaxation, total, window, editable
     ) -> None:  # fmt: skip
-        self.model, self.sampling, self.guidance = model.for_decoding(settings.weights), sampling, guidance
+        self.model, self.sampling, self.guidance = backends.select(model, settings.weights), sampling, guidance
         self.total, self.window, self.relaxation, self.on_round = total, window, relaxation, settings.on_round
         self.coupling = settings.coupling or "seed"
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)

@@ -24,6 +24,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 
+from studio import backends
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
@@ -42,7 +43,7 @@ class TimedHead:
         self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
         modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
         self.numbers = sum(layer.out_features for layer in modulations)
-        self.native, self.table = network.for_decoding(), self.diffusion.table()
+        self.native, self.table = backends.select_head(network), self.diffusion.table()
 
 
 class ReverseTransitions:

@@ -31,6 +31,7 @@ from typing import Protocol
 
 import torch
 
+from studio import backends
 from studio.checks import shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.drafts import DraftContext, Drafts, Progress
@@ -338,14 +339,14 @@ class _Run:
     def __init__(
         self, model, condition, generators, sampling, guidance, settings, rule, drafter, total
     ) -> None:  # fmt: skip
-        self.model, self.sampling, self.generators = model.for_decoding(settings.weights), sampling, generators
+        self.model, self.sampling, self.generators = backends.select(model, settings.weights), sampling, generators
         self.guidance, self.rule, self.total = guidance, rule, total
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
         batch, self.before = len(generators), prefix.shape[1]
         self.images, self.lengths = list(range(batch)), [1] * batch
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
         context = DraftContext(
-            self.model, valid, batch, sampling, guidance, drafter, settings.weights, model.plan(prefix)
+            self.model, valid, batch, sampling, guidance, drafter, settings.weights, model.region_conditioning(prefix)
         )  # fmt: skip
         self.candidates = settings.drafts.candidate_generator(context)
         self.cache = self.model.new_tree_cache(len(prefix), self.candidates.nodes)

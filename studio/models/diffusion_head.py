@@ -1,19 +1,18 @@
 """The diffusion-loss head: a small network that samples one continuous token from a condition vector by denoising.
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 3 and appendix; blocks with
-adaptive layer norm as in DiT (arXiv:2212.09748). Parameters carry the authors' names.
+adaptive layer norm as in DiT (arXiv:2212.09748). Parameters carry the authors' names. The modulations, which depend on
+condition and time, are computed apart from what depends on the state, so decoding prepares them for many steps at once.
 
-What depends on the condition and the time is apart from what depends on the state, so that decoding can prepare the
-former for many steps at once. Scope: the network and its training loss; denoising is the business of `studio.decoding`.
+`GaussianDiffusion` has the cosine schedule, respaced to few steps, with learned variances ("Improved Denoising
+Diffusion Probabilistic Models", arXiv:2102.09672): the schedule is equation 17, the learned variance equation 15, the
+loss equation 16; reverse steps are those of DDPM (arXiv:2006.11239, equations 6 and 7).
 
-Gaussian diffusion with the cosine schedule, respaced to few steps, with learned variances.
-
-"Improved Denoising Diffusion Probabilistic Models" (arXiv:2102.09672): the schedule is equation 17, the learned
-variance equation 15, the loss equation 16; reverse steps are those of DDPM (arXiv:2006.11239, equations 6 and 7).
-Scope: tables and formulas, as MAR (arXiv:2406.11838) uses them; which network is asked, and when, is not known here.
+Scope: the network, the schedule and the training loss. `studio.decoding.mar` denoises.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ _PIXEL = 1 / 255
 
 
 def cosine_betas(train_steps: int, max_beta: float) -> torch.Tensor:
-    """Variances (train_steps,), float64, of the noise that each step adds."""
+    """Variances (train_steps,), float64, of the noise added by each step; none is above `max_beta`."""
 
     def kept(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -36,7 +35,7 @@ def cosine_betas(train_steps: int, max_beta: float) -> torch.Tensor:
 
 
 def respaced_times(steps: int, train_steps: int) -> list[int]:
-    """The original times that are kept, spread evenly from 0 to train_steps - 1; halves are rounded to even."""
+    """The `steps` training times that are kept, evenly spaced from 0 to train_steps - 1; halves round to even."""
     stride = (train_steps - 1) / (steps - 1) if steps > 1 else 1.0
     times, at = [], 0.0
     for _ in range(steps):
@@ -46,21 +45,24 @@ def respaced_times(steps: int, train_steps: int) -> list[int]:
 
 
 class GaussianDiffusion:
-    """Tables (steps,), float64, of a diffusion of `train_steps` steps respaced to `steps`, and what is read from them.
+    """A diffusion of `train_steps` steps, respaced to `steps`: tables (steps,), float64, and formulas that use them.
 
     Args:
         steps: denoising steps T, 1 to train_steps.
-        train_steps: steps of the schedule that the network learned.
+        train_steps: steps of the schedule that the network was trained with.
         max_beta: the largest variance of a step.
-        limit: if given, reverse steps aim at data within +-`limit` only, above 0 (static thresholding,
-            arXiv:2205.11487, section 2.3). At the noisiest steps the data are a huge multiple of a small difference, so
-            that what a small network gets wrong there would carry states far away.
+        limit: if given, above 0, reverse steps clamp the predicted data to +-`limit` (static thresholding,
+            arXiv:2205.11487, section 2.3). At the noisiest steps the predicted data are a large multiple of a small
+            difference, so errors of a small network would move states far away.
 
-    Attributes, named as in the authors' code: `timestep_map` (T,) int64, the network's time at each step; `betas`,
-    `alphas_cumprod`, `alphas_cumprod_prev`, `posterior_variance`, `posterior_log_variance_clipped`,
-    `posterior_mean_coef1`, `posterior_mean_coef2`, `sqrt_recip_alphas_cumprod`, `sqrt_recipm1_alphas_cumprod`.
+    Attributes:
+        timestep_map: (T,) int64, the network's time at each step.
+        betas, alphas_cumprod, alphas_cumprod_prev, posterior_variance, posterior_log_variance_clipped,
+            posterior_mean_coef1, posterior_mean_coef2, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod: tables
+            named as in the authors' code.
 
-    Errors: `StudioError` for a number of steps out of range, and for a limit that is not above 0.
+    Raises:
+        StudioError: a number of steps out of range, or a limit that is not above 0.
     """
 
     def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999, limit: float | None = None):
@@ -100,9 +102,11 @@ class GaussianDiffusion:
         )
 
     def table(self) -> torch.Tensor:
-        """What `reverse` reads, a row (6,) a step, float32: with a limit what the state grows by, how much of the noise
-        is removed, and the shares of the data aimed at and of the state; without one, how much of state and noise is
-        kept and removed, and zeros; then the middle and half of the range of the log of the standard deviation.
+        """The coefficients of `reverse`, float32, (steps, 6).
+
+        With a limit the first four are those of state and noise in the predicted data, and of data and state in the
+        mean; without one, those of state and noise in the mean, and two zeros. The last two are the middle and half the
+        range of the log of the standard deviation.
         """
         aim = torch.cat((self._reverse[:2], torch.zeros_like(self._reverse[:2]))) if self.limit is None else self._aim
         return torch.cat((aim, self._reverse[2:])).T.float().contiguous()
@@ -110,13 +114,12 @@ class GaussianDiffusion:
     def reverse(
         self, x: torch.Tensor, noise: torch.Tensor, logit: torch.Tensor, step: int | slice | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log of the standard deviation, like x, of the state before `x`.
+        """Mean and log standard deviation of the next, less noisy state, each shaped like x.
 
         Args:
             x: states (..., D) at this step.
             noise, logit: predicted noise and variance logit, like x.
-            step: one step from 0 to T - 1; or a slice or indices of steps, of which x has one for each entry of its
-                first axis.
+            step: one step from 0 to T - 1; or a slice or indices of steps, one for each entry of x's first axis.
         """
         if isinstance(step, int):
             keep, remove, middle, half = self._reverse_rows[step]
@@ -130,29 +133,32 @@ class GaussianDiffusion:
             return self._mean_within(x, noise, self._of_steps(self._aim, step, x)), log_std
         return keep * x - remove * noise, log_std
 
-    def _mean_within(self, x, noise, tables):
+    def _mean_within(self, x: torch.Tensor, noise: torch.Tensor, tables: Iterable) -> torch.Tensor:
         grow, remove, to_data, stay = tables
-        return to_data * (grow * x - remove * noise).clamp(-self.limit, self.limit) + stay * x
+        data = grow * x - remove * noise
+        if self.limit is not None:
+            data = data.clamp(-self.limit, self.limit)
+        return to_data * data + stay * x
 
     @staticmethod
-    def _of_steps(table, steps, x):
+    def _of_steps(table: torch.Tensor, steps: slice | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return table[:, steps].to(x).reshape(4, -1, *[1] * (x.ndim - 1))
 
     def diffuse(self, x: torch.Tensor, step: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Data x (N, D) with noise as of `step` (N,)."""
+        """Adds noise (N, D) to data x (N, D) as of `step` (N,), 0 to T - 1."""
         kept = self.alphas_cumprod[step.cpu()].to(x)[:, None]
         return kept.sqrt() * x + (1 - kept).sqrt() * noise
 
     def losses(
         self, x: torch.Tensor, step: torch.Tensor, noise: torch.Tensor, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two losses (N,): the mean squared error of the noise, and the variational bound in bits a number.
+        """Two losses (N,): the mean squared error of the noise, and the variational bound in bits per dimension.
 
         Args:
             x: data (N, D).
             step: (N,) int64, 0 to T - 1.
-            noise: (N, D), which made `diffuse(x, step, noise)`.
-            output: what the network says to that, (N, 2D); the bound teaches only its second half, the logits.
+            noise: (N, D), the noise of `diffuse(x, step, noise)`.
+            output: the network's output (N, 2D) for it; the bound trains only the second half, the variance logits.
         """
         predicted, logit = output.chunk(2, dim=-1)
         at = step.cpu()
@@ -166,7 +172,7 @@ class GaussianDiffusion:
         bound = torch.where(step[:, None] == 0, -likelihood, divergence).mean(dim=1) / math.log(2)
         return (noise - predicted).square().mean(dim=1), bound
 
-    def _posterior(self, x, noised, at):
+    def _posterior(self, x: torch.Tensor, noised: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second, log_variance = (
             table[at].to(x)[:, None]
             for table in (self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_log_variance_clipped)
@@ -175,9 +181,9 @@ class GaussianDiffusion:
 
 
 def _log_likelihood_of_pixels(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Log probability of the bin of width 2/255 around x under a Gaussian, by the tanh form of its distribution."""
+    """Log probability of the bin of width 2/255 around x under a Gaussian, by the tanh approximation of its CDF."""
 
-    def below(at):
+    def below(at: torch.Tensor) -> torch.Tensor:
         scaled = (at - mean) * (-log_std).exp()
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (scaled + 0.044715 * scaled**3)))
 
@@ -191,31 +197,31 @@ _EPS = 1e-6
 
 
 def time_waves(times: torch.Tensor) -> torch.Tensor:
-    """Cosines, then sines, of times (N,) at 128 frequencies each: (N, 256), float32."""
+    """Sinusoidal embedding of times (N,): cosines, then sines, at 128 frequencies: (N, 256), float32."""
     steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=times.device)
     angles = times[:, None].float() * torch.exp(-math.log(10000) * steps / _FREQUENCIES)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class TimeEmbedder(nn.Module):
-    """Times (N,) in steps of training to vectors (N, width)."""
+    """Embeds training times (N,) as vectors (N, width)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:
-        return self.mlp(time_waves(times).to(self.mlp[0].weight.dtype))
+        return self.mlp(time_waves(times).to(next(self.parameters()).dtype))
 
 
 class Modulation(nn.Sequential):
-    """SiLU and the linear layer that makes shifts, scales, which are 1 more than it says, and gates."""
+    """SiLU and a linear layer to shifts, scales (1 is added to them) and gates."""
 
     def __init__(self, width: int, parts: int):
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
 
     def of_activated(self, activated: torch.Tensor) -> torch.Tensor:
-        """All parts (..., parts * width) for what the SiLU returns (..., width)."""
+        """All parts (..., parts * width) from the output of the SiLU (..., width)."""
         parts, width = self[1](activated), activated.shape[-1]
         parts[..., width : 2 * width] += 1
         return parts
@@ -230,13 +236,13 @@ class ResidualBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = Modulation(width, 3)
 
-    def forward(self, hidden, modulated):
+    def forward(self, hidden: torch.Tensor, modulated: torch.Tensor) -> torch.Tensor:
         shift, scale, gate = modulated.chunk(3, dim=-1)
         return torch.addcmul(hidden, gate, self.mlp(torch.addcmul(shift, self.in_ln(hidden), scale)))
 
 
 class FinalLayer(nn.Module):
-    """Norm without weights, shift and scale, one linear layer."""
+    """Norm without weights, shift and scale, linear layer."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -244,16 +250,16 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = Modulation(width, 2)
 
-    def forward(self, hidden, modulated):
+    def forward(self, hidden: torch.Tensor, modulated: torch.Tensor) -> torch.Tensor:
         shift, scale = modulated.chunk(2, dim=-1)
         return self.linear(torch.addcmul(shift, self.norm_final(hidden), scale))
 
 
 class DenoisingNetwork(nn.Module):
-    """Noisy tokens, times and conditions to predicted noise and variance logits.
+    """Predicts noise and variance logits from noisy tokens, times and conditions.
 
     Args:
-        token_dim: numbers of a token D.
+        token_dim: dimensions D of a token.
         condition_dim: width of a condition.
         width, depth: width and number of the residual blocks.
     """
@@ -266,8 +272,9 @@ class DenoisingNetwork(nn.Module):
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
         self.apply(self._init_linear)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.time_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(m.adaLN_modulation[1] for m in (*self.res_blocks, self.final_layer)), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
@@ -278,22 +285,16 @@ class DenoisingNetwork(nn.Module):
             nn.init.zeros_(module.bias)
 
     def modulations(self, embedded: torch.Tensor) -> list[torch.Tensor]:
-        """What the blocks and the final layer read of `time_embed(times) + cond_embed(conditions)` (..., width)."""
+        """Modulations of all layers, from `time_embed(times) + cond_embed(conditions)` (..., width)."""
         activated = F.silu(embedded)
         return [layer.adaLN_modulation.of_activated(activated) for layer in (*self.res_blocks, self.final_layer)]
 
     def denoise(self, x: torch.Tensor, modulated: list[torch.Tensor]) -> torch.Tensor:
-        """Noise and variance logits (..., 2D) for x (..., D); axes of x and of the modulations broadcast."""
+        """Noise and variance logits (..., 2D) for x (..., D); x and the modulations broadcast."""
         hidden = self.input_proj(x)
         for block, part in zip(self.res_blocks, modulated):
             hidden = block(hidden, part)
         return self.final_layer(hidden, modulated[-1])
-
-    def for_decoding(self):
-        """The view whose reverse steps are single calls of C (`studio.backends.cpu_c_head`), or None."""
-        from studio.backends.select import head_view
-
-        return head_view(self)
 
     def forward(self, x: torch.Tensor, times: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """Noise and variance logits (N, 2D) for x (N, D), times (N,) of training and conditions (N, condition_dim)."""
@@ -301,9 +302,11 @@ class DenoisingNetwork(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """The head of MAR: `net`, and the loss that trains it.
+    """The head of MAR: `net`, and its training loss.
 
-    Args: as of `DenoisingNetwork`, and `limit`, as of `GaussianDiffusion`.
+    Args:
+        token_dim, condition_dim, width, depth: as of `DenoisingNetwork`.
+        limit: as of `GaussianDiffusion`.
     """
 
     def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int, limit: float | None = None):
@@ -313,7 +316,7 @@ class DiffusionLoss(nn.Module):
         self._schedules: dict[int, GaussianDiffusion] = {}
 
     def schedule(self, steps: int = 1000) -> GaussianDiffusion:
-        """The diffusion that the head learned, 1000 steps, respaced to `steps`."""
+        """The diffusion of the head's training, 1000 steps, respaced to `steps`."""
         if steps not in self._schedules:
             self._schedules[steps] = GaussianDiffusion(steps, limit=self.limit)
         return self._schedules[steps]
@@ -326,9 +329,13 @@ class DiffusionLoss(nn.Module):
         times: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss (N,) of tokens (N, D) under conditions (N, condition_dim): squared error plus bound in bits.
+        """The loss (N,): squared error of the noise plus the variational bound in bits.
 
-        `times` (N,) int64, 0 to 999, and `noise` (N, D) come from the global generator when they are not given.
+        Args:
+            tokens: (N, D).
+            conditions: (N, condition_dim).
+            times: (N,) int64, 0 to 999; sampled from the global generator when None.
+            noise: (N, D); sampled from the global generator when None.
         """
         diffusion = self.schedule()
         if times is None:

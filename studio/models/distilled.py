@@ -1,34 +1,35 @@
 """The student of Distilled Decoding (arXiv:2412.17153) for LlamaGen: from noise to all tokens in one call.
 
-The teacher's transformer reads a continuous vector at each position: Gaussian noise, or the code vector of a token that
-is known already. A two-row embedding marks which (row 0 noise, row 1 data; the condition counts as data), attention is
-the teacher's causal one, and two heads read token i at position i: logits over the codes, and a code vector by
-regression. The module tree carries the names of the authors' release, so their state dicts load as they are.
+The teacher's transformer reads a continuous vector at each position: Gaussian noise, or the code vector of a known
+token. A two-row embedding marks which (row 0 noise, row 1 data; the condition counts as data), attention is causal as
+in the teacher, and two heads predict token i at position i: logits over the codes, and a code vector by regression. The
+module tree carries the names of the authors' release, so their state dicts load as they are.
 
-Deviations from the authors' code: a student made from a teacher starts with the least-squares line from code vectors
-to the teacher's token embeddings, not with random numbers, and may keep fewer layers; heads are applied to the
-positions that are asked for, not to all; captions may condition it too (the released code is for classes): the
-regression head is then modulated by the mean of the valid caption vectors.
+Deviations from the authors' code: a student made from a teacher starts with the least-squares linear map from code
+vectors to the teacher's token embeddings, not with random weights, and may keep fewer layers; heads are applied to the
+wanted positions only; captions are supported too (the released code is for classes), where the mean of the valid
+caption vectors modulates the regression head.
 
-Scope: the network. The calls in which an image is sampled are in `studio.decoding.distilled`.
+Scope: the network. `studio.decoding.distilled` samples images with it.
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
 from studio.models.llama_blocks import Block, CaptionEmbedder, ClassEmbedder, RMSNorm, check_layout, default_ffn_dim
 from studio.models.llamagen import LlamaGen
-from studio.models.plan import plan_reader
+from studio.models.region_conditioning import build_region_conditioning
 
 
 class RegressionHead(nn.Module):
-    """A code vector from the last hidden state: LayerNorm, shift and scale by a table plus the condition, a linear."""
+    """Predicts a code vector: LayerNorm, shift and scale by a table plus the condition, linear layer."""
 
     def __init__(self, dim: int, code_dim: int):
         super().__init__()
@@ -41,20 +42,23 @@ class RegressionHead(nn.Module):
         return self.linear(F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
-class DistilledStudent(ModelMixin, ConfigMixin):
-    """Reads noise or code vectors (B, n, C), returns code vectors and logits of the same positions.
+class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Predicts code vectors and logits of all positions from noise or code vectors (B, n, C).
 
     Args:
         vocab_size, code_dim: size V and width C of the codebook.
         dim, num_layers, num_heads, num_kv_heads, ffn_dim, grid_size, num_classes, caption_dim, caption_length,
             norm_eps, rope_base, prefix_rope, plan_size, row_length: as of the teacher, a `LlamaGen`.
-        split: tokens taken from the logits by default; those behind it are left to the regression head (None: none).
+        split: tokens sampled from the logits by default; the regression head gives the others (None: logits give all).
 
-    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    Raises:
+        StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
 
+    config: Any
+
     horizon = 5 / 8
-    """BatchSpec of the tokens over which several calls are spread: two start at 0 and 5/16, as published (80 of
+    """Fraction of the tokens over which several calls are spread: two calls start at 0 and 5/16, as published (80 of
     256)."""
 
     @register_to_config
@@ -98,7 +102,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.final_layer_conti = RegressionHead(dim, code_dim)
         if plan_size:
-            self.plan_embeddings = plan_reader(plan_size, grid_size, row_length, dim)
+            self.plan_embeddings = build_region_conditioning(plan_size, grid_size, row_length, dim)
         self._rope: torch.Tensor | None = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -111,13 +115,16 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         """A student in float32 that starts from the teacher's weights.
 
         Args:
-            teacher: the model whose samples it will learn.
-            codebook: code vectors (V, C) of the teacher's tokens, as the noise map takes them.
+            teacher: the model that it will be distilled from.
+            codebook: code vectors (V, C) of the teacher's tokens, as for the noise map.
             split: see the class.
             num_layers: how many of the teacher's layers to keep, evenly spread from first to last; None: all.
 
-        Condition, blocks, final norm and logits are copied. The vectors enter by the least-squares line from code
+        Condition, blocks, final norm and logits are copied. The input layer is the least-squares linear map from code
         vectors to the teacher's token embeddings; the noise/data embedding and the regression head are random.
+
+        Raises:
+            StudioError: a codebook of another size, or a number of layers out of range.
         """
         vocab, code_dim = codebook.shape
         if vocab != teacher.config.vocab_size:
@@ -141,7 +148,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         return student.to(teacher.device)
 
     embed_condition = LlamaGen.embed_condition
-    plan = LlamaGen.plan
+    region_conditioning = LlamaGen.region_conditioning
     prefix_mask = staticmethod(LlamaGen.prefix_mask)
     prefix_length = LlamaGen.prefix_length
     num_tokens = LlamaGen.num_tokens
@@ -150,16 +157,16 @@ class DistilledStudent(ModelMixin, ConfigMixin):
 
     @property
     def bounds(self) -> range:
-        """How many positions are known after 0, 1, ... steps of the teacher: a step is one token."""
+        """Number of known positions after 0, 1, ... steps of the teacher; a step is one token."""
         return range(self.num_tokens + 1)
 
     def hidden_states(
-        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition
+        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states (B, n, dim) of the positions of vectors (B, n, C), and the condition vector (B, dim).
+        """Last hidden states (B, n, dim) of the positions, and the condition vector (B, dim).
 
         Args:
-            vectors: code vectors at the first `known` positions, noise behind; n may be below the number of tokens.
+            vectors: (B, n, C), code vectors at the first `known` positions and noise behind; n up to all.
             known: one number, or one per row (B,), from 0 to n.
             condition: `class_labels` (B,), or `captions` (B, T, caption_dim) and `caption_mask` (B, T).
         """
@@ -174,9 +181,9 @@ class DistilledStudent(ModelMixin, ConfigMixin):
             context = (prefix * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)
         known = torch.as_tensor(known, device=prefix.device).reshape(-1, 1)
         is_data = torch.arange(length + n, device=prefix.device) < length + known
-        embedded, plan = self.tok_embeddings(vectors.to(prefix.dtype)), self.plan(prefix)
-        if plan is not None:
-            embedded = embedded + plan[:, length - 1 : length - 1 + n]
+        embedded, regions = self.tok_embeddings(vectors.to(prefix.dtype)), self.region_conditioning(prefix)
+        if regions is not None:
+            embedded = embedded + regions[:, length - 1 : length - 1 + n]
         x = torch.cat((prefix, embedded), dim=1) + self.n_d_embed(is_data.long())
         rope, mask = self.rope()[: length + n], self.prefix_mask(valid, length + n)
         for index, layer in enumerate(self.layers):
@@ -184,7 +191,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         return x[:, length:], context
 
     def classify(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Logits (B, n, V), float32, of hidden states (B, n, dim); they do not look at the condition vector."""
+        """Logits (B, n, V), float32, of hidden states (B, n, dim); the condition vector is not used."""
         return self.output(self.norm(hidden)).float()
 
     def regress(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -192,7 +199,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):
         return self.final_layer_conti(hidden, context).float()
 
     def forward(
-        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition
+        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Code vectors (B, n, C) and logits (B, n, V), both float32; arguments as of `hidden_states`."""
         hidden, context = self.hidden_states(vectors, known, **condition)

@@ -1,19 +1,20 @@
 """The student of Distilled Decoding (arXiv:2412.17153) for VAR: from noise to the tokens of all scales in one call.
 
-The class is a scale of its own, before the others, and what enters at a position is noise or the code vector of its own
-token, not the image so far as for the teacher. A position sees itself and strictly coarser scales, not its siblings.
-A two-row noise/data embedding is added at the bottom and, through one linear layer each, inside every block and before
-the heads. The module tree carries the names of the authors' release.
+The class is a scale of its own, before the others. The input at a position is noise or the code vector of its own
+token, not the image so far as for the teacher. A position sees itself and strictly coarser scales. A two-row noise/data
+embedding is added to the input and, through one linear layer each, inside every block and before the heads. The module
+tree carries the names of the authors' release.
 
-Deviation from the authors' code: a student made from a teacher keeps the class table and gets a random row for the
-level of the first scale; theirs re-samples class 1 by mistake.
+Deviation from the authors' code: a student made from a teacher keeps the class embeddings and gets a random row for the
+level of the first scale; theirs reinitialises class 1 by mistake.
 """
 
 import inspect
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -21,19 +22,22 @@ from studio.models.distilled import RegressionHead
 from studio.models.var import SCALES, VAR, Block, HeadNorm, bounds_of, level_of
 
 
-class DistilledVAR(ModelMixin, ConfigMixin):
-    """Reads noise or code vectors (B, n, C), returns code vectors and logits of the same positions.
+class DistilledVAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Predicts code vectors and logits of all positions from noise or code vectors (B, n, C).
 
     Args:
         vocab_size, code_dim, depth, dim, num_heads, num_classes, scales, norm_eps: as of the teacher, a `VAR`.
-        split: scales taken from the logits by default; those behind are left to the regression head (None: none).
+        split: scales sampled from the logits by default; the regression head gives the others (None: logits give all).
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
     """
 
+    config: Any
+
     horizon = 1.0
-    """BatchSpec of the scales over which several calls are spread: two start at 0 and 5 of 10, as published (depth
-    16)."""
+    """Fraction of the scales over which several calls are spread: two calls start at scales 0 and 5 of 10, as
+    published (depth 16)."""
 
     @register_to_config
     def __init__(
@@ -70,8 +74,8 @@ class DistilledVAR(ModelMixin, ConfigMixin):
     def from_teacher(cls, teacher: VAR, split: int | None = None) -> "DistilledVAR":
         """A student in float32 that starts from the teacher's weights.
 
-        Rows of level and position shift by one for the class: row 0 is the teacher's row 0, rows 2 and behind are its
-        rows 1 and behind, row 1 (the first scale) is random, as are the noise/data parts and the regression head.
+        Rows of level and position shift by one for the class: row 0 is the teacher's row 0, rows from 2 on are its rows
+        from 1 on, row 1 (the first scale) is random, as are the noise/data parts and the regression head.
         """
         shared = {name: teacher.config[name] for name in inspect.signature(cls).parameters if name in teacher.config}
         student = cls(**shared, split=split)
@@ -85,16 +89,16 @@ class DistilledVAR(ModelMixin, ConfigMixin):
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """How many positions are known after 0, 1, ... steps of the teacher: a step is one scale."""
+        """Number of known positions after 0, 1, ... steps of the teacher; a step is one scale."""
         return bounds_of(tuple(self.config.scales))
 
     def hidden_states(
         self, vectors: torch.Tensor, known: int | torch.Tensor, class_labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states (B, n, dim) of the positions of vectors (B, n, C), and the class vector (B, dim).
+        """Last hidden states (B, n, dim) of the positions, and the class vector (B, dim).
 
         Args:
-            vectors: code vectors in the first `known` scales, noise behind; n may end with any scale.
+            vectors: (B, n, C), code vectors in the first `known` scales and noise behind; n may end with any scale.
             known: a number of scales, or one per row (B,).
             class_labels: (B,).
         """

@@ -1,20 +1,22 @@
-"""A small network that guesses what a LlamaGen will sample next: EAGLE's drafter, as LANTERN uses it.
+"""EAGLE's drafter, as LANTERN uses it: a small network that predicts the states of a LlamaGen.
 
 "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv:2401.15077, section 4.1), for image tokens
 in LANTERN (arXiv:2410.03355). Position i reads the target's state i (behind its final norm) and the embedding of token
-i + 1, and returns a guess at state i + 1, from which the target's own head reads logits. Blocks are those of the
-target, with no norm before the first attention. Position i is turned like the cell of the token that it reads.
+i + 1, and predicts state i + 1, from which the target's own head gives logits. Blocks are those of the target, with no
+norm before the first attention. Position i has the rotary position of the token that it reads.
 
-Deviations from the authors' code: padding of captions is hidden from attention, as in the target; beside the embedding
-of a token stands the plan for the cell behind it, where the target has one.
+Deviations from the authors' code: padding of captions is hidden from attention, as in the target; where the target has
+region conditioning, that of the next cell is added to the embedding of a token.
 
-Scope: the network. How drafts are made with it is in `studio.decoding.eagle`.
+Scope: the network. `studio.decoding.eagle` drafts tokens with it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -23,21 +25,25 @@ from studio.models.llama_blocks import Block, check_layout, default_ffn_dim, rop
 from studio.models.llamagen import LlamaGen
 
 
-class Drafter(ModelMixin, ConfigMixin):
-    """Guesses states of a `LlamaGen`.
+class Drafter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """Predicts states of a `LlamaGen`.
 
     Args:
         vocab_size, dim, num_heads, num_kv_heads, ffn_dim, grid_size, row_length, rope_base, prefix_rope: as of the
             target.
         prefix_length: the target's number of prefix positions.
         num_layers: blocks; published drafters have one.
-        reads_plan: whether the target's inputs hold a plan (`LlamaGen.plan`), which the drafter reads too.
+        reads_plan: whether the target has region conditioning (`LlamaGen.region_conditioning`), which the drafter then
+            reads too.
         norm_eps: of the norms, 1e-6 in published drafters.
-        own_embeddings: whether token embeddings are stored with the drafter, as in published ones. Those of others are
-            the target's, of which `read_embeddings` takes a copy; a pipeline does so with its transformer.
+        own_embeddings: whether token embeddings are stored with the drafter, as in published ones; otherwise it uses a
+            copy of the target's, which `read_embeddings` makes. A pipeline does so with its transformer.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
@@ -80,7 +86,7 @@ class Drafter(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.fc.bias)
 
     def check_target(self, target: LlamaGen) -> None:
-        """Raises a `StudioError` that says why this is no drafter of a model."""
+        """Raises a `StudioError` for a target whose sizes differ from those of the drafter."""
         ours = self.config
         for name in ("vocab_size", "dim", "grid_size", "row_length"):
             if ours.get(name) != target.config.get(name):
@@ -92,7 +98,7 @@ class Drafter(ModelMixin, ConfigMixin):
                 f"The drafter is for prefixes of {ours.prefix_length}, the model has {target.prefix_length} positions."
             )
         if ours.reads_plan != bool(target.config.get("plan_size")):
-            raise StudioError("Either the drafter or the model knows a plan, the other one does not: use its own.")
+            raise StudioError("Only one of drafter and model has region conditioning: use the drafter of this model.")
 
     @property
     def token_embeddings(self) -> torch.Tensor:
@@ -103,15 +109,16 @@ class Drafter(ModelMixin, ConfigMixin):
     def read_embeddings(self, target: LlamaGen) -> None:
         """Copies the token embeddings of the target, unless the drafter has its own.
 
-        Errors: `StudioError` for a target of other sizes.
+        Raises:
+            StudioError: a target of other sizes.
         """
         if not self.config.own_embeddings:
             self.check_target(target)
             self.read_tokens.copy_(target.tok_embeddings.weight)
 
     @classmethod
-    def for_target(cls, target: LlamaGen, **config) -> "Drafter":
-        """An untrained drafter of a target's sizes and embeddings; `config` overrides sizes."""
+    def for_target(cls, target: LlamaGen, **config: Any) -> "Drafter":
+        """An untrained drafter with the sizes and embeddings of a target; `config` overrides sizes."""
         same = "vocab_size dim num_heads num_kv_heads ffn_dim grid_size row_length rope_base prefix_rope"
         sizes = {name: target.config[name] for name in same.split()}
         sizes |= {"prefix_length": target.prefix_length, "reads_plan": bool(target.config.plan_size)}
@@ -120,7 +127,7 @@ class Drafter(ModelMixin, ConfigMixin):
         return drafter.to(target.device, target.dtype)
 
     def rope(self) -> torch.Tensor:
-        """The rotation table (prefix - 1 + image tokens, head_dim // 2, 2), float32, built once per device."""
+        """The rotary table (prefix - 1 + image tokens, head_dim // 2, 2), float32, built once per device."""
         if self._rope is None or self._rope.device != self.fc.weight.device:
             sizes = self.config
             head_dim = sizes.dim // sizes.num_heads
@@ -130,25 +137,29 @@ class Drafter(ModelMixin, ConfigMixin):
             self._rope = table.to(self.fc.weight.device)
         return self._rope
 
-    def plan(self, plan: torch.Tensor | None) -> torch.Tensor | None:
-        """What the blocks' inputs get from the target's plan (rows, T + grid**2, dim), or None.
+    def region_conditioning(self, regions: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the blocks' inputs, from the target's region conditioning (rows, T + image tokens, dim).
 
-        Position i gets what is planned for position i + 1, through the same weights as the embedding of its token.
+        Position i gets that of position i + 1, through the same weights as the embedding of its token. None without.
         """
-        if plan is None or not self.config.reads_plan:
+        if regions is None or not self.config.reads_plan:
             return None
-        return F.linear(plan[:, 1:], self.fc.weight[:, : self.config.dim])
+        return F.linear(regions[:, 1:], self.fc.weight[:, : self.config.dim])
 
     def forward(
         self,
         tokens: torch.Tensor,
         states: torch.Tensor,
         valid: torch.Tensor | None = None,
-        plan: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Guesses (rows, n, dim) at states 1 to n, from states (rows, n, dim) 0 to n - 1 and tokens (rows, n) 1 to n.
+        """Predictions (rows, n, dim) of the target's states 1 to n.
 
-        Tokens of prefix positions are 0; `valid` (rows, T) is false at padding; `plan` is the target's.
+        Args:
+            tokens: tokens 1 to n, (rows, n), int64; those of prefix positions are 0.
+            states: the target's states 0 to n - 1, (rows, n, dim).
+            valid: (rows, T), false at padding of the prefix.
+            regions: the target's region conditioning, (rows, T + image tokens, dim).
         """
         rows, n = tokens.shape
         mask = None
@@ -157,25 +168,19 @@ class Drafter(ModelMixin, ConfigMixin):
             mask[:, :, : valid.shape[1]] &= valid[:, None, :n]
             mask.diagonal(dim1=1, dim2=2).fill_(True)
             mask = mask[:, None]
-        x, plan = self._inputs(tokens, states), self.plan(plan)
-        return self._run(x if plan is None else x + plan[:, :n], self.rope()[:n], mask, None)
+        x, regions = self._inputs(tokens, states), self.region_conditioning(regions)
+        return self._run(x if regions is None else x + regions[:, :n], self.rope()[:n], mask, None)
 
-    def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the drafter as it is, or a faster view of it (`studio.backends.select`).
-
-        Errors: `StudioError` when `read_embeddings` is needed and was not called.
-        """
+    def check_embeddings(self) -> None:
+        """Raises a `StudioError` when `read_embeddings` is needed and was not called."""
         if self.token_embeddings[0, 0].isnan():
             raise StudioError(
                 "This drafter reads the token embeddings of its model: load the two as one pipeline, "
                 "or call drafter.read_embeddings(model)."
             )
-        from studio.backends.select import drafter_view
-
-        return drafter_view(self, weights)
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
-        """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""
+        """An empty cache for `rows` sequences, with space for `pending` positions that are not kept yet."""
         sizes = self.config
         return TreeCache(
             num_layers=sizes.num_layers,
@@ -195,21 +200,30 @@ class Drafter(ModelMixin, ConfigMixin):
         positions: torch.Tensor,
         visible: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` behind what each row of the cache keeps; the new positions (rows, n) are pending there.
+        """As `forward`, but continues what each row of the cache keeps; the new positions are pending there.
 
-        `visible` is as of `TreeCache.tree_mask`; positions behind the grid are turned like its last cell.
+        Args:
+            tokens, states: as of `forward`.
+            cache: from `new_tree_cache`.
+            positions: (rows, n); those behind the last image token have its rotary position.
+            visible: as of `TreeCache.tree_mask`.
+
+        Returns:
+            Predictions (rows, n, dim).
         """
         table = self.rope()
         positions = positions.clamp(max=len(table) - 1)
-        x = cache.with_plan(self._inputs(tokens, states), positions)
+        x = cache.add_region_conditioning(self._inputs(tokens, states), positions)
         out = self._run(x, table[positions], cache.tree_mask(visible), cache)
         cache.advance(tokens.shape[1])
         return out
 
-    def _inputs(self, tokens, states) -> torch.Tensor:
+    def _inputs(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.cat((F.embedding(tokens, self.token_embeddings).to(states.dtype), states), dim=-1))
 
-    def _run(self, x, rope, mask, cache) -> torch.Tensor:
+    def _run(
+        self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: TreeCache | None
+    ) -> torch.Tensor:
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, index)
         return x

@@ -1,9 +1,9 @@
-"""A mixture of Gaussians over code vectors whose means lie in a small space that all components share.
+"""A mixture of Gaussians over code vectors, whose means share a low-rank projection.
 
-The likelihood of ResGen (arXiv:2412.10208): p(z) = sum_k pi_k N(z; mu_k, sigma^2 I). Its variational form, where each
-component is answerable for a vector in proportion to its density alone, is that of CLaM-TTS (arXiv:2404.02781). Ours,
-because nothing is published about it: mu_k = s_k P + b_k with scores s_k in R^R from the network, P and b_k free, so
-distances to all means come from R numbers each and no (..., K, C) tensor is made.
+The likelihood of ResGen (arXiv:2412.10208): p(z) = sum_k pi_k N(z; mu_k, sigma^2 I). Its variational form, where the
+responsibility of a component is proportional to its density alone, is that of CLaM-TTS (arXiv:2404.02781). The
+parametrisation of the means is ours, since none is published: mu_k = s_k P + b_k with scores s_k in R^R from the
+network and learned P and b_k. Distances to all means are computed from the scores, without a (..., K, C) tensor.
 """
 
 import math
@@ -14,22 +14,22 @@ from torch import nn
 
 
 class Mixture(NamedTuple):
-    """What the network says of each position: logits (..., K) of the components, and their scores (..., K, R)."""
+    """Prediction for each position: logits (..., K) of the components, and the scores (..., K, R) of their means."""
 
     logits: torch.Tensor
     scores: torch.Tensor
 
 
 class GaussianMixture(nn.Module):
-    """States to mixtures, and what mixtures say of vectors.
+    """Predicts mixtures from states, and evaluates vectors under mixtures.
 
     Args:
         dim: width of a state.
-        code_dim: length C of a vector.
+        code_dim: length C of a code vector.
         components: number K of Gaussians.
-        rank: numbers R that name a mean.
-        sigma: standard deviation of each coordinate around a mean; best that of the quantiser's last residual.
-        learn_sigma: whether training moves it.
+        rank: scores R of a mean.
+        sigma: standard deviation of each coordinate around a mean; that of the quantiser's last residual works best.
+        learn_sigma: whether it is trained.
     """
 
     def __init__(self, dim: int, code_dim: int, components: int, rank: int, sigma: float, learn_sigma: bool):
@@ -42,6 +42,7 @@ class GaussianMixture(nn.Module):
 
     @property
     def sigma(self) -> torch.Tensor:
+        """Standard deviation of each coordinate around a mean, a scalar."""
         return self.log_sigma.exp()
 
     def forward(self, states: torch.Tensor) -> Mixture:
@@ -56,14 +57,14 @@ class GaussianMixture(nn.Module):
         return scores @ self.projection.float() + self.offsets.float()[component]
 
     def squared_distances(self, mixture: Mixture, vectors: torch.Tensor) -> torch.Tensor:
-        """|z - mu_k|^2 (..., K) of vectors z (..., C) to all means of their mixtures, in float32.
+        """|z - mu_k|^2 (..., K) of vectors z (..., C) to all means of their mixtures.
 
-        Also under autocast: they are small differences of large products.
+        In float32 even under autocast, because they are small differences of large products.
         """
         with torch.autocast(vectors.device.type, enabled=False):
             return self._squared_distances(mixture, vectors)
 
-    def _squared_distances(self, mixture, vectors):
+    def _squared_distances(self, mixture: Mixture, vectors: torch.Tensor) -> torch.Tensor:
         vectors, scores = vectors.float(), mixture.scores
         projection, offsets = self.projection.float(), self.offsets.float()
         from_offsets = vectors.square().sum(-1, keepdim=True) - 2 * vectors @ offsets.T + offsets.square().sum(-1)
@@ -77,18 +78,18 @@ class GaussianMixture(nn.Module):
         return exponents.logsumexp(dim=-1) - self._log_normaliser(vectors)
 
     def variational_loss(self, mixture: Mixture, vectors: torch.Tensor) -> torch.Tensor:
-        """A bound (...,) from above on -log p(z), by the entropy of q at least, that keeps every component in use.
+        """An upper bound (...,) on -log p(z), which keeps every component in use; the gap is at least the entropy of q.
 
         sum_k q_k (|z - mu_k|^2 / (2 sigma^2) - log pi_k) + log-normaliser, with the constant
         q_k proportional to exp(-|z - mu_k|^2 / (2 sigma^2)).
         """
         energies = self._energies(mixture, vectors)
-        answerable = (-energies).softmax(dim=-1).detach()
+        responsibilities = (-energies).softmax(dim=-1).detach()
         costs = energies - mixture.logits.log_softmax(dim=-1)
-        return (answerable * costs).sum(dim=-1) + self._log_normaliser(vectors)
+        return (responsibilities * costs).sum(dim=-1) + self._log_normaliser(vectors)
 
-    def _energies(self, mixture, vectors):
+    def _energies(self, mixture: Mixture, vectors: torch.Tensor) -> torch.Tensor:
         return self.squared_distances(mixture, vectors) / (2 * self.sigma.float().square())
 
-    def _log_normaliser(self, vectors):
+    def _log_normaliser(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors.shape[-1] * (self.log_sigma.float() + math.log(2 * math.pi) / 2)

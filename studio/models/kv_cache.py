@@ -1,15 +1,16 @@
-"""A preallocated key/value cache that attention reads only up to its current length.
+"""Preallocated key/value caches: `KVCache` for sequences, `TreeCache` for trees of tokens.
 
-One tensor, `store`, of shape (layers, rows, 2, kv_heads, max_length, head_dim): keys, then values. A step writes behind
-the last position and reads `[:length]`, so early tokens cost less than late ones and nothing is concatenated.
+A `KVCache` is one tensor, `store`, of shape (layers, rows, 2, kv_heads, max_length, head_dim): keys, then values. A
+step writes behind the last position and attention reads `[:length]`, so early tokens cost less than late ones and
+nothing is concatenated.
 
-A key/value cache for trees of tokens: what is stored last is pending until some of it is kept, row by row.
-
-New positions go behind the longest row of all, so that a step stores one block and attention reads views; a shorter row
-does not see the gap. `keep` then moves each row's accepted positions to its own end, and forgets the rest.
+In a `TreeCache` the last positions are pending until some of them are kept, row by row. New positions go behind the
+longest row, so that a step stores one block and attention reads views; a shorter row does not see the gap. `keep` then
+moves the accepted positions of each row to the row's end and forgets the others.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,13 +22,16 @@ class KVCache:
 
     Args:
         num_layers, num_kv_heads, head_dim: shape of the model.
-        rows: sequences decoded together (twice the images when guided: conditional rows first, null rows after).
+        rows: sequences decoded together (with guidance twice the images: conditional rows first, then unconditional).
         max_length: positions that may ever be stored (prefix + image tokens).
 
-    `bias` (rows, 1, 1, max_length), when set by `mask_prefix`, is 0 or -inf for every later query. `plan` (rows,
-    positions, dim), when set by the model, is added to the inputs of the positions.
+    Attributes:
+        length: positions stored.
+        bias: (rows, 1, 1, max_length), 0 or -inf for every later query; set by `mask_prefix`.
+        region_conditioning: (rows, positions, dim), added to the inputs of the positions; set by the model.
 
-    Errors: `StudioError` when more positions are written than fit, or rows or positions are kept that are not there.
+    Raises:
+        StudioError: more positions are written than fit, or rows or positions are kept that are not there.
     """
 
     def __init__(
@@ -46,10 +50,11 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         self.bias: torch.Tensor | None = None
-        self.plan: torch.Tensor | None = None
+        self.region_conditioning: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
+        """Sequences in the cache."""
         return self.store.shape[1]
 
     def mask_prefix(self, valid: torch.Tensor) -> None:
@@ -68,13 +73,13 @@ class KVCache:
         causal = torch.full((new, end), float("-inf"), dtype=like.dtype, device=like.device).triu(self.length + 1)
         return causal if bias is None else causal + bias
 
-    def with_plan(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Inputs x (rows, n, dim) of positions (rows, n), by default of the next ones, with the plan for them."""
-        if self.plan is None:
+    def add_region_conditioning(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Inputs x (rows, n, dim) plus the region conditioning of their positions (rows, n); None: the next n."""
+        if self.region_conditioning is None:
             return x
         if positions is None:
-            return x + self.plan[:, self.length : self.length + x.shape[1]]
-        return x + self.plan.gather(1, positions[..., None].expand_as(x))
+            return x + self.region_conditioning[:, self.length : self.length + x.shape[1]]
+        return x + self.region_conditioning.gather(1, positions[..., None].expand_as(x))
 
     def update(self, layer: int, keys_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (rows, 2, kv_heads, n, head_dim) behind the current length; returns views of all keys and all values.
@@ -82,13 +87,13 @@ class KVCache:
         The length itself moves once per step, by `advance`, after the last layer.
         """
         new = keys_values.shape[3]
-        self.check_room(new)
+        self.check_capacity(new)
         stored = self.store[layer, :, :, :, : self.length + new]
         stored[:, :, :, self.length :] = keys_values
         keys, values = stored.unbind(1)
         return keys, values
 
-    def check_room(self, new: int) -> None:
+    def check_capacity(self, new: int) -> None:
         """Raises a `StudioError` when `new` positions do not fit any more."""
         if self.length + new > self.max_length:
             raise StudioError(
@@ -96,7 +101,7 @@ class KVCache:
             )
 
     def kept(self) -> tuple[int, torch.Tensor]:
-        """Positions of the longest row that later queries see, and of each row (rows,) int64."""
+        """Number of positions that later queries see: of the longest row, and of each row (rows,) int64."""
         return self.length, torch.full((self.rows,), self.length, device=self.store.device)
 
     def advance(self, positions: int) -> None:
@@ -116,17 +121,19 @@ class KVCache:
         self.store = self.store[:, :rows]
         if self.bias is not None:
             self.bias = self.bias[:rows]
-        if self.plan is not None:
-            self.plan = self.plan[:rows]
+        if self.region_conditioning is not None:
+            self.region_conditioning = self.region_conditioning[:rows]
 
 
 class TreeCache(KVCache):
-    """Arguments and errors as of `KVCache`.
+    """A cache for trees of tokens; arguments and errors as of `KVCache`.
 
-    `lengths` counts each row's kept positions; those stored behind `base`, the longest row, are pending.
+    Attributes:
+        lengths: kept positions of each row.
+        base: kept positions of the longest row; positions stored behind it are pending.
     """
 
-    def __init__(self, **sizes):
+    def __init__(self, **sizes: Any):
         super().__init__(**sizes)
         self.base = 0
         self.lengths = [0] * self.rows
@@ -137,13 +144,15 @@ class TreeCache(KVCache):
         return torch.tensor(self.lengths, device=self.store.device)
 
     def kept(self) -> tuple[int, torch.Tensor]:
+        """As `KVCache.kept`; pending positions do not count."""
         return self.base, self.row_lengths
 
     def tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """Additive mask (rows, 1, n, length + n) for n positions about to be stored.
 
-        `visible` (rows, n, pending + n) bool says which pending and new positions each of them sees. It sees the kept
-        positions of its row that are no padding, and always itself.
+        Args:
+            visible: (rows, n, pending + n) bool, the pending and new positions that each of them sees. It also sees the
+                kept positions of its row that are not padding, and always itself.
         """
         rows, new, _ = visible.shape
         kept = torch.arange(self.base, device=visible.device) < self.row_lengths[:, None]
@@ -155,24 +164,30 @@ class TreeCache(KVCache):
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[:, None]
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keeps these pending positions of each row, which rise; forgets the others.
+        """Keeps some pending positions of each row and forgets the others.
 
-        Errors: `StudioError` when a number names no pending position.
+        Args:
+            kept: for each row, the numbers of its pending positions to keep, from 0, in increasing order.
+
+        Raises:
+            StudioError: a number names no pending position.
         """
         pending = self.length - self.base
-        rows, sources, targets = [], [], []
+        rows: list[int] = []
+        sources: list[int] = []
+        targets: list[int] = []
         for row, (length, positions) in enumerate(zip(self.lengths, kept, strict=True)):
-            for target, position in enumerate(positions, length):
+            for end, position in enumerate(positions, length):
                 if not 0 <= position < pending:
                     raise StudioError(f"The cache holds {pending} pending positions; keep some of those.")
-                if self.base + position != target:
+                if self.base + position != end:
                     rows.append(row)
                     sources.append(self.base + position)
-                    targets.append(target)
+                    targets.append(end)
         if rows:
-            rows, sources, targets = torch.tensor((rows, sources, targets), device=self.store.device)
+            row, source, target = torch.tensor((rows, sources, targets), device=self.store.device)
             by_position = self.store.permute(1, 4, 0, 2, 3, 5)
-            by_position[rows, targets] = by_position[rows, sources]
+            by_position[row, target] = by_position[row, source]
         self._set_lengths([length + len(positions) for length, positions in zip(self.lengths, kept)])
 
     def keep_all(self) -> None:
@@ -188,16 +203,17 @@ class TreeCache(KVCache):
         self._set_lengths([min(pair) for pair in zip(self.lengths, lengths, strict=True)])
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows only, in this order."""
+        """Continues with these rows only, in this order."""
         chosen = torch.tensor(rows, device=self.store.device)
         self.store = self.store[:, chosen]
         if self.bias is not None:
             self.bias = self.bias[chosen]
-        if self.plan is not None:
-            self.plan = self.plan[chosen]
+        if self.region_conditioning is not None:
+            self.region_conditioning = self.region_conditioning[chosen]
         self._set_lengths([self.lengths[row] for row in rows])
 
     def keep_rows(self, rows: int) -> None:
+        """As `KVCache.keep_rows`; pending positions are forgotten."""
         super().keep_rows(rows)
         self._set_lengths(self.lengths[:rows])
 

@@ -1,8 +1,7 @@
-"""Blocks of a Llama-style decoder as LlamaGen has them (arXiv:2406.06525), under the authors' parameter names.
+"""Parts of LlamaGen's Llama-style decoder (arXiv:2406.06525), under the authors' parameter names.
 
-Rotary positions of image tokens behind a prefix, in a grid or in a row (arXiv:2104.09864).
-
-What an image model is conditioned on: a class, or the states of a text encoder, as LlamaGen embeds them.
+Condition embedders for classes and for the states of a text encoder, rotary positions (arXiv:2104.09864) of image
+tokens in a grid or a row behind a prefix, and the transformer block.
 """
 
 import torch
@@ -14,7 +13,7 @@ from studio.models.kv_cache import KVCache
 
 
 class ClassEmbedder(nn.Module):
-    """A table of classes; its last row is the null class."""
+    """Embeddings of classes; the last row is the null class."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -22,6 +21,7 @@ class ClassEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, labels: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (B, 1, dim) of labels (B,); rows marked by `drop` (B,) get the null class."""
         if drop is not None:
             labels = torch.where(drop, self.num_classes, labels)
         return self.embedding_table(labels)[:, None]
@@ -35,12 +35,14 @@ class CaptionProjection(nn.Module):
         self.fc1 = nn.Linear(caption_dim, dim, bias=False)
         self.fc2 = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class CaptionEmbedder(nn.Module):
-    """Projected caption vectors; a dropped row becomes the fixed (never trained) null caption."""
+    """Projects caption vectors; the null caption of dropped rows is fixed, never trained."""
+
+    uncond_embedding: torch.Tensor
 
     def __init__(self, caption_dim: int, caption_length: int, dim: int):
         super().__init__()
@@ -48,15 +50,21 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", torch.randn(caption_length, caption_dim) / caption_dim**0.5)
 
     def forward(self, captions: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (B, T, dim) of captions (B, T, caption_dim); rows marked by `drop` (B,) get the null caption."""
         if drop is not None:
             captions = torch.where(drop[:, None, None], self.uncond_embedding.to(captions.dtype), captions)
         return self.cap_proj(captions)
 
 
 def left_pad(captions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves the valid vectors of captions (B, T, C) to the end, in order, and zeroes the padding.
+    """Moves the valid vectors of captions to the end, in order, and zeroes the padding.
 
-    `mask` (B, T) is true at valid vectors, wherever they are; rows that are left-padded already come back unchanged.
+    Args:
+        captions: (B, T, C).
+        mask: (B, T), true at valid vectors, wherever they are; left-padded rows come back unchanged.
+
+    Returns:
+        The captions and their mask.
     """
     mask = mask.bool()
     order = torch.argsort(mask.int(), dim=1, stable=True)
@@ -68,7 +76,9 @@ def left_pad(captions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
 def prefix_mask(valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """Attention mask (B, 1, length, length), true where a query sees a key: causal and not padding, or itself.
 
-    `valid` (B, T) is true at the first T positions that are no padding; without it there is no mask to make.
+    Args:
+        valid: (B, T), false at padding among the first T positions; None: no padding, so no mask is needed.
+        length: positions of the sequence.
     """
     if valid is None:
         return None
@@ -95,13 +105,22 @@ def rope_table(
     prefix_rope: str,
     row_length: int | None = None,
 ) -> torch.Tensor:
-    """Rotation (cos, sin) for every position: (prefix_length + image tokens, head_dim // 2, 2), float32.
+    """Rotary table (cos, sin) of all positions: (prefix_length + image tokens, head_dim // 2, 2), float32.
 
-    An image token in cell (row, column) of a grid turns the first half of its pairs by row and the second half by
-    column; one in a row of `row_length` turns all pairs by its place (arXiv:2104.09864). Prefix positions get
-    cos = sin = 0 ("zero": their queries and keys vanish, as in the released weights) or no rotation ("identity").
+    A token in cell (row, column) of a grid rotates the first half of its pairs by row and the second half by column; a
+    token of a row rotates all pairs by its index (arXiv:2104.09864).
 
-    Errors: `StudioError` without a grid and without a row.
+    Args:
+        grid_size: side of the token grid; None for a row.
+        head_dim: width of an attention head.
+        prefix_length: positions before the image tokens.
+        base: of the frequencies.
+        prefix_rope: "zero", where prefix positions get cos = sin = 0, so that their queries and keys vanish (as in the
+            released weights), or "identity", where they are not rotated.
+        row_length: tokens of a row; None for a grid.
+
+    Raises:
+        StudioError: neither a grid nor a row.
     """
     half = head_dim // 2
     if row_length is not None:
@@ -114,7 +133,7 @@ def rope_table(
         columns = angles[None, :, :].expand(grid_size, grid_size, -1)
         image = torch.cat((rows, columns), dim=-1).reshape(grid_size * grid_size, half)
     else:
-        raise StudioError("Positions are turned by their place in a grid or a row: give grid_size or row_length.")
+        raise StudioError("Rotary positions need a grid or a row: give grid_size or row_length.")
     prefix = torch.zeros(prefix_length, half, 2)
     if prefix_rope == "identity":
         prefix[..., 0] = 1.0
@@ -122,10 +141,11 @@ def rope_table(
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """TurnScheduler the interleaved pairs of x (rows, n, heads, head_dim) by the table (n, head_dim // 2, 2), in
-    float32.
+    """Rotates the interleaved pairs of x, in float32.
 
-    A table (rows, n, head_dim // 2, 2) turns each row by its own.
+    Args:
+        x: (rows, n, heads, head_dim).
+        table: rows of the rotary table, (n, head_dim // 2, 2), or (rows, n, head_dim // 2, 2) for each row its own.
     """
     cos, sin = table[..., None, :, 0], table[..., None, :, 1]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -160,12 +180,14 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, mask, cache: KVCache | None, layer: int):
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, layer: int
+    ) -> torch.Tensor:
         rows, n, dim = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.wqkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
-        turned = rotate(qkv[:, :, : heads + kv_heads], rope).transpose(1, 2)
-        queries, keys = turned[:, :heads], turned[:, heads:]
+        rotated = rotate(qkv[:, :, : heads + kv_heads], rope).transpose(1, 2)
+        queries, keys = rotated[:, :heads], rotated[:, heads:]
         values = qkv[:, :, heads + kv_heads :].transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(layer, torch.stack((keys, values), dim=1))
@@ -185,7 +207,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
@@ -199,6 +221,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, layer: int
+    ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
         return x + self.feed_forward(self.ffn_norm(x))

@@ -6,14 +6,15 @@ raster order, or (our addition) a row. The module tree carries the authors' para
 as they are.
 
 Scope: the network, its training forward, and the calls that cached decoding needs: `new_cache`, `prefill`, `extend`,
-and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. How tokens are sampled is the
-business of `studio.decoding`; `studio.backends.select` has the same network arranged for speed.
+and for trees of tokens `new_tree_cache`, `prefill_states`, `extend_tree`, `logits`. `studio.decoding` samples tokens.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -29,7 +30,7 @@ from studio.models.llama_blocks import (
     prefix_mask,
     rope_table,
 )
-from studio.models.plan import check_plan, plan_reader
+from studio.models.region_conditioning import build_region_conditioning, check_region_conditioning
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
@@ -43,8 +44,8 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class LlamaGen(ModelMixin, ConfigMixin):
-    """The transformer. Exactly one of `num_classes` and `caption_dim` says what it is conditioned on.
+class LlamaGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """The transformer, conditioned on classes (`num_classes`) or on captions (`caption_dim`).
 
     Args:
         vocab_size: number of image tokens V.
@@ -54,14 +55,17 @@ class LlamaGen(ModelMixin, ConfigMixin):
         num_classes: classes without the null class.
         caption_dim, caption_length: width of the text encoder and number of prefix positions T (1 for classes).
         prefix_rope: "zero" (released weights) or "identity" (prefix keys stay visible to attention by content).
-        plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` caption vectors say
-            what belongs into each, in raster order (see `plan`). Tokens of a row learn which regions they read. 0:
-            none, as in released weights; this is our addition.
-        class_dropout: share of conditions replaced by the null condition in training.
+        plan_size: regions a side for region conditioning (`studio.models.region_conditioning`), a divisor of
+            `grid_size`; the last `plan_size**2` caption vectors are those of the regions in raster order. 0: none, as
+            in released weights.
+        class_dropout: probability that the null condition replaces a condition in training.
         dropout: after the embeddings, the attention output and the feed-forward output, in training.
 
-    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    Raises:
+        StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
@@ -98,7 +102,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         if prefix_rope not in ("zero", "identity"):
             raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
         check_layout(grid_size, row_length)
-        check_plan(plan_size, grid_size, caption_length, row_length)
+        check_region_conditioning(plan_size, grid_size, caption_length, row_length)
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
@@ -112,7 +116,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         if plan_size:
-            self.plan_embeddings = plan_reader(plan_size, grid_size, row_length, dim)
+            self.plan_embeddings = build_region_conditioning(plan_size, grid_size, row_length, dim)
         self._rope: torch.Tensor | None = None
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
@@ -125,8 +129,16 @@ class LlamaGen(ModelMixin, ConfigMixin):
             nn.init.normal_(module.weight, std=0.02)
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "LlamaGen":
-        """A published size, e.g. `preset("XL", caption_dim=2048, caption_length=120)`; ImageNet classes by default."""
+    def preset(cls, name: str, **overrides: Any) -> "LlamaGen":
+        """A model of a published size, for ImageNet classes by default.
+
+        Args:
+            name: a key of `PRESETS`.
+            overrides: other arguments of the class, such as `caption_dim=2048, caption_length=120`.
+
+        Raises:
+            StudioError: an unknown name.
+        """
         if name not in PRESETS:
             raise StudioError(f"There is no LlamaGen size {name!r}; the sizes are {', '.join(PRESETS)}.")
         condition = {} if "caption_dim" in overrides else {"num_classes": 1000}
@@ -144,13 +156,14 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.config.dim // self.config.num_heads
 
     left_pad = staticmethod(left_pad)
     prefix_mask = staticmethod(prefix_mask)
 
     def rope(self) -> torch.Tensor:
-        """The rotation table (prefix + image tokens, head_dim // 2, 2), float32, built once per device."""
+        """The rotary table (prefix + image tokens, head_dim // 2, 2), float32, built once per device."""
         device = next(self.parameters()).device
         if self._rope is None or self._rope.device != device:
             table = rope_table(
@@ -172,9 +185,19 @@ class LlamaGen(ModelMixin, ConfigMixin):
         caption_mask: torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prefix (B, T, dim) and the mask (B, T) of its valid positions (None: all valid).
+        """Embeds the condition as the prefix of the sequence.
 
-        `drop` (B,) bool marks rows that get the null condition; a dropped caption keeps its own padding mask.
+        Args:
+            class_labels: (B,) int64, for a class-conditional model.
+            captions: (B, T, caption_dim), for a text-conditional model.
+            caption_mask: (B, T), true at vectors that are not padding; None: all.
+            drop: (B,) bool, rows that get the null condition; a dropped caption keeps its padding mask.
+
+        Returns:
+            The prefix (B, T, dim) and the mask (B, T) of its valid positions (None: all valid).
+
+        Raises:
+            StudioError: a condition that does not fit the model.
         """
         if self.config.num_classes is not None:
             if class_labels is None or captions is not None:
@@ -191,23 +214,36 @@ class LlamaGen(ModelMixin, ConfigMixin):
             captions, caption_mask = left_pad(captions, caption_mask)
         return self.cls_embedding(captions, drop), caption_mask
 
-    def plan(self, prefix: torch.Tensor) -> torch.Tensor | None:
-        """What each position's input gets besides its own vector: (rows, T + image tokens, dim), or None.
+    def region_conditioning(self, prefix: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the input of each position: (rows, T + image tokens, dim), or None without regions.
 
-        The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each image token. It goes to
-        the position that samples the token, one before the token's own.
+        The last `plan_size**2` vectors of the prefix (rows, T, dim) give one vector for each image token. It is added
+        at the position that predicts the token, one before the token's own.
         """
         if not self.config.plan_size:
             return None
         return F.pad(self.plan_embeddings(prefix), (0, 0, prefix.shape[1] - 1, 1))
 
     def inputs(self, prefix: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        """What the layers read, (rows, T + n, dim): the prefix and embedded tokens (rows, n, dim), with their plan."""
-        x, plan = torch.cat((prefix, embedded.to(prefix.dtype)), dim=1), self.plan(prefix)
-        return x if plan is None else x + plan[:, : x.shape[1]]
+        """Inputs (rows, T + n, dim) of the layers: prefix, embedded tokens (rows, n, dim) and region conditioning."""
+        x, regions = torch.cat((prefix, embedded.to(prefix.dtype)), dim=1), self.region_conditioning(prefix)
+        return x if regions is None else x + regions[:, : x.shape[1]]
 
-    def run_layers(self, x, rope, mask=None, cache: KVCache | None = None) -> torch.Tensor:
-        """All blocks and the final norm over x (rows, n, dim); with a cache, x continues what it holds."""
+    def run_layers(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """States (rows, n, dim) behind all blocks and the final norm.
+
+        Args:
+            x: inputs (rows, n, dim); with a cache, they continue what it holds.
+            rope: their rows of the rotary table, (n, head_dim // 2, 2) or (rows, n, head_dim // 2, 2).
+            mask: of attention; causal when None.
+            cache: keys and values of the positions before.
+        """
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, index)
         if cache is not None:
@@ -223,11 +259,18 @@ class LlamaGen(ModelMixin, ConfigMixin):
         caption_mask: torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, n + 1, V), float32, for tokens (B, n): entry i predicts image token i.
+        """Logits (B, n + 1, V), float32, of which entry i predicts image token i.
 
-        Training feeds `tokens[:, :-1]` and compares with `tokens`. In training mode without `drop`, conditions are
-        dropped with probability `class_dropout`, sampled from the global generator. Captions may be padded on either
-        side.
+        Training feeds `tokens[:, :-1]` and compares with `tokens`.
+
+        Args:
+            tokens: the first n image tokens (B, n), int64.
+            class_labels, captions, caption_mask: as of `embed_condition`; captions may be padded on either side.
+            drop: rows (B,) that get the null condition. In training mode without it, conditions are dropped with
+                probability `class_dropout`, sampled from the global generator.
+
+        Raises:
+            StudioError: more tokens than an image has, or a condition that does not fit the model.
         """
         batch, n = tokens.shape
         if drop is None and self.training and self.config.class_dropout > 0:
@@ -243,28 +286,16 @@ class LlamaGen(ModelMixin, ConfigMixin):
         x = self.run_layers(x, table[:length], self.prefix_mask(valid, length))
         return self.output(x[:, prefix.shape[1] - 1 :]).float()
 
-    def for_decoding(self, weights: str = "auto"):
-        """What a decoding loop calls: the model as it is, or a faster view of it (`studio.backends.select`)."""
-        from studio.backends.select import view_of
-
-        return view_of(self, weights)
-
-    def weight_sums(self) -> list[float]:
-        """A number for each of the weights, by which models of one configuration can be told apart."""
-        from studio.backends.select import weight_sums
-
-        return weight_sums(self)
-
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` sequences, in the model's dtype and on its device."""
         return KVCache(**self._cache_sizes(rows))
 
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
-        """An empty cache for `rows` sequences that may have `pending` positions more than they will ever keep."""
+        """An empty cache for `rows` sequences, with space for `pending` positions that are not kept yet."""
         sizes = self._cache_sizes(rows)
         return TreeCache(**{**sizes, "max_length": sizes["max_length"] + pending})
 
-    def _cache_sizes(self, rows: int) -> dict:
+    def _cache_sizes(self, rows: int) -> dict[str, Any]:
         return {
             "num_layers": self.config.num_layers,
             "rows": rows,
@@ -280,18 +311,18 @@ class LlamaGen(ModelMixin, ConfigMixin):
         return self.logits(self.prefill_states(prefix, valid, cache)[:, -1])
 
     def prefill_states(self, prefix: torch.Tensor, valid: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-        """`prefill`, but the states (rows, T, dim) of all prefix positions, from which `logits` are read."""
+        """As `prefill`, but returns the states (rows, T, dim) of all prefix positions, which `logits` reads."""
         length = prefix.shape[1]
-        x = self.begin(prefix, cache)
+        x = self.prepare_inputs(prefix, cache)
         states = self.run_layers(x, self.rope()[:length], self.prefix_mask(valid, length), cache)
         if valid is not None:
             cache.mask_prefix(valid)
         return states
 
-    def begin(self, prefix: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """What the layers read of a prefix (rows, T, dim); its plan is put into the cache, for the tokens."""
-        cache.plan = self.plan(prefix)
-        return cache.with_plan(prefix)
+    def prepare_inputs(self, prefix: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Inputs of the layers for a prefix (rows, T, dim); the cache keeps its region conditioning for the tokens."""
+        cache.region_conditioning = self.region_conditioning(prefix)
+        return cache.add_region_conditioning(prefix)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (..., V), float32, of the token behind the position of each state (..., dim)."""
@@ -301,7 +332,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """Feeds tokens (rows, n) behind what the cache holds; float32 logits (rows, n, V) of the tokens after them."""
         rope = self.rope()[cache.length : cache.length + tokens.shape[1]]
         mask = cache.attention_mask(tokens.shape[1])
-        x = cache.with_plan(self.tok_embeddings(tokens))
+        x = cache.add_region_conditioning(self.tok_embeddings(tokens))
         return self.logits(self.run_layers(x, rope, mask, cache))
 
     def extend_tree(
@@ -312,5 +343,5 @@ class LlamaGen(ModelMixin, ConfigMixin):
         `positions` (rows, n) count from the start of the prefix; `visible` is as of `TreeCache.tree_mask`. The new
         positions are pending in the cache.
         """
-        x, mask = cache.with_plan(self.tok_embeddings(tokens), positions), cache.tree_mask(visible)
+        x, mask = cache.add_region_conditioning(self.tok_embeddings(tokens), positions), cache.tree_mask(visible)
         return self.run_layers(x, self.rope()[positions], mask, cache)

@@ -4,12 +4,14 @@
 `masked_autoencoder` gives each position the vector from which `diffusion_head` samples its token. Parameters carry the
 authors' names.
 
-Scope: the network and its training loss. In which order tokens are sampled is the business of `studio.decoding`.
+Scope: the network and its training loss. `studio.decoding.mar` samples tokens.
 """
 
+from typing import Any
+
 import torch
-from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -37,30 +39,32 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 class MAR(MaskedAutoencoder, ModelMixin):
-    """The network. (Pipelines of diffusers look for the name `ModelMixin` in the module of a component.)
+    """The network. (diffusers looks for the name `ModelMixin` in the module of a pipeline's component.)
 
     Args:
         grid_size: tokens a side; an image has L = grid_size**2.
         token_dim: numbers of a token D: latent channels times patch_size**2.
         patch_size: side of the blocks of latents that make a token.
         encoder_dim, encoder_depth, encoder_heads, decoder_dim, decoder_depth, decoder_heads, mlp_ratio: sizes.
-        num_classes: classes without the null class; None for a model that reads words.
-        caption_dim: width of the text states that such a model reads; None for one of classes.
-        caption_length: text tokens of a caption, of which the buffer holds the last.
-        buffer_size: places before the tokens that hold the class or the caption.
+        num_classes: classes without the null class; None for a text-conditional model.
+        caption_dim: width of the text states; None for a class-conditional model.
+        caption_length: text tokens of a caption; the buffer holds the last `buffer_size` of them.
+        buffer_size: positions before the image tokens that hold the class or the caption.
         head_width, head_depth: of the diffusion-loss head.
-        latent_scale: by which latents were multiplied before they became tokens.
-        token_limit: the largest number of a token; denoising aims at none beyond (`GaussianDiffusion`). None: any, as
-            in the authors' code.
-        plan_size: side of a grid of regions, which divides `grid_size`; the last `plan_size**2` text states say what
-            belongs into each, in raster order (`studio.models.plan`). 0: none, as in released weights.
-        class_dropout: share of conditions replaced by the null vector in training.
+        latent_scale: factor by which latents are multiplied before they become tokens.
+        token_limit: largest absolute value of a token, to which denoising clamps its prediction
+            (`GaussianDiffusion`); None: no limit, as in the authors' code.
+        plan_size: regions a side for region conditioning (`studio.models.region_conditioning`), a divisor of
+            `grid_size`; the last `plan_size**2` text states are those of the regions in raster order. 0: none, as in
+            released weights.
+        class_dropout: probability that the null vector replaces a condition in training.
         dropout: in attention and feed-forward, in training.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
     """
 
-    _no_split_modules = ["Block", "ResidualBlock"]
+    _no_split_modules = ["Block", "ResidualBlock"]  # type: ignore[assignment]  # None in diffusers
 
     @register_to_config
     def __init__(
@@ -92,23 +96,27 @@ class MAR(MaskedAutoencoder, ModelMixin):
             raise StudioError(f"token_dim {token_dim} must be a multiple of patch_size**2, {patch_size**2}.")
         self.diffusion_pos_embed_learned = learned(1, grid_size**2, decoder_dim)
         self.apply(self._init_weights)
-        self.forget_plan()
+        self.zero_region_conditioning()
         self.diffloss = DiffusionLoss(token_dim, decoder_dim, head_width, head_depth, token_limit)
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "MAR":
-        """A published size, "B", "L" or "H", for 256 pixels: 16x16 tokens of 16 numbers, ImageNet classes."""
+    def preset(cls, name: str, **overrides: Any) -> "MAR":
+        """A model of a published size, "B", "L" or "H": 256 pixels, 16x16 tokens of 16 numbers, ImageNet classes.
+
+        Raises:
+            StudioError: an unknown name.
+        """
         if name not in PRESETS:
             raise StudioError(f"There is no MAR size {name!r}; the sizes are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
 
     @property
-    def head_places(self) -> nn.Parameter:
-        """Vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the end."""
+    def head_positions(self) -> nn.Parameter:
+        """Position embeddings (1, L, decoder_dim), added to the head's conditions."""
         return self.diffusion_pos_embed_learned
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) as a variational autoencoder makes them to tokens (B, L, D)."""
+        """Latents (B, C, H, W) of a variational autoencoder to tokens (B, L, D)."""
         return patchify(latents * self.config.latent_scale, self.config.patch_size)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,12 +133,14 @@ class MAR(MaskedAutoencoder, ModelMixin):
         repeats: int = 4,
         **condition: torch.Tensor,
     ) -> torch.Tensor:
-        """The training loss, a number: that of the head, over the first `masked` positions of each order (B, L).
+        """The training loss (scalar): the diffusion loss of the masked tokens.
 
         Args:
             tokens: (B, L, D).
-            drop: (B,) rows with the null vector; in training mode sampled with probability `class_dropout` if None.
-            repeats: times and noises that each token is tried with.
+            order: a permutation of the positions for each image, (B, L), int64.
+            masked: how many positions are masked, the first of each order.
+            drop: rows (B,) that get the null vector; in training mode sampled with probability `class_dropout` if None.
+            repeats: times and noises sampled for each token.
             condition: as of `embed_condition`.
         """
         drop = self.dropped_rows(len(tokens)) if drop is None else drop

@@ -1,25 +1,29 @@
-"""A masked autoencoder over image tokens: what `mar` and `token_bridge` share.
+"""The masked autoencoder over image tokens that `mar` and `token_bridge` share.
 
 "Autoregressive Image Generation without Vector Quantization" (arXiv:2406.11838), section 4. The encoder reads a buffer
-of class vectors and the visible tokens; the decoder fills the rest with mask tokens and gives each position the vector
-from which a head samples its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the authors' names.
+of class vectors and the visible tokens. The decoder fills the other positions with mask tokens and gives each position
+the vector from which a head samples its token. Blocks are those of ViT (arXiv:2010.11929). Parameters carry the
+authors' names.
 
-Added for words, of which the authors' models know nothing: with `caption_dim` the buffer holds projected states of a
-caption, one a place, and the null vector where there are none and for rows without guidance. The last states stand at
-the end, whatever the length: a caption that ends with tokens of a fixed meaning has them at fixed places. With
-`plan_size` these are a plan, of which the decoder tells each position its part (`studio.models.plan`).
+Our addition is text conditioning: with `caption_dim` the buffer holds the projected states of a caption, one a
+position. Positions without a state, and the unconditional rows of guidance, hold the null vector. The last states stand
+at the end whatever the length, so tokens with which every caption ends have fixed positions. With `plan_size` these are
+the region tokens, and the decoder adds region conditioning to each position (`studio.models.region_conditioning`).
 
-Deviations from the authors' code: visible tokens are named by their positions, in any order, instead of a mask; the
-last decoder block can be told to answer only for the positions that are asked for.
+Deviations from the authors' code: visible tokens are given by their positions, in any order, instead of a mask; the
+last decoder block can compute the wanted positions only.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.region_conditioning import RegionConditioning, check_region_conditioning
 
 _EPS = 1e-6
 
@@ -30,13 +34,13 @@ def take_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def both_halves(dim: int, depth: int, heads: int) -> dict[str, int]:
-    """The configuration of an encoder and a decoder of the same size."""
+    """Configuration of an encoder and a decoder of equal size."""
     sizes = {"dim": dim, "depth": depth, "heads": heads}
     return {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in sizes.items()}
 
 
 def learned(*shape: int) -> nn.Parameter:
-    """A weight of this shape, Gaussian with a standard deviation of 0.02."""
+    """A parameter of this shape, initialised from a Gaussian with standard deviation 0.02."""
     return nn.Parameter(torch.empty(*shape).normal_(std=0.02))
 
 
@@ -50,13 +54,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x, asking=None):
-        """Of x (B, n, dim); with `asking` (B, k, dim), vectors of x, only theirs."""
-        if asking is None:
+    def forward(self, x: torch.Tensor, queried: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of x (B, n, dim) to x, or of the vectors `queried` (B, k, dim) of x to x."""
+        if queried is None:
             queries, keys, values = self.qkv(x).chunk(3, dim=-1)
         else:
             dim = x.shape[-1]
-            queries = F.linear(asking, self.qkv.weight[:dim], self.qkv.bias[:dim])
+            queries = F.linear(queried, self.qkv.weight[:dim], self.qkv.bias[:dim])
             keys, values = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
         heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
         mixed = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout_rate if self.training else 0.0)
@@ -72,7 +76,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
@@ -86,8 +90,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=_EPS)
         self.mlp = FeedForward(dim, hidden, dropout)
 
-    def forward(self, x, wanted=None):
-        """Of x (B, n, dim); with `wanted` (B, k) positions, only their vectors (B, k, dim)."""
+    def forward(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """The block's output for x (B, n, dim), or for its positions `wanted` (B, k) only: (B, k, dim)."""
         normed = self.norm1(x)
         if wanted is None:
             x = x + self.attn(normed)
@@ -96,17 +100,19 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class MaskedAutoencoder(ModelMixin, ConfigMixin):
+class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Encoder and decoder, of the sizes in the configuration that a subclass registers.
 
     These are `grid_size`, `token_dim`, `encoder_dim`, `encoder_depth`, `encoder_heads`, `decoder_dim`, `decoder_depth`,
-    `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size` and `dropout`; `class_dropout` is read in training. A
-    model that reads words has `num_classes` None, and `caption_dim`, the width of text states; it may have `plan_size`.
-    A subclass has `head_places`, vectors (1, L, decoder_dim) of the positions, which the head's conditions get at the
-    end.
+    `decoder_heads`, `mlp_ratio`, `num_classes`, `buffer_size`, `dropout`, `plan_size`, and `class_dropout` for
+    training. A text-conditional model has `num_classes` None and `caption_dim`, the width of text states. A subclass
+    defines `head_positions`, position embeddings (1, L, decoder_dim) that are added to the head's conditions.
 
-    Errors: `StudioError` for sizes that do not fit together.
+    Raises:
+        StudioError: sizes that do not fit together.
     """
+
+    config: Any
 
     def __init__(self):
         super().__init__()
@@ -117,13 +123,14 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
                 f"{config.decoder_dim} into {config.decoder_heads}."
             )
         if min(config.encoder_depth, config.decoder_depth) < 1:
-            raise StudioError("Encoder and decoder need a block at least.")
+            raise StudioError("Encoder and decoder need at least one block each.")
         if (config.num_classes is None) == (config.get("caption_dim") is None):
             raise StudioError("A model is conditioned on classes or on text: give num_classes or caption_dim.")
-        check_plan(config.plan_size, config.grid_size, config.buffer_size if config.num_classes is None else 0)
+        text_positions = config.buffer_size if config.num_classes is None else 0
+        check_region_conditioning(config.plan_size, config.grid_size, text_positions)
         places = config.buffer_size + self.num_tokens
 
-        def blocks(dim, depth, heads):
+        def blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(Block(dim, heads, int(dim * config.mlp_ratio), config.dropout) for _ in range(depth))
 
         if config.num_classes is None:
@@ -142,7 +149,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         self.decoder_blocks = blocks(config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.decoder_norm = nn.LayerNorm(config.decoder_dim, eps=_EPS)
         if config.plan_size:
-            self.plan_embeddings = PlanEmbeddings(
+            self.plan_embeddings = RegionConditioning(
                 config.plan_size, config.grid_size, config.encoder_dim, config.decoder_dim
             )
 
@@ -155,8 +162,8 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forget_plan(self) -> None:
-        """Makes the plan, if there is one, say nothing: how training begins."""
+    def zero_region_conditioning(self) -> None:
+        """Sets the weights of region conditioning, if any, to zero: the state at the start of training."""
         if self.config.plan_size:
             nn.init.zeros_(self.plan_embeddings.weight)
 
@@ -166,7 +173,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         return self.config.grid_size**2
 
     def dropped_rows(self, rows: int) -> torch.Tensor | None:
-        """Which of so many rows get the null class (rows,) bool: in training a share of `class_dropout`, else None."""
+        """Rows (rows,) bool that get the null vector, each with probability `class_dropout`; None outside training."""
         if not self.training or self.config.class_dropout <= 0:
             return None
         return torch.rand(rows, device=self.device) < self.config.class_dropout
@@ -179,13 +186,16 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         caption_mask: torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """The buffer (B, buffer_size, encoder_dim), and None: all of it is valid.
+        """Embeds the condition as the buffer.
 
         Args:
-            class_labels: classes (B,), of which each fills its buffer.
-            captions, caption_mask: or text states (B, T, caption_dim), and which of them are text (B, T), of which each
-                buffer holds the last.
+            class_labels: classes (B,), for a class-conditional model; a class fills its whole buffer.
+            captions: text states (B, T, caption_dim), for a text-conditional model; the buffer holds the last of them.
+            caption_mask: (B, T), true at states of text.
             drop: rows (B,) bool that get the null vector.
+
+        Returns:
+            The buffer (B, buffer_size, encoder_dim), and None: all of it is valid.
         """
         null, size = self.fake_latent, self.config.buffer_size
         if class_labels is not None:
@@ -205,7 +215,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         """States (B, buffer_size + v, encoder_dim) of the buffer and the visible tokens.
 
         Args:
-            tokens: (B, L, D); those that are not visible are not read.
+            tokens: (B, L, D), of which the visible ones are read.
             visible: positions (B, v), int64.
             buffer: (B, buffer_size, encoder_dim).
         """
@@ -217,9 +227,12 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         return self.encoder_norm(x)
 
     def decode(self, states: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Conditions (B, k, decoder_dim) for the head, of the wanted positions (B, k); of all L if None.
+        """Conditions (B, k, decoder_dim) of the head.
 
-        `states` and `visible` are those of `encode`.
+        Args:
+            states: what `encode` returned.
+            visible: positions (B, v) that it was given.
+            wanted: positions (B, k) to compute; all L when None.
         """
         before, places = self.config.buffer_size, self.decoder_pos_embed_learned[0]
         if wanted is None:
@@ -234,14 +247,17 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         x = self.decoder_blocks[-1](x, before + wanted)
-        return self.decoder_norm(x) + self.head_places[0][wanted]
+        return self.decoder_norm(x) + self.head_positions[0][wanted]
 
     def conditions(
         self, tokens: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor, buffer: torch.Tensor
     ) -> torch.Tensor:
-        """Conditions (S, B, k, decoder_dim) for the head, of the wanted positions (B, k).
+        """Conditions (S, B, k, decoder_dim) of the head under S conditions of the same B images.
 
-        `buffer` (S*B, buffer_size, encoder_dim) holds S conditions of the same B images, one set after the other.
+        Args:
+            tokens, visible: as of `encode`.
+            wanted: positions (B, k).
+            buffer: (S*B, buffer_size, encoder_dim), the B buffers of the first condition, then those of the next.
         """
         streams = len(buffer) // len(tokens)
         tokens, visible, wanted = (part.repeat(streams, *[1] * (part.ndim - 1)) for part in (tokens, visible, wanted))

@@ -1,38 +1,37 @@
-"""ResGen: a transformer that sees each cell's first levels of residual codes and says what the hidden ones add up to.
+"""ResGen: a transformer that sees the first levels of each cell's residual codes and predicts the sum of the others.
 
-"Efficient Generative Modeling with Residual Vector Quantization-Based Tokens" (arXiv:2412.10208). Levels are hidden
-from the deepest up, so what is visible of a cell is the sum of its first code vectors and the number of levels that
-are missing; what is predicted is the sum of the missing ones. Steps of sampling then do not depend on the depth.
+"Efficient Generative Modeling with Residual Vector Quantization-Based Tokens" (arXiv:2412.10208). Levels are masked
+from the deepest up: the input of a cell is the sum of its visible code vectors and the number of hidden levels, the
+prediction is the sum of the hidden code vectors. So the number of sampling steps does not depend on the depth.
 
-No code is published. Ours, because the paper's text leaves it open or could not be compared: the wiring (linear input,
-learned positions, one embedding per number of hidden levels, adaptive layer norms as in DiT, arXiv:2212.09748, from the
-condition; captions are also read as positions in front, and may hold a plan), and the low-rank means of the mixture. An
-ablation under the same masking is `prediction="levels"`: one softmax over the codes for every level, each independent
-of the others.
+No code is published. Ours, because the paper leaves it open or it could not be compared: the architecture (linear
+input, learned positions, one embedding per number of hidden levels, adaptive layer norms from the condition as in DiT,
+arXiv:2212.09748; captions also stand as positions in front, and may end with region vectors), and the low-rank means of
+the mixture. `prediction="levels"` is an ablation under the same masking: an independent softmax over the codes of every
+level.
 
-Scope: the network and its training loss. Hiding and sampling are in `studio.decoding.resgen` and
-`studio.decoding.resgen`.
+Scope: the network and its training loss. `studio.decoding.resgen` masks and samples.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
 from studio.models.llama_blocks import CaptionEmbedder, ClassEmbedder, left_pad
-from studio.models.plan import PlanEmbeddings, check_plan
+from studio.models.region_conditioning import RegionConditioning, check_region_conditioning
 
 PREDICTIONS = ("mixture", "levels")
 LOSSES = ("variational", "exact")
 
 
 class LevelLogits(NamedTuple):
-    """What the ablation says of each cell: logits (..., D, V) of every level."""
+    """Prediction of the ablation: logits (..., D, V) of every level of a cell."""
 
     logits: torch.Tensor
 
@@ -50,7 +49,7 @@ class LevelSoftmax(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward without causality, gated, scaled and shifted by the condition; closed at first."""
+    """Bidirectional attention and feed-forward, modulated by the condition (AdaLN-Zero: gates start at zero)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -67,13 +66,13 @@ class Block(nn.Module):
         x = x + gate1 * self._attend(_norm(x) * (1 + scale1) + shift1, mask)
         return x + gate2 * self.mlp(_norm(x) * (1 + scale2) + shift2)
 
-    def _attend(self, x, mask):
+    def _attend(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-class ResGen(ModelMixin, ConfigMixin):
-    """The network. Exactly one of `num_classes` and `caption_dim` says what it is conditioned on.
+class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+    """The network, conditioned on classes (`num_classes`) or on captions (`caption_dim`).
 
     Args:
         num_positions: cells L of the grid.
@@ -83,12 +82,15 @@ class ResGen(ModelMixin, ConfigMixin):
         caption_dim, caption_length: width of the text encoder and its number of positions.
         prediction: "mixture" or, as an ablation, "levels".
         components, rank, sigma, learn_sigma: of the mixture, see `GaussianMixture`.
-        plan_size: side of a grid of regions, which divides that of the cells; the last `plan_size**2` caption vectors
-            say what belongs into each, in raster order (`studio.models.plan`). 0: none.
-        condition_dropout: share of conditions replaced by the null condition in training.
+        plan_size: regions a side for region conditioning (`studio.models.region_conditioning`), a divisor of the
+            grid's side; the last `plan_size**2` caption vectors are those of the regions in raster order. 0: none.
+        condition_dropout: probability that the null condition replaces a condition in training.
 
-    Errors: `StudioError` for sizes that do not fit together and for conditions that do not fit the model.
+    Raises:
+        StudioError: sizes that do not fit together, or conditions that do not fit the model.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
@@ -121,7 +123,7 @@ class ResGen(ModelMixin, ConfigMixin):
         if prediction not in PREDICTIONS:
             raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
         grid_size = round(num_positions**0.5)
-        check_plan(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
+        check_region_conditioning(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
         if num_classes is not None:
             self.condition = ClassEmbedder(num_classes, dim)
         else:
@@ -134,7 +136,7 @@ class ResGen(ModelMixin, ConfigMixin):
         for weight in (self.positions, self.hidden_levels.weight, self.modulation.weight):
             nn.init.normal_(weight, std=0.02)
         if plan_size:
-            self.plan_embeddings = PlanEmbeddings(plan_size, grid_size, dim)
+            self.plan_embeddings = RegionConditioning(plan_size, grid_size, dim)
             nn.init.zeros_(self.plan_embeddings.weight)
         if prediction == "mixture":
             self.head = GaussianMixture(dim, code_dim, components, rank, sigma, learn_sigma)
@@ -156,12 +158,13 @@ class ResGen(ModelMixin, ConfigMixin):
         caption_mask: torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
     ) -> Mixture | LevelLogits:
-        """What is hidden in each cell.
+        """Predicts the hidden levels of each cell.
 
         Args:
-            visible: sums (B, L, C) of the code vectors that are shown.
-            hidden: how many levels (B, L) are not, 0 to D.
-            class_labels: (B,), or `captions` (B, T, caption_dim) with `caption_mask` (B, T), true at words.
+            visible: sums (B, L, C) of the visible code vectors.
+            hidden: number of hidden levels (B, L), 0 to D.
+            class_labels: (B,), for a class-conditional model.
+            captions, caption_mask: (B, T, caption_dim), and (B, T), true at text, for a text-conditional model.
             drop: rows (B,) that get the null condition. In training mode without it, conditions are dropped with
                 probability `condition_dropout`, sampled from the global generator.
 
@@ -181,34 +184,46 @@ class ResGen(ModelMixin, ConfigMixin):
         return self.head(_norm(x[:, prefix.shape[1] :]) * (1 + scale) + shift)
 
     def loss(
-        self, vectors: torch.Tensor, codes: torch.Tensor, hidden: torch.Tensor, form: str = "variational", **condition
+        self,
+        vectors: torch.Tensor,
+        codes: torch.Tensor,
+        hidden: torch.Tensor,
+        form: str = "variational",
+        **condition: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean over the cells with something hidden of the cost of that.
+        """The training loss (scalar): mean over the cells with hidden levels, or over hidden codes in the ablation.
 
         Args:
             vectors: code vectors (B, L, D, C) of all levels of an image.
-            codes: their numbers (B, L, D), which the ablation predicts.
+            codes: their indices (B, L, D), which the ablation predicts.
             hidden: how many of the deepest levels (B, L) are hidden.
-            form: "variational" or "exact", of the mixture's likelihood.
+            form: "variational" or "exact" likelihood of the mixture.
             condition: as of `forward`.
 
-        Errors: `StudioError` for another form.
+        Raises:
+            StudioError: another form.
         """
         if form not in LOSSES:
             raise StudioError(f"form is one of {', '.join(LOSSES)}, not {form!r}.")
         is_hidden = torch.arange(vectors.shape[2], device=hidden.device) >= vectors.shape[2] - hidden[..., None]
         shown, missing = (vectors * which[..., None] for which in (~is_hidden, is_hidden))
-        said = self(shown.sum(dim=2), hidden, **condition)
-        if isinstance(said, LevelLogits):
-            costs = F.cross_entropy(said.logits.movedim(-1, 1), codes, reduction="none")
+        prediction = self(shown.sum(dim=2), hidden, **condition)
+        if isinstance(prediction, LevelLogits):
+            costs = F.cross_entropy(prediction.logits.movedim(-1, 1), codes, reduction="none")
             return costs[is_hidden].mean()
         if form == "variational":
-            costs = self.head.variational_loss(said, missing.sum(dim=2))
+            costs = self.head.variational_loss(prediction, missing.sum(dim=2))
         else:
-            costs = -self.head.log_likelihood(said, missing.sum(dim=2))
+            costs = -self.head.log_likelihood(prediction, missing.sum(dim=2))
         return costs[hidden > 0].mean()
 
-    def _embed_condition(self, class_labels, captions, caption_mask, drop):
+    def _embed_condition(
+        self,
+        class_labels: torch.Tensor | None,
+        captions: torch.Tensor | None,
+        caption_mask: torch.Tensor | None,
+        drop: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Positions in front (B, T or 0, dim), the condition's vector (B, dim), and the attention mask or None."""
         if self.config.num_classes is not None:
             if class_labels is None or captions is not None:
@@ -220,11 +235,11 @@ class ResGen(ModelMixin, ConfigMixin):
         if caption_mask is None:
             embedded = self.condition(captions, drop)
             return embedded, embedded.mean(dim=1), None
-        captions, words = left_pad(captions, caption_mask)
+        captions, valid = left_pad(captions, caption_mask)
         embedded = self.condition(captions, drop)
-        weights = words.to(embedded.dtype) / words.sum(dim=1, keepdim=True).clamp(min=1)
-        cells = words.new_ones(len(words), self.config.num_positions)
-        return embedded, (embedded * weights[..., None]).sum(dim=1), torch.cat((words, cells), dim=1)[:, None, None]
+        weights = valid.to(embedded.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        cells = valid.new_ones(len(valid), self.config.num_positions)
+        return embedded, (embedded * weights[..., None]).sum(dim=1), torch.cat((valid, cells), dim=1)[:, None, None]
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

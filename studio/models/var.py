@@ -1,23 +1,23 @@
-"""VAR: a transformer that samples images scale by scale, coarse to fine ("Visual Autoregressive Modeling",
-arXiv:2404.02905).
+"""VAR: a transformer that predicts images scale by scale, coarse to fine.
 
-The sequence holds the tokens of all scales, raster order in each; a token sees its own scale and the coarser ones. What
-enters at a scale is not its tokens but the image so far, shrunk to it (`VARTokenizer.inputs`), so a whole scale is
-sampled at once. The class modulates every block and the head (adaptive layer norm). The module tree carries the
-authors' parameter names.
+"Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (arXiv:2404.02905). The sequence
+holds the tokens of all scales, in raster order each; a token sees its own scale and the coarser ones. The input of a
+scale is not its tokens but the image so far, resized to it (`VARTokenizer.inputs`), so a whole scale is predicted at
+once. The class modulates every block and the head (adaptive layer norm). The module tree carries the authors' parameter
+names.
 
 Deviations from the authors' code: conditions are dropped only in training mode (theirs drops them in evaluation too);
-several scales may be fed behind a cache at once, under the mask they need. Left out: the variant with one shared
-modulation (depth 36).
+several scales may be fed behind a cache at once. Left out: the variant with one shared modulation (depth 36).
 """
 
 import math
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from studio.errors import StudioError
@@ -27,12 +27,12 @@ _LARGEST_SCALE = math.log(100)
 
 
 def bounds_of(scales: tuple[int, ...]) -> tuple[int, ...]:
-    """How many positions there are in the first 0, 1, ... scales."""
+    """Number of positions in the first 0, 1, ... scales."""
     return tuple(accumulate((side * side for side in scales), initial=0))
 
 
 def level_of(scales: tuple[int, ...]) -> torch.Tensor:
-    """The number of each position's scale, (n,)."""
+    """Index of the scale of each position, (n,) int64."""
     return torch.repeat_interleave(torch.arange(len(scales)), torch.tensor(scales) ** 2)
 
 
@@ -47,8 +47,10 @@ class Attention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, past: list | None = None) -> torch.Tensor:
-        """x (B, n, dim); `past`, a list of the keys and values so far, is read and brought up to date."""
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, past: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Attention over x (B, n, dim) and `past`, the list of keys and values so far, which is updated in place."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
@@ -57,7 +59,7 @@ class Attention(nn.Module):
         if past is not None:
             if past:
                 keys, values = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
-            past[:] = keys, values
+            past[:] = [keys, values]
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -69,12 +71,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def modulation(dim: int, parts: int) -> nn.Sequential:
-    """SiLU and a linear layer that gives so many vectors of width dim."""
+    """SiLU and a linear layer to `parts` vectors of width dim."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
@@ -86,14 +88,21 @@ class Block(nn.Module):
         self.eps = eps
         self.attn, self.ffn, self.ada_lin = Attention(dim, num_heads), FeedForward(dim), modulation(dim, 6)
 
-    def forward(self, x, context, mask, past=None, between: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, n, dim) under the class vector (B, dim); `between` is added behind the attention."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        past: list[torch.Tensor] | None = None,
+        between: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, n, dim) modulated by the class vector (B, dim); `between` is added after the attention."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(context)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attn(self._norm(x) * (1 + scale1) + shift1, mask, past)
         x = x if between is None else x + between
         return x + gate2 * self.ffn(self._norm(x) * (1 + scale2) + shift2)
 
-    def _norm(self, x):
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -104,12 +113,12 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.eps, self.ada_lin = eps, modulation(dim, 2)
 
-    def forward(self, x, context):
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         scale, shift = self.ada_lin(context)[:, None].chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
 
-class VAR(ModelMixin, ConfigMixin):
+class VAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """The transformer.
 
     Args:
@@ -117,8 +126,13 @@ class VAR(ModelMixin, ConfigMixin):
         depth, dim, num_heads: sizes; published models have dim = 64 depth and depth heads.
         num_classes: classes without the null class.
         scales: side of the grid at each scale.
-        class_dropout: share of classes replaced by the null class in training.
+        class_dropout: probability that the null class replaces a class in training.
+
+    Raises:
+        StudioError: a width that does not split into heads.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
@@ -149,7 +163,7 @@ class VAR(ModelMixin, ConfigMixin):
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """How many positions are known after 0, 1, ... steps: a step is one scale."""
+        """Number of known positions after 0, 1, ... steps; a step is one scale."""
         return bounds_of(tuple(self.config.scales))
 
     def embed_class(self, class_labels: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,13 +172,20 @@ class VAR(ModelMixin, ConfigMixin):
             class_labels = torch.where(drop, self.config.num_classes, class_labels)
         return self.class_emb(class_labels)
 
-    def extend(self, inputs: torch.Tensor, context: torch.Tensor, first: int, last: int, cache: list) -> torch.Tensor:
+    def extend(
+        self,
+        inputs: torch.Tensor,
+        context: torch.Tensor,
+        first: int,
+        last: int,
+        cache: list[list[torch.Tensor]] | list[None],
+    ) -> torch.Tensor:
         """Feeds scales first to last - 1 behind what the cache holds; float32 logits (B, n, V) of their tokens.
 
         Args:
-            inputs: shrunk images (B, n, C) of these scales; scale 0 has none, its input is the class.
+            inputs: resized images (B, n, C) of these scales; the input of scale 0 is the class, so it has none.
             context: class vectors (B, dim).
-            cache: one list per block, `[[] for _ in model.blocks]` at first.
+            cache: one list per block, at first `[[] for _ in model.blocks]`; or a None per block without a cache.
         """
         start, end = self.bounds[first], self.bounds[last]
         x = self.word_embed(inputs.to(context.dtype))
@@ -180,10 +201,13 @@ class VAR(ModelMixin, ConfigMixin):
     def forward(
         self, inputs: torch.Tensor, class_labels: torch.Tensor, drop: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits (B, n, V), float32, of all tokens for the shrunk images (B, n - 1, C) of the true tokens.
+        """Logits (B, n, V), float32, of the tokens of all scales.
 
-        In training mode without `drop`, classes are dropped with probability `class_dropout`, sampled from the global
-        generator.
+        Args:
+            inputs: resized images (B, n - 1, C) of the true tokens, of scales 1 and up.
+            class_labels: (B,).
+            drop: rows (B,) that get the null class. In training mode without it, classes are dropped with probability
+                `class_dropout`, sampled from the global generator.
         """
         if drop is None and self.training and self.config.class_dropout > 0:
             drop = torch.rand(len(inputs), device=inputs.device) < self.config.class_dropout

@@ -69,7 +69,7 @@ def textbook(
         null, _ = model.embed_condition(**condition, drop=everything)
         prefix = torch.cat((prefix, null))
         valid = None if valid is None else torch.cat((valid, valid))
-    plan = model.plan(prefix)
+    plan = model.region_conditioning(prefix)
     pasts: list = [None] * len(model.layers)
     tokens: list[torch.Tensor] = []
     x, start = prefix, 0

@@ -64,7 +64,7 @@ class TrainableDrafter(nn.Module):
         x = target.inputs(prefix, target.tok_embeddings(tokens[:, :-1]))
         states = target.run_layers(x, target.rope()[: x.shape[1]], target.prefix_mask(valid, x.shape[1]))
         before = tokens.new_zeros(len(tokens), target.prefix_length - 1)
-        return torch.cat((before, tokens[:, :-1]), dim=1), states, valid, target.plan(prefix)
+        return torch.cat((before, tokens[:, :-1]), dim=1), states, valid, target.region_conditioning(prefix)
 
 
 class DrafterRecipe(CompanionRecipe):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import reduce
 
 from studio.models.llamagen import LlamaGen
-from studio.models.plan import plan_layers
+from studio.models.region_conditioning import region_conditioning_layers
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
@@ -109,7 +109,7 @@ class LlamaGenRecipe(GeneratorRecipe):
 
     def optimizers(self, module, learning_rate):
         model, maps = module.transformer, [module.code_embedding, module.code_output]
-        matrices = [*hidden_matrices(model.layers, *plan_layers(model)), *self.text_matrices(module)]
+        matrices = [*hidden_matrices(model.layers, *region_conditioning_layers(model)), *self.text_matrices(module)]
         return muon_and_adamw(module, matrices, learning_rate, tables=maps, tables_share=1.0)
 
     def batch(self, rng, size, training=True):

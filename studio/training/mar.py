@@ -14,7 +14,7 @@ from torch import nn
 
 from studio.models.mar import MAR
 from studio.models.masked_autoencoder import MaskedAutoencoder, both_halves
-from studio.models.plan import plan_layers
+from studio.models.region_conditioning import region_conditioning_layers
 from studio.pipelines.mar import MARPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.training.caches import cached_latents, latents_of
@@ -117,11 +117,16 @@ def mar_optimizers(
     of_the_head = (
         transformer.diffloss.net.res_blocks if isinstance(transformer, MAR) else transformer.head.channel_blocks
     )
-    blocks = (transformer.encoder_blocks, transformer.decoder_blocks, of_the_head, *plan_layers(transformer))
+    blocks = (
+        transformer.encoder_blocks,
+        transformer.decoder_blocks,
+        of_the_head,
+        *region_conditioning_layers(transformer),
+    )
     places = [
         transformer.encoder_pos_embed_learned,
         transformer.decoder_pos_embed_learned,
-        transformer.head_places,
+        transformer.head_positions,
         transformer.mask_token,
         transformer.fake_latent,
     ]

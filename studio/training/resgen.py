@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from studio.decoding.resgen import hidden_slots, hide, shown
-from studio.models.plan import plan_layers
+from studio.models.region_conditioning import region_conditioning_layers
 from studio.models.resgen import ResGen
 from studio.pipelines.resgen import ResGenPipeline
 from studio.tokenizers.rvq import RVQTokenizer
@@ -108,7 +108,7 @@ class ResGenRecipe(CodesRecipe):
 
     def optimizers(self, module, learning_rate):
         model = module.transformer
-        matrices = [*hidden_matrices(model.blocks, *plan_layers(model)), *self.text_matrices(module)]
+        matrices = [*hidden_matrices(model.blocks, *region_conditioning_layers(model)), *self.text_matrices(module)]
         tables = [model.positions, model.hidden_levels.weight]
         if self.model["prediction"] == "mixture":
             tables.append(model.head.offsets)

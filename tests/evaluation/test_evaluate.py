@@ -139,5 +139,5 @@ def test_a_decoding_of_what_does_not_draw_is_refused(model):
 
 
 def test_class_pipelines_are_refused(tiny_class_folder):
-    with pytest.raises(StudioError, match="class numbers"):
+    with pytest.raises(StudioError, match="is class-conditional"):
         evaluate(tiny_class_folder)

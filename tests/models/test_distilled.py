@@ -1,4 +1,4 @@
-"""The student: what it takes from its teacher, what each position sees, and how known positions are marked."""
+"""The student: weights from its teacher, attention, known positions."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_starts_from_the_teacher():
 
 
 @torch.no_grad()
-def test_a_plan_tells_each_position_of_its_own_cell():
+def test_region_conditioning_reaches_each_position_of_its_cell():
     model = student(caption_dim=16, caption_length=5, plan_size=2)
     torch.nn.init.normal_(model.plan_embeddings.weight)
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""VAR's student: what it takes from its teacher, what a position sees, how it is saved."""
+"""VAR's student: weights from its teacher, attention, saving."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A drafter embeds tokens as its model does: with a table of its own, or a copy of the model's that is not stored."""
+"""Token embeddings of a drafter: its own, or a copy of its model's that is not saved."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from studio import LlamaGen, LlamaGenPipeline, Speculative, StudioError
+from studio import LlamaGen, LlamaGenPipeline, Speculative, StudioError, backends
 from studio.decoding.eagle import DrafterDrafts
 from studio.models.drafter import Drafter
 
@@ -27,7 +27,7 @@ def test_the_copy_is_not_stored_and_read_again(target, tmp_path):
     again = loaded(drafter, tmp_path)
     assert not any("tokens" in name for name in load_file(next(tmp_path.glob("*.safetensors"))))
     with pytest.raises(StudioError, match="read_embeddings"):
-        again.for_decoding()
+        backends.select(again)
     again.read_embeddings(target)
     assert torch.equal(again.token_embeddings, target.tok_embeddings.weight)
     tokens, states = torch.randint(64, (2, 5)), torch.randn(2, 5, 32)
@@ -43,18 +43,18 @@ def test_a_pipeline_gives_its_drafter_the_embeddings(tiny_class_pipeline, target
 
 
 @torch.no_grad()
-def test_a_faster_view_follows_when_other_embeddings_are_read(target):
+def test_a_backend_is_rebuilt_when_other_embeddings_are_read(target):
     drafter, other = Drafter.for_target(target).eval(), copy.deepcopy(target)
     torch.nn.init.normal_(other.tok_embeddings.weight)
     places = {"positions": torch.zeros(2, 1, dtype=torch.long), "visible": torch.ones(2, 1, 1, dtype=torch.bool)}
 
-    def guess(view):
+    def guess(network):
         tokens, states = torch.tensor([[3], [4]]), torch.ones(2, 1, 32)
-        return view.extend_tree(tokens, states, view.new_tree_cache(2, 1), **places)
+        return network.extend_tree(tokens, states, network.new_tree_cache(2, 1), **places)
 
-    before = guess(drafter.for_decoding())
+    before = guess(backends.select(drafter))
     drafter.read_embeddings(other)
-    after = guess(drafter.for_decoding())
+    after = guess(backends.select(drafter))
     torch.testing.assert_close(after, guess(drafter), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
 
@@ -65,7 +65,7 @@ def test_a_table_of_its_own_is_stored_and_kept(target, tmp_path):
     before = drafter.token_embeddings.clone()
     drafter.read_embeddings(target)
     assert torch.equal(drafter.token_embeddings, before) and "embed_tokens.weight" in drafter.state_dict()
-    assert drafter.for_decoding("plain") is drafter
+    assert backends.select(drafter, "plain") is drafter
 
 
 def test_a_model_of_other_sizes_is_refused(target):

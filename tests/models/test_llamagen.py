@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studio import LlamaGen, StudioError
+from studio import LlamaGen, StudioError, backends
 from studio.models.kv_cache import KVCache
 from studio.models.llama_blocks import rotate
 
@@ -44,13 +44,13 @@ def test_conditions_are_dropped_in_training_only():
 
 
 @torch.no_grad()
-def test_a_plan_goes_to_the_positions_that_draw_its_cells():
-    """Of 4 x 4 cells in 2 x 2 regions; without weights in the plan there is none; padding on either side."""
+def test_region_conditioning_goes_to_the_positions_that_predict_its_cells():
+    """4 x 4 cells in 2 x 2 regions; with zero weights there is none; padding on either side."""
     model = tiny(caption_dim=16, caption_length=5, plan_size=2)
     tokens, captions = torch.randint(48, (2, 15)), torch.randn(2, 5, 16)
     mask = torch.tensor([[False, True, True, True, True], [True, True, True, True, True]])
     without = model(tokens, captions=captions, caption_mask=mask)
-    assert not model.plan(model.embed_condition(captions=captions)[0]).any()
+    assert not model.region_conditioning(model.embed_condition(captions=captions)[0]).any()
     torch.nn.init.normal_(model.plan_embeddings.weight)
     padded_right = torch.cat((captions[:1, 1:], captions[:1, :1]), dim=1)
     logits = model(tokens, captions=captions, caption_mask=mask)
@@ -59,11 +59,11 @@ def test_a_plan_goes_to_the_positions_that_draw_its_cells():
     )
     assert ((logits - without).abs().amax(dim=2) > 1e-3).all()
     prefix, _ = model.embed_condition(captions=captions)
-    plan = model.plan(prefix)
+    plan = model.region_conditioning(prefix)
     for region in range(4):
         other = prefix.clone()
         other[:, 1 + region] += 1
-        changed = (model.plan(other) != plan).any(dim=2)
+        changed = (model.region_conditioning(other) != plan).any(dim=2)
         expected = torch.zeros(4, 4, dtype=torch.bool)
         expected[region // 2 * 2 :, region % 2 * 2 :][:2, :2] = True
         assert not changed[:, :4].any() and not changed[:, -1].any()
@@ -71,8 +71,8 @@ def test_a_plan_goes_to_the_positions_that_draw_its_cells():
 
 
 @torch.no_grad()
-def test_a_row_is_turned_by_place_in_one_dimension():
-    """Queries and keys of equal content meet alike at equal distances, wherever they are; the prefix is not turned."""
+def test_a_row_has_one_dimensional_rotary_positions():
+    """Scores of equal content depend on the distance only; the prefix is not rotated."""
     model = tiny(grid_size=None, row_length=9, prefix_rope="identity")
     table = model.rope()
     assert model.num_tokens == 9 and table.shape == (10, 8, 2)
@@ -94,21 +94,21 @@ def test_null_caption_is_not_trained():
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 1])
-@pytest.mark.parametrize("kind", ["classes", "planned", "row", "planned row"])
+@pytest.mark.parametrize("kind", ["classes", "regions", "row", "row with regions"])
 def test_several_tokens_at_once_equal_one_by_one(num_kv_heads, kind):
     condition, sizes = {"class_labels": torch.tensor([3, 4])}, {}
-    if planned := "planned" in kind:
+    if regions := "regions" in kind:
         condition, sizes = {"captions": torch.randn(2, 5, 16)}, {"caption_dim": 16, "caption_length": 5, "plan_size": 2}
     if "row" in kind:
         sizes |= {"grid_size": None, "row_length": 10}
     model, tokens = tiny(num_kv_heads=num_kv_heads, **sizes), torch.randint(48, (2, 9))
-    if planned:
+    if regions:
         for weights in model.plan_embeddings.parameters():
             torch.nn.init.normal_(weights)
     with torch.no_grad():
         expected = model(tokens, **condition)
-        views = [model] if num_kv_heads else [model, model.for_decoding("float32")]
-        for network in views:
+        networks = [model] if num_kv_heads else [model, backends.select(model, "float32")]
+        for network in networks:
             cache = network.new_cache(2)
             prefix, valid = model.embed_condition(**condition)
             parts = [network.prefill(prefix, valid, cache)[:, None]]
@@ -176,7 +176,7 @@ def test_conditions_that_do_not_fit():
         tiny()(torch.zeros(1, 17, dtype=torch.long), class_labels=torch.zeros(1, dtype=torch.long))
 
 
-def test_packed_view_without_blocked_products(monkeypatch):
+def test_packed_backend_without_blocked_products(monkeypatch):
     from studio.backends import packed
 
     monkeypatch.setattr(packed, "_has_blocked_products", lambda: False)

@@ -1,4 +1,4 @@
-"""The network of ResGen: what it sees, what its loss counts, conditions, the ablation."""
+"""The network of ResGen: inputs, loss, conditions, ablation."""
 
 import pytest
 import torch
@@ -53,10 +53,10 @@ def test_the_loss_counts_hidden_levels_only(batch, prediction, form):
 def test_hidden_vectors_are_not_seen(batch):
     model, (vectors, _, hidden) = tiny(), batch
     visible = (vectors * (torch.arange(3) < 3 - hidden[..., None])[..., None]).sum(dim=2)
-    said = model(visible, hidden, class_labels=torch.tensor([1, 2]))
-    assert said.logits.shape == (2, 6, 5) and said.scores.shape == (2, 6, 5, 2)
+    prediction = model(visible, hidden, class_labels=torch.tensor([1, 2]))
+    assert prediction.logits.shape == (2, 6, 5) and prediction.scores.shape == (2, 6, 5, 2)
     more = model(visible, hidden.clamp(max=2), class_labels=torch.tensor([1, 2]))
-    assert not torch.allclose(more.logits[1], said.logits[1])
+    assert not torch.allclose(more.logits[1], prediction.logits[1])
 
 
 def test_padding_of_captions_is_not_seen():

@@ -1,4 +1,4 @@
-"""The two transformers: what sees what, caches, levels of different size, conditions."""
+"""The two transformers: attention, caches, levels of different size, conditions."""
 
 import pytest
 import torch

@@ -29,11 +29,11 @@ def test_a_dimension_sees_those_before_it():
 
 @torch.no_grad()
 @pytest.mark.parametrize("first_step", [True, False])
-def test_sampling_with_a_cache_says_what_training_says(first_step):
+def test_logits_with_a_cache_equal_those_of_training(first_step):
     head, states, tokens = tiny().head, torch.randn(6, 24), torch.randint(5, (6, 4))
-    said, cache = head.condition_proj(states), head.new_cache(6)
+    condition, cache = head.condition_proj(states), head.new_cache(6)
     before = [None, *tokens.unbind(1)[:-1]]
-    cached = torch.stack([head.next_logits(said, previous, cache, first_step) for previous in before], dim=1)
+    cached = torch.stack([head.next_logits(condition, previous, cache, first_step) for previous in before], dim=1)
     torch.testing.assert_close(cached, head(states, tokens, first_step))
     assert not torch.allclose(head(states, tokens, True), head(states, tokens, False), atol=1e-3)
 
@@ -72,7 +72,7 @@ def test_training_reaches_every_weight(words):
 
 
 @torch.no_grad()
-def test_an_untrained_block_passes_on_what_it_is_given():
+def test_an_untrained_block_returns_its_input():
     torch.manual_seed(0)
     head = TokenBridge(**SIZES).eval().head
     x, condition = torch.randn(2, 4, 16), torch.randn(2, 4, 16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studio import LlamaGen, StudioError
+from studio import LlamaGen, StudioError, backends
 from studio.decoding.trees import trees_of
 
 SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 2, "num_heads": 2, "grid_size": 4}
@@ -36,7 +36,7 @@ def test_every_node_sees_its_path_only(kind, weights):
     sizes = {"classes": {}, "grouped": {"num_kv_heads": 1}, "captions": {
         "caption_dim": 16, "caption_length": 5, "prefix_rope": "identity"}}[kind]  # fmt: skip
     model = tiny(**sizes)
-    network = model.for_decoding(weights)
+    network = backends.select(model, weights)
     condition = captions() if kind == "captions" else {"class_labels": torch.tensor([1, 7])}
     prefix, valid = model.embed_condition(**condition)
     cache, length = network.new_tree_cache(2, 6), model.prefix_length

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from recordings import Recording, find, stem
 
+from studio import backends
 from studio.checkpoints.llamagen import gpt_from_state_dict
 from studio.decoding.autoregressive import autoregressive, guided_logits, is_guided
 from studio.decoding.sampling import Sampling, sample_rows
@@ -50,7 +51,7 @@ class Case:
 
     def stepped(self, scale=1.0, interval=-1, weights="auto"):
         """Logits (B, N, V) of the cached loop fed the recorded tokens."""
-        network = self.model.for_decoding(weights)
+        network = backends.select(self.model, weights)
         rows, batch = (2 if scale != 1 else 1), len(self.tokens)
         condition = {name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in self.condition.items()}
         drop = torch.arange(rows * batch) >= batch

@@ -183,7 +183,7 @@ def test_every_image_that_is_read_may_be_cut_into_tiles():
 
 @pytest.mark.parametrize("wish", [{}, {"refine": 3}, {"psnr": 5}], ids=str)
 def test_work_on_tiles_can_be_stopped(tiny_one_d, wish):
-    """It asks before each batch, so that no more than one is done after it was told to stop."""
+    """It is called before each batch, so at most one batch is computed after it returns True."""
     image = Image.new("RGB", (16 * 20, 16 * 10))
     asked = []
     with pytest.raises(Stopped):

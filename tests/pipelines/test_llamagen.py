@@ -142,8 +142,8 @@ def test_class_errors(class_pipe, wrong):
         class_pipe(class_labels=wrong)
 
 
-def test_words_for_a_class_model(class_pipe):
-    with pytest.raises(StudioError, match="class numbers"):
+def test_a_prompt_for_a_class_model_is_refused(class_pipe):
+    with pytest.raises(StudioError, match="is class-conditional"):
         class_pipe("a red apple", class_labels=1)
 
 
@@ -153,7 +153,7 @@ def test_decoding_settings(pipe):
 
 
 def test_where_offloaded_parts_run(pipe):
-    """As diffusers says: on the device of a hook where there is one, which may lie in any module of a part."""
+    """As in diffusers: on the device of an offloading hook, which may be on any module of a component."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
     assert pipe._execution_device == torch.device("cpu") == DiffusionPipeline._execution_device.fget(pipe)

@@ -110,7 +110,7 @@ def test_a_saved_pipeline_samples_the_same(pipe, tmp_path):
         assert torch.equal(loaded("a red apple", generator=streams(0), decoding=Distilled()).tokens, expected)
 
 
-def test_a_pipeline_without_a_student_says_what_to_do(tiny_pipeline):
+def test_a_pipeline_without_a_student_is_refused(tiny_pipeline):
     with pytest.raises(StudioError, match="needs a student"):
         tiny_pipeline("a red apple", decoding=Distilled())
 

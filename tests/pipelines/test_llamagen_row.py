@@ -132,7 +132,7 @@ def test_more_steps_than_tokens_are_refused(pipe, decoding):
 
 
 @pytest.mark.parametrize("decoding", [None, Speculative(), Distilled(teacher_steps=(1, 6))], ids=str)
-def test_an_interrupted_sampling_is_a_image_of_what_is_there(pipe, decoding):
+def test_an_interrupted_sampling_is_an_image_of_what_is_there(pipe, decoding):
     def stop(pipe, index, timestep, tensors):
         pipe._interrupt = index == 2
         return {}
@@ -159,7 +159,7 @@ def test_lengths_that_are_none_are_refused(pipe, wrong):
         pipe("a red apple", num_tokens=wrong)
 
 
-def test_a_grid_has_no_first_tokens_that_are_a_image(tiny_pipeline):
+def test_a_grid_has_no_first_tokens_that_are_an_image(tiny_pipeline):
     with pytest.raises(StudioError, match="num_tokens is for rows"):
         tiny_pipeline("a red apple", num_tokens=4)
 

@@ -146,7 +146,7 @@ def test_errors(pipe, wrong, message):
 def test_what_does_not_fit_is_refused_by_name(pipe, class_pipe, tiny_pipeline):
     with pytest.raises(StudioError, match="cspd.*needs a drafter"):
         class_pipe(class_labels=1, decoding=ContinuousSpeculative())
-    with pytest.raises(StudioError, match="class numbers"):
+    with pytest.raises(StudioError, match="is class-conditional"):
         class_pipe("a red apple", class_labels=1)
     with pytest.raises(StudioError, match="not MaskedAutoregressive"):
         tiny_pipeline("a red apple", decoding=MaskedAutoregressive())
@@ -163,7 +163,7 @@ def test_relaxed_settings_that_nobody_validated_warn(pipe, caplog):
     assert "4 steps for 16 tokens" in caplog.text
 
 
-def test_cautions_name_what_is_outside():
+def test_validation_warnings_name_what_is_outside():
     assert ContinuousSpeculative(mode="relaxed", steps=16).validation_warning(16) is None
     assert ContinuousSpeculative(mode="exact", steps=4).validation_warning(16) is None
     assert "drafts of 8 steps" in ContinuousSpeculative(mode="relaxed", steps=16, draft_steps=8).validation_warning(16)

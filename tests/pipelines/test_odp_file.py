@@ -82,7 +82,7 @@ def test_every_cut_and_every_addition_is_noticed():
         OdpFile.from_bytes(data + b"\0")
 
 
-def test_the_reason_is_told():
+def test_messages_give_the_reason():
     data = file().to_bytes()
     for content, reason in (
         (b"", "not an .odp file"),

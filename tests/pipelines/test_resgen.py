@@ -93,7 +93,7 @@ def test_words_become_images(tiny_resgen_pipeline):
     ("options", "words"),
     [
         ({"class_labels": 5}, "0 to 4"),
-        ({"prompt": "a pear"}, "class numbers"),
+        ({"prompt": "a pear"}, "is class-conditional"),
         ({"class_labels": 0, "decoding": Autoregressive()}, "FirstHitting"),
         ({"class_labels": 0, "decoding": ResGenDecoding(steps=49)}, "48 codes"),
         ({"class_labels": 0, "temperature": -1.0}, "temperature"),

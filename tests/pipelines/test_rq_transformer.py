@@ -99,7 +99,7 @@ def test_sampling_goes_on_from_a_changed_cell(tiny_rq_class_pipeline):
     ("options", "words"),
     [
         ({"class_labels": 5}, "0 to 4"),
-        ({"prompt": "a pear"}, "class numbers"),
+        ({"prompt": "a pear"}, "is class-conditional"),
         ({"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
         ({"class_labels": 0, "decoding": Autoregressive()}, "RQDecoding"),
         ({"class_labels": 0, "decoding": RQDecoding((Sampling(),))}, "3 levels; RQDecoding has 1"),
@@ -138,5 +138,5 @@ def test_parts_that_do_not_fit(tiny_rvq, tmp_path, other, words):
 
 def test_a_network_with_words_of_its_own_has_no_pipeline(tiny_rvq):
     sizes = {"dim": 8, "spatial_layers": 1, "depth_layers": 1, "spatial_heads": 1, "depth_heads": 1}
-    with pytest.raises(StudioError, match="numbers of its own"):
+    with pytest.raises(StudioError, match="word embeddings of its own"):
         RQTransformerPipeline(tiny_rvq, RQTransformer(caption_words=9, caption_length=4, **sizes))

@@ -82,7 +82,7 @@ def test_refused():
     pipe = pipeline()
     for options, words in (
         ({"class_labels": 3}, "0 to 2"),
-        ({"prompt": "a pear"}, "class numbers"),
+        ({"prompt": "a pear"}, "is class-conditional"),
         ({"class_labels": 0, "decoding": Autoregressive()}, "DimensionWise"),
         ({"class_labels": 0, "decoding": DimensionWise(steps=10)}, "9 tokens"),
         ({"class_labels": 0, "temperature": -1.0}, "temperature"),

@@ -117,7 +117,7 @@ def test_kept_tokens_have_their_places_in_the_image(pipe, image, size):
     [
         ({"question": " "}, "empty"),
         ({"question": "x" * 2001}, "2001"),
-        ({"question": "an <image> or two"}, "holds <image>"),
+        ({"question": "an <image> or two"}, "contains <image>"),
         ({"prune": "nonsense"}, "divprune"),
         ({"prune": ""}, "divprune"),
         ({"prune": "divprune", "keep": 0.0}, "keep must be"),

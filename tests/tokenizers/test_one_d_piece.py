@@ -42,7 +42,7 @@ def images(n=3):
 
 @STAGES
 @torch.no_grad()
-def test_the_first_tokens_are_a_image_and_the_rest_does_not_count(stage):
+def test_the_first_tokens_are_an_image_and_the_rest_does_not_count(stage):
     model = tiny(pixel_stage=stage)
     tokens = model.encode(images())
     assert tokens.shape == (3, 6) and tokens.dtype == torch.int64

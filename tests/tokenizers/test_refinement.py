@@ -1,4 +1,4 @@
-"""Searched tokens restore an image better than the encoder's, from the tokens that count, and never worse."""
+"""Refined tokens reconstruct an image better than the encoder's, and never worse."""
 
 import numpy as np
 import pytest

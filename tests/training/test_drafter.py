@@ -95,7 +95,7 @@ def test_a_drafter_is_fed_as_drafts_are_made():
     assert fed[:, :4].eq(0).all() and torch.equal(fed[:, 4:], tokens[:, :-1])
     guesses = module.drafter.new_tree_cache(2, 7)
     guesses.mask_prefix(valid)
-    guesses.plan = module.drafter.plan(plan)
+    guesses.region_conditioning = module.drafter.region_conditioning(plan)
     visible = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 7, 7)
     once = module.drafter.extend_tree(fed[:, :7], states[:, :7], guesses, torch.arange(7).expand(2, 7), visible)
     whole = module.drafter(fed, states[:, :-1], valid, plan)

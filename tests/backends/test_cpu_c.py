@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from studio.backends import cpu_c as native_blocks
-from studio.backends import select as views
+from studio import backends
+from studio.backends import cpu_c
 from studio.backends.cpu_c import NativeLlamaGen
 from studio.backends.packed import PackedLlamaGen
 from studio.decoding.trees import Tree
@@ -16,8 +16,8 @@ CAPTIONS = {
     "vocab_size": 128, "dim": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 104, "num_layers": 3, "grid_size": 5,
     "caption_dim": 16, "caption_length": 5, "prefix_rope": "identity",
 }  # fmt: skip
-PLANNED = {**CAPTIONS, "grid_size": 6, "plan_size": 2}
-KINDS = {"argnames": "sizes", "argvalues": [CLASSES, CAPTIONS, PLANNED], "ids": ["classes", "captions", "planned"]}
+REGIONS = {**CAPTIONS, "grid_size": 6, "plan_size": 2}
+KINDS = {"argnames": "sizes", "argvalues": [CLASSES, CAPTIONS, REGIONS], "ids": ["classes", "captions", "regions"]}
 
 
 def model_of(sizes, halves=False):
@@ -30,7 +30,7 @@ def model_of(sizes, halves=False):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(native_blocks, "library", lambda: None)
+    monkeypatch.setattr(cpu_c, "library", lambda: None)
 
 
 @torch.no_grad()
@@ -109,26 +109,26 @@ def test_a_full_cache_is_refused():
         network.extend(torch.tensor([[3]]), cache)
 
 
-def test_the_fastest_view_that_works_is_taken(monkeypatch):
+def test_the_fastest_backend_that_works_is_selected(monkeypatch):
     model = model_of(CLASSES)
-    assert isinstance(model.for_decoding(), NativeLlamaGen)
-    assert model.for_decoding() is model.for_decoding()
-    assert model.for_decoding("plain") is model
-    assert isinstance(model.for_decoding("float32"), PackedLlamaGen)
-    assert isinstance(model_of({**CLASSES, "vocab_size": 60}).for_decoding(), PackedLlamaGen)
-    monkeypatch.setattr(views, "_LARGEST_COPY_BYTES", 1)
-    assert model.for_decoding() is model
+    assert isinstance(backends.select(model), NativeLlamaGen)
+    assert backends.select(model) is backends.select(model)
+    assert backends.select(model, "plain") is model
+    assert isinstance(backends.select(model, "float32"), PackedLlamaGen)
+    assert isinstance(backends.select(model_of({**CLASSES, "vocab_size": 60})), PackedLlamaGen)
+    monkeypatch.setattr(backends, "_LARGEST_COPY_BYTES", 1)
+    assert backends.select(model) is model
 
 
-def test_changed_weights_make_a_new_view():
+def test_changed_weights_make_a_new_backend():
     model = model_of(CLASSES, halves=True)
-    before = model.for_decoding()
+    before = backends.select(model)
     model.output.weight.data[0, 0] += 1
-    assert model.for_decoding() is not before
+    assert backends.select(model) is not before
 
 
 def test_without_a_compiler_the_next_best_is_taken(no_compiler):
     model = model_of(CLASSES)
-    assert isinstance(model.for_decoding(), PackedLlamaGen)
+    assert isinstance(backends.select(model), PackedLlamaGen)
     with pytest.raises(StudioError, match="compiler"):
-        model.for_decoding("native")
+        backends.select(model, "native")

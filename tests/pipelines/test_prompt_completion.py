@@ -1,4 +1,4 @@
-"""What a prompt leaves open is chosen by the image's own stream, said in the output, and left alone where named."""
+"""What a prompt leaves unspecified is sampled by the image's own stream and is in the prompts of the output."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_style_and_background_go_to_their_places():
         assert fill_unspecified(prompt, choices, stream()) == expected
 
 
-def test_captions_that_say_everything_stay_and_use_no_chance():
+def test_complete_captions_stay_and_use_no_randomness():
     for row in ((0, 0, 0), (7, 1, 3), (100, 1, 9)):
         generator = stream()
         assert fill_unspecified(full_caption(*row), prompt_completion(), generator) == full_caption(*row)
@@ -66,7 +66,7 @@ def test_every_way_to_name_them_is_seen():
     ]
 )  # fmt: skip
 def plain(request):
-    """A pipeline of every kind of tokens, which leaves words as they are."""
+    """A pipeline of every kind of tokens, without prompt completion."""
     return request.getfixturevalue(request.param)
 
 
@@ -75,8 +75,8 @@ def with_choices(pipe, choices):
     return type(pipe)(**pipe.components, **defaults, prompt_completion=choices)
 
 
-def test_a_pipeline_samples_what_it_chose(plain, tmp_path):
-    """Each image by its own stream; the same as from the words in full with a stream that has chosen."""
+def test_a_pipeline_samples_the_completed_prompt(plain, tmp_path):
+    """Each image with its own stream; equal to the image of the completed prompt with the stream after completion."""
     choices = [{"named": "red|green", "one_of": ["red", "green"]}]
     pipe = with_choices(plain, choices)
     pipe.set_progress_bar_config(disable=True)

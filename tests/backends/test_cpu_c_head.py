@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from studio.backends import cpu_c_head as native_head
-from studio.backends import select as views
+from studio import backends
+from studio.backends import cpu_c_head
 from studio.backends.cpu_c_head import NativeHead
 from studio.decoding.mar import ReverseTransitions, TimedHead
 from studio.models.diffusion_head import DiffusionLoss
@@ -87,10 +87,10 @@ def test_where_it_does_not_run_torch_does(monkeypatch):
     assert TimedHead(head_of({**SMALL, "token_dim": 5}), STEPS).native is None
     assert TimedHead(head_of({**SMALL, "width": 20}), STEPS).native is None
     assert TimedHead(head_of(SMALL).bfloat16(), STEPS).native is None
-    monkeypatch.setattr(views, "_LARGEST_COPY_BYTES", 1)
+    monkeypatch.setattr(backends, "_LARGEST_COPY_BYTES", 1)
     assert TimedHead(head_of(SMALL), STEPS).native is None
     monkeypatch.undo()
-    monkeypatch.setattr(native_head, "library", lambda: None)
+    monkeypatch.setattr(cpu_c_head, "library", lambda: None)
     assert TimedHead(head_of(SMALL), STEPS).native is None
 
 

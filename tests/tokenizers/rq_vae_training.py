@@ -1,9 +1,9 @@
-"""Codebooks that follow the vectors which chose them: exponential moving averages, and a new start for unused codes.
+"""The authors' training of RQ-VAE's codebooks, and their soft targets: references for the residual quantiser.
 
-As RQ-VAE trains them (arXiv:2203.01941, section 3.1, after arXiv:1711.00937, appendix A.1): code k is the decayed sum
-of its vectors over their decayed, smoothed number. Unused codes take vectors of the batch, which at the first step is
-an initialisation from data. Levels are updated one after another, so with a shared codebook a level already searches
-what the levels before it have moved.
+Codebooks follow moving averages of the vectors that chose them, and unused codes restart (arXiv:2203.01941, section
+3.1, after arXiv:1711.00937, appendix A.1): code k is the decayed sum of its vectors over their decayed, smoothed
+number. Unused codes take vectors of the batch, which at the first step is an initialisation from data. Levels are
+updated one after another, so with a shared codebook a level already searches what the levels before it have moved.
 
 Deviations from the authors' code: sums are scattered instead of multiplied by a one-hot matrix; one process only.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from studio.tokenizers.residual_quantizer import Quantized, ResidualQuantizer, nearest, straight_through
+from studio.tokenizers.residual_quantizer import Quantized, ResidualQuantizer, distances, nearest, straight_through
 
 
 class CodebookAverages(nn.Module):
@@ -93,3 +93,25 @@ def learn_codebooks(
     return straight_through(
         vectors, torch.stack(levels, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)
     )
+
+
+def soft_codes(
+    quantizer: ResidualQuantizer, vectors: torch.Tensor, temperature: float, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft targets of the second stage (section 3.2.3): probabilities (..., D, K) and codes (..., D).
+
+    softmax(-squared distance / temperature) at each level, along the nearest codes, or, with a generator, along codes
+    sampled from these probabilities. Levels must be equally large.
+    """
+    rest, distributions, codes = vectors.float().flatten(0, -2), [], []
+    for table in quantizer.tables:
+        distribution = (-distances(rest, table) / temperature).softmax(dim=-1)
+        if generator is None:
+            code = distribution.argmax(dim=-1)
+        else:
+            code = torch.multinomial(distribution, 1, generator=generator)[:, 0]
+        distributions.append(distribution)
+        codes.append(code)
+        rest = rest - table[code].float()
+    shape = vectors.shape[:-1]
+    return torch.stack(distributions, dim=-2).unflatten(0, shape), torch.stack(codes, dim=-1).unflatten(0, shape)

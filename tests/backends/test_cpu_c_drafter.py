@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from studio import LlamaGen
-from studio.backends import cpu_c as native_blocks
+from studio import LlamaGen, backends
+from studio.backends import cpu_c
 from studio.backends.cpu_c import NativeDrafter
 from studio.decoding.trees import trees_of
 from studio.models.drafter import Drafter
@@ -26,10 +26,10 @@ def drafter_of(layers=1, halves=False, **sizes):
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
     drafter = drafter_of(layers, halves, num_kv_heads=kv_heads)
-    view = drafter.for_decoding()
-    assert isinstance(view, NativeDrafter) and drafter.for_decoding() is view
+    backend = backends.select(drafter)
+    assert isinstance(backend, NativeDrafter) and backends.select(drafter) is backend
     rows, valid = 2, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
-    ours, own = view.new_tree_cache(rows, 8), drafter.new_tree_cache(rows, 8)
+    ours, own = backend.new_tree_cache(rows, 8), drafter.new_tree_cache(rows, 8)
     for cache in (ours, own):
         cache.mask_prefix(valid)
     chain = trees_of([([0, 0, 0, 0, 7, 3], [-1, 0, 1, 2, 3, 4])] * rows, "cpu")
@@ -39,7 +39,7 @@ def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
         positions = ours.row_lengths[:, None] + drafts.depths
         guesses = [
             network.extend_tree(drafts.tokens, states, cache, positions, drafts.ancestors)
-            for network, cache in ((view, ours), (drafter, own))
+            for network, cache in ((backend, ours), (drafter, own))
         ]
         torch.testing.assert_close(*guesses, atol=2e-5, rtol=2e-5)
         for cache in (ours, own):
@@ -48,6 +48,6 @@ def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
 
 def test_the_drafter_itself_runs_where_it_must(monkeypatch):
     drafter = drafter_of()
-    assert drafter.for_decoding("plain") is drafter
-    monkeypatch.setattr(native_blocks, "library", lambda: None)
-    assert drafter.for_decoding() is drafter
+    assert backends.select(drafter, "plain") is drafter
+    monkeypatch.setattr(cpu_c, "library", lambda: None)
+    assert backends.select(drafter) is drafter

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from studio.backends import cpu_c as native_blocks
-from studio.backends import native_library
+from studio.backends import cpu_c, native_library
 from studio.backends.cpu_c import NativeLlamaGen
 from studio.models.llamagen import LlamaGen
 
@@ -97,7 +96,7 @@ def test_the_width_of_vectors_changes_no_bit(model, monkeypatch, tmp_path):
         torch.nn.init.normal_(network.output.weight, std=0.1)
         wide = NativeLlamaGen(network)
         with monkeypatch.context() as patch:
-            patch.setattr(native_blocks, "library", lambda: narrow)
+            patch.setattr(cpu_c, "library", lambda: narrow)
             other = NativeLlamaGen(network)
         for rows, nodes in CALLS:
             assert torch.equal(logits_of(wide, rows, nodes), logits_of(other, rows, nodes))
