@@ -6,7 +6,7 @@ work everywhere and are written to JSON; callers put it in place of what was giv
 
 import json
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 
 from studio.errors import StudioError
@@ -34,8 +34,9 @@ def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER
         StudioError: no integer, or one outside the range.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= value <= maximum:
-        limits = f"of at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
-        raise StudioError(f"{name} must be a whole number {limits}, not {shown(value)}.")
+        limits = f" of at least {minimum}" if maximum == MAX_INTEGER else f" from {minimum} to {maximum}"
+        limits = "" if (minimum, maximum) == (-MAX_INTEGER, MAX_INTEGER) else limits
+        raise StudioError(f"{name} must be a whole number{limits}, not {shown(value)}.")
     return int(value)
 
 
@@ -67,6 +68,11 @@ def check_choice(name: str, value, allowed: Collection[str]) -> None:
         raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
 
 
+def as_integer(value):
+    """An integer that JSON or a form made a float of, such as 3.0, as an `int`; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def check_flag(name: str, value) -> bool:
     """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
@@ -74,24 +80,56 @@ def check_flag(name: str, value) -> bool:
     return bool(value)
 
 
-def check_text(name: str, value, maximum: int, empty: str) -> None:
-    """Check words that a person gives.
+def check_text(name: str, value, maximum: int, empty: str | None = None) -> str:
+    """Check a text that a person gives.
 
     Args:
-        name: what messages call them, as in "The prompt".
-        value: a `str` of real characters, not all of them space.
+        name: what messages call it, as in "The prompt".
+        value: a `str` that can be written as UTF-8.
         maximum: the most characters.
-        empty: the sentence for a value that is no text or has no words.
+        empty: the sentence for a value that is no text or blank; `None` allows a blank text.
+
+    Returns:
+        The value.
 
     Raises:
         StudioError: not such a text.
     """
-    if not isinstance(value, str) or not value.strip():
-        raise StudioError(empty)
+    if not isinstance(value, str) or (empty is not None and not value.strip()):
+        raise StudioError(empty or f"{name} must be text, not {shown(value)}.")
     if len(value) > maximum:
         raise StudioError(f"{name} has {len(value)} characters; at most {maximum} are read.")
     if not is_unicode(value):
         raise StudioError(f"{name} is not valid Unicode (half of a character, or bytes that are not UTF-8): retype it.")
+    return value
+
+
+def check_options(options, kinds: Mapping[str, type]) -> dict[str, int | float | str]:
+    """Check the types of options given by name, as JSON has them; what takes them checks their ranges.
+
+    Args:
+        options: a dict by name.
+        kinds: the type of each option by its name: `int`, `float` or `str`. Options of other names pass unchecked.
+
+    Returns:
+        A new dict with Python's own numbers.
+
+    Raises:
+        StudioError: no dict, a name that is no text, or a value of another type.
+    """
+    if not isinstance(options, dict):
+        raise StudioError(f"Options are given by name, as in {{'delta': 0.1}}, not as {shown(options)}.")
+    checked = {}
+    for name, value in options.items():
+        called, kind = f"The option {check_text('An option name', name, 100)}", kinds.get(name)
+        if kind is str:
+            value = check_text(called, value, 100)
+        elif kind is int:
+            value = check_integer(called, as_integer(value), -MAX_INTEGER)
+        elif kind is float:
+            value = float(check_number(called, value, -MAX_NUMBER))
+        checked[name] = value
+    return checked
 
 
 def is_unicode(text: str) -> bool:

@@ -34,14 +34,14 @@ def build_app(model="emoji-ar", places=None):
         header(model)
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                outlet, form = generate.build_tab(model)
+                send_to, form = generate.build_tab(model)
             with gr.Tab("Tokenize", id="tokenize"):
                 image = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
                 asked, question = ask.build_tab()
             with gr.Tab("Compare", id="compare"):
                 compared = compare.build_tab(model)
-        connect_send_to(outlet, tabs, {"tokenize": image, "ask": asked})
+        connect_send_to(send_to, tabs, {"tokenize": image, "ask": asked})
         connect_link(demo, tabs, form, question, compared)
     if places is not None:
         for handler in demo.fns.values():

@@ -57,7 +57,7 @@ def serve(
         port,
         model=model,
         devices=devices_of(devices, dtype),
-        bounds=QueueLimits(max_waiting, max_per_user, max_batch),
+        queue_limits=QueueLimits(max_waiting, max_per_user, max_batch),
         limits=Limits(max_images, max_prompt, max_pixels * 1_000_000, max_answer),
         upload_bytes=max_upload * 1_000_000,
         drain_seconds=drain_seconds,

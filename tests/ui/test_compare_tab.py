@@ -143,12 +143,12 @@ def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, changes, words)
 
 
 def test_options_are_part_of_a_side(monkeypatch):
-    wish = CompareRequest("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
-    assert wish.wishes[0].options == {"delta": 0.3, "neighbours": 9} and wish.wishes[0].model == "tiny"
-    assert wish.wishes[1].model == "folder/of a model" and [each.seed for each in wish.wishes] == [3, 3]
+    request = CompareRequest("a fox", ["tiny: lantern delta=0.3 neighbours=9", "folder/of a model: ar"], seed=3)
+    assert request.requests[0].options == {"delta": 0.3, "neighbours": 9} and request.requests[0].model == "tiny"
+    assert request.requests[1].model == "folder/of a model" and [each.seed for each in request.requests] == [3, 3]
     monkeypatch.setattr(comparing, "fitting_decodings", lambda model: ["mar", "cspd"])
-    assert CompareRequest("a fox", ["m: steps=3", "m"]).wishes[0].how == {"name": "mar", "steps": 3}
-    sampled = CompareRequest("a fox", SIDES).wishes
+    assert CompareRequest("a fox", ["m: steps=3", "m"]).requests[0].how == {"name": "mar", "steps": 3}
+    sampled = CompareRequest("a fox", SIDES).requests
     assert sampled[0].seed == sampled[1].seed
 
 

@@ -58,13 +58,13 @@ def test_images_and_labels(mar, toasts, decoding, options):
 
 
 def test_relaxed_is_approximate_in_a_race(mar, toasts):
-    _, lanes, status = updates(generate.show_race, *FIELDS, "cspd", {"mode": "relaxed"})[-1]
+    _, lanes, status = updates(generate.show_side_by_side, *FIELDS, "cspd", {"mode": "relaxed"})[-1]
     assert "Continuous speculative, approximate" in lanes and "Masked autoregressive" in lanes
     assert "plain" in status
 
 
 def test_plain_decoding_races_against_the_next_that_fits(mar, toasts):
-    _, lanes, _ = updates(generate.show_race, *FIELDS, "mar", {})[-1]
+    _, lanes, _ = updates(generate.show_side_by_side, *FIELDS, "mar", {})[-1]
     assert "Continuous speculative" in lanes and not toasts
 
 
@@ -90,7 +90,7 @@ def test_what_is_not_sampled_yet_is_transparent(mar):
 
 
 def test_wishes_carry_how_they_are_sampled():
-    wish = GenerateRequest("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
-    assert wish.how == {"name": "cspd", "mode": "relaxed", "approximate": True} and wish.plain == "mar"
-    assert wish.title == "Continuous speculative, approximate"
+    request = GenerateRequest("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
+    assert request.how == {"name": "cspd", "mode": "relaxed", "approximate": True} and request.plain == "mar"
+    assert request.title == "Continuous speculative, approximate"
     assert GenerateRequest("tiny", "x", decoding="lantern").plain == "ar"

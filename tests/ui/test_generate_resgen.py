@@ -46,7 +46,7 @@ def test_images(resgen, toasts, decoding, options):
 
 
 def test_a_race_of_both_orders(resgen, toasts):
-    _, lanes, status = updates(generate.show_race, *FIELDS, "first-hitting", {})[-1]
+    _, lanes, status = updates(generate.show_side_by_side, *FIELDS, "first-hitting", {})[-1]
     assert "Most confident first" in lanes and "First hitting" in lanes and "plain" in status
 
 

@@ -15,8 +15,8 @@ from studio.ui.server.worker import follow
 from studio.ui.server.zerogpu import on_gpu
 from studio.ui.tabs.components import short_name
 
-MOST_SIDES = 6
-MOST_OF_ONE = 4  # images of each side
+MAX_SIDES = 6
+MAX_IMAGES_PER_SIDE = 4  # images of each side
 _LONGEST_SIDE = 1000  # characters
 NOTHING_NAMED = "The prompt names nothing that the judge knows: it scores concepts such as a red apple."
 
@@ -42,17 +42,17 @@ class CompareRequest:
         listed = self.sides if isinstance(self.sides, list | tuple) else [self.sides or ""]
         sides = [check_text("A model and its decoding", side, _LONGEST_SIDE).strip() for side in listed]
         sides = [side for side in sides if side]
-        if not 2 <= len(sides) <= MOST_SIDES:
-            raise StudioError(f"Choose from 2 to {MOST_SIDES} models and decodings to compare, not {len(sides)}.")
+        if not 2 <= len(sides) <= MAX_SIDES:
+            raise StudioError(f"Choose from 2 to {MAX_SIDES} models and decodings to compare, not {len(sides)}.")
         if len(set(sides)) < len(sides):
             raise StudioError("One of the models and decodings is chosen twice: leave one of them out.")
-        if not is_whole(self.count) or not 1 <= self.count <= MOST_OF_ONE:
-            raise StudioError(f"Choose between 1 and {MOST_OF_ONE} images of each.")
+        if not is_whole(self.count) or not 1 <= self.count <= MAX_IMAGES_PER_SIDE:
+            raise StudioError(f"Choose between 1 and {MAX_IMAGES_PER_SIDE} images of each.")
         object.__setattr__(self, "sides", tuple(sides))
         object.__setattr__(self, "seed", sample_seed() if self.seed is None else self.seed)
-        object.__setattr__(self, "wishes", tuple(self._wish(side) for side in sides))
+        object.__setattr__(self, "requests", tuple(self._request(side) for side in sides))
 
-    def _wish(self, side):
+    def _request(self, side):
         model, _, how = side.rpartition(": ")
         if not model:
             model, how = side, ""
@@ -64,8 +64,8 @@ class CompareRequest:
         texts = dict(option.split("=", 1) for option in options)
         if len(texts) < len(options):
             raise StudioError(f"An option is given twice in {how!r}: leave one of them out.")
-        wish = GenerateRequest.from_fields(model, self.prompt, self.count, *[""] * 5, name, texts)
-        return dataclasses.replace(wish, seed=self.seed)
+        request = GenerateRequest.from_fields(model, self.prompt, self.count, *[""] * 5, name, texts)
+        return dataclasses.replace(request, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +74,21 @@ class Side:
 
     Args:
         title: its model and decoding.
-        wish: see `studio.ui.jobs.request`.
+        request: see `studio.ui.jobs.request`.
         sampled, total: tokens of an image.
         images: when they are finished, else none.
-        fates: of the first image's tokens, then, where drafts are made one by one.
+        trace: of the first image's tokens, then, where drafts are made one by one.
         stats: those of the pipeline, then.
         judge_predictions: the judge's on each image, where it knows what the model samples.
         unscored: a sentence that says why these give no score, then, or `None` where they do.
     """
 
     title: str
-    wish: GenerateRequest
+    request: GenerateRequest
     sampled: int = 0
     total: int = 0
     images: tuple = ()
-    fates: DraftTrace | None = None
+    trace: DraftTrace | None = None
     stats: object = None
     judge_predictions: tuple = ()
     unscored: str | None = None
@@ -117,7 +117,7 @@ class Comparison:
         return all(side.stats for side in self.sides)
 
 
-def compare(wish):
+def compare(request):
     """Follow a `CompareRequest`: an asynchronous iterator over `Comparison`, the last one finished.
 
     Every side first samples a token or two that do not count, so that no clock shows what only the first call costs,
@@ -126,7 +126,7 @@ def compare(wish):
     Raises:
         StudioError: a model cannot be loaded, or refuses what it should sample.
     """
-    return follow(lambda job: _compare(wish, job))
+    return follow(lambda job: _compare(request, job))
 
 
 def title_of(model, decoding):
@@ -144,14 +144,14 @@ def offered_sides(models):
 
 
 @on_gpu(seconds=120)
-def _compare(wish, job):
-    sides = tuple(Side(title_of(each.model, each.title), each) for each in wish.wishes)
+def _compare(request, job):
+    sides = tuple(Side(title_of(each.model, each.title), each) for each in request.requests)
     found, calls = Comparison(sides), []
     for side in sides:
         if job.stopped:
             return found
         job.report(dataclasses.replace(found, loading=side.title))
-        calls.append(_tried(side.wish, job))
+        calls.append(_tried(side.request, job))
     found = dataclasses.replace(found, warning=" ".join(dict.fromkeys(filter(None, (call.warning for call in calls)))))
     for number, call in enumerate(calls):
         if not job.stopped:
@@ -161,11 +161,11 @@ def _compare(wish, job):
     return found
 
 
-def _tried(wish, job):
+def _tried(request, job):
     """The call of a side, after a first step that does not count."""
-    call = Call(get_pipeline(wish.model, job.device), wish)
+    call = Call(get_pipeline(request.model, job.device), request)
     call(lambda sketch: True)
-    return Call(call.pipe, wish)
+    return Call(call.pipe, request)
 
 
 def _sampled(found, number, call, job):
@@ -181,13 +181,13 @@ def _sampled(found, number, call, job):
     output = call(on_step)
     if job.stopped:
         return found
-    judge_predictions, unscored = _judged(output.images, call.wish)
+    judge_predictions, unscored = _judged(output.images, call.request)
     return _with_side(
         found,
         number,
         sampled=call.total,
-        images=tuple(as_files(output.images, call.wish)),
-        fates=call.fates(Sketch(output.tokens)),
+        images=tuple(as_files(output.images, call.request)),
+        trace=call.trace(Sketch(output.tokens)),
         stats=output.stats,
         judge_predictions=judge_predictions,
         unscored=unscored,
@@ -200,12 +200,12 @@ def _with_side(found, number, **changes):
     return dataclasses.replace(found, sides=tuple(sides))
 
 
-def _judged(images, wish):
+def _judged(images, request):
     """The judge's judge_predictions, and why they give no score, as of `Side`."""
     from studio.evaluation.judge_predictions import judge_predictions
 
     try:
-        found = tuple(judge_predictions(get_judge(wish.model), images, wish.prompt))
+        found = tuple(judge_predictions(get_judge(request.model), images, request.prompt))
     except StudioError as error:
         return (), str(error)
     return found, NOTHING_NAMED if found[0].agreement is None else None

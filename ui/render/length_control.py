@@ -9,7 +9,7 @@ _SCALES = {"OneDPieceTokenizer": ("length", "num_tokens"), "RVQTokenizer": ("dep
 
 
 @dataclasses.dataclass(frozen=True)
-class Scale:
+class LengthControl:
     """The keyword of `decode`, "length" in tokens or "depth" in levels, and the most that it may be."""
 
     name: str
@@ -27,9 +27,9 @@ class Scale:
         return {self.name: int(count)}
 
 
-def scale_of(kind, config):
+def length_control(kind, config):
     """The scale of a tokenizer by the name of its class and its configuration; `None` where it has none."""
     if kind not in _SCALES:
         return None
     name, most = _SCALES[kind]
-    return Scale(name, config[most])
+    return LengthControl(name, config[most])

@@ -8,7 +8,7 @@ _SHORT = 80  # characters that are shown large
 PHASES = ("encode", "select", "prefill", "decode")
 
 
-def answer_cards(answers, running=None):
+def render_answers(answers, running=None):
     """Lay answers out as cards whose bars share one scale.
 
     Args:

@@ -5,7 +5,7 @@ from html import escape
 from studio.ui.tabs.components import duration, progress_bar
 
 
-def side_cards(found):
+def render_sides(found):
     """Lay out the sides of a `Comparison` below their images."""
     cards = "".join(
         _card(side, found.seconds if number == found.running else None) for number, side in enumerate(found.sides)
@@ -35,7 +35,7 @@ def _card(side, running):
     return (
         f'<section class="studio-lane {state}"><h3>{escape(side.title)}</h3>'
         f'<p class="clock">{seconds:.2f}<span> s</span></p>'
-        f"{progress_bar(share, f'Tokens of {side.title}')}{_cost(side)}{_opinions(side)}</section>"
+        f"{progress_bar(share, f'Tokens of {side.title}')}{_cost(side)}{_judge_predictions(side)}</section>"
     )
 
 
@@ -48,34 +48,34 @@ def _cost(side):
         ("tokens a call", f"{stats.mean_accepted_length:.2f}"),
         ("accepted drafts", _accepted(side)),
     ]
-    if "approximate" in side.wish.how:
+    if "approximate" in side.request.how:
         facts.append(("images", "approximate"))
     return _facts(facts)
 
 
 def _accepted(side):
     """How many of the first image's tokens were drafts, or what share of the drafts passed."""
-    if side.fates:
-        return f"{len(side.fates.accepted)} of {side.total} tokens"
+    if side.trace:
+        return f"{len(side.trace.accepted)} of {side.total} tokens"
     return "none made" if side.stats.acceptance is None else f"{side.stats.acceptance:.0%}"
 
 
-def _opinions(side):
+def _judge_predictions(side):
     """What the judge sees in each image, and how likely it finds what the words name, or why it cannot say."""
     unscored = f'<p class="studio-note">No judge score. {escape(side.unscored)}</p>' if side.unscored else ""
     if not side.judge_predictions:
         return unscored
     seen = "".join(
-        f"<li>{escape(opinion.concept)} <span>{opinion.certainty:.0%}, {escape(opinion.style)}, "
-        f"{escape(opinion.background)}</span></li>"
-        for opinion in side.judge_predictions
+        f"<li>{escape(prediction.concept)} <span>{prediction.certainty:.0%}, {escape(prediction.style)}, "
+        f"{escape(prediction.background)}</span></li>"
+        for prediction in side.judge_predictions
     )
     return f"<h4>The judge sees</h4><ul>{seen}</ul>{_agreement(side)}{unscored}"
 
 
 def judge_score(side):
     """How likely the judge finds what the words name, on average; `None` where they name nothing it knows."""
-    scores = [opinion.agreement for opinion in side.judge_predictions if opinion.agreement is not None]
+    scores = [prediction.agreement for prediction in side.judge_predictions if prediction.agreement is not None]
     return sum(scores) / len(scores) if scores else None
 
 

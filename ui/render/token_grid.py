@@ -7,27 +7,27 @@ _MOST_SQUARES = 1024  # of all planes that are sampled, but for the first
 _MOST_NUMBERED = 8  # columns of a plane whose numbers are legible
 
 
-def token_grid(fates, title):
+def token_grid(trace, title):
     """Sample the grid with its legend.
 
     Args:
-        fates: `DraftTrace`.
+        trace: `DraftTrace`.
         title: what the grid shows; read aloud together with the numbers.
     """
-    side = math.ceil(math.sqrt(fates.total))
-    there = frozenset(range(fates.sampled)) if fates.places is None else fates.places
-    own = sorted(there - fates.accepted)
-    rejected = sum(fates.rejected.values())
+    side = math.ceil(math.sqrt(trace.total))
+    there = frozenset(range(trace.sampled)) if trace.places is None else trace.places
+    own = sorted(there - trace.accepted)
+    rejected = sum(trace.rejected.values())
     squares = "".join(
         f'<path class="{name}" d="{"".join(_square(place, side) for place in places)}"/>'
         for name, places in (
-            ("open", [place for place in range(fates.total) if place not in there]),
+            ("open", [place for place in range(trace.total) if place not in there]),
             ("own", own),
-            ("accepted", sorted(fates.accepted)),
+            ("accepted", sorted(trace.accepted)),
         )
     )
-    dots = "".join(_dot(place, side, count) for place, count in sorted(fates.rejected.items()))
-    numbers = {"accepted": (len(fates.accepted), "accepted drafts"), "own": (len(own), "sampled by the model")}
+    dots = "".join(_dot(place, side, count) for place, count in sorted(trace.rejected.items()))
+    numbers = {"accepted": (len(trace.accepted), "accepted drafts"), "own": (len(own), "sampled by the model")}
     numbers["rejected"] = (rejected, "rejected drafts")
     spoken = f"{title}: " + ", ".join(f"{count} {what}" for count, what in numbers.values())
     legend = "".join(

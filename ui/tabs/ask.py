@@ -4,8 +4,8 @@ import gradio as gr
 
 from studio import pruning_methods
 from studio.ui.jobs.ask_job import AskRequest, read
-from studio.ui.render.patches import draw_patches
-from studio.ui.render.render_answers import answer_cards, verdict
+from studio.ui.render.render_patches import render_patches
+from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.models import bundled_models
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
@@ -140,12 +140,12 @@ async def show_reading(*values):
     shown = None
     try:
         model, image, *rest = values
-        inquiry = AskRequest(model, uploaded(image), *rest)
-        async for reading in read(inquiry):
+        request = AskRequest(model, uploaded(image), *rest)
+        async for reading in read(request):
             views, gallery = reading.pruned and reading.pruned.views, gr.skip()
             if views is not shown:
                 shown, gallery = views, _gallery(reading)
-            yield gallery, _cards(reading, inquiry) if reading.image else gr.skip(), _status(reading, inquiry)
+            yield gallery, _cards(reading, request) if reading.image else gr.skip(), _status(reading, request)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
@@ -153,8 +153,8 @@ async def show_reading(*values):
 
 async def answer_reading(image, question, model, method, keep, max_new_tokens):
     """Answer for a program: yields (text, details); what is wrong becomes an error with the same sentence."""
-    inquiry = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
-    async for reading in read(inquiry):
+    request = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
+    async for reading in read(request):
         if (answer := reading.pruned) is not None:
             yield answer.answer, _details(answer)
 
@@ -162,7 +162,7 @@ async def answer_reading(image, question, model, method, keep, max_new_tokens):
 def _gallery(reading):
     sampled = [
         (
-            draw_patches(reading.image, view),
+            render_patches(reading.image, view),
             f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
         )
         for view in reading.pruned.views
@@ -170,23 +170,23 @@ def _gallery(reading):
     return gr.update(value=sampled, columns=len(sampled) or 1, selected_index=None)
 
 
-def _cards(reading, inquiry):
-    titles = {"pruned": f"{inquiry.method}, {inquiry.keep:.0%} of the tokens", "whole": "All tokens"}
-    names = list(inquiry.runs)
+def _cards(reading, request):
+    titles = {"pruned": f"{request.method}, {request.keep:.0%} of the tokens", "whole": "All tokens"}
+    names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
-    return answer_cards([(titles[name], getattr(reading, name)) for name in names], running)
+    return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
 
 
-def _status(reading, inquiry):
+def _status(reading, request):
     if reading.image is None:
         return LOADING
-    names = list(inquiry.runs)
+    names = list(request.runs)
     if len(reading.answered) == len(names):
         text = verdict(reading.pruned, reading.whole) if reading.whole else "Answered."
         return status_line(text, state="done")
     name = names[len(reading.answered)]
     chosen = getattr(reading, name) is not None
-    what = "from all tokens" if name == "whole" else f"from {inquiry.keep:.0%} of the tokens"
+    what = "from all tokens" if name == "whole" else f"from {request.keep:.0%} of the tokens"
     text = f"{'Answering' if chosen else 'Looking at the image, to answer'} {what} …"
     return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import gradio as gr
 
-from studio.ui.jobs.compare_job import MOST_OF_ONE, MOST_SIDES, CompareRequest, compare, offered_sides
+from studio.ui.jobs.compare_job import MAX_IMAGES_PER_SIDE, MAX_SIDES, CompareRequest, compare, offered_sides
 from studio.ui.jobs.request import number_of, sample_seed
-from studio.ui.render.render_sides import comparison_verdict, side_cards
+from studio.ui.render.render_sides import comparison_verdict, render_sides
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
 from studio.ui.server.models import bundled_models
@@ -56,13 +56,13 @@ def build_tab(model):
                 offered,
                 value=[side for _, side in offered[:2]],
                 multiselect=True,
-                max_choices=MOST_SIDES,
+                max_choices=MAX_SIDES,
                 allow_custom_value=True,
                 label="Models and decodings",
                 info="Choose from the list, or write MODEL, or MODEL: lantern delta=0.3, and press Enter.",
                 elem_id="compare-sides",
             )
-            most = min(MOST_OF_ONE, limits().images)
+            most = min(MAX_IMAGES_PER_SIDE, limits().images)
             count = count_slider(most, value=1, label="Images of each", elem_id="compare-count")
             with gr.Row(elem_classes="studio-seed"):
                 seed = number_field("Seed", "The same for all of them.", "compare-seed", "a new one each time")
@@ -94,7 +94,7 @@ def _endpoint(prompt, sides, count):
 
         Returns:
             The images as PNG files, and details of each side: seconds, calls of the model, tokens a call, accepted
-            drafts among the tokens of its first image, and the judge's opinion where a bundled model samples emoji;
+            drafts among the tokens of its first image, and the judge's prediction where a bundled model samples emoji;
             "unscored" says why there is no score where there is none.
         """
         async for update in answer_comparison(prompt, sides, count, seed):
@@ -114,15 +114,15 @@ async def show_comparison(prompt, sides, count, seed):
     """
     done = warned = 0
     try:
-        wish = CompareRequest(prompt, sides, count, number_of("seed", seed, int))
-        async for found in compare(wish):
+        request = CompareRequest(prompt, sides, count, number_of("seed", seed, int))
+        async for found in compare(request):
             if found.warning and not warned:
                 toast(found.warning, title="Please note", duration=12)
                 warned = True
             ended = sum(bool(side.stats) for side in found.sides)
             gallery = _gallery(found) if ended > done else gr.skip()
             done = ended
-            yield gallery, gr.skip() if found.loading else side_cards(found), _status(found)
+            yield gallery, gr.skip() if found.loading else render_sides(found), _status(found)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
@@ -137,14 +137,14 @@ async def answer_comparison(prompt, sides, count, seed):
 
 def _gallery(found):
     """Side by side; of several images each, a row for each side."""
-    count = found.sides[0].wish.count
+    count = found.sides[0].request.count
     columns = min(len(found.sides), _MOST_COLUMNS) if count == 1 else count
     return gr.update(value=_captioned(found.sides), columns=columns, selected_index=None)
 
 
 def _captioned(sides):
     return [
-        (image, f"{side.title} · seed {seed}") for side in sides for image, seed in zip(side.images, side.wish.seeds)
+        (image, f"{side.title} · seed {seed}") for side in sides for image, seed in zip(side.images, side.request.seeds)
     ]
 
 
@@ -152,7 +152,7 @@ def _status(found):
     if found.loading:
         return status_line(f"Loading and trying {found.loading} …", state="running", fraction=0)
     if found.finished:
-        return status_line(comparison_verdict(found), state="done", details=[("seed", f"{found.sides[0].wish.seed}")])
+        return status_line(comparison_verdict(found), state="done", details=[("seed", f"{found.sides[0].request.seed}")])
     done = sum(bool(side.stats) for side in found.sides)
     side = found.sides[done if found.running is None else found.running]
     share = side.sampled / side.total if side.total else 0
@@ -163,7 +163,7 @@ def _status(found):
 
 
 def _details(side):
-    told = {"model": side.wish.model, "decoding": side.wish.how, "seeds": side.wish.seeds, "sampled": side.sampled}
+    told = {"model": side.request.model, "decoding": side.request.how, "seeds": side.request.seeds, "sampled": side.sampled}
     if not side.stats:
         return told
     stats = side.stats
@@ -172,11 +172,11 @@ def _details(side):
         "target_calls": stats.target_calls,
         "tokens": stats.tokens,
         "mean_accepted_length": stats.mean_accepted_length,
-        "accepted_tokens": len(side.fates.accepted) if side.fates else None,
+        "accepted_tokens": len(side.trace.accepted) if side.trace else None,
         "acceptance": stats.acceptance,
     }
     judged = {
-        "judge": [dataclasses.asdict(opinion) for opinion in side.judge_predictions] or None,
+        "judge": [dataclasses.asdict(prediction) for prediction in side.judge_predictions] or None,
         "unscored": side.unscored,
     }
     return {**told, **cost, **judged}

@@ -8,7 +8,7 @@ from studio import DECODINGS, decoding_named
 from studio.ui.jobs.generate_job import Sampled, sample
 from studio.ui.jobs.request import GenerateRequest, sample_seed
 from studio.ui.jobs.side_by_side import race
-from studio.ui.render.render_lanes import race_lanes, race_verdict
+from studio.ui.render.render_side_by_side import render_side_by_side, side_by_side_verdict
 from studio.ui.render.token_grid import token_grid
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
@@ -51,7 +51,7 @@ def build_tab(model):
             )
             with gr.Row(elem_classes="studio-actions"):
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
-                race_button = gr.Button("Race", elem_id="race", scale=1, min_width=96)
+                side_by_side_button = gr.Button("SideBySide", elem_id="race", scale=1, min_width=96)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[prompt],
@@ -64,10 +64,10 @@ def build_tab(model):
         with gr.Column(elem_classes="area-show"):
             gallery = image_grid(label="Images", show_label=False, columns=2, elem_id="images")
             status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
-            outlet = build_send_to(
+            send_to = build_send_to(
                 gallery,
                 {"tokenize": "Tokenize this", "ask": "Ask about this image"},
-                [generate.click, prompt.submit, race_button.click],
+                [generate.click, prompt.submit, side_by_side_button.click],
             )
             tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
@@ -102,23 +102,23 @@ def build_tab(model):
             yield update
 
     async def show_sides(*values):
-        async for update in show_race(model, *_with_options(values, options)):
+        async for update in show_side_by_side(model, *_with_options(values, options)):
             yield update
 
     connect_actions(
         [
             ([generate.click, prompt.submit], show, form.fields, [gallery, tokens, status]),
-            ([race_button.click], show_sides, form.fields, [gallery, tokens, status]),
+            ([side_by_side_button.click], show_sides, form.fields, [gallery, tokens, status]),
         ],
         status,
-        starts=[generate, race_button],
+        starts=[generate, side_by_side_button],
         cancel=cancel,
     )
     dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
     sampled.upload(lambda file: recall(form, file), sampled, [sampled, *form.fields], preprocess=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(model, prompt, count, fitting[0])
-    return outlet, form
+    return send_to, form
 
 
 def recall(form, file):
@@ -200,8 +200,8 @@ def _endpoint(model, prompt, count, plain):
         Returns:
             The images as PNG files, and details: seeds, tokens, target calls and seconds, or the progress so far.
         """
-        wish = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding, options or {})
-        async for update in answer_sampling(model, *wish):
+        request = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding, options or {})
+        async for update in answer_sampling(model, *request):
             yield update
 
     with gr.Group(visible=False):
@@ -220,29 +220,29 @@ async def show_sampling(model, *values):
     """
     shown = warned = None
     try:
-        wish = GenerateRequest.from_fields(model, *values)
-        async for news in sample(wish):
+        request = GenerateRequest.from_fields(model, *values)
+        async for news in sample(request):
             if news.warning and not warned:
                 toast(news.warning, title="Please note", duration=12)
                 warned = True
             if isinstance(news, Sampled):
-                yield _gallery(news.images, wish), _tokens(news.fates), summary(news, wish)
+                yield _gallery(news.images, request), _tokens(news.trace), summary(news, request)
             elif news.images is not shown:
                 shown = news.images
-                yield _gallery(shown, wish), _tokens(news.fates), progress(news, wish)
+                yield _gallery(shown, request), _tokens(news.trace), progress(news, request)
             else:
-                yield gr.skip(), gr.skip() if news.sampled != 1 else "", progress(news, wish)
+                yield gr.skip(), gr.skip() if news.sampled != 1 else "", progress(news, request)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
-async def show_race(model, *values):
-    """Race for the page: yields updates as `show_sampling` does."""
+async def show_side_by_side(model, *values):
+    """SideBySide for the page: yields updates as `show_sampling` does."""
     shown = warned = None
     try:
-        wish = GenerateRequest.from_fields(model, *values)
-        async for news in race(wish):
+        request = GenerateRequest.from_fields(model, *values)
+        async for news in race(request):
             if news.warning and not warned:
                 toast(news.warning, title="Please note", duration=12)
                 warned = True
@@ -252,7 +252,7 @@ async def show_race(model, *values):
             found = [lane.image for lane in news.lanes]
             fresh = found != shown and all(found)
             shown = found if fresh else shown
-            yield _sides(news, wish) if fresh else gr.skip(), race_lanes(news), race_status(news, wish)
+            yield _sides(news, request) if fresh else gr.skip(), render_side_by_side(news), side_by_side_status(news, request)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
@@ -261,29 +261,29 @@ async def show_race(model, *values):
 async def answer_sampling(model, *values):
     """Sample for a program: yields (images, details); what is wrong becomes an error with the same sentence."""
     *basic, decoding, options = values
-    wish = GenerateRequest(model, *basic, decoding=decoding, options=options)
-    async for news in sample(wish):
+    request = GenerateRequest(model, *basic, decoding=decoding, options=options)
+    async for news in sample(request):
         if isinstance(news, Sampled):
-            yield _captioned(news.images, wish), _details(news, wish)
+            yield _captioned(news.images, request), _details(news, request)
         elif news.ahead is not None:
-            yield gr.skip(), {"waiting": news.ahead, "seeds": wish.seeds}
+            yield gr.skip(), {"waiting": news.ahead, "seeds": request.seeds}
         elif news.total:
             yield (
-                _captioned(news.images, wish) if news.images else gr.skip(),
-                {"sampled": news.sampled, "total": news.total, "seeds": wish.seeds},
+                _captioned(news.images, request) if news.images else gr.skip(),
+                {"sampled": news.sampled, "total": news.total, "seeds": request.seeds},
             )
 
 
-def progress(news, wish):
+def progress(news, request):
     """The status line of a sampling under way."""
     if news.ahead is not None:
         return status_line(waiting(news.ahead), state="running", fraction=0)
     if not news.total:
         return LOADING
-    text = f"Sampling {images(wish.count)}: {news.sampled} of {news.total} tokens"
+    text = f"Sampling {images(request.count)}: {news.sampled} of {news.total} tokens"
     if news.seconds > 0.3:
         rate = (news.sampled - 1) / news.seconds
-        text += f", {rate * wish.count:.0f} tokens/s, {duration((news.total - news.sampled) / max(rate, 1e-6))} left"
+        text += f", {rate * request.count:.0f} tokens/s, {duration((news.total - news.sampled) / max(rate, 1e-6))} left"
     return status_line(text, state="running", fraction=news.sampled / news.total)
 
 
@@ -292,15 +292,15 @@ def waiting(ahead):
     return "Waiting: you are next." if ahead == 1 else f"Waiting: at most {ahead} turns before yours."
 
 
-def summary(sampled, wish):
+def summary(sampled, request):
     """The status line of a finished sampling."""
     stats = sampled.stats
-    seeds = f"{wish.seeds[0]}" if wish.count == 1 else f"{wish.seeds[0]} to {wish.seeds[-1]}"
+    seeds = f"{request.seeds[0]}" if request.count == 1 else f"{request.seeds[0]} to {request.seeds[-1]}"
     accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
-    distribution = [("images", "approximate")] if "approximate" in wish.how else []
+    distribution = [("images", "approximate")] if "approximate" in request.how else []
     taken = [] if stats.decoding is None else [("decoding", decoding_named(stats.decoding).title.lower())]
     return status_line(
-        f"{images(wish.count).capitalize()} in {duration(stats.seconds['total'])}.",
+        f"{images(request.count).capitalize()} in {duration(stats.seconds['total'])}.",
         state="done",
         details=[
             ("tokens/s", f"{_rate(stats):.0f}"),
@@ -310,16 +310,16 @@ def summary(sampled, wish):
             *accepted,
             *distribution,
             *taken,
-            ("seed" if wish.count == 1 else "seeds", seeds),
+            ("seed" if request.count == 1 else "seeds", seeds),
         ],
-        link=("Link to these settings", link_to(wish)),
+        link=("Link to these settings", link_to(request)),
     )
 
 
-def race_status(news, wish):
+def side_by_side_status(news, request):
     """The status line of a race."""
     if news.finished:
-        return status_line(race_verdict(news), state="done", details=[("seed", f"{wish.seed}")])
+        return status_line(side_by_side_verdict(news), state="done", details=[("seed", f"{request.seed}")])
     share = sum(lane.sampled for lane in news.lanes) / sum(lane.total for lane in news.lanes)
     far = ", ".join(f"{lane.title} {lane.sampled}" for lane in news.lanes)
     text = f"Racing, by turns so that neither slows the other: {far} of {news.lanes[0].total} tokens"
@@ -331,32 +331,32 @@ def _setting(label, info, own):
     return number_field(label, info, name, own.get(name, "model's own"))
 
 
-def _gallery(sampled, wish):
-    return gr.update(value=_captioned(sampled, wish), columns=columns_for(wish.count), selected_index=None)
+def _gallery(sampled, request):
+    return gr.update(value=_captioned(sampled, request), columns=columns_for(request.count), selected_index=None)
 
 
-def _sides(news, wish):
-    found = [(lane.image, f"{lane.title} · seed {wish.seed}") for lane in news.lanes]
+def _sides(news, request):
+    found = [(lane.image, f"{lane.title} · seed {request.seed}") for lane in news.lanes]
     return gr.update(value=found, columns=2, selected_index=None)
 
 
-def _tokens(fates):
-    return token_grid(fates, "Tokens of the first image") if fates else ""
+def _tokens(trace):
+    return token_grid(trace, "Tokens of the first image") if trace else ""
 
 
-def _captioned(sampled, wish):
-    prompt = " ".join(wish.prompt.split())
-    return [(image, f"seed {seed} · {prompt}") for image, seed in zip(sampled, wish.seeds)]
+def _captioned(sampled, request):
+    prompt = " ".join(request.prompt.split())
+    return [(image, f"seed {seed} · {prompt}") for image, seed in zip(sampled, request.seeds)]
 
 
-def _details(sampled, wish):
+def _details(sampled, request):
     stats = sampled.stats
     return {
-        "model": str(wish.model),
-        "prompt": wish.prompt,
-        "seeds": wish.seeds,
-        "settings": wish.settings,
-        "decoding": wish.how,
+        "model": str(request.model),
+        "prompt": request.prompt,
+        "seeds": request.seeds,
+        "settings": request.settings,
+        "decoding": request.how,
         "tokens": stats.tokens,
         "target_calls": stats.target_calls,
         "mean_accepted_length": stats.mean_accepted_length,
@@ -364,7 +364,7 @@ def _details(sampled, wish):
         "window": stats.window,
         "tokens_per_second": round(_rate(stats), 1),
         "seconds": dict(stats.seconds),
-        "sampled_together": sampled.together,
+        "sampled_together": sampled.batch_size,
         "warning": sampled.warning,
     }
 

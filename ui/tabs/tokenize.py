@@ -12,7 +12,7 @@ from studio.ui.render.codecs import codec_caption, comparison_note, counted_byte
 from studio.ui.render.sizes import readable, resized
 from studio.ui.render.token_grid import code_grids
 from studio.ui.server.failures import sentence_of, toast
-from studio.ui.server.models import bundled_models, tokenizer_scale
+from studio.ui.server.models import bundled_models, tokenizer_length_control
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import duration, image_grid, short_name, status_line, uploaded
 from studio.ui.tabs.examples import example
@@ -78,7 +78,7 @@ def build_tab():
                 allow_custom_value=True,
                 elem_id="tokenizer",
             )
-            scale = {"maximum": 2} | _scale_settings(tokenizer_scale(first))  # an argument by position would win
+            scale = {"maximum": 2} | _scale_settings(tokenizer_length_control(first))  # an argument by position would win
             count = gr.Slider(minimum=1, step=1, elem_id="scale", buttons=[], **scale)
             tile = gr.Checkbox(
                 False,
@@ -105,7 +105,7 @@ def build_tab():
     )
     examples.click(lambda number: example(EXAMPLES[number]), examples, image, queue=False, **PRIVATE)
     tokenizer.change(
-        lambda name: gr.update(**_scale_settings(tokenizer_scale((name or "").strip()))),
+        lambda name: gr.update(**_scale_settings(tokenizer_length_control((name or "").strip()))),
         tokenizer,
         count,
         queue=False,
@@ -171,7 +171,7 @@ async def show_restoring(tokenizer, image, count, tile=False):
     """
     shown = None
     try:
-        path, scale = uploaded(image), tokenizer_scale((tokenizer or "").strip())
+        path, scale = uploaded(image), tokenizer_length_control((tokenizer or "").strip())
         async for found in restore(TokenizeRequest(tokenizer, path, count if scale else None, tile)):
             if found.decoded is None:
                 yield _updates(status=LOADING)

@@ -6,12 +6,12 @@ from studio.ui.render.token_grid import token_grid
 from studio.ui.tabs.components import duration, progress_bar
 
 
-def race_lanes(race):
+def render_side_by_side(race):
     """Lay out both sides of a race below their images."""
     return f'<div class="studio-lanes">{"".join(_lane(lane) for lane in race.lanes)}</div>'
 
 
-def race_verdict(race):
+def side_by_side_verdict(race):
     """One sentence on who was faster."""
     plain, other = race.lanes
     if other.clock <= plain.clock:
@@ -29,7 +29,7 @@ def _lane(lane):
             f"<dl><div><dt>calls of the model</dt><dd>{lane.stats.target_calls}</dd></div>"
             f"<div><dt>tokens a call</dt><dd>{lane.stats.mean_accepted_length:.2f}</dd></div></dl>"
         )
-    grid = token_grid(lane.fates, f"Tokens of {lane.title}") if lane.fates else ""
+    grid = token_grid(lane.trace, f"Tokens of {lane.title}") if lane.trace else ""
     return (
         f'<section class="studio-lane {state}"><h3>{escape(lane.title)}</h3>'
         f'<p class="clock">{lane.clock:.2f}<span> s</span></p>'

@@ -32,7 +32,7 @@ def form():
     return found[0][1]
 
 
-def wish(**changed):
+def request(**changed):
     return GenerateRequest("emoji-ar", **{**LANTERN, "options": {"delta": 0.3}, **changed})
 
 
@@ -51,7 +51,7 @@ def held(form, updates):
 
 
 def test_a_image_brings_its_call_back(form, tmp_path, toasts):
-    updates = held(form, form.filled(from_image(saved(tmp_path, wish().record, 9))))
+    updates = held(form, form.filled(from_image(saved(tmp_path, request().record, 9))))
     assert updates.pop("lantern.delta") == "0.3"
     others = {name: value for name, value in updates.items() if name.startswith("lantern.")}
     assert others and "2" not in others.values()
@@ -63,14 +63,14 @@ def test_a_image_brings_its_call_back(form, tmp_path, toasts):
 
 
 def test_a_sheet_brings_all_of_its_images_back(tmp_path):
-    assert from_image(saved(tmp_path, wish().record, [7, 8, 9])).basic["count"] == 3
+    assert from_image(saved(tmp_path, request().record, [7, 8, 9])).basic["count"] == 3
 
 
 def test_a_link_brings_the_same_back(form):
-    recalled = from_link(parse_qsl(link_to(wish())[1:]))
+    recalled = from_link(parse_qsl(link_to(request())[1:]))
     again = GenerateRequest.from_fields("emoji-ar", **recalled.basic | dict.fromkeys(["temperature", "top_p"], ""),
                              decoding=recalled.decoding, options=recalled.options)  # fmt: skip
-    assert again == wish()
+    assert again == request()
 
 
 def test_a_image_of_a_class_comes_back_without_words(tmp_path):
@@ -191,7 +191,7 @@ def test_a_wrong_link_says_what_is_wrong(form, parameters, message):
 
 
 def test_what_was_sampled_tells_its_link():
-    assert json.dumps(dict(parse_qsl(link_to(wish())[1:]))) == json.dumps(
+    assert json.dumps(dict(parse_qsl(link_to(request())[1:]))) == json.dumps(
         {
             "prompt": "a fox",
             "count": "3",

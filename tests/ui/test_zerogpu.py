@@ -29,10 +29,10 @@ def durations(monkeypatch):
 
 
 def _forked(task):
-    def items(wish):
+    def items(request):
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe()
-        process = context.Process(target=_run, args=(task, wish, there), daemon=True)
+        process = context.Process(target=_run, args=(task, request, there), daemon=True)
         process.start()
         try:
             while (item := here.recv()) is not None:
@@ -44,8 +44,8 @@ def _forked(task):
     return items
 
 
-def _run(task, wish, pipe):
-    steps = task(wish)
+def _run(task, request, pipe):
+    steps = task(request)
     try:
         for item in steps:
             pipe.send(item)
@@ -54,18 +54,18 @@ def _run(task, wish, pipe):
         steps.close()
 
 
-def count(wish, job):
-    for number in range(wish):
+def count(request, job):
+    for number in range(request):
         job.report(number)
         if job.stopped:
             return "stopped"
-    if wish == 0:
+    if request == 0:
         raise StudioError("GenerateRequest for something.")
-    return f"counted to {wish}"
+    return f"counted to {request}"
 
 
-async def collect(work, wish):
-    return [item async for item in follow(lambda job: work(wish, job))]
+async def collect(work, request):
+    return [item async for item in follow(lambda job: work(request, job))]
 
 
 def test_what_a_lent_gpu_reports_and_returns_comes_back(durations):
@@ -82,7 +82,7 @@ def test_a_mistake_keeps_its_sentence(durations):
 def test_work_that_nobody_waits_for_stops():
     seen = []
 
-    def endless(wish, job):
+    def endless(request, job):
         while not job.stopped:
             job.report(len(seen))
         seen.append("stopped")
@@ -101,7 +101,7 @@ def test_without_the_package_work_is_left_as_it_is(monkeypatch):
 def test_models_are_placed_where_gpus_are_lent_only(monkeypatch, durations):
     placed = []
     monkeypatch.setattr(lending, "get_pipeline", placed.append)
-    lending.place("emoji-ar")
+    lending.preload("emoji-ar")
     monkeypatch.setattr(lending, "is_lent", lambda: False)
-    lending.place("emoji-ar")
+    lending.preload("emoji-ar")
     assert placed == ["emoji-ar"]

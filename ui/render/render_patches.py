@@ -8,7 +8,7 @@ from studio.ui.render.sizes import readable
 _FAINT = 44  # of 255
 
 
-def draw_patches(image, view):
+def render_patches(image, view):
     """Sample one look at an image.
 
     Args:

@@ -17,7 +17,7 @@ FIELDS = ["a red apple", 4, "7", "", "", "", "", "speculative", {}]
 
 def updates(*fields):
     async def collect():
-        return [update async for update in generate.show_race("tiny", *fields)]
+        return [update async for update in generate.show_side_by_side("tiny", *fields)]
 
     return asyncio.run(collect())
 
@@ -69,7 +69,7 @@ def test_a_side_that_is_refused_ends_the_race(steps, toasts):
 
 def test_closing_a_race_stops_both_within_one_step(steps):
     async def close_after_a_while():
-        racing = generate.show_race("tiny", *FIELDS)
+        racing = generate.show_side_by_side("tiny", *FIELDS)
         async for _ in racing:
             if len(steps) >= 6:
                 break
