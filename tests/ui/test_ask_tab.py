@@ -12,8 +12,8 @@ from gradio_client import handle_file
 from PIL import Image
 
 from studio.pruning.layout import PatchView
-from studio.ui.render.render_patches import render_patches
 from studio.ui.render.render_answers import render_answers, verdict
+from studio.ui.render.render_patches import render_patches
 from studio.ui.server import models
 from studio.ui.tabs import ask
 

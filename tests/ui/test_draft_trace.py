@@ -48,7 +48,9 @@ def test_own_tokens_are_the_calls_of_the_model(tiny_pipeline, decoding, temperat
 
 
 def test_the_first_image_of_each_wish_is_watched(tiny_pipeline):
-    requests = [GenerateRequest("tiny", words, 2, 3, decoding="speculative") for words in ("a red apple", "a blue pear")]
+    requests = [
+        GenerateRequest("tiny", words, 2, 3, decoding="speculative") for words in ("a red apple", "a blue pear")
+    ]
     call = Call(tiny_pipeline, *requests)
     sketch = Sketch(call(lambda sketch: False).tokens)
     for number, request in enumerate(requests):

@@ -85,7 +85,7 @@ def test_what_is_not_sampled_yet_is_transparent(mar):
     sketch = Sketch(torch.zeros(1, 16, 3), known)
     [image] = partial_images(mar, sketch)
     alpha = image.getchannel("A")
-    assert sketch.sampled == 2 and sketch.places == {0, 6}
+    assert sketch.sampled == 2 and sketch.positions == {0, 6}
     assert (alpha.getpixel((0, 0)), alpha.getpixel((9, 5)), alpha.getpixel((5, 5))) == (255, 255, 0)
 
 

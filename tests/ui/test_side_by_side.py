@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from studio import DECODINGS
-from studio.ui.jobs import side_by_side as race
+from studio.ui.jobs import side_by_side
 from studio.ui.jobs.side_by_side import TurnScheduler
 from studio.ui.tabs import generate
 
@@ -54,7 +54,7 @@ def test_with_the_choice_that_a_page_begins_with_plain_decoding_races_against_th
 
 
 def test_a_model_with_one_decoding_cannot_race(steps, toasts, monkeypatch):
-    monkeypatch.setattr(race, "fitting_decodings", lambda name: ["ar"])
+    monkeypatch.setattr(side_by_side, "fitting_decodings", lambda name: ["ar"])
     found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
     assert len(toasts) == 1 and "one decoding only" in toasts[0]
     assert "unchanged" in found[-1][2] and not steps

@@ -15,7 +15,8 @@ import torch
 from gradio.context import LocalContext
 
 from studio import StudioError
-from studio.ui.jobs.stopping import Stopped, stoppable
+from studio.errors import Stopped
+from studio.ui.jobs.stopping import stoppable
 from studio.ui.server import session as session
 from studio.ui.server import worker
 from studio.ui.server.models import Device
@@ -39,7 +40,7 @@ def device_worker(monkeypatch):
 @pytest.fixture
 def listeners(monkeypatch):
     monkeypatch.setattr(session, "_PATIENCE", 0.5)
-    monkeypatch.setattr(worker, "_GLANCE", 0.1)
+    monkeypatch.setattr(worker, "_POLL", 0.1)
     listeners = Listeners()
     monkeypatch.setattr(session, "_listeners", listeners)
     return listeners
@@ -126,7 +127,7 @@ def test_a_network_stops_before_its_next_layer():
 
     job = SimpleNamespace(stopped=False)
     network = torch.nn.Sequential(Slow(), torch.nn.Linear(1, 1))
-    with stoppable(network, job), pytest.raises(Stopped):
+    with stoppable(network, lambda: job.stopped), pytest.raises(Stopped):
         network(torch.zeros(1, 1))
     network(torch.zeros(1, 1))  # and no longer
 

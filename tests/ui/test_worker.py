@@ -28,8 +28,8 @@ class House:
 
         async def collect():
             LocalContext.request.set(SimpleNamespace(session_hash=user))
-            share = BatchSpec(like, size, request, self.together, lambda ahead: ("ahead", ahead))
-            return [item async for item in follow(lambda job: self.together([request], [job])[0], share)]
+            batch = BatchSpec(batch_key, size, request, self.together, lambda ahead: ("ahead", ahead))
+            return [item async for item in follow(lambda job: self.together([request], [job])[0], batch)]
 
         return asyncio.create_task(collect())
 
@@ -41,7 +41,8 @@ class House:
         while any(request.endswith("endless") and not job.stopped for request, job in zip(requests, jobs)):
             threading.Event().wait(0.01)
         return [
-            StudioError("Wrong request.") if request == "wrong" else f"{request} on {jobs[0].device.name}" for request in requests
+            StudioError("Wrong request.") if request == "wrong" else f"{request} on {jobs[0].device.name}"
+            for request in requests
         ]
 
     @asynccontextmanager
@@ -63,7 +64,9 @@ class House:
 @pytest.fixture
 def house(monkeypatch):
     def furnish(*names, **bounds):
-        device_workers = [DeviceWorker(Device(name), QueueLimits(**{"together": 4, **bounds})) for name in names or ("cpu",)]
+        device_workers = [
+            DeviceWorker(Device(name), QueueLimits(**{"together": 4, **bounds})) for name in names or ("cpu",)
+        ]
         monkeypatch.setattr(worker, "_workers", device_workers)
         return House(device_workers)
 
@@ -85,7 +88,9 @@ def test_equal_works_are_done_in_one_call_and_each_gets_its_own(house):
 
     found = asyncio.run(scenario())
     assert house.calls == [["a0", "b0", "a1", "b1"], ["other"], ["big"]]
-    assert [items[-1] for items in found] == [f"{request} on cpu" for request in ("a0", "a1", "b0", "b1", "other", "big")]
+    assert [items[-1] for items in found] == [
+        f"{request} on cpu" for request in ("a0", "a1", "b0", "b1", "other", "big")
+    ]
 
 
 def test_a_wrong_one_fails_alone_and_so_does_one_that_breaks_its_call(house):
@@ -187,7 +192,9 @@ def test_nothing_is_lost_or_mixed_up_under_load(house):
     house = house("cpu", "meta", together=5)
 
     async def scenario():
-        tasks = [house.ask(f"{user}-{number}", user, batch_key=number % 3) for number in range(20) for user in "abcdefgh"]
+        tasks = [
+            house.ask(f"{user}-{number}", user, batch_key=number % 3) for number in range(20) for user in "abcdefgh"
+        ]
         return await outcome(tasks)
 
     found = asyncio.run(scenario())

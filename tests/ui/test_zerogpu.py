@@ -8,7 +8,7 @@ import types
 import pytest
 
 from studio import StudioError
-from studio.ui.server import zerogpu as lending
+from studio.ui.server import zerogpu
 from studio.ui.server.worker import follow
 
 
@@ -24,7 +24,7 @@ def durations(monkeypatch):
     package = types.ModuleType("spaces")
     package.GPU = gpu
     monkeypatch.setitem(sys.modules, "spaces", package)
-    monkeypatch.setattr(lending, "is_lent", lambda: True)
+    monkeypatch.setattr(zerogpu, "is_lent", lambda: True)
     return asked
 
 
@@ -69,14 +69,14 @@ async def collect(work, request):
 
 
 def test_what_a_lent_gpu_reports_and_returns_comes_back(durations):
-    items = asyncio.run(collect(lending.on_gpu(seconds=30)(count), 5))
+    items = asyncio.run(collect(zerogpu.on_gpu(seconds=30)(count), 5))
     assert durations == [30] and items[-1] == "counted to 5"
     assert items[:-1] == sorted(items[:-1]) and set(items[:-1]) <= set(range(5))
 
 
 def test_a_mistake_keeps_its_sentence(durations):
     with pytest.raises(StudioError, match="GenerateRequest for something"):
-        asyncio.run(collect(lending.on_gpu(seconds=30)(count), 0))
+        asyncio.run(collect(zerogpu.on_gpu(seconds=30)(count), 0))
 
 
 def test_work_that_nobody_waits_for_stops():
@@ -87,21 +87,21 @@ def test_work_that_nobody_waits_for_stops():
             job.report(len(seen))
         seen.append("stopped")
 
-    steps = lending._items(endless, None)
+    steps = zerogpu._items(endless, None)
     next(steps)
     steps.close()
     assert seen == ["stopped"]
 
 
 def test_without_the_package_work_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(lending, "find_spec", lambda name: None)
-    assert not lending.is_lent() and lending.on_gpu(seconds=30)(count) is count
+    monkeypatch.setattr(zerogpu, "find_spec", lambda name: None)
+    assert not zerogpu.is_lent() and zerogpu.on_gpu(seconds=30)(count) is count
 
 
 def test_models_are_placed_where_gpus_are_lent_only(monkeypatch, durations):
     placed = []
-    monkeypatch.setattr(lending, "get_pipeline", placed.append)
-    lending.preload("emoji-ar")
-    monkeypatch.setattr(lending, "is_lent", lambda: False)
-    lending.preload("emoji-ar")
+    monkeypatch.setattr(zerogpu, "get_pipeline", placed.append)
+    zerogpu.preload("emoji-ar")
+    monkeypatch.setattr(zerogpu, "is_lent", lambda: False)
+    zerogpu.preload("emoji-ar")
     assert placed == ["emoji-ar"]

@@ -91,7 +91,10 @@ def _with_other(request: GenerateRequest) -> GenerateRequest:
 def _side_by_side(request: GenerateRequest, job: Job) -> SideBySide:
     job.report(SideBySide())
     pipe = get_pipeline(request.model, job.device)
-    requests = (dataclasses.replace(request, count=1, decoding=request.plain, options={}), dataclasses.replace(request, count=1))
+    requests = (
+        dataclasses.replace(request, count=1, decoding=request.plain, options={}),
+        dataclasses.replace(request, count=1),
+    )
     track = _TwoRuns([Call(pipe, each) for each in requests], job)
     with ThreadPoolExecutor(len(requests), thread_name_prefix="studio-side") as threads:
         for done in [threads.submit(track.run, number) for number in range(len(requests))]:

@@ -238,9 +238,7 @@ def is_row(tokenizer: object) -> bool:
     return isinstance(tokenizer, OneDPieceTokenizer)
 
 
-def _with_tiles(
-    found: Restoration, request: TokenizeRequest, tokenizer: Any, image: "Image", job: Job
-) -> Restoration:
+def _with_tiles(found: Restoration, request: TokenizeRequest, tokenizer: Any, image: "Image", job: Job) -> Restoration:
     if not is_row(tokenizer):
         raise StudioError(
             f"{request.tokenizer} cannot cut images into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
@@ -251,9 +249,7 @@ def _with_tiles(
     return dataclasses.replace(found, side=tokenizer.config.sample_size, control=control, count=count, **tiles)
 
 
-def _odp_file(
-    image: "Image", tokenizer: "OneDPieceTokenizer", length: int | None, name: str | None, job: Job
-) -> bytes:
+def _odp_file(image: "Image", tokenizer: "OneDPieceTokenizer", length: int | None, name: str | None, job: Job) -> bytes:
     from studio import encode_image
 
     name = _name_in_files(name)

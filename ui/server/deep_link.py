@@ -14,9 +14,7 @@ from studio.ui.tabs.actions import PRIVATE
 TABS = ("generate", "tokenize", "ask", "compare")
 
 
-def connect_link(
-    demo: gr.Blocks, tabs: gr.Tabs, form: Form, question: gr.Textbox, prompt: gr.Textbox
-) -> None:
+def connect_link(demo: gr.Blocks, tabs: gr.Tabs, form: Form, question: gr.Textbox, prompt: gr.Textbox) -> None:
     """Fill the page from the link that opens it; nothing is sampled before the user asks for it.
 
     Args:

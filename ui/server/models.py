@@ -19,7 +19,9 @@ _pipelines: dict[str, Any] = {}
 _readers: dict[str, Any] = {}
 _tokenizers: dict[str, Any] = {}
 _judges: dict[str, Any] = {}
-_elsewhere: defaultdict[tuple[str, "Device"], dict[str, Any]] = defaultdict(dict)  # by kind and device, if not the default
+_elsewhere: defaultdict[tuple[str, "Device"], dict[str, Any]] = defaultdict(
+    dict
+)  # by kind and device, if not the default
 _MOST_PIPELINES = 8
 _lock = threading.Lock()
 
