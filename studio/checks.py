@@ -33,7 +33,7 @@ def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER
     Raises:
         StudioError: no integer, or one outside the range.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= value <= maximum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
         limits = f" of at least {minimum}" if maximum == MAX_INTEGER else f" from {minimum} to {maximum}"
         limits = "" if (minimum, maximum) == (-MAX_INTEGER, MAX_INTEGER) else limits
         raise StudioError(f"{name} must be a whole number{limits}, not {shown(value)}.")
@@ -165,7 +165,7 @@ def set_fields(settings, **values) -> None:
 
 def shown(value) -> str:
     """A value as messages show it: short, whatever it is."""
-    if isinstance(value, Integral) and abs(value) >= 10**40:
+    if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     try:
         return printable(_repr.repr(value))

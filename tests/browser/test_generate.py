@@ -51,7 +51,7 @@ def test_wrong_input_is_a_toast_and_the_images_stay(page):
     page.fill("#seed input, #seed textarea", "-5")
     page.click("#generate")
     page.wait_for_selector(TOAST)
-    assert "seed from 0" in page.inner_text(TOAST)
+    assert "seed must be a whole number from 0" in page.inner_text(TOAST)
     assert loaded_images(page) == before
     assert page.input_value("#prompt textarea") == "a red apple"
     page.wait_for_selector("#generate")
@@ -96,7 +96,7 @@ def test_a_race_shows_two_images_and_two_clocks(page, slow_steps):
     slow_steps.delay = 0.02  # long enough for the page to show the lane that runs
     choose(page, "Speculative")
     page.fill("#prompt textarea", "a red apple")
-    page.click("#race")
+    page.click("#side-by-side")
     page.wait_for_selector("#tokens .studio-lane.running svg", timeout=LIMIT)
     page.wait_for_selector("#status .done", timeout=LIMIT)
     assert [alt.split(" ")[0] for _, alt, _ in loaded_images(page)] == ["Plain", "Speculative"]
@@ -107,7 +107,7 @@ def test_a_race_shows_two_images_and_two_clocks(page, slow_steps):
 
 def test_a_race_without_an_opponent_is_a_toast(page):
     page.fill("#prompt textarea", "a red apple")
-    page.click("#race")
+    page.click("#side-by-side")
     page.wait_for_selector(TOAST)
     assert "choose another decoding" in page.inner_text(TOAST)
 
@@ -116,7 +116,7 @@ def test_a_race_can_be_cancelled(page, slow_steps):
     slow_steps.delay = 0.2
     choose(page, "Speculative")
     page.fill("#prompt textarea", "a red apple")
-    page.click("#race")
+    page.click("#side-by-side")
     page.wait_for_selector("#tokens .studio-lane.running svg", timeout=LIMIT)
     page.click("#cancel")
     page.wait_for_selector("#status .stopped")

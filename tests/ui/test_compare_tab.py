@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -41,7 +42,11 @@ def test_every_side_samples_what_it_samples_alone(steps, tiny_pipeline):
     found = updates()
     galleries = [[image for image, _ in gallery["value"]] for gallery, _, _ in found if "value" in gallery]
     assert [len(images) for images in galleries] == [1, 2]
-    for image, decoding in zip(galleries[-1], ("ar", "speculative"), strict=True):
+    assert [Path(path).name for path in galleries[-1]] == [
+        "a-red-apple-7-tiny-plain.png",
+        "a-red-apple-7-tiny-speculative.png",
+    ]
+    for image, decoding in zip(map(Image.open, galleries[-1]), ("ar", "speculative"), strict=True):
         alone = tiny_pipeline(
             "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
         )
@@ -130,8 +135,8 @@ def test_a_judge_of_other_concepts_spoils_no_comparison(steps, judge, toasts):
         ({"sides": ["tiny", "tiny: lantern delta=0.3 delta=0.4"]}, "given twice"),
         ({"sides": ["tiny", "tiny: distilled"]}, "student"),
         ({"sides": ["tiny", "nobody-has-this"]}, "no model or folder"),
-        ({"count": 5}, "between 1 and 4"),
-        ({"seed": "-1"}, "seed from 0"),
+        ({"count": 5}, "from 1 to 4"),
+        ({"seed": "-1"}, "seed must be a whole number from 0"),
         ({"seed": "seven"}, "whole number"),
     ],
 )

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from PIL import Image
 
 from studio.ui.app import build_app
 from studio.ui.jobs.request import GenerateRequest
@@ -52,7 +53,7 @@ def test_images_and_labels(mar, toasts, decoding, options):
     is_relaxed = options.get("mode") == "relaxed"
     assert len(gallery["value"]) == 2 and "2 images in" in status
     assert ("approximate" in status) == is_relaxed and ("drafts accepted" in status) == (decoding == "cspd")
-    record = json.loads(gallery["value"][0][0].info["studio"])["call"]
+    record = json.loads(Image.open(gallery["value"][0][0]).info["studio"])["call"]
     assert record["decoding"].get("approximate", False) == is_relaxed
     assert any("not validated" in toast for toast in toasts) == is_relaxed
 

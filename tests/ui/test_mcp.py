@@ -57,7 +57,7 @@ def test_a_tool_samples(asked, tiny_pipeline):
 
 def test_a_tool_says_what_is_wrong(asked):
     answer = asked(lambda session: session.call_tool("generate", {"prompt": "a red apple", "count": 99}))
-    assert answer.isError and "between 1 and 16" in answer.content[0].text
+    assert answer.isError and "from 1 to 16" in answer.content[0].text
 
 
 def test_a_image_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_path):

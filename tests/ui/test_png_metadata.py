@@ -85,7 +85,7 @@ def test_another_models_image_comes_back_with_a_note(form, tmp_path, toasts):
     }
     updates = held(form, form.filled(from_image(saved(tmp_path, record, 1))))
     assert updates["prompt"] == "a fox" and updates["decoding"] == "exact"
-    assert "emoji-mar drew this" in toasts[0] and "no decoding cspd" in toasts[0]
+    assert "emoji-mar sampled this" in toasts[0] and "no decoding cspd" in toasts[0]
 
 
 def test_an_option_without_a_field_is_named(form, toasts):
@@ -178,8 +178,8 @@ def test_a_link_opens_a_tab_and_fills_its_words(form):
         ({"tab": "sample"}, "no tab 'sample'"),
         ({"count": "many"}, "a whole number"),
         ({"count": "9" * 5000}, "a whole number"),
-        ({"prompt": "a fox", "count": "99"}, "between 1 and 16"),
-        ({"seed": "-1"}, "seed from 0"),
+        ({"prompt": "a fox", "count": "99"}, "from 1 to 16"),
+        ({"seed": "-1"}, "seed must be a whole number from 0"),
         ({"guidance": "much"}, "must be a number"),
         ({"tab": "ask", "question": "a" * 2001}, "at most 2000"),
         ({"tab": "compare", "prompt": "a" * 2001}, "at most 2000"),

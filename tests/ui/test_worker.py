@@ -63,9 +63,9 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch):
-    def furnish(*names, **bounds):
+    def furnish(*names, **limits):
         device_workers = [
-            DeviceWorker(Device(name), QueueLimits(**{"together": 4, **bounds})) for name in names or ("cpu",)
+            DeviceWorker(Device(name), QueueLimits(**{"max_batch": 4, **limits})) for name in names or ("cpu",)
         ]
         monkeypatch.setattr(worker, "_workers", device_workers)
         return House(device_workers)
@@ -129,7 +129,7 @@ def test_who_leaves_a_call_stops_nobody_else(house):
 
 
 def test_who_leaves_the_queue_is_never_done_and_frees_the_place(house):
-    house = house(waiting=2)
+    house = house(max_waiting=2)
 
     async def scenario():
         async with house.busy():
@@ -145,7 +145,7 @@ def test_who_leaves_the_queue_is_never_done_and_frees_the_place(house):
 
 
 def test_a_full_queue_refuses_and_one_user_cannot_fill_it(house):
-    house = house(waiting=3, of_one=2)
+    house = house(max_waiting=3, max_per_client=2)
 
     async def scenario():
         async with house.busy():
@@ -171,7 +171,7 @@ def test_work_goes_where_least_waits(house):
 
 
 def test_who_waits_is_told_how_many_come_before(house):
-    house = house(together=1)
+    house = house(max_batch=1)
 
     async def scenario():
         async with house.busy():
@@ -189,7 +189,7 @@ async def outcome_of_one(house):
 
 
 def test_nothing_is_lost_or_mixed_up_under_load(house):
-    house = house("cpu", "meta", together=5)
+    house = house("cpu", "meta", max_batch=5)
 
     async def scenario():
         tasks = [

@@ -21,7 +21,7 @@ from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
 from studio.ui.server.models import bundled_models
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import count_slider, duration, image_grid, status_line
+from studio.ui.tabs.components import count_slider, duration, image_grid, named_png, status_line
 from studio.ui.tabs.fields import number_field
 
 EXAMPLES = ["a red apple, 3d style, on a blue background", "a fox, flat style", "a rocket"]
@@ -170,7 +170,9 @@ def _gallery(found: Comparison) -> Any:
 
 def _captioned(sides: Sequence[Side]) -> list[tuple[Any, str]]:
     return [
-        (image, f"{side.title} · seed {seed}") for side in sides for image, seed in zip(side.images, side.request.seeds)
+        (named_png(image, side.request.prompt, seed, side.title), f"{side.title} · seed {seed}")
+        for side in sides
+        for image, seed in zip(side.images, side.request.seeds)
     ]
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
+from PIL.Image import Image
 
 from studio.checks import check_text
 from studio.errors import StudioError
+from studio.saving import slug
 from studio.ui.server.session import in_request
 
 _MARK_CLASSES = ["", "", "", "", "next", "open", "open", "open", "open"]
@@ -53,6 +56,18 @@ def image_grid(captioned: bool = False, **settings: Any) -> gr.Gallery:
         elem_classes=["studio-images", "studio-captioned"] if captioned else "studio-images",
         **settings,
     )
+
+
+def named_png(image: Image, prompt: str, seed: int, *more: str) -> str:
+    """The path of a PNG that the app serves, named as `studio generate` names it.
+
+    Args:
+        image: finished; its metadata is kept.
+        prompt, seed: of the image.
+        more: what else tells it from others of this prompt and seed.
+    """
+    name = "-".join([slug(prompt), str(seed), *map(slug, more)])
+    return save_pil_to_cache(image, get_upload_folder(), name, "png")
 
 
 def count_slider(most: int, **settings: Any) -> gr.Slider:

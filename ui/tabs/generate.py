@@ -5,12 +5,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+from PIL.Image import Image
 
 from studio import DECODINGS, decoding_named
 from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Progress, Sampled, sample
 from studio.ui.jobs.request import GenerateRequest, sample_seed
-from studio.ui.jobs.side_by_side import SideBySide, side_by_side
+from studio.ui.jobs.side_by_side import Run, SideBySide, side_by_side
 from studio.ui.render.render_side_by_side import render_side_by_side, side_by_side_verdict
 from studio.ui.render.token_grid import token_grid
 from studio.ui.server.failures import sentence_of, toast
@@ -19,7 +20,16 @@ from studio.ui.server.models import fitting_decodings, own_settings
 from studio.ui.server.png_metadata import Form, from_image, link_to
 from studio.ui.server.send_to import SendTo, build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import columns_for, count_slider, duration, image_grid, images, status_line, uploaded
+from studio.ui.tabs.components import (
+    columns_for,
+    count_slider,
+    duration,
+    image_grid,
+    images,
+    named_png,
+    status_line,
+    uploaded,
+)
 from studio.ui.tabs.fields import number_field, options_field
 
 EXAMPLES = [
@@ -245,7 +255,7 @@ async def show_sampling(model: str, *values: Any) -> AsyncIterator[tuple[Any, An
                 toast(news.warning, title="Please note", duration=12)
                 warned = True
             if isinstance(news, Sampled):
-                yield _gallery(news.images, request), _tokens(news.trace), summary(news, request)
+                yield _gallery(_files(news.images, request), request), _tokens(news.trace), summary(news, request)
             elif news.images is not shown:
                 shown = news.images
                 yield _gallery(shown, request), _tokens(news.trace), progress(news, request)
@@ -296,7 +306,7 @@ async def answer_sampling(model: str, *values: Any) -> AsyncIterator[tuple[Any, 
     request = GenerateRequest(model, *basic, decoding=decoding, options=options)
     async for news in sample(request):
         if isinstance(news, Sampled):
-            yield _captioned(news.images, request), _details(news, request)
+            yield _captioned(_files(news.images, request), request), _details(news, request)
         elif news.ahead is not None:
             yield gr.skip(), {"waiting": news.ahead, "seeds": request.seeds}
         elif news.total:
@@ -368,12 +378,22 @@ def _gallery(sampled: Sequence[Any], request: GenerateRequest) -> Any:
 
 
 def _sides(news: SideBySide, request: GenerateRequest) -> Any:
-    found = [(run.image, f"{run.title} · seed {request.seed}") for run in news.runs]
+    found = [(_image_or_file(run, request), f"{run.title} · seed {request.seed}") for run in news.runs]
     return gr.update(value=found, columns=2, selected_index=None)
+
+
+def _image_or_file(run: Run, request: GenerateRequest) -> Any:
+    """A preview, or the finished image as a file whose name says what it is."""
+    return named_png(run.image, request.prompt, request.seeds[0], run.title) if run.image and run.stats else run.image
 
 
 def _tokens(trace: DraftTrace | None) -> str:
     return token_grid(trace, "Tokens of the first image") if trace else ""
+
+
+def _files(sampled: Sequence[Image], request: GenerateRequest) -> list[str]:
+    """Finished images as files whose names say what they are."""
+    return [named_png(image, request.prompt, seed) for image, seed in zip(sampled, request.seeds)]
 
 
 def _captioned(sampled: Sequence[Any], request: GenerateRequest) -> list[tuple[Any, str]]:
