@@ -1,6 +1,7 @@
 """The Ask tab: answers that grow, patches over the image, and every way to get it wrong."""
 
 import asyncio
+import functools
 import re
 import time
 
@@ -62,6 +63,7 @@ def test_both_answers_come_with_counts_and_clocks(reader, short, scene):
 def test_the_answer_is_shown_while_it_grows(reader, short, scene, monkeypatch):
     forward = reader.model.forward
 
+    @functools.wraps(forward)
     def slow(*args, **kwargs):
         time.sleep(0.1)
         return forward(*args, **kwargs)
@@ -174,6 +176,7 @@ def test_closing_stops_the_model_within_one_token(reader, scene, monkeypatch):
     calls = []
     forward = reader.model.forward
 
+    @functools.wraps(forward)
     def slow(*args, **kwargs):
         calls.append(1)
         time.sleep(0.05)

@@ -2,14 +2,19 @@
 
 import asyncio
 import multiprocessing
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from studio import StudioError
 from studio.ui.server import zerogpu
 from studio.ui.server.worker import follow
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -105,3 +110,11 @@ def test_models_are_placed_where_gpus_are_lent_only(monkeypatch, durations):
     monkeypatch.setattr(zerogpu, "is_lent", lambda: False)
     zerogpu.preload("emoji-ar")
     assert placed == ["emoji-ar"]
+
+
+def test_the_entry_of_a_space_imports_spaces_before_torch(tmp_path):
+    """Otherwise no GPU is lent; the stand-in stops the entry as soon as it is imported."""
+    (tmp_path / "spaces.py").write_text("import sys\nsys.exit('torch' in sys.modules)\n")
+    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(ROOT / 'app.py')!r})\nraise SystemExit(3)"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == 0
