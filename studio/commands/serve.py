@@ -14,7 +14,7 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 opens the app to the whole network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
-    model: Annotated[str, typer.Option(help="The model that samples: a bundled name, a folder or a Hub id.")] = "emoji-ar",
+    model: Annotated[str, typer.Option(help="The model: a bundled name, a folder or a Hub id.")] = "emoji-ar",
     devices: Annotated[
         str | None,
         typer.Option(help="Devices separated by commas, such as cuda:0,cuda:1; each has the model and a queue.",
@@ -25,13 +25,13 @@ def serve(
         typer.Option(help="float32, bfloat16 or float16; in float32 images do not depend on the batch.",
                      show_default="by device"),
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that wait for each device, at most.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, max=10_000, help="Waiting requests of each device, at most.")] = 64,
     max_per_user: Annotated[int, typer.Option(min=1, help="Waiting requests of one client (an address), at most.")] = 4,
     max_batch: Annotated[
         int, typer.Option(min=1, max=1024, help="Images of compatible requests in one call, at most.")
     ] = 8,
     max_images: Annotated[int, typer.Option(min=1, max=16, help="Images of one request, at most.")] = 4,
-    max_prompt: Annotated[int, typer.Option(min=1, max=2000, help="Characters of a prompt or a question, at most.")] = 500,
+    max_prompt: Annotated[int, typer.Option(min=1, max=2000, help="Characters of a text, at most.")] = 500,
     max_answer: Annotated[int, typer.Option(min=64, help="Tokens of an answer, at most.")] = 256,
     max_upload: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of an upload, at most.")] = 10,
     max_pixels: Annotated[int, typer.Option(min=1, max=64, help="Million pixels of an uploaded image, at most.")] = 16,
@@ -66,11 +66,9 @@ def serve(
 
 
 def bench_serve(
-    model: Annotated[str, typer.Option(help="The model that samples: a bundled name or a folder.")] = "emoji-ar",
+    model: Annotated[str, typer.Option(help="The model: a bundled name or a folder.")] = "emoji-ar",
     clients: Annotated[int, typer.Option(min=1, max=1000, help="Clients that send requests at the same time.")] = 50,
-    requests: Annotated[
-        int, typer.Option(min=1, help="Requests of each client, one image each, one after the other.")
-    ] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="Images that each client asks for, one by one.")] = 2,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="As of studio serve.")] = 8,
     device: Device = None,
     as_json: Json = False,

@@ -185,7 +185,7 @@ def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypa
 
 def test_the_app_itself_reads_uploaded_files_only(tmp_path):
     secret = {"path": str(tmp_path / "secret.png")}
-    assert uploaded(secret) == secret["path"] and uploaded(None) is None
+    assert uploaded(secret) == secret["path"] and uploaded(None) == ""
     inside = {"path": f"{get_upload_folder()}/image.png"}
 
     def asked():

@@ -38,8 +38,8 @@ class AskRequest:
         StudioError: a value is missing or outside its range.
     """
 
-    model: str | None
-    image: str | None
+    model: str
+    image: str
     question: str
     method: str = "divprune"
     keep: float = 0.2
@@ -57,7 +57,8 @@ class AskRequest:
         if self.question is None or not check_user_text("The question", self.question).strip():
             raise StudioError("The question is empty: ask something about the image.")
         check_choice("The pruning method", self.method, pruning_methods())
-        most = _MOST_TOKENS if limits().answer is None else limits().answer
+        answer = limits().answer
+        most = _MOST_TOKENS if answer is None else answer
         set_fields(
             self,
             model=self.model.strip(),

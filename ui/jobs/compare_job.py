@@ -71,7 +71,7 @@ class CompareRequest:
         texts = dict(option.split("=", 1) for option in options)
         if len(texts) < len(options):
             raise StudioError(f"An option is given twice in {how!r}: leave one of them out.")
-        request = GenerateRequest.from_fields(model, self.prompt, self.count, *[""] * 5, name, texts)
+        request = GenerateRequest.from_fields(model, self.prompt, self.count, decoding=name, options=texts)
         return dataclasses.replace(request, seed=self.seed)
 
 

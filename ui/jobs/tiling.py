@@ -30,7 +30,7 @@ def restored_tiles(
 
     Raises:
         StudioError: too many tiles for a page.
-        Stopped: `stopped` said so.
+        Stopped: `stopped` returned True.
     """
     from studio import encode_image
     from studio.bench.tokenizers import size_of

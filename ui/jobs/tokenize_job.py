@@ -41,8 +41,8 @@ class TokenizeRequest:
         tile: whether to cut it into tiles, each of that length, instead of resizing it to one square.
     """
 
-    tokenizer: str | None
-    image: str | None
+    tokenizer: str
+    image: str
     count: int | None = None
     tile: bool = False
 
@@ -59,8 +59,8 @@ class TokenizeRequest:
 class DetokenizeRequest:
     """An `.odp` file to decode: its path, and its tokenizer where the file names no bundled one."""
 
-    tokenizer: str | None
-    file: str | None
+    tokenizer: str
+    file: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", _name(self.tokenizer))
@@ -239,26 +239,26 @@ def is_row(tokenizer: object) -> bool:
 
 
 def _with_tiles(found: Restoration, request: TokenizeRequest, tokenizer: Any, image: "Image", job: Job) -> Restoration:
-    if not is_row(tokenizer):
+    control = tokenizer_length_control(request.tokenizer)
+    if not is_row(tokenizer) or control is None:
         raise StudioError(
             f"{request.tokenizer} cannot cut images into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
         )
-    control = tokenizer_length_control(request.tokenizer)
     count = control.settings(request.count)[control.name]
     tiles = restored_tiles(image, tokenizer, count, _name_in_files(request.tokenizer), lambda: job.stopped)
     return dataclasses.replace(found, side=tokenizer.config.sample_size, control=control, count=count, **tiles)
 
 
-def _odp_file(image: "Image", tokenizer: "OneDPieceTokenizer", length: int | None, name: str | None, job: Job) -> bytes:
+def _odp_file(image: "Image", tokenizer: "OneDPieceTokenizer", length: int | None, name: str, job: Job) -> bytes:
     from studio import encode_image
 
     name = _name_in_files(name)
     return encode_image(image, tokenizer, length=length, name=name, stopped=lambda: job.stopped).data
 
 
-def _name_in_files(name: str | None) -> str:
+def _name_in_files(name: str) -> str:
     """The name of a tokenizer in an `.odp` file: empty unless it is bundled."""
-    return name if name and name in bundled_models("tokenizer") else ""
+    return name if name in bundled_models("tokenizer") else ""
 
 
 def _rival(codec: str, given: "Image", found: Restoration) -> Rival:

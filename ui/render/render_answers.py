@@ -31,10 +31,10 @@ def render_answers(answers: "Sequence[tuple[str, Answer | None]]", running: int 
 def _card(title: str, answer: "Answer | None", longest: float, running: bool) -> str:
     state = "running" if running else "waiting" if answer is None else "done"
     text, cost = (answer.answer, _cost(answer, longest)) if answer else ("", "")
-    said = "said" if len(text) <= _SHORT else "said long"
+    size = "said" if len(text) <= _SHORT else "said long"
     return (
         f'<section class="studio-answer {state}"><h3>{escape(title)}</h3>'
-        f'<p class="{said}">{escape(text)}</p>{cost}</section>'
+        f'<p class="{size}">{escape(text)}</p>{cost}</section>'
     )
 
 

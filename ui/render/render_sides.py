@@ -33,11 +33,11 @@ def _card(side: Side, running: float | None) -> str:
     """A side; `running` are its seconds so far while it samples, else `None`."""
     state = "done" if side.stats else "waiting" if running is None else "running"
     seconds = side.stats.seconds["total"] if side.stats else running or 0
-    share = side.sampled / side.total if side.total else 0
+    fraction = side.sampled / side.total if side.total else 0
     return (
         f'<section class="studio-lane {state}"><h3>{escape(side.title)}</h3>'
         f'<p class="clock">{seconds:.2f}<span> s</span></p>'
-        f"{progress_bar(share, f'Tokens of {side.title}')}{_cost(side)}{_judge_predictions(side)}</section>"
+        f"{progress_bar(fraction, f'Tokens of {side.title}')}{_cost(side)}{_judge_predictions(side)}</section>"
     )
 
 

@@ -146,17 +146,17 @@ class Form:
         if left:
             notes.append(f"This page has no field for {', '.join(left)}: the image may differ.")
         texts = {name: str(value) for name, value in options.items() if name not in unknown}
-        basic = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
-        GenerateRequest.from_fields(self.model, *basic.values(), named, texts)
+        basic: dict[str, Any] = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
+        GenerateRequest.from_fields(self.model, **basic, decoding=named, options=texts)
         if notes:
             toast(" ".join(notes), title="Please note", duration=12)
         own = [recalled.basic.get(name, gr.skip()) for name in _BASIC]
         chosen = gr.skip() if decoding is None else decoding
-        others = [
+        filled = [
             self._option(field, texts.get(name, "")) if owner == decoding else gr.skip()
             for (owner, name), field in self.options.items()
         ]
-        return [*own, chosen, *others]
+        return [*own, chosen, *filled]
 
     @staticmethod
     def _option(field: gr.Component, text: str) -> Any:

@@ -24,7 +24,7 @@ from studio.ui.server.storage import kept_clean
 from studio.ui.server.tools import describe_files
 from studio.ui.server.worker import drain, is_idle
 
-UPLOAD_BYTES = 1 << 28  # where nothing else is said
+UPLOAD_BYTES = 1 << 28  # by default
 _SESSIONS = 256  # that Gradio keeps the fields of, about 0.3 MiB each
 _IDLE = 10  # seconds between two looks at a connection; one that asked for nothing at both is closed
 _LONGEST_START = 30  # seconds

@@ -58,6 +58,12 @@ class Job:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._news.set)
 
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        """Wake whoever waits; asking for the exception keeps asyncio from logging it."""
+        if not future.cancelled():
+            future.exception()
+        self._news.set()
+
     async def _next(self) -> Any:
         """The next item, or `None` where none came for a while."""
         with suppress(TimeoutError):
@@ -268,7 +274,7 @@ async def follow(work: Callable[[Job], Any], batch: BatchSpec | None = None) -> 
     request = _Request(work, job, session(), batch)
     chosen = _submit(request)
     future = asyncio.wrap_future(request.future)
-    future.add_done_callback(lambda done: (done.cancelled() or done.exception(), job._news.set()))
+    future.add_done_callback(job._done)
     try:
         while not future.done():
             if (item := await job._next()) is not None and not future.done():

@@ -42,7 +42,6 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
             image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
             question = gr.Textbox(
                 label="Question",
-                info="In plain words.",
                 placeholder=EXAMPLES[0][1],
                 lines=1,
                 max_lines=4,
@@ -129,10 +128,10 @@ def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Radio, keep: gr.
 
     with gr.Group(visible=False):
         model, longest = gr.Textbox(label="Model"), gr.Number(64, label="Longest answer", precision=0)
-        said, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
+        answer, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
         endpoint = gr.Button("Ask")
     inputs = [image, question, model, method, keep, longest]
-    endpoint.click(ask, inputs, [said, details], api_name="ask", **ON_THE_MODEL)
+    endpoint.click(ask, inputs, [answer, details], api_name="ask", **ON_THE_MODEL)
 
 
 async def show_reading(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:

@@ -138,14 +138,14 @@ def short_name(model: str) -> str:
     return str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
-def uploaded(file: Any) -> str | None:
-    """The path of an uploaded file; `None` where none was given.
+def uploaded(file: Any) -> str:
+    """The path of an uploaded file; empty where none was given.
 
     Raises:
         StudioError: no file, or one that was not uploaded. Gradio itself does not check all paths.
     """
     if file is None:
-        return None
+        return ""
     path = file.get("path") if isinstance(file, dict) else None
     if not path:
         raise StudioError("This is no file: upload one, and give what the upload answers.")

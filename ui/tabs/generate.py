@@ -150,7 +150,7 @@ def recall(form: Form, file: Any) -> tuple[Any, ...]:
         Updates of the field of the file, which is cleared, and of the fields of the form.
     """
     try:
-        return None, *form.filled(from_image(uploaded(file) or ""))
+        return None, *form.filled(from_image(uploaded(file)))
     except Exception as error:
         toast(sentence_of(error))
         return None, *[gr.skip()] * len(form.fields)
@@ -302,8 +302,7 @@ async def answer_sampling(model: str, *values: Any) -> AsyncIterator[tuple[Any, 
     Raises:
         StudioError: a mistake, with the sentence that the page shows.
     """
-    *basic, decoding, options = values
-    request = GenerateRequest(model, *basic, decoding=decoding, options=options)
+    request = GenerateRequest(model, *values)
     async for news in sample(request):
         if isinstance(news, Sampled):
             yield _captioned(_files(news.images, request), request), _details(news, request)

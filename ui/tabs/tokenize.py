@@ -89,7 +89,7 @@ def build_tab() -> gr.Image:
                 allow_custom_value=True,
                 elem_id="tokenizer",
             )
-            settings = {"maximum": 2} | _control_settings(tokenizer_length_control(first))
+            settings = {"maximum": 2} | _control_settings(tokenizer_length_control(first or ""))
             count = gr.Slider(minimum=1, step=1, elem_id="scale", buttons=[], **settings)
             tile = gr.Checkbox(
                 False,
@@ -262,7 +262,7 @@ def _refused(error: Exception) -> tuple[Any, ...]:
     return _updates(status=FAILED)
 
 
-def _restored(found: Restoration, path: str | None) -> dict[str, Any]:
+def _restored(found: Restoration, path: str) -> dict[str, Any]:
     count = (
         gr.skip() if found.control is None else gr.update(**{**_control_settings(found.control), "value": found.count})
     )
@@ -274,11 +274,11 @@ def _restored(found: Restoration, path: str | None) -> dict[str, Any]:
     }
 
 
-def _odp(found: Restoration, path: str | None) -> str | None:
+def _odp(found: Restoration, path: str) -> str | None:
     """The path of the `.odp` file that the app serves; `None` where there is none."""
     if found.file is None:
         return None
-    return save_bytes_to_cache(found.file, f"{Path(path or 'image').stem}.odp", get_upload_folder())
+    return save_bytes_to_cache(found.file, f"{Path(path).stem}.odp", get_upload_folder())
 
 
 def _codecs(found: Restoration, tokenizer: str) -> Any:
