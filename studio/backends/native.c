@@ -233,7 +233,7 @@ static void run_blocks(Worker *me, const void *arguments) {
     float *unit = ups + (int64_t)rows * hidden + me->thread * ((int64_t)rows * dim + 2 * scores_size);
     float *scores = unit + (int64_t)rows * dim;
     int *seen = (int *)(scores + scores_size);
-    BatchSpec part;
+    Share part;
 
     for (int layer = 0; layer < net->layers; layer++) {
         for (int first = 1; take_blocks(me, width, rows, &part); first = 0) {
@@ -247,7 +247,7 @@ static void run_blocks(Worker *me, const void *arguments) {
         for (int first = 1; take_blocks(me, hidden, rows, &part); first = 0) {
             if (first) normalise_all(x, net->ffn_norm[layer], rows, net, unit);
             multiply(net->w1[layer], part, dim, hidden, bf16, unit, rows, gates, 0);
-            const BatchSpec made = multiply(net->w3[layer], part, dim, hidden, bf16, unit, rows, ups, 0);
+            const Share made = multiply(net->w3[layer], part, dim, hidden, bf16, unit, rows, ups, 0);
             for (int r = 0; r < rows; r++)
                 for (int i = made.begin; i < made.end; i += LANES) {
                     vec *gate = (vec *)(gates + (int64_t)r * hidden + i);
@@ -281,7 +281,7 @@ typedef struct {
 
 static void run_product(Worker *me, const void *arguments) {
     const Product *p = arguments;
-    for (BatchSpec part; take_blocks(me, p->out, p->rows, &part);)
+    for (Share part; take_blocks(me, p->out, p->rows, &part);)
         multiply(p->matrix, part, p->in, p->out, p->bf16, p->x, p->rows, p->y, 0);
 }
 
