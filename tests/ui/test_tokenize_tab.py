@@ -148,7 +148,7 @@ def test_too_many_tiles_are_refused(loaded, toasts, tiny_one_d, photo, monkeypat
 
 def test_the_box_for_tiles_has_a_line_of_help():
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
-    assert fields["tile"]["value"] is False and "instead of shrinking" in fields["tile"]["info"]
+    assert fields["tile"]["value"] is False and "One-D-Piece only" in fields["tile"]["info"]
 
 
 def test_a_file_comes_back_as_a_image(loaded, tiny_one_d, photo, tmp_path):
@@ -229,12 +229,12 @@ def test_images_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
         ({"tokenizer": " "}, "Choose a tokenizer"),
         ({"tokenizer": None}, "Choose a tokenizer"),
         ({"tokenizer": "nobody-has-this"}, "no model or folder"),
-        ({"count": 7}, "length from 1 to 6, not 7"),
-        ({"count": 0}, "length from 1 to 6"),
-        ({"count": 2.5}, "length from 1 to 6"),
-        ({"count": "many"}, "length from 1 to 6"),
-        ({"count": 7, "tile": True}, "length from 1 to 6, not 7"),
-        ({"tile": "no"}, "true or false"),
+        ({"count": 7}, "length must be a whole number from 1 to 6, not 7"),
+        ({"count": 0}, "length must be a whole number from 1 to 6"),
+        ({"count": 2.5}, "length must be a whole number from 1 to 6"),
+        ({"count": "many"}, "length must be a whole number from 1 to 6"),
+        ({"count": 7, "tile": True}, "length must be a whole number from 1 to 6, not 7"),
+        ({"tile": "no"}, "True or False"),
     ],
 )
 def test_wrong_input_is_a_toast_and_loses_nothing(loaded, toasts, tiny_one_d, photo, changes, words):
@@ -266,11 +266,11 @@ def test_a_reader_has_no_tokens_of_images(toasts, reader, photo, monkeypatch):
     assert len(toasts) == 1 and "makes no tokens of images" in toasts[0]
 
 
-def test_choosing_a_tokenizer_shows_its_scale(loaded, tiny_one_d, tiny_vq):
+def test_choosing_a_tokenizer_shows_its_control(loaded, tiny_one_d, tiny_vq):
     tokenizer = loaded(tiny_one_d)
-    settings = tokenize._scale_settings(tokenizer_length_control(tokenizer))
+    settings = tokenize._control_settings(tokenizer_length_control(tokenizer))
     assert settings["visible"] and settings["maximum"] == settings["value"] == 6 and settings["label"] == "Length"
-    assert tokenize._scale_settings(tokenizer_length_control(loaded(tiny_vq))) == {"visible": False}
+    assert tokenize._control_settings(tokenizer_length_control(loaded(tiny_vq))) == {"visible": False}
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
     assert "emoji-vq" in [name for name, _ in fields["tokenizer"]["choices"]]
     assert fields["tokenizer"]["value"] == "emoji-1d" and fields["scale"]["visible"] and fields["scale"]["value"] == 128
@@ -318,7 +318,7 @@ def test_programs_tokenize_too(client, loaded, tiny_one_d, photo):
     expected = decode_image(Path(file).read_bytes(), tiny_one_d)
     for path in (image, back):
         assert Image.open(path).convert("RGB").tobytes() == expected.tobytes()
-    with pytest.raises(Exception, match="length from 1 to 6"):
+    with pytest.raises(Exception, match="length must be a whole number from 1 to 6"):
         client.predict(handle_file(photo), name, 9, api_name="/tokenize")
     _, file, details = client.predict(handle_file(photo), name, 1, True, api_name="/tokenize")
     assert OdpFile.from_bytes(Path(file).read_bytes()).tiled and details["tiles"] == details["tokens"] == 24
