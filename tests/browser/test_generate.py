@@ -92,7 +92,7 @@ def test_a_decoding_shows_its_options_and_what_became_of_drafts(page):
     page.wait_for_selector("#lantern-delta", state="hidden")
 
 
-def test_a_race_shows_two_images_and_two_clocks(page, slow_steps):
+def test_side_by_side_shows_two_images_and_two_clocks(page, slow_steps):
     slow_steps.delay = 0.02  # long enough for the page to show the lane that runs
     choose(page, "Speculative")
     page.fill("#prompt textarea", "a red apple")
@@ -105,14 +105,7 @@ def test_a_race_shows_two_images_and_two_clocks(page, slow_steps):
     assert "Speculative took" in page.inner_text("#status")
 
 
-def test_a_race_without_an_opponent_is_a_toast(page):
-    page.fill("#prompt textarea", "a red apple")
-    page.click("#side-by-side")
-    page.wait_for_selector(TOAST)
-    assert "choose another decoding" in page.inner_text(TOAST)
-
-
-def test_a_race_can_be_cancelled(page, slow_steps):
+def test_side_by_side_can_be_cancelled(page, slow_steps):
     slow_steps.delay = 0.2
     choose(page, "Speculative")
     page.fill("#prompt textarea", "a red apple")

@@ -27,7 +27,7 @@ def test_the_latest_round_counts_when_the_next_begins():
     assert trace_drafts([], [5], 6) == DraftTrace(6, 1)
 
 
-def test_a_image_that_others_wait_for_is_told_as_far_as_it_is_shown():
+def test_an_image_that_others_wait_for_is_told_as_far_as_it_is_shown():
     rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(4, [9, 1, 2, 3], **TREE)]
     assert trace_drafts(rounds, [5, 6], 6) == DraftTrace(6, 1)
 

@@ -50,7 +50,7 @@ def held(form, updates):
     }
 
 
-def test_a_image_brings_its_call_back(form, tmp_path, toasts):
+def test_an_image_brings_its_call_back(form, tmp_path, toasts):
     updates = held(form, form.filled(from_image(saved(tmp_path, request().record, 9))))
     assert updates.pop("lantern.delta") == "0.3"
     others = {name: value for name, value in updates.items() if name.startswith("lantern.")}
@@ -73,7 +73,7 @@ def test_a_link_brings_the_same_back(form):
     assert again == request()
 
 
-def test_a_image_of_a_class_comes_back_without_words(tmp_path):
+def test_an_image_of_a_class_comes_back_without_words(tmp_path):
     assert from_image(saved(tmp_path, {"prompt": None, "class_label": 3}, 1)).basic["prompt"] == ""
 
 
@@ -141,7 +141,7 @@ def test_words_of_a_link_are_text_in_toasts(form, toasts, parameters):
 @pytest.mark.parametrize(
     "text", [None, "no json", "[]", "[" * 100_000, '{"call": {}, "seed": 1}', '{"call": {"prompt": "a"}, "seed": []}']
 )
-def test_a_image_without_settings_is_refused(tmp_path, text):
+def test_an_image_without_settings_is_refused(tmp_path, text):
     info = PngInfo()
     if text is not None:
         info.add_itxt("studio", text)
@@ -157,7 +157,7 @@ def test_what_is_no_image_is_refused_and_the_form_stays(form, tmp_path, toasts):
     assert cleared is None and held(form, updates) == {} and "carries no settings" in toasts[0]
 
 
-def test_a_image_with_wrong_settings_is_refused(form, tmp_path, toasts):
+def test_an_image_with_wrong_settings_is_refused(form, tmp_path, toasts):
     _, *updates = generate.recall(
         form, {"path": str(saved(tmp_path, {"prompt": "a fox", "decoding": {"name": "lantern", "delta": 7}}, 1))}
     )

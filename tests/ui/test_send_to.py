@@ -29,7 +29,7 @@ def test_the_first_goes_where_none_was_clicked_and_it_says_so(infos):
     assert len(infos) == 1
 
 
-def test_without_a_image_it_says_what_to_do(toasts):
+def test_without_an_image_it_says_what_to_do(toasts):
     assert _send("ask")(None, None) == (gr.skip(), gr.skip())
     assert "sample one first" in toasts[0]
 

@@ -118,7 +118,7 @@ def test_a_row_is_cut_short_and_can_be_taken_home(loaded, tiny_one_d, photo):
     assert f"<dd>{len(expected.data)}</dd>" in status
 
 
-def test_a_image_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
+def test_an_image_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
     """90 x 60 pixels are 24 tiles of 16 x 16; what is shown, counted and taken home is what the library makes of it."""
     found = updates(loaded(tiny_one_d), photo, 4, tile=True)
     expected = encode_image(Image.open(photo), tiny_one_d, length=4 * 24, tile=True)
@@ -151,7 +151,7 @@ def test_the_box_for_tiles_has_a_line_of_help():
     assert fields["tile"]["value"] is False and "One-D-Piece only" in fields["tile"]["info"]
 
 
-def test_a_file_comes_back_as_a_image(loaded, tiny_one_d, photo, tmp_path):
+def test_a_file_comes_back_as_an_image(loaded, tiny_one_d, photo, tmp_path):
     data = encode_image(Image.open(photo), tiny_one_d, length=3).data
     (tmp_path / "photo.odp").write_bytes(data)
     found = opened(loaded(tiny_one_d), tmp_path / "photo.odp")[-1]
