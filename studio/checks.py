@@ -8,6 +8,7 @@ import json
 import reprlib
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 from studio.errors import StudioError
 
@@ -19,7 +20,7 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
-def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
+def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
     """Check an integer before anything is sized by it.
 
     Args:
@@ -40,7 +41,7 @@ def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER
     return int(value)
 
 
-def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
+def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
     """Check a finite number.
 
     Args:
@@ -62,25 +63,25 @@ def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMB
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_choice(name: str, value, allowed: Collection[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raises a `StudioError` for a value that is none of those allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
 
 
-def as_integer(value):
+def as_integer(value: Any) -> Any:
     """An integer that JSON or a form made a float of, such as 3.0, as an `int`; any other value as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def check_flag(name: str, value) -> bool:
+def check_flag(name: str, value: Any) -> bool:
     """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise StudioError(f"{name} must be True or False, not {shown(value)}.")
     return bool(value)
 
 
-def check_text(name: str, value, maximum: int, empty: str | None = None) -> str:
+def check_text(name: str, value: Any, maximum: int, empty: str | None = None) -> str:
     """Check a text that a person gives.
 
     Args:
@@ -104,7 +105,7 @@ def check_text(name: str, value, maximum: int, empty: str | None = None) -> str:
     return value
 
 
-def check_options(options, kinds: Mapping[str, type]) -> dict[str, int | float | str]:
+def check_options(options: Any, kinds: Mapping[str, type]) -> dict[str, int | float | str]:
     """Check the types of options given by name, as JSON has them; what takes them checks their ranges.
 
     Args:
@@ -146,7 +147,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def json_text(value) -> str:
+def json_text(value: Any) -> str:
     """JSON that can be written as UTF-8: readable, or ASCII where a text in it, such as a path, is no Unicode."""
     text = json.dumps(value, ensure_ascii=False)
     return text if is_unicode(text) else json.dumps(value)
@@ -157,13 +158,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def set_fields(settings, **values) -> None:
+def set_fields(settings: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass, from its `__post_init__`, to what its checks returned."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
 
 
-def shown(value) -> str:
+def shown(value: Any) -> str:
     """A value as messages show it: short, whatever it is."""
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
