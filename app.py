@@ -1,16 +1,16 @@
-"""Entry of a Hugging Face Space; here, `python app.py` opens the app."""
+"""Entry of a Hugging Face Space; elsewhere, `python app.py` opens the app."""
 
 from importlib.util import find_spec
 
 if find_spec("spaces"):
-    pass
+    import spaces  # noqa: F401  # before torch, or no GPU is lent
 
 from studio.ui.app import build_app, launch_settings
-from studio.ui.server.zerogpu import place
+from studio.ui.server.zerogpu import preload
 
 MODEL = "emoji-ar"
 
-place(MODEL)
+preload(MODEL)
 demo = build_app(MODEL)
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ work everywhere and are written to JSON; callers put it in place of what was giv
 
 import json
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 from studio.errors import StudioError
 
@@ -19,7 +20,7 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
-def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
+def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
     """Check an integer before anything is sized by it.
 
     Args:
@@ -33,13 +34,14 @@ def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER
     Raises:
         StudioError: no integer, or one outside the range.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= value <= maximum:
-        limits = f"of at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
-        raise StudioError(f"{name} must be a whole number {limits}, not {shown(value)}.")
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
+        limits = f" of at least {minimum}" if maximum == MAX_INTEGER else f" from {minimum} to {maximum}"
+        limits = "" if (minimum, maximum) == (-MAX_INTEGER, MAX_INTEGER) else limits
+        raise StudioError(f"{name} must be a whole number{limits}, not {shown(value)}.")
     return int(value)
 
 
-def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
+def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
     """Check a finite number.
 
     Args:
@@ -61,37 +63,74 @@ def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMB
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_choice(name: str, value, allowed: Collection[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raises a `StudioError` for a value that is none of those allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
 
 
-def check_flag(name: str, value) -> bool:
+def as_integer(value: Any) -> Any:
+    """An integer that JSON or a form made a float of, such as 3.0, as an `int`; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_flag(name: str, value: Any) -> bool:
     """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise StudioError(f"{name} must be True or False, not {shown(value)}.")
     return bool(value)
 
 
-def check_text(name: str, value, maximum: int, empty: str) -> None:
-    """Check words that a person gives.
+def check_text(name: str, value: Any, maximum: int, empty: str | None = None) -> str:
+    """Check a text that a person gives.
 
     Args:
-        name: what messages call them, as in "The prompt".
-        value: a `str` of real characters, not all of them space.
+        name: what messages call it, as in "The prompt".
+        value: a `str` that can be written as UTF-8.
         maximum: the most characters.
-        empty: the sentence for a value that is no text or has no words.
+        empty: the sentence for a value that is no text or blank; `None` allows a blank text.
+
+    Returns:
+        The value.
 
     Raises:
         StudioError: not such a text.
     """
-    if not isinstance(value, str) or not value.strip():
-        raise StudioError(empty)
+    if not isinstance(value, str) or (empty is not None and not value.strip()):
+        raise StudioError(empty or f"{name} must be text, not {shown(value)}.")
     if len(value) > maximum:
         raise StudioError(f"{name} has {len(value)} characters; at most {maximum} are read.")
     if not is_unicode(value):
         raise StudioError(f"{name} is not valid Unicode (half of a character, or bytes that are not UTF-8): retype it.")
+    return value
+
+
+def check_options(options: Any, kinds: Mapping[str, type]) -> dict[str, int | float | str]:
+    """Check the types of options given by name, as JSON has them; what takes them checks their ranges.
+
+    Args:
+        options: a dict by name.
+        kinds: the type of each option by its name: `int`, `float` or `str`. Options of other names pass unchecked.
+
+    Returns:
+        A new dict with Python's own numbers.
+
+    Raises:
+        StudioError: no dict, a name that is no text, or a value of another type.
+    """
+    if not isinstance(options, dict):
+        raise StudioError(f"Options are given by name, as in {{'delta': 0.1}}, not as {shown(options)}.")
+    checked = {}
+    for name, value in options.items():
+        called, kind = f"The option {check_text('An option name', name, 100)}", kinds.get(name)
+        if kind is str:
+            value = check_text(called, value, 100)
+        elif kind is int:
+            value = check_integer(called, as_integer(value), -MAX_INTEGER)
+        elif kind is float:
+            value = float(check_number(called, value, -MAX_NUMBER))
+        checked[name] = value
+    return checked
 
 
 def is_unicode(text: str) -> bool:
@@ -108,7 +147,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def json_text(value) -> str:
+def json_text(value: Any) -> str:
     """JSON that can be written as UTF-8: readable, or ASCII where a text in it, such as a path, is no Unicode."""
     text = json.dumps(value, ensure_ascii=False)
     return text if is_unicode(text) else json.dumps(value)
@@ -119,15 +158,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def set_fields(settings, **values) -> None:
+def set_fields(settings: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass, from its `__post_init__`, to what its checks returned."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
 
 
-def shown(value) -> str:
+def shown(value: Any) -> str:
     """A value as messages show it: short, whatever it is."""
-    if isinstance(value, Integral) and abs(value) >= 10**40:
+    if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     try:
         return printable(_repr.repr(value))

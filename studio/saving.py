@@ -114,17 +114,51 @@ def save_all(writers):
     return replaced
 
 
-def unused(path, call, seed):
-    """Return a path where nothing is lost: this one, or the first `name-2.png`, `name-3.png`, ... that will do.
+def save_new(writers, records):
+    """Write several PNGs, or none, and replace nothing: where a name is taken, `name-2.png`, `name-3.png`, ... follow.
+
+    A name is claimed by creating its file, so two processes that write to one folder never take the same one.
 
     Args:
-        path: of a PNG that is to be written.
-        call, seed: as of `png_writer`; a file that carries the same ones may be written again.
+        writers: as of `save_all`.
+        records: `{path: (call, seed)}`, as of `png_writer`; a file that carries the same ones is written again.
+
+    Returns:
+        The paths in the order of `writers`.
+
+    Raises:
+        StudioError: a file cannot be written; nothing is left of any, nor of folders made for them.
     """
+    made, claimed, chosen = [], [], {}
+    try:
+        for path, write in writers.items():
+            made += make_folders(path.parent)
+            candidate, is_new = _claim(path, *records[path])
+            claimed += [candidate] * is_new
+            chosen[candidate] = write
+        save_all(chosen)
+    except BaseException as error:
+        for candidate in claimed:
+            candidate.unlink(missing_ok=True)
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise StudioError(f"The images cannot be written: {error.strerror or error}.") from error
+        raise
+    return list(chosen)
+
+
+def _claim(path, call, seed):
+    """The first name that is free or carries this call and seed, and whether it was free and is claimed now."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        if not os.path.lexists(candidate) or holds(candidate, call, seed):
-            return candidate
+        try:
+            os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return candidate, True
+        except FileExistsError:
+            if holds(candidate, call, seed):
+                return candidate, False
 
 
 def holds(path, call, seed):

@@ -16,7 +16,7 @@ from studio import (
     ResGenDecoding,
     decoding_named,
 )
-from studio.checks import check_integer, check_number, check_text, json_text, shown
+from studio.checks import as_integer, check_integer, check_number, check_options, check_text, json_text, shown
 from studio.decoding.drafts import NGram, TokenRecycling
 from studio.decoding.sampling import Sampling
 from studio.decoding.trees import DynamicTree, StaticTree
@@ -158,3 +158,46 @@ def test_more_calls_of_a_student_than_steps_build_no_list():
         Distilled(steps=10**9).times_for(Student())
     with pytest.raises(StudioError, match="must end at 7"):
         Distilled(teacher_steps=(1, 10**11)).reports_for(Student())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(3.0, 3), (-0.0, 0), (2.5, 2.5), ("3", "3"), (True, True), (None, None)]
+)
+def test_integers_that_json_made_floats_of_are_integers_again(value, expected):
+    taken = as_integer(value)
+    assert taken == expected and type(taken) is type(expected)
+
+
+def test_text_may_be_blank_where_no_sentence_refuses_it():
+    assert check_text("The prompt", " ", 10) == " "
+    for value in (None, 3, ["a"]):
+        with pytest.raises(StudioError, match="^The prompt must be text, not "):
+            check_text("The prompt", value, 10)
+
+
+KINDS = {"delta": float, "window": int, "mode": str}
+
+
+def test_options_come_back_as_pythons_own():
+    checked = check_options({"delta": np.float32(0.5), "window": 3.0, "mode": "x", "other": None}, KINDS)
+    assert checked == {"delta": 0.5, "window": 3, "mode": "x", "other": None}
+    assert [type(checked[name]) for name in KINDS] == [float, int, str]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["delta"], "by name"),
+        ({3: 1}, "An option name must be text"),
+        ({"\ud83c": 1}, "An option name is not valid Unicode"),
+        ({"delta": "0.1"}, "The option delta must be a finite number"),
+        ({"delta": math.nan}, "The option delta must be a finite number"),
+        ({"window": 2.5}, "The option window must be a whole number, not 2.5"),
+        ({"window": True}, "The option window must be a whole number, not True"),
+        ({"mode": 1}, "The option mode must be text"),
+        ({"mode": "x" * 101}, "101 characters"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, message):
+    with pytest.raises(StudioError, match=message):
+        check_options(options, KINDS)

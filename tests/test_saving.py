@@ -2,12 +2,14 @@
 
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
 from studio import StudioError
-from studio.saving import check_writable, plan_paths, png_writer, save_all, slug, unused
+from studio.saving import check_writable, holds, plan_paths, png_writer, save_all, save_new, slug
 
 TITLES = ["赤いりんご", "красное яблоко", "تفاحة حمراء", "लाल सेब", "빨간 사과", "a red apple", "Ärger & Öl"]
 TITLES += ["🍎", "!!!", "🍏", "x" * 500]
@@ -33,7 +35,7 @@ def test_the_same_call_keeps_its_name_and_another_takes_the_next(tmp_path):
     [path], _ = plan_paths(tmp_path, "a red apple", [7])
     calls = [{"guidance": 1.0}, {"guidance": 2.0}, {"guidance": 3.0}]
     for call in (*calls, *calls):
-        save_all({unused(path, call, 7): png(call, 7)})
+        save_new({path: png(call, 7)}, {path: (call, 7)})
     assert sorted(each.name for each in tmp_path.iterdir()) == [
         "a-red-apple-7-2.png", "a-red-apple-7-3.png", "a-red-apple-7.png",
     ]  # fmt: skip
@@ -42,7 +44,37 @@ def test_the_same_call_keeps_its_name_and_another_takes_the_next(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"mine", b"\x89PNG\r\n\x1a\n" + bytes(40)])
 def test_what_is_none_of_ours_keeps_its_name(tmp_path, content):
     (tmp_path / "x-1.png").write_bytes(content)
-    assert unused(tmp_path / "x-1.png", {}, 1) == tmp_path / "x-1-2.png"
+    path = tmp_path / "x-1.png"
+    assert save_new({path: png({}, 1)}, {path: ({}, 1)}) == [tmp_path / "x-1-2.png"]
+    assert path.read_bytes() == content
+
+
+def test_runs_at_the_same_moment_never_take_the_same_name(tmp_path):
+    """All look at the folder before any writes: each name must be claimed by exactly one of them."""
+    path, runs = tmp_path / "new" / "x-1.png", 8
+    barrier = threading.Barrier(runs)
+
+    def run(number):
+        def write(part):
+            barrier.wait(timeout=20)
+            png({"run": number}, 1)(part)
+
+        return save_new({path: write}, {path: ({"run": number}, 1)})[0]
+
+    with ThreadPoolExecutor(runs) as pool:
+        paths = list(pool.map(run, range(runs)))
+    assert len(set(paths)) == runs == len(list(path.parent.iterdir()))
+    assert all(holds(each, {"run": number}, 1) for number, each in enumerate(paths))
+
+
+def test_a_failure_gives_claimed_names_back(tmp_path):
+    def fail(part):
+        raise OSError("no space")
+
+    paths = [tmp_path / "new" / "a.png", tmp_path / "new" / "b.png"]
+    with pytest.raises(StudioError, match="cannot be written"):
+        save_new({paths[0]: png({}, 1), paths[1]: fail}, {path: ({}, 1) for path in paths})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_of_somebody_else_survives(tmp_path):

@@ -1,6 +1,7 @@
-"""The app: one page, a tab per thing to do."""
+"""The app: one page with the tabs Generate, Tokenize, Ask and Compare."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import gradio as gr
 
@@ -14,34 +15,33 @@ from studio.ui.tabs.examples import EXAMPLE_FILES
 from studio.ui.tabs.theme import CSS, studio_theme
 
 _HOUR = 3600
-_LIGHT = 64  # places for what needs no model
-_ALONE = 1  # requests for a model under way where there are no queues of ours
+_LIGHT = 64  # concurrent requests that need no model
+_ALONE = 1  # concurrent requests for a model where `studio.ui.server.worker` has no queues
 
 
-def build_app(model="emoji-ar", places=None):
-    """Build the page without loading a model; the first sampling or question does.
+def build_app(model: str = "emoji-ar", places: int | None = None) -> gr.Blocks:
+    """Build the page without loading a model; the first request does.
 
     Args:
         model: what `studio.load` takes: a bundled name, a model folder or a Hub id.
-        places: how many requests for a model may be under way, where `studio.ui.server.worker` has queues for them;
-            `None` to
-            have one under way and the others wait in Gradio's queue.
+        places: requests for a model that may be under way, where `studio.ui.server.worker` has queues for them. `None`:
+            one is under way, and the others wait in Gradio's queue.
 
     Returns:
-        A `gr.Blocks`; launch it with `launch_settings()`, or use `launch`.
+        The page; launch it with `launch_settings()`, or use `launch`.
     """
     with Page(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
         header(model)
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                outlet, form = generate.build_tab(model)
+                send_to, form = generate.build_tab(model)
             with gr.Tab("Tokenize", id="tokenize"):
                 image = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
                 asked, question = ask.build_tab()
             with gr.Tab("Compare", id="compare"):
                 compared = compare.build_tab(model)
-        connect_send_to(outlet, tabs, {"tokenize": image, "ask": asked})
+        connect_send_to(send_to, tabs, {"tokenize": image, "ask": asked})
         connect_link(demo, tabs, form, question, compared)
     if places is not None:
         for handler in demo.fns.values():
@@ -50,10 +50,11 @@ def build_app(model="emoji-ar", places=None):
     return demo.queue(max_size=_LIGHT + (places or 0), api_open=False)
 
 
-def launch_settings():
-    """What Gradio 6 takes where an app is launched or mounted: the look, no run history (each PNG carries its own
-    settings), the files of the examples, which may lie outside of the working folder, and the endpoints as MCP tools
-    where the extra `mcp` is installed.
+def launch_settings() -> dict[str, Any]:
+    """The settings that Gradio takes where an app is launched or mounted.
+
+    They are: the theme; no run history, as each PNG has its settings; access to the example images, which may be
+    outside of the working folder; and the endpoints as MCP tools, where the extra `mcp` is installed.
     """
     return {
         "theme": studio_theme(),
@@ -65,12 +66,14 @@ def launch_settings():
     }
 
 
-def launch(host="127.0.0.1", port=7860, *, model="emoji-ar", places=None, **settings):
+def launch(
+    host: str = "127.0.0.1", port: int = 7860, *, model: str = "emoji-ar", places: int | None = None, **settings: Any
+) -> None:
     """Serve the app until it is interrupted.
 
     Args:
-        host: address to listen on, IPv6 as well; "0.0.0.0" shows the app to the whole network.
-        port: port to listen on.
+        host: address to listen on, IPv4 or IPv6; "0.0.0.0" opens the app to the whole network.
+        port: port to listen on; 0 takes any that is free.
         model: what `studio.load` takes.
         places: see `build_app`.
         settings: passed on to `studio.ui.server.run.run`.

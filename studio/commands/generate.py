@@ -127,7 +127,7 @@ def generate(
 
 def _generate(prompt, class_label, model, num_images, seed, settings, decoding, tolerance, device, dtype, out, sheet):
     from studio.commands.saved import save
-    from studio.saving import make_sheet, plan_paths, png_writer, unused
+    from studio.saving import make_sheet, plan_paths, png_writer, save_new
 
     seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
     paths, sheet_path = plan_paths(out, prompt or f"class {class_label}", seeds, sheet)
@@ -166,13 +166,15 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
         "device": str(pipe.device),
         "dtype": "int8" if packed else str(pipe.transformer.dtype).removeprefix("torch."),
     }
-    if out.suffix.lower() != ".png":
-        paths = [unused(path, call, each) for path, each in zip(paths, seeds)]
-        sheet_path = sheet_path and unused(sheet_path, call, seeds)
     writers = {path: png_writer(image, call, each) for path, image, each in zip(paths, output.images, seeds)}
     if sheet_path:
         writers[sheet_path] = png_writer(make_sheet(output.images), call, seeds)
-    save(writers)
+    if out.suffix.lower() == ".png":
+        save(writers)
+    else:
+        records = {path: (call, each) for path, each in zip([*paths, sheet_path], [*seeds, seeds])}
+        paths = save_new(writers, records)
+        sheet_path = paths.pop() if sheet_path else None
 
     stats = output.stats
     sampled_from = output.prompts if set(output.prompts or [prompt]) != {prompt} else None

@@ -9,7 +9,7 @@ from studio.console import emit, say
 from studio.errors import StudioError
 
 
-def models(as_json: Json = False):
+def models(as_json: Json = False) -> None:
     """List the bundled models."""
     from studio.doctor import list_models
 
@@ -19,7 +19,7 @@ def models(as_json: Json = False):
         say(f"{row['name']:12} {row['kind']:10} {row['state']:10} {row['summary']}")
 
 
-def doctor(as_json: Json = False):
+def doctor(as_json: Json = False) -> None:
     """Check this installation: device, versions, bundled weights with their SHA-256."""
     from studio.doctor import examine
 
@@ -39,11 +39,11 @@ def doctor(as_json: Json = False):
 
 def ui(
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 shows the app to the whole network.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the app to the whole network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any that is free.")] = 7860,
-):
-    """Open the app in a browser."""
+) -> None:
+    """Serve the app to its owner, and print its address."""
     from studio.ui.server.storage import use_private_folder
 
     folder = use_private_folder()  # before Gradio is imported

@@ -67,7 +67,7 @@ def test_an_own_image_is_read(empty, tmp_path):
     assert empty.locator("#answers .studio-answer").count() == 1
 
 
-def test_without_a_image_the_tab_says_so(empty):
+def test_without_an_image_the_tab_says_so(empty):
     empty.click("#ask")
     empty.wait_for_selector(TOAST)
     assert "Give an image" in empty.inner_text(TOAST)

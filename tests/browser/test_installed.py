@@ -91,14 +91,14 @@ def test_the_slider_ends_where_its_tokenizer_does(page):
     assert page.inner_text("#scale [data-testid=max-value]") == page.input_value("#scale input[type=number]") == "128"
 
 
-def test_race_takes_the_choice_that_the_page_begins_with(page):
+def test_side_by_side_takes_the_choice_that_the_page_begins_with(page):
     page.fill("#prompt textarea", "a red apple")
-    page.click("#race")
+    page.click("#side-by-side")
     page.wait_for_selector("#status .done", timeout=LIMIT)
     assert page.locator(".studio-lane.done").count() == 2
 
 
-def test_words_of_a_link_are_no_html(page, url):
+def test_text_of_a_link_is_no_html(page, url):
     html = "<img src=x><a href='https://evil.example'>Sign in</a>"
     page.goto(f"{url}?tab={html}")
     page.wait_for_selector(".toast-body")

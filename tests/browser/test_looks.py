@@ -47,13 +47,13 @@ def test_sampling_fits_the_window(window):
     keep(page, f"generate-{name}")
 
 
-def test_a_race_fits_the_window(window):
+def test_two_decodings_side_by_side_fit_the_window(window):
     page, name = window
     page.get_by_role("radio", name="Speculative", exact=True).check()
     page.fill("#prompt textarea", "a red apple")
-    page.click("#race")
+    page.click("#side-by-side")
     page.wait_for_selector("#status .done", timeout=LIMIT)
-    keep(page, f"race-{name}")
+    keep(page, f"side-by-side-{name}")
 
 
 def test_an_answer_fits_the_window(window, reader_folder):

@@ -75,7 +75,7 @@ def test_a_link_opens_a_tab(page, url):
 def test_a_wrong_link_is_a_toast(page, url):
     page.goto(f"{url}?prompt=a+fox&count=99")
     page.wait_for_selector(".toast-body")
-    assert "between 1 and 16" in page.inner_text(".toast-body")
+    assert "from 1 to 16" in page.inner_text(".toast-body")
     assert page.input_value("#prompt textarea") == ""
 
 

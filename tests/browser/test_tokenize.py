@@ -97,7 +97,7 @@ def test_files_that_are_nothing_are_a_toast_and_nothing_is_lost(tab, tmp_path):
     tab.wait_for_selector("#tokenize")
 
 
-def test_without_a_image_the_tab_says_so(tab):
+def test_without_an_image_the_tab_says_so(tab):
     tab.click("#tokenize")
     tab.wait_for_selector(TOAST)
     assert "Give an image" in tab.inner_text(TOAST)

@@ -15,7 +15,7 @@ def launched(monkeypatch):
     """What the app was launched with, in place of launching it."""
     found = []
     monkeypatch.setattr(storage, "use_private_folder", lambda: None)
-    monkeypatch.setattr(worker, "_stations", [])
+    monkeypatch.setattr(worker, "_workers", [])
     monkeypatch.setattr(limits, "_limits", Limits())
     monkeypatch.setattr(models, "_elsewhere", defaultdict(dict))
     monkeypatch.setattr(serving, "launch", lambda *where, **how: found.append((where, how)))
@@ -29,12 +29,12 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
     assert code == 0, err
     [(where, how)] = launched
     assert where == ("127.0.0.1", 7999) and how["upload_bytes"] == 7_000_000 and how["places"] == 11
-    [station] = worker._stations
-    assert station.device == Device("cpu", "float32")
+    [device_worker] = worker._workers
+    assert device_worker.device == Device("cpu", "float32")
     now = limits.limits()
     assert (now.images, now.characters, now.pixels, now.answer) == (3, 90, 9_000_000, 70)
     assert now.models[tiny_folder.name] == str(tiny_folder) and "emoji-vq" in now.models
-    assert list(models._elsewhere["pipelines", station.device]) == [how["model"]] == [tiny_folder.name]
+    assert list(models._elsewhere["pipelines", device_worker.device]) == [how["model"]] == [tiny_folder.name]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def client(steps, reader):
 def address(tiny_pipeline, tiny_reader):
     """Where the tiny pipeline is served, within narrow limits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_stations", [])
+        patch.setattr(worker, "_workers", [])
         patch.setattr(limits, "_limits", Limits())
         patch.setitem(models._pipelines, "tiny", tiny_pipeline)
         patch.setitem(models._readers, "tiny", VisualQuestionPipeline(*tiny_reader))

@@ -1,6 +1,7 @@
 """The Ask tab: answers that grow, patches over the image, and every way to get it wrong."""
 
 import asyncio
+import functools
 import re
 import time
 
@@ -12,8 +13,8 @@ from gradio_client import handle_file
 from PIL import Image
 
 from studio.pruning.layout import PatchView
-from studio.ui.render.patches import draw_patches
-from studio.ui.render.render_answers import answer_cards, verdict
+from studio.ui.render.render_answers import render_answers, verdict
+from studio.ui.render.render_patches import render_patches
 from studio.ui.server import models
 from studio.ui.tabs import ask
 
@@ -62,6 +63,7 @@ def test_both_answers_come_with_counts_and_clocks(reader, short, scene):
 def test_the_answer_is_shown_while_it_grows(reader, short, scene, monkeypatch):
     forward = reader.model.forward
 
+    @functools.wraps(forward)
     def slow(*args, **kwargs):
         time.sleep(0.1)
         return forward(*args, **kwargs)
@@ -174,6 +176,7 @@ def test_closing_stops_the_model_within_one_token(reader, scene, monkeypatch):
     calls = []
     forward = reader.model.forward
 
+    @functools.wraps(forward)
     def slow(*args, **kwargs):
         calls.append(1)
         time.sleep(0.05)
@@ -217,10 +220,10 @@ def test_programs_ask_too(client, scene):
 def test_kept_patches_are_full_and_others_faint():
     image = Image.new("RGB", (480, 240), "teal")
     kept = torch.tensor([[True, False], [False, False]])
-    alpha = np.asarray(draw_patches(image, PatchView("whole", (0.25, 0, 0.75, 1), kept, kept)).getchannel("A"))
+    alpha = np.asarray(render_patches(image, PatchView("whole", (0.25, 0, 0.75, 1), kept, kept)).getchannel("A"))
     assert alpha[0, 120] == alpha[119, 239] == 255
     assert alpha[0, 119] == alpha[0, 240] == alpha[120, 120] == alpha[0, 479] == 44
-    padded = draw_patches(image, PatchView("crops", (0, -0.5, 1, 1.5), torch.ones(4, 4) > 0, torch.ones(4, 4) > 0))
+    padded = render_patches(image, PatchView("crops", (0, -0.5, 1, 1.5), torch.ones(4, 4) > 0, torch.ones(4, 4) > 0))
     assert padded.getchannel("A").getextrema() == (255, 255)
 
 
@@ -228,6 +231,6 @@ def test_bars_share_a_scale_and_the_verdict_is_honest(reader, scene):
     fast, slow = (reader(Image.open(scene), "how many", max_new_tokens=1) for _ in range(2))
     fast.seconds.update(encode=0.1, select=0.1, prefill=0.1, decode=0.1)
     slow.seconds.update(encode=0.2, select=0, prefill=0.5, decode=0.1)
-    assert 'class="prefill" style="width:62.50%"' in answer_cards([("a", fast), ("b", slow)])
+    assert 'class="prefill" style="width:62.50%"' in render_answers([("a", fast), ("b", slow)])
     assert verdict(fast, slow) == "2.0 times as fast as with all tokens; the answer is the same."
     assert verdict(slow, fast).startswith("Slower than with all tokens, by 0.40 s")

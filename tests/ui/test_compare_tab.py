@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -41,7 +42,11 @@ def test_every_side_samples_what_it_samples_alone(steps, tiny_pipeline):
     found = updates()
     galleries = [[image for image, _ in gallery["value"]] for gallery, _, _ in found if "value" in gallery]
     assert [len(images) for images in galleries] == [1, 2]
-    for image, decoding in zip(galleries[-1], ("ar", "speculative"), strict=True):
+    assert [Path(path).name for path in galleries[-1]] == [
+        "a-red-apple-7-tiny-plain.png",
+        "a-red-apple-7-tiny-speculative.png",
+    ]
+    for image, decoding in zip(map(Image.open, galleries[-1]), ("ar", "speculative"), strict=True):
         alone = tiny_pipeline(
             "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
         )
@@ -130,8 +135,8 @@ def test_a_judge_of_other_concepts_spoils_no_comparison(steps, judge, toasts):
         ({"sides": ["tiny", "tiny: lantern delta=0.3 delta=0.4"]}, "given twice"),
         ({"sides": ["tiny", "tiny: distilled"]}, "student"),
         ({"sides": ["tiny", "nobody-has-this"]}, "no model or folder"),
-        ({"count": 5}, "between 1 and 4"),
-        ({"seed": "-1"}, "seed from 0"),
+        ({"count": 5}, "from 1 to 4"),
+        ({"seed": "-1"}, "seed must be a whole number from 0"),
         ({"seed": "seven"}, "whole number"),
     ],
 )
@@ -143,12 +148,12 @@ def test_wrong_input_is_a_toast_and_loses_nothing(steps, toasts, changes, words)
 
 
 def test_options_are_part_of_a_side(monkeypatch):
-    wish = CompareRequest("a fox", ["tiny: lantern delta=0.3 k=9", "folder/of a model: ar"], seed=3)
-    assert wish.wishes[0].options == {"delta": 0.3, "k": 9} and wish.wishes[0].model == "tiny"
-    assert wish.wishes[1].model == "folder/of a model" and [each.seed for each in wish.wishes] == [3, 3]
+    request = CompareRequest("a fox", ["tiny: lantern delta=0.3 k=9", "folder/of a model: ar"], seed=3)
+    assert request.requests[0].options == {"delta": 0.3, "k": 9} and request.requests[0].model == "tiny"
+    assert request.requests[1].model == "folder/of a model" and [each.seed for each in request.requests] == [3, 3]
     monkeypatch.setattr(comparing, "fitting_decodings", lambda model: ["mar", "cspd"])
-    assert CompareRequest("a fox", ["m: steps=3", "m"]).wishes[0].how == {"name": "mar", "steps": 3}
-    sampled = CompareRequest("a fox", SIDES).wishes
+    assert CompareRequest("a fox", ["m: steps=3", "m"]).requests[0].how == {"name": "mar", "steps": 3}
+    sampled = CompareRequest("a fox", SIDES).requests
     assert sampled[0].seed == sampled[1].seed
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from PIL import Image
 
 from studio.ui.app import build_app
 from studio.ui.jobs.request import GenerateRequest
@@ -52,19 +53,19 @@ def test_images_and_labels(mar, toasts, decoding, options):
     is_relaxed = options.get("mode") == "relaxed"
     assert len(gallery["value"]) == 2 and "2 images in" in status
     assert ("approximate" in status) == is_relaxed and ("drafts accepted" in status) == (decoding == "cspd")
-    record = json.loads(gallery["value"][0][0].info["studio"])["call"]
+    record = json.loads(Image.open(gallery["value"][0][0]).info["studio"])["call"]
     assert record["decoding"].get("approximate", False) == is_relaxed
     assert any("not validated" in toast for toast in toasts) == is_relaxed
 
 
 def test_relaxed_is_approximate_in_a_race(mar, toasts):
-    _, lanes, status = updates(generate.show_race, *FIELDS, "cspd", {"mode": "relaxed"})[-1]
+    _, lanes, status = updates(generate.show_side_by_side, *FIELDS, "cspd", {"mode": "relaxed"})[-1]
     assert "Continuous speculative, approximate" in lanes and "Masked autoregressive" in lanes
     assert "plain" in status
 
 
 def test_plain_decoding_races_against_the_next_that_fits(mar, toasts):
-    _, lanes, _ = updates(generate.show_race, *FIELDS, "mar", {})[-1]
+    _, lanes, _ = updates(generate.show_side_by_side, *FIELDS, "mar", {})[-1]
     assert "Continuous speculative" in lanes and not toasts
 
 
@@ -85,12 +86,12 @@ def test_what_is_not_sampled_yet_is_transparent(mar):
     sketch = Sketch(torch.zeros(1, 16, 3), known)
     [image] = partial_images(mar, sketch)
     alpha = image.getchannel("A")
-    assert sketch.sampled == 2 and sketch.places == {0, 6}
+    assert sketch.sampled == 2 and sketch.positions == {0, 6}
     assert (alpha.getpixel((0, 0)), alpha.getpixel((9, 5)), alpha.getpixel((5, 5))) == (255, 255, 0)
 
 
 def test_wishes_carry_how_they_are_sampled():
-    wish = GenerateRequest("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
-    assert wish.how == {"name": "cspd", "mode": "relaxed", "approximate": True} and wish.plain == "mar"
-    assert wish.title == "Continuous speculative, approximate"
+    request = GenerateRequest("tiny-mar", "x", decoding="cspd", options={"mode": "relaxed"})
+    assert request.how == {"name": "cspd", "mode": "relaxed", "approximate": True} and request.plain == "mar"
+    assert request.title == "Continuous speculative, approximate"
     assert GenerateRequest("tiny", "x", decoding="lantern").plain == "ar"

@@ -46,7 +46,7 @@ def test_images(resgen, toasts, decoding, options):
 
 
 def test_a_race_of_both_orders(resgen, toasts):
-    _, lanes, status = updates(generate.show_race, *FIELDS, "first-hitting", {})[-1]
+    _, lanes, status = updates(generate.show_side_by_side, *FIELDS, "first-hitting", {})[-1]
     assert "Most confident first" in lanes and "First hitting" in lanes and "plain" in status
 
 
@@ -58,7 +58,7 @@ def test_what_is_refused_becomes_a_toast(resgen, toasts):
 def test_progress_counts_codes_and_ends_whole(resgen):
     seen = []
     Call(resgen, GenerateRequest("tiny-resgen", "a red apple", count=1, seed=0, decoding="first-hitting"))(
-        lambda sketch: seen.append((sketch.sampled, len(sketch.places)))
+        lambda sketch: seen.append((sketch.sampled, len(sketch.positions)))
     )
     assert len(seen) == 4 and seen[-1] == (16, 16)
     assert all(0 < sampled <= places for sampled, places in seen) and seen[0][0] < 16
@@ -70,5 +70,5 @@ def test_cells_without_a_code_are_transparent(resgen):
     sketch = Sketch(tokens, (tokens >= 0).any(dim=2))
     [image] = partial_images(resgen, sketch)
     alpha = image.getchannel("A")
-    assert sketch.sampled == 2 and sketch.places == {0, 6}
+    assert sketch.sampled == 2 and sketch.positions == {0, 6}
     assert (alpha.getpixel((0, 0)), alpha.getpixel((9, 5)), alpha.getpixel((5, 5))) == (255, 255, 0)

@@ -57,10 +57,10 @@ def test_a_tool_samples(asked, tiny_pipeline):
 
 def test_a_tool_says_what_is_wrong(asked):
     answer = asked(lambda session: session.call_tool("generate", {"prompt": "a red apple", "count": 99}))
-    assert answer.isError and "between 1 and 16" in answer.content[0].text
+    assert answer.isError and "from 1 to 16" in answer.content[0].text
 
 
-def test_a_image_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_path):
+def test_an_image_is_given_as_data_and_never_as_a_path_or_a_link(asked, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     data = base64.b64encode((tmp_path / "secret.png").read_bytes()).decode()
     call = {"question": "what is it", "model": "tiny-reader", "method": "uniform", "keep": 0.5, "max_new_tokens": 2}

@@ -33,7 +33,7 @@ from studio.ui.tabs.components import uploaded
 @pytest.fixture
 def pipe(tiny_pipeline, monkeypatch):
     """The app samples with the tiny pipeline, eight images a call."""
-    monkeypatch.setattr(worker, "_stations", [DeviceWorker(Device(), QueueLimits(together=8))])
+    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8))])
     monkeypatch.setattr(limits, "_limits", Limits())
     monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
     return tiny_pipeline
@@ -41,25 +41,25 @@ def pipe(tiny_pipeline, monkeypatch):
 
 @pytest.fixture
 def calls(pipe, monkeypatch):
-    """How many wishes each call drew."""
+    """How many requests each call drew."""
     sizes, together = [], sampling.sample_together
     monkeypatch.setattr(
-        sampling, "sample_together", lambda wishes, jobs: sizes.append(len(wishes)) or together(wishes, jobs)
+        sampling, "sample_together", lambda requests, jobs: sizes.append(len(requests)) or together(requests, jobs)
     )
     return sizes
 
 
-def sampled(wishes):
-    """What becomes of wishes of as many users that all wait before the first is sampled."""
+def sampled(requests):
+    """What becomes of requests of as many users that all wait before the first is sampled."""
     held = threading.Event()
-    worker._stations[0]._thread.submit(held.wait)
+    worker._workers[0]._thread.submit(held.wait)
 
-    async def follow(number, wish):
+    async def follow(number, request):
         LocalContext.request.set(SimpleNamespace(session_hash=number))
-        return [news async for news in sample(wish)]
+        return [news async for news in sample(request)]
 
     async def all_of_them():
-        tasks = [asyncio.create_task(follow(*each)) for each in enumerate(wishes)]
+        tasks = [asyncio.create_task(follow(*each)) for each in enumerate(requests)]
         await asyncio.sleep(0.05)
         held.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -67,12 +67,12 @@ def sampled(wishes):
     return asyncio.run(all_of_them())
 
 
-def alone(pipe, wish):
+def alone(pipe, request):
     import torch
 
-    generators = [torch.Generator().manual_seed(seed) for seed in wish.seeds]
-    how = {"decoding": decoding_named(wish.decoding).settings(), **wish.settings}
-    return pipe(wish.prompt, num_images_per_prompt=wish.count, generator=generators, **how)
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+    how = {"decoding": decoding_named(request.decoding).settings(), **request.settings}
+    return pipe(request.prompt, num_images_per_prompt=request.count, generator=generators, **how)
 
 
 def same(one, other):
@@ -82,41 +82,41 @@ def same(one, other):
 
 @pytest.mark.parametrize("decoding", ["ar", "speculative"])
 def test_everybody_gets_the_images_of_a_call_of_their_own(pipe, calls, decoding):
-    wishes = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding)
+    requests = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding)
               for word, count, seed in (("red", 2, 7), ("green", 1, 7), ("blue", 3, 50))]  # fmt: skip
-    found = sampled(wishes)
+    found = sampled(requests)
     assert calls == [3]
-    for wish, news in zip(wishes, found):
-        expected = alone(pipe, wish)
+    for request, news in zip(requests, found):
+        expected = alone(pipe, request)
         last = news[-1]
-        assert all(same(*pair) for pair in zip(last.images, expected.images)) and len(last.images) == wish.count
+        assert all(same(*pair) for pair in zip(last.images, expected.images)) and len(last.images) == request.count
         records = [json.loads(image.info["studio"]) for image in last.images]
         assert [(record["call"]["prompt"], record["seed"]) for record in records] == [
-            (wish.prompt, seed) for seed in wish.seeds
+            (request.prompt, seed) for seed in request.seeds
         ]
-        assert last.together == 6 and last.stats.tokens == expected.stats.tokens
-        assert all(len(each.images) == wish.count for each in news if not isinstance(each, Sampled) and each.images)
+        assert last.batch_size == 6 and last.stats.tokens == expected.stats.tokens
+        assert all(len(each.images) == request.count for each in news if not isinstance(each, Sampled) and each.images)
 
 
 @pytest.mark.parametrize("decoding", ["speculative", "lantern"])
 def test_everybody_sees_what_became_of_the_drafts_of_their_own_image(pipe, calls, monkeypatch, decoding):
     monkeypatch.setattr(sampling.Pace, "is_due", lambda pace: True)
     options = {"k": 8} if decoding == "lantern" else {}
-    wishes = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding, options=options)
+    requests = [GenerateRequest("tiny", f"a {word} apple", count, seed, decoding=decoding, options=options)
               for word, count, seed in (("red", 2, 7), ("green", 1, 8), ("blue", 3, 50))]  # fmt: skip
-    found = sampled(wishes)
+    found = sampled(requests)
     assert calls == [3]
     ends = []
-    for wish, news in zip(wishes, found):
-        call = sampling.Call(pipe, wish)
-        expected = call.fates(Sketch(call(lambda sketch: False).tokens))
+    for request, news in zip(requests, found):
+        call = sampling.Call(pipe, request)
+        expected = call.trace(Sketch(call(lambda sketch: False).tokens))
         *underway, last = news
-        previews = [each.fates for each in underway if each.images]
-        ends.append(last.fates)
-        assert last.fates == expected and expected.sampled == 16
-        assert previews and all(fates.accepted <= expected.accepted for fates in previews)
-        assert all(count <= expected.rejected[place] for fates in previews for place, count in fates.rejected.items())
-    assert len({(fates.accepted, tuple(fates.rejected.items())) for fates in ends}) > 1
+        previews = [each.trace for each in underway if each.images]
+        ends.append(last.trace)
+        assert last.trace == expected and expected.sampled == 16
+        assert previews and all(trace.accepted <= expected.accepted for trace in previews)
+        assert all(count <= expected.rejected[place] for trace in previews for place, count in trace.rejected.items())
+    assert len({(trace.accepted, tuple(trace.rejected.items())) for trace in ends}) > 1
 
 
 def test_other_settings_are_sampled_in_another_call(pipe, calls):
@@ -138,7 +138,7 @@ def test_a_call_that_fails_is_done_again_for_each_alone(pipe, calls, monkeypatch
     call = sampling.Call.__call__
 
     def fail(self, on_step):
-        if any(wish.prompt == "a bad pear" for wish in self.wishes):
+        if any(request.prompt == "a bad pear" for request in self.requests):
             raise RuntimeError("out of memory")
         return call(self, on_step)
 
@@ -155,11 +155,11 @@ def test_a_server_answers_within_its_limits(address):
     [found], details = client.predict("a red apple", 1, 7, api_name="/generate")
     assert details["seeds"] == [7] and details["sampled_together"] == 1
     assert json.loads(Image.open(found["image"]).info["studio"])["seed"] == 7
-    with pytest.raises(Exception, match="between 1 and 2 images"):
+    with pytest.raises(Exception, match="from 1 to 2, not 3"):
         client.predict("a red apple", 3, api_name="/generate")
     with pytest.raises(Exception, match="41 characters; at most 40"):
         client.predict("a" * 41, 1, api_name="/generate")
-    with pytest.raises(Exception, match="between 1 and 4"):
+    with pytest.raises(Exception, match="from 1 to 4, not 9"):
         client.predict("a pear", ["tiny: ar", "tiny: speculative"], 9, api_name="/compare")
 
 
@@ -185,7 +185,7 @@ def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypa
 
 def test_the_app_itself_reads_uploaded_files_only(tmp_path):
     secret = {"path": str(tmp_path / "secret.png")}
-    assert uploaded(secret) == secret["path"] and uploaded(None) is None
+    assert uploaded(secret) == secret["path"] and uploaded(None) == ""
     inside = {"path": f"{get_upload_folder()}/image.png"}
 
     def asked():
@@ -207,7 +207,7 @@ def test_what_is_given_is_limited(address, tmp_path):
         client.predict(handle_file(str(large)), "tiny", api_name="/tokenize")
     with pytest.raises(Exception, match="at most 5000"):
         client.predict(handle_file(str(wide)), "tiny", api_name="/tokenize")
-    with pytest.raises(Exception, match="at most 64 tokens"):
+    with pytest.raises(Exception, match="from 1 to 64, not 65"):
         client.predict(handle_file(str(wide)), "what", "tiny", "divprune", 0.2, 65, api_name="/ask")
     web = {"path": "http://127.0.0.1:1/image.png", "meta": {"_type": "gradio.FileData"}}
     refused = httpx.post(f"{address}gradio_api/call/tokenize", json={"data": [web, "tiny", None, False]})
@@ -220,7 +220,7 @@ def test_where_one_image_is_allowed_nobody_is_asked_how_many(pipe, monkeypatch):
     monkeypatch.setattr(limits, "_limits", Limits(images=1))
     fields = {each["props"].get("elem_id"): each["props"] for each in build_app("tiny").config["components"]}
     assert not fields["count"]["visible"] and not fields["compare-count"]["visible"]
-    with pytest.raises(StudioError, match="Choose one image"):
+    with pytest.raises(StudioError, match="from 1 to 1, not 2"):
         GenerateRequest("tiny", "a pear", 2)
 
 

@@ -15,7 +15,8 @@ import torch
 from gradio.context import LocalContext
 
 from studio import StudioError
-from studio.ui.jobs.stopping import Stopped, stoppable
+from studio.errors import Stopped
+from studio.ui.jobs.stopping import stoppable
 from studio.ui.server import session as session
 from studio.ui.server import worker
 from studio.ui.server.models import Device
@@ -27,11 +28,11 @@ LIMIT = 20  # seconds
 
 
 @pytest.fixture
-def station(monkeypatch):
+def device_worker(monkeypatch):
     """The only one, where a work lasts until it is told to end or to stop; `begun` are the works."""
-    found = DeviceWorker(Device(), QueueLimits(waiting=8))
+    found = DeviceWorker(Device(), QueueLimits(max_waiting=8))
     found.begun, found.end = [], threading.Event()
-    monkeypatch.setattr(worker, "_stations", [found])
+    monkeypatch.setattr(worker, "_workers", [found])
     yield found
     found.end.set()
 
@@ -39,18 +40,18 @@ def station(monkeypatch):
 @pytest.fixture
 def listeners(monkeypatch):
     monkeypatch.setattr(session, "_PATIENCE", 0.5)
-    monkeypatch.setattr(worker, "_GLANCE", 0.1)
+    monkeypatch.setattr(worker, "_POLL", 0.1)
     listeners = Listeners()
     monkeypatch.setattr(session, "_listeners", listeners)
     return listeners
 
 
-def ask(station, name):
+def ask(device_worker, name):
     """A task that follows a work."""
 
     def work(job):
-        station.begun.append(name)
-        while not station.end.wait(0.01) and not job.stopped:
+        device_worker.begun.append(name)
+        while not device_worker.end.wait(0.01) and not job.stopped:
             pass
         return "stopped" if job.stopped else "done"
 
@@ -61,43 +62,43 @@ def ask(station, name):
     return asyncio.create_task(collect())
 
 
-def test_what_nobody_listens_for_is_dropped_and_frees_its_place(station, listeners):
+def test_what_nobody_listens_for_is_dropped_and_frees_its_place(device_worker, listeners):
     async def scenario():
         listeners.arrive("heard")
-        heard, never, left = ask(station, "heard"), ask(station, "never"), ask(station, "left")
+        heard, never, left = ask(device_worker, "heard"), ask(device_worker, "never"), ask(device_worker, "left")
         listeners.arrive("left")
         await asyncio.sleep(0.1)
         listeners.leave("left")
         never, left = await asyncio.gather(never, left, return_exceptions=True)
-        waiting = len(station._queue)
-        station.end.set()
+        waiting = len(device_worker._queue)
+        device_worker.end.set()
         return never, left, waiting, await heard
 
     never, left, waiting, heard = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
     assert "Nobody listened" in str(never) and "Nobody listened" in str(left)
-    assert waiting == 0 and heard == "done" and station.begun == ["heard"]
+    assert waiting == 0 and heard == "done" and device_worker.begun == ["heard"]
 
 
-def test_a_work_under_way_that_nobody_listens_for_stops(station, listeners):
+def test_a_work_under_way_that_nobody_listens_for_stops(device_worker, listeners):
     async def scenario():
-        [error] = await asyncio.gather(ask(station, "never"), return_exceptions=True)
+        [error] = await asyncio.gather(ask(device_worker, "never"), return_exceptions=True)
         return error
 
     assert "Nobody listened" in str(asyncio.run(asyncio.wait_for(scenario(), LIMIT)))
     ends = time.monotonic() + LIMIT
-    while station.load and time.monotonic() < ends:
+    while device_worker.load and time.monotonic() < ends:
         time.sleep(0.01)
-    assert station.begun == ["never"] and not station.load
+    assert device_worker.begun == ["never"] and not device_worker.load
 
 
-def test_a_server_that_stops_does_what_it_has_time_for(station):
+def test_a_server_that_stops_does_what_it_has_time_for(device_worker):
     async def scenario():
-        tasks = [ask(station, name) for name in "ab"]
+        tasks = [ask(device_worker, name) for name in "ab"]
         await asyncio.sleep(0.1)
         drained = asyncio.create_task(asyncio.to_thread(drain, LIMIT))
         await asyncio.sleep(0.1)
-        late = ask(station, "late")
-        station.end.set()
+        late = ask(device_worker, "late")
+        device_worker.end.set()
         return await asyncio.gather(*tasks, late, drained, return_exceptions=True)
 
     a, b, late, drained = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
@@ -105,9 +106,9 @@ def test_a_server_that_stops_does_what_it_has_time_for(station):
     assert isinstance(late, StudioError) and str(late) == CLOSING
 
 
-def test_a_server_that_stops_refuses_the_rest_in_time(station):
+def test_a_server_that_stops_refuses_the_rest_in_time(device_worker):
     async def scenario():
-        tasks = [ask(station, name) for name in "ab"]
+        tasks = [ask(device_worker, name) for name in "ab"]
         await asyncio.sleep(0.1)
         began = time.monotonic()
         drained = await asyncio.to_thread(drain, 0.3)
@@ -115,7 +116,7 @@ def test_a_server_that_stops_refuses_the_rest_in_time(station):
 
     (a, b), drained, seconds = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
     assert not drained and 0.3 <= seconds < 2
-    assert [str(a), str(b)] == [CLOSED] * 2 and station.begun == ["a"]
+    assert [str(a), str(b)] == [CLOSED] * 2 and device_worker.begun == ["a"]
 
 
 def test_a_network_stops_before_its_next_layer():
@@ -126,7 +127,7 @@ def test_a_network_stops_before_its_next_layer():
 
     job = SimpleNamespace(stopped=False)
     network = torch.nn.Sequential(Slow(), torch.nn.Linear(1, 1))
-    with stoppable(network, job), pytest.raises(Stopped):
+    with stoppable(network, lambda: job.stopped), pytest.raises(Stopped):
         network(torch.zeros(1, 1))
     network(torch.zeros(1, 1))  # and no longer
 

@@ -21,7 +21,7 @@ from studio.ui.jobs import tokenize_job as tokenizing
 from studio.ui.render.sizes import resized
 from studio.ui.render.token_planes import code_colours
 from studio.ui.server import models
-from studio.ui.server.models import tokenizer_scale
+from studio.ui.server.models import tokenizer_length_control
 from studio.ui.tabs import tokenize
 
 spec = importlib.util.spec_from_file_location(
@@ -118,7 +118,7 @@ def test_a_row_is_cut_short_and_can_be_taken_home(loaded, tiny_one_d, photo):
     assert f"<dd>{len(expected.data)}</dd>" in status
 
 
-def test_a_image_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
+def test_an_image_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
     """90 x 60 pixels are 24 tiles of 16 x 16; what is shown, counted and taken home is what the library makes of it."""
     found = updates(loaded(tiny_one_d), photo, 4, tile=True)
     expected = encode_image(Image.open(photo), tiny_one_d, length=4 * 24, tile=True)
@@ -148,10 +148,10 @@ def test_too_many_tiles_are_refused(loaded, toasts, tiny_one_d, photo, monkeypat
 
 def test_the_box_for_tiles_has_a_line_of_help():
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
-    assert fields["tile"]["value"] is False and "instead of shrinking" in fields["tile"]["info"]
+    assert fields["tile"]["value"] is False and "One-D-Piece only" in fields["tile"]["info"]
 
 
-def test_a_file_comes_back_as_a_image(loaded, tiny_one_d, photo, tmp_path):
+def test_a_file_comes_back_as_an_image(loaded, tiny_one_d, photo, tmp_path):
     data = encode_image(Image.open(photo), tiny_one_d, length=3).data
     (tmp_path / "photo.odp").write_bytes(data)
     found = opened(loaded(tiny_one_d), tmp_path / "photo.odp")[-1]
@@ -195,7 +195,7 @@ def test_a_file_of_a_bundled_tokenizer_names_it(loaded, tiny_one_d, photo, monke
 
 def test_levels_of_codes_are_a_grid_each_and_can_be_left_out(loaded, photo):
     name = loaded(tiny_tokenizers.made("rvq"))
-    assert tokenizer_scale(name).most == 3
+    assert tokenizer_length_control(name).most == 3
     found = updates(name, photo, 2)[-1]
     assert found["codes"].count("<svg") == 3
     assert 'aria-label="Level 2: 64 of 64 used"' in found["codes"]
@@ -229,12 +229,12 @@ def test_images_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
         ({"tokenizer": " "}, "Choose a tokenizer"),
         ({"tokenizer": None}, "Choose a tokenizer"),
         ({"tokenizer": "nobody-has-this"}, "no model or folder"),
-        ({"count": 7}, "length from 1 to 6, not 7"),
-        ({"count": 0}, "length from 1 to 6"),
-        ({"count": 2.5}, "length from 1 to 6"),
-        ({"count": "many"}, "length from 1 to 6"),
-        ({"count": 7, "tile": True}, "length from 1 to 6, not 7"),
-        ({"tile": "no"}, "true or false"),
+        ({"count": 7}, "length must be a whole number from 1 to 6, not 7"),
+        ({"count": 0}, "length must be a whole number from 1 to 6"),
+        ({"count": 2.5}, "length must be a whole number from 1 to 6"),
+        ({"count": "many"}, "length must be a whole number from 1 to 6"),
+        ({"count": 7, "tile": True}, "length must be a whole number from 1 to 6, not 7"),
+        ({"tile": "no"}, "True or False"),
     ],
 )
 def test_wrong_input_is_a_toast_and_loses_nothing(loaded, toasts, tiny_one_d, photo, changes, words):
@@ -252,9 +252,9 @@ def test_a_file_that_is_no_image_is_a_toast(loaded, toasts, tiny_vq, tmp_path):
 
 def test_a_folder_and_a_model_that_samples_have_their_tokenizer(toasts, tiny_folder, tiny_one_d, photo, tmp_path):
     tiny_one_d.save_pretrained(tmp_path)
-    assert tokenizer_scale(str(tmp_path)).most == 6 and tokenizer_scale("owner/on-the-hub") is None
+    assert tokenizer_length_control(str(tmp_path)).most == 6 and tokenizer_length_control("owner/on-the-hub") is None
     assert "4 of 6 tokens" in updates(f" {tmp_path} ", photo, 4)[-1]["status"]
-    assert tokenizer_scale(str(tiny_folder)) is None
+    assert tokenizer_length_control(str(tiny_folder)) is None
     assert "16 tokens" in updates(str(tiny_folder), photo)[-1]["status"] and not toasts
     assert list(models._tokenizers) == [str(tiny_folder)]
 
@@ -266,11 +266,11 @@ def test_a_reader_has_no_tokens_of_images(toasts, reader, photo, monkeypatch):
     assert len(toasts) == 1 and "makes no tokens of images" in toasts[0]
 
 
-def test_choosing_a_tokenizer_shows_its_scale(loaded, tiny_one_d, tiny_vq):
+def test_choosing_a_tokenizer_shows_its_control(loaded, tiny_one_d, tiny_vq):
     tokenizer = loaded(tiny_one_d)
-    settings = tokenize._scale_settings(tokenizer_scale(tokenizer))
+    settings = tokenize._control_settings(tokenizer_length_control(tokenizer))
     assert settings["visible"] and settings["maximum"] == settings["value"] == 6 and settings["label"] == "Length"
-    assert tokenize._scale_settings(tokenizer_scale(loaded(tiny_vq))) == {"visible": False}
+    assert tokenize._control_settings(tokenizer_length_control(loaded(tiny_vq))) == {"visible": False}
     fields = {c["props"].get("elem_id"): c["props"] for c in build_app("tiny").config["components"]}
     assert "emoji-vq" in [name for name, _ in fields["tokenizer"]["choices"]]
     assert fields["tokenizer"]["value"] == "emoji-1d" and fields["scale"]["visible"] and fields["scale"]["value"] == 128
@@ -281,7 +281,7 @@ def test_closing_stops_before_the_next_codec(loaded, tiny_vq, photo, monkeypatch
     tried, begun, closed, ended = [], threading.Event(), threading.Event(), threading.Event()
     rival = tokenizing._rival
 
-    def watched(codec, *rest):
+    def traced(codec, *rest):
         tried.append(codec)
         begun.set()
         closed.wait(20)
@@ -289,7 +289,7 @@ def test_closing_stops_before_the_next_codec(loaded, tiny_vq, photo, monkeypatch
         ended.set()
         return found
 
-    monkeypatch.setattr(tokenizing, "_rival", watched)
+    monkeypatch.setattr(tokenizing, "_rival", traced)
 
     async def close_at_once():
         work = tokenize.show_restoring(loaded(tiny_vq), {"path": photo}, 1)
@@ -318,7 +318,7 @@ def test_programs_tokenize_too(client, loaded, tiny_one_d, photo):
     expected = decode_image(Path(file).read_bytes(), tiny_one_d)
     for path in (image, back):
         assert Image.open(path).convert("RGB").tobytes() == expected.tobytes()
-    with pytest.raises(Exception, match="length from 1 to 6"):
+    with pytest.raises(Exception, match="length must be a whole number from 1 to 6"):
         client.predict(handle_file(photo), name, 9, api_name="/tokenize")
     _, file, details = client.predict(handle_file(photo), name, 1, True, api_name="/tokenize")
     assert OdpFile.from_bytes(Path(file).read_bytes()).tiled and details["tiles"] == details["tokens"] == 24

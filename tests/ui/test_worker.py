@@ -18,35 +18,36 @@ LIMIT = 10  # seconds
 
 
 class House:
-    """Stations of which the works can be held back; `calls` has the wishes of every call."""
+    """Stations of which the works can be held back; `calls` has the requests of every call."""
 
-    def __init__(self, stations):
-        self.stations, self.calls, self.jobs = stations, [], {}
+    def __init__(self, device_workers):
+        self.device_workers, self.calls, self.jobs = device_workers, [], {}
 
-    def ask(self, wish, user, like="same", size=1):
-        """A task that collects what comes back for a wish."""
+    def ask(self, request, user, batch_key="same", size=1):
+        """A task that collects what comes back for a request."""
 
         async def collect():
             LocalContext.request.set(SimpleNamespace(session_hash=user))
-            share = BatchSpec(like, size, wish, self.together, lambda ahead: ("ahead", ahead))
-            return [item async for item in follow(lambda job: self.together([wish], [job])[0], share)]
+            batch = BatchSpec(batch_key, size, request, self.together, lambda ahead: ("ahead", ahead))
+            return [item async for item in follow(lambda job: self.together([request], [job])[0], batch)]
 
         return asyncio.create_task(collect())
 
-    def together(self, wishes, jobs):
-        self.calls.append([*wishes])
-        self.jobs |= dict(zip(wishes, jobs))
-        if "broken" in wishes:
+    def together(self, requests, jobs):
+        self.calls.append([*requests])
+        self.jobs |= dict(zip(requests, jobs))
+        if "broken" in requests:
             raise RuntimeError("broken for all")
-        while any(wish.endswith("endless") and not job.stopped for wish, job in zip(wishes, jobs)):
+        while any(request.endswith("endless") and not job.stopped for request, job in zip(requests, jobs)):
             threading.Event().wait(0.01)
         return [
-            StudioError("Wrong wish.") if wish == "wrong" else f"{wish} on {jobs[0].device.name}" for wish in wishes
+            StudioError("Wrong request.") if request == "wrong" else f"{request} on {jobs[0].device.name}"
+            for request in requests
         ]
 
     @asynccontextmanager
     async def busy(self):
-        """While the first station does something else."""
+        """While the first device_worker does something else."""
         held, entered = threading.Event(), threading.Event()
 
         async def hold():
@@ -62,10 +63,12 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch):
-    def furnish(*names, **bounds):
-        stations = [DeviceWorker(Device(name), QueueLimits(**{"together": 4, **bounds})) for name in names or ("cpu",)]
-        monkeypatch.setattr(worker, "_stations", stations)
-        return House(stations)
+    def furnish(*names, **limits):
+        device_workers = [
+            DeviceWorker(Device(name), QueueLimits(**{"max_batch": 4, **limits})) for name in names or ("cpu",)
+        ]
+        monkeypatch.setattr(worker, "_workers", device_workers)
+        return House(device_workers)
 
     return furnish
 
@@ -80,12 +83,14 @@ def test_equal_works_are_done_in_one_call_and_each_gets_its_own(house):
     async def scenario():
         async with house.busy():
             tasks = [house.ask(f"{user}{number}", user) for user in "ab" for number in range(2)]
-            tasks += [house.ask("other", "c", like="other"), house.ask("big", "d", size=3)]
+            tasks += [house.ask("other", "c", batch_key="other"), house.ask("big", "d", size=3)]
         return await outcome(tasks)
 
     found = asyncio.run(scenario())
     assert house.calls == [["a0", "b0", "a1", "b1"], ["other"], ["big"]]
-    assert [items[-1] for items in found] == [f"{wish} on cpu" for wish in ("a0", "a1", "b0", "b1", "other", "big")]
+    assert [items[-1] for items in found] == [
+        f"{request} on cpu" for request in ("a0", "a1", "b0", "b1", "other", "big")
+    ]
 
 
 def test_a_wrong_one_fails_alone_and_so_does_one_that_breaks_its_call(house):
@@ -93,12 +98,12 @@ def test_a_wrong_one_fails_alone_and_so_does_one_that_breaks_its_call(house):
 
     async def scenario():
         async with house.busy():
-            tasks = [house.ask(wish, wish) for wish in ("right", "wrong")]
-            tasks += [house.ask(wish, wish, like="b") for wish in ("broken", "with it")]
+            tasks = [house.ask(request, request) for request in ("right", "wrong")]
+            tasks += [house.ask(request, request, batch_key="b") for request in ("broken", "with it")]
         return await outcome(tasks)
 
     right, wrong, broken, with_it = asyncio.run(scenario())
-    assert right[-1] == "right on cpu" and str(wrong) == "Wrong wish."
+    assert right[-1] == "right on cpu" and str(wrong) == "Wrong request."
     assert str(broken) == "broken for all" and with_it[-1] == "with it on cpu"
     assert house.calls == [["right", "wrong"], ["broken", "with it"], ["broken"], ["with it"]]
 
@@ -113,7 +118,7 @@ def test_who_leaves_a_call_stops_nobody_else(house):
             await asyncio.sleep(0.01)
         tasks[0].cancel()
         await asyncio.sleep(0.05)
-        stopped = {wish: job.stopped for wish, job in house.jobs.items()}
+        stopped = {request: job.stopped for request, job in house.jobs.items()}
         tasks[1].cancel()
         return stopped, await outcome(tasks)
 
@@ -124,7 +129,7 @@ def test_who_leaves_a_call_stops_nobody_else(house):
 
 
 def test_who_leaves_the_queue_is_never_done_and_frees_the_place(house):
-    house = house(waiting=2)
+    house = house(max_waiting=2)
 
     async def scenario():
         async with house.busy():
@@ -140,7 +145,7 @@ def test_who_leaves_the_queue_is_never_done_and_frees_the_place(house):
 
 
 def test_a_full_queue_refuses_and_one_user_cannot_fill_it(house):
-    house = house(waiting=3, of_one=2)
+    house = house(max_waiting=3, max_per_client=2)
 
     async def scenario():
         async with house.busy():
@@ -166,7 +171,7 @@ def test_work_goes_where_least_waits(house):
 
 
 def test_who_waits_is_told_how_many_come_before(house):
-    house = house(together=1)
+    house = house(max_batch=1)
 
     async def scenario():
         async with house.busy():
@@ -184,14 +189,16 @@ async def outcome_of_one(house):
 
 
 def test_nothing_is_lost_or_mixed_up_under_load(house):
-    house = house("cpu", "meta", together=5)
+    house = house("cpu", "meta", max_batch=5)
 
     async def scenario():
-        tasks = [house.ask(f"{user}-{number}", user, like=number % 3) for number in range(20) for user in "abcdefgh"]
+        tasks = [
+            house.ask(f"{user}-{number}", user, batch_key=number % 3) for number in range(20) for user in "abcdefgh"
+        ]
         return await outcome(tasks)
 
     found = asyncio.run(scenario())
-    wishes = [f"{user}-{number}" for number in range(20) for user in "abcdefgh"]
-    assert [items[-1].split(" on ")[0] for items in found] == wishes
-    assert sorted(wish for call in house.calls for wish in call) == sorted(wishes)
+    requests = [f"{user}-{number}" for number in range(20) for user in "abcdefgh"]
+    assert [items[-1].split(" on ")[0] for items in found] == requests
+    assert sorted(request for call in house.calls for request in call) == sorted(requests)
     assert 1 < max(map(len, house.calls)) <= 5

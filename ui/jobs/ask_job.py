@@ -1,41 +1,52 @@
-"""What the app asks a model that reads images, and what comes back while it answers."""
+"""The work behind the Ask tab: a question about an image, answered by a vision-language model."""
 
 import dataclasses
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from studio import pruning_methods
+from studio.checks import as_integer, check_choice, check_flag, check_integer, check_number, set_fields
 from studio.errors import StudioError
-from studio.ui.server.checks import check_flag, is_number, is_whole
-from studio.ui.server.limits import check_model, check_words, limits
+from studio.ui.server.limits import check_model, check_user_text, limits
 from studio.ui.server.models import get_reader
-from studio.ui.server.worker import follow
+from studio.ui.server.worker import Job, follow
 from studio.ui.server.zerogpu import on_gpu
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from studio.pipelines.visual_question import Answer
 
 _MOST_TOKENS = 4096  # of an answer, where no limit is set
 
 
 @dataclasses.dataclass(frozen=True)
 class AskRequest:
-    """One question about one image.
+    """A question about an image.
 
     Args:
         model: what `studio.load` takes.
-        image: path of the file.
-        question: what to ask.
-        method, keep: how tokens are chosen, and the share that stays.
+        image: the path of its file.
+        question: the text.
+        method: the pruning method, of `studio.pruning_methods`.
+        keep: the fraction of visual tokens to keep, above 0 and at most 1.
         compare: whether to ask the same with all tokens afterwards.
-        max_new_tokens: longest answer.
+        max_new_tokens: of the answer, at least 1.
+
+    Raises:
+        StudioError: a value is missing or outside its range.
     """
 
-    model: str | None
-    image: str | None
+    model: str
+    image: str
     question: str
     method: str = "divprune"
     keep: float = 0.2
     compare: bool = True
     max_new_tokens: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.model in (None, "") or not check_model(self.model).strip():
             raise StudioError(
                 "Name a model that reads images: a Hugging Face id, a folder, or what "
@@ -43,68 +54,69 @@ class AskRequest:
             )
         if not self.image:
             raise StudioError("Give an image first: drop a file on the field, or take an example.")
-        if self.question is None or not check_words("The question", self.question).strip():
+        if self.question is None or not check_user_text("The question", self.question).strip():
             raise StudioError("The question is empty: ask something about the image.")
-        methods = pruning_methods()
-        if self.method not in list(methods):
-            raise StudioError(f"Choose how tokens are chosen: {', '.join(methods)}.")
-        check_flag("Whether to compare", self.compare)
-        most = _MOST_TOKENS if limits().answer is None else limits().answer
-        if not is_whole(self.max_new_tokens) or not 1 <= self.max_new_tokens <= most:
-            raise StudioError(f"An answer has at least 1 and at most {most} tokens here.")
-        if not is_number(self.keep) or not 0 < self.keep <= 1:
-            raise StudioError("Keep a share of the tokens above 0 and at most 1.")
-        object.__setattr__(self, "model", self.model.strip())
-        object.__setattr__(self, "max_new_tokens", int(self.max_new_tokens))
-        object.__setattr__(self, "keep", float(self.keep))
+        check_choice("The pruning method", self.method, pruning_methods())
+        answer = limits().answer
+        most = _MOST_TOKENS if answer is None else answer
+        set_fields(
+            self,
+            model=self.model.strip(),
+            compare=check_flag("Whether to compare", self.compare),
+            max_new_tokens=check_integer("The longest answer, in tokens,", as_integer(self.max_new_tokens), 1, most),
+            keep=float(check_number("The fraction of tokens to keep", self.keep, 0, 1, above=True)),
+        )
 
     @property
-    def runs(self):
+    def runs(self) -> dict[str, dict[str, Any]]:
         """The arguments of the pipeline for each run, by name."""
-        pruned = {"pruned": {"prune": self.method, "keep": self.keep}}
+        pruned: dict[str, dict[str, Any]] = {"pruned": {"prune": self.method, "keep": self.keep}}
         return {**pruned, "whole": {}} if self.compare and self.keep != 1 else pruned
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Where an inquiry stands.
+    """The state of an `AskRequest`.
 
     Args:
         image: as it was read, or `None` while the model is being loaded.
-        pruned, whole: the answers of both runs so far, `None` before they have chosen their tokens.
-        answered: names of the runs that are over.
+        pruned, whole: the answers of both runs so far, `None` before their tokens are chosen.
+        answered: the names of the runs that are done.
     """
 
-    image: object = None
-    pruned: object = None
-    whole: object = None
+    image: "Image | None" = None
+    pruned: "Answer | None" = None
+    whole: "Answer | None" = None
     answered: tuple[str, ...] = ()
 
 
-def read(inquiry):
-    """Follow an inquiry: an asynchronous iterator over `Reading`, the last one finished.
+def read(request: AskRequest) -> AsyncIterator[Reading]:
+    """Follow a request.
+
+    Yields:
+        The state so far; the last one is finished.
 
     Raises:
-        StudioError: the image or the model cannot be read, or the model refuses the inquiry.
+        StudioError: the image or the model cannot be read, or the model refuses the request.
     """
-    return follow(lambda job: _read(inquiry, job))
+    return follow(lambda job: _read(request, job))
 
 
 @on_gpu(seconds=60)
-def _read(inquiry, job):
+def _read(request: AskRequest, job: Job) -> Reading:
     from studio.images import open_image
 
-    image = open_image(inquiry.image, Path(inquiry.image).name, limits().pixels)
+    image = open_image(request.image, Path(request.image).name, limits().pixels)
     job.report(Reading())
-    pipe = get_reader(inquiry.model, job.device)
+    pipe = get_reader(request.model, job.device)
     reading = Reading(image)
     job.report(reading)
-    for name, settings in inquiry.runs.items():
+    for name, settings in request.runs.items():
         if not job.stopped:
             answer = pipe(
                 image,
-                inquiry.question,
-                max_new_tokens=inquiry.max_new_tokens,
+                request.question,
+                max_new_tokens=request.max_new_tokens,
                 on_step=_reporter(job, reading, name),
                 **settings,
             )
@@ -112,10 +124,10 @@ def _read(inquiry, job):
     return reading
 
 
-def _reporter(job, reading, name):
-    """What a pipeline tells of its answer so far; it stops when nobody waits any more."""
+def _reporter(job: Job, reading: Reading, name: str) -> "Callable[[Answer], bool]":
+    """A callback that reports the answer so far, and stops the pipeline when nobody waits any more."""
 
-    def on_step(answer):
+    def on_step(answer: "Answer") -> bool:
         job.report(dataclasses.replace(reading, **{name: answer}))
         return job.stopped
 

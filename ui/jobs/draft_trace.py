@@ -1,69 +1,71 @@
-"""What becomes of drafted tokens, seen from outside: a decoding whose drafts are noted."""
+"""Which drafted tokens were accepted and which rejected, recorded from outside of a decoding."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """The drafts of one call of the model for one image.
+    """The draft tree of one image in one call of the model.
 
     Args:
         start: tokens that the image had before.
-        tokens, parents, depths: the nodes of the tree; node 0 is the last token sampled, -1 no parent.
+        tokens, parents, depths: of each node; node 0 is the last sampled token, and parent -1 is none.
     """
 
     start: int
-    tokens: list
-    parents: list
-    depths: list
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftTrace:
-    """How the tokens of one image came about.
+    """The accepted and rejected drafts of one image.
 
     Args:
         total: tokens of a whole image.
-        sampled: how many are there.
-        accepted: places of the tokens that were drafts; the model drew the others itself.
-        rejected: number of drafts that did not pass, by place.
-        places: those of the tokens that are there, where they are not the first ones.
+        sampled: tokens sampled so far.
+        accepted: positions of the tokens that were drafts; the model sampled the others itself.
+        rejected: number of rejected drafts by position.
+        positions: of the sampled tokens, where they are not the first ones.
     """
 
     total: int
     sampled: int
-    accepted: frozenset = frozenset()
-    rejected: dict = dataclasses.field(default_factory=dict)
-    places: frozenset | None = None
+    accepted: frozenset[int] = frozenset()
+    rejected: dict[int, int] = dataclasses.field(default_factory=dict)
+    positions: frozenset[int] | None = None
 
 
-def watched(decoding, images):
-    """A decoding that does what another does, and what it notes of some images of one call.
+def traced(decoding: Any, images: Sequence[int]) -> tuple[Any, list[list[Round]] | None]:
+    """The same decoding, which also records the drafts of some images of one call.
 
-    The call needs a callback: all images then stay in the batch until the end.
+    The call needs a callback, so that all images stay in the batch until the end.
 
     Args:
         decoding: settings, as `decoding=` of a pipeline takes them.
-        images: the numbers of the watched ones in the call.
+        images: the indices of the traced images in the batch.
 
     Returns:
-        The settings, and a list of `Round` for each image; None for a decoding that makes no drafts.
+        The settings, and a list for each image to which its rounds are added; `None` for a decoding without drafts.
     """
-    rounds = [[] for _ in images]
+    rounds: list[list[Round]] = [[] for _ in images]
     drafts = getattr(decoding, "drafts", None)
     if hasattr(decoding, "on_round"):
-        return _noting(decoding, images, rounds), rounds
+        return _with_callback(decoding, images, rounds), rounds
     if hasattr(drafts, "on_round"):
-        return dataclasses.replace(decoding, drafts=_noting(drafts, images, rounds)), rounds
+        return dataclasses.replace(decoding, drafts=_with_callback(drafts, images, rounds)), rounds
     if drafts is not None:
         return dataclasses.replace(decoding, drafts=TracedDrafts(drafts, images, rounds)), rounds
     return decoding, None
 
 
-def _noting(decoding, images, rounds):
-    """Jacobi decoding, whose drafts follow one another."""
+def _with_callback(decoding: Any, images: Sequence[int], rounds: list[list[Round]]) -> Any:
+    """Jacobi decoding, whose drafts are a sequence."""
 
-    def on_round(lengths, tokens):
+    def on_round(lengths: Any, tokens: Any) -> None:
         depths = list(range(tokens.shape[1]))
         parents = [depth - 1 for depth in depths]
         for kept, start, nodes in zip(rounds, lengths[images].tolist(), tokens[images].tolist()):
@@ -73,33 +75,33 @@ def _noting(decoding, images, rounds):
 
 
 class TracedDrafts:
-    """Drafts as of other settings, which keep the rounds of some images of one call.
+    """Drafts of another source; the rounds of some images of one call are recorded.
 
     Args:
-        source: what makes the drafts.
-        images: the numbers of the watched ones in the call.
+        source: makes the drafts.
+        images: the indices of the traced images in the batch.
         rounds: a list for each, to which a `Round` is added.
     """
 
-    def __init__(self, source, images, rounds):
+    def __init__(self, source: Any, images: Sequence[int], rounds: list[list[Round]]) -> None:
         self._source, self._images, self._rounds = source, images, rounds
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def candidate_generator(self, context):
+    def candidate_generator(self, context: Any) -> "_TracedCandidates":
         """Fresh state for the call."""
-        return _Watched(self._source.candidate_generator(context), self._images, self._rounds)
+        return _TracedCandidates(self._source.candidate_generator(context), self._images, self._rounds)
 
 
-class _Watched:
-    def __init__(self, candidates, images, rounds):
+class _TracedCandidates:
+    def __init__(self, candidates: Any, images: Sequence[int], rounds: list[list[Round]]) -> None:
         self._candidates, self._images, self._rounds = candidates, images, rounds
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._candidates, name)
 
-    def get_candidates(self, progress):
+    def get_candidates(self, progress: Any) -> Any:
         tree = self._candidates.get_candidates(progress)
         seen = (progress.lengths, tree.tokens, tree.parents, tree.depths)
         for rounds, *nodes in zip(self._rounds, *(part[self._images].tolist() for part in seen)):
@@ -107,32 +109,35 @@ class _Watched:
         return tree
 
 
-def fates_of(rounds, tokens, total):
+def trace_drafts(rounds: Sequence[Round], tokens: Sequence[int], total: int) -> DraftTrace:
     """Tell accepted drafts from rejected ones.
 
     Args:
-        rounds: of the image, in order; what came of the last one is known only when the image is whole.
-        tokens: its tokens so far, a list.
+        rounds: of one image, in order; the result of the last one is known only when the image is whole.
+        tokens: those of the image so far.
         total: tokens of a whole image.
     """
     ends = [later.start for later in rounds[1:]] + ([total] if len(tokens) == total else [])
-    accepted, rejected, sampled = set(), {}, min(len(tokens), 1)
+    accepted: set[int] = set()
+    rejected: dict[int, int] = {}
+    sampled = min(len(tokens), 1)
     for each, end in zip(rounds, ends):
         if end > len(tokens) or each.start >= total:
             break
         path = _path(each, tokens[each.start : end - 1])
         accepted.update(range(each.start, end - 1))
         for node, (parent, depth) in enumerate(zip(each.parents, each.depths)):
-            place = each.start + depth - 1
-            if parent >= 0 and node not in path and place < total:
-                rejected[place] = rejected.get(place, 0) + 1
+            position = each.start + depth - 1
+            if parent >= 0 and node not in path and position < total:
+                rejected[position] = rejected.get(position, 0) + 1
         sampled = end
     return DraftTrace(total, sampled, frozenset(accepted), rejected)
 
 
-def _path(each, sampled):
-    """The nodes that became these tokens."""
-    path, node = set(), 0
+def _path(each: Round, sampled: Sequence[int]) -> set[int]:
+    """The nodes of the draft tree that became these tokens."""
+    path: set[int] = set()
+    node = 0
     for token in sampled:
         node = next(
             child for child, parent in enumerate(each.parents) if parent == node and each.tokens[child] == token

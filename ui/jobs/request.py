@@ -1,15 +1,17 @@
-"""What somebody wants sampled: the words and settings of one call, checked."""
+"""A request to sample images: the prompt and settings of one call, checked."""
 
 import dataclasses
 import json
 import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from studio import decoding_named, decodings_for
+from studio.checks import MAX_NUMBER, as_integer, check_integer, check_number, check_options, check_text, set_fields
 from studio.errors import StudioError
-from studio.ui.server.checks import check_number, check_options, check_text, is_whole
-from studio.ui.server.limits import MOST_PICTURES, check_words, limits
+from studio.ui.server.limits import MAX_IMAGES, check_user_text, limits
 
-LARGEST_SEED = 2**53 - 1 - MOST_PICTURES  # a browser counts no further
+MAX_SEED = 2**53 - 1 - MAX_IMAGES  # a browser counts no further
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
@@ -18,8 +20,16 @@ class GenerateRequest:
     """One call of a model. A setting that is `None` is the model's own.
 
     Args:
+        model: what `studio.load` takes.
+        prompt: the text.
+        count: images, at least 1.
+        seed: of the first image, the next use seed + 1 and so on; sampled when `None`.
+        guidance_scale, temperature, top_k, top_p: as of the pipeline.
         decoding: a name of `studio.DECODINGS`.
-        options: its options, as far as they are given.
+        options: its options by name; missing ones have their default.
+
+    Raises:
+        StudioError: a value of another type or outside its range.
     """
 
     model: str
@@ -31,28 +41,43 @@ class GenerateRequest:
     top_k: int | None = None
     top_p: float | None = None
     decoding: str = "ar"
-    options: dict = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
-        most = limits().images
-        if not is_whole(self.count) or not 1 <= self.count <= most:
-            raise StudioError(f"Choose between 1 and {most} images." if most > 1 else "Choose one image.")
-        check_words("The prompt", self.prompt)
-        if self.seed is not None and (not is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
-            raise StudioError(f"Choose a seed from 0 to {LARGEST_SEED}, or leave it empty to have one sampled.")
-        object.__setattr__(self, "count", int(self.count))
-        object.__setattr__(self, "seed", sample_seed() if self.seed is None else int(self.seed))
-        for name in _SAMPLING:
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+    def __post_init__(self) -> None:
+        check_user_text("The prompt", self.prompt)
+        seed = sample_seed() if self.seed is None else self.seed
         choice = decoding_named(check_text("The decoding", self.decoding, 100))
-        object.__setattr__(self, "options", check_options(choice, self.options))
+        set_fields(
+            self,
+            count=check_integer("The number of images", as_integer(self.count), 1, limits().images),
+            seed=check_integer("The seed", as_integer(seed), 0, MAX_SEED),
+            options=check_options(self.options, {option.name: option.kind for option in choice.options}),
+        )
+        for name in _SAMPLING:
+            if (value := getattr(self, name)) is not None:
+                set_fields(self, **{name: check_number(name, as_integer(value), -MAX_NUMBER)})
         choice.settings(**self.options)
 
     @classmethod
-    def from_fields(cls, model, prompt, count, seed, guidance, temperature, top_k, top_p, decoding="ar", options=None):
-        """The wish that a form describes: numbers as text, empty for the model's own or the decoding's usual one."""
-        numbers = {
+    def from_fields(
+        cls,
+        model: str,
+        prompt: str,
+        count: int,
+        seed: str = "",
+        guidance: str = "",
+        temperature: str = "",
+        top_k: str = "",
+        top_p: str = "",
+        decoding: str = "ar",
+        options: Mapping[str, str] | None = None,
+    ) -> "GenerateRequest":
+        """The request of a form, whose numbers are texts; an empty text takes the default.
+
+        Raises:
+            StudioError: a text is no number, or a value is outside its range.
+        """
+        numbers: dict[str, Any] = {
             "seed": number_of("seed", seed, int),
             "guidance_scale": number_of("guidance", guidance, float),
             "temperature": number_of("temperature", temperature, float),
@@ -65,55 +90,62 @@ class GenerateRequest:
         return cls(model, prompt, count, **numbers, decoding=decoding, options=chosen)
 
     @property
-    def title(self):
-        """The decoding as a person reads it."""
+    def title(self) -> str:
+        """The title of the decoding."""
         choice = decoding_named(self.decoding)
         return choice.label(choice.settings(**self.options))
 
     @property
-    def plain(self):
-        """The name of the plain decoding of the models that this one is for."""
+    def plain(self) -> str:
+        """The name of the plain decoding for the same pipelines."""
         return decodings_for(decoding_named(self.decoding).pipeline, ())[0]
 
     @property
-    def how(self):
-        """The decoding as an image carries it."""
+    def how(self) -> dict[str, Any]:
+        """The decoding, as the metadata of an image records it."""
         settings = decoding_named(self.decoding).settings(**self.options)
         note = {"approximate": True} if getattr(settings, "approximate", False) else {}
         return {"name": self.decoding, **self.options, **note}
 
     @property
-    def seeds(self):
-        """The seed of each image: consecutive numbers."""
+    def seeds(self) -> list[int]:
+        """The seed of each image, consecutive integers."""
+        assert self.seed is not None
         return [self.seed + index for index in range(self.count)]
 
     @property
-    def settings(self):
-        """The sampling settings that differ from the model's own, as arguments of the pipeline."""
-        chosen = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
-        if is_whole(chosen.get("top_k")):
-            chosen["top_k"] = int(chosen["top_k"])
-        return chosen
+    def settings(self) -> dict[str, float]:
+        """The sampling settings that are given, as arguments of the pipeline."""
+        return {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
 
     @property
-    def manner(self):
-        """A text that is equal for wishes that differ in their words, images and seeds only."""
+    def batch_key(self) -> str:
+        """Equal for requests that differ only in prompt, number of images and seeds."""
         return json.dumps([self.model, self.how, self.settings], sort_keys=True, default=str)
 
     @property
-    def record(self):
-        """The call as an image carries it."""
+    def record(self) -> dict[str, Any]:
+        """The call, as the metadata of an image records it."""
         call = {"model": self.model, "prompt": self.prompt, "num_images": self.count}
         return {**call, **self.settings, "decoding": self.how}
 
 
-def sample_seed():
-    """A new random seed, short enough to read aloud."""
+def sample_seed() -> int:
+    """A random seed of at most 31 bits."""
     return secrets.randbelow(2**31)
 
 
-def number_of(name, text, kind):
-    """The number of a field that may be empty (`None`). Errors: `StudioError` for anything else."""
+def number_of(name: str, text: str | None, kind: Callable[[str], Any]) -> Any:
+    """The number of a field; `None` for an empty one.
+
+    Args:
+        name: of the field, for messages.
+        text: its text.
+        kind: `int`, `float` or `str`.
+
+    Raises:
+        StudioError: the text is no such number.
+    """
     text = (text or "").strip()
     try:
         return kind(text) if text else None

@@ -1,118 +1,129 @@
-"""Two ways to sample the same image, side by side: one machine, taken in turns, with a clock for each."""
+"""Two decodings sample the same image side by side: they take turns, and each has its own clock."""
 
 import dataclasses
 import threading
 import time
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from studio import DECODINGS
 from studio.errors import StudioError
 from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Call, as_files
+from studio.ui.jobs.request import GenerateRequest
 from studio.ui.render.preview import Pace, Sketch, partial_images
 from studio.ui.server.models import fitting_decodings, get_pipeline
-from studio.ui.server.worker import follow
+from studio.ui.server.worker import Job, follow
 from studio.ui.server.zerogpu import on_gpu
 
-_TURN = 0.03  # seconds that one may be ahead of the other
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TURN = 0.03  # seconds that one clock may be ahead of the other
 
 
 @dataclasses.dataclass(frozen=True)
-class Lane:
-    """Where one side of a race stands.
+class Run:
+    """The state of one decoding.
 
     Args:
-        title: its decoding.
-        sampled, total: tokens.
-        clock: seconds it has had the machine for.
-        image: the latest, or `None`.
-        fates: of its tokens.
-        stats: those of the pipeline, at the end.
+        title: of the decoding.
+        total, sampled: tokens.
+        clock: seconds that it has run.
+        image: the latest preview, or `None`.
+        trace: of its drafts.
+        stats: those of the pipeline, once it is done.
     """
 
     title: str
     total: int
     sampled: int = 0
     clock: float = 0.0
-    image: object = None
-    fates: DraftTrace | None = None
-    stats: object = None
+    image: "Image | None" = None
+    trace: DraftTrace | None = None
+    stats: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Race:
-    """Both sides, plain decoding first; none while the model is being loaded."""
+class SideBySide:
+    """The state of both decodings, plain decoding first; no runs while the model is being loaded."""
 
-    lanes: tuple[Lane, ...] = ()
+    runs: tuple[Run, ...] = ()
     warning: str | None = None
 
     @property
-    def finished(self):
-        return bool(self.lanes) and all(lane.stats for lane in self.lanes)
+    def finished(self) -> bool:
+        return bool(self.runs) and all(run.stats for run in self.runs)
 
 
-def race(wish):
-    """Follow a race of plain decoding and the decoding of a wish: an asynchronous iterator over `Race`.
+def side_by_side(request: GenerateRequest) -> AsyncIterator[SideBySide]:
+    """Sample one image by plain decoding and by the decoding of a request, with the same seed.
 
-    A wish for plain decoding itself races against the next one that fits the model. Both sample one image with the same
-    seed. They never run at the same time: the one whose clock is behind goes on, so that the clocks run together, and
-    each shows the seconds that its decoding takes alone. A
-    wish for the faster of plain and Jacobi decoding is a race of these two.
+    For plain decoding itself, the other is the next decoding that fits the model; for the faster of plain and Jacobi
+    decoding, it is Jacobi decoding. The two never run at the same time: the one whose clock is behind runs, so the
+    clocks advance together and each shows the seconds that its decoding takes alone.
+
+    Yields:
+        The state so far; the last one is finished.
 
     Raises:
-        StudioError: the model has plain decoding only, cannot be loaded, or refuses the wish.
+        StudioError: the model has plain decoding only, cannot be loaded, or refuses the request.
     """
-    if wish.decoding == "exact":
-        wish = dataclasses.replace(wish, decoding="jacobi")
-    wish = _with_rival(wish)
-    return follow(lambda job: _race(wish, job))
+    if request.decoding == "exact":
+        request = dataclasses.replace(request, decoding="jacobi")
+    request = _with_other(request)
+    return follow(lambda job: _side_by_side(request, job))
 
 
-def _with_rival(wish):
-    """The wish with a decoding that is not plain."""
-    if wish.decoding != wish.plain:
-        return wish
-    pipeline = DECODINGS[wish.plain].pipeline
-    rivals = [name for name in fitting_decodings(wish.model) if DECODINGS[name].pipeline == pipeline]
-    if not (rivals := [name for name in rivals if name not in (wish.plain, "exact")]):
-        raise StudioError("This model has one decoding only: there is no other to race against.")
-    return dataclasses.replace(wish, decoding=rivals[0], options={})
+def _with_other(request: GenerateRequest) -> GenerateRequest:
+    """The request with a decoding that is not plain."""
+    if request.decoding != request.plain:
+        return request
+    pipeline = DECODINGS[request.plain].pipeline
+    others = [name for name in fitting_decodings(request.model) if DECODINGS[name].pipeline == pipeline]
+    if not (others := [name for name in others if name not in (request.plain, "exact")]):
+        raise StudioError("This model has one decoding only: there is nothing to compare it with.")
+    return dataclasses.replace(request, decoding=others[0], options={})
 
 
 @on_gpu(seconds=120)
-def _race(wish, job):
-    job.report(Race())
-    pipe = get_pipeline(wish.model, job.device)
-    wishes = (dataclasses.replace(wish, count=1, decoding=wish.plain, options={}), dataclasses.replace(wish, count=1))
-    track = _Track([Call(pipe, each) for each in wishes], job)
-    with ThreadPoolExecutor(len(wishes), thread_name_prefix="studio-race") as lanes:
-        for done in [lanes.submit(track.run, number) for number in range(len(wishes))]:
+def _side_by_side(request: GenerateRequest, job: Job) -> SideBySide:
+    job.report(SideBySide())
+    pipe = get_pipeline(request.model, job.device)
+    requests = (
+        dataclasses.replace(request, count=1, decoding=request.plain, options={}),
+        dataclasses.replace(request, count=1),
+    )
+    track = _TwoRuns([Call(pipe, each) for each in requests], job)
+    with ThreadPoolExecutor(len(requests), thread_name_prefix="studio-side") as threads:
+        for done in [threads.submit(track.run, number) for number in range(len(requests))]:
             done.result()
-    return track.race
+    return track.state
 
 
-class _Track:
-    """The state of a race."""
+class _TwoRuns:
+    """Runs two calls in two threads that take turns."""
 
-    def __init__(self, calls, job):
+    def __init__(self, calls: Sequence[Call], job: Job) -> None:
         self.calls, self.job = calls, job
-        self.race = Race(tuple(Lane(call.wish.title, call.total) for call in calls), calls[-1].warning)
+        self.state = SideBySide(tuple(Run(call.request.title, call.total) for call in calls), calls[-1].warning)
         self.turns = TurnScheduler(len(calls))
         self.failed = False
 
-    def run(self, number):
-        """Sample one side's image."""
+    def run(self, number: int) -> None:
+        """Make the call with this index."""
         call, pace = self.calls[number], Pace()
 
-        def on_step(sketch):
+        def on_step(sketch: Sketch) -> bool:
             self.turns.stop(number)
             if not self._is_over():
                 self._update(number, sampled=sketch.sampled)
                 if sketch.sampled < call.total and pace.is_due():
                     start = time.monotonic()
-                    self._update(number, image=partial_images(call.pipe, sketch)[0], fates=_fates(call, sketch))
+                    self._update(number, image=partial_images(call.pipe, sketch)[0], trace=_trace(call, sketch))
                     pace.spent(time.monotonic() - start)
-                self.job.report(self.race)
+                self.job.report(self.state)
             self.turns.go(number)
             return self._is_over()
 
@@ -121,60 +132,66 @@ class _Track:
             output = call(on_step)
             self.turns.stop(number)
             if not self._is_over():
-                ended = {"sampled": call.total, "fates": _fates(call, Sketch(output.tokens)), "stats": output.stats}
-                self._update(number, image=as_files(output.images, call.wish)[0], **ended)
-                self.job.report(self.race)
+                ended = {"sampled": call.total, "trace": _trace(call, Sketch(output.tokens)), "stats": output.stats}
+                self._update(number, image=as_files(output.images, call.request)[0], **ended)
+                self.job.report(self.state)
         except BaseException:
             self.failed = True
             raise
         finally:
             self.turns.leave(number)
 
-    def _is_over(self):
+    def _is_over(self) -> bool:
         return self.job.stopped or self.failed
 
-    def _update(self, number, **changes):
-        lanes = [*self.race.lanes]
-        lanes[number] = dataclasses.replace(lanes[number], clock=self.turns.clocks[number], **changes)
-        self.race = dataclasses.replace(self.race, lanes=tuple(lanes))
+    def _update(self, number: int, **changes: Any) -> None:
+        runs = [*self.state.runs]
+        runs[number] = dataclasses.replace(runs[number], clock=self.turns.clocks[number], **changes)
+        self.state = dataclasses.replace(self.state, runs=tuple(runs))
 
 
-def _fates(call, sketch):
-    return call.fates(sketch) or DraftTrace(call.total, sketch.sampled, places=sketch.places)
+def _trace(call: Call, sketch: Sketch) -> DraftTrace:
+    return call.trace(sketch) or DraftTrace(call.total, sketch.sampled, positions=sketch.positions)
 
 
 class TurnScheduler:
-    """Lets one of several threads run at a time, the one that is behind; a clock runs between `go` and `stop`."""
+    """Lets one of several threads run at a time, the one whose clock is behind.
 
-    def __init__(self, count):
+    A clock runs between `go` and `stop`.
+
+    Args:
+        count: the number of threads.
+    """
+
+    def __init__(self, count: int) -> None:
         self.clocks = [0.0] * count
-        self._racing = set(range(count))
-        self._active, self._started = 0, None
+        self._remaining = set(range(count))
+        self._active, self._started = 0, 0.0
         self._changed = threading.Condition()
 
-    def go(self, number):
-        """Wait for one's turn, and start one's clock."""
+    def go(self, number: int) -> None:
+        """Wait for the turn of a thread, and start its clock."""
         with self._changed:
             self._choose()
             self._changed.wait_for(lambda: self._active == number)
             self._started = time.perf_counter()
 
-    def stop(self, number):
-        """Stop one's clock; nobody else goes on before one's next `go` or `leave`."""
+    def stop(self, number: int) -> None:
+        """Stop the clock of a thread; no other runs before its next `go` or `leave`."""
         self.clocks[number] += time.perf_counter() - self._started
 
-    def leave(self, number):
-        """Run no more."""
+    def leave(self, number: int) -> None:
+        """Take a thread out of the turns."""
         with self._changed:
-            self._racing.discard(number)
+            self._remaining.discard(number)
             self._choose()
 
-    def _choose(self):
-        """Whose turn it is: whoever has it keeps it until it is clearly ahead."""
-        if not self._racing:
+    def _choose(self) -> None:
+        """Choose the thread that runs: the same one until its clock is clearly ahead."""
+        if not self._remaining:
             return
-        behind = min(self._racing, key=lambda number: self.clocks[number])
+        behind = min(self._remaining, key=lambda number: self.clocks[number])
         active = self._active
-        if active not in self._racing or self.clocks[active] > self.clocks[behind] + _TURN:
+        if active not in self._remaining or self.clocks[active] > self.clocks[behind] + _TURN:
             self._active = behind
         self._changed.notify_all()

@@ -1,26 +1,30 @@
-"""Long work of a network that is given up in the middle of a call."""
+"""Stop a network in the middle of a call, for networks whose calls take no `stopped` argument."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from torch import nn
 
-class Stopped(Exception):
-    """Nobody waits for this work any more."""
+from studio.errors import check_stopped
 
 
 @contextmanager
-def stoppable(network, job):
-    """While this is entered, a `torch.nn.Module` looks at the stop flag of a `studio.ui.server.worker.Job` before every
-    layer.
+def stoppable(network: nn.Module, stopped: Callable[[], bool]) -> Iterator[None]:
+    """While this is entered, a network asks before every layer whether to stop.
+
+    Args:
+        network: whose calls may be long.
+        stopped: returns True once nobody waits for the result.
 
     Raises:
-        Stopped: in the thread that calls the network, once the flag is set.
+        Stopped: in the thread that calls the network.
     """
 
-    def look(*_):
-        if job.stopped:
-            raise Stopped
+    def check(*_: Any) -> None:
+        check_stopped(stopped)
 
-    hooks = [module.register_forward_pre_hook(look) for module in network.modules()]
+    hooks = [module.register_forward_pre_hook(check) for module in network.modules()]
     try:
         yield
     finally:

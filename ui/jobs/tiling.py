@@ -1,31 +1,43 @@
-"""An image cut into squares of a tokenizer's size, each a row of tokens, and put together again."""
+"""An image as tiles of a tokenizer's size, each encoded by itself."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from studio.errors import StudioError
 
-_MOST_PIXELS = 1 << 20  # of all squares: what is shown, and tried with other codecs at every quality
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from studio import OneDPieceTokenizer
+
+_MOST_PIXELS = 1 << 20  # of all tiles; other codecs are tried at every quality
 
 
-def restored_tiles(image, tokenizer, count, name):
+def restored_tiles(
+    image: "Image", tokenizer: "OneDPieceTokenizer", count: int, name: str, stopped: Callable[[], bool]
+) -> dict[str, Any]:
     """Restore an image from the first tokens of each of its tiles.
 
     Args:
-        image: a PIL image in RGB.
-        tokenizer: a One-D-Piece tokenizer.
-        count: tokens of each tile.
-        name: what its `.odp` file calls the tokenizer.
+        image: in RGB.
+        tokenizer: encodes each tile.
+        count: tokens of each tile, from 1 to all.
+        name: of the tokenizer, written to the `.odp` file.
+        stopped: returns True once nobody waits for the result.
 
     Returns:
         "decoded", "tiles", "planes", "tokens", "bits", "file", "psnr" and "seconds" of a `Restoration`.
 
     Raises:
-        StudioError: the tiles are too many for a page.
+        StudioError: too many tiles for a page.
+        Stopped: `stopped` returned True.
     """
     from studio import encode_image
     from studio.bench.tokenizers import size_of
     from studio.ui.render.token_planes import token_planes
 
-    tiles, how = _number(image.size, tokenizer.config.sample_size), {"length": count}
-    encoded = encode_image(image, tokenizer, length=tiles * count, tile=True, name=name)
+    tiles, how = _number_of_tiles(image.size, tokenizer.config.sample_size), {"length": count}
+    encoded = encode_image(image, tokenizer, length=tiles * count, tile=True, name=name, stopped=stopped)
     return {
         "decoded": encoded.restored,
         "tiles": tiles,
@@ -37,8 +49,7 @@ def restored_tiles(image, tokenizer, count, name):
     }
 
 
-def _number(size, side):
-    """How many tiles an image has."""
+def _number_of_tiles(size: tuple[int, int], side: int) -> int:
     width, height = size
     tiles, most = -(-width // side) * -(-height // side), max(1, _MOST_PIXELS // side**2)
     if tiles > most:

@@ -1,20 +1,30 @@
-"""An image turned into tokens and back, and what JPEG and WebP keep of it in as many bytes."""
+"""The work behind the Tokenize tab: an image to tokens and back, beside JPEG and WebP of as many bytes."""
 
 import dataclasses
 import math
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from studio.checks import check_flag
 from studio.errors import StudioError
 from studio.ui.jobs.stopping import stoppable
 from studio.ui.jobs.tiling import restored_tiles
-from studio.ui.render.length_control import Scale
+from studio.ui.render.length_control import LengthControl
 from studio.ui.render.sizes import readable, resized
-from studio.ui.server.checks import check_flag
 from studio.ui.server.limits import check_model, limits
-from studio.ui.server.models import bundled_models, get_tokenizer, tokenizer_scale
-from studio.ui.server.worker import follow
+from studio.ui.server.models import bundled_models, get_tokenizer, tokenizer_length_control
+from studio.ui.server.worker import Job, follow
 from studio.ui.server.zerogpu import on_gpu
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from studio import OneDPieceTokenizer
+    from studio.bench.rate_distortion import Encoded
+    from studio.ui.render.token_planes import TokenPlane
 
 CODECS = {"webp": "WebP", "jpeg": "JPEG"}
 _MOST_BYTES = 1 << 26  # of an .odp file that is read
@@ -22,21 +32,21 @@ _MOST_BYTES = 1 << 26  # of an .odp file that is read
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeRequest:
-    """One image and how to restore it.
+    """An image and how to restore it.
 
     Args:
         tokenizer: what `studio.load` takes.
-        image: path of the file.
-        count: the length or the depth to restore it from; all there is where it is `None`.
-        tile: whether to cut it into the tokenizer's squares, each of that length, instead of resizing it to one.
+        image: the path of its file.
+        count: the length or the depth to restore it from, at least 1; `None` for all tokens.
+        tile: whether to cut it into tiles, each of that length, instead of resizing it to one square.
     """
 
-    tokenizer: str | None
-    image: str | None
+    tokenizer: str
+    image: str
     count: int | None = None
     tile: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", _name(self.tokenizer))
         check_flag("Whether to cut tiles", self.tile)
         if not self.tokenizer:
@@ -47,137 +57,141 @@ class TokenizeRequest:
 
 @dataclasses.dataclass(frozen=True)
 class DetokenizeRequest:
-    """An `.odp` file to restore: its path, and the tokenizer it was made with, where it names no bundled one."""
+    """An `.odp` file to decode: its path, and its tokenizer where the file names no bundled one."""
 
-    tokenizer: str | None
-    file: str | None
+    tokenizer: str
+    file: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", _name(self.tokenizer))
         if not self.file:
             raise StudioError("Give an .odp file first, one that this tab or `studio tokenize` made.")
 
 
-def _name(tokenizer):
-    """The name of a tokenizer in a request, empty for none."""
+def _name(tokenizer: object) -> str:
+    """The name of a tokenizer in a request; empty for none."""
     return check_model(tokenizer).strip() if tokenizer not in (None, "") else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """What another codec makes of the image: the best in so many bytes, or `None`, and the bytes of its least file.
-
-    `best` has the attributes of `studio.bench.rate_distortion.Encoded`.
-    """
+    """Another codec: its best encoding in as many bytes, `None` where there is none, and its smallest file in bytes."""
 
     codec: str
-    best: object
-    least: int
+    best: "Encoded | None"
+    smallest: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Restoration:
-    """Where the work on an image stands; all but `original` is there when it was restored, in one step.
+    """The state of a `TokenizeRequest`; all but `original` and `size` is set once the image is restored.
 
     Args:
-        original: the image, at a size to be looked at; `None` while it is read.
+        original: the image, at a readable size; `None` while it is read.
         size: its own width and height in pixels.
-        decoded: what was restored, a PIL image of the tokenizer's size, or of its own where it was cut into tiles.
-        side: the tokenizer's size.
-        tiles: how many squares of that size it was cut into, or `None` where it was resized to one.
+        decoded: the restored image, of the tokenizer's size, or of the image's own where it was cut into tiles.
+        side: the tokenizer's size in pixels.
+        tiles: the number of tiles, or `None` where the image was resized to one square.
         planes: see `studio.ui.render.token_planes`.
-        scale, count: what it was restored from, of how many; `None` where tokens are always all used.
+        control, count: the length or depth it was restored from; `None` where all tokens are always used.
         tokens, bits: of what it was restored from; no bits where tokens are continuous.
         file: the bytes of the `.odp` file, where there is that format.
-        psnr: in dB, over what was restored.
-        seconds: to encode and to decode.
-        rivals: as far as they have been tried.
+        psnr: in dB, of the restored image.
+        seconds: by phase, "encode" and "decode".
+        rivals: the other codecs tried so far.
     """
 
-    original: object = None
-    size: tuple[int, int] | None = None
-    decoded: object = None
+    original: "Image | None" = None
+    size: tuple[int, int] = (0, 0)
+    decoded: "Image | None" = None
     side: int = 0
     tiles: int | None = None
-    planes: list = ()
-    scale: Scale | None = None
+    planes: "list[TokenPlane]" = dataclasses.field(default_factory=list)
+    control: LengthControl | None = None
     count: int | None = None
     tokens: int = 0
     bits: float | None = None
     file: bytes | None = None
     psnr: float = 0.0
-    seconds: dict = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     rivals: tuple[Rival, ...] = ()
 
     @property
-    def restored(self):
-        """What was restored, as large as `original`."""
+    def restored(self) -> "Image":
+        """The restored image, as large as `original`."""
+        assert self.decoded is not None and self.original is not None
         return resized(self.decoded, self.original.size)
 
     @property
-    def payload(self):
+    def payload(self) -> int | None:
         """Bytes of the packed token numbers alone; `None` where tokens are continuous."""
         return None if self.bits is None else math.ceil(self.bits / 8)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int | None:
         """Bytes of the file, or of the token numbers where there is no file format."""
         return self.payload if self.file is None else len(self.file)
 
     @property
-    def counted(self):
-        """What is counted of every codec, an entry of `studio.bench.rate_distortion.COUNTED`."""
+    def counted(self) -> str:
+        """Which bytes of each codec count, an entry of `studio.bench.rate_distortion.COUNTED`."""
         return "without fixed parts" if self.file is None else "file"
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What an `.odp` file holds: the image at its own size, the tokenizer, and the numbers of tokens and bytes.
+    """The content of an `.odp` file: the image at its own size, the tokenizer, and the numbers of tokens and bytes.
 
     The image is `None` while the model is being loaded.
     """
 
-    image: object = None
+    image: "Image | None" = None
     tokenizer: str = ""
     tokens: int = 0
     bytes: int = 0
 
 
-def restore(wish):
-    """Follow a `TokenizeRequest`: an asynchronous iterator over `Restoration`, the last one with all rivals.
+def restore(request: TokenizeRequest) -> AsyncIterator[Restoration]:
+    """Follow a request.
+
+    Yields:
+        The state so far; the last one has all codecs.
 
     Raises:
-        StudioError: the image or the tokenizer cannot be read, there is no such length or depth, or no tiles can be
-            cut.
+        StudioError: the image or the tokenizer cannot be read, there is no such length or depth, or the tokenizer takes
+            no tiles.
     """
-    return follow(lambda job: _restore(wish, job))
+    return follow(lambda job: _restore(request, job))
 
 
-def open_file(wish):
-    """Follow a `DetokenizeRequest`: an asynchronous iterator over `Opened`.
+def open_file(request: DetokenizeRequest) -> AsyncIterator[Opened]:
+    """Follow a request.
+
+    Yields:
+        An `Opened` without an image, then the one with it.
 
     Raises:
-        StudioError: the file is none that a tokenizer here can read.
+        StudioError: no tokenizer here can read the file.
     """
-    return follow(lambda job: _open(wish, job))
+    return follow(lambda job: _open(request, job))
 
 
 @on_gpu(seconds=60)
-def _restore(wish, job):
+def _restore(request: TokenizeRequest, job: Job) -> Restoration:
     from studio.images import open_image
 
-    image = open_image(wish.image, Path(wish.image).name, limits().pixels)
+    image = open_image(request.image, Path(request.image).name, limits().pixels)
     found = Restoration(readable(image), image.size)
     job.report(found)
-    tokenizer = get_tokenizer(wish.tokenizer, job.device)
-    given = image if wish.tile else _square(image, tokenizer.config.sample_size)
-    with stoppable(tokenizer, job):
-        if wish.tile:
-            found = _with_tiles(found, wish, tokenizer, image)
-        else:
-            found = _restored(found, wish, tokenizer, given)
-            if is_row(tokenizer):
-                found = dataclasses.replace(found, file=_odp_of(image, tokenizer, found.count, wish.tokenizer))
+    tokenizer = get_tokenizer(request.tokenizer, job.device)
+    given = image if request.tile else _square(image, tokenizer.config.sample_size)
+    if request.tile:
+        found = _with_tiles(found, request, tokenizer, image, job)
+    else:
+        with stoppable(tokenizer, lambda: job.stopped):
+            found = _restored(found, request, tokenizer, given)
+        if is_row(tokenizer):
+            found = dataclasses.replace(found, file=_odp_file(image, tokenizer, found.count, request.tokenizer, job))
     job.report(found)
     for codec in CODECS if found.bytes is not None else ():
         if not job.stopped:
@@ -186,17 +200,17 @@ def _restore(wish, job):
     return found
 
 
-def _restored(found, wish, tokenizer, square):
+def _restored(found: Restoration, request: TokenizeRequest, tokenizer: Any, square: "Image") -> Restoration:
     import torch
 
     from studio.bench.tokenizers import size_of
     from studio.evaluation.metrics import psnr
     from studio.ui.render.token_planes import token_planes
 
-    scale = tokenizer_scale(wish.tokenizer)
-    if scale is None and wish.count is not None:
-        raise StudioError(f"{wish.tokenizer} restores from all of its tokens: leave the length or depth empty.")
-    how = scale.settings(wish.count) if scale else {}
+    control = tokenizer_length_control(request.tokenizer)
+    if control is None and request.count is not None:
+        raise StudioError(f"{request.tokenizer} restores from all of its tokens: leave the length or depth empty.")
+    how = control.settings(request.count) if control else {}
     pixels = _pixels(square)
     with torch.inference_mode():
         began = time.perf_counter()
@@ -209,44 +223,45 @@ def _restored(found, wish, tokenizer, square):
         decoded=_image(restored[0]),
         side=square.width,
         planes=token_planes(tokenizer, tokens, how),
-        scale=scale,
-        count=how.get(scale.name) if scale else None,
+        control=control,
+        count=how.get(control.name) if control else None,
         psnr=float(psnr(restored / 255, pixels)[0]),
         seconds={"encode": encoded - began, "decode": decoded - encoded},
         **size_of(tokenizer, tokens.cpu(), how),
     )
 
 
-def is_row(tokenizer):
-    """Whether images of a tokenizer can be kept in `.odp` files."""
+def is_row(tokenizer: object) -> bool:
+    """Whether images of a tokenizer can be saved as `.odp` files."""
     from studio import OneDPieceTokenizer
 
     return isinstance(tokenizer, OneDPieceTokenizer)
 
 
-def _with_tiles(found, wish, tokenizer, image):
-    if not is_row(tokenizer):
+def _with_tiles(found: Restoration, request: TokenizeRequest, tokenizer: Any, image: "Image", job: Job) -> Restoration:
+    control = tokenizer_length_control(request.tokenizer)
+    if not is_row(tokenizer) or control is None:
         raise StudioError(
-            f"{wish.tokenizer} cannot cut images into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
+            f"{request.tokenizer} cannot cut images into tiles: choose a One-D-Piece tokenizer, or leave out the tiles."
         )
-    scale = tokenizer_scale(wish.tokenizer)
-    count = scale.settings(wish.count)[scale.name]
-    tiles = restored_tiles(image, tokenizer, count, _name_in_files(wish.tokenizer))
-    return dataclasses.replace(found, side=tokenizer.config.sample_size, scale=scale, count=count, **tiles)
+    count = control.settings(request.count)[control.name]
+    tiles = restored_tiles(image, tokenizer, count, _name_in_files(request.tokenizer), lambda: job.stopped)
+    return dataclasses.replace(found, side=tokenizer.config.sample_size, control=control, count=count, **tiles)
 
 
-def _odp_of(image, tokenizer, length, name):
+def _odp_file(image: "Image", tokenizer: "OneDPieceTokenizer", length: int | None, name: str, job: Job) -> bytes:
     from studio import encode_image
 
-    return encode_image(image, tokenizer, length=length, name=_name_in_files(name)).data
+    name = _name_in_files(name)
+    return encode_image(image, tokenizer, length=length, name=name, stopped=lambda: job.stopped).data
 
 
-def _name_in_files(name):
-    """What an `.odp` file calls a tokenizer: by its name where it is bundled, else not at all."""
+def _name_in_files(name: str) -> str:
+    """The name of a tokenizer in an `.odp` file: empty unless it is bundled."""
     return name if name in bundled_models("tokenizer") else ""
 
 
-def _rival(codec, given, found):
+def _rival(codec: str, given: "Image", found: Restoration) -> Rival:
     from studio.bench.rate_distortion import best, ways
 
     encoded = ways(given, codec)
@@ -254,16 +269,16 @@ def _rival(codec, given, found):
 
 
 @on_gpu(seconds=60)
-def _open(wish, job):
+def _open(request: DetokenizeRequest, job: Job) -> Opened:
     from studio import OdpFile, decode_image
     from studio.images import check_pixels
 
-    name = Path(wish.file).name
-    data = _read(wish.file, name)
+    name = Path(request.file).name
+    data = _read(request.file, name)
     content = OdpFile.from_bytes(data, name)
     check_pixels(name, content.width, content.height, limits().pixels)
     job.report(Opened())
-    chosen = content.tokenizer if content.tokenizer in bundled_models("tokenizer") else wish.tokenizer
+    chosen = content.tokenizer if content.tokenizer in bundled_models("tokenizer") else request.tokenizer
     if not chosen:
         raise StudioError(f"{name} names no bundled tokenizer: choose the One-D-Piece tokenizer that it was made with.")
     tokenizer = get_tokenizer(chosen, job.device)
@@ -271,13 +286,12 @@ def _open(wish, job):
         raise StudioError(
             f"{name} was made with a One-D-Piece tokenizer: choose the one it was made with, not {chosen}."
         )
-    with stoppable(tokenizer, job):
-        image = decode_image(content, tokenizer, name)
+    image = decode_image(content, tokenizer, name, stopped=lambda: job.stopped)
     return Opened(image, chosen, len(content.tokens), len(data))
 
 
-def _read(path, name):
-    """The bytes of a file, of a very long one the first: it is no .odp file, and would fill the memory."""
+def _read(path: str, name: str) -> bytes:
+    """The bytes of a file; only the first ones of a file so long that it cannot be an .odp file."""
     try:
         with open(path, "rb") as file:
             return file.read(_MOST_BYTES)
@@ -285,14 +299,14 @@ def _read(path, name):
         raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
 
 
-def _square(image, side):
-    """The whole image as the tokenizer reads it."""
+def _square(image: "Image", side: int) -> "Image":
+    """The image resized to the tokenizer's size."""
     from PIL import Image
 
     return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _pixels(square):
+def _pixels(square: "Image") -> "torch.Tensor":
     """(1, 3, side, side) in [0, 1]."""
     import numpy as np
     import torch
@@ -300,8 +314,8 @@ def _pixels(square):
     return torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0)[None].float() / 255
 
 
-def _image(levels):
-    """A PIL image of whole levels (3, side, side) from 0 to 255."""
+def _image(levels: "torch.Tensor") -> "Image":
+    """A PIL image of integer levels (3, side, side) from 0 to 255."""
     import torch
     from PIL import Image
 

@@ -1,22 +1,26 @@
-"""A tokenizer beside JPEG and WebP: what is counted, and where a codec has no file that small."""
+"""Captions and notes that compare a tokenizer with JPEG and WebP in bytes."""
 
 from html import escape
+from typing import TYPE_CHECKING
 
-from studio.ui.jobs.tokenize_job import CODECS
+from studio.ui.jobs.tokenize_job import CODECS, Restoration, Rival
+
+if TYPE_CHECKING:
+    from studio.bench.rate_distortion import Encoded
 
 
-def codec_caption(name, size, psnr):
-    """What stands below a codec's image."""
+def codec_caption(name: str, size: int, psnr: float) -> str:
+    """The caption of a codec's image."""
     return f"{name} · {size} bytes · {psnr:.1f} dB"
 
 
-def counted_bytes(way, found):
-    """Bytes of an `Encoded` image as they are counted beside a `Restoration`."""
+def counted_bytes(way: "Encoded", found: Restoration) -> int:
+    """The bytes of an encoded image, counted as those of a `Restoration`."""
     return way.size if found.file else way.size - way.fixed
 
 
-def comparison_note(found):
-    """Say what the bytes of a `Restoration` are, and what those of the other codecs."""
+def comparison_note(found: Restoration) -> str:
+    """A note on which bytes are counted of a `Restoration` and of the other codecs."""
     if found.bytes is None:
         return _note("Its tokens are continuous numbers, which have no size in bytes to compare.")
     if found.file:
@@ -29,16 +33,15 @@ def comparison_note(found):
         given = "All were given the whole image; JPEG and WebP may shrink it."
     else:
         given = f"All were given the same {found.side} x {found.side} square; JPEG and WebP may shrink it further."
-    return _note(" ".join((counted, given, *(_least(rival, found) for rival in found.rivals))))
+    return _note(" ".join((counted, given, *(_smallest(rival, found) for rival in found.rivals))))
 
 
-def _least(rival, found):
-    """Whether a codec has any whole file that small."""
+def _smallest(rival: Rival, found: Restoration) -> str:
     name = CODECS[rival.codec]
-    if rival.least <= found.bytes:
-        return f"The smallest whole {name} file has {rival.least} bytes."
-    return f"{name} has no file of {found.bytes} bytes: the smallest has {rival.least}."
+    if found.bytes is not None and rival.smallest <= found.bytes:
+        return f"The smallest whole {name} file has {rival.smallest} bytes."
+    return f"{name} has no file of {found.bytes} bytes: the smallest has {rival.smallest}."
 
 
-def _note(text):
+def _note(text: str) -> str:
     return f'<p class="studio-note">{escape(text)}</p>'

@@ -1,35 +1,42 @@
-"""By what a restoration can be cut short: the first tokens of a row, or the first levels of stacks."""
+"""How many of an image's tokens to decode: the first tokens of a sequence, or the first levels of residual codes."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from studio.errors import StudioError
-from studio.ui.server.checks import is_whole, shown
+from studio.checks import as_integer, check_integer
 
-_SCALES = {"OneDPieceTokenizer": ("length", "num_tokens"), "RVQTokenizer": ("depth", "depth")}
+_CONTROLS = {"OneDPieceTokenizer": ("length", "num_tokens"), "RVQTokenizer": ("depth", "depth")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scale:
-    """The keyword of `decode`, "length" in tokens or "depth" in levels, and the most that it may be."""
+class LengthControl:
+    """A keyword of `decode`.
+
+    Args:
+        name: "length" in tokens or "depth" in levels.
+        most: its largest value.
+    """
 
     name: str
     most: int
 
-    def settings(self, count):
-        """The keywords of `decode` for `count`, for all where it is `None`.
+    def settings(self, count: int | None) -> dict[str, int]:
+        """The keyword of `decode` by name.
+
+        Args:
+            count: from 1 to `most`; `None` for all.
 
         Raises:
-            StudioError: it is no whole number from 1 to the most.
+            StudioError: no whole number of that range.
         """
-        count = self.most if count is None else count
-        if not is_whole(count) or not 1 <= count <= self.most:
-            raise StudioError(f"Choose a {self.name} from 1 to {self.most}, not {shown(count)}.")
-        return {self.name: int(count)}
+        count = self.most if count is None else as_integer(count)
+        return {self.name: check_integer(f"The {self.name}", count, 1, self.most)}
 
 
-def scale_of(kind, config):
-    """The scale of a tokenizer by the name of its class and its configuration; `None` where it has none."""
-    if kind not in _SCALES:
+def length_control(kind: str | None, config: Mapping[str, Any]) -> LengthControl | None:
+    """The control of a tokenizer by the name of its class and its configuration; `None` where it has none."""
+    if kind not in _CONTROLS:
         return None
-    name, most = _SCALES[kind]
-    return Scale(name, config[most])
+    name, most = _CONTROLS[kind]
+    return LengthControl(name, config[most])

@@ -1,36 +1,44 @@
-"""Answers beside each other: what was said, from how many tokens, and where the time went."""
+"""Answers side by side: the text, the number of visual tokens, and the seconds of each phase."""
 
+from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from studio.ui.tabs.components import duration
+
+if TYPE_CHECKING:
+    from studio.pipelines.visual_question import Answer
 
 _SHORT = 80  # characters that are shown large
 PHASES = ("encode", "select", "prefill", "decode")
 
 
-def answer_cards(answers, running=None):
-    """Lay answers out as cards whose bars share one scale.
+def render_answers(answers: "Sequence[tuple[str, Answer | None]]", running: int | None = None) -> str:
+    """Render answers as cards whose bars share one scale.
 
     Args:
-        answers: pairs (title, `Answer` or `None` where it is still to come).
-        running: number of the card that is being answered, or `None`.
+        answers: pairs (title, answer), with `None` for an answer that is still to come.
+        running: the index of the one under way, or `None`.
+
+    Returns:
+        HTML.
     """
     longest = max((sum(answer.seconds.values()) for _, answer in answers if answer), default=0)
     cards = "".join(_card(title, answer, longest, number == running) for number, (title, answer) in enumerate(answers))
     return f'<div class="studio-answers">{cards}</div>'
 
 
-def _card(title, answer, longest, running):
+def _card(title: str, answer: "Answer | None", longest: float, running: bool) -> str:
     state = "running" if running else "waiting" if answer is None else "done"
     text, cost = (answer.answer, _cost(answer, longest)) if answer else ("", "")
-    said = "said" if len(text) <= _SHORT else "said long"
+    size = "said" if len(text) <= _SHORT else "said long"
     return (
         f'<section class="studio-answer {state}"><h3>{escape(title)}</h3>'
-        f'<p class="{said}">{escape(text)}</p>{cost}</section>'
+        f'<p class="{size}">{escape(text)}</p>{cost}</section>'
     )
 
 
-def _cost(answer, longest):
+def _cost(answer: "Answer", longest: float) -> str:
     seconds = {phase: answer.seconds[phase] for phase in PHASES}
     bars = "".join(
         f'<i class="{phase}" style="width:{100 * spent / max(longest, 1e-9):.2f}%"></i>'
@@ -46,7 +54,7 @@ def _cost(answer, longest):
     )
 
 
-def verdict(pruned, whole):
+def verdict(pruned: "Answer", whole: "Answer") -> str:
     """One sentence on what pruning changed."""
     fast, slow = (sum(answer.seconds.values()) for answer in (pruned, whole))
     if abs(fast - slow) < 0.05 * slow:
@@ -56,4 +64,4 @@ def verdict(pruned, whole):
     else:
         pace = f"Slower than with all tokens, by {duration(fast - slow)}"
     same = pruned.answer == whole.answer
-    return f"{pace}; the answer is {'the same' if same else 'another'}."
+    return f"{pace}; the answer is {'the same' if same else 'different'}."

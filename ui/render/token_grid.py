@@ -1,33 +1,40 @@
-"""Grids of an image's tokens: which were drafts and which the model drew itself, or what code each of them is."""
+"""Grids of an image's tokens: accepted drafts and tokens that the model sampled itself, or the code of each token."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 
-_MOST_SQUARES = 1024  # of all planes that are sampled, but for the first
+from studio.ui.jobs.draft_trace import DraftTrace
+from studio.ui.render.token_planes import TokenPlane
+
+_MOST_SQUARES = 1024  # of all planes shown, except the first
 _MOST_NUMBERED = 8  # columns of a plane whose numbers are legible
 
 
-def token_grid(fates, title):
-    """Sample the grid with its legend.
+def token_grid(trace: DraftTrace, title: str) -> str:
+    """Render the drafts of one image as a grid with a legend.
 
     Args:
-        fates: `DraftTrace`.
-        title: what the grid shows; read aloud together with the numbers.
+        trace: the accepted and rejected drafts.
+        title: for screen readers.
+
+    Returns:
+        HTML with an SVG.
     """
-    side = math.ceil(math.sqrt(fates.total))
-    there = frozenset(range(fates.sampled)) if fates.places is None else fates.places
-    own = sorted(there - fates.accepted)
-    rejected = sum(fates.rejected.values())
+    side = math.ceil(math.sqrt(trace.total))
+    sampled = frozenset(range(trace.sampled)) if trace.positions is None else trace.positions
+    own = sorted(sampled - trace.accepted)
+    rejected = sum(trace.rejected.values())
     squares = "".join(
-        f'<path class="{name}" d="{"".join(_square(place, side) for place in places)}"/>'
-        for name, places in (
-            ("open", [place for place in range(fates.total) if place not in there]),
+        f'<path class="{name}" d="{"".join(_square(position, side) for position in positions)}"/>'
+        for name, positions in (
+            ("open", [position for position in range(trace.total) if position not in sampled]),
             ("own", own),
-            ("accepted", sorted(fates.accepted)),
+            ("accepted", sorted(trace.accepted)),
         )
     )
-    dots = "".join(_dot(place, side, count) for place, count in sorted(fates.rejected.items()))
-    numbers = {"accepted": (len(fates.accepted), "accepted drafts"), "own": (len(own), "sampled by the model")}
+    dots = "".join(_dot(position, side, count) for position, count in sorted(trace.rejected.items()))
+    numbers = {"accepted": (len(trace.accepted), "accepted drafts"), "own": (len(own), "sampled by the model")}
     numbers["rejected"] = (rejected, "rejected drafts")
     spoken = f"{title}: " + ", ".join(f"{count} {what}" for count, what in numbers.values())
     legend = "".join(
@@ -39,11 +46,14 @@ def token_grid(fates, title):
     )
 
 
-def code_grids(planes):
-    """Sample the planes of an image's tokens, as many as a page takes; each square says its code.
+def code_grids(planes: Sequence[TokenPlane]) -> str:
+    """Render the planes of an image's tokens, as many as fit on a page; each square has its code.
 
     Args:
-        planes: a list of `TokenPlane`.
+        planes: at least one.
+
+    Returns:
+        HTML with an SVG for each plane.
     """
     shown = planes[: max(1, _MOST_SQUARES // len(planes[0].names))]
     left = len(planes) - len(shown)
@@ -51,34 +61,35 @@ def code_grids(planes):
     return f'<div class="studio-codes">{"".join(map(_code_grid, shown))}{more}</div>'
 
 
-def _code_grid(plane):
+def _code_grid(plane: TokenPlane) -> str:
     rows = math.ceil(len(plane.names) / plane.columns)
     used = sum(plane.kept)
     spoken = f"{plane.title}: {used} of {len(plane.names)} used"
-    squares = "".join(_code(plane, place) for place in range(len(plane.names)))
+    squares = "".join(_code(plane, position) for position in range(len(plane.names)))
     return (
         f"<figure><figcaption>{escape(plane.title)} <span>{used} of {len(plane.names)}</span></figcaption>"
         f'<svg viewBox="0 0 {plane.columns} {rows}" role="img" aria-label="{escape(spoken)}">{squares}</svg></figure>'
     )
 
 
-def _code(plane, place):
-    row, column = divmod(place, plane.columns)
-    name = escape(plane.names[place])
+def _code(plane: TokenPlane, position: int) -> str:
+    row, column = divmod(position, plane.columns)
+    name = escape(plane.names[position])
     number = f'<text x="{column + 0.5:g}" y="{row + 0.5:g}">{name}</text>' if plane.columns <= _MOST_NUMBERED else ""
     return (
-        f'<g class="{"kept" if plane.kept[place] else "dropped"}">'
-        f'<path fill="{plane.colours[place]}" d="{_square(place, plane.columns)}"/>{number}<title>{name}</title></g>'
+        f'<g class="{"kept" if plane.kept[position] else "dropped"}">'
+        f'<path fill="{plane.colours[position]}" d="{_square(position, plane.columns)}"/>'
+        f"{number}<title>{name}</title></g>"
     )
 
 
-def _square(place, side):
-    row, column = divmod(place, side)
+def _square(position: int, side: int) -> str:
+    row, column = divmod(position, side)
     return f"M{column + 0.06:g} {row + 0.06:g}h.88v.88h-.88z"
 
 
-def _dot(place, side, count):
+def _dot(position: int, side: int, count: int) -> str:
     """Larger where more drafts were rejected."""
-    row, column = divmod(place, side)
+    row, column = divmod(position, side)
     radius = min(0.12 + 0.05 * count, 0.36)
     return f'<circle class="rejected" cx="{column + 0.5:g}" cy="{row + 0.5:g}" r="{radius:.2f}"/>'

@@ -1,31 +1,33 @@
-"""The tokens of one image as planes of coloured squares: similar codes look similar.
+"""The tokens of one image as planes of coloured squares: similar codes have similar colours.
 
-A code's colour is its place along the three directions in which its codebook spreads most; a level or a latent, which
-is a number by itself, has a grey.
+The colour of a code is its position along the first three principal components of its codebook; a level or a latent,
+which is a number, has a grey.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from studio import KLTokenizer, OneDPieceTokenizer, RVQTokenizer, TokenBridgeTokenizer
 
-_ROW = 16  # tokens in a row, of those that are no grid
+_ROW = 16  # tokens in a line, of tokens that are no grid
 _DARKEST, _LIGHTEST = 45, 235
-_OUTLIERS = 0.02  # share of codes at either end whose colours may be cut off
+_OUTLIERS = 0.02  # fraction of codes at either end whose colours are clipped
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenPlane:
-    """A rectangle of tokens, or a row that is broken into lines.
+    """A grid of tokens, or a sequence that is broken into lines.
 
     Args:
         title: which tokens of the image these are.
         columns: squares in a line.
-        names: what each token is, as a text.
+        names: the code, level or latent of each, as text.
         colours: of each, as "#rrggbb".
-        kept: whether the image was restored from each; a row's are, up to its length.
+        kept: whether the image was decoded from each.
     """
 
     title: str
@@ -35,13 +37,13 @@ class TokenPlane:
     kept: list[bool]
 
 
-def token_planes(tokenizer, tokens, how):
+def token_planes(tokenizer: Any, tokens: torch.Tensor, how: Mapping[str, int]) -> list[TokenPlane]:
     """The planes of an image.
 
     Args:
         tokenizer: one that `studio.load` returns.
-        tokens: what it encoded, (1, ...); rows of a `OneDPieceTokenizer` may be those of several tiles.
-        how: keywords of its `decode`.
+        tokens: (1, ...), those of `encode`; of a `OneDPieceTokenizer` (tiles, N).
+        how: the keywords of `decode`.
     """
     if isinstance(tokenizer, OneDPieceTokenizer):
         length = tokens.shape[1]
@@ -71,13 +73,19 @@ def token_planes(tokenizer, tokens, how):
     return [_codes("Tokens", tokens, tokenizer.codebook)]
 
 
-def _codes(title, numbers, codebook, columns=None, kept=None):
+def _codes(
+    title: str,
+    numbers: torch.Tensor,
+    codebook: torch.Tensor,
+    columns: int | None = None,
+    kept: list[bool] | None = None,
+) -> TokenPlane:
     colours = code_colours(codebook, numbers.flatten())
     names = [str(number) for number in numbers.flatten().tolist()]
     return TokenPlane(title, columns or numbers.shape[1], names, colours, kept or [True] * len(names))
 
 
-def _greys(title, shades, numbers, form):
+def _greys(title: str, shades: torch.Tensor, numbers: torch.Tensor, form: str) -> TokenPlane:
     names = [format(number, form) for number in numbers.flatten().tolist()]
     return TokenPlane(
         title, numbers.shape[1], names, _hex(shades.flatten()[:, None].expand(-1, 3)), [True] * len(names)
@@ -85,8 +93,13 @@ def _greys(title, shades, numbers, form):
 
 
 @torch.inference_mode()
-def code_colours(codebook, numbers):
-    """Colours "#rrggbb" of codes (n,) of a codebook (V, C)."""
+def code_colours(codebook: torch.Tensor, numbers: torch.Tensor) -> list[str]:
+    """Colours "#rrggbb" of codes.
+
+    Args:
+        codebook: (V, C).
+        numbers: (n,) int64, the codes.
+    """
     vectors = codebook.float().cpu()
     centred = vectors - vectors.mean(dim=0)
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :3]
@@ -96,12 +109,12 @@ def code_colours(codebook, numbers):
     return _hex(F.pad(_stretched(spread, low, high), (0, 3 - spread.shape[1]), value=0.5)[numbers])
 
 
-def _stretched(values, low, high):
+def _stretched(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Values with `low` at 0 and `high` at 1, cut off there."""
     return ((values - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
 
 
-def _hex(shades):
-    """Shades (n, 3) in [0, 1] as colours that can be told from the page."""
+def _hex(shades: torch.Tensor) -> list[str]:
+    """Shades (n, 3) in [0, 1] as colours that differ from the page."""
     levels = (_DARKEST + (_LIGHTEST - _DARKEST) * shades).round().long().tolist()
     return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in levels]

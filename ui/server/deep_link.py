@@ -1,29 +1,32 @@
 """Links into the app: `/?prompt=a+fox&decoding=lantern&delta=0.1` fills the form, `tab=ask` opens another tab."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import gradio as gr
 
 from studio.errors import StudioError
 from studio.ui.server.failures import sentence_of, toast
-from studio.ui.server.limits import check_words
-from studio.ui.server.png_metadata import KNOWN, from_link
+from studio.ui.server.limits import check_user_text
+from studio.ui.server.png_metadata import KNOWN, Form, from_link
 from studio.ui.tabs.actions import PRIVATE
 
 TABS = ("generate", "tokenize", "ask", "compare")
 
 
-def connect_link(demo, tabs, form, question, prompt):
-    """Let a page that is opened by a link hold what the link says; nothing is sampled before somebody asks for it.
+def connect_link(demo: gr.Blocks, tabs: gr.Tabs, form: Form, question: gr.Textbox, prompt: gr.Textbox) -> None:
+    """Fill the page from the link that opens it; nothing is sampled before the user asks for it.
 
     Args:
         demo: the `gr.Blocks`.
-        tabs: the `gr.Tabs` of `TABS`.
-        form: the `Form` of the tab "generate".
-        question: the field of the tab "ask" that `question` fills.
-        prompt: the field of the tab "compare" that `prompt` fills if the link opens that tab.
+        tabs: those of `TABS`.
+        form: of the tab "generate".
+        question: of the tab "ask", filled by the parameter `question`.
+        prompt: of the tab "compare", filled by the parameter `prompt` if the link opens that tab.
     """
     outputs = [tabs, question, prompt, *form.fields]
 
-    def follow(request: gr.Request):
+    def follow(request: gr.Request) -> list[Any]:
         try:
             return followed(dict(request.query_params), form)
         except Exception as error:
@@ -33,20 +36,20 @@ def connect_link(demo, tabs, form, question, prompt):
     demo.load(follow, None, outputs, **PRIVATE)
 
 
-def followed(parameters, form):
-    """Updates of tabs, question, the prompt to compare with, and the form.
+def followed(parameters: Mapping[str, str], form: Form) -> list[Any]:
+    """Updates of the tabs, the question, the prompt to compare, and the fields of the form.
 
     Raises:
-        StudioError: the link names a tab that is none, or something wrong for a field.
+        StudioError: the link names an unknown tab, or a value that its field refuses.
     """
     own = {name: text for name, text in parameters.items() if not name.startswith("__")}  # Gradio's begin so
     tab, question = own.pop("tab", None), own.pop("question", None)
     if tab not in (None, *TABS):
         raise StudioError(f"There is no tab {tab[:40]!r}: the tabs are {', '.join(TABS)}.")
     compared = own.pop("prompt", None) if tab == "compare" else None
-    for what, text in (("The question", question), ("The prompt", compared)):
+    for name, text in (("The question", question), ("The prompt", compared)):
         if text is not None:
-            check_words(what, text)
+            check_user_text(name, text)
     fields = form.filled(from_link(own)) if own.keys() & KNOWN else [gr.skip()] * len(form.fields)
     shown = gr.skip() if tab is None else gr.update(selected=tab)
     return [shown, *(gr.skip() if text is None else text for text in (question, compared)), *fields]

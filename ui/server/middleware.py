@@ -1,14 +1,21 @@
-"""What is looked at before Gradio, or any other route, sees a request: who asks, how much, and for which files."""
+"""ASGI middleware in front of Gradio and every other route: checks the client, size, origin and files of requests."""
 
 import asyncio
 import json
 import secrets
 from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, NoReturn
 from urllib.parse import parse_qs
 
 from python_multipart.multipart import parse_options_header
 
-from studio.ui.server.session import CLIENT, client_of
+from studio.ui.server.session import CLIENT, Listeners, client_of
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
 UPLOAD, TOOLS = f"{API}/upload", f"{API}/mcp"
@@ -19,32 +26,32 @@ _READS = ("GET", "HEAD", "OPTIONS")
 _A_FILE = {"_type": "gradio.FileData"}
 _FORWARDED = b"x-studio-client"
 _CLOSED = ("/proxy=", "/deep_link", "/component_server", "/run-history", "/vibe-", "/undo-vibe", "/process_recording")
-"""Routes of Gradio that the app has no use for: they fetch addresses, or keep what they are sent."""
+"""Routes of Gradio that the app does not use: they fetch addresses, or store what they are sent."""
 
 
-class Gate:
-    """ASGI middleware in front of everything.
+class GuardMiddleware:
+    """Limits every request, and refuses those that Gradio would handle unsafely.
 
-    Every message is counted as it comes, whatever its route, type or encoding: Gradio keeps it in memory whole. Gradio
-    also fetches a file whose path is an address of the web, however long, and of an image it checks the path only
-    where the message says that this is a file. Pages of other sites may ask for nothing, and read nothing: no `Origin`
-    but the server's own is allowed.
+    The bytes of every message are counted as they come, whatever its route, type or encoding, since Gradio keeps
+    messages in memory whole. Gradio also fetches a file whose path is a web address, and checks the path of an image
+    only where the message says that it is a file; both are refused. So are requests of pages of other sites: no
+    `Origin` but the server's own is allowed.
 
     Args:
-        app: what comes behind.
-        listeners: a `studio.ui.server.session.Listeners`, which is told of connections on which answers are awaited.
+        app: what handles the requests that pass.
+        listeners: is told of the connections on which answers are awaited.
         upload_bytes: of all files of an upload together.
-        open_requests: of one client that are being answered at a time; a page has two of them.
+        open_requests: of one client at a time, at most; a page has two of them.
     """
 
-    def __init__(self, app, listeners, upload_bytes, open_requests):
+    def __init__(self, app: ASGIApp, listeners: Listeners, upload_bytes: int, open_requests: float) -> None:
         self.app, self._listeners, self._open_requests = app, listeners, open_requests
-        most = upload_bytes + (1 << 16)  # and the names of the files, and what is between them
+        most = upload_bytes + (1 << 16)  # with the names of the files and the boundaries between them
         self._most = {UPLOAD: most, TOOLS: most * 4 // 3}  # tools are given files as base64
         self._secret = secrets.token_hex(16)
-        self._asking = Counter()
+        self._asking: Counter[str] = Counter()
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -75,7 +82,7 @@ class Gate:
             if key:
                 self._listeners.leave(key)
 
-    async def _pass(self, path, scope, receive, send):
+    async def _pass(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
         if scope["method"] in _READS:
             await self.app(scope, receive, send)
             return
@@ -89,17 +96,17 @@ class Gate:
             return
         if _names_other_file(body):
             raise _Refusal(400, "No links are read here: upload the file itself, or give a tool its data.")
-        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay():
+        async def replay() -> Message:
             return waiting.pop() if waiting else await receive()
 
         await self.app(scope, replay, send)
 
-    def _named(self, scope):
-        """The scope with the client that asks, and without what it may not say.
+    def _named(self, scope: Message) -> Message:
+        """The scope with its client, and without headers that a client may not set.
 
-        The tools of the Model Context Protocol ask this server in turn: what they ask counts for their own client.
+        The tools of the Model Context Protocol send requests to this server in turn: these count for their own client.
         """
         host = (scope.get("client") or ("",))[0]
         client, headers = client_of(host), []
@@ -116,20 +123,21 @@ class Gate:
 class _Refusal(Exception):
     """A request that goes no further."""
 
-    def __init__(self, status, sentence):
+    def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.status, self.sentence = status, sentence
 
 
 class _Counted:
-    """`receive` of a request that may send so many bytes, so many files, and not too slowly."""
+    """`receive` of a request with limits: bytes, files, and seconds between two parts."""
 
-    def __init__(self, receive, most):
+    def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._most = receive, most
         self._bytes, self._parts, self._tail, self._ended = 0, 0, b"", False
-        self.boundary = self.refusal = None
+        self.boundary: bytes | None = None
+        self.refusal: _Refusal | None = None
 
-    async def __call__(self):
+    async def __call__(self) -> Message:
         if self.refusal:
             raise self.refusal
         if self._ended:
@@ -151,7 +159,7 @@ class _Counted:
                 self._refuse(413, f"A request has at most {_MOST_FILES} files here: send fewer.")
         return message
 
-    async def whole(self):
+    async def whole(self) -> bytes | None:
         """The whole body; `None` where the client went away."""
         body = bytearray()
         while not self._ended:
@@ -161,15 +169,15 @@ class _Counted:
             body += message.get("body", b"")
         return bytes(body)
 
-    def _refuse(self, status, sentence):
+    def _refuse(self, status: int, sentence: str) -> NoReturn:
         self.refusal = _Refusal(status, sentence)
         raise self.refusal
 
 
-def _guarded(send, counted):
-    """`send` that leaves the answer to the gate once the request was refused; Gradio makes another error of that."""
+def _guarded(send: Send, counted: _Counted) -> Send:
+    """`send` that lets the middleware answer once a request was refused; Gradio would answer with another error."""
 
-    async def guarded(message):
+    async def guarded(message: Message) -> None:
         if counted.refusal is None:
             await send(message)
         else:
@@ -178,15 +186,15 @@ def _guarded(send, counted):
     return guarded
 
 
-def _boundary(scope):
-    """What stands before each part of a form, read as Gradio reads it; `None` where there is none."""
+def _boundary(scope: Message) -> bytes | None:
+    """The boundary between parts of a form, parsed as Gradio parses it; `None` where there is none."""
     _, options = parse_options_header(dict(scope["headers"]).get(b"content-type", b""))
     boundary = options.get(b"boundary")
     return b"--" + boundary if boundary else None
 
 
-def _is_closed(path):
-    """Whether a path leads to what the app has no use for, or lets the server fetch an address."""
+def _is_closed(path: str) -> bool:
+    """Whether the app does not use this route, or it would let the server fetch an address."""
     if not path.startswith(f"{API}/"):
         return False
     own = path.removeprefix(API)
@@ -194,28 +202,28 @@ def _is_closed(path):
     return fetches or own.startswith(_CLOSED)
 
 
-def _is_foreign(headers):
+def _is_foreign(headers: dict[bytes, bytes]) -> bool:
     """Whether a browser sends this for a page of another site."""
     origin = headers.get(b"origin")
     own = (headers.get(b"host"), headers.get(b"x-forwarded-host"))
     return origin is not None and origin.partition(b"://")[2] not in own
 
 
-def _listens_for(path, scope):
+def _listens_for(path: str, scope: Message) -> str | None:
     """The session or the event whose answers are awaited there; `None` on other routes."""
     if path == f"{API}/queue/data":
         return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
     return path.rsplit("/", 1)[-1] if path.startswith(f"{API}/call/") else None
 
 
-def _names_other_file(body):
-    """Whether a message has a path that is an address, or that Gradio would not look at."""
+def _names_other_file(body: bytes) -> bool:
+    """Whether a message names a file by a web address, or by a path that Gradio would not check."""
     try:
-        pending = [json.loads(body)]
+        pending: list[Any] = [json.loads(body)]
     except RecursionError:
         return True
     except ValueError:
-        return False  # nobody behind the gate can read it either
+        return False  # no route can read it either
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
@@ -228,7 +236,7 @@ def _names_other_file(body):
     return False
 
 
-async def _refuse(send, status, sentence):
+async def _refuse(send: Send, status: int, sentence: str) -> None:
     content = json.dumps({"detail": sentence}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})

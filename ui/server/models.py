@@ -1,21 +1,27 @@
-"""The models this process has loaded: each once a device, on first use, shared by every session."""
+"""The models that this process has loaded: once for each device, on first use, shared by all sessions."""
 
 import json
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from studio.checkpoints.bundled import BUNDLED, ROOT, folder_of_model, read_checksums
 from studio.errors import StudioError
-from studio.ui.render.length_control import scale_of
+from studio.ui.render.length_control import LengthControl, length_control
 from studio.ui.server.limits import check_model, is_offered, source_of
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _SETTINGS = {"guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k", "top-p": "top_p"}
-_pipelines = {}
-_readers = {}
-_tokenizers = {}
-_judges = {}
-_elsewhere = defaultdict(dict)  # by kind and device, where that is not the one that `studio.load` takes by itself
+_pipelines: dict[str, Any] = {}
+_readers: dict[str, Any] = {}
+_tokenizers: dict[str, Any] = {}
+_judges: dict[str, Any] = {}
+_elsewhere: defaultdict[tuple[str, "Device"], dict[str, Any]] = defaultdict(
+    dict
+)  # by kind and device, if not the default
 _MOST_PIPELINES = 8
 _lock = threading.Lock()
 
@@ -25,42 +31,42 @@ class Device:
     """Where models run.
 
     Args:
-        name: as `studio.load` takes it; `None` leaves it the choice.
-        dtype: what pipelines that sample compute in there; `None` likewise.
+        name: as `studio.load` takes it; `None` lets that choose.
+        dtype: of pipelines there; `None` likewise.
     """
 
     name: str | None = None
     dtype: str | None = None
 
-    def enter(self):
-        """Let this thread work there: what is not told a device takes that one."""
+    def enter(self) -> None:
+        """Make it the default device of this thread."""
         if (self.name or "").startswith("cuda"):
             import torch
 
             torch.cuda.set_device(torch.device(self.name).index or 0)
 
-    def load(self, name, **settings):
+    def load(self, name: str, **settings: Any) -> Any:
         """`studio.load` a model onto it."""
         import studio
 
-        where = {} if self.name is None else {"device": self.name}
+        where: dict[str, Any] = {} if self.name is None else {"device": self.name}
         return studio.load(name, **where, **settings)
 
 
-HERE = Device()
+DEFAULT_DEVICE = Device()
 
 
-def get_pipeline(name, device=HERE):
-    """Return the pipeline called `name` (whatever `studio.load` takes), loading it when it is asked for the first time.
+def get_pipeline(name: str, device: Device = DEFAULT_DEVICE) -> Any:
+    """The pipeline called `name` (whatever `studio.load` takes), loaded on first use.
 
-    Visitors may name any, so only the eight asked last stay loaded.
+    Sessions may name any, so only the eight used last stay loaded.
 
     Raises:
-        StudioError: it cannot be loaded, it is something that cannot sample, or it is not offered here.
+        StudioError: it cannot be loaded, it cannot sample, or it is not offered here.
     """
     check_model(name)
     with _lock:
-        pipelines = _pipelines if device == HERE else _elsewhere["pipelines", device]
+        pipelines = _pipelines if device == DEFAULT_DEVICE else _elsewhere["pipelines", device]
         if name not in pipelines:
             loaded = device.load(source_of(name), **({} if device.dtype is None else {"dtype": device.dtype}))
             if not hasattr(loaded, "image_tokenizer"):
@@ -73,18 +79,18 @@ def get_pipeline(name, device=HERE):
         return pipelines[name]
 
 
-def get_reader(name, device=HERE):
-    """Return the model called `name` (whatever `studio.load` takes) that answers questions about images.
+def get_reader(name: str, device: Device = DEFAULT_DEVICE) -> Any:
+    """The vision-language model called `name` (whatever `studio.load` takes), loaded on first use.
 
-    Visitors may name any, so only the one asked last stays loaded. A new one answers a blank image first: the time of
-    its first real answer is then that of any other.
+    Sessions may name any, so only the one used last stays loaded. A new one first answers a question about a blank
+    image, so that its first real answer takes no longer than any other.
 
     Raises:
         StudioError: it cannot be loaded, it reads no images, or it is not offered here.
     """
     check_model(name)
     with _lock:
-        readers = _readers if device == HERE else _elsewhere["readers", device]
+        readers = _readers if device == DEFAULT_DEVICE else _elsewhere["readers", device]
         if name not in readers:
             readers.clear()
             loaded = device.load(source_of(name))
@@ -95,18 +101,18 @@ def get_reader(name, device=HERE):
         return readers[name]
 
 
-def get_tokenizer(name, device=HERE):
-    """Return the tokenizer called `name` (whatever `studio.load` takes), that of a pipeline which samples included.
+def get_tokenizer(name: str, device: Device = DEFAULT_DEVICE) -> Any:
+    """The tokenizer called `name` (whatever `studio.load` takes), or that of the pipeline of this name.
 
-    As of readers, only the one asked last stays loaded. It computes in float32, as the command line does: its tokens
-    are then the same everywhere.
+    Only the one used last stays loaded. It computes in float32, as on the command line, so that tokens are the same
+    everywhere.
 
     Raises:
         StudioError: it cannot be loaded, it has no tokens of images, or it is not offered here.
     """
     check_model(name)
     with _lock:
-        tokenizers = _tokenizers if device == HERE else _elsewhere["tokenizers", device]
+        tokenizers = _tokenizers if device == DEFAULT_DEVICE else _elsewhere["tokenizers", device]
         if name not in tokenizers:
             tokenizers.clear()
             loaded = device.load(source_of(name), dtype="float32")
@@ -117,11 +123,11 @@ def get_tokenizer(name, device=HERE):
         return tokenizers[name]
 
 
-def get_judge(model):
-    """The bundled judge, for what a pipeline samples.
+def get_judge(model: str) -> Any:
+    """The bundled judge, for images of a pipeline.
 
     Raises:
-        StudioError: it does not know what that pipeline samples, or is not in this copy.
+        StudioError: the model is not bundled, or the judge is missing in this copy.
     """
     from studio.evaluation.judge import load_judge
 
@@ -136,33 +142,33 @@ def get_judge(model):
         return _judges["judge"]
 
 
-def bundled_models(kind):
+def bundled_models(kind: str) -> list[str]:
     """The names of the bundled models of a kind ("reader", "tokenizer", "pipeline") whose weights are here."""
     present = read_checksums()
     return [name for name, model in BUNDLED.items() if model.kind == kind and present.get(name)]
 
 
-def _blank_image():
+def _blank_image() -> "Image":
     from PIL import Image
 
     return Image.new("RGB", (64, 64), "white")
 
 
-def own_settings(name):
-    """What a pipeline uses where a field stays empty, read without loading it.
+def own_settings(name: str) -> dict[str, str]:
+    """The default sampling settings of a pipeline, read without loading it.
 
     Returns:
-        A text by field ("guidance", "temperature", "top-k", "top-p"); none for what is not on this machine.
+        A text by field ("guidance", "temperature", "top-k", "top-p"); empty for a model that is not on this machine.
     """
     index = _read_index(name)
     own = {field: index.get(f"default_{setting}") for field, setting in _SETTINGS.items()}
     return {field: f"{value:g}" for field, value in own.items() if value is not None}
 
 
-def fitting_decodings(name):
-    """The names of the decodings that fit a pipeline, the usual one first, read without loading it.
+def fitting_decodings(name: str) -> list[str]:
+    """The names of the decodings that fit a pipeline, its default first, read without loading it.
 
-    All there are, for what is not on this machine.
+    For a model that is not on this machine, all decodings.
     """
     from studio import DECODINGS, decodings_for, default_decoding
 
@@ -173,27 +179,27 @@ def fitting_decodings(name):
     return sorted(found, key=lambda each: each != default_decoding(kind)) or list(DECODINGS)
 
 
-def runs_as(name):
-    """The "device" and the "dtype" of a pipeline that is loaded, as images carry them; `{}` for any other."""
+def runs_as(name: str) -> dict[str, str]:
+    """The "device" and the "dtype" of a loaded pipeline, as its images record them; `{}` if it is not loaded."""
     loaded = [_pipelines, *(models for (kind, _), models in _elsewhere.items() if kind == "pipelines")]
     for pipe in (pipelines[name] for pipelines in loaded if name in pipelines):
         return {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     return {}
 
 
-def tokenizer_scale(name):
-    """The `Scale` of a tokenizer that is loaded or on this machine, read without loading it; `None` for any other."""
+def tokenizer_length_control(name: str) -> LengthControl | None:
+    """The control of a tokenizer that is loaded or on this machine, read without loading it; `None` for any other."""
     if loaded := _tokenizers.get(name):
-        return scale_of(type(loaded).__name__, loaded.config)
+        return length_control(type(loaded).__name__, loaded.config)
     config = _read_json(name, "config.json") or _read_json(name, "image_tokenizer/config.json")
-    return scale_of(config.get("_class_name"), config)
+    return length_control(config.get("_class_name"), config)
 
 
-def _read_index(name):
+def _read_index(name: str) -> dict[str, Any]:
     return _read_json(name, "model_index.json")
 
 
-def _read_json(name, file):
+def _read_json(name: str, file: str) -> dict[str, Any]:
     if not is_offered(name):
         return {}
     folder = ROOT / name if name in BUNDLED else folder_of_model(source_of(name))

@@ -1,46 +1,58 @@
-"""The app for many: every device samples what waits in a queue of its own, within limits that hold for all."""
+"""The app for many people: each device has a queue of its own, and limits hold for all requests."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from studio.checkpoints.bundled import BUNDLED
 from studio.errors import StudioError
 from studio.ui.app import launch
-from studio.ui.server.limits import set_limits
+from studio.ui.server.limits import Limits, set_limits
 from studio.ui.server.models import Device, bundled_models, get_pipeline
+from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker, use_workers
 from studio.ui.tabs.components import short_name
 
 _CONNECTIONS = 64  # of one client for each request that may wait; a page has two, and a program about three
 
 
-def serve(host, port, *, model, devices, bounds, limits, **settings):
+def serve(
+    host: str,
+    port: int,
+    *,
+    model: str,
+    devices: Sequence[Device],
+    queue_limits: QueueLimits,
+    limits: Limits,
+    **settings: Any,
+) -> None:
     """Load the model onto every device, and serve the app until it is interrupted.
 
     Args:
         host, port: where to listen.
+        model, devices, queue_limits, limits: as of `prepare`.
         settings: passed on to `studio.ui.app.launch`.
-        model, devices, bounds, limits: as of `prepare`.
 
     Raises:
         StudioError: as of `prepare`, or nothing can listen there.
     """
-    launch(host, port, **prepare(model, devices, bounds, limits), **settings)
+    launch(host, port, **prepare(model, devices, queue_limits, limits), **settings)
 
 
-def prepare(model, devices, bounds, limits):
-    """Let this process work within limits, and load the model onto every device.
+def prepare(model: str, devices: Sequence[Device], queue_limits: QueueLimits, limits: Limits) -> dict[str, Any]:
+    """Set the limits of this process, and load the model onto every device.
 
-    Requests may use the model and the bundled ones, and no other: none of them names a folder or a repository. A folder
-    is called by its last part, in requests, messages and images.
+    Requests may use the model and the bundled ones, and no other: they cannot name a folder or a repository. A model
+    folder is called by its last part in requests, messages and images.
 
     Args:
-        model: what `studio.load` takes; it samples in the Generate tab.
-        devices: a `Device` each.
-        bounds: those of the queue of every device.
-        limits: what a request may ask for.
+        model: what `studio.load` takes; the Generate tab samples with it.
+        devices: one worker is made for each.
+        queue_limits: of the queue of each device.
+        limits: of a request; its `models` are replaced.
 
     Returns:
-        The settings for `studio.ui.app.launch` that follow.
+        The settings for `studio.ui.app.launch`: "model", "places" and "open_requests".
 
     Raises:
         StudioError: the model cannot be loaded, or a device is not there or named twice.
@@ -53,14 +65,14 @@ def prepare(model, devices, bounds, limits):
     set_limits(replace(limits, models={name: str(model)} | offered))
     for device in devices:
         get_pipeline(name, device)
-    use_workers([DeviceWorker(device, bounds) for device in devices])
+    use_workers([DeviceWorker(device, queue_limits) for device in devices])
     return {
         "model": name,
-        "places": len(devices) * (bounds.waiting + bounds.together),
-        "open_requests": _CONNECTIONS * bounds.of_one,
+        "places": len(devices) * (queue_limits.max_waiting + queue_limits.max_batch),
+        "open_requests": _CONNECTIONS * queue_limits.max_per_client,
     }
 
 
-def devices_of(text, dtype):
-    """The `Device`s of a list such as "cuda:0,cuda:1"; that which `studio.load` takes by itself where it is `None`."""
+def devices_of(text: str | None, dtype: str | None) -> list[Device]:
+    """The devices of a list such as "cuda:0,cuda:1"; for `None` the one that `studio.load` chooses by itself."""
     return [Device(name.strip() or None, dtype) for name in (text or "").split(",")]

@@ -1,4 +1,4 @@
-"""The app on a socket: what stands in front of it, how connections end, and how the server stops."""
+"""The app on a socket: its middleware, how connections are closed, and how the server stops."""
 
 import os
 import shutil
@@ -6,7 +6,11 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import gradio as gr
 import uvicorn
@@ -14,33 +18,33 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from studio.errors import StudioError
-from studio.ui.server.middleware import Gate
+from studio.ui.server.middleware import GuardMiddleware
 from studio.ui.server.session import Listeners, use_listeners
 from studio.ui.server.storage import kept_clean
 from studio.ui.server.tools import describe_files
 from studio.ui.server.worker import drain, is_idle
 
-UPLOAD_BYTES = 1 << 28  # where nothing else is said
+UPLOAD_BYTES = 1 << 28  # by default
 _SESSIONS = 256  # that Gradio keeps the fields of, about 0.3 MiB each
 _IDLE = 10  # seconds between two looks at a connection; one that asked for nothing at both is closed
 _LONGEST_START = 30  # seconds
-_LONGEST_ANSWER = 3  # seconds for what is done to reach those who wait
-_LONGEST_END = 5  # seconds for work that nobody waits for to come to its next step
+_LONGEST_ANSWER = 3  # seconds in which those who wait get their result or error
+_LONGEST_END = 5  # seconds in which abandoned work reaches its next step
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when nothing is asked on it, from its first moment and between parts of a request."""
+    """A connection that is closed when it is idle: before its first request, between requests, and within one."""
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._was_idle = False
         self._look = self.loop.call_later(_IDLE, self._close_if_idle)
 
-    def connection_lost(self, error):
+    def connection_lost(self, error: Exception | None) -> None:
         self._look.cancel()
         super().connection_lost(error)
 
-    def _close_if_idle(self):
+    def _close_if_idle(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete
         if idle and self._was_idle:
             self.transport.close()
@@ -50,15 +54,24 @@ class Connection(H11Protocol):
 
 
 @contextmanager
-def running(blocks, host, port, *, upload_bytes=UPLOAD_BYTES, open_requests=float("inf"), folder=None, **settings):
+def running(
+    blocks: gr.Blocks,
+    host: str,
+    port: int,
+    *,
+    upload_bytes: int = UPLOAD_BYTES,
+    open_requests: float = float("inf"),
+    folder: Path | None = None,
+    **settings: Any,
+) -> Iterator[str]:
     """Serve an app from a thread.
 
     Args:
-        blocks: what `studio.ui.app.build_app` made.
-        host, port: where to listen; any free port when it is 0.
-        upload_bytes: of a file, at most.
-        open_requests: of one client at a time.
-        folder: where visitors' files are, to be kept small; not looked after when `None`.
+        blocks: of `studio.ui.app.build_app`.
+        host, port: where to listen; port 0 takes any that is free.
+        upload_bytes: of an upload, at most.
+        open_requests: of one client at a time, at most.
+        folder: where the files of sessions are, which is then kept small; `None` for no folder of this process.
         settings: passed on to `gr.mount_gradio_app`.
 
     Yields:
@@ -78,9 +91,9 @@ def running(blocks, host, port, *, upload_bytes=UPLOAD_BYTES, open_requests=floa
         app, blocks, "/", server_name=host, server_port=port, show_error=False, max_file_size=upload_bytes, **settings
     )
     describe_files(blocks.mcp_server_obj)
-    gate = Gate(app, listeners, upload_bytes, open_requests)
+    guarded = GuardMiddleware(app, listeners, upload_bytes, open_requests)
     config = uvicorn.Config(
-        gate, log_level="warning", http=Connection, ws="none", server_header=False, timeout_graceful_shutdown=1
+        guarded, log_level="warning", http=Connection, ws="none", server_header=False, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -100,22 +113,23 @@ def running(blocks, host, port, *, upload_bytes=UPLOAD_BYTES, open_requests=floa
         use_listeners(None)
 
 
-def run(blocks, host, port, *, drain_seconds=0, **settings):
+def run(blocks: gr.Blocks, host: str, port: int, *, drain_seconds: float = 0, **settings: Any) -> None:
     """Serve an app until SIGINT or SIGTERM; a second one ends the process at once.
 
-    From then on no new work is taken. What there is goes on for `drain_seconds`; whoever still waits then is told that
-    the server stops.
+    From then on no new work is taken. Work under way goes on for `drain_seconds`; clients that still wait then get an
+    error that says so.
 
     Args:
-        blocks, host, port, settings: as of `running`.
-        drain_seconds: how long work may still take.
+        blocks, host, port: as of `running`.
+        drain_seconds: how long work may still take, at least 0.
+        settings: the other arguments of `running`.
 
     Raises:
         StudioError: nothing can listen there.
     """
-    stopped = []
+    stopped: list[int] = []
 
-    def stop(number, _):
+    def stop(number: int, _: FrameType | None) -> None:
         if stopped:
             os._exit(128 + number)
         stopped.append(number)
@@ -138,11 +152,11 @@ def run(blocks, host, port, *, drain_seconds=0, **settings):
         os._exit(0)  # or the process would wait for work that does not stop
 
 
-def _announce(line):
+def _announce(line: str) -> None:
     print(line, flush=True)
 
 
-def _socket(host, port):
+def _socket(host: str, port: int) -> socket.socket:
     host = host.removeprefix("[").removesuffix("]")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -150,13 +164,13 @@ def _socket(host, port):
         raise StudioError(f"The app cannot listen on {host}:{port}: choose another with --host or --port.") from error
 
 
-def _address(host, port):
+def _address(host: str, port: int) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host).removeprefix("[").removesuffix("]")
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def _wait(is_done, seconds):
-    """Wait until something is done, so many seconds at most; returns whether it is."""
+def _wait(is_done: Callable[[], bool], seconds: float) -> bool:
+    """Wait until something is done, so many seconds at most; return whether it is."""
     ends = time.monotonic() + seconds
     while not (done := is_done()) and time.monotonic() < ends:
         time.sleep(0.02)

@@ -1,12 +1,14 @@
-"""Whose turn it is on a device: requests of many users, bounded, fair, and equal ones together.
+"""Which requests a device does next: those of many clients, in turn, within limits, compatible ones in one batch.
 
 Nothing here runs or waits for anything; `studio.ui.server.worker` does.
 """
 
 import math
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Generic, Protocol, TypeVar
 
 from studio.errors import StudioError
 
@@ -16,81 +18,102 @@ class QueueLimits:
     """How much may wait for a device, and how much it does at once.
 
     Args:
-        waiting: requests that wait, at most.
-        of_one: those of one user among them, at most.
-        together: images in one call, at most; a single request may hold more.
+        max_waiting: requests that wait, at most.
+        max_per_client: those of one client among them, at most.
+        max_batch: images in one call, at most; a single request may have more.
     """
 
-    waiting: float = math.inf
-    of_one: float = math.inf
-    together: int = 1
+    max_waiting: float = math.inf
+    max_per_client: float = math.inf
+    max_batch: int = 1
 
 
-class FairQueue:
+class Queued(Protocol):
+    """A request in a queue.
+
+    `batch_key` is equal for requests that may be done in one call (`None`: only alone), `size` the number of images.
+    """
+
+    @property
+    def client(self) -> Hashable: ...
+
+    @property
+    def batch_key(self) -> Hashable: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+Q = TypeVar("Q", bound=Queued)
+
+
+class FairQueue(Generic[Q]):
     """Requests that wait for one device.
 
-    A request has a `user`; `like`, equal for requests that may be done in one call (`None`: only alone); and `size`,
-    the number of its images. Users take turns: a turn is the first request of one user, and as many equal ones as fit
-    that are first of theirs. Whoever had a request taken is behind all others then, so nobody waits for more than one
-    turn of every other user, and the requests of one user keep their order.
+    Clients take turns. A turn is the first request of one client, and as many compatible ones as fit that are first of
+    theirs. A client whose request was taken goes to the end of the line, so nobody waits for more than one turn of
+    every other client, and the requests of one client keep their order.
     """
 
-    def __init__(self, bounds):
-        self.bounds = bounds
-        self._waiting = {}  # user -> deque of requests, the user whose turn is next first
+    def __init__(self, limits: QueueLimits) -> None:
+        self.limits = limits
+        self._waiting: dict[Hashable, deque[Q]] = {}  # by client, the one whose turn is next first
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
     @property
-    def images(self):
-        """How many images wait."""
+    def images(self) -> int:
+        """The number of images that wait."""
         return sum(request.size for requests in self._waiting.values() for request in requests)
 
-    def add(self, request):
-        """Let a request wait. Errors: `StudioError` where it, or its user, has no room."""
-        if len(self._waiting.get(request.user, ())) >= self.bounds.of_one:
-            raise StudioError(f"You have {self.bounds.of_one} requests waiting already: try again when one is done.")
-        if len(self) >= self.bounds.waiting:
-            raise StudioError(f"All {self.bounds.waiting} places in the queue are taken: try again in a moment.")
-        self._waiting.setdefault(request.user, deque()).append(request)
+    def add(self, request: Q) -> None:
+        """Let a request wait.
 
-    def remove(self, request):
+        Raises:
+            StudioError: the queue is full, or the client has as many requests in it as one may have.
+        """
+        if len(self._waiting.get(request.client, ())) >= self.limits.max_per_client:
+            raise StudioError(
+                f"You have {self.limits.max_per_client} requests waiting already: try again when one is done."
+            )
+        if len(self) >= self.limits.max_waiting:
+            raise StudioError(f"All {self.limits.max_waiting} places in the queue are taken: try again in a moment.")
+        self._waiting.setdefault(request.client, deque()).append(request)
+
+    def remove(self, request: Q) -> None:
         """Forget a request, if it still waits."""
-        waiting = self._waiting.get(request.user, ())
+        waiting = self._waiting.get(request.client, deque())
         if request in waiting:
             waiting.remove(request)
-            self._forget_if_idle(request.user)
+            if not waiting:
+                del self._waiting[request.client]
 
-    def places(self):
-        """The requests in the order of their turns, were each done alone."""
+    def in_order(self) -> list[Q]:
+        """All requests in the order of their turns, as if each were done alone."""
         rounds = zip_longest(*self._waiting.values())
         return [request for turns in rounds for request in turns if request is not None]
 
-    def take(self):
-        """The requests to do next, in one call; none where none waits."""
+    def take(self) -> list[Q]:
+        """Take the requests to do next, in one call; empty where none waits."""
         if not self._waiting:
             return []
-        group = [self._take_first(next(iter(self._waiting)))]
-        first, room = group[0], self.bounds.together - group[0].size
-        while first.like is not None and (rider := self._rider(first, room)):
-            group.append(self._take_first(rider.user))
-            room -= rider.size
-        return group
+        batch = [self._take_first(next(iter(self._waiting)))]
+        first, room = batch[0], self.limits.max_batch - batch[0].size
+        while first.batch_key is not None and (other := self._compatible(first, room)):
+            batch.append(self._take_first(other.client))
+            room -= other.size
+        return batch
 
-    def _rider(self, first, room):
-        """The next user's first request that is equal and fits; `None` where there is none."""
+    def _compatible(self, first: Q, room: int) -> Q | None:
+        """The next client's first request that may be done with `first` and fits."""
         heads = (requests[0] for requests in self._waiting.values())
-        return next((head for head in heads if head.like == first.like and head.size <= room), None)
+        return next((head for head in heads if head.batch_key == first.batch_key and head.size <= room), None)
 
-    def _take_first(self, user):
-        """The first request of a user, who is behind all others then."""
-        requests = self._waiting.pop(user)
+    def _take_first(self, client: Hashable) -> Q:
+        """Take the first request of a client, who goes to the end of the line."""
+        requests = self._waiting.pop(client)
         request = requests.popleft()
         if requests:
-            self._waiting[user] = requests
+            self._waiting[client] = requests
         return request
-
-    def _forget_if_idle(self, user):
-        if not self._waiting[user]:
-            del self._waiting[user]

@@ -1,6 +1,8 @@
-"""A sampled image on its way to another tab."""
+"""Buttons that send a sampled image to another tab."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import gradio as gr
 
@@ -10,12 +12,12 @@ from studio.ui.tabs.actions import PRIVATE
 
 @dataclasses.dataclass(frozen=True)
 class SendTo:
-    """Where images leave a tab.
+    """The buttons below a gallery.
 
     Args:
         gallery: the images.
-        chosen: state, the number of the one that was clicked, or `None`.
-        buttons: by the id of the tab that they lead to.
+        chosen: state: the number of the image that was clicked, or `None`.
+        buttons: by the id of the tab that each opens.
     """
 
     gallery: gr.Gallery
@@ -23,41 +25,42 @@ class SendTo:
     buttons: dict[str, gr.Button]
 
 
-def build_send_to(gallery, titles, renewals):
+def build_send_to(gallery: gr.Gallery, titles: Mapping[str, str], renewals: Sequence[Any]) -> SendTo:
     """Lay out the buttons below a gallery; the style sheet hides them while there is no image.
 
     Args:
         gallery: the images.
-        titles: what each button says, by the id of the tab that it leads to.
-        renewals: events after which none of the images is chosen.
+        titles: the label of each button, by the id of the tab that it opens.
+        renewals: events after which no image is chosen.
     """
     chosen = gr.State()
-    with gr.Row(elem_classes="studio-outlet"):
+    with gr.Row(elem_classes="studio-send-to"):
         buttons = {tab: gr.Button(title, elem_id=f"to-{tab}", size="sm") for tab, title in titles.items()}
     gallery.select(_number, None, chosen, queue=False, **PRIVATE)
     gr.on([gallery.preview_close, *renewals], lambda: None, None, chosen, queue=False, **PRIVATE)
     return SendTo(gallery, chosen, buttons)
 
 
-def connect_send_to(outlet, tabs, fields):
-    """Let the buttons of an outlet put an image into a field of another tab, and go there.
+def connect_send_to(send_to: SendTo, tabs: gr.Tabs, fields: Mapping[str, gr.Image]) -> None:
+    """Let each button put an image into the field of another tab, and open that tab.
 
     Args:
-        tabs: the `gr.Tabs` that hold them.
+        send_to: the buttons.
+        tabs: the tabs of the app.
         fields: the image fields, by the id of their tab.
     """
-    for tab, button in outlet.buttons.items():
+    for tab, button in send_to.buttons.items():
         button.click(
-            _pass_to(tab), [outlet.gallery, outlet.chosen], [fields[tab], tabs], **PRIVATE
+            _send(tab), [send_to.gallery, send_to.chosen], [fields[tab], tabs], **PRIVATE
         )  # toasts need a queue
 
 
-def _number(event: gr.SelectData):
+def _number(event: gr.SelectData) -> int:
     return event.index
 
 
-def _pass_to(tab):
-    def passed(images, chosen):
+def _send(tab: str) -> Callable[[Any, int | None], tuple[Any, Any]]:
+    def sent(images: Any, chosen: int | None) -> tuple[Any, Any]:
         if not images:
             toast("There is no image yet: sample one first.")
             return gr.skip(), gr.skip()
@@ -66,4 +69,4 @@ def _pass_to(tab):
         path, _ = images[min(chosen or 0, len(images) - 1)]
         return path, gr.update(selected=tab)
 
-    return passed
+    return sent

@@ -1,12 +1,13 @@
-"""Who asks, and whether somebody still listens for the answer.
+"""Which client sends a request, and whether somebody still listens for the answer.
 
 `studio.ui.server.middleware` knows both from the connections: it writes the client into the scope of a request, and
-counts who listens. Where an app runs without that, a session is a client, and everybody is taken to listen.
+counts listeners. Without it each session is a client, and everybody counts as listening.
 """
 
 import ipaddress
 import time
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 
 from gradio.context import LocalContext
 
@@ -14,20 +15,20 @@ CLIENT = "studio.client"  # the key of a scope
 _PATIENCE = 10  # seconds without a listener, before the first or after the last
 
 
-def in_request():
+def in_request() -> bool:
     """Whether a request is being handled."""
     return LocalContext.request.get(None) is not None
 
 
-def session():
-    """Whom the request that is being handled counts for: its client, or its session; `None` outside of requests."""
+def session() -> Hashable:
+    """The client that the current request counts for, or its session; `None` outside of requests."""
     asked = LocalContext.request.get(None)
     scope = getattr(getattr(asked, "request", None), "scope", {})
     return asked and (scope.get(CLIENT) or asked.session_hash)
 
 
-def client_of(host):
-    """Whom an address counts for: itself, or its network of IPv6, of which one host has all addresses."""
+def client_of(host: str) -> str:
+    """The client that an address counts for: itself, or its /64 network of IPv6, where one host has all addresses."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -40,42 +41,44 @@ def client_of(host):
 class Listeners:
     """The open connections on which answers are awaited, by session or by event."""
 
-    def __init__(self):
-        self._open, self._left = Counter(), {}
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+        self._left: dict[str, float] = {}
 
-    def arrive(self, key):
-        """One more listens."""
+    def arrive(self, key: str) -> None:
+        """Count a new listener."""
         self._open[key] += 1
 
-    def leave(self, key):
-        """One listens no more."""
+    def leave(self, key: str) -> None:
+        """Count a listener less."""
         self._open[key] -= 1
         if not self._open[key]:
             del self._open[key]
             now = time.monotonic()
             self._left = {left: when for left, when in self._left.items() if now - when < _PATIENCE} | {key: now}
 
-    def awaits(self, key):
+    def awaits(self, key: str) -> bool:
         """Whether somebody listens now."""
         return self._open[key] > 0
 
-    def heard(self, keys, since):
-        """Whether somebody listens on one of these, did a moment ago, or may still come, for what began at `since`."""
+    def heard(self, keys: Iterable[str], since: float) -> bool:
+        """Whether somebody listens on one of these, did a moment ago, or may still come, for work begun at `since`."""
+        keys = list(keys)
         latest = max([since, *(self._left.get(key, since) for key in keys)])
         return any(map(self.awaits, keys)) or time.monotonic() - latest < _PATIENCE
 
 
-_listeners = None
+_listeners: Listeners | None = None
 
 
-def use_listeners(listeners):
-    """Let work from now on go on only while somebody listens; `None` takes everybody to listen."""
+def use_listeners(listeners: Listeners | None) -> None:
+    """Stop work from now on when nobody listens; with `None` everybody counts as listening."""
     global _listeners
     _listeners = listeners
 
 
-def listening():
-    """A function that says whether somebody still awaits what the request that is being handled asks for."""
+def listening() -> Callable[[], bool]:
+    """A function that says whether somebody still awaits the answer to the current request."""
     asked, listeners, since = LocalContext.request.get(None), _listeners, time.monotonic()
     if asked is None or listeners is None:
         return lambda: True

@@ -1,6 +1,6 @@
-"""The files of visitors: in a folder of this process that nobody else reads, not for long, and not without a bound.
+"""The files of sessions: in a private folder of this process, for a limited time and within a limited size.
 
-Imports nothing of Gradio, which looks at its environment when it is imported.
+This module imports nothing of Gradio, which reads its environment when it is imported.
 """
 
 import asyncio
@@ -9,18 +9,25 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_ROUND = 30  # seconds between two looks at what there is
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+    from studio.ui.server.session import Listeners
+
+_ROUND = 30  # seconds between two sweeps
 _OLDEST = 3600  # seconds that a file stays
 _MOST_BYTES = 1 << 30  # of all files
 _MOST_FILES = 20_000
 _IDLE = 600  # seconds after which Gradio forgets a session that nobody listens to
 
 
-def use_private_folder():
-    """Let Gradio keep files in a new folder that is removed at the end; all that this process writes is its owner's."""
+def use_private_folder() -> Path:
+    """Let Gradio keep files in a new folder that is removed at exit; only their owner can read this process's files."""
     os.umask(0o077)
     folder = tempfile.mkdtemp(prefix="studio-", dir=os.environ.get("GRADIO_TEMP_DIR"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -28,13 +35,13 @@ def use_private_folder():
     return Path(folder)
 
 
-def sweep(folder, keep=frozenset(), now=None):
-    """Delete files that are old, then the oldest until the others are few and small enough, and folders left empty.
+def sweep(folder: Path, keep: Collection[str] = frozenset(), now: float | None = None) -> None:
+    """Delete old files, then the oldest until the rest is few and small enough, and empty folders.
 
     Args:
-        folder: a `Path`.
+        folder: what to sweep.
         keep: the paths of files that stay.
-        now: seconds since the epoch; the clock's when `None`.
+        now: seconds since the epoch; `None` for the clock's.
     """
     now = time.time() if now is None else now
     files = []
@@ -55,8 +62,8 @@ def sweep(folder, keep=frozenset(), now=None):
                 path.unlink()
 
 
-def forget_sessions(blocks, listeners):
-    """Let go of what Gradio keeps of sessions that are idle and heard by nobody, and of files that are gone."""
+def forget_sessions(blocks: "Blocks", listeners: "Listeners") -> None:
+    """Drop what Gradio keeps of idle sessions without listeners, and of files that are gone."""
     queue, states = blocks._queue, blocks.state_holder
     busy = {event.session_hash for event in queue.event_ids_to_events.values()}
     idle = time.time() - _IDLE
@@ -73,10 +80,10 @@ def forget_sessions(blocks, listeners):
 
 
 @asynccontextmanager
-async def kept_clean(folder, blocks, listeners):
-    """While this is entered, both are done every half a minute."""
+async def kept_clean(folder: Path, blocks: "Blocks", listeners: "Listeners") -> AsyncIterator[None]:
+    """While this is entered, `sweep` and `forget_sessions` run every half a minute."""
 
-    async def rounds():
+    async def rounds() -> None:
         while True:
             await asyncio.sleep(_ROUND)
             forget_sessions(blocks, listeners)

@@ -1,4 +1,9 @@
-"""What tools of the Model Context Protocol say of files: Gradio promises to fetch links, and this app fetches none."""
+"""How tools of the Model Context Protocol take files: as data, since this app fetches no links.
+
+Gradio's own descriptions say that links are fetched.
+"""
+
+from typing import Any
 
 from studio.errors import StudioError
 
@@ -6,20 +11,20 @@ FILE = "the file itself, as data:image/png;base64,... text; neither links nor pa
 _PROMISED = "Gradio File Input"
 
 
-def describe_files(server):
-    """Let the tools of a Gradio MCP server (`None` where there is none) say how a file is given, and take no other."""
+def describe_files(server: Any) -> None:
+    """Describe and check how the tools of a Gradio MCP server take files; `None` where there is no server."""
     if server is None:
         return
     describe, convert = server.get_input_schema, server.convert_strings_to_filedata
 
-    def described(*args, **settings):
+    def described(*args: Any, **settings: Any) -> Any:
         schema, places = describe(*args, **settings)
         for value in schema.get("properties", {}).values():
             if str(value.get("format", "")).startswith(_PROMISED):
                 value["format"] = FILE
         return schema, places
 
-    def converted(value, places):
+    def converted(value: dict[str, Any], places: list[list[Any]]) -> Any:
         for place in places:
             given = value.get(place[0]) if place else None
             if isinstance(given, str) and not given.startswith("data:"):

@@ -1,7 +1,7 @@
-"""Long work beside the app: one thread a device that owns the models there, followed from the event loop.
+"""Long work of the app: one thread for each device, which has its models; event handlers follow the work.
 
-Handlers are asynchronous generators over `follow`. Cancelling one, closing it, or losing its session ends the
-`await` and sets the job's stop flag, which the work sees at its next step.
+Handlers are asynchronous generators over `follow`. When one is cancelled or closed, or its session is lost, the job's
+stop flag is set, and the work ends at its next step.
 """
 
 import asyncio
@@ -9,10 +9,11 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
+from typing import Any
 
 from studio.errors import StudioError
 from studio.ui.server.models import Device
@@ -20,43 +21,53 @@ from studio.ui.server.scheduler import FairQueue, QueueLimits
 from studio.ui.server.session import listening, session
 
 _SHORTEST_PAUSE = 0.04  # seconds between two items, so that fast models do not flood the browser
-_GLANCE = 1  # seconds between two looks at who listens
+_POLL = 1  # seconds between two looks at who listens
 CLOSING = "The server is about to stop and takes no more work: ask again when it is back."
 CLOSED = "The server stopped before this was done: ask again when it is back."
 _LOG = logging.getLogger(__name__)
 
 
 class Job:
-    """What the work sees of the one who waits for it.
+    """What the work sees of the client that waits for it.
 
-    `device` says where to do it; it is known when the work begins.
+    `device` says where to do the work; it is set before the work begins.
     """
 
-    def __init__(self, loop):
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.device = Device()
         self._loop = loop
         self._news = asyncio.Event()
-        self._latest = None
+        self._latest: Any = None
         self._stop = threading.Event()
 
     @property
-    def stopped(self):
+    def stopped(self) -> bool:
         """Whether nobody waits any more: finish at the next step."""
         return self._stop.is_set()
 
-    def report(self, item):
-        """Pass an item on; it replaces the last one if that was not yet taken."""
+    def stop(self) -> None:
+        """Set the stop flag."""
+        self._stop.set()
+
+    def report(self, item: Any) -> None:
+        """Pass an item on; it replaces the last one if that was not taken yet."""
         self._latest = item
         self._wake()
 
-    def _wake(self):
+    def _wake(self) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._news.set)
 
-    async def _next(self):
-        """The next item, or `None` where there is none for a while."""
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        """Wake whoever waits; asking for the exception keeps asyncio from logging it."""
+        if not future.cancelled():
+            future.exception()
+        self._news.set()
+
+    async def _next(self) -> Any:
+        """The next item, or `None` where none came for a while."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), _GLANCE)
+            await asyncio.wait_for(self._news.wait(), _POLL)
         self._news.clear()
         item, self._latest = self._latest, None
         return item
@@ -64,107 +75,113 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """What lets a work be done in one call with others.
+    """How a request is done in one call with others.
 
     Args:
-        like: equal for all that may be.
-        size: images that it makes.
-        wish: what `together` gets of it.
-        together: `together(wishes, jobs)` does all of them, and returns for each what its work alone would, or the
-            error that this would raise.
-        waiting: what is reported while it waits, of the number of turns before its own, at least 1.
+        key: equal for all requests that may be batched.
+        size: images that this one makes.
+        request: what `run` gets of it.
+        run: `run(requests, jobs)` does them all. It returns for each what it alone would return, or the error that it
+            would raise.
+        waiting: makes the report for a client that waits; gets the number of turns before its own, at least 1.
     """
 
-    like: Hashable
+    key: Hashable
     size: int
-    wish: object
-    together: Callable
-    waiting: Callable
+    request: Any
+    run: Callable[[Sequence[Any], Sequence[Any]], list[Any]]
+    waiting: Callable[[int], Any]
 
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """A work in the queue of a device."""
+    """Work in the queue of a device."""
 
-    work: Callable
+    work: Callable[[Job], Any]
     job: Job
-    user: Hashable
-    share: BatchSpec | None
-    future: Future = dataclasses.field(default_factory=Future)
+    client: Hashable
+    batch: BatchSpec | None
+    future: Future[Any] = dataclasses.field(default_factory=Future)
     context: Context = dataclasses.field(default_factory=copy_context)
 
     @property
-    def like(self):
-        return self.share and self.share.like
+    def batch_key(self) -> Hashable:
+        return self.batch and self.batch.key
 
     @property
-    def size(self):
-        return self.share.size if self.share else 1
+    def size(self) -> int:
+        return self.batch.size if self.batch else 1
 
 
 class DeviceWorker:
     """A device, its thread, and the requests that wait for it."""
 
-    def __init__(self, device, bounds):
+    def __init__(self, device: Device, limits: QueueLimits) -> None:
         self.device = device
-        self._queue, self._lock = FairQueue(bounds), threading.Lock()
-        self._running, self._closing = [], False
+        self._queue: FairQueue[_Request] = FairQueue(limits)
+        self._lock = threading.Lock()
+        self._running: list[_Request] = []
+        self._closing = False
         self._thread = ThreadPoolExecutor(1, "studio-model", device.enter)
 
     @property
-    def load(self):
-        """Images that wait or are being sampled."""
+    def load(self) -> int:
+        """The number of images that wait or are being sampled."""
         with self._lock:
             return self._queue.images + sum(request.size for request in self._running)
 
-    def submit(self, request):
-        """Let a request wait for its turn. Errors: `StudioError` where there is no room, or no more time."""
+    def submit(self, request: _Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            StudioError: the queue is full, or the worker takes no more.
+        """
         with self._lock:
             if self._closing:
                 raise StudioError(CLOSING)
             self._queue.add(request)
-            self._tell()
+            self._report_waiting()
         self._thread.submit(self._serve)
 
-    def withdraw(self, request):
-        """Let a request go that nobody waits for."""
+    def withdraw(self, request: _Request) -> None:
+        """Remove a request that nobody waits for."""
         with self._lock:
             self._queue.remove(request)
-            self._tell()
+            self._report_waiting()
 
-    def close(self):
+    def close(self) -> None:
         """Take no more requests; those that wait are still done."""
         with self._lock:
             self._closing = True
 
-    def abandon(self):
-        """Refuse all that wait and stop what is being done."""
+    def abandon(self) -> None:
+        """Refuse all requests that wait, and stop those under way."""
         with self._lock:
-            waiting = self._queue.places()
+            waiting = self._queue.in_order()
             for request in waiting:
                 self._queue.remove(request)
             for request in [*waiting, *self._running]:
-                request.job._stop.set()
+                request.job.stop()
                 _settle(request, StudioError(CLOSED))
 
-    def _serve(self):
+    def _serve(self) -> None:
         with self._lock:
             self._running = [each for each in self._queue.take() if each.future.set_running_or_notify_cancel()]
-            self._tell()
+            self._report_waiting()
         results = _results(self._running, self.device) if self._running else []
         with self._lock:
             for request, result in zip(self._running, results):
                 _settle(request, result)
             self._running = []
 
-    def _tell(self):
-        """Tell who waits how many turns come before, the one that is under way included."""
-        for ahead, request in enumerate(self._queue.places(), bool(self._running)):
-            if request.share and ahead:
-                request.job.report(request.share.waiting(ahead))
+    def _report_waiting(self) -> None:
+        """Tell each client that waits how many turns come before its own, the one under way included."""
+        for ahead, request in enumerate(self._queue.in_order(), bool(self._running)):
+            if request.batch and ahead:
+                request.job.report(request.batch.waiting(ahead))
 
 
-def _settle(request, result):
+def _settle(request: _Request, result: Any) -> None:
     """Give a request its result or its error, unless it has one or was withdrawn."""
     with suppress(InvalidStateError):
         if isinstance(result, BaseException):
@@ -173,86 +190,91 @@ def _settle(request, result):
             request.future.set_result(result)
 
 
-def _results(requests, device):
-    """What these requests give, errors too. A call for all of them that fails is done again for each alone."""
+def _results(requests: list[_Request], device: Device) -> list[Any]:
+    """The results of one batch, errors too. Where a call for several fails, each is done again alone."""
     for request in requests:
         request.job.device = device
-    if len(requests) > 1:
-        first, wishes = requests[0], [request.share.wish for request in requests]
+    batches = [request.batch for request in requests if request.batch]
+    if len(batches) > 1:
+        context, jobs = requests[0].context, [request.job for request in requests]
         try:
-            return first.context.run(first.share.together, wishes, [request.job for request in requests])
+            return context.run(batches[0].run, [batch.request for batch in batches], jobs)
         except BaseException as error:
             _LOG.error("A call for %d requests failed; each is done alone", len(requests), exc_info=error)
     return [_result(request) for request in requests]
 
 
-def _result(request):
+def _result(request: _Request) -> Any:
     try:
         return request.context.run(request.work, request.job)
     except BaseException as error:
         return error
 
 
-_stations = [DeviceWorker(Device(), QueueLimits())]
+_workers = [DeviceWorker(Device(), QueueLimits())]
 
 
-def use_workers(stations):
-    """Let all work from now on be done there, each by the least busy one that has room."""
-    _stations[:] = stations
+def use_workers(workers: Sequence[DeviceWorker]) -> None:
+    """Do all work from now on there, each request by the least busy worker with room."""
+    _workers[:] = workers
 
 
-def is_idle():
+def is_idle() -> bool:
     """Whether nothing waits or is being done."""
-    return not any(station.load for station in _stations)
+    return not any(each.load for each in _workers)
 
 
-def drain(seconds):
-    """Take no more work from now on, wait until what there is has been done, and after so many seconds refuse the rest.
+def drain(seconds: float) -> bool:
+    """Take no more work, give what there is so many seconds, and refuse the rest.
+
+    Args:
+        seconds: how long to wait, at least 0.
 
     Returns:
-        Whether all of it was done.
+        Whether all work was done in time.
     """
-    for station in _stations:
-        station.close()
+    for each in _workers:
+        each.close()
     ends = time.monotonic() + seconds
     while not (idle := is_idle()) and time.monotonic() < ends:
         time.sleep(_SHORTEST_PAUSE)
-    for station in _stations:
-        station.abandon()
+    for each in _workers:
+        each.abandon()
     return idle
 
 
-def _submit(request):
-    """Put a request into a queue; returns its `DeviceWorker`. Errors: `StudioError` where no station has room."""
-    refusal = None
-    for station in sorted(_stations, key=lambda each: each.load):
+def _submit(request: _Request) -> DeviceWorker:
+    """Put a request into the queue of a worker that has room, and return that worker."""
+    refusals = []
+    for each in sorted(_workers, key=lambda each: each.load):
         try:
-            station.submit(request)
-            return station
+            each.submit(request)
+            return each
         except StudioError as error:
-            refusal = refusal or error
-    raise refusal
+            refusals.append(error)
+    raise refusals[0]
 
 
-async def follow(work, share=None):
+async def follow(work: Callable[[Job], Any], batch: BatchSpec | None = None) -> AsyncIterator[Any]:
     """Run `work(job)` in the thread of a device, with the caller's context variables, when its turn comes.
 
     Args:
-        work: the work alone.
-        share: what lets it be done together with others, a `BatchSpec`.
+        work: does the request alone.
+        batch: how it is done together with others; `None`: only alone.
 
-    Yields the items it reports, newest only, and at last what it returns.
+    Yields:
+        The items it reports, the newest only, and at last what it returns.
 
     Raises:
-        StudioError: too many wait already, the server stops, or nobody listens any more.
+        StudioError: the queue is full, the server stops, or nobody listens any more.
         Exception: whatever the work raises.
     """
     is_heard = listening()
     job = Job(asyncio.get_running_loop())
-    request = _Request(work, job, session(), share)
-    station = _submit(request)
+    request = _Request(work, job, session(), batch)
+    chosen = _submit(request)
     future = asyncio.wrap_future(request.future)
-    future.add_done_callback(lambda done: (done.cancelled() or done.exception(), job._news.set()))
+    future.add_done_callback(job._done)
     try:
         while not future.done():
             if (item := await job._next()) is not None and not future.done():
@@ -262,6 +284,6 @@ async def follow(work, share=None):
                 raise StudioError("Nobody listened for the answer: this request was dropped.")
         yield future.result()
     finally:
-        job._stop.set()
+        job.stop()
         future.cancel()
-        station.withdraw(request)
+        chosen.withdraw(request)

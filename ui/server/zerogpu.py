@@ -1,47 +1,55 @@
-"""Work on a GPU that is lent by the call, as on Hugging Face's ZeroGPU Spaces.
+"""Work on a GPU that is lent for one call, as on Hugging Face's ZeroGPU Spaces.
 
-There a function runs in a process of its own that has the GPU for some seconds; what it changes stays there, and only
-what it yields comes back. Without the package `spaces` all of this stands aside.
+There a decorated function runs in a process of its own that has the GPU for some seconds. What it changes stays there;
+only what it yields comes back. Without the package `spaces`, functions run as they are.
 """
 
 import queue
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from studio.errors import StudioError
-from studio.ui.server.models import HERE, get_pipeline
+from studio.ui.server.models import DEFAULT_DEVICE, get_pipeline
+
+Work = Callable[[Any, Any], Any]
+"""`work(request, job)`, with a `studio.ui.server.worker.Job` or what stands for it on a lent GPU."""
 
 
-def on_gpu(seconds):
-    """Decorate a function `work(wish, job)` that is followed, so that a lent GPU does it where GPUs are lent.
+def on_gpu(seconds: int) -> Callable[[Work], Work]:
+    """Decorate `work(request, job)` to run on a lent GPU where GPUs are lent.
 
     Args:
-        seconds: how long it may take there.
+        seconds: how long the work may take there.
+
+    Returns:
+        The decorator. The request, and what the work reports and returns, must be picklable.
     """
     return lambda work: _lent(work, seconds) if is_lent() else work
 
 
-def is_lent():
+def is_lent() -> bool:
     """Whether this process is one of a Space that may lend GPUs."""
     return find_spec("spaces") is not None
 
 
-def place(model):
-    """Load a model before the first session comes, where GPUs are lent: a lent one sees what was there at the start."""
+def preload(model: str) -> None:
+    """Load a model before the first session where GPUs are lent: they see what was loaded at the start."""
     if is_lent():
         get_pipeline(model)
 
 
-def _lent(work, seconds):
-    import spaces
+def _lent(work: Work, seconds: int) -> Work:
+    import spaces  # type: ignore[import-not-found]  # there on Spaces only
 
     @spaces.GPU(duration=seconds)
-    def items(wish):
-        yield from _items(work, wish)
+    def items(request: Any) -> Iterator[Any]:
+        yield from _items(work, request)
 
-    def lent(wish, job):
-        steps = items(wish)
+    def lent(request: Any, job: Any) -> Any:
+        steps = items(request)
         try:
             for item in steps:
                 if isinstance(item, _Mistake):
@@ -70,24 +78,24 @@ class _Result:
 
 
 class _Reports:
-    """The job of a work whose reports are taken one by one; see `studio.ui.server.worker.Job`."""
+    """The job of work whose reports are taken one by one; see `studio.ui.server.worker.Job`."""
 
-    def __init__(self):
-        self.items = queue.SimpleQueue()
-        self.stopped, self.device = False, HERE
+    def __init__(self) -> None:
+        self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.stopped, self.device = False, DEFAULT_DEVICE
 
-    def report(self, item):
+    def report(self, item: Any) -> None:
         self.items.put(item)
 
 
-def _items(work, wish):
-    """What `work(wish, job)` reports, and at last a `_Result` or a `_Mistake`; closing it stops it at its next step."""
+def _items(work: Work, request: Any) -> Iterator[Any]:
+    """What `work(request, job)` reports, then a `_Result` or a `_Mistake`; closing this stops it at its next step."""
     job, over = _Reports(), object()
-    outcome = []
+    outcome: list[Any] = []
 
-    def run():
+    def run() -> None:
         try:
-            outcome.append(_Result(work(wish, job)))
+            outcome.append(_Result(work(request, job)))
         except StudioError as error:
             outcome.append(_Mistake(str(error)))
         except BaseException as error:

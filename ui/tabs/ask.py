@@ -1,11 +1,14 @@
 """The Ask tab: a question about an image, answered from few of its tokens and from all of them."""
 
+from collections.abc import AsyncIterator
+from typing import Any
+
 import gradio as gr
 
 from studio import pruning_methods
-from studio.ui.jobs.ask_job import AskRequest, read
-from studio.ui.render.patches import draw_patches
-from studio.ui.render.render_answers import answer_cards, verdict
+from studio.ui.jobs.ask_job import AskRequest, Reading, read
+from studio.ui.render.render_answers import render_answers, verdict
+from studio.ui.render.render_patches import render_patches
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.models import bundled_models
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
@@ -17,20 +20,20 @@ EXAMPLES = [
     ("scene-melon.png", "What is in row 2, column 3?"),
     ("scene-words.png", "Which word is in row 3, column 2?"),
 ]
-IDLE = status_line("Give an image, ask something about it, and see which patches the answer comes from.")
+IDLE = status_line("Give an image and a question, and see which patches the answer comes from.")
 NO_READER = status_line(
-    "No model that reads images comes with this copy: name one of Hugging Face or a folder under Model, or train "
+    "No vision-language model comes with this copy: name one of Hugging Face or a folder under Model, or train "
     "your own: studio train --preset emoji-vlm."
 )
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 _VIEWS = {"whole": "Whole image", "crops": "Crops"}
 
 
-def build_tab():
-    """Lay the tab out inside the current Blocks and connect it; the model is loaded by the first question.
+def build_tab() -> tuple[gr.Image, gr.Textbox]:
+    """Build the tab inside the current Blocks; the model is loaded by the first question.
 
     Returns:
-        The field of the image.
+        The fields of the image and of the question.
     """
     readers = bundled_models("reader")
     methods = pruning_methods()
@@ -39,7 +42,6 @@ def build_tab():
             image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
             question = gr.Textbox(
                 label="Question",
-                info="In plain words; the answer comes from the image alone.",
                 placeholder=EXAMPLES[0][1],
                 lines=1,
                 max_lines=4,
@@ -70,7 +72,7 @@ def build_tab():
                 value=0.2,
                 step=0.01,
                 label="Keep",
-                info="The share of the image's tokens that the language model reads.",
+                info="The fraction of visual tokens that the language model reads.",
                 elem_id="keep",
                 buttons=[],
             )
@@ -81,7 +83,7 @@ def build_tab():
                 readers,
                 value=readers[0] if readers else None,
                 label="Model",
-                info="A bundled one, a Hugging Face id or a folder of a vision-language model.",
+                info="A bundled model, a Hugging Face id or a folder.",
                 allow_custom_value=True,
                 elem_id="reader",
             )
@@ -99,13 +101,13 @@ def build_tab():
     return image, question
 
 
-def _example(number):
+def _example(number: int) -> tuple[str, str]:
     file, text = EXAMPLES[number]
     return example(file), text
 
 
-def _endpoint(image, question, method, keep):
-    """What programs call."""
+def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Radio, keep: gr.Slider) -> None:
+    """The endpoint for programs."""
 
     async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64):
         """Answer a question about an image from some of its visual tokens; streams the answer.
@@ -113,10 +115,10 @@ def _endpoint(image, question, method, keep):
         Args:
             image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
-            model: a bundled reader, a Hugging Face id or a folder of a vision-language model.
-            method: how tokens are chosen: divprune, hired, globalcom2, random or uniform.
-            keep: the share of the image's tokens to keep, above 0 and at most 1.
-            max_new_tokens: longest answer.
+            model: a bundled vision-language model, a Hugging Face id or a folder.
+            method: the pruning method: divprune, hired, globalcom2, random or uniform.
+            keep: the fraction of visual tokens to keep, above 0 and at most 1.
+            max_new_tokens: tokens of the answer, at most.
 
         Returns:
             The answer, and details: visual and kept tokens, seconds by phase and bytes of the cache.
@@ -126,72 +128,86 @@ def _endpoint(image, question, method, keep):
 
     with gr.Group(visible=False):
         model, longest = gr.Textbox(label="Model"), gr.Number(64, label="Longest answer", precision=0)
-        said, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
+        answer, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
         endpoint = gr.Button("Ask")
     inputs = [image, question, model, method, keep, longest]
-    endpoint.click(ask, inputs, [said, details], api_name="ask", **ON_THE_MODEL)
+    endpoint.click(ask, inputs, [answer, details], api_name="ask", **ON_THE_MODEL)
 
 
-async def show_reading(*values):
+async def show_reading(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
     """Answer for the page: yields updates of (gallery, cards, status).
 
-    What is wrong becomes a toast that says what to do; images and fields stay as they are.
+    An error becomes a toast that says what to do; images and fields stay as they are.
+
+    Args:
+        values: of the model, the image and the other fields of `AskRequest`.
     """
     shown = None
     try:
         model, image, *rest = values
-        inquiry = AskRequest(model, uploaded(image), *rest)
-        async for reading in read(inquiry):
+        request = AskRequest(model, uploaded(image), *rest)
+        async for reading in read(request):
             views, gallery = reading.pruned and reading.pruned.views, gr.skip()
             if views is not shown:
                 shown, gallery = views, _gallery(reading)
-            yield gallery, _cards(reading, inquiry) if reading.image else gr.skip(), _status(reading, inquiry)
+            yield gallery, _cards(reading, request) if reading.image else gr.skip(), _status(reading, request)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
 
 
-async def answer_reading(image, question, model, method, keep, max_new_tokens):
-    """Answer for a program: yields (text, details); what is wrong becomes an error with the same sentence."""
-    inquiry = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
-    async for reading in read(inquiry):
+async def answer_reading(
+    image: Any, question: Any, model: Any, method: Any, keep: Any, max_new_tokens: Any
+) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Answer for a program: yields (text, details).
+
+    Args:
+        image: what an upload answers.
+        question, model, method, keep, max_new_tokens: as of `AskRequest`.
+
+    Raises:
+        StudioError: a mistake, with the sentence that the page shows.
+    """
+    request = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
+    async for reading in read(request):
         if (answer := reading.pruned) is not None:
             yield answer.answer, _details(answer)
 
 
-def _gallery(reading):
-    sampled = [
+def _gallery(reading: Reading) -> Any:
+    views = reading.pruned.views if reading.pruned else ()
+    rendered = [
         (
-            draw_patches(reading.image, view),
+            render_patches(reading.image, view),
             f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
         )
-        for view in reading.pruned.views
+        for view in views
     ]
-    return gr.update(value=sampled, columns=len(sampled) or 1, selected_index=None)
+    return gr.update(value=rendered, columns=len(rendered) or 1, selected_index=None)
 
 
-def _cards(reading, inquiry):
-    titles = {"pruned": f"{inquiry.method}, {inquiry.keep:.0%} of the tokens", "whole": "All tokens"}
-    names = list(inquiry.runs)
+def _cards(reading: Reading, request: AskRequest) -> str:
+    titles = {"pruned": f"{request.method}, {request.keep:.0%} of the tokens", "whole": "All tokens"}
+    names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
-    return answer_cards([(titles[name], getattr(reading, name)) for name in names], running)
+    return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
 
 
-def _status(reading, inquiry):
+def _status(reading: Reading, request: AskRequest) -> str:
     if reading.image is None:
         return LOADING
-    names = list(inquiry.runs)
+    names = list(request.runs)
     if len(reading.answered) == len(names):
-        text = verdict(reading.pruned, reading.whole) if reading.whole else "Answered."
+        text = verdict(reading.pruned, reading.whole) if reading.pruned and reading.whole else "Answered."
         return status_line(text, state="done")
     name = names[len(reading.answered)]
     chosen = getattr(reading, name) is not None
-    what = "from all tokens" if name == "whole" else f"from {inquiry.keep:.0%} of the tokens"
+    what = "from all tokens" if name == "whole" else f"from {request.keep:.0%} of the tokens"
     text = f"{'Answering' if chosen else 'Looking at the image, to answer'} {what} …"
     return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
 
 
-def _details(answer):
+def _details(answer: Any) -> dict[str, Any]:
     return {
         "visual_tokens": answer.visual_tokens,
         "kept_tokens": answer.kept_tokens,

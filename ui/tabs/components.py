@@ -1,21 +1,26 @@
-"""Pieces that every tab shares: the header, the status line, the image grid."""
+"""Components that tabs share: the header, the status line, the image grid."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
+from PIL.Image import Image
 
+from studio.checks import check_text
 from studio.errors import StudioError
-from studio.ui.server.checks import check_text
+from studio.saving import slug
 from studio.ui.server.session import in_request
 
 _MARK_CLASSES = ["", "", "", "", "next", "open", "open", "open", "open"]
 _LONGEST_PATH = 4000  # characters
 
 
-def _mark():
+def _mark() -> str:
     """The logo: a grid of tokens, the middle one being sampled."""
     squares = "".join(
         f'<rect x="{1 + 7.8 * (index % 3):g}" y="{1 + 7.8 * (index // 3):g}" width="6.4" height="6.4" rx="1.6" '
@@ -25,18 +30,23 @@ def _mark():
     return f'<svg viewBox="0 0 24 24" width="26" height="26" aria-hidden="true" class="studio-mark">{squares}</svg>'
 
 
-def header(model):
-    """The head of the page: name, what it does, which model it uses."""
+def header(model: str) -> gr.HTML:
+    """The header of the page: name, tagline and model."""
     return gr.HTML(
         f'<div class="studio-header">{_mark()}<h1>Studio</h1>'
-        "<p>Images from words, one token at a time</p>"
+        "<p>Images from text, one token at a time</p>"
         f'<span class="studio-model">{escape(short_name(model))}</span></div>',
         elem_id="studio-header",
     )
 
 
-def image_grid(captioned=False, **settings):
-    """A gallery of PNG images (never re-encoded with losses), with captions below them or over them on demand."""
+def image_grid(captioned: bool = False, **settings: Any) -> gr.Gallery:
+    """A gallery of PNG images, with captions below them if `captioned`, else over them on demand.
+
+    Args:
+        captioned: where captions are shown.
+        settings: passed on to `gr.Gallery`.
+    """
     return gr.Gallery(
         format="png",
         object_fit="contain",
@@ -48,25 +58,47 @@ def image_grid(captioned=False, **settings):
     )
 
 
-def count_slider(most, **settings):
-    """A slider from 1 to `most` images, which is hidden where there is no choice."""
+def named_png(image: Image, prompt: str, seed: int, *more: str) -> str:
+    """The path of a PNG that the app serves, named as `studio generate` names it.
+
+    Args:
+        image: finished; its metadata is kept.
+        prompt, seed: of the image.
+        more: what else tells it from others of this prompt and seed.
+    """
+    name = "-".join([slug(prompt), str(seed), *map(slug, more)])
+    return save_pil_to_cache(image, get_upload_folder(), name, "png")
+
+
+def count_slider(most: int, **settings: Any) -> gr.Slider:
+    """A slider from 1 to `most` images, hidden where `most` is 1."""
     return gr.Slider(1, max(most, 2), step=1, buttons=[], visible=most > 1, **settings)
 
 
-def columns_for(count):
-    """Columns of the grid for `count` images."""
+def columns_for(count: int) -> int:
+    """The columns of a square grid for `count` images."""
     return math.ceil(math.sqrt(count))
 
 
-def status_line(text, *, state="idle", fraction=None, details=(), link=None):
+def status_line(
+    text: str,
+    *,
+    state: str = "idle",
+    fraction: float | None = None,
+    details: Sequence[tuple[str, str]] = (),
+    link: tuple[str, str] | None = None,
+) -> str:
     """The line below the images.
 
     Args:
         text: one sentence.
         state: "idle", "running", "done" or "stopped".
-        fraction: how much is done, 0-1, for a progress bar.
+        fraction: of the work that is done, 0 to 1, for a progress bar; `None` for no bar.
         details: pairs (label, value).
-        link: what a link behind them says, and where it leads.
+        link: the text and the address of a link at the end.
+
+    Returns:
+        HTML.
     """
     bar = "" if fraction is None else progress_bar(fraction, "Progress")
     facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in details)
@@ -78,8 +110,8 @@ def status_line(text, *, state="idle", fraction=None, details=(), link=None):
     )
 
 
-def progress_bar(fraction, label):
-    """A bar of which 0-1 is filled."""
+def progress_bar(fraction: float, label: str) -> str:
+    """HTML of a progress bar that is filled by a fraction of 0 to 1."""
     percent = round(100 * min(max(fraction, 0.0), 1.0))
     return (
         f'<div class="studio-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
@@ -87,8 +119,8 @@ def progress_bar(fraction, label):
     )
 
 
-def duration(seconds):
-    """Seconds as a person reads them."""
+def duration(seconds: float) -> str:
+    """Seconds as text, such as "12 ms", "1.3 s" or "2 min"."""
     if seconds < 0.0995:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
@@ -96,25 +128,24 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def images(count):
-    """`count` with its noun."""
+def images(count: int) -> str:
+    """The count with its noun, such as "4 images"."""
     return f"{count} image{'s' * (count != 1)}"
 
 
-def short_name(model):
+def short_name(model: str) -> str:
     """The last part of a model's name or folder."""
     return str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
-def uploaded(file):
-    """Where Gradio put an uploaded file, whatever it holds; `None` where none was given.
+def uploaded(file: Any) -> str:
+    """The path of an uploaded file; empty where none was given.
 
     Raises:
-        StudioError: it is no file, or a request names one that was not uploaded. Gradio itself does not look at all of
-            them.
+        StudioError: no file, or one that was not uploaded. Gradio itself does not check all paths.
     """
     if file is None:
-        return None
+        return ""
     path = file.get("path") if isinstance(file, dict) else None
     if not path:
         raise StudioError("This is no file: upload one, and give what the upload answers.")

@@ -1,4 +1,4 @@
-"""Images to try things with, which come with the package."""
+"""The example images of the package."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ _FOLDER = Path(__file__).resolve().parent
 EXAMPLE_FILES = sorted(_FOLDER.glob("scene-*.png"))
 
 
-def example(name):
-    """The path of one of them, as text."""
+def example(name: str) -> str:
+    """The path of an example image."""
     return str(_FOLDER / name)

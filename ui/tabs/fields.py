@@ -1,10 +1,12 @@
 """Fields that Gradio does not have: for numbers that may stay empty, and for options by name."""
 
+from typing import Any
+
 import gradio as gr
 
 
-def number_field(label, info, elem_id, placeholder, **settings):
-    """A field for a number that may stay empty (Gradio's number field cannot: it turns an empty one into 0)."""
+def number_field(label: str, info: str, elem_id: str, placeholder: str, **settings: Any) -> gr.Textbox:
+    """A field for a number that may stay empty; `gr.Number` turns an empty one into 0."""
     return gr.Textbox(
         label=label,
         info=info,
@@ -17,11 +19,12 @@ def number_field(label, info, elem_id, placeholder, **settings):
     )
 
 
-def options_field(label):
-    """A field for options by name, for programs, to which Gradio's own says nothing that they could check.
+def options_field(label: str) -> gr.JSON:
+    """A field for options by name, with the schema that programs need and `gr.JSON` lacks.
 
-    Not a class: Gradio writes a file beside every component that is derived from one of its own.
+    It is no subclass, because Gradio writes a file beside the module of each subclass of its components.
     """
     field = gr.JSON(label=label)
-    field.api_info = lambda: {"type": "object", "description": "options by name"}
+    schema = {"type": "object", "description": "options by name"}
+    field.api_info = lambda: schema  # type: ignore[method-assign]  # see above
     return field

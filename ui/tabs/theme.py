@@ -1,4 +1,4 @@
-"""The look: quiet greys and one accent, light and dark, so that the images are the colour on the page."""
+"""The theme: greys and one accent colour, light and dark."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from gradio.themes.utils import colors, fonts, sizes
 CSS = Path(__file__).with_name("studio.css")
 
 
-def studio_theme():
-    """The theme, on Gradio's base. Its typeface comes with Gradio, whose weight 600 lacks most Latin letters."""
+def studio_theme() -> gr.themes.Base:
+    """The theme. Its typeface comes with Gradio, whose weight 600 lacks most Latin letters: bold is 700."""
     return gr.themes.Base(
         primary_hue=colors.teal,
         secondary_hue=colors.teal,

@@ -1,34 +1,45 @@
-"""The Tokenize tab: an image turned into tokens and back, beside JPEG and WebP of as many bytes."""
+"""The Tokenize tab: an image to tokens and back, beside JPEG and WebP of as many bytes."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
 from studio.checkpoints.bundled import DEFAULT_TOKENIZER
-from studio.ui.jobs.tokenize_job import CODECS, DetokenizeRequest, TokenizeRequest, open_file, restore
+from studio.ui.jobs.tokenize_job import (
+    CODECS,
+    DetokenizeRequest,
+    Restoration,
+    Rival,
+    TokenizeRequest,
+    open_file,
+    restore,
+)
 from studio.ui.render.codecs import codec_caption, comparison_note, counted_bytes
+from studio.ui.render.length_control import LengthControl
 from studio.ui.render.sizes import readable, resized
 from studio.ui.render.token_grid import code_grids
 from studio.ui.server.failures import sentence_of, toast
-from studio.ui.server.models import bundled_models, tokenizer_scale
+from studio.ui.server.models import bundled_models, tokenizer_length_control
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import duration, image_grid, short_name, status_line, uploaded
 from studio.ui.tabs.examples import example
 
 OUTPUTS = ("pair", "opened", "codecs", "codes", "count", "download", "status")
 EXAMPLES = ("scene-melon.png", "scene-ewes.png")
-IDLE = status_line("Give any image, and see what is left of it when it is turned into tokens and back.")
+IDLE = status_line("Give an image, and see it after encoding to tokens and decoding.")
 LOADING = status_line("Loading the tokenizer …", state="running", fraction=0)
-_SCALES = {
-    "length": ("Length", "How many of the first tokens to keep; the first ones matter most."),
-    "depth": ("Depth", "How many levels of codes to keep, coarse to fine."),
+_CONTROLS = {
+    "length": ("Length", "How many of the first tokens to decode."),
+    "depth": ("Depth", "How many levels of codes to decode, coarse to fine."),
 }
 
 
-def build_tab():
-    """Lay the tab out inside the current Blocks and connect it; the tokenizer is loaded by the first image.
+def build_tab() -> gr.Image:
+    """Build the tab inside the current Blocks; the tokenizer is loaded by the first image.
 
     Returns:
         The field of the image.
@@ -74,17 +85,16 @@ def build_tab():
                 names,
                 value=first,
                 label="Tokenizer",
-                info="A bundled one, a folder of one or of a model that samples, or a Hugging Face id.",
+                info="A bundled tokenizer, a folder or a Hugging Face id; of a pipeline, its tokenizer.",
                 allow_custom_value=True,
                 elem_id="tokenizer",
             )
-            scale = {"maximum": 2} | _scale_settings(tokenizer_scale(first))  # an argument by position would win
-            count = gr.Slider(minimum=1, step=1, elem_id="scale", buttons=[], **scale)
+            settings = {"maximum": 2} | _control_settings(tokenizer_length_control(first or ""))
+            count = gr.Slider(minimum=1, step=1, elem_id="scale", buttons=[], **settings)
             tile = gr.Checkbox(
                 False,
                 label="Tiles",
-                info="Cut the image into squares of the tokenizer's size instead of shrinking it to one; each then "
-                "has this length. With One-D-Piece tokenizers only.",
+                info="Encode the image at its own size, in tiles of this length each (One-D-Piece only).",
                 elem_id="tile",
             )
             with gr.Row(elem_classes="studio-files"):
@@ -105,7 +115,7 @@ def build_tab():
     )
     examples.click(lambda number: example(EXAMPLES[number]), examples, image, queue=False, **PRIVATE)
     tokenizer.change(
-        lambda name: gr.update(**_scale_settings(tokenizer_scale((name or "").strip()))),
+        lambda name: gr.update(**_control_settings(tokenizer_length_control((name or "").strip()))),
         tokenizer,
         count,
         queue=False,
@@ -115,24 +125,24 @@ def build_tab():
     return image
 
 
-def _scale_settings(scale):
-    if scale is None:
+def _control_settings(control: LengthControl | None) -> dict[str, Any]:
+    if control is None:
         return {"visible": False}
-    label, info = _SCALES[scale.name]
-    return {"visible": True, "maximum": scale.most, "value": scale.most, "label": label, "info": info}
+    label, info = _CONTROLS[control.name]
+    return {"visible": True, "maximum": control.most, "value": control.most, "label": label, "info": info}
 
 
-def _endpoints(image):
-    """What programs call."""
+def _endpoints(image: gr.Image) -> None:
+    """The endpoints for programs."""
 
     async def tokenize(image, tokenizer, count=None, tile=False):
-        """Turn an image into tokens and back; streams the restored image, then what JPEG and WebP make of it.
+        """Encode an image to tokens and decode it; streams the restored image, then JPEG and WebP for comparison.
 
         Args:
             image: an image file of any size; a tool is given its data (data:image/png;base64,... text), no link.
-            tokenizer: a bundled one such as "emoji-vq", a folder, also of a model that samples, or a Hugging Face id.
-            count: the length in tokens or the depth in levels to restore it from; all when empty.
-            tile: cut it into squares of the tokenizer's size instead of resizing it to one; only for a One-D-Piece.
+            tokenizer: a bundled one such as "emoji-vq", a folder or a Hugging Face id; of a pipeline, its tokenizer.
+            count: the length in tokens or the depth in levels to decode; all when empty.
+            tile: encode tiles of the tokenizer's size instead of one resized square; One-D-Piece only.
 
         Returns:
             The restored image as a PNG file of its own size; an .odp file where the tokenizer is a One-D-Piece, else
@@ -146,7 +156,7 @@ def _endpoints(image):
 
         Args:
             file: an .odp file; a tool is given its data (data:application/octet-stream;base64,... text), no link.
-            tokenizer: the One-D-Piece tokenizer that it was made with, where the file names none that is bundled.
+            tokenizer: the One-D-Piece tokenizer that it was made with, where the file names no bundled one.
 
         Returns:
             The image as a PNG file, and details: tokenizer, tokens, bytes, width and height.
@@ -164,15 +174,19 @@ def _endpoints(image):
     back.click(detokenize, [file, name], [restored, details], api_name="detokenize", **ON_THE_MODEL)
 
 
-async def show_restoring(tokenizer, image, count, tile=False):
+async def show_restoring(tokenizer: Any, image: Any, count: Any, tile: Any = False) -> AsyncIterator[tuple[Any, ...]]:
     """Restore for the page: yields updates of its outputs, in the order of `OUTPUTS`.
 
-    What is wrong becomes a toast that says what to do; images and fields stay as they are.
+    An error becomes a toast that says what to do; images and fields stay as they are.
+
+    Args:
+        image: what an upload answers.
+        tokenizer, count, tile: as of `TokenizeRequest`.
     """
     shown = None
     try:
-        path, scale = uploaded(image), tokenizer_scale((tokenizer or "").strip())
-        async for found in restore(TokenizeRequest(tokenizer, path, count if scale else None, tile)):
+        path, control = uploaded(image), tokenizer_length_control((tokenizer or "").strip())
+        async for found in restore(TokenizeRequest(tokenizer, path, count if control else None, tile)):
             if found.decoded is None:
                 yield _updates(status=LOADING)
                 continue
@@ -183,8 +197,8 @@ async def show_restoring(tokenizer, image, count, tile=False):
         yield _refused(error)
 
 
-async def show_opening(tokenizer, file):
-    """Restore the image of a file for the page: yields updates as `show_restoring` does."""
+async def show_opening(tokenizer: Any, file: Any) -> AsyncIterator[tuple[Any, ...]]:
+    """Decode an `.odp` file for the page: yields updates as `show_restoring` does."""
     try:
         async for found in open_file(DetokenizeRequest(tokenizer, uploaded(file))):
             if found.image is None:
@@ -206,16 +220,32 @@ async def show_opening(tokenizer, file):
         yield _refused(error)
 
 
-async def answer_restoring(image, tokenizer, count, tile):
-    """Restore for a program: yields (image, file, details); what is wrong becomes an error with the same sentence."""
+async def answer_restoring(image: Any, tokenizer: Any, count: Any, tile: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+    """Restore for a program: yields (image, file, details).
+
+    Args:
+        image: what an upload answers.
+        tokenizer, count, tile: as of `TokenizeRequest`.
+
+    Raises:
+        StudioError: a mistake, with the sentence that the page shows.
+    """
     path = uploaded(image)
     async for found in restore(TokenizeRequest(tokenizer, path, count, tile)):
         if found.decoded is not None:
             yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
 
 
-async def answer_opening(file, tokenizer):
-    """Restore the image of a file for a program: yields (image, details)."""
+async def answer_opening(file: Any, tokenizer: Any) -> AsyncIterator[tuple[Any, dict[str, Any]]]:
+    """Decode an `.odp` file for a program: yields (image, details).
+
+    Args:
+        file: what an upload answers.
+        tokenizer: as of `DetokenizeRequest`.
+
+    Raises:
+        StudioError: a mistake, with the sentence that the page shows.
+    """
     async for found in open_file(DetokenizeRequest(tokenizer, uploaded(file))):
         if found.image is not None:
             size = {"width": found.image.width, "height": found.image.height}
@@ -223,34 +253,36 @@ async def answer_opening(file, tokenizer):
             yield found.image, {**counts, **size}
 
 
-def _updates(**changes):
+def _updates(**changes: Any) -> tuple[Any, ...]:
     return tuple(changes.get(name, gr.skip()) for name in OUTPUTS)
 
 
-def _refused(error):
+def _refused(error: Exception) -> tuple[Any, ...]:
     toast(sentence_of(error))
     return _updates(status=FAILED)
 
 
-def _restored(found, path):
-    scale = gr.skip() if found.scale is None else gr.update(**{**_scale_settings(found.scale), "value": found.count})
+def _restored(found: Restoration, path: str) -> dict[str, Any]:
+    count = (
+        gr.skip() if found.control is None else gr.update(**{**_control_settings(found.control), "value": found.count})
+    )
     return {
         "pair": gr.update(value=(found.original, found.restored), visible=True),
         "opened": gr.update(visible=False),
-        "count": scale,
+        "count": count,
         "download": gr.update(value=_odp(found, path), visible=found.file is not None),
     }
 
 
-def _odp(found, path):
-    """The path of the `.odp` file, where the app serves it from; `None` where there is none."""
+def _odp(found: Restoration, path: str) -> str | None:
+    """The path of the `.odp` file that the app serves; `None` where there is none."""
     if found.file is None:
         return None
     return save_bytes_to_cache(found.file, f"{Path(path).stem}.odp", get_upload_folder())
 
 
-def _codecs(found, tokenizer):
-    if found.bytes is None:
+def _codecs(found: Restoration, tokenizer: str) -> Any:
+    if found.bytes is None or found.original is None:
         return gr.update(visible=False)
     images = [(found.restored, codec_caption(short_name(tokenizer), found.bytes, found.psnr))]
     for rival in found.rivals:
@@ -260,36 +292,36 @@ def _codecs(found, tokenizer):
     return gr.update(value=images, visible=True, selected_index=None)
 
 
-def _codes(found):
+def _codes(found: Restoration) -> str:
     return f"{comparison_note(found)}{code_grids(found.planes)}"
 
 
-def _status(found):
+def _status(found: Restoration) -> str:
     done = found.bytes is None or len(found.rivals) == len(CODECS)
-    of = f" of {found.scale.most * (found.tiles or 1)}" if found.scale and found.scale.name == "length" else ""
+    of = f" of {found.control.most * (found.tiles or 1)}" if found.control and found.control.name == "length" else ""
     size = f"{found.side} x {found.side}"
     squares = f"{found.tiles} tiles of {size}" if found.tiles else f"a {size} square"
     text = f"Restored from {found.tokens}{of} tokens of {squares}."
     if not done:
         trying = list(CODECS.values())[len(found.rivals)]
-        share = (1 + len(found.rivals)) / (1 + len(CODECS))
-        return status_line(f"{text} Trying {trying} …", state="running", fraction=share)
+        fraction = (1 + len(found.rivals)) / (1 + len(CODECS))
+        return status_line(f"{text} Trying {trying} …", state="running", fraction=fraction)
     sizes = [] if found.bytes is None else [
         ("bytes", f"{found.bytes}"),
-        ("bits a pixel", f"{8 * found.bytes / (found.size[0] * found.size[1]):.2g}"),
+        ("bits per pixel", f"{8 * found.bytes / (found.size[0] * found.size[1]):.2g}"),
     ]  # fmt: skip
     spent = [(name, duration(seconds)) for name, seconds in found.seconds.items()]
     return status_line(text, state="done", details=[*sizes, ("PSNR", f"{found.psnr:.1f} dB"), *spent])
 
 
-def _details(found, tokenizer):
+def _details(found: Restoration, tokenizer: Any) -> dict[str, Any]:
     kept = {"tokens": found.tokens, "bits": found.bits, "bytes": found.bytes, "counted": found.counted}
-    scale = {found.scale.name: found.count} if found.scale else {}
+    count = {found.control.name: found.count} if found.control else {}
     rivals = {rival.codec: _rival_details(rival, found) for rival in found.rivals}
-    told = {"tokenizer": tokenizer, "tiles": found.tiles, **scale, **kept, "psnr": found.psnr}
-    return {**told, "seconds": found.seconds, "beside": rivals}
+    details = {"tokenizer": tokenizer, "tiles": found.tiles, **count, **kept, "psnr": found.psnr}
+    return {**details, "seconds": found.seconds, "beside": rivals}
 
 
-def _rival_details(rival, found):
+def _rival_details(rival: Rival, found: Restoration) -> dict[str, Any]:
     best = rival.best and {"bytes": counted_bytes(rival.best, found), "psnr": rival.best.psnr}
-    return {"best": best, "smallest_file": rival.least}
+    return {"best": best, "smallest_file": rival.smallest}

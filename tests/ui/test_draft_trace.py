@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from studio import DECODINGS, decodings_for
-from studio.ui.jobs.draft_trace import DraftTrace, Round, fates_of
+from studio.ui.jobs.draft_trace import DraftTrace, Round, trace_drafts
 from studio.ui.jobs.generate_job import Call
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.render.preview import Sketch
@@ -17,19 +17,19 @@ TREE = {"parents": [-1, 0, 0, 1], "depths": [0, 1, 1, 2]}
 
 def test_accepted_paths_and_rejected_siblings():
     rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(4, [9, 1, 2, 3], **TREE)]
-    fates = fates_of(rounds, [5, 6, 8, 9, 2, 4], 6)
-    assert fates == DraftTrace(6, 6, frozenset({1, 2, 4}), {1: 1, 4: 1, 5: 1})
+    trace = trace_drafts(rounds, [5, 6, 8, 9, 2, 4], 6)
+    assert trace == DraftTrace(6, 6, frozenset({1, 2, 4}), {1: 1, 4: 1, 5: 1})
 
 
 def test_the_latest_round_counts_when_the_next_begins():
     rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(2, [9, 1, 2, 3], **TREE)]
-    assert fates_of(rounds, [5, 9, 1], 6) == DraftTrace(6, 2, frozenset(), {1: 2, 2: 1})
-    assert fates_of([], [5], 6) == DraftTrace(6, 1)
+    assert trace_drafts(rounds, [5, 9, 1], 6) == DraftTrace(6, 2, frozenset(), {1: 2, 2: 1})
+    assert trace_drafts([], [5], 6) == DraftTrace(6, 1)
 
 
-def test_a_image_that_others_wait_for_is_told_as_far_as_it_is_shown():
+def test_an_image_that_others_wait_for_is_told_as_far_as_it_is_shown():
     rounds = [Round(1, [5, 6, 7, 8], **TREE), Round(4, [9, 1, 2, 3], **TREE)]
-    assert fates_of(rounds, [5, 6], 6) == DraftTrace(6, 1)
+    assert trace_drafts(rounds, [5, 6], 6) == DraftTrace(6, 1)
 
 
 @pytest.mark.parametrize(
@@ -39,43 +39,45 @@ def test_a_image_that_others_wait_for_is_told_as_far_as_it_is_shown():
 def test_own_tokens_are_the_calls_of_the_model(tiny_pipeline, decoding, temperature):
     takes_k = any(option.name == "k" for option in DECODINGS[decoding].options)
     options = {"k": 8} if takes_k else {}
-    wish = GenerateRequest("tiny", "a red apple", 1, 3, temperature=temperature, decoding=decoding, options=options)
-    call = Call(tiny_pipeline, wish)
+    request = GenerateRequest("tiny", "a red apple", 1, 3, temperature=temperature, decoding=decoding, options=options)
+    call = Call(tiny_pipeline, request)
     output = call(lambda sketch: False)
-    fates = call.fates(Sketch(output.tokens))
-    assert fates.sampled == fates.total == 16
-    assert fates.sampled - len(fates.accepted) == output.stats.target_calls
+    trace = call.trace(Sketch(output.tokens))
+    assert trace.sampled == trace.total == 16
+    assert trace.sampled - len(trace.accepted) == output.stats.target_calls
 
 
 def test_the_first_image_of_each_wish_is_watched(tiny_pipeline):
-    wishes = [GenerateRequest("tiny", words, 2, 3, decoding="speculative") for words in ("a red apple", "a blue pear")]
-    call = Call(tiny_pipeline, *wishes)
+    requests = [
+        GenerateRequest("tiny", words, 2, 3, decoding="speculative") for words in ("a red apple", "a blue pear")
+    ]
+    call = Call(tiny_pipeline, *requests)
     sketch = Sketch(call(lambda sketch: False).tokens)
-    for number, wish in enumerate(wishes):
-        alone = Call(tiny_pipeline, wish)
-        assert call.fates(sketch, number) == alone.fates(Sketch(alone(lambda sketch: False).tokens))
-    assert call.fates(sketch, 0) != call.fates(sketch, 1)
+    for number, request in enumerate(requests):
+        alone = Call(tiny_pipeline, request)
+        assert call.trace(sketch, number) == alone.trace(Sketch(alone(lambda sketch: False).tokens))
+    assert call.trace(sketch, 0) != call.trace(sketch, 1)
 
 
 def test_watching_changes_nothing(tiny_pipeline):
-    wish = GenerateRequest("tiny", "a red apple", 2, 3, decoding="speculative")
-    watched = Call(tiny_pipeline, wish)(lambda sketch: False)
+    request = GenerateRequest("tiny", "a red apple", 2, 3, decoding="speculative")
+    traced = Call(tiny_pipeline, request)(lambda sketch: False)
     plain = tiny_pipeline(
-        wish.prompt,
+        request.prompt,
         num_images_per_prompt=2,
-        generator=[torch.Generator().manual_seed(seed) for seed in wish.seeds],
+        generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
         decoding=DECODINGS["speculative"].settings(),
     )
-    assert torch.equal(watched.tokens, plain.tokens)
+    assert torch.equal(traced.tokens, plain.tokens)
 
 
 def test_drafts_of_lantern_that_are_jacobi_guesses_are_seen(tiny_pipeline):
     options = {"k": 8, "drafts": "jacobi", "delta": 0.9}
     call = Call(tiny_pipeline, GenerateRequest("tiny", "a red apple", 1, 3, decoding="lantern", options=options))
     output = call(lambda sketch: False)
-    fates = call.fates(Sketch(output.tokens))
-    assert fates.sampled - len(fates.accepted) == output.stats.target_calls and fates.accepted
-    assert max(fates.rejected) < 16
+    trace = call.trace(Sketch(output.tokens))
+    assert trace.sampled - len(trace.accepted) == output.stats.target_calls and trace.accepted
+    assert max(trace.rejected) < 16
 
 
 def test_the_faster_of_two_shows_drafts_where_it_makes_any(tiny_pipeline, tmp_path, monkeypatch):
@@ -84,13 +86,13 @@ def test_the_faster_of_two_shows_drafts_where_it_makes_any(tiny_pipeline, tmp_pa
     for _ in range(2):
         call = Call(tiny_pipeline, GenerateRequest("tiny", "a red apple", 1, 3, decoding="exact", temperature=0.99))
         output = call(lambda sketch: False)
-        seen[output.stats.decoding] = call.fates(Sketch(output.tokens))
+        seen[output.stats.decoding] = call.trace(Sketch(output.tokens))
     assert seen["ar"] is None and seen["jacobi"].sampled == 16
 
 
 def test_the_grid_samples_and_says_the_numbers():
-    fates = DraftTrace(16, 10, frozenset({1, 2}), {4: 3, 9: 1})
-    grid = token_grid(fates, "Tokens of <this>")
+    trace = DraftTrace(16, 10, frozenset({1, 2}), {4: 3, 9: 1})
+    grid = token_grid(trace, "Tokens of <this>")
     assert grid.count("M") == 16 and grid.count("<circle") == 2
     assert 'aria-label="Tokens of &lt;this&gt;: 2 accepted drafts, 8 sampled by the model, 4 rejected drafts"' in grid
-    assert token_grid(dataclasses.replace(fates, sampled=16), "x").count("M") == 16
+    assert token_grid(dataclasses.replace(trace, sampled=16), "x").count("M") == 16

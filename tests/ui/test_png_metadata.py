@@ -32,7 +32,7 @@ def form():
     return found[0][1]
 
 
-def wish(**changed):
+def request(**changed):
     return GenerateRequest("emoji-ar", **{**LANTERN, "options": {"delta": 0.3}, **changed})
 
 
@@ -50,8 +50,8 @@ def held(form, updates):
     }
 
 
-def test_a_image_brings_its_call_back(form, tmp_path, toasts):
-    updates = held(form, form.filled(from_image(saved(tmp_path, wish().record, 9))))
+def test_an_image_brings_its_call_back(form, tmp_path, toasts):
+    updates = held(form, form.filled(from_image(saved(tmp_path, request().record, 9))))
     assert updates.pop("lantern.delta") == "0.3"
     others = {name: value for name, value in updates.items() if name.startswith("lantern.")}
     assert others and "2" not in others.values()
@@ -63,17 +63,17 @@ def test_a_image_brings_its_call_back(form, tmp_path, toasts):
 
 
 def test_a_sheet_brings_all_of_its_images_back(tmp_path):
-    assert from_image(saved(tmp_path, wish().record, [7, 8, 9])).basic["count"] == 3
+    assert from_image(saved(tmp_path, request().record, [7, 8, 9])).basic["count"] == 3
 
 
 def test_a_link_brings_the_same_back(form):
-    recalled = from_link(parse_qsl(link_to(wish())[1:]))
+    recalled = from_link(parse_qsl(link_to(request())[1:]))
     again = GenerateRequest.from_fields("emoji-ar", **recalled.basic | dict.fromkeys(["temperature", "top_p"], ""),
                              decoding=recalled.decoding, options=recalled.options)  # fmt: skip
-    assert again == wish()
+    assert again == request()
 
 
-def test_a_image_of_a_class_comes_back_without_words(tmp_path):
+def test_an_image_of_a_class_comes_back_without_words(tmp_path):
     assert from_image(saved(tmp_path, {"prompt": None, "class_label": 3}, 1)).basic["prompt"] == ""
 
 
@@ -85,7 +85,7 @@ def test_another_models_image_comes_back_with_a_note(form, tmp_path, toasts):
     }
     updates = held(form, form.filled(from_image(saved(tmp_path, record, 1))))
     assert updates["prompt"] == "a fox" and updates["decoding"] == "exact"
-    assert "emoji-mar drew this" in toasts[0] and "no decoding cspd" in toasts[0]
+    assert "emoji-mar sampled this" in toasts[0] and "no decoding cspd" in toasts[0]
 
 
 def test_an_option_without_a_field_is_named(form, toasts):
@@ -141,7 +141,7 @@ def test_words_of_a_link_are_text_in_toasts(form, toasts, parameters):
 @pytest.mark.parametrize(
     "text", [None, "no json", "[]", "[" * 100_000, '{"call": {}, "seed": 1}', '{"call": {"prompt": "a"}, "seed": []}']
 )
-def test_a_image_without_settings_is_refused(tmp_path, text):
+def test_an_image_without_settings_is_refused(tmp_path, text):
     info = PngInfo()
     if text is not None:
         info.add_itxt("studio", text)
@@ -157,7 +157,7 @@ def test_what_is_no_image_is_refused_and_the_form_stays(form, tmp_path, toasts):
     assert cleared is None and held(form, updates) == {} and "carries no settings" in toasts[0]
 
 
-def test_a_image_with_wrong_settings_is_refused(form, tmp_path, toasts):
+def test_an_image_with_wrong_settings_is_refused(form, tmp_path, toasts):
     _, *updates = generate.recall(
         form, {"path": str(saved(tmp_path, {"prompt": "a fox", "decoding": {"name": "lantern", "delta": 7}}, 1))}
     )
@@ -178,8 +178,8 @@ def test_a_link_opens_a_tab_and_fills_its_words(form):
         ({"tab": "sample"}, "no tab 'sample'"),
         ({"count": "many"}, "a whole number"),
         ({"count": "9" * 5000}, "a whole number"),
-        ({"prompt": "a fox", "count": "99"}, "between 1 and 16"),
-        ({"seed": "-1"}, "seed from 0"),
+        ({"prompt": "a fox", "count": "99"}, "from 1 to 16"),
+        ({"seed": "-1"}, "seed must be a whole number from 0"),
         ({"guidance": "much"}, "must be a number"),
         ({"tab": "ask", "question": "a" * 2001}, "at most 2000"),
         ({"tab": "compare", "prompt": "a" * 2001}, "at most 2000"),
@@ -191,7 +191,7 @@ def test_a_wrong_link_says_what_is_wrong(form, parameters, message):
 
 
 def test_what_was_sampled_tells_its_link():
-    assert json.dumps(dict(parse_qsl(link_to(wish())[1:]))) == json.dumps(
+    assert json.dumps(dict(parse_qsl(link_to(request())[1:]))) == json.dumps(
         {
             "prompt": "a fox",
             "count": "3",

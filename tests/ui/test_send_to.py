@@ -4,7 +4,7 @@ import gradio as gr
 import pytest
 
 from studio.ui.app import build_app
-from studio.ui.server.send_to import _pass_to
+from studio.ui.server.send_to import _send
 
 PICTURES = [("/tmp/one.png", "one"), ("/tmp/two.png", None)]
 
@@ -18,19 +18,19 @@ def infos(monkeypatch):
 
 @pytest.mark.parametrize(("chosen", "path"), [(0, "/tmp/one.png"), (1, "/tmp/two.png"), (7, "/tmp/two.png")])
 def test_the_image_that_was_clicked_goes(infos, chosen, path):
-    assert _pass_to("ask")(PICTURES, chosen) == (path, gr.update(selected="ask"))
+    assert _send("ask")(PICTURES, chosen) == (path, gr.update(selected="ask"))
     assert not infos
 
 
 def test_the_first_goes_where_none_was_clicked_and_it_says_so(infos):
-    assert _pass_to("tokenize")(PICTURES, None)[0] == "/tmp/one.png"
+    assert _send("tokenize")(PICTURES, None)[0] == "/tmp/one.png"
     assert len(infos) == 1 and "first image" in infos[0]
-    _pass_to("tokenize")(PICTURES[:1], None)
+    _send("tokenize")(PICTURES[:1], None)
     assert len(infos) == 1
 
 
-def test_without_a_image_it_says_what_to_do(toasts):
-    assert _pass_to("ask")(None, None) == (gr.skip(), gr.skip())
+def test_without_an_image_it_says_what_to_do(toasts):
+    assert _send("ask")(None, None) == (gr.skip(), gr.skip())
     assert "sample one first" in toasts[0]
 
 

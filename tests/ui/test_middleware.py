@@ -10,7 +10,7 @@ import pytest
 from gradio.utils import get_upload_folder
 
 from studio.ui.server import run as running
-from studio.ui.server.middleware import API, UPLOAD, Gate, _Counted, _names_other_file, _Refusal
+from studio.ui.server.middleware import API, UPLOAD, GuardMiddleware, _Counted, _names_other_file, _Refusal
 from studio.ui.server.session import CLIENT, Listeners, client_of
 
 MIB = 1 << 20
@@ -144,7 +144,7 @@ def asked(gate, client=("1.2.3.4", 5), headers=(), path="/config", method="GET")
 
 
 def test_a_client_is_an_address_and_cannot_say_that_it_is_another():
-    gate = Gate(None, Listeners(), 1, 9)
+    gate = GuardMiddleware(None, Listeners(), 1, 9)
     _, first = asked(gate)
     assert first[CLIENT] == "1.2.3.4"
     stamp = dict(first["headers"])[b"x-studio-client"]
@@ -155,7 +155,7 @@ def test_a_client_is_an_address_and_cannot_say_that_it_is_another():
 
 
 def test_one_client_has_so_many_requests_open():
-    gate = Gate(None, Listeners(), 1, 2)
+    gate = GuardMiddleware(None, Listeners(), 1, 2)
     gate._asking["1.2.3.4"] = 2
     assert asked(gate)[0] == 429 and asked(gate, ("1.2.3.5", 1))[0] == 200
 
@@ -168,7 +168,7 @@ def test_listeners_are_those_of_the_answer_routes():
             heard.append(key)
             super().arrive(key)
 
-    gate = Gate(None, Ears(), 1, 9)
+    gate = GuardMiddleware(None, Ears(), 1, 9)
     for path in (f"{API}/call/generate/event1", f"{API}/call/v2/generate/event2/", UPLOAD, "/config"):
         asked(gate, path=path)
     assert heard == ["event1", "event2"]

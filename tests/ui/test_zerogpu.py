@@ -2,14 +2,19 @@
 
 import asyncio
 import multiprocessing
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from studio import StudioError
-from studio.ui.server import zerogpu as lending
+from studio.ui.server import zerogpu
 from studio.ui.server.worker import follow
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -24,15 +29,15 @@ def durations(monkeypatch):
     package = types.ModuleType("spaces")
     package.GPU = gpu
     monkeypatch.setitem(sys.modules, "spaces", package)
-    monkeypatch.setattr(lending, "is_lent", lambda: True)
+    monkeypatch.setattr(zerogpu, "is_lent", lambda: True)
     return asked
 
 
 def _forked(task):
-    def items(wish):
+    def items(request):
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe()
-        process = context.Process(target=_run, args=(task, wish, there), daemon=True)
+        process = context.Process(target=_run, args=(task, request, there), daemon=True)
         process.start()
         try:
             while (item := here.recv()) is not None:
@@ -44,8 +49,8 @@ def _forked(task):
     return items
 
 
-def _run(task, wish, pipe):
-    steps = task(wish)
+def _run(task, request, pipe):
+    steps = task(request)
     try:
         for item in steps:
             pipe.send(item)
@@ -54,54 +59,62 @@ def _run(task, wish, pipe):
         steps.close()
 
 
-def count(wish, job):
-    for number in range(wish):
+def count(request, job):
+    for number in range(request):
         job.report(number)
         if job.stopped:
             return "stopped"
-    if wish == 0:
+    if request == 0:
         raise StudioError("GenerateRequest for something.")
-    return f"counted to {wish}"
+    return f"counted to {request}"
 
 
-async def collect(work, wish):
-    return [item async for item in follow(lambda job: work(wish, job))]
+async def collect(work, request):
+    return [item async for item in follow(lambda job: work(request, job))]
 
 
 def test_what_a_lent_gpu_reports_and_returns_comes_back(durations):
-    items = asyncio.run(collect(lending.on_gpu(seconds=30)(count), 5))
+    items = asyncio.run(collect(zerogpu.on_gpu(seconds=30)(count), 5))
     assert durations == [30] and items[-1] == "counted to 5"
     assert items[:-1] == sorted(items[:-1]) and set(items[:-1]) <= set(range(5))
 
 
 def test_a_mistake_keeps_its_sentence(durations):
     with pytest.raises(StudioError, match="GenerateRequest for something"):
-        asyncio.run(collect(lending.on_gpu(seconds=30)(count), 0))
+        asyncio.run(collect(zerogpu.on_gpu(seconds=30)(count), 0))
 
 
 def test_work_that_nobody_waits_for_stops():
     seen = []
 
-    def endless(wish, job):
+    def endless(request, job):
         while not job.stopped:
             job.report(len(seen))
         seen.append("stopped")
 
-    steps = lending._items(endless, None)
+    steps = zerogpu._items(endless, None)
     next(steps)
     steps.close()
     assert seen == ["stopped"]
 
 
 def test_without_the_package_work_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(lending, "find_spec", lambda name: None)
-    assert not lending.is_lent() and lending.on_gpu(seconds=30)(count) is count
+    monkeypatch.setattr(zerogpu, "find_spec", lambda name: None)
+    assert not zerogpu.is_lent() and zerogpu.on_gpu(seconds=30)(count) is count
 
 
 def test_models_are_placed_where_gpus_are_lent_only(monkeypatch, durations):
     placed = []
-    monkeypatch.setattr(lending, "get_pipeline", placed.append)
-    lending.place("emoji-ar")
-    monkeypatch.setattr(lending, "is_lent", lambda: False)
-    lending.place("emoji-ar")
+    monkeypatch.setattr(zerogpu, "get_pipeline", placed.append)
+    zerogpu.preload("emoji-ar")
+    monkeypatch.setattr(zerogpu, "is_lent", lambda: False)
+    zerogpu.preload("emoji-ar")
     assert placed == ["emoji-ar"]
+
+
+def test_the_entry_of_a_space_imports_spaces_before_torch(tmp_path):
+    """Otherwise no GPU is lent; the stand-in stops the entry as soon as it is imported."""
+    (tmp_path / "spaces.py").write_text("import sys\nsys.exit('torch' in sys.modules)\n")
+    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(ROOT / 'app.py')!r})\nraise SystemExit(3)"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == 0

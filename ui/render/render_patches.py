@@ -1,5 +1,7 @@
 """The image as a pruned model reads it: kept patches in full, the others faint."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -8,15 +10,15 @@ from studio.ui.render.sizes import readable
 _FAINT = 44  # of 255
 
 
-def draw_patches(image, view):
-    """Sample one look at an image.
+def render_patches(image: Image.Image, view: Any) -> Image.Image:
+    """Render one view of an image.
 
     Args:
-        image: a PIL image, RGB.
+        image: RGB.
         view: one of `Answer.views`.
 
     Returns:
-        An RGBA image of the same shape; faint where the language model receives nothing, also outside of the grid.
+        An RGBA image of the same aspect ratio, faint where the language model receives no token.
     """
     shown = readable(image)
     left, top, right, bottom = view.box
@@ -27,8 +29,8 @@ def draw_patches(image, view):
     return shown
 
 
-def _cells(pixels, start, end, count):
+def _cells(pixels: int, start: float, end: float, count: int) -> tuple[np.ndarray, np.ndarray]:
     """For each pixel of a side: the number of its cell, and whether it has one."""
-    place = ((np.arange(pixels) + 0.5) / pixels - start) / (end - start) * count
-    cell = np.floor(place).astype(int)
+    position = ((np.arange(pixels) + 0.5) / pixels - start) / (end - start) * count
+    cell = np.floor(position).astype(int)
     return cell.clip(0, count - 1), (cell >= 0) & (cell < count)

@@ -1,4 +1,4 @@
-"""Plain decoding beside another, in turns."""
+"""Plain decoding side by side with another, in turns."""
 
 import asyncio
 import threading
@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from studio import DECODINGS
-from studio.ui.jobs import side_by_side as race
+from studio.ui.jobs import side_by_side
 from studio.ui.jobs.side_by_side import TurnScheduler
 from studio.ui.tabs import generate
 
@@ -17,63 +18,63 @@ FIELDS = ["a red apple", 4, "7", "", "", "", "", "speculative", {}]
 
 def updates(*fields):
     async def collect():
-        return [update async for update in generate.show_race("tiny", *fields)]
+        return [update async for update in generate.show_side_by_side("tiny", *fields)]
 
     return asyncio.run(collect())
 
 
-def test_both_sides_draw_what_they_draw_alone(steps, tiny_pipeline):
+def test_both_sides_sample_what_they_sample_alone(steps, tiny_pipeline):
     found = updates(*FIELDS)
-    lanes, status = found[-1][1:]
+    runs, status = found[-1][1:]
     sampled = [image for image, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
-    for image, decoding in zip(sampled, ("ar", "speculative"), strict=True):
+    for image, decoding in zip(map(Image.open, sampled), ("ar", "speculative"), strict=True):
         alone = tiny_pipeline(
             "a red apple", generator=torch.Generator().manual_seed(7), decoding=DECODINGS[decoding].settings()
         )
         assert image.tobytes() == alone.images[0].tobytes()
-    assert lanes.count('<section class="studio-lane done">') == 2 and lanes.count("<svg") == 2
+    assert runs.count('<section class="studio-lane done">') == 2 and runs.count("<svg") == 2
     assert "Speculative took" in status and "plain" in status
 
 
 def test_clocks_go_up_and_are_shown_before_the_end(steps):
-    found = [lanes for _, lanes, _ in updates(*FIELDS) if isinstance(lanes, str)]
-    assert any('class="studio-lane running"' in lanes for lanes in found)
+    found = [runs for _, runs, _ in updates(*FIELDS) if isinstance(runs, str)]
+    assert any('class="studio-lane running"' in runs for runs in found)
     assert found[0] != found[-1]
 
 
-def test_the_usual_choice_races_jacobi_against_plain_decoding(steps, tiny_pipeline):
+def test_the_default_compares_jacobi_with_plain_decoding(steps, tiny_pipeline):
     found = updates("a red apple", 1, "7", "", "", "", "", "exact", {})
     images = [image for image, _ in [gallery["value"] for gallery, _, _ in found if "value" in gallery][-1]]
-    assert images[0].tobytes() == images[1].tobytes()
+    assert Image.open(images[0]).tobytes() == Image.open(images[1]).tobytes()
     assert "Jacobi took" in found[-1][2] and "plain" in found[-1][2]
 
 
-def test_with_the_choice_that_a_page_begins_with_plain_decoding_races_against_the_next(steps, toasts):
+def test_plain_decoding_is_compared_with_the_next(steps, toasts):
     found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
     assert not toasts and "Jacobi took" in found[-1][2]
 
 
-def test_a_model_with_one_decoding_cannot_race(steps, toasts, monkeypatch):
-    monkeypatch.setattr(race, "fitting_decodings", lambda name: ["ar"])
+def test_a_model_with_one_decoding_has_nothing_to_compare(steps, toasts, monkeypatch):
+    monkeypatch.setattr(side_by_side, "fitting_decodings", lambda name: ["ar"])
     found = updates("a red apple", 1, "7", "", "", "", "", "ar", {})
     assert len(toasts) == 1 and "one decoding only" in toasts[0]
     assert "unchanged" in found[-1][2] and not steps
 
 
-def test_a_side_that_is_refused_ends_the_race(steps, toasts):
+def test_a_refused_side_ends_both(steps, toasts):
     found = updates(*FIELDS[:-2], "lantern", {"k": "64"})
     assert len(toasts) == 1 and "64 codes" in toasts[0]
     assert "unchanged" in found[-1][2]
     assert len(steps) < 16
 
 
-def test_closing_a_race_stops_both_within_one_step(steps):
+def test_closing_stops_both_within_one_step(steps):
     async def close_after_a_while():
-        racing = generate.show_race("tiny", *FIELDS)
-        async for _ in racing:
+        following = generate.show_side_by_side("tiny", *FIELDS)
+        async for _ in following:
             if len(steps) >= 6:
                 break
-        await racing.aclose()
+        await following.aclose()
         return len(steps)
 
     at_cancel = asyncio.run(close_after_a_while())
