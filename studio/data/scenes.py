@@ -103,7 +103,7 @@ def _paint(rng, grid, behind, things, written):
         over = np.asarray(emoji, dtype=np.float32)
         mixed = over[..., :3] + under * (1 - over[..., 3:] / 255)
         canvas.paste(Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8)), at)
-    brush = ImageDraw.Sample(canvas)
+    brush = ImageDraw.Draw(canvas)
     ink = "black" if sum(BACKGROUNDS[NAMES[behind]]) > 330 else "white"
     for cell, word in written.items():
         centre = (cell % columns + 0.5) * CELL, (cell // columns + 0.5) * CELL
