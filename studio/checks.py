@@ -8,6 +8,7 @@ import json
 import reprlib
 from collections.abc import Collection
 from numbers import Integral, Real
+from typing import Any
 
 from studio.errors import StudioError
 
@@ -19,7 +20,7 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
-def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
+def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
     """Check an integer before anything is sized by it.
 
     Args:
@@ -39,7 +40,7 @@ def check_integer(name: str, value, minimum: int = 0, maximum: int = MAX_INTEGER
     return int(value)
 
 
-def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
+def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
     """Check a finite number.
 
     Args:
@@ -61,20 +62,20 @@ def check_number(name: str, value, minimum: float = 0, maximum: float = MAX_NUMB
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_choice(name: str, value, allowed: Collection[str]) -> None:
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     """Raises a `StudioError` for a value that is none of those allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
 
 
-def check_flag(name: str, value) -> bool:
+def check_flag(name: str, value: object) -> bool:
     """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise StudioError(f"{name} must be True or False, not {shown(value)}.")
     return bool(value)
 
 
-def check_text(name: str, value, maximum: int, empty: str) -> None:
+def check_text(name: str, value: object, maximum: int, empty: str) -> None:
     """Check words that a person gives.
 
     Args:
@@ -108,7 +109,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def json_text(value) -> str:
+def json_text(value: object) -> str:
     """JSON that can be written as UTF-8: readable, or ASCII where a text in it, such as a path, is no Unicode."""
     text = json.dumps(value, ensure_ascii=False)
     return text if is_unicode(text) else json.dumps(value)
@@ -119,13 +120,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def set_fields(settings, **values) -> None:
+def set_fields(settings: object, **values: object) -> None:
     """Set fields of a frozen dataclass, from its `__post_init__`, to what its checks returned."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A value as messages show it: short, whatever it is."""
     if isinstance(value, Integral) and abs(value) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"

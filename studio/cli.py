@@ -41,7 +41,7 @@ space_app = typer.Typer(help="The app as a Hugging Face Space.", rich_markup_mod
 app.add_typer(space_app, name="space")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; exits with 0, or with 2 and one sentence on stderr for a mistake the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--json" in arguments and not {"-h", "--help"} & set(arguments):

@@ -9,6 +9,7 @@ a compiled one, can put a word in front of the document.
 import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 
@@ -18,18 +19,18 @@ from studio.processes import process_index
 _document = None
 
 
-def emit(document):
+def emit(document: object) -> None:
     """Set the JSON document that stdout gets when the command ends (`document` is any JSON value, NaN becomes null)."""
     global _document
     _document = document
 
 
-def emit_error(sentence):
+def emit_error(sentence: str) -> None:
     """Set the sentence as the document's `"error"`, beside what a command that went wrong has found out so far."""
     emit({**(_document if isinstance(_document, dict) else {}), "error": sentence})
 
 
-def say(text):
+def say(text: str) -> None:
     """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
     if process_index() == 0:
         print(_on_terminal(text, sys.stdout), flush=True)
@@ -41,18 +42,18 @@ def _on_terminal(text, stream):
     return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def warn(text):
+def warn(text: str) -> None:
     """Print one line on stderr."""
     if process_index() == 0:
         print(f"Warning: {text}", file=sys.stderr, flush=True)
 
 
-def complain(sentence):
+def complain(sentence: str) -> None:
     """Print why a command could not do its work, on stderr, as one line."""
     print(f"Error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show.
 
     What pipelines log as a validation_warning is told by the commands themselves.
@@ -67,7 +68,7 @@ def quiet_libraries():
 
 
 @contextmanager
-def only_json_on_stdout():
+def only_json_on_stdout() -> Iterator[None]:
     """Send what is written to stdout to stderr, and the document of `emit` to stdout at the end."""
     global _document
     _document = None

@@ -27,7 +27,7 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="studio-", ignore_cleanup_errors=True)
 
 
-def user_path(path) -> Path:
+def user_path(path: str | Path) -> Path:
     """A path that a person gave, with a leading `~` replaced where that user is known."""
     try:
         return Path(path).expanduser()

@@ -10,9 +10,14 @@ black or white. Transparency is put on white.
 
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 from studio.errors import StudioError
 from studio.files import user_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 MOST_PIXELS = 64_000_000
 SMALLEST_SIDE = 8
@@ -25,7 +30,7 @@ _ORIENTATION_TAG = 0x0112
 _READ = "give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF file"
 
 
-def open_image(path, name=None, most_pixels=MOST_PIXELS):
+def open_image(path: str | os.PathLike, name: str | None = None, most_pixels: int = MOST_PIXELS) -> "Image.Image":
     """Read an image as a person sees it.
 
     Args:
@@ -71,7 +76,7 @@ def _read(file, name, most_pixels):
         return rgb_image(image, name)
 
 
-def rgb_image(image, name="The image"):
+def rgb_image(image: object, name: str = "The image") -> "Image.Image":
     """What `open_image` makes of an image that is open already.
 
     Args:
@@ -104,14 +109,14 @@ def rgb_image(image, name="The image"):
     return read
 
 
-def check_pixels(name, width, height, most_pixels=MOST_PIXELS):
+def check_pixels(name: str, width: int, height: int, most_pixels: int = MOST_PIXELS) -> None:
     """Raises a `StudioError` for a size of more pixels than that."""
     if width * height > most_pixels:
         most = f"{most_pixels / 1e6:g} million" if most_pixels >= 1e6 else f"{most_pixels}"
         raise StudioError(f"{name} has {width} x {height} pixels: give an image of at most {most}.")
 
 
-def check_shape(name, width, height):
+def check_shape(name: str, width: int, height: int) -> None:
     """Raises a `StudioError` for a size that no model reads with any sense."""
     if min(width, height) < SMALLEST_SIDE:
         raise StudioError(f"{name} has {width} x {height} pixels: give an image of at least {SMALLEST_SIDE} a side.")

@@ -5,25 +5,29 @@ Light: nothing heavy is imported before processes exchange something.
 
 import atexit
 import os
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from studio.errors import StudioError
+
+T = TypeVar("T")
 
 _leaves = False
 _PATIENCE = timedelta(days=7)  # how long those that have finished wait for the slowest
 
 
-def process_count():
+def process_count() -> int:
     """How many processes run this command, over all machines."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def process_index():
+def process_index() -> int:
     """The number of this process, from 0; process 0 speaks for all."""
     return int(os.environ.get("RANK") or 0)
 
 
-def launch_problem():
+def launch_problem() -> str | None:
     """What to say when a launcher was asked for several processes and started one, or `None`."""
     is_asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
     if is_asked and "WORLD_SIZE" not in os.environ:
@@ -34,7 +38,7 @@ def launch_problem():
     return None
 
 
-def join():
+def join() -> Any:
     """Meet the other processes, if there are any.
 
     Returns:
@@ -59,7 +63,7 @@ def _leave_at_exit(leave):
         _leaves = True
 
 
-def gather(items):
+def gather(items: Iterable) -> list:
     """Collect from every process.
 
     Args:
@@ -76,7 +80,7 @@ def gather(items):
     return gather_object(list(items))
 
 
-def agreed(prepare):
+def agreed(prepare: Callable[[], T]) -> T:
     """Return `prepare()`, called in every process; what fails in one of them fails in all, and is told once.
 
     Raises:

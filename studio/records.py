@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import zlib
+from pathlib import Path
+from typing import IO
 
 from studio.checks import json_text
 from studio.errors import StudioError
@@ -23,7 +25,7 @@ class Records:
         StudioError: another run is writing there, or nothing can be written.
     """
 
-    def __init__(self, folder, index):
+    def __init__(self, folder: Path, index: int):
         try:
             make_folders(folder)
             self._file = open(folder / f"process-{index:05d}.jsonl", "a+b")
@@ -34,12 +36,12 @@ class Records:
             raise StudioError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from error
         self._cut_torn_line()
 
-    def append(self, record):
+    def append(self, record: dict) -> None:
         """Write a record, a dict of JSON values, and return when it will survive a loss of power."""
         self._file.write(json_text({**record, _CHECKSUM: _checksum(record)}).encode() + b"\n")
         sync(self._file)
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
 
     def _cut_torn_line(self):
@@ -48,7 +50,7 @@ class Records:
         self._file.truncate(content.rfind(b"\n") + 1)
 
 
-def read_records(folder):
+def read_records(folder: Path) -> tuple[list[dict], int]:
     """The records of a folder, oldest first in each file.
 
     Args:
@@ -77,7 +79,7 @@ def _checksum(record):
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def sync(file):
+def sync(file: IO) -> None:
     """Have what was written to an open file on the disk itself."""
     file.flush()
     os.fsync(file.fileno())

@@ -11,12 +11,18 @@ import stat
 import tempfile
 import unicodedata
 import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from studio import __version__
 from studio.errors import StudioError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 METADATA_KEY = "studio"
 _RECORDED = ("torch", "diffusers", "transformers")
@@ -25,7 +31,9 @@ _SHEET_GAP = 8
 _SLUG_LENGTH, _SLUG_BYTES = 60, 120
 
 
-def plan_paths(out, title, seeds, sheet=False):
+def plan_paths(
+    out: Path | None, title: str, seeds: Sequence[int], sheet: bool = False
+) -> tuple[list[Path], Path | None]:
     """Decide the file of each image and check that it can be written.
 
     Args:
@@ -54,7 +62,7 @@ def plan_paths(out, title, seeds, sheet=False):
     return paths, sheet_path if sheet else None
 
 
-def check_writable(path):
+def check_writable(path: Path) -> None:
     """Raise a `StudioError` unless a file can be made at `path`, or where a link there leads; leaves nothing behind."""
     path = _target(path)
     try:
@@ -77,7 +85,7 @@ def check_writable(path):
         raise StudioError(f"{path} cannot be written ({reason}): choose another path.") from error
 
 
-def save_all(writers):
+def save_all(writers: dict[Path, Callable[[Path], object]]) -> list[Path]:
     """Write several files, or none: each under a temporary name first, all renamed when the last one is whole.
 
     A link is followed: the file that it leads to is written.
@@ -114,7 +122,7 @@ def save_all(writers):
     return replaced
 
 
-def unused(path, call, seed):
+def unused(path: Path, call: dict, seed: int) -> Path:
     """Return a path where nothing is lost: this one, or the first `name-2.png`, `name-3.png`, ... that will do.
 
     Args:
@@ -127,7 +135,7 @@ def unused(path, call, seed):
             return candidate
 
 
-def holds(path, call, seed):
+def holds(path: Path, call: dict, seed: int) -> bool:
     """Whether the file at `path` is a PNG that carries this call and this seed."""
     from PIL import Image
 
@@ -144,7 +152,7 @@ def _target(path):
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
-def make_folders(folder):
+def make_folders(folder: Path) -> list[Path]:
     """Make a folder and its parents; return those that were made, outermost first."""
     missing = []
     while not folder.exists():
@@ -155,7 +163,7 @@ def make_folders(folder):
     return missing
 
 
-def png_writer(image, call, seed):
+def png_writer(image: "Image.Image", call: dict, seed: int) -> Callable[[Path], None]:
     """Return `write(path)` for a PNG that carries the call, the seed and the versions in a text chunk.
 
     Args:
@@ -170,7 +178,7 @@ def png_writer(image, call, seed):
     return lambda path: image.save(path, format="PNG", pnginfo=info)
 
 
-def make_sheet(images):
+def make_sheet(images: Sequence["Image.Image"]) -> "Image.Image":
     """Return one image with all of them in a grid as square as it gets, small ones enlarged to be seen."""
     from PIL import Image
 
@@ -188,12 +196,12 @@ def make_sheet(images):
     return sheet
 
 
-def versions():
+def versions() -> dict[str, str]:
     """Return the versions an image depends on, `{package: version}`."""
     return {"studio": __version__, **{name: installed for name in _RECORDED if (installed := package_version(name))}}
 
 
-def package_version(name):
+def package_version(name: str) -> str | None:
     """Return the version of an installed package, or `None`."""
     try:
         return version(name)
@@ -201,7 +209,7 @@ def package_version(name):
         return None
 
 
-def slug(title):
+def slug(title: str) -> str:
     """What a title becomes in a file name: letters and digits of any script in lower case, and hyphens.
 
     At most 60 characters, and 120 bytes; a checksum where a title has neither letters nor digits.

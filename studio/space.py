@@ -44,7 +44,7 @@ python app.py
 """
 
 
-def build_space(folder, *, model="emoji-ar", title="Studio"):
+def build_space(folder: str | Path, *, model: str = "emoji-ar", title: str = "Studio") -> dict[str, int]:
     """Write a Space.
 
     Args:
@@ -77,7 +77,7 @@ def build_space(folder, *, model="emoji-ar", title="Studio"):
     return files_of(folder)
 
 
-def requirements():
+def requirements() -> dict[str, str]:
     """What the project depends on, `{package: version}`, at the versions that are known to work together.
 
     Raises:
@@ -94,7 +94,7 @@ def requirements():
     return {name: pinned[name] for name in names}
 
 
-def files_of(folder):
+def files_of(folder: Path) -> dict[str, int]:
     """The files under a folder with their sizes, `{relative path: bytes}`, in order."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 
 from studio.bench.chart import Series, chart
@@ -70,7 +71,15 @@ class Encoded:
     psnr: float
 
 
-def bench_rate_distortion(tokenizer, *, name="", samples=136, refine=0, seed=0, device=None) -> dict:
+def bench_rate_distortion(
+    tokenizer: ModelMixin,
+    *,
+    name: str = "",
+    samples: int = 136,
+    refine: int = 0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> dict:
     """Compare a tokenizer with JPEG and WebP at equal bytes, on images of held-out concepts.
 
     Args:
@@ -115,7 +124,7 @@ def bench_rate_distortion(tokenizer, *, name="", samples=136, refine=0, seed=0, 
     return {"rows": rows, **sizes}
 
 
-def held_out_images(side, samples, seed) -> list[Image.Image]:
+def held_out_images(side: int, samples: int, seed: int) -> list[Image.Image]:
     """Images of concepts that no tokenizer was trained with, each with a style and a background sampled by seed."""
     kept = concepts(held_out=True)
     cases = [(concept, style) for concept in kept for style in range(len(STYLES))]

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,14 @@ class Answer:
     together: int
 
 
-def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device=None):
+def bench_serve(
+    model: str | Path = "emoji-ar",
+    *,
+    clients: int = 50,
+    requests: int = 2,
+    max_batch: int = 8,
+    device: str | torch.device | None = None,
+) -> dict:
     """Asks a server with `clients` clients at once, each `requests` times in a row; a first round more does not count.
 
     Everything is sampled in float32, where an image of a batch equals that of a single call.
@@ -102,7 +110,7 @@ def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device
     }
 
 
-def compared(asked, answers, alone):
+def compared(asked: Sequence[Request], answers: Sequence[Answer | None], alone: Sequence[np.ndarray]) -> dict[str, int]:
     """Counts what became of requests.
 
     Args:

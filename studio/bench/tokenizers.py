@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 
 from studio.checkpoints.bundled import BUNDLED, read_checksums
 from studio.checkpoints.loading import load
@@ -91,7 +92,7 @@ def bundled_tokenizers() -> list[str]:
     return [name for name, entry in BUNDLED.items() if entry.kind == "tokenizer" and name in there]
 
 
-def variants(tokenizer) -> list[tuple]:
+def variants(tokenizer: ModelMixin) -> list[tuple]:
     """What is measured of a tokenizer: `(tokenizer, [(name of the row, keywords of decode)])` for each encoding."""
     whole = [("", {})]
     if isinstance(tokenizer, KLTokenizer):
@@ -128,7 +129,7 @@ def _images(sampled, resolution):
     return images
 
 
-def size_of(tokenizer, tokens, how) -> dict:
+def size_of(tokenizer: ModelMixin, tokens: torch.Tensor, how: dict) -> dict:
     """Size of an image, or of the part of it that is decoded.
 
     Args:

@@ -64,7 +64,7 @@ BUNDLED = {
 }
 
 
-def bundled_folder(name):
+def bundled_folder(name: str) -> Path:
     """Return the folder of a bundled model after checking every file of it.
 
     Raises:
@@ -93,20 +93,20 @@ def folder_of_model(folder: str | Path) -> Path:
     return folder / "model" if is_run else folder
 
 
-def bundled_name_of(folder):
+def bundled_name_of(folder: str | Path) -> str | None:
     """Return the name of the bundled model whose own folder this is, or `None`."""
     folder = Path(folder).resolve()
     return folder.name if folder.parent == ROOT.resolve() and folder.name in BUNDLED else None
 
 
-def unknown_name(name):
+def unknown_name(name: str) -> str:
     """Say in one sentence that nothing is called `name`, with the nearest bundled name."""
     nearest = get_close_matches(name[:40], BUNDLED, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     return f"There is no model or folder called {shown(name)}{hint}; bundled are {', '.join(BUNDLED)}."
 
 
-def read_checksums():
+def read_checksums() -> dict[str, dict[str, str]]:
     """Return `{model: {file: sha256}}` of the release, empty before the first one."""
     try:
         return json.loads(CHECKSUMS.read_text(encoding="utf-8"))
@@ -116,14 +116,14 @@ def read_checksums():
         raise StudioError(f"{CHECKSUMS} is damaged: install Studio again.") from error
 
 
-def write_checksums():
+def write_checksums() -> None:
     """Record the checksums of the bundled files as they lie here; a release runs it (`make checksums`)."""
     checksums = {name: files for name in sorted(BUNDLED) if (files := _files(ROOT / name))}
     text = json.dumps(checksums, indent=1, sort_keys=True) + "\n"
     CHECKSUMS.write_text(text, encoding="utf-8")
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ numbers.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ _PUBLISHED_VAR_SPLITS = {16: 5, 20: 4, 24: 4}
 _COMPUTED = re.compile(r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
 
 
-def read_student_state_dict(path) -> dict[str, torch.Tensor]:
+def read_student_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a released file, averaged ones first.
 
     Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
@@ -30,12 +31,12 @@ def read_student_state_dict(path) -> dict[str, torch.Tensor]:
     return read_weights(path, _PLACES)
 
 
-def student_from_state_dict(state: dict[str, torch.Tensor], **config) -> DistilledStudent:
+def student_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> DistilledStudent:
     """A `DistilledStudent` with these weights. Sizes are inferred; `config` overrides them (`num_heads`, ...)."""
     return build(DistilledStudent, _student_config(state) | config, state, "student of LlamaGen")
 
 
-def var_student_from_state_dict(state: dict[str, torch.Tensor], **config) -> DistilledVAR:
+def var_student_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> DistilledVAR:
     """A `DistilledVAR` with these weights, sizes inferred except for `scales`; `config` overrides them."""
     state = _learned(state)
     inferred = _var_config(state, "student of VAR") | config
@@ -44,19 +45,19 @@ def var_student_from_state_dict(state: dict[str, torch.Tensor], **config) -> Dis
     return build(DistilledVAR, inferred, state, "student of VAR")
 
 
-def var_from_state_dict(state: dict[str, torch.Tensor], **config) -> VAR:
+def var_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> VAR:
     """A `VAR` with these weights, sizes inferred except for `scales`; `config` overrides them."""
     state = _learned(state)
     return build(VAR, _var_config(state, "VAR transformer") | config, state, "VAR transformer")
 
 
-def var_tokenizer_from_state_dict(state: dict[str, torch.Tensor], **config) -> VARTokenizer:
+def var_tokenizer_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> VARTokenizer:
     """A `VARTokenizer` with these weights, sizes inferred except for `scales`; `config` overrides them."""
     state = _learned(state)
     return build(VARTokenizer, _var_tokenizer_config(state) | config, state, "VAR tokenizer")
 
 
-def convert_distilled(path, out) -> Path:
+def convert_distilled(path: str | Path, out: str | Path) -> Path:
     """Writes a released student as a folder for `from_pretrained`: of a `DistilledStudent` or a `DistilledVAR`.
 
     Args:

@@ -4,6 +4,7 @@ Sizes come from the shapes of the weights; an unknown or missing key is an error
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from studio.models.drafter import Drafter
 _IGNORED = {"lm_head.weight", "freqs_cis"}
 
 
-def drafter_from_state_dict(state: dict[str, torch.Tensor], **config) -> Drafter:
+def drafter_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> Drafter:
     """A `Drafter` with the authors' weights. Sizes are inferred; `config` overrides them (`num_heads`, ...)."""
     state = from_transformers_names({name: weight for name, weight in state.items() if name not in _IGNORED})
     what = "drafter of LANTERN"
@@ -32,7 +33,7 @@ def drafter_from_state_dict(state: dict[str, torch.Tensor], **config) -> Drafter
     return build(Drafter, inferred | config, state, what)
 
 
-def convert_drafter(path, out, *, grid_size: int = 16, prefix_length: int = 120) -> Path:
+def convert_drafter(path: str | Path, out: str | Path, *, grid_size: int = 16, prefix_length: int = 120) -> Path:
     """Writes a published drafter as a folder.
 
     Args:
@@ -46,6 +47,6 @@ def convert_drafter(path, out, *, grid_size: int = 16, prefix_length: int = 120)
     return save_new(read_drafter(path, grid_size=grid_size, prefix_length=prefix_length), out)
 
 
-def read_drafter(path, **config) -> Drafter:
+def read_drafter(path: str | Path, **config: Any) -> Drafter:
     """The `Drafter` of a published file; `config` as of `drafter_from_state_dict`, errors of `convert_drafter`."""
     return drafter_from_state_dict(read_weights(path, ANY_PLACE), **config)

@@ -4,6 +4,7 @@ Sizes come from the shapes of the weights.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ _PUBLISHED_TOP_K = {"c2i": 2000, "t2i": 1000}
 _PUBLISHED_GRIDS = {"c2i": 24, "t2i": 16}
 
 
-def read_state_dict(path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint file, out of whichever wrapper they are in.
 
     Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
@@ -60,7 +61,7 @@ def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def gpt_from_state_dict(state: dict[str, torch.Tensor], **config) -> LlamaGen:
+def gpt_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> LlamaGen:
     """A `LlamaGen` with these weights. Sizes are inferred; `config` overrides them (`num_heads`, `grid_size`, ...)."""
     state = official_names({name: weight for name, weight in state.items() if name not in _IGNORED})
     inferred = _gpt_config(state)
@@ -68,7 +69,7 @@ def gpt_from_state_dict(state: dict[str, torch.Tensor], **config) -> LlamaGen:
     return build(LlamaGen, inferred, state, "LlamaGen transformer")
 
 
-def vq_from_state_dict(state: dict[str, torch.Tensor], **config) -> VQTokenizer:
+def vq_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> VQTokenizer:
     """A `VQTokenizer` with these weights, sizes inferred."""
     state = {name: weight for name, weight in state.items() if name not in _IGNORED}
     return build(VQTokenizer, _vq_config(state) | config, state, "VQ tokenizer")
@@ -103,21 +104,21 @@ def _vq_config(state: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def convert_llamagen_vq(vq_path, out) -> Path:
+def convert_llamagen_vq(vq_path: str | Path, out: str | Path) -> Path:
     """Writes the authors' VQ-8 or VQ-16 file as a `VQTokenizer` folder."""
     return save_new(vq_from_state_dict(read_state_dict(vq_path)), out)
 
 
 def convert_llamagen(
-    gpt_path,
-    out,
+    gpt_path: str | Path,
+    out: str | Path,
     kind: str,
     *,
-    tokenizer,
-    text_encoder=None,
+    tokenizer: str | Path,
+    text_encoder: str | Path | None = None,
     grid_size: int | None = None,
-    drafter=None,
-    student=None,
+    drafter: str | Path | None = None,
+    student: str | Path | None = None,
 ) -> Path:
     """Writes a whole pipeline folder from the authors' files.
 

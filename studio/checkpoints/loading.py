@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -61,7 +62,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def load(name, *, device=None, dtype=None):
+def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
     """Load a pipeline or a tokenizer.
 
     Args:
@@ -251,7 +252,7 @@ def _folder_of_words(folder):
     return bundled_folder("emoji-ar")
 
 
-def load_model(model_class, folder, dtype):
+def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
     """A model of our own or of diffusers from its folder, laid out for fast convolutions.
 
     Errors: `StudioError` for another class or other weights.
@@ -312,7 +313,7 @@ def _class_of(config):
     return found if isinstance(found, str) else None
 
 
-def pick_device(device):
+def pick_device(device: str | torch.device | None) -> torch.device:
     """The device by its name, or CUDA when there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

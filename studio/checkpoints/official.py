@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 
 from studio.checkpoints.foreign import check_weights
 from studio.errors import StudioError
@@ -32,7 +35,7 @@ _HF_LLAMA_NAMES = {
 }
 
 
-def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
+def read_weights(path: str | Path, places: tuple[tuple[str, ...], ...]) -> State:
     """The first state dict that a checkpoint file holds at one of `places`, paths of keys; `()` is the file itself.
 
     Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
@@ -116,7 +119,7 @@ def from_transformers_names(state: State, prefix: str = "") -> State:
     return renamed
 
 
-def build(model_class, config: dict, state: State, what: str):
+def build(model_class: type, config: dict, state: State, what: str) -> Any:
     """A model in evaluation mode, float32, with these weights, after every name and shape was found right.
 
     Errors: `StudioError` that names the first weights that are unknown, missing or misshapen.
@@ -138,7 +141,7 @@ def build(model_class, config: dict, state: State, what: str):
     return model.eval().requires_grad_(False)
 
 
-def save_new(model, out) -> Path:
+def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
     """Writes a model or pipeline with `save_pretrained` as a folder that was not there. Errors: as of `new_folder`."""
     with new_folder(out) as folder:
         model.save_pretrained(folder)
@@ -146,7 +149,7 @@ def save_new(model, out) -> Path:
 
 
 @contextmanager
-def new_folder(out):
+def new_folder(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at the end, or vanishes on an error.
 
     Errors: `StudioError` when `out` is there and not empty, or cannot be written.

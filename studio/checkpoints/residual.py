@@ -6,6 +6,7 @@ Sizes come from the shapes of the weights. The averaged weights are taken where 
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ _PUBLISHED_DRAWING = {42: {"default_top_p": 0.92}}
 """By the layers of the spatial transformer: the size 1.4B, of ImageNet."""
 
 
-def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
+def rvq_from_state_dict(state: State, **config: Any) -> RVQTokenizer:
     """An `RVQTokenizer` with these weights. Sizes are inferred; `config` overrides them.
 
     What is not in the file: `sample_size`, `norm_groups`, and `cell`, a square when left out.
@@ -32,7 +33,7 @@ def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
     return build(RVQTokenizer, _rvq_config(state) | codebooks | config, state, _TOKENIZER)
 
 
-def rq_transformer_from_state_dict(state: State, **config) -> RQTransformer:
+def rq_transformer_from_state_dict(state: State, **config: Any) -> RQTransformer:
     """An `RQTransformer` with these weights. Sizes are inferred; `config` overrides them.
 
     What is not in the file: heads (of 64 numbers each when left out), `grid` (a square), `vocab_size` of levels of
@@ -64,7 +65,7 @@ def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
     }
 
 
-def convert_rq_vae(path, out) -> Path:
+def convert_rq_vae(path: str | Path, out: str | Path) -> Path:
     """Writes the authors' RQ-VAE file as an `RVQTokenizer` folder.
 
     Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
@@ -72,7 +73,7 @@ def convert_rq_vae(path, out) -> Path:
     return save_new(rvq_from_state_dict(read_weights(path, _PLACES)), out)
 
 
-def convert_rq_transformer(path, out, tokenizer=None) -> Path:
+def convert_rq_transformer(path: str | Path, out: str | Path, tokenizer: str | Path | None = None) -> Path:
     """Writes the authors' RQ-Transformer file as a pipeline folder for `studio.load`, or alone.
 
     Args:

@@ -5,6 +5,7 @@ them, as for all published numbers.
 """
 
 from pathlib import Path
+from typing import Any
 
 from studio.checkpoints.mar import half_sizes, read_kl_tokenizer
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
@@ -27,7 +28,7 @@ _PUBLISHED_DRAWING = {
 """By the width of the encoder: the sizes L and H."""
 
 
-def token_bridge_from_state_dict(state: State, **config) -> TokenBridge:
+def token_bridge_from_state_dict(state: State, **config: Any) -> TokenBridge:
     """A `TokenBridge` with these weights. Sizes are inferred; `config` overrides them (`encoder_heads`, ...)."""
     inferred = _token_bridge_config(state)
     renamed = {
@@ -38,7 +39,7 @@ def token_bridge_from_state_dict(state: State, **config) -> TokenBridge:
     return build(TokenBridge, inferred | config, renamed, _WHAT)
 
 
-def convert_token_bridge(path, out, tokenizer) -> Path:
+def convert_token_bridge(path: str | Path, out: str | Path, tokenizer: str | Path) -> Path:
     """Writes a published TokenBridge as a pipeline folder for `studio.load`.
 
     Args:

@@ -2,7 +2,11 @@
 
 import json
 import re
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
 
 from studio.errors import StudioError
 from studio.pipelines.known_words import CONCEPTS_FILE
@@ -13,7 +17,7 @@ _LONGEST_NAMED = 32
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
-def read_vocabulary(folder):
+def read_vocabulary(folder: Path) -> tuple[frozenset[str], list[str]] | None:
     """Read `concepts.json` of a pipeline folder.
 
     Args:
@@ -38,12 +42,12 @@ def read_vocabulary(folder):
         raise StudioError(f"{file} is damaged: copy the model again.") from error
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """The words of a text in lower case, those with hyphens and apostrophes whole."""
     return _WORD.findall(text.lower())
 
 
-def unknown_words(prompt, words, concepts):
+def unknown_words(prompt: str, words: Collection[str], concepts: Sequence[str]) -> list[tuple[str, str | None]]:
     """Name the words of a prompt that a model was not trained with.
 
     Args:
@@ -59,7 +63,7 @@ def unknown_words(prompt, words, concepts):
     return [(word, _nearest(word, concepts)) for word in unknown]
 
 
-def prompt_warning(pipe, prompt):
+def prompt_warning(pipe: DiffusionPipeline, prompt: str) -> str | None:
     """Name the words that a loaded pipeline does not know, in one sentence for a person.
 
     Args:

@@ -39,7 +39,7 @@ def ask(
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
-):
+) -> None:
     """Ask about an image, with as few visual tokens as you like."""
     from studio import load
     from studio.images import open_image

@@ -52,7 +52,7 @@ def decoding(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Time sampling tokens: what each decoding of a model buys, or how random weights do beside a textbook sampler."""
     if random is not None:
         of_models = {"--model": model, "--decoding": only, "--quick": quick, "--save": save, "--figure": figure}
@@ -124,7 +124,7 @@ def pruning(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Time how visual tokens are chosen, beside a plain textbook of each method, or what that buys a model."""
     chosen = {"methods": tuple(method)} if method else {}
     if model is None:
@@ -157,7 +157,7 @@ def verify(
     nodes: Annotated[int, typer.Option(min=2, help="Nodes of the draft tree.")] = 59,
     k: Annotated[int, typer.Option(min=1, help="Similar codes that count.")] = 1000,
     as_json: Json = False,
-):
+) -> None:
     """Time LANTERN's verification of a draft tree, beside a plain textbook loop."""
     from studio.bench.verify import bench_verify
 
@@ -179,7 +179,7 @@ def cost(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Time a step and calls for several positions: the tokens a call at which speculation breaks even here."""
     if model is not None and preset is not None:
         raise StudioError("--model and --preset exclude each other: leave one of them out.")
@@ -194,7 +194,7 @@ def cost(
 def contention(
     model: Annotated[str, typer.Option(help="A bundled name or model folder that samples.")] = "emoji-ar",
     as_json: Json = False,
-):
+) -> None:
     """Time one image on the CPU with the machine idle, and with a busy process for each core."""
     from studio.bench.contention import bench_contention
 
@@ -216,7 +216,7 @@ def mar(
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 2,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Time masked autoregressive sampling of continuous tokens, beside a plain textbook sampler."""
     from studio.bench.mar import bench_mar as measure
 
@@ -236,7 +236,7 @@ def residual(
     samples: Annotated[int, typer.Option(min=65, help="Images for each number of calls.")] = 500,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Judge images of a ResGen over the number of calls and the levels that are decoded."""
     from studio.bench.residual import STEPS, bench_residual, residual_table
 
@@ -252,7 +252,7 @@ def everything(
     ] = None,
     only: Annotated[str, typer.Option(help="Only commands that hold this, such as pruning.")] = "",
     as_json: Json = False,
-):
+) -> None:
     """Measure anew what documents show: runs the command beside every table, and writes there what it prints."""
     from studio.bench.report import regenerate
 

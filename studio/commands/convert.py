@@ -24,7 +24,7 @@ StudentFile = Annotated[
 Grid = Annotated[int | None, typer.Option("--grid-size", min=1, help="Tokens a side.", show_default="as published")]
 
 
-def llamagen_vq(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+def llamagen_vq(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
     """LlamaGen's VQ-8 or VQ-16 tokenizer."""
     from studio.checkpoints.llamagen import convert_llamagen_vq
 
@@ -39,7 +39,7 @@ def llamagen_c2i(
     drafter: DrafterFile = None,
     student: StudentFile = None,
     as_json: Json = False,
-):
+) -> None:
     """A class-conditional LlamaGen transformer and its tokenizer."""
     from studio.checkpoints.llamagen import convert_llamagen
 
@@ -56,7 +56,7 @@ def llamagen_t2i(
     drafter: DrafterFile = None,
     student: StudentFile = None,
     as_json: Json = False,
-):
+) -> None:
     """A text-conditional LlamaGen transformer, its tokenizer and its text encoder."""
     from studio.checkpoints.llamagen import convert_llamagen
 
@@ -70,14 +70,14 @@ def lantern_drafter(
     grid_size: Annotated[int, typer.Option(min=1, help="Tokens a side of the target.")] = 16,
     prefix_length: Annotated[int, typer.Option(min=1, help="Prefix of the target: 120 for text, 1 for classes.")] = 120,
     as_json: Json = False,
-):
+) -> None:
     """LANTERN's drafter for a LlamaGen transformer."""
     from studio.checkpoints.drafter import convert_drafter
 
     _converted(convert_drafter(checkpoint, out, grid_size=grid_size, prefix_length=prefix_length))
 
 
-def rq_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+def rq_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
     """The tokenizer of RQ-VAE, with stacks of residual codes."""
     from studio.checkpoints.residual import convert_rq_vae
 
@@ -96,7 +96,7 @@ def rq_transformer(
         ),
     ] = None,
     as_json: Json = False,
-):
+) -> None:
     """An RQ-Transformer and its tokenizer, or the network alone."""
     from studio.checkpoints.residual import convert_rq_transformer
 
@@ -107,14 +107,14 @@ def one_d_piece(
     checkpoint: Annotated[Path, typer.Argument(help="The published folder, or its file of weights.")],
     out: OutFolder,
     as_json: Json = False,
-):
+) -> None:
     """One-D-Piece's tokenizer, whose first tokens already are an image."""
     from studio.checkpoints.one_d_piece import convert_one_d_piece
 
     _converted(convert_one_d_piece(checkpoint, out))
 
 
-def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
     """A student of Distilled Decoding, of LlamaGen or of VAR."""
     from studio.checkpoints.distilled import convert_distilled
 
@@ -131,14 +131,14 @@ def mar(
         Path | None, typer.Option(help="The authors' file of a smaller MAR, for --decoding cspd.", show_default=False)
     ] = None,
     as_json: Json = False,
-):
+) -> None:
     """A class-conditional MAR network and its tokenizer."""
     from studio.checkpoints.mar import convert_mar
 
     _converted(convert_mar(checkpoint, out, tokenizer=tokenizer, drafter=drafter))
 
 
-def mar_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False):
+def mar_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
     """MAR's KL-16 autoencoder, for diffusers' AutoencoderKL."""
     from studio.checkpoints.mar import convert_mar_vae
 
@@ -152,7 +152,7 @@ def token_bridge(
         Path, typer.Option("--tokenizer", help="The authors' file of the KL-16 autoencoder, or a converted folder.")
     ],
     as_json: Json = False,
-):
+) -> None:
     """A class-conditional TokenBridge network and its tokenizer."""
     from studio.checkpoints.token_bridge import convert_token_bridge
 

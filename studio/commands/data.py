@@ -16,7 +16,7 @@ def build(
         Path | None, typer.Option(help="Folder with the npm packages instead of fetching them.", show_default=False)
     ] = None,
     as_json: Json = False,
-):
+) -> None:
     """Make the image archive from its npm packages."""
     from studio.data.build import build_archive
     from studio.saving import check_writable
@@ -33,7 +33,7 @@ def scene(
     tiles: Annotated[str, typer.Option(help="Rows and columns of 96 px tiles, each from 1 to 4.")] = "2x2",
     questions: Annotated[int, typer.Option(min=0, help="How many questions to print.")] = 12,
     as_json: Json = False,
-):
+) -> None:
     """Sample a scene of emoji and words, and print questions about it with their answers: for `studio ask`."""
     import numpy as np
     from PIL import Image

@@ -1,5 +1,6 @@
 """Figures that commands write beside what they print."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from studio.errors import StudioError
@@ -16,7 +17,7 @@ def check_figure(figure: Path | None) -> None:
     check_writable(figure)
 
 
-def save_figure(figure: Path | None, sample) -> None:
+def save_figure(figure: Path | None, sample: Callable[[], str]) -> None:
     """Writes what `sample()` returns, if a figure is wanted."""
     from studio.commands.saved import save
 

@@ -111,7 +111,7 @@ def generate(
         typer.Option(min=1, help="With --prompts: images sampled at a time.", show_default="1 to 8 by their number"),
     ] = None,
     as_json: Json = False,
-):
+) -> None:
     """Sample images from words."""
     sampling = {"cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}

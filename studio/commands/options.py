@@ -2,20 +2,20 @@
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from studio.errors import StudioError
 
 
-def finite(value: float | None):
+def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
-def number(*names, help, show_default=False, **limits):
+def number(*names: str, help: str, show_default: bool = False, **limits: Any) -> Any:
     """An option for a finite number."""
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
 

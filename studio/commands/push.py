@@ -1,7 +1,7 @@
 """`studio push`, and what it shares with `studio space push`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ def push(
     private: Private = False,
     dry_run: DryRun = False,
     as_json: Json = False,
-):
+) -> None:
     """Upload a model's folder to the Hugging Face Hub, with the token of `hf auth login`."""
     check_repo_id(repo_id)
     folder = folder_of_model(folder)
@@ -44,7 +44,7 @@ def check_repo_id(repo_id: str) -> None:
         raise StudioError(f"{repo_id!r} is no name on the Hub: write owner/name.")
 
 
-def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | None = None, **repository) -> str:
+def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | None = None, **repository: Any) -> str:
     """Upload a folder.
 
     Args:

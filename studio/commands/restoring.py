@@ -26,7 +26,7 @@ def bench_tokenizers(
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Compare tokenizers: size, restoration, speed, and what wrong tokens do."""
     from studio.bench.report import records_table
     from studio.bench.tokenizers import bench_tokenizers as measure

@@ -37,7 +37,7 @@ def tokenize(
     ] = 0,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Compress an image to a row of tokens in a file."""
     if sum(wish is not None for wish in (length, psnr, size)) > 1:
         raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
@@ -84,7 +84,7 @@ def detokenize(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Restore the image of a file that `studio tokenize` wrote."""
     from studio.commands.saved import save
     from studio.saving import check_writable, png_writer
@@ -124,7 +124,7 @@ def rate_distortion(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Compare a tokenizer's files with JPEG and WebP of as many bytes."""
     if measure not in (None, "psnr", "frechet"):
         raise StudioError(f"The figure shows psnr or frechet, not {measure!r}.")

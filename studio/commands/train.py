@@ -83,7 +83,7 @@ def train(
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.", show_default=False)
     ] = None,
     as_json: Json = False,
-):
+) -> None:
     """Train a model on your own images, or a bundled one anew."""
     quiet_libraries()
     given = {
@@ -148,7 +148,7 @@ def evaluate(
     confidence_temperature: ConfidenceTemperature = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Measure a model on images it was not trained with."""
     from studio.evaluation import evaluate as measure
 

@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 
-def move(images, colours, rng, *, share, zoom, angle, shift):
+def move(
+    images: torch.Tensor,
+    colours: torch.Tensor,
+    rng: np.random.Generator,
+    *,
+    share: float,
+    zoom: tuple[float, float],
+    angle: float,
+    shift: float,
+) -> torch.Tensor:
     """Turn, scale and shift a share of the images; what comes in at the edges has the background's colour.
 
     Args:
@@ -33,7 +42,7 @@ def move(images, colours, rng, *, share, zoom, angle, shift):
     return torch.where(moved[:, None, None, None], warped, images)
 
 
-def distort(images, colours, rng):
+def distort(images: torch.Tensor, colours: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """What a generator or a tokenizer may do to an image: small moves, blur, another brightness, noise.
 
     Takes and returns (n, 3, H, W) in [0, 1]; `colours` (n, 3) are the backgrounds.

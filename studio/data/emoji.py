@@ -5,6 +5,7 @@ background but those held out. A combination has exactly one true image and many
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -31,10 +32,10 @@ class Combinations(Examples):
     def __len__(self):
         return len(self.rows)
 
-    def images(self, indices):
+    def images(self, indices: Sequence[int]) -> torch.Tensor:
         return render(load_images(self.size), self.rows[np.asarray(indices)]) * 2 - 1
 
-    def captions(self, indices, rng=None):
+    def captions(self, indices: Sequence[int], rng: np.random.Generator | None = None) -> list[str]:
         rows = self.rows[np.asarray(indices)].tolist()
         return [full_caption(*row) if rng is None else random_caption(*row, rng) for row in rows]
 
@@ -64,7 +65,7 @@ class EmojiSource(Source):
     def checksum(self) -> str:
         return hashlib.sha256(ARCHIVE.read_bytes() + b"%d" % self.size).hexdigest()
 
-    def augmented(self, rng, count):
+    def augmented(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         """Flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""
         chosen = self.pixels[rng.integers(len(self.pixels), size=count)]
         named = PALETTE[rng.integers(len(PALETTE), size=count)]
@@ -79,7 +80,7 @@ class EmojiSource(Source):
         permuted = images.gather(1, order[:, :, None, None].expand_as(images))
         return torch.where(recoloured[:, None, None, None], permuted, images).clamp(0, 1) * 2 - 1
 
-    def caption_corpus(self):
+    def caption_corpus(self) -> list[str]:
         """Every name and tag of every concept, and captions with every style and background."""
         texts = [text for concept, known in zip(load_concepts(), names()) for text in (*known, *concept.tags)]
         return texts + [
@@ -88,7 +89,7 @@ class EmojiSource(Source):
             for number in range(4)
         ]
 
-    def prompt_settings(self):
+    def prompt_settings(self) -> dict:
         return {"lowercase_prompts": True, "prompt_completion": prompt_completion()}
 
 

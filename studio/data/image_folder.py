@@ -90,7 +90,7 @@ class ImageFolder(Source):
         """Lets every image be a validation example: for a model that was not trained on this folder."""
         self.validation = self.unseen = _Files(self.pixels, range(len(self.pixels.names)), *self._conditions)
 
-    def augmented(self, rng, count):
+    def augmented(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         chosen = self.train.numbers[rng.integers(len(self.train), size=count)]
         offsets = rng.random(count) if self.crop == "random" else np.full(count, 0.5)
         images = torch.stack([self.pixels.square(number, offset) for number, offset in zip(chosen, offsets)])

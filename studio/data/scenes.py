@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from studio.data.archive import STYLES, load_concepts, load_images
+from studio.data.archive import STYLES, Concept, load_concepts, load_images
 from studio.data.backgrounds import BACKGROUNDS, NAMES
 from studio.data.captions import article
 
@@ -49,13 +49,19 @@ class Scene:
 
 
 @lru_cache(maxsize=1)
-def subjects():
+def subjects() -> tuple[Concept, ...]:
     """The concepts that scenes show: the first 160 whose label is one word, in the archive's order."""
     named = [concept for concept in load_concepts() if concept.label.isalpha() and concept.label not in WORDS]
     return tuple(named[:: max(1, len(named) // _SUBJECTS)][:_SUBJECTS])
 
 
-def draw_scene(rng, tiles=(2, 2), questions=12, emoji=None, words=None):
+def draw_scene(
+    rng: np.random.Generator,
+    tiles: tuple[int, int] = (2, 2),
+    questions: int = 12,
+    emoji: int | None = None,
+    words: int | None = None,
+) -> Scene:
     """One scene.
 
     Args:

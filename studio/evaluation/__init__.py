@@ -1,11 +1,23 @@
 """Metrics, the judge and benchmarks."""
 
+from pathlib import Path
+from typing import Any
+
 from studio.errors import StudioError
 
 
 def evaluate(
-    model, *, samples=None, seed=None, tiles=None, device=None, decoding=None, shared=False, data=None, features=None
-):
+    model: str | Path,
+    *,
+    samples: int | None = None,
+    seed: int | None = None,
+    tiles: tuple[int, int] | None = None,
+    device: Any = None,
+    decoding: Any = None,
+    shared: bool = False,
+    data: str | Path | None = None,
+    features: str | None = None,
+) -> dict:
     """Measure a model on what its training did not see.
 
     Args:

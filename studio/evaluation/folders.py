@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from studio.checkpoints.bundled import TRAINING_FILE, folder_of_model
 from studio.data.image_folder import ImageFolder
-from studio.data.source import Source, open_source
+from studio.data.source import Examples, Source, open_source
 from studio.errors import StudioError
 from studio.evaluation.metrics import frechet_distance, precision_recall
 from studio.models.llamagen import LlamaGen
@@ -38,7 +39,13 @@ def unseen_source(model: str, data: str, size: int) -> Source:
 
 @torch.no_grad()
 def evaluate_on_folder(
-    pipe, source: Source, *, samples: int = 200, seed: int = 0, features: str | None = None, decoding=None
+    pipe: DiffusionPipeline,
+    source: Source,
+    *,
+    samples: int = 200,
+    seed: int = 0,
+    features: str | None = None,
+    decoding: object | None = None,
 ) -> dict:
     """Sample the captions or classes of validation images, and compare with these.
 
@@ -89,7 +96,7 @@ def evaluate_on_folder(
 
 
 @torch.no_grad()
-def bits_per_token(pipe, examples, count: int) -> float | None:
+def bits_per_token(pipe: DiffusionPipeline, examples: Examples, count: int) -> float | None:
     """Mean cross-entropy in bits of the tokens of the first examples under their condition; None for generators
     without a likelihood of tokens."""
     model, tokenizer, total, tokens_seen = pipe.transformer, pipe.image_tokenizer, 0.0, 0
@@ -129,7 +136,7 @@ def tokenizer_features(tokenizer: torch.nn.Module) -> Callable[[torch.Tensor], t
     return extract
 
 
-def feature_extractor(name: str, device) -> Callable[[torch.Tensor], torch.Tensor]:
+def feature_extractor(name: str, device: str | torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Images (n, 3, H, W) in [0, 1] to pooled features (n, D) of a vision model of transformers.
 
     Raises:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from studio.data.archive import load_images
@@ -20,8 +21,14 @@ TRUTH_SIZE = 128
 
 
 def evaluate_generator(
-    pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False, source: Source | None = None
-):
+    pipe: DiffusionPipeline,
+    samples: int = 500,
+    seed: int = 0,
+    batch_size: int = 50,
+    decoding: object | None = None,
+    shared: bool = False,
+    source: Source | None = None,
+) -> dict:
     """Sample held-out combinations from their full captions, and let the judge look.
 
     A source other than the emoji set is measured by `studio.evaluation.folders.evaluate_on_folder` instead.
@@ -70,7 +77,15 @@ class Samples:
     shorter: dict[int, torch.Tensor]
 
 
-def held_out_samples(pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False, first_stream=None):
+def held_out_samples(
+    pipe: DiffusionPipeline,
+    samples: int = 500,
+    seed: int = 0,
+    batch_size: int = 50,
+    decoding: object | None = None,
+    shared: bool = False,
+    first_stream: int | None = None,
+) -> Samples:
     """The `Samples` that `evaluate_generator` judges; arguments and errors are its.
 
     With `first_stream`, image i is seeded with that number plus i, in place of `seed`.
@@ -95,7 +110,7 @@ def held_out_samples(pipe, samples=500, seed=0, batch_size=50, decoding=None, sh
     return Samples(sampled, tokens, images, dict(zip(lengths, shorter, strict=True)))
 
 
-def judge_samples(pipe, samples):
+def judge_samples(pipe: DiffusionPipeline, samples: Samples) -> dict:
     """What the judge says of `Samples`: the result of `evaluate_generator`."""
     judge = load_judge(device=pipe.device)
     true_features = held_out_features(judge)

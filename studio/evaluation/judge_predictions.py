@@ -1,15 +1,17 @@
 """What the judge sees in single images, in words: for a person who compares them, not for a table."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
 from studio.errors import StudioError
-from studio.evaluation.judge import verdicts
+from studio.evaluation.judge import Judge, verdicts
 
 WHAT_IT_IS = (
     "The judge is a small network that names concept, style and background of an emoji. It only measures: nothing "
@@ -34,7 +36,7 @@ class JudgePrediction:
     agreement: float | None = None
 
 
-def judge_predictions(judge, images, prompt=None) -> list[JudgePrediction]:
+def judge_predictions(judge: Judge, images: Sequence[Image.Image], prompt: str | None = None) -> list[JudgePrediction]:
     """The judge's judge_predictions.
 
     Args:
@@ -54,7 +56,7 @@ def judge_predictions(judge, images, prompt=None) -> list[JudgePrediction]:
     return [_opinion(judge, image, concepts, wanted) for image in images]
 
 
-def named_concept(prompt) -> int | None:
+def named_concept(prompt: str) -> int | None:
     """The number of the concept whose whole label a prompt contains, the longest one; `None` where there is none."""
     text = _plain(prompt or "")
     found = [each for each in load_concepts() if f" {_plain(each.label).strip()} " in text]

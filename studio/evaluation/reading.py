@@ -5,9 +5,11 @@ answers, each of which sees the image and itself, at the positions it would have
 is what the model says when it is asked nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -37,7 +39,7 @@ class PackedQuestions:
         return dict(self.__dict__)
 
 
-def pack_questions(tokenizer, images) -> PackedQuestions:
+def pack_questions(tokenizer: PreTrainedTokenizerBase, images: Sequence[Sequence[tuple[str, str]]]) -> PackedQuestions:
     """Packs lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
     rows = []
     for questions in images:
@@ -55,7 +57,9 @@ def pack_questions(tokenizer, images) -> PackedQuestions:
     return PackedQuestions(*(part.contiguous() for part in packed.unbind(-1)))
 
 
-def packed_logits(model, features, positions, next_position, packed: PackedQuestions) -> torch.Tensor:
+def packed_logits(
+    model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, next_position: int, packed: PackedQuestions
+) -> torch.Tensor:
     """Logits (B, L, V) of all text tokens.
 
     Args:
@@ -80,7 +84,7 @@ def packed_logits(model, features, positions, next_position, packed: PackedQuest
     return model.lm_head(hidden[:, image:])
 
 
-def exact_answers(logits, packed: PackedQuestions) -> list[torch.Tensor]:
+def exact_answers(logits: torch.Tensor, packed: PackedQuestions) -> list[torch.Tensor]:
     """For each image, whether greedy decoding would give each whole answer: (questions,) bool.
 
     Greedy decoding gives an answer if and only if its every token, eos too, is the likeliest behind the right ones.

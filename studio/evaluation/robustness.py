@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 
 from studio.checks import check_integer, check_number, set_fields
 from studio.errors import StudioError
-from studio.evaluation.judge import verdicts
+from studio.evaluation.judge import Judge, verdicts
 from studio.evaluation.metrics import frechet_distance
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -82,13 +83,13 @@ def perturbed_codes(
     return torch.cat((nearest.gather(2, rank)[..., 0], codes))
 
 
-def is_perturbable(tokenizer) -> bool:
+def is_perturbable(tokenizer: ModelMixin) -> bool:
     """Whether a tokenizer has codes that can go wrong."""
     return isinstance(tokenizer, (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer))
 
 
 def perturbed_tokens(
-    tokenizer, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
+    tokenizer: ModelMixin, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, some of them wrong.
 
@@ -123,9 +124,9 @@ def _compared(tokenizer, images):
 
 @torch.inference_mode()
 def perturbed_frechet(
-    tokenizer,
+    tokenizer: ModelMixin,
     images: torch.Tensor,
-    judge,
+    judge: Judge,
     grid: tuple[Perturbation, ...] = GRID,
     *,
     seed: int = 0,

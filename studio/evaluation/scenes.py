@@ -1,9 +1,12 @@
 """How well a vision-language model reads scenes, whole and with pruned tokens: every method at the same counts."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
@@ -16,7 +19,15 @@ _STREAM = 1_000_000_007
 
 
 @torch.inference_mode()
-def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS), keeps=KEEPS, tiles=(2, 2)):
+def evaluate_reader(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    scenes: int = 100,
+    seed: int = 0,
+    methods: tuple[str, ...] = tuple(METHODS),
+    keeps: tuple[float, ...] = KEEPS,
+    tiles: tuple[int, int] = (2, 2),
+) -> dict:
     """Exact answers on scenes that training has not seen.
 
     Args:
@@ -61,7 +72,14 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
 
 
 @torch.inference_mode()
-def evaluate_inside(model, processor, settings, scenes=100, seed=0, tiles=(2, 2)):
+def evaluate_inside(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: Sequence[tuple[str, float, int | None]],
+    scenes: int = 100,
+    seed: int = 0,
+    tiles: tuple[int, int] = (2, 2),
+) -> dict[tuple[str, float, int | None], float]:
     """Exact answers when tokens are pruned behind a layer of the language model: every question is asked on its own.
 
     Args:

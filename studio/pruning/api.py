@@ -7,10 +7,12 @@ static caches work.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
@@ -22,8 +24,8 @@ from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked,
 
 
 def prune_inputs(
-    model,
-    inputs,
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
     method: str,
     keep: float = 0.1,
     *,
@@ -31,7 +33,7 @@ def prune_inputs(
     newline: str = "row",
     reference: bool = False,
     generator: torch.Generator | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[dict, PruneInfo]:
     """Encodes the images of a prompt, chooses tokens, and shortens the prompt.
 
@@ -65,7 +67,7 @@ def prune_inputs(
 
 @contextmanager
 def prune(
-    model,
+    model: PreTrainedModel,
     method: str,
     keep: float = 0.1,
     *,
@@ -75,7 +77,7 @@ def prune(
     generator: torch.Generator | None = None,
     after_layer: int | tuple[int, ...] | None = None,
     restore_prompt: bool = True,
-    **options,
+    **options: Any,
 ) -> Iterator[PruneRecord]:
     """A block in which `model.generate` and `model(...)` prune the tokens of every image they get.
 

@@ -8,6 +8,7 @@ import math
 import torch
 
 from studio.errors import StudioError
+from studio.pruning.attention import Attention
 from studio.pruning.layout import Layout, apportion, check_newline, count, layout_for, with_newlines
 
 
@@ -15,7 +16,7 @@ def uniform(
     features: torch.Tensor,
     budget: int | float,
     *,
-    attention=None,
+    attention: Attention | None = None,
     layout: Layout | None = None,
     generator: torch.Generator | None = None,
     newline: str = "row",
@@ -86,7 +87,7 @@ def random(
     features: torch.Tensor,
     budget: int | float,
     *,
-    attention=None,
+    attention: Attention | None = None,
     layout: Layout | None = None,
     generator: torch.Generator | None = None,
     newline: str = "row",

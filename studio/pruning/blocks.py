@@ -52,7 +52,7 @@ class _Door:
 
 
 @contextmanager
-def block(model, methods: dict[str, Callable]) -> Iterator[None]:
+def block(model: torch.nn.Module, methods: dict[str, Callable]) -> Iterator[None]:
     """Within the block, in its context, `model.name(...)` is `methods[name](original, ...)`.
 
     Of nested blocks on one model the innermost counts. Threads and tasks that inherit the context (`copy_context`,
@@ -82,16 +82,3 @@ def block(model, methods: dict[str, Callable]) -> Iterator[None]:
                 door.users -= 1
                 if not door.users:
                     door.close()
-
-
-def unwrapped(model):
-    """The model inside `torch.compile`, PEFT and distributed wrappers; any other as it is."""
-    while True:
-        if getattr(model, "_orig_mod", None) is not None:
-            model = model._orig_mod
-        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-            model = model.module
-        elif callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
-        else:
-            return model

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from studio.pruning.attention import Attention
 from studio.pruning.layout import Layout, check_newline, count, layout_for, with_newlines
 
 _BLOCK = 256
@@ -32,7 +33,7 @@ def divprune(
     features: torch.Tensor,
     budget: int | float,
     *,
-    attention=None,
+    attention: Attention | None = None,
     layout: Layout | None = None,
     generator: torch.Generator | None = None,
     newline: str = "row",

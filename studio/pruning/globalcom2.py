@@ -17,8 +17,6 @@ Deviations from the authors' code, each with its reason:
 - newlines count and stay with their rows by default; theirs keeps all, those of padding too.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -140,36 +138,3 @@ def crop_scores(logits: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
         F.normalize(own[layout.token[layout.region(crop)]], dim=0) + F.normalize(shared, dim=0)
         for crop, (own, shared) in enumerate(zip(logits[1:], thumbnail_on_canvas(logits[0], layout)), start=1)
     ]
-
-
-class ReferenceSequence(NamedTuple):
-    """What the authors' code feeds the language model: thumbnail tokens, then crops."""
-
-    thumbnail: torch.Tensor
-    crops: torch.Tensor
-
-
-def reference_sequence(logits: torch.Tensor, layout: Layout, ratio: float, tau: float = 10.0) -> ReferenceSequence:
-    """The authors' order and places, faults included; the selection itself is that of `reference=True`.
-
-    Args:
-        logits: z (P, N).
-        layout: with a grid; its newlines do not matter.
-        ratio: r, in (0, 1].
-        tau: as in `globalcom2`.
-
-    Returns:
-        `thumbnail`: tokens by descending score. `crops`: partition * N + token, -1 after each row of the canvas,
-        padding rows included, in the order of the canvas if every crop had its valid tokens first, its padding last.
-    """
-    (height, width), (rows, columns) = layout.size, layout.grid
-    tokens = height * width
-    thumbnail = logits[0].topk(int(tokens * ratio)).indices
-    ids = torch.full((layout.partitions, tokens), -2)
-    shares = crop_ratios(logits[0], layout.size, layout.grid, ratio, tau)
-    for crop, (scores, share) in enumerate(zip(crop_scores(logits, layout), shares.tolist()), start=1):
-        chosen = scores.topk(int(len(scores) * share)).indices
-        ids[crop, chosen] = layout.ids[layout.region(crop)][chosen]
-    canvas = ids[1:].view(rows, columns, height, width).permute(0, 2, 1, 3).reshape(rows * height, columns * width)
-    sequence = F.pad(canvas, (0, 1), value=-1).flatten()
-    return ReferenceSequence(thumbnail, sequence[sequence != -2])

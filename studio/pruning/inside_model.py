@@ -17,18 +17,22 @@ Transformers makes one mask for all layers, as wide as the longest; each layer t
 import inspect
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from studio.errors import StudioError
 from studio.pruning.adapters import Family
 from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, METHODS, SCORES
-from studio.pruning.shortening import PruneInfo, attention_mask_of
+from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +98,9 @@ class ShortLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.real, self.prompt, self.seen = keys, values, real, prompt, prompt
 
-    def update(self, key_states, value_states, *arguments, **keywords):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.seen += key_states.shape[-2]
         return super().update(key_states, value_states, *arguments, **keywords)
 
@@ -137,7 +143,7 @@ class ShortLayer(DynamicLayer):
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
 
 
-def cuts_of(family: Family, method: str, keep: float, after_layer) -> dict[int, float]:
+def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[int, ...] | None) -> dict[int, float]:
     """For each layer that is entered by fewer tokens, the share of all tokens, or their number.
 
     Several cuts leave equal shares of what reached them, so that behind the last `keep` are left.
@@ -185,7 +191,15 @@ def with_short_mask(number: int, arguments: tuple, keywords: dict) -> dict:
 class Inside:
     """The cuts of one block of `prune`: `forward` and `generate` of the model, and hooks on its layers."""
 
-    def __init__(self, family: Family, method: str, keep: float, after_layer, generator, record):
+    def __init__(
+        self,
+        family: Family,
+        method: str,
+        keep: float,
+        after_layer: int | tuple[int, ...] | None,
+        generator: torch.Generator,
+        record: PruneRecord,
+    ):
         if method in SCORES:
             raise StudioError(f"{method} needs scores of the vision tower: use it without after_layer.")
         self.family, self.method, self.keep, self.record = family, method, keep, record
@@ -201,13 +215,13 @@ class Inside:
             raise StudioError(f"{self.method} cannot read the queries of {self.family.model.config.model_type} models.")
 
     @contextmanager
-    def hooks(self):
+    def hooks(self) -> Iterator[None]:
         with ExitStack() as stack:
             for handle in self.handles():
                 stack.callback(handle.remove)
             yield
 
-    def handles(self):
+    def handles(self) -> Iterator[RemovableHandle]:
         """Hooks on the layers, put in place one by one."""
         for number, layer in enumerate(layers_of(self.family)):
             yield layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
@@ -225,14 +239,21 @@ class Inside:
 
         return hook
 
-    def generate(self, original, inputs=None, generation_config=None, *arguments, **keywords):
+    def generate(
+        self,
+        original: Callable,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> Any:
         configs = [config for config in (generation_config, self.family.model.generation_config) if config is not None]
         for name in ("cache_implementation", "prefill_chunk_size"):
             if any(value is not None for value in (keywords.get(name), *(getattr(c, name, None) for c in configs))):
                 raise StudioError(f"Pruning behind a layer needs a cache that grows: leave out {name}.")
         return original(inputs, generation_config, *arguments, **keywords)
 
-    def forward(self, original, *arguments, **keywords):
+    def forward(self, original: Callable, *arguments: Any, **keywords: Any) -> Any:
         keywords |= zip(inspect.signature(original).parameters, arguments)
         call = self.call(self, keywords)
         outer = _CALL.set(call)
@@ -269,7 +290,7 @@ class Call:
         self.total = [int(row.sum()) for row in image]
         self.last = torch.where(self.valid, torch.arange(ids.shape[1], device=ids.device), -1).argmax(dim=1)
 
-    def enter(self, number: int, arguments: tuple, keywords: dict):
+    def enter(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         """What a decoder layer is called with."""
         if self.image is None:
             return arguments, with_short_mask(number, arguments, keywords)
@@ -284,7 +305,7 @@ class CuttingCall(Call):
         super().__init__(inside, keywords)
         self.columns, self.query, self.after, self.masks, self.seconds = None, None, {}, {}, 0.0
 
-    def cut(self, number: int, arguments: tuple, keywords: dict):
+    def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         rotary = keywords["position_embeddings"]
         if number + 1 in self.inside.cuts and self.inside.method == "fastv":
@@ -385,7 +406,9 @@ class CuttingCall(Call):
 
 
 @torch.no_grad()
-def rotated(attention: torch.nn.Module, hidden: torch.Tensor, rotary, part: str) -> torch.Tensor:
+def rotated(
+    attention: torch.nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], part: str
+) -> torch.Tensor:
     """Queries ("q") or keys ("k") of an attention layer, (B, heads, n, D), as it rotates them."""
     heads = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, f"{part}_norm"):

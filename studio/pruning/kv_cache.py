@@ -26,9 +26,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from studio.errors import StudioError
-from studio.pruning.adapters import family_of
+from studio.pruning.adapters import Family, family_of
 from studio.pruning.blocks import block
 from studio.pruning.inside_model import Call, Inside, ShortLayer, layers_of, rotated, windowless
 from studio.pruning.layout import count
@@ -39,7 +41,7 @@ _WINDOW, _POOL, _BLOCK = 32, 5, 256
 
 
 @contextmanager
-def compress(model, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
+def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
     """A block in which the KV cache forgets most image tokens as soon as a prompt is read.
 
         with studio.compress(model, "coverage", keep=0.05) as record:
@@ -71,13 +73,13 @@ def compress(model, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
 class Compressing(Inside):
     """The hooks of one block of `compress`."""
 
-    def __init__(self, family, method: str, keep: float, record):
+    def __init__(self, family: Family, method: str, keep: float, record: PruneRecord):
         self.family, self.method, self.keep, self.record = family, method, keep, record
         windowless(family)
         self.check_queries(method != "coverage")
         self.call = CompressingCall
 
-    def handles(self):
+    def handles(self) -> Iterator[RemovableHandle]:
         yield from super().handles()
         for number, layer in enumerate(layers_of(self.family)):
             yield layer.self_attn.register_forward_hook(self._read(number), with_kwargs=True)
@@ -94,13 +96,13 @@ class Compressing(Inside):
 class CompressingCall(Call):
     """One call of the model: a prompt whose cache is cut when it has been read, or what follows it."""
 
-    def __init__(self, inside, keywords: dict):
+    def __init__(self, inside: Inside, keywords: dict):
         super().__init__(inside, keywords)
         if self.image is not None:
             self.wanted = [count(inside.keep, total) if total else 0 for total in self.total]
             self.scores, self.places = {}, None
 
-    def cut(self, number: int, arguments: tuple, keywords: dict):
+    def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         if number == 0 and self.inside.method == "coverage":
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             self.places = [

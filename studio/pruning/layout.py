@@ -232,7 +232,7 @@ def _with_rows(pick, budget: int, layout: Layout) -> torch.Tensor:
     return torch.cat((chosen, rows)).sort().values
 
 
-def is_fraction(budget) -> bool:
+def is_fraction(budget: object) -> bool:
     return isinstance(budget, Real) and not isinstance(budget, Integral)
 
 

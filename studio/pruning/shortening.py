@@ -113,7 +113,15 @@ class Settings:
     options: dict
 
 
-def checked(method, keep, positions, newline, reference, generator, options) -> Settings:
+def checked(
+    method: str,
+    keep: int | float,
+    positions: str | None,
+    newline: str,
+    reference: bool,
+    generator: torch.Generator | None,
+    options: dict,
+) -> Settings:
     """Settings with their defaults filled in. Errors: `StudioError` for what is unknown or does not fit together."""
     known = set(inspect.signature(method_named(method)).parameters) - set(_OWN)
     if unknown := set(options) - known:
