@@ -34,7 +34,7 @@ def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_IN
     Raises:
         StudioError: no integer, or one outside the range.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= value <= maximum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
         limits = f"of at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
         raise StudioError(f"{name} must be a whole number {limits}, not {shown(value)}.")
     return int(value)
@@ -56,7 +56,7 @@ def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX
         StudioError: no number, not finite, or outside the range.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not minimum <= value <= maximum or (above and value == minimum):
+    if not is_number or not minimum <= int(value) <= maximum or (above and value == minimum):
         lower = f"above {minimum:g} and" if above else f"of at least {minimum:g} and"
         raise StudioError(f"{name} must be a finite number {lower} at most {maximum:g}, not {shown(value)}.")
     return int(value) if isinstance(value, Integral) else float(value)
@@ -128,7 +128,7 @@ def set_fields(settings: object, **values: object) -> None:
 
 def shown(value: object) -> str:
     """A value as messages show it: short, whatever it is."""
-    if isinstance(value, Integral) and abs(value) >= 10**40:
+    if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     try:
         return printable(_repr.repr(value))

@@ -12,18 +12,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NAMESPACES = ("pipelines", "tokenizers", "ui")
 LEVELS = {
-    "ui": 5,
-    "cli": 5,
-    "commands": 5,
-    "images": 4,
-    "saving": 4,
-    "training": 4,
-    "evaluation": 4,
-    "checkpoints": 3,
-    "pipelines": 2,
+    "ui": 8,
+    "cli": 8,
+    "commands": 8,
+    "bench": 7,
+    "images": 6,
+    "saving": 6,
+    "training": 6,
+    "evaluation": 6,
+    "checkpoints": 5,
+    "pipelines": 4,
+    "reference": 4,
+    "decoding": 3,
+    "backends": 2,
     "tokenizers": 1,
     "models": 1,
-    "decoding": 1,
     "pruning": 1,
     "processes": 0,
 }
@@ -35,6 +38,7 @@ MAY_ALSO = {
     ("commands", "data"),
     ("training", "data"),
     ("evaluation", "data"),
+    ("bench", "data"),
     ("training", "evaluation"),
 }
 FOUNDATIONS = {"checks", "errors", "files", "images"}
@@ -42,6 +46,7 @@ PUBLIC = {
     "studio",
     "studio.errors",
     *FOUNDATIONS,
+    "bench",
     "checkpoints",
     "training",
     "evaluation",
@@ -94,7 +99,13 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or ""), [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
+            module = "." * node.level + (node.module or "")
+            if module == "studio":
+                yield from ((f"studio.{name}", []) for name in names if name in LEVELS)
+                names = [name for name in names if name not in LEVELS]
+            if names:
+                yield module, names
         pending += ast.iter_child_nodes(node)
 
 
@@ -103,9 +114,24 @@ def own_modules():
 
 
 @pytest.mark.parametrize("folder", NAMESPACES)
-def test_root_folders_are_flat_and_have_no_init(folder):
+def test_root_folders_have_no_init(folder):
     assert not list((ROOT / folder).rglob("__init__.py")), "it would hide Hugging Face's package of that name"
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "tokenizers"])
+def test_pipelines_and_tokenizers_are_flat(folder):
     assert not [path for path in (ROOT / folder).glob("*/") if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_app_has_at_most_four_files_at_its_top():
+    assert len([path for path in (ROOT / "ui").iterdir() if path.is_file()]) <= 4
+
+
+def test_the_reference_code_is_for_tests_and_benchmarks_alone():
+    users = {
+        package_of(path) for path in sources() for module, _ in imports(path) if module.startswith("studio.reference")
+    }
+    assert users <= {"reference", "bench"}, "reference=True of a method stands beside the method"
 
 
 def test_tests_have_no_init():
@@ -134,7 +160,7 @@ def test_imports_are_absolute_and_point_down(path):
             continue
         assert here not in {*FOUNDATIONS, "data"}, f"{where}: {here} imports nothing of ours"
         if (here, target) not in MAY_ALSO:
-            assert target != "data", f"{where}: data is for training, evaluation and the command line"
+            assert target != "data", f"{where}: data is for training, evaluation, benchmarks and the command line"
             assert LEVELS[target] < LEVELS[here], f"{where}: {here} must not import {target}"
 
 
@@ -171,11 +197,14 @@ def test_public_names_resolve():
 
 def test_every_package_is_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in (ROOT / "studio").rglob("*.py")} | {ROOT / name for name in NAMESPACES}
+    folders = {path.parent.relative_to(ROOT) for path in sources() if path.parent != ROOT}
     names = {
-        f"studio.{path.name}" if path.name in NAMESPACES else ".".join(path.relative_to(ROOT).parts) for path in folders
+        ".".join(path.parts) if path.parts[0] == "studio" else ".".join(("studio", *path.parts)) for path in folders
     }
     assert names == set(settings["packages"])
+    assert {name: path for name, path in settings["package-dir"].items() if name != "studio"} == {
+        ".".join(("studio", *path.parts)): path.as_posix() for path in folders if path.parts[0] != "studio"
+    }
 
 
 def test_versions_of_gradio_agree():

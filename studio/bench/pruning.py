@@ -42,7 +42,8 @@ def bench_pruning(
         divprune has also `loop_seconds`, `textbook_loop_seconds` and `loop_speedup`: the picks alone, similarities
         given. random and uniform have no textbook: `None`.
 
-    Errors: `StudioError` for an unknown method, for sizes that do not fit, and for a device that is not there.
+    Raises:
+        StudioError: an unknown method, for sizes that do not fit, or a device that is not there.
     """
     for name in methods:
         method_named(name)

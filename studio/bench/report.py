@@ -54,7 +54,8 @@ def reprint(text: str, outputs: dict[str, str]) -> str:
 def run_command(command: str) -> str:
     """What a `studio ...` line prints on stdout; its progress goes on to stderr.
 
-    Errors: `StudioError` where it fails.
+    Raises:
+        StudioError: where it fails.
     """
     arguments = shlex.split(command)[1:]
     done = subprocess.run([sys.executable, "-m", "studio", *arguments], stdout=subprocess.PIPE, text=True)
@@ -74,7 +75,8 @@ def regenerate(documents: list[Path], only: str = "", run: Callable[[str], str] 
     Returns:
         The commands that ran.
 
-    Errors: `StudioError` for a missing document, where no command is found, and where one fails.
+    Raises:
+        StudioError: a missing document, where no command is found, and where one fails.
     """
     texts = {}
     for document in documents:

@@ -82,7 +82,8 @@ def bench_serve(
         - "images_a_call", on average;
         - "memory_before_mib" and "memory_after_mib" of the server, around these rounds.
 
-    Errors: `StudioError` where the server does not start.
+    Raises:
+        StudioError: where the server does not start.
     """
     rounds = [_round(number, clients) for number in range(requests + 1)]
     command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch), "--max-images", "1"]

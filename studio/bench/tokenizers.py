@@ -55,8 +55,8 @@ def bench_tokenizers(
         with wrong tokens) and "robustness_by_setting", "encode_per_second" and "decode_per_second" in images.
         Continuous tokens have no bits and no robustness: None.
 
-    Errors: `StudioError` for a model that is no tokenizer, for a number of images that cannot be, and for an empty
-    grid.
+    Raises:
+        StudioError: a model that is no tokenizer, for a number of images that cannot be, or an empty grid.
     """
     if not grid:
         raise StudioError("Say how tokens go wrong at least once, as Perturbation(alpha, delta).")

@@ -26,7 +26,8 @@ _COMPUTED = re.compile(r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_
 def read_student_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a released file, averaged ones first.
 
-    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    Raises:
+        StudioError: a missing file, one that is no checkpoint, or one without weights.
     """
     return read_weights(path, _PLACES)
 
@@ -64,7 +65,8 @@ def convert_distilled(path: str | Path, out: str | Path) -> Path:
         path: the authors' file.
         out: the folder to make.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture.
     """
     state = read_student_state_dict(path)
     model = (var_student_from_state_dict if "word_embed.weight" in state else student_from_state_dict)(state)

@@ -42,7 +42,8 @@ def convert_drafter(path: str | Path, out: str | Path, *, grid_size: int = 16, p
         grid_size: tokens a side of the target: 16 in stage 1, 32 in stage 2; the file does not tell.
         prefix_length: prefix positions of the target: 120 for text, 1 for classes.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture.
     """
     return save_new(read_drafter(path, grid_size=grid_size, prefix_length=prefix_length), out)
 

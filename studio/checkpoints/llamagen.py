@@ -45,7 +45,8 @@ _PUBLISHED_GRIDS = {"c2i": 24, "t2i": 16}
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint file, out of whichever wrapper they are in.
 
-    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    Raises:
+        StudioError: a missing file, one that is no checkpoint, or one without weights.
     """
     return {name: weight for name, weight in read_weights(path, ANY_PLACE).items() if name not in _IGNORED}
 
@@ -132,8 +133,8 @@ def convert_llamagen(
         drafter: LANTERN's file of a drafter for this transformer, or a `Drafter` folder.
         student: the file of a student that was distilled from this transformer, or a `DistilledStudent` folder.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
-    fit.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     if kind not in _PUBLISHED_GUIDANCE:
         raise StudioError(f'kind is "c2i" or "t2i", not {kind!r}.')

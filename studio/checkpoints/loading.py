@@ -255,7 +255,8 @@ def _folder_of_words(folder):
 def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
     """A model of our own or of diffusers from its folder, laid out for fast convolutions.
 
-    Errors: `StudioError` for another class or other weights.
+    Raises:
+        StudioError: another class or other weights.
     """
     config = read_json(folder / "config.json")
     _check_class(config, model_class, folder)

@@ -49,8 +49,8 @@ def convert_mar(path: str | Path, out: str | Path, *, tokenizer: str | Path, dra
         tokenizer: the file of the autoencoder, or the folder that it was converted to.
         drafter: the file of a smaller network, for continuous speculative decoding (arXiv:2411.11925).
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
-    fit.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     transformer = mar_from_state_dict(read_weights(path, _PLACES))
     small = None if drafter is None else mar_from_state_dict(read_weights(drafter, _PLACES))
@@ -74,7 +74,8 @@ def convert_mar(path: str | Path, out: str | Path, *, tokenizer: str | Path, dra
 def read_kl_tokenizer(source: str | Path) -> KLTokenizer:
     """MAR's autoencoder as a tokenizer: from the authors' file, or from a folder such as `convert_mar_vae` makes.
 
-    Errors: `StudioError` for what is neither.
+    Raises:
+        StudioError: what is neither.
     """
     if not Path(source).is_dir():
         return KLTokenizer.from_autoencoder(kl_from_state_dict(read_weights(source, _PLACES)))
@@ -85,7 +86,11 @@ def read_kl_tokenizer(source: str | Path) -> KLTokenizer:
 
 
 def convert_mar_vae(path: str | Path, out: str | Path) -> Path:
-    """Writes MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`. Errors: as of `build`."""
+    """Writes MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`.
+
+    Raises:
+        StudioError: as in `build`.
+    """
     return save_new(kl_from_state_dict(read_weights(path, _PLACES)), out)
 
 

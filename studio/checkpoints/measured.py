@@ -66,7 +66,8 @@ def fastest(rows: list[dict], images: int, dtype: str, tolerance: float) -> dict
         tolerance: how much of the judge's top-1 accuracy may be lost, in accuracy (0.03: three points). Decodings
             that keep the distribution of images are always allowed; others that nobody judged never are.
 
-    Errors: `StudioError` for a tolerance out of range, and when nothing was measured in this precision.
+    Raises:
+        StudioError: a tolerance out of range, or nothing was measured in this precision.
     """
     if not 0 <= tolerance <= 1:
         raise StudioError(f"The tolerance is a share of the judge's top-1 accuracy from 0 to 1, not {tolerance:g}.")

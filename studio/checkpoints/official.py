@@ -38,7 +38,8 @@ _HF_LLAMA_NAMES = {
 def read_weights(path: str | Path, places: tuple[tuple[str, ...], ...]) -> State:
     """The first state dict that a checkpoint file holds at one of `places`, paths of keys; `()` is the file itself.
 
-    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    Raises:
+        StudioError: a missing file, one that is no checkpoint, or one without weights.
     """
     path = user_path(path)
     if not os.path.isfile(path):
@@ -66,7 +67,11 @@ def read_weights(path: str | Path, places: tuple[tuple[str, ...], ...]) -> State
 
 
 def shape_of(state: State, name: str, what: str) -> tuple[int, ...]:
-    """The shape of a weight. Errors: `StudioError` when it is not there."""
+    """The shape of a weight.
+
+    Raises:
+        StudioError: it is not there.
+    """
     if name not in state:
         raise StudioError(f"This is not the checkpoint of a {what}: it has no {name}.")
     return tuple(state[name].shape)
@@ -98,7 +103,8 @@ def llama_sizes(state: State, dim: int, what: str) -> dict:
 def from_transformers_names(state: State, prefix: str = "") -> State:
     """Renames `{prefix}layers.N` from transformers' Llama names to LlamaGen's, and joins queries, keys and values.
 
-    Errors: `StudioError` for a layer of which a part of these three is missing.
+    Raises:
+        StudioError: a layer of which a part of these three is missing.
     """
     renamed = {}
     for name, weight in state.items():
@@ -122,7 +128,8 @@ def from_transformers_names(state: State, prefix: str = "") -> State:
 def build(model_class: type, config: dict, state: State, what: str) -> Any:
     """A model in evaluation mode, float32, with these weights, after every name and shape was found right.
 
-    Errors: `StudioError` that names the first weights that are unknown, missing or misshapen.
+    Raises:
+        StudioError: names the first weights that are unknown, missing or misshapen.
     """
     with torch.device("meta"):
         model = model_class(**config)
@@ -142,7 +149,11 @@ def build(model_class: type, config: dict, state: State, what: str) -> Any:
 
 
 def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
-    """Writes a model or pipeline with `save_pretrained` as a folder that was not there. Errors: as of `new_folder`."""
+    """Writes a model or pipeline with `save_pretrained` as a folder that was not there.
+
+    Raises:
+        StudioError: as in `new_folder`.
+    """
     with new_folder(out) as folder:
         model.save_pretrained(folder)
     return Path(out)
@@ -152,7 +163,8 @@ def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at the end, or vanishes on an error.
 
-    Errors: `StudioError` when `out` is there and not empty, or cannot be written.
+    Raises:
+        StudioError: `out` is there and not empty, or cannot be written.
     """
     out = user_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -30,7 +30,8 @@ def one_d_piece_from_state_dict(state: State, **config: Any) -> OneDPieceTokeniz
 def convert_one_d_piece(source: str | Path, out: str | Path) -> Path:
     """Writes a published folder (config.json and weights), or its file of weights, as an `OneDPieceTokenizer` folder.
 
-    Errors: `StudioError` for what is no checkpoint, one of another architecture, or one without its pixel decoder.
+    Raises:
+        StudioError: what is no checkpoint, one of another architecture, or one without its pixel decoder.
     """
     source = Path(source)
     if source.is_dir():

@@ -48,7 +48,8 @@ def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
 
     Each codebook loses its padding row and the averages of its training; of equal ones a single one is left.
 
-    Errors: `StudioError` for a codebook that is missing or whose last row is no padding.
+    Raises:
+        StudioError: a codebook that is missing or whose last row is no padding.
     """
     depth = max(1, count_of(state, rf"{re.escape(prefix)}codebooks\.(\d+)\."))
     tables = {name: _unpadded(state, name) for name in (f"{prefix}codebooks.{n}.weight" for n in range(depth))}
@@ -68,7 +69,8 @@ def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
 def convert_rq_vae(path: str | Path, out: str | Path) -> Path:
     """Writes the authors' RQ-VAE file as an `RVQTokenizer` folder.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture.
     """
     return save_new(rvq_from_state_dict(read_weights(path, _PLACES)), out)
 
@@ -83,8 +85,9 @@ def convert_rq_transformer(path: str | Path, out: str | Path, tokenizer: str | P
             folder is for `RQTransformer.from_pretrained`: of texts there is no pipeline, since the network has words of
             its own.
 
-    Errors: as of `convert_rq_vae`, and `StudioError` for a network of texts with a tokenizer, and for parts that do not
-    fit.
+    Raises:
+        StudioError: as in `convert_rq_vae`, or a network of texts with a tokenizer, or parts
+            that do not fit.
     """
     transformer = rq_transformer_from_state_dict(read_weights(path, _PLACES))
     if tokenizer is None:

@@ -47,8 +47,8 @@ def convert_token_bridge(path: str | Path, out: str | Path, tokenizer: str | Pat
         out: the folder to make.
         tokenizer: the authors' file of the KL-16 autoencoder, or the folder that `convert_mar_vae` made of it.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
-    fit.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     state = read_weights(path, _PLACES)
     transformer = token_bridge_from_state_dict(state)

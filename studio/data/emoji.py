@@ -6,7 +6,6 @@ background but those held out. A combination has exactly one true image and many
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -55,15 +54,12 @@ class EmojiSource(Source):
         self.validation = Combinations(_shuffled(combinations(held_out=True)), size)
         every = [(c, style, ground) for c in unseen for style in range(len(STYLES)) for ground in range(len(NAMES))]
         self.unseen = Combinations(_shuffled(every), size)
+        self.checksum = hashlib.sha256(ARCHIVE.read_bytes() + b"%d" % size).hexdigest()
         self.concepts = [concept.label for concept in load_concepts()]
         self.description = (
             f"Fluent Emoji (MIT): {len(load_concepts())} concepts in {len(STYLES)} styles on {len(NAMES)} backgrounds; "
             f"{len(unseen)} concepts are held out from tokenizers, {len(self.validation)} combinations from generators"
         )
-
-    @cached_property
-    def checksum(self) -> str:
-        return hashlib.sha256(ARCHIVE.read_bytes() + b"%d" % self.size).hexdigest()
 
     def augmented(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         """Flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""

@@ -67,7 +67,7 @@ class ImageFolder(Source):
         if len(readable) < FEWEST:
             unread = f" ({len(self.skipped)} could not be read, first {self.skipped[0][0]})" if self.skipped else ""
             raise StudioError(f"{folder} holds {len(readable)} readable images{unread}; training needs {FEWEST}.")
-        if self.class_names is not None:
+        if classes is not None:
             numbers = {name: number for number, name in enumerate(self.class_names)}
             classes = {name: numbers[of] for name, of in classes.items()}
         held_out = _held_out(readable)
@@ -78,7 +78,7 @@ class ImageFolder(Source):
         self.name = self.folder.resolve().name
         known = [self.pixels.checksum, readable, sides, captions, classes]
         self.checksum = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-        of_classes = f"images of {len(self.class_names)} classes" if classes else "images"
+        of_classes = f"images of {len(self.class_names)} classes" if self.class_names else "images"
         kinds = "captioned images" if captions else of_classes
         skipped = f", {len(self.skipped)} unreadable files left out" if self.skipped else ""
         self.description = (

@@ -34,7 +34,8 @@ class Perturbation:
         alpha: share of tokens that are sampled anew, 0 to 1.
         delta: among how many of the nearest codes, the right one included; 1 or more.
 
-    Errors: `StudioError` for a value outside these.
+    Raises:
+        StudioError: a value outside these.
     """
 
     alpha: float
@@ -67,7 +68,8 @@ def perturbed_codes(
         chance, rank: in place of the generator's: numbers in (0, 1] and ranks below `delta`, both (B, n); a token is
             changed where its number is at most `alpha`.
 
-    Errors: `StudioError` for a `delta` above the number of codes.
+    Raises:
+        StudioError: a `delta` above the number of codes.
     """
     if perturbation.delta > len(codebook):
         raise StudioError(f"delta {perturbation.delta} is more than the {len(codebook)} codes there are.")
@@ -93,7 +95,8 @@ def perturbed_tokens(
 ) -> torch.Tensor:
     """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, some of them wrong.
 
-    Errors: `StudioError` for a tokenizer of continuous tokens.
+    Raises:
+        StudioError: a tokenizer of continuous tokens.
     """
     if not is_perturbable(tokenizer):
         raise StudioError(f"Tokens of a {type(tokenizer).__name__} are no codes that could go wrong.")

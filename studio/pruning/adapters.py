@@ -273,8 +273,9 @@ FAMILIES: dict[str, type[Family]] = {
 def family_of(model: PreTrainedModel, method: str) -> Family:
     """The family of a model.
 
-    Errors: `StudioError` for a model without images, a family whose tokens cannot be pruned (with the reason), and a
-        method that does not work with it.
+    Raises:
+        StudioError: a model without images, a family whose tokens cannot be pruned (with the reason), or a method that
+            does not work with it.
     """
     model = unwrapped(model)
     name = getattr(getattr(model, "config", None), "model_type", None)
@@ -304,7 +305,8 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def _unfit(model) -> str | None:
     """Why taking image tokens out of the prompt is impossible, or another model than with those tokens masked.
 
-    Errors: `StudioError` for a model that reads no images at all.
+    Raises:
+        StudioError: a model that reads no images at all.
     """
     forward = inspect.signature(model.forward).parameters if hasattr(model, "config") else {}
     if not any(name.endswith("pixel_values") for name in forward):

@@ -58,8 +58,9 @@ def prune_inputs(
     Returns:
         The inputs without pixels and with `mm_encoder_outputs`, and a `PruneInfo`.
 
-    Errors: `StudioError` for settings that do not fit, a model or pair that is not supported (with the reason), videos,
-        `inputs_embeds`, a filled cache beside new images, and a prompt whose image tokens do not match the images.
+    Raises:
+        StudioError: settings that do not fit, a model or pair that is not supported (with the reason), videos,
+            `inputs_embeds`, a filled cache beside new images, and a prompt whose image tokens do not match the images.
     """
     settings = checked(method, keep, positions, newline, reference, generator, options)
     return shorten(family_of(model, method), dict(inputs), settings)
@@ -109,7 +110,8 @@ def prune(
     Yields:
         A `PruneRecord`.
 
-    Errors: `StudioError` as in `prune_inputs`, and for `use_cache=False` in `generate` with original positions.
+    Raises:
+        StudioError: as in `prune_inputs`, or `use_cache=False` in `generate` with original positions.
     """
     record = PruneRecord()
     if after_layer is not None or method in INSIDE:

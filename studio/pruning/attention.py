@@ -1,8 +1,8 @@
 """How much a vision tower looks at each token: rows of its attention, from the queries and keys of one layer.
 
-Nothing here needs `output_attentions` or the eager backend: hooks record queries and keys while the tower runs, and only
-the rows of attention that a score needs are computed, in float32. Threads may share the tower: a hook records only the
-calls of the context that entered its tap.
+Nothing here needs `output_attentions` or the eager backend: hooks record queries and keys while the tower runs, and
+only the rows of attention that a score needs are computed, in float32. Threads may share the tower: a hook records only
+the calls of the context that entered its tap.
 """
 
 import sys
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -47,7 +48,8 @@ def cls_logits(queries: torch.Tensor, keys: torch.Tensor, heads: int, scale: flo
     Returns:
         (P, N) float32.
 
-    Errors: `StudioError` when heads do not divide D or the shapes differ.
+    Raises:
+        StudioError: heads do not divide D or the shapes differ.
     """
     return _first_rows(queries, keys, heads, scale).mean(dim=1)[:, 1:]
 
@@ -77,7 +79,8 @@ def received_attention(
     Returns:
         (P, N) float32; each row adds up to 1.
 
-    Errors: `StudioError` when heads do not divide D or the shapes differ.
+    Raises:
+        StudioError: heads do not divide D or the shapes differ.
     """
     queries, keys = _by_head(queries, heads), _by_head(keys, heads)
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
@@ -114,7 +117,8 @@ def _first_rows(queries, keys, heads, scale) -> torch.Tensor:
 def scores_for(method: str, name: str, attention: Attention | None, layout: Layout) -> torch.Tensor:
     """The scores `name` of an `Attention`, (P, N) float32 on the CPU, for the partitions of `layout`.
 
-    Errors: `StudioError` when they are missing, of another shape, or the layout has lost its grid.
+    Raises:
+        StudioError: they are missing, of another shape, or the layout has lost its grid.
     """
     scores = getattr(attention, name, None)
     if scores is None:
@@ -201,7 +205,7 @@ class QwenTap(_Tap):
     into one token are added up, and the order of windows (Qwen2.5-VL) is undone.
     """
 
-    def __init__(self, tower: torch.nn.Module, grid_thw: torch.Tensor):
+    def __init__(self, tower: Any, grid_thw: torch.Tensor):
         full = getattr(tower, "fullatt_block_indexes", None) or [len(tower.blocks) - 1]
         self.tower, self.grid_thw, self.attention = tower, grid_thw, tower.blocks[max(full)].attn
         self.received: list[torch.Tensor] = []

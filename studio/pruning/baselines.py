@@ -36,7 +36,8 @@ def uniform(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
 
-    Errors: `StudioError` for a budget, layout or newline that does not fit.
+    Raises:
+        StudioError: a budget, layout or newline that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
@@ -55,7 +56,7 @@ def uniform(
 
 
 def _table(region: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """TokenIndex in the packed sequence as (rows, columns)."""
+    """Indices in the packed sequence as (rows, columns)."""
     rows = len(layout.row[region].unique())
     columns = len(layout.column[region].unique())
     if rows * columns != len(region):
@@ -105,7 +106,8 @@ def random(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
 
-    Errors: `StudioError` without a generator, and for a budget, layout or newline that does not fit.
+    Raises:
+        StudioError: no generator, or a budget, layout or newline that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=True)

@@ -58,12 +58,13 @@ def globalcom2(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1, unless `reference`.
 
-    Errors: `StudioError` for missing attention, and for a budget, layout, newline, tau or pool that does not fit.
+    Raises:
+        StudioError: missing attention, or a budget, layout, newline, tau or pool that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
-    budget = fraction(budget) if reference else count(budget, len(features))
-    if budget == len(features) and not reference:
+    budgeted = count(fraction(budget) if reference else budget, len(features))
+    if budgeted == len(features) and not reference:
         return torch.arange(len(features), device=features.device)
     logits = scores_for("GlobalCom2", "logits", attention, layout)
     regions = [layout.region(partition) for partition in range(layout.partitions)]
@@ -75,7 +76,7 @@ def globalcom2(
         return [r, *crop_ratios(logits[0], layout.size, layout.grid, r, tau, pool).tolist()] if layout.grid else [r]
 
     if reference:
-        budgets = [int(cap * ratio) for cap, ratio in zip(caps, ratios(budget))]
+        budgets = [int(cap * ratio) for cap, ratio in zip(caps, ratios(fraction(budget)))]
         kept = torch.cat([order[:most] for order, most in zip(by_score, budgets)])
         return torch.cat((kept, layout.newlines)).sort().values.to(features.device)
 
@@ -83,7 +84,7 @@ def globalcom2(
         weights = [cap * ratio for cap, ratio in zip(caps, ratios(tokens / sum(caps)))]
         return torch.cat([order[:most] for order, most in zip(by_score, apportion(tokens, weights, caps))])
 
-    return with_newlines(pick, budget, layout, newline).to(features.device)
+    return with_newlines(pick, budgeted, layout, newline).to(features.device)
 
 
 def crop_ratios(
@@ -106,7 +107,8 @@ def crop_ratios(
     Returns:
         (crops,) float64, row by row; their mean is r unless one is clipped at 1.
 
-    Errors: `StudioError` for a tau that is not above 0 and an unknown pool.
+    Raises:
+        StudioError: a tau that is not above 0 and an unknown pool.
     """
     tau = check_number("tau", tau, above=True)
     check_choice("pool", pool, POOLS)

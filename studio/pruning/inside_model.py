@@ -148,7 +148,8 @@ def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[i
 
     Several cuts leave equal shares of what reached them, so that behind the last `keep` are left.
 
-    Errors: `StudioError` for layers that the model does not have or that cannot be cut behind.
+    Raises:
+        StudioError: layers that the model does not have or that cannot be cut behind.
     """
     layers = len(layers_of(family))
     if after_layer is None:
@@ -167,7 +168,11 @@ def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[i
 
 
 def windowless(family: Family) -> None:
-    """Errors: `StudioError` for a model with layers that see a window of the prompt."""
+    """Refuse a model whose layers see a window of the prompt.
+
+    Raises:
+        StudioError: a layer with sliding or chunked attention.
+    """
     text = family.model.config.get_text_config()
     if any("sliding" in kind or "chunked" in kind for kind in getattr(text, "layer_types", None) or ()):
         raise StudioError(f"{family.model.config.model_type} has layers with a window: prune before the model instead.")
@@ -208,7 +213,11 @@ class Inside:
         self.call = CuttingCall
 
     def check_queries(self, needed: bool) -> None:
-        """Errors: `StudioError` when attention is needed and the model has no plain projection of queries."""
+        """Refuse a model whose queries cannot be read, where a method needs them.
+
+        Raises:
+            StudioError: attention is needed and the model has no plain projection of queries.
+        """
         text, attention = self.family.model.config.get_text_config(), layers_of(self.family)[0].self_attn
         width = getattr(getattr(attention, "q_proj", None), "out_features", None)
         if needed and width != text.num_attention_heads * attention.head_dim:

@@ -58,8 +58,9 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterato
     Yields:
         A `PruneRecord`; the info of a prompt has no `kept`, because heads keep different tokens.
 
-    Errors: `StudioError` for an unknown method, a model that is not supported (with the reason), and calls whose cache
-        cannot shrink.
+    Raises:
+        StudioError: an unknown method, a model that is not supported (with the reason), and calls whose cache cannot
+            shrink.
     """
     if method not in COMPRESSION:
         raise StudioError(f"The method of the cache is one of {', '.join(COMPRESSION)}, not {method!r}.")

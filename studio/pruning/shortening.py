@@ -19,7 +19,11 @@ _FILL = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_typ
 
 
 def attention_mask_of(inputs: dict) -> torch.Tensor:
-    """(B, L) long: the attention mask, all ones when none is given. Errors: `StudioError` for another shape."""
+    """(B, L) long: the attention mask, all ones when none is given.
+
+    Raises:
+        StudioError: another shape.
+    """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids)
@@ -122,7 +126,11 @@ def checked(
     generator: torch.Generator | None,
     options: dict,
 ) -> Settings:
-    """Settings with their defaults filled in. Errors: `StudioError` for what is unknown or does not fit together."""
+    """Settings with their defaults filled in.
+
+    Raises:
+        StudioError: what is unknown or does not fit together.
+    """
     known = set(inspect.signature(method_named(method)).parameters) - set(_OWN)
     if unknown := set(options) - known:
         allowed = f"takes {', '.join(sorted(known))}" if known else "has no settings"
@@ -152,7 +160,8 @@ def shorten(family: Family, inputs: dict, settings: Settings) -> tuple[dict, Pru
 
     Inputs without images come back as they are.
 
-    Errors: `StudioError` as in `studio.pruning.api.prune_inputs`.
+    Raises:
+        StudioError: as in `studio.pruning.api.prune_inputs`.
     """
     if not has_images(inputs):
         return inputs, PruneInfo(settings.method, settings.keep)
