@@ -37,7 +37,7 @@ def say(text: str) -> None:
 
 
 def _on_terminal(text, stream):
-    """A text with everything escaped that a stream's encoding does not have: a result is told, whatever is in it."""
+    """A text with every character escaped that the encoding of the stream lacks, so that printing never fails."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
@@ -56,7 +56,7 @@ def complain(sentence: str) -> None:
 def quiet_libraries() -> None:
     """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show.
 
-    What pipelines log as a validation_warning is told by the commands themselves.
+    What pipelines log as a warning is printed by the commands themselves.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""What `studio models` and `studio doctor` tell: the bundled models and the state of this installation."""
+"""The report of `studio models` and `studio doctor`: bundled models and the state of this installation."""
 
 import platform
 

@@ -81,7 +81,7 @@ def gather(items: Iterable) -> list:
 
 
 def agreed(prepare: Callable[[], T]) -> T:
-    """Return `prepare()`, called in every process; what fails in one of them fails in all, and is told once.
+    """Return `prepare()`, called in every process; a failure in one process fails in all and is reported once.
 
     Raises:
         StudioError: in process 0, the first one's mistake; the others end quietly.

@@ -1,4 +1,4 @@
-"""Whether `studio serve` gives everybody their own images when many ask at once, how fast, and in how much memory.
+"""Load test of `studio serve`: whether each client gets its own images, throughput, latency and memory.
 
 The server runs in a process of its own and is asked over the loopback as any program would ask it. Scope: the Generate
 endpoint, one image a request.
@@ -49,7 +49,7 @@ class Answer:
         image: (H, W, 3) uint8.
         record: what the PNG says of its making.
         seconds: from the question to the answer.
-        together: images that its call drew.
+        together: images sampled in the same call.
     """
 
     image: np.ndarray

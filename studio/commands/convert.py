@@ -13,15 +13,15 @@ OutFolder = Annotated[Path, typer.Argument(help="The folder to make.")]
 VqFile = Annotated[Path, typer.Option("--tokenizer", help="The authors' VQ file, or a converted folder.")]
 DrafterFile = Annotated[
     Path | None,
-    typer.Option("--drafter", help="LANTERN's file of a drafter, or a converted folder.", show_default=False),
+    typer.Option("--drafter", help="LANTERN's drafter file, or a converted folder.", show_default=False),
 ]
 StudentFile = Annotated[
     Path | None,
     typer.Option(
-        "--student", help="The file of a student of Distilled Decoding, or a converted folder.", show_default=False
+        "--student", help="The file of a Distilled Decoding student, or a converted folder.", show_default=False
     ),
 ]
-Grid = Annotated[int | None, typer.Option("--grid-size", min=1, help="Tokens a side.", show_default="as published")]
+Grid = Annotated[int | None, typer.Option("--grid-size", min=1, help="Tokens per side.", show_default="as published")]
 
 
 def llamagen_vq(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
@@ -67,8 +67,10 @@ def llamagen_t2i(
 def lantern_drafter(
     checkpoint: Checkpoint,
     out: OutFolder,
-    grid_size: Annotated[int, typer.Option(min=1, help="Tokens a side of the target.")] = 16,
-    prefix_length: Annotated[int, typer.Option(min=1, help="Prefix of the target: 120 for text, 1 for classes.")] = 120,
+    grid_size: Annotated[int, typer.Option(min=1, help="Tokens per side of the target.")] = 16,
+    prefix_length: Annotated[
+        int, typer.Option(min=1, help="Prefix length of the target: 120 for text, 1 for classes.")
+    ] = 120,
     as_json: Json = False,
 ) -> None:
     """LANTERN's drafter for a LlamaGen transformer."""
@@ -78,7 +80,7 @@ def lantern_drafter(
 
 
 def rq_vae(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
-    """The tokenizer of RQ-VAE, with stacks of residual codes."""
+    """RQ-VAE's tokenizer with residual codes."""
     from studio.checkpoints.residual import convert_rq_vae
 
     _converted(convert_rq_vae(checkpoint, out))
@@ -91,7 +93,7 @@ def rq_transformer(
         Path | None,
         typer.Option(
             "--tokenizer",
-            help="The authors' RQ-VAE file, or a converted folder; without it the network is written alone.",
+            help="The authors' RQ-VAE file, or a converted folder; without it the network alone is written.",
             show_default=False,
         ),
     ] = None,
@@ -108,14 +110,14 @@ def one_d_piece(
     out: OutFolder,
     as_json: Json = False,
 ) -> None:
-    """One-D-Piece's tokenizer, whose first tokens already are an image."""
+    """One-D-Piece's tokenizer of images as 1D sequences of variable length."""
     from studio.checkpoints.one_d_piece import convert_one_d_piece
 
     _converted(convert_one_d_piece(checkpoint, out))
 
 
 def distilled(checkpoint: Checkpoint, out: OutFolder, as_json: Json = False) -> None:
-    """A student of Distilled Decoding, of LlamaGen or of VAR."""
+    """A Distilled Decoding student of LlamaGen or VAR."""
     from studio.checkpoints.distilled import convert_distilled
 
     _converted(convert_distilled(checkpoint, out))

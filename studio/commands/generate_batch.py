@@ -203,7 +203,7 @@ def _warn_of_unknown_words(pipe, requests):
 
 
 def _sampled_before(out, plan, call, device):
-    """The paths of the images that an earlier run drew and this process can see.
+    """The paths of the images that an earlier run sampled and this process can see.
 
     Raises:
         StudioError: there are images of other settings, or files that are none of ours, under the names of the plan.

@@ -10,13 +10,14 @@ from studio.errors import StudioError
 
 
 def finite(value: float | None) -> float | None:
+    """Refuse infinity and NaN."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
 def number(*names: str, help: str, show_default: bool = False, **limits: Any) -> Any:
-    """An option for a finite number."""
+    """A typer option that takes a finite number."""
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
 
 

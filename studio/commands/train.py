@@ -84,7 +84,7 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model on your own images, or a bundled one anew."""
+    """Train a model on your own images, or a bundled model again."""
     quiet_libraries()
     given = {
         "kind": kind, "data": data, "size": size, "crop": crop, "flip": flip or None, "grid": grid, "tokens": tokens,
@@ -114,20 +114,29 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundled name or a model folder.")],
     samples: Annotated[
-        int | None, typer.Option(min=1, help="How many images to measure.", show_default="the model's own protocol")
+        int | None,
+        typer.Option(
+            min=1, help="Number of images, or of scenes for a vision-language model.", show_default="by kind of model"
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and samples the images.", show_default="0")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Seed of the choice of images and of sampling.", show_default="0"),
     ] = None,
     tiles: Annotated[
-        str | None, typer.Option(help="Of a reader's scenes: rows and columns of 96 px tiles.", show_default="2x2")
+        str | None,
+        typer.Option(
+            help="For a vision-language model: rows and columns of 96 px tiles in a scene.", show_default="2x2"
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder of images in place of the emoji set.", show_default=False)
+        str | None, typer.Option(help="A folder of images instead of the emoji set.", show_default=False)
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="A vision model whose features compare images of --data.", show_default="the tokenizer's"),
+        typer.Option(
+            help="With --data: a vision model whose features the Frechet distance uses.", show_default="the tokenizer's"
+        ),
     ] = None,
     decoding: Decoding = None,
     delta: Delta = None,
@@ -149,7 +158,7 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on images it was not trained with."""
+    """Evaluate a model on images that it was not trained on."""
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()

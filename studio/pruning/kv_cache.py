@@ -7,7 +7,7 @@ ever there and any attention backend works. Text always stays; of the image toke
 - `coverage`: the tokens that cover the others best (`studio.pruning.kv_cache`), the same in all layers; no attention.
 - `snapkv` (arXiv:2404.14469): attention of the prompt's last 32 tokens, smoothed over 5 places, for each head.
 - `h2o` (arXiv:2306.14048): half the latest, half the heaviest by attention received from all queries, for each head.
-  What is said later evicts nothing more: the paper goes on during decoding.
+  Decoding evicts nothing more, unlike in the paper.
 - `prefixkv` (arXiv:2412.03409): attention received, one share of it for all layers, so that layers keep unlike numbers.
 - `kvcrush` (arXiv:2503.00022): 3/4 by the scores of `snapkv`; of the others, sorted by how many heads disagree with the
   majority whether a token is in their upper half, evenly spaced ones.
