@@ -41,7 +41,7 @@ app.add_typer(space_app, name="space")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; exits with 0, or with 2 and one sentence on stderr for a mistake that the user can correct."""
+    """Run the command line; exit with 0, or with 2 and one sentence on stderr for a mistake of the user."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--json" in arguments and not {"-h", "--help"} & set(arguments):
         with only_json_on_stdout():

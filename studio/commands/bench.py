@@ -261,7 +261,7 @@ def tokenizers(
     perturbation: Annotated[
         list[str] | None,
         typer.Option(
-            help="ALPHA:DELTA: replace a fraction ALPHA of the tokens by one of the DELTA nearest codes; repeat for more.",
+            help="ALPHA:DELTA: replace a fraction ALPHA of the tokens by one of DELTA nearest codes; repeat for more.",
             show_default="0.1:2, 0.1:8, 0.5:2, 0.5:8",
         ),
     ] = None,

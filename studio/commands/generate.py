@@ -33,7 +33,7 @@ from studio.commands.decodings import (
     picked,
     shown_name,
 )
-from studio.commands.options import Device, DrawingDtype, Json, number
+from studio.commands.options import Device, SamplingDtype, Json, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path
@@ -101,7 +101,7 @@ def generate(
     confidence_temperature: ConfidenceTemperature = None,
     tolerance: Tolerance = None,
     device: Device = None,
-    dtype: DrawingDtype = None,
+    dtype: SamplingDtype = None,
     out: Annotated[
         Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
     ] = Path("out"),

@@ -40,5 +40,5 @@ def _dtype(choices):
 
 
 Dtype = _dtype("float32, bfloat16 or float16.")
-DrawingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
+SamplingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]
