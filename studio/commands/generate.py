@@ -33,7 +33,7 @@ from studio.commands.decodings import (
     picked,
     shown_name,
 )
-from studio.commands.options import Device, SamplingDtype, Json, number
+from studio.commands.options import Device, Json, SamplingDtype, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path

@@ -35,7 +35,7 @@ def prune_inputs(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> tuple[dict, PruneInfo]:
-    """Encodes the images of a prompt, chooses tokens, and shortens the prompt.
+    """Encode the images of a prompt, select tokens, and shorten the prompt.
 
     The result goes into `model.generate(**pruned)` or `model(**pruned)` unchanged, once: transformers repeats
     `mm_encoder_outputs` in place for beams. Steps after the prefill that you make yourself need `position_ids` counted
@@ -97,10 +97,10 @@ def prune(
     Args:
         model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`; "fastv" and
             "pyramiddrop" too, which score tokens inside the language model.
-        after_layer: k, from 1 up: k layers of the language model see every token, and those behind it `keep` of each
+        after_layer: k, from 1 up: k layers of the language model see every token, and those after them `keep` of each
             prompt's image tokens, chosen by the method from the hidden states there (by the last token's attention for
             "fastv", k = 2 by default, and "pyramiddrop"). Several layers cut in equal proportions, so that `keep` are
-            left behind the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
+            left after the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
             before the language model. Sequences and positions are then those of the whole prompt; go on with its cache
             inside the block.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
@@ -118,7 +118,7 @@ def prune(
         given = {"positions": positions, "reference": reference, "newline": newline, "restore_prompt": restore_prompt}
         usual = {"positions": None, "reference": False, "newline": "row", "restore_prompt": True}
         if unfit := [*options, *(name for name in usual if given[name] != usual[name])]:
-            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it or after_layer out.")
+            raise StudioError(f"Pruning after a layer has no {', '.join(unfit)}: leave it or after_layer out.")
         if method not in INSIDE:
             method_named(method)
         count(keep, 1)

@@ -1,6 +1,6 @@
-"""Random pruning, the baseline every method must beat (it is a strong one: UniPruneBench).
+"""Baselines: random tokens, and a uniform grid of tokens over the thumbnail and over the crops.
 
-Uniform pruning: a regular grid of tokens over the thumbnail and over the crops, the other honest baseline.
+Random pruning is a strong baseline (UniPruneBench).
 """
 
 import math

@@ -1,17 +1,14 @@
-"""Pruning behind layer k of the language model: the first layers see every token, the others a few.
+"""Pruning after layer k of the language model: the first layers see every token, the others a few.
 
 - `fastv`: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv:2403.06764). Score: the attention of the
   prompt's last token in the layer before the cut, mean over heads.
 - `pyramiddrop`: "PyramidDrop" (CVPR 2025, arXiv:2410.17247). Several cuts, each by the last token's attention in the
-  layer behind it, over all tokens that are still there.
+  layer after it, over all tokens that are still there.
 - any selector that needs features alone, which are here the hidden states before the cut.
 
-Only the last token's row of attention is ever computed, so any attention backend works. Positions are never counted
-anew, rows of a batch may be padded, and layers behind a cut have shorter caches.
-
-Layers of a KV cache that hold fewer tokens than the prompt had, and the masks and positions that go with them.
-
-Transformers makes one mask for all layers, as wide as the longest; each layer takes its own columns of it.
+Only the last token's row of attention is computed, so any attention backend works. Tokens keep their positions, rows of
+a batch may be padded, and layers after a cut have shorter caches (`ShortLayer`). Transformers makes one mask for all
+layers, as wide as the longest; each layer takes its own columns of it.
 """
 
 import inspect
@@ -146,10 +143,10 @@ _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
 def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[int, ...] | None) -> dict[int, float]:
     """For each layer that is entered by fewer tokens, the share of all tokens, or their number.
 
-    Several cuts leave equal shares of what reached them, so that behind the last `keep` are left.
+    Several cuts leave equal shares of what reached them, so that `keep` are left after the last.
 
     Raises:
-        StudioError: layers that the model does not have or that cannot be cut behind.
+        StudioError: layers that the model does not have or after which tokens cannot be cut.
     """
     layers = len(layers_of(family))
     if after_layer is None:
@@ -259,7 +256,7 @@ class Inside:
         configs = [config for config in (generation_config, self.family.model.generation_config) if config is not None]
         for name in ("cache_implementation", "prefill_chunk_size"):
             if any(value is not None for value in (keywords.get(name), *(getattr(c, name, None) for c in configs))):
-                raise StudioError(f"Pruning behind a layer needs a cache that grows: leave out {name}.")
+                raise StudioError(f"Pruning after a layer needs a cache that grows: leave out {name}.")
         return original(inputs, generation_config, *arguments, **keywords)
 
     def forward(self, original: Callable, *arguments: Any, **keywords: Any) -> Any:
@@ -283,7 +280,9 @@ class Call:
         if self.cache is not None and self.cache.get_seq_length():
             self.image = None
             if keywords.get("pixel_values") is not None:
-                raise StudioError("Give all images with the first prompt: new ones cannot be pruned behind a cache.")
+                raise StudioError(
+                    "Give all images with the first prompt: new ones cannot be pruned after a filled cache."
+                )
             return
         if ids is None:
             raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")
@@ -294,7 +293,7 @@ class Call:
         if keywords.get("labels") is not None:
             raise StudioError("Labels do not fit the shorter logits: prune before the model, without after_layer.")
         if keywords.get("use_cache") is False:
-            raise StudioError("Pruning behind a layer needs a cache: leave out use_cache=False.")
+            raise StudioError("Pruning after a layer needs a cache: leave out use_cache=False.")
         self.valid = attention_mask_of(keywords).bool()
         self.total = [int(row.sum()) for row in image]
         self.last = torch.where(self.valid, torch.arange(ids.shape[1], device=ids.device), -1).argmax(dim=1)
@@ -308,7 +307,7 @@ class Call:
 
 
 class CuttingCall(Call):
-    """A call in which layers behind a cut are entered by fewer tokens."""
+    """A call in which layers after a cut are entered by fewer tokens."""
 
     def __init__(self, inside: Inside, keywords: dict):
         super().__init__(inside, keywords)
@@ -392,7 +391,7 @@ class CuttingCall(Call):
         return rotated(layer.self_attn, layer.input_layernorm(hidden), rotary, part)
 
     def finish(self) -> None:
-        """Gives layers behind a cut caches that know what they lack."""
+        """Gives layers after a cut caches that know what they lack."""
         if self.image is None:
             return
         prompt = self.image.shape[1]

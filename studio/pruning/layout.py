@@ -1,13 +1,11 @@
-"""Where the tokens of one image come from: partitions, places, newlines.
+"""The geometry and the budget of the tokens of one image.
 
-A partition is one run of the vision tower: 0 is the thumbnail (the whole image), 1, 2, ... are crops, row by row over
-a grid. The packed sequence is what the language model receives for the image, in its order; padding is not in it.
-
-Which newline embeddings stay, so that newlines and content together are exactly the budget.
-
-How many tokens are kept, and how a number is divided among parts without losing any.
-
-Where kept tokens lie in the image: the grids of patches that the vision tower saw.
+- `Layout`: the partition and the place of each token. A partition is one run of the vision tower: 0 is the
+  thumbnail (the whole image), 1, 2, ... are crops, row by row over a grid. The packed sequence is what the language
+  model receives for the image, in its order, without padding.
+- `with_newlines`: which newline embeddings stay, so that newlines and content together are exactly the budget.
+- `count`, `apportion`: how many tokens are kept, and how a number is divided among parts without losing any.
+- `patch_views`: where kept tokens lie in the image, as grids of the patches that the vision tower saw.
 """
 
 import math

@@ -22,7 +22,7 @@ SCORES: dict[str, tuple[str, ...]] = {"hired": ("first", "last"), "globalcom2": 
 
 INSIDE = {
     "fastv": "FastV: keep what the last token attends to in the layer before the cut.",
-    "pyramiddrop": "PyramidDrop: several cuts, each keeps what the last token attends to in the layer behind it.",
+    "pyramiddrop": "PyramidDrop: several cuts, each keeps what the last token attends to in the layer after it.",
 }
 """Methods that score tokens inside the language model and nowhere else (see `studio.pruning.inside_model`)."""
 

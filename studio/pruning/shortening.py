@@ -1,6 +1,6 @@
-"""Shorter inputs for a vision-language model: encode its images, choose tokens, take the others out of the prompt.
+"""Shorter inputs for a vision-language model: encode its images, select tokens, remove the others from the prompt.
 
-Taking tokens out of a prompt: ids, masks, labels, positions, and padding made anew.
+`cut` removes tokens: from ids, masks, labels and positions, with new padding.
 """
 
 import inspect
@@ -218,7 +218,7 @@ def _check_inputs(inputs: dict) -> None:
         raise StudioError("Only images are pruned: give videos to the model outside of the block.")
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
-        raise StudioError("Give all images with the first prompt: new ones cannot be pruned behind a filled cache.")
+        raise StudioError("Give all images with the first prompt: new ones cannot be pruned after a filled cache.")
 
 
 def _now(device: torch.device) -> float:
