@@ -1,4 +1,4 @@
-"""The models that ship with the library: what they are, where they lie, and whether they are whole."""
+"""The models that ship with the library: what they are, where they are, and whether their files are intact."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from studio.files import user_path
 ROOT = Path(__file__).parent / "bundled"
 CHECKSUMS = ROOT / "checksums.json"
 TRAINING_FILE = "training.json"
-"""In a trained model's folder: what it was trained on."""
+"""The file of a trained model's folder that says what it was trained on."""
 DEFAULT_TOKENIZER = "emoji-1d"
-"""What makes tokens of an image where nothing is named, on the command line and in the app."""
+"""The tokenizer that the command line and the app use by default."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def bundled_folder(name: str) -> Path:
 
 
 def folder_of_model(folder: str | Path) -> Path:
-    """The folder of a model: that of a training run stands for the model in it."""
+    """The folder of a model: for the folder of a training run, that of the model in it."""
     folder = user_path(folder)
     is_run = os.path.isfile(folder / "options.json") and os.path.isdir(folder / "model")  # a name of any length
     return folder / "model" if is_run else folder
@@ -100,7 +100,7 @@ def bundled_name_of(folder: str | Path) -> str | None:
 
 
 def unknown_name(name: str) -> str:
-    """Say in one sentence that nothing is called `name`, with the nearest bundled name."""
+    """The message that there is no model of this name, with the nearest bundled name."""
     nearest = get_close_matches(name[:40], BUNDLED, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     return f"There is no model or folder called {shown(name)}{hint}; bundled are {', '.join(BUNDLED)}."
@@ -117,7 +117,7 @@ def read_checksums() -> dict[str, dict[str, str]]:
 
 
 def write_checksums() -> None:
-    """Record the checksums of the bundled files as they lie here; a release runs it (`make checksums`)."""
+    """Write the checksums of the bundled files of this checkout; part of a release (`make checksums`)."""
     checksums = {name: files for name in sorted(BUNDLED) if (files := _files(ROOT / name))}
     text = json.dumps(checksums, indent=1, sort_keys=True) + "\n"
     CHECKSUMS.write_text(text, encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Converters of the released checkpoints of Distilled Decoding (arXiv:2412.17153): five class-conditional students, of
-LlamaGen and of VAR, and of what the latter need, VAR and its tokenizer (arXiv:2404.02905).
+"""Converters of the released checkpoints of Distilled Decoding (arXiv:2412.17153): five class-conditional students
+of LlamaGen and VAR, and VAR itself with its tokenizer (arXiv:2404.02905).
 
 Sizes come from the shapes of the weights. The averaged weights are taken where a file has them, as for all published
 numbers.
@@ -59,7 +59,7 @@ def var_tokenizer_from_state_dict(state: dict[str, torch.Tensor], **config: Any)
 
 
 def convert_distilled(path: str | Path, out: str | Path) -> Path:
-    """Writes a released student as a folder for `from_pretrained`: of a `DistilledStudent` or a `DistilledVAR`.
+    """Write a released student as a folder for `DistilledStudent` or `DistilledVAR.from_pretrained`.
 
     Args:
         path: the authors' file.

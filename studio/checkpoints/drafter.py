@@ -34,12 +34,12 @@ def drafter_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> Dr
 
 
 def convert_drafter(path: str | Path, out: str | Path, *, grid_size: int = 16, prefix_length: int = 120) -> Path:
-    """Writes a published drafter as a folder.
+    """Write a published drafter as a folder.
 
     Args:
         path: the authors' file, .bin, .pt or .safetensors.
         out: the folder to make.
-        grid_size: tokens a side of the target: 16 in stage 1, 32 in stage 2; the file does not tell.
+        grid_size: tokens per side of the target: 16 in stage 1, 32 in stage 2; the file does not say.
         prefix_length: prefix positions of the target: 120 for text, 1 for classes.
 
     Raises:
@@ -49,5 +49,5 @@ def convert_drafter(path: str | Path, out: str | Path, *, grid_size: int = 16, p
 
 
 def read_drafter(path: str | Path, **config: Any) -> Drafter:
-    """The `Drafter` of a published file; `config` as of `drafter_from_state_dict`, errors of `convert_drafter`."""
+    """The `Drafter` of a published file; `config` as in `drafter_from_state_dict`, errors as in `convert_drafter`."""
     return drafter_from_state_dict(read_weights(path, ANY_PLACE), **config)

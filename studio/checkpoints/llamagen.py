@@ -52,7 +52,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames LANTERN's layout of the same weights (arXiv:2410.03355) to the authors'; others come back unchanged."""
+    """Rename LANTERN's layout of the same weights (arXiv:2410.03355) to the authors'; others come back unchanged."""
     if "model.embed_tokens.weight" not in state:
         return state
     renamed = {}
@@ -106,7 +106,7 @@ def _vq_config(state: dict[str, torch.Tensor]) -> dict:
 
 
 def convert_llamagen_vq(vq_path: str | Path, out: str | Path) -> Path:
-    """Writes the authors' VQ-8 or VQ-16 file as a `VQTokenizer` folder."""
+    """Write the authors' VQ-8 or VQ-16 file as a `VQTokenizer` folder."""
     return save_new(vq_from_state_dict(read_state_dict(vq_path)), out)
 
 
@@ -121,7 +121,7 @@ def convert_llamagen(
     drafter: str | Path | None = None,
     student: str | Path | None = None,
 ) -> Path:
-    """Writes a whole pipeline folder from the authors' files.
+    """Write a whole pipeline folder from the authors' files.
 
     Args:
         gpt_path: the transformer's file.

@@ -1,4 +1,4 @@
-"""`studio.load`: a bundled name, a folder or a Hub id becomes a pipeline or a tokenizer that is ready to run.
+"""`studio.load`: load a pipeline or a tokenizer by bundled name, folder or Hub id.
 
 Folders of diffusers' form hold our pipelines and tokenizers; those of transformers' form a vision-language model.
 """
@@ -168,7 +168,7 @@ def _load_pipeline(folder, dtype):
 
 
 def _read_index(folder):
-    """What `model_index.json` says: the class of the pipeline, and [library, class] of each of its parts."""
+    """The content of `model_index.json`: the class of the pipeline, and [library, class] of each component."""
     index = read_json(folder / "model_index.json")
     for name in ("image_tokenizer", "transformer", "text_encoder", "tokenizer", "drafter", "student"):
         part = index.get(name) or [None, None]
@@ -246,14 +246,14 @@ def _load_image_tokenizer(index, tokenizers, folder, dtype):
 
 
 def _folder_of_words(folder):
-    """Where the text encoder of a pipeline lies: a bundled one without its own has that of `emoji-ar`."""
+    """The folder of a pipeline's text encoder: a bundled pipeline without its own uses that of `emoji-ar`."""
     if (folder / "text_encoder").is_dir() or bundled_name_of(folder) is None:
         return folder
     return bundled_folder("emoji-ar")
 
 
 def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
-    """A model of our own or of diffusers from its folder, laid out for fast convolutions.
+    """Load a model of Studio or diffusers from its folder, in the channels-last memory format.
 
     Raises:
         StudioError: another class or other weights.
@@ -265,7 +265,7 @@ def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _load_weights(model_class, folder, dtype):
-    """A model of safetensors: weights in a pickle, and classes beside them, which could run code, are not looked at."""
+    """Load a model from safetensors alone: pickled weights and remote code are never used."""
     options = {} if issubclass(model_class, ModelMixin) else {"trust_remote_code": False}
     try:
         model, info = model_class.from_pretrained(
@@ -315,7 +315,11 @@ def _class_of(config):
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device by its name, or CUDA when there is one, else the CPU."""
+    """The device of that name; without one CUDA if there is one, otherwise the CPU.
+
+    Raises:
+        StudioError: the device is not available.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -329,7 +333,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def compiled_step() -> str:
-    """Say "ok" where models on this CPU are decoded in compiled C, else why they are not."""
+    """ "ok" where models on this CPU are decoded by compiled C, otherwise the reason why not."""
     return native_library.state()
 
 

@@ -41,7 +41,7 @@ def kl_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> Autoenc
 
 
 def convert_mar(path: str | Path, out: str | Path, *, tokenizer: str | Path, drafter: str | Path | None = None) -> Path:
-    """Writes a whole pipeline folder from the authors' files, with their settings.
+    """Write a whole pipeline folder from the authors' files, with their settings.
 
     Args:
         path: the file of the network.
@@ -86,7 +86,7 @@ def read_kl_tokenizer(source: str | Path) -> KLTokenizer:
 
 
 def convert_mar_vae(path: str | Path, out: str | Path) -> Path:
-    """Writes MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`.
+    """Write MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`.
 
     Raises:
         StudioError: as in `build`.

@@ -1,4 +1,4 @@
-"""What all converters of the authors' checkpoints share: reading them safely, naming, filling, and writing the folder.
+"""Shared parts of the converters: safe reading, renaming, building a model, and writing its folder.
 
 Files are read with `weights_only`; an unknown or missing weight is an error, never skipped.
 """
@@ -78,14 +78,14 @@ def shape_of(state: State, name: str, what: str) -> tuple[int, ...]:
 
 
 def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """A name after these replacements, pairs as of `re.sub`, one after the other."""
+    """A name after these replacements in order, pairs of arguments of `re.sub`."""
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
     return name
 
 
 def count_of(state: State, pattern: str) -> int:
-    """How many different first groups of a pattern the names begin with: blocks, levels, layers."""
+    """Count blocks, levels or layers: the distinct first groups of a pattern at the start of the names."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
@@ -101,7 +101,7 @@ def llama_sizes(state: State, dim: int, what: str) -> dict:
 
 
 def from_transformers_names(state: State, prefix: str = "") -> State:
-    """Renames `{prefix}layers.N` from transformers' Llama names to LlamaGen's, and joins queries, keys and values.
+    """Rename `{prefix}layers.N` from transformers' Llama names to LlamaGen's, and joins queries, keys and values.
 
     Raises:
         StudioError: a layer of which a part of these three is missing.
@@ -126,7 +126,7 @@ def from_transformers_names(state: State, prefix: str = "") -> State:
 
 
 def build(model_class: type, config: dict, state: State, what: str) -> Any:
-    """A model in evaluation mode, float32, with these weights, after every name and shape was found right.
+    """A model in evaluation mode, float32, with these weights, after a check of every name and shape.
 
     Raises:
         StudioError: names the first weights that are unknown, missing or misshapen.
@@ -149,7 +149,7 @@ def build(model_class: type, config: dict, state: State, what: str) -> Any:
 
 
 def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
-    """Writes a model or pipeline with `save_pretrained` as a folder that was not there.
+    """Write a model or pipeline with `save_pretrained` as a new folder.
 
     Raises:
         StudioError: as in `new_folder`.
@@ -161,10 +161,10 @@ def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end, or vanishes on an error.
+    """A temporary folder beside `out` that is renamed to `out` at the end, or removed on an error.
 
     Raises:
-        StudioError: `out` is there and not empty, or cannot be written.
+        StudioError: `out` exists and is not empty, or cannot be written.
     """
     out = user_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -28,7 +28,7 @@ def one_d_piece_from_state_dict(state: State, **config: Any) -> OneDPieceTokeniz
 
 
 def convert_one_d_piece(source: str | Path, out: str | Path) -> Path:
-    """Writes a published folder (config.json and weights), or its file of weights, as an `OneDPieceTokenizer` folder.
+    """Write a published folder (config.json and weights), or its file of weights, as an `OneDPieceTokenizer` folder.
 
     Raises:
         StudioError: what is no checkpoint, one of another architecture, or one without its pixel decoder.

@@ -67,7 +67,7 @@ def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
 
 
 def convert_rq_vae(path: str | Path, out: str | Path) -> Path:
-    """Writes the authors' RQ-VAE file as an `RVQTokenizer` folder.
+    """Write the authors' RQ-VAE file as an `RVQTokenizer` folder.
 
     Raises:
         StudioError: a file that is no checkpoint or one of another architecture.
@@ -76,7 +76,7 @@ def convert_rq_vae(path: str | Path, out: str | Path) -> Path:
 
 
 def convert_rq_transformer(path: str | Path, out: str | Path, tokenizer: str | Path | None = None) -> Path:
-    """Writes the authors' RQ-Transformer file as a pipeline folder for `studio.load`, or alone.
+    """Write the authors' RQ-Transformer file as a pipeline folder for `studio.load`, or alone.
 
     Args:
         path: the authors' file of the network.

@@ -40,7 +40,7 @@ def token_bridge_from_state_dict(state: State, **config: Any) -> TokenBridge:
 
 
 def convert_token_bridge(path: str | Path, out: str | Path, tokenizer: str | Path) -> Path:
-    """Writes a published TokenBridge as a pipeline folder for `studio.load`.
+    """Write a published TokenBridge as a pipeline folder for `studio.load`.
 
     Args:
         path: the authors' file of the network.

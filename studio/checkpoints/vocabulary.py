@@ -1,4 +1,4 @@
-"""Which words of a prompt a bundled model has never seen, and what it knows that comes close."""
+"""Words of a prompt that a bundled model was not trained with, and the nearest known concepts."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def unknown_words(prompt: str, words: Collection[str], concepts: Sequence[str]) 
 
 
 def prompt_warning(pipe: DiffusionPipeline, prompt: str) -> str | None:
-    """Name the words that a loaded pipeline does not know, in one sentence for a person.
+    """Name the words that a loaded pipeline does not know, in one sentence.
 
     Args:
         pipe: what `studio.load` returned.

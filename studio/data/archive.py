@@ -1,4 +1,4 @@
-"""Reads the shipped Fluent Emoji archive: concepts with labels and tags, and their images in two styles."""
+"""Reader of the bundled Fluent Emoji archive: concepts with labels and tags, and their images in two styles."""
 
 import io
 import json

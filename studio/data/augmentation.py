@@ -15,7 +15,7 @@ def move(
     angle: float,
     shift: float,
 ) -> torch.Tensor:
-    """Turn, scale and shift a share of the images; what comes in at the edges has the background's colour.
+    """Rotate, scale and shift a fraction of the images; the borders are filled with the background's colour.
 
     Args:
         images: (n, 3, H, W) in [0, 1].
@@ -43,7 +43,7 @@ def move(
 
 
 def distort(images: torch.Tensor, colours: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """What a generator or a tokenizer may do to an image: small moves, blur, another brightness, noise.
+    """Distort images as a generator or a tokenizer may: small moves, blur, brightness, noise.
 
     Takes and returns (n, 3, H, W) in [0, 1]; `colours` (n, 3) are the backgrounds.
     """

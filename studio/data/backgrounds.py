@@ -1,4 +1,4 @@
-"""The ten named backgrounds, and putting an emoji on one."""
+"""The ten named backgrounds, and compositing of an emoji on one."""
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ PALETTE = np.array([BACKGROUNDS[name] for name in NAMES], dtype=np.float32) / 25
 
 
 def compose(images: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Images over plain colours.
+    """Composite images over plain colours.
 
     Args:
         images: `(n, side, side, 4)` premultiplied RGBA, uint8.

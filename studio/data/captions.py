@@ -1,4 +1,4 @@
-"""Captions: what a person might type for an image, made from its label, tags, style and background."""
+"""Captions of images, made from label, tags, style and background."""
 
 import re
 from functools import cache, lru_cache
@@ -23,7 +23,7 @@ def article(noun: str) -> str:
 
 @lru_cache(maxsize=1)
 def names() -> tuple[tuple[str, ...], ...]:
-    """For every concept, the names that mean it and nothing else: its label, then tags that no other concept has."""
+    """The unique names of every concept: its label, then tags that no other concept has."""
     concepts = load_concepts()
     uses = {}
     for concept in concepts:
@@ -58,13 +58,13 @@ def one_is_held_out(label: str, background: str) -> bool:
 
 
 def full_caption(concept_index: int, style_index: int, background_index: int) -> str:
-    """The caption that says everything: "a red apple, flat style, on a blue background"."""
+    """The full caption: "a red apple, flat style, on a blue background"."""
     label = load_concepts()[concept_index].label
     return f"{article(label)}, {STYLE_WORDS[STYLES[style_index]]}, on {article(NAMES[background_index])} background"
 
 
 def random_caption(concept_index: int, style_index: int, background_index: int, rng: np.random.Generator) -> str:
-    """One of many ways to say it, sampled with a `numpy.random.Generator`.
+    """A random caption.
 
     The label (now and then a unique tag, or the label with a tag beside it), with or without its article; the style is
     named three times in four and the background four times in five. What is not named is left open. Where a style of

@@ -77,7 +77,7 @@ class EmojiSource(Source):
         return torch.where(recoloured[:, None, None, None], permuted, images).clamp(0, 1) * 2 - 1
 
     def caption_corpus(self) -> list[str]:
-        """Every name and tag of every concept, and captions with every style and background."""
+        """All names and tags of all concepts, and captions with every style and background."""
         texts = [text for concept, known in zip(load_concepts(), names()) for text in (*known, *concept.tags)]
         return texts + [
             full_caption(concept.index, number % len(STYLES), (concept.index + number) % len(NAMES))

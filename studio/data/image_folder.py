@@ -87,7 +87,7 @@ class ImageFolder(Source):
         )
 
     def hold_out_everything(self) -> None:
-        """Lets every image be a validation example: for a model that was not trained on this folder."""
+        """Make every image a validation example, for a model that was not trained on this folder."""
         self.validation = self.unseen = _Files(self.pixels, range(len(self.pixels.names)), *self._conditions)
 
     def augmented(self, rng: np.random.Generator, count: int) -> torch.Tensor:
@@ -148,7 +148,7 @@ class _Pixels:
         self._bytes = np.memmap(cached / "pixels.bin", dtype=np.uint8, mode="r") if self.names else None
 
     def square(self, number: int, offset: float) -> torch.Tensor:
-        """The square (3, size, size), uint8, that starts at this share of what the long side has too much."""
+        """The square crop (3, size, size), uint8, at this fraction, in [0, 1], of the slack of the long side."""
         start, height, width = self._places[number]
         image = self._bytes[start : start + height * width * 3].reshape(height, width, 3)
         top, left = (int((side - self.size) * offset + 0.5) for side in (height, width))

@@ -1,4 +1,4 @@
-"""Scenes with questions: emoji and words on a grid, sampled without end and decided by a seed.
+"""Scenes with questions: emoji and words on a grid, an unlimited supply that a seed determines.
 
 A tile is what a vision tower sees at once (96 px); it has 2 x 2 cells. A scene of 2 x 2 tiles has 16 cells, one of
 4 x 4 tiles 64. An emoji takes about two thirds of its cell, so that on a thumbnail of 2 x 2 tiles it is 17 px wide:
@@ -67,7 +67,7 @@ def draw_scene(
     Args:
         rng: a `numpy.random.Generator`.
         tiles: rows and columns of tiles, each 1 to 4.
-        questions: how many; their kinds are sampled evenly from those that the scene allows.
+        questions: how many; their kinds are sampled uniformly from those that the scene allows.
         emoji, words: how many cells show one, together at most all; sampled at random where they are not given.
 
     Returns:
@@ -130,7 +130,7 @@ def _font(size):
 
 
 class _Facts:
-    """What is true of a scene, as questions."""
+    """The facts of a scene, as questions."""
 
     def __init__(self, grid, things, written):
         self.rows, self.columns = grid

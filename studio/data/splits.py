@@ -1,4 +1,4 @@
-"""Which images no training may see: decided by a hash of names, so it never depends on order, seed or machine."""
+"""The held-out images, chosen by a hash of names and so independent of order, seed and machine."""
 
 import hashlib
 
@@ -14,12 +14,12 @@ def _fraction(key):
 
 
 def concept_is_held_out(label: str) -> bool:
-    """Whether a concept is kept from every tokenizer's training (5 % of all)."""
+    """Whether a concept is held out from the training of all tokenizers (5 % of all)."""
     return _fraction(f"concept/{label}") < HELD_OUT_CONCEPTS
 
 
 def combination_is_held_out(label: str, style: str, background: str) -> bool:
-    """Whether a (concept, style, background) is kept from every generator's and the judge's training (10 % of all)."""
+    """Whether a (concept, style, background) is held out from generators and the judge (10 % of all)."""
     return _fraction(f"combination/{label}/{style}/{background}") < HELD_OUT_COMBINATIONS
 
 

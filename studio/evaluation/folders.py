@@ -1,4 +1,4 @@
-"""How well a generator samples images like those of a folder that it has never seen."""
+"""Evaluation of a generator on held-out images of a folder."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def evaluate_on_folder(
     features: str | None = None,
     decoding: object | None = None,
 ) -> dict:
-    """Sample the captions or classes of validation images, and compare with these.
+    """Sample with the captions or classes of validation images, and compare with these images.
 
     Args:
         pipe: a pipeline that is conditioned as the source is; its own default guidance and sampling are used.

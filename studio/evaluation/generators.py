@@ -1,4 +1,4 @@
-"""How well a text-to-image pipeline samples combinations that it has never seen."""
+"""Evaluation of a text-to-image pipeline on held-out combinations of the emoji set."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ def evaluate_generator(
     shared: bool = False,
     source: Source | None = None,
 ) -> dict:
-    """Sample held-out combinations from their full captions, and let the judge look.
+    """Sample held-out combinations from their full captions and classify the images with the judge.
 
     A source other than the emoji set is measured by `studio.evaluation.folders.evaluate_on_folder` instead.
 
@@ -86,7 +86,7 @@ def held_out_samples(
     shared: bool = False,
     first_stream: int | None = None,
 ) -> Samples:
-    """The `Samples` that `evaluate_generator` judges; arguments and errors are its.
+    """The samples of `evaluate_generator`; arguments and errors as there.
 
     With `first_stream`, image i is seeded with that number plus i, in place of `seed`.
     """
@@ -111,7 +111,7 @@ def held_out_samples(
 
 
 def judge_samples(pipe: DiffusionPipeline, samples: Samples) -> dict:
-    """What the judge says of `Samples`: the result of `evaluate_generator`."""
+    """The metrics of samples: the result of `evaluate_generator`."""
     judge = load_judge(device=pipe.device)
     true_features = held_out_features(judge)
 
@@ -130,7 +130,7 @@ def judge_samples(pipe: DiffusionPipeline, samples: Samples) -> dict:
 
 
 def against_truth(images: torch.Tensor, combinations: np.ndarray) -> dict[str, float]:
-    """How close images (n, 3, H, W) in [0, 1] come to the true ones of their combinations (n, 3), at 128 px."""
+    """Similarity of images (n, 3, H, W) in [0, 1] to the real ones of their combinations (n, 3), at 128 px."""
     measured = {"truth_psnr": [], "truth_ssim": [], "sharpness": []}
     archive = load_images(TRUTH_SIZE)
     for start in range(0, len(images), 100):

@@ -1,4 +1,4 @@
-"""The judge: a small network that names concept, style and background of an image. It only measures.
+"""The judge: a small network that classifies concept, style and background of an image, for evaluation only.
 
 No generator or tokenizer is trained against it, so its verdict on their images stays honest. Its feature layer is
 narrow enough for a Frechet distance from a few hundred images.
@@ -36,7 +36,7 @@ class Verdict:
 
 
 class Residual(nn.Module):
-    """norm, swish, 3x3 twice, added to the input."""
+    """Residual block: norm, swish and 3x3 convolution, twice."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -117,7 +117,7 @@ def is_judge(name: str | Path) -> bool:
 
 
 def load_judge(name: str | Path = "emoji-judge", device: str | torch.device | None = None) -> Judge:
-    """A judge by bundled name or folder, ready to measure, in float32."""
+    """Load a judge by bundled name or folder, in float32."""
     folder = bundled_folder(name) if name in BUNDLED else folder_of_model(name)
     return load_model(Judge, folder, torch.float32).to(pick_device(device))
 
@@ -132,7 +132,7 @@ def verdicts(judge: Judge, images: torch.Tensor, batch_size: int = 100) -> Verdi
 
 
 def scores(verdict: Verdict, truth: np.ndarray) -> dict[str, float]:
-    """Shares of right answers of a verdict, against (concept, style, background) rows (n, 3).
+    """Accuracies of a verdict, against (concept, style, background) rows (n, 3).
 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy"}`, fractions.
@@ -148,7 +148,7 @@ def scores(verdict: Verdict, truth: np.ndarray) -> dict[str, float]:
 
 
 def evaluate_judge(judge: Judge, samples: int = 1000, seed: int = 0) -> dict:
-    """The judge on true images of combinations it was not trained with, distorted as in its training.
+    """Accuracy of the judge on real images of held-out combinations, distorted as in its training.
 
     Returns:
         What `scores` returns, with `"resolution"` and `"samples"`.
@@ -168,7 +168,7 @@ _held_out_features = {}
 
 
 def held_out_features(judge: Judge) -> torch.Tensor:
-    """Features (n, D) of the real images of all held-out combinations, computed once a process and judge."""
+    """Features (n, D) of the real images of all held-out combinations, computed once per process and judge."""
     weights = hashlib.sha256()
     for tensor in judge.state_dict().values():
         weights.update(tensor.cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What the judge sees in single images, in words: for a person who compares them, not for a table."""
+"""The judge's predictions for single images, as labels with probabilities."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ WHAT_IT_IS = (
 
 @dataclass(frozen=True)
 class JudgePrediction:
-    """The judge's on one image.
+    """The judge's prediction for one image.
 
     Args:
         concept, style, background: what it finds likeliest: "red apple", "flat", "blue".
@@ -37,7 +37,7 @@ class JudgePrediction:
 
 
 def judge_predictions(judge: Judge, images: Sequence[Image.Image], prompt: str | None = None) -> list[JudgePrediction]:
-    """The judge's judge_predictions.
+    """Predictions of the judge for images.
 
     Args:
         judge: what `load_judge` returns, of the bundled set.

@@ -1,4 +1,4 @@
-"""Many questions about one image in one pass of a vision-language model.
+"""Many questions about one image in one forward pass of a vision-language model.
 
 The tokens of an image are nearly all the cost, so they are read once: behind them stand the questions with their
 answers, each of which sees the image and itself, at the positions it would have alone. What comes out for a question
@@ -31,7 +31,7 @@ class PackedQuestions:
     targets: torch.Tensor
 
     def ends(self, questions: int) -> torch.Tensor:
-        """(B, questions) where in a row each question's last token stands; an answer follows."""
+        """(B, questions) the index in its row of each question's last token; the answer follows."""
         begins = (self.targets != IGNORED) & (self.targets.roll(1, dims=1) == IGNORED)
         return begins.nonzero()[:, 1].view(-1, questions)
 
@@ -40,15 +40,15 @@ class PackedQuestions:
 
 
 def pack_questions(tokenizer: PreTrainedTokenizerBase, images: Sequence[Sequence[tuple[str, str]]]) -> PackedQuestions:
-    """Packs lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
+    """Pack lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
     rows = []
     for questions in images:
         row = []
         for number, (question, answer) in enumerate(questions):
             asked = tokenizer(question, add_special_tokens=False)["input_ids"]
-            said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            tokens = [*asked, *said[:-1]]
-            targets = [IGNORED] * (len(asked) - 1) + said
+            answered = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            tokens = [*asked, *answered[:-1]]
+            targets = [IGNORED] * (len(asked) - 1) + answered
             row += [(token, number, place, targets[place]) for place, token in enumerate(tokens)]
         rows.append(row)
     longest = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""What wrong tokens do to an image: the latent perturbation and the perturbed Frechet distance of RobustTok.
+"""Robustness to wrong tokens: the latent perturbation and the perturbed Frechet distance of RobustTok.
 
 "Robust Latent Matters: Boosting Image Generation with Sampling Error Synthesis" (arXiv:2503.08354), sections 3.2 and
 3.3. A generator errs, and mostly to codes near the right one; so tokens are exchanged for others among the nearest, and
@@ -28,7 +28,7 @@ from studio.tokenizers.vq import VQTokenizer
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How tokens go wrong.
+    """A perturbation of tokens.
 
     Args:
         alpha: share of tokens that are sampled anew, 0 to 1.
@@ -58,7 +58,7 @@ def perturbed_codes(
     chance: torch.Tensor | None = None,
     rank: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes (B, n), int64: the nearest to each vector, or, for some, one of the `delta` nearest with equal chances.
+    """Codes (B, n), int64: the nearest to each vector, or, for a fraction of them, a uniform choice among the `delta` nearest.
 
     Args:
         vectors: (B, n, C).
@@ -86,20 +86,22 @@ def perturbed_codes(
 
 
 def is_perturbable(tokenizer: ModelMixin) -> bool:
-    """Whether a tokenizer has codes that can go wrong."""
+    """Whether a tokenizer has discrete codes, which can be perturbed."""
     return isinstance(tokenizer, (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer))
 
 
 def perturbed_tokens(
     tokenizer: ModelMixin, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, some of them wrong.
+    """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, perturbed.
 
     Raises:
         StudioError: a tokenizer of continuous tokens.
     """
     if not is_perturbable(tokenizer):
-        raise StudioError(f"Tokens of a {type(tokenizer).__name__} are no codes that could go wrong.")
+        raise StudioError(
+            f"Tokens of a {type(tokenizer).__name__} are no codes: only discrete tokens can be perturbed."
+        )
     levels = [
         perturbed_codes(vectors.flatten(1, -2), codebook.float(), perturbation, generator=generator).view(
             vectors.shape[:-1]
@@ -136,7 +138,7 @@ def perturbed_frechet(
     batch_size: int = 50,
     how: dict | None = None,
 ) -> dict:
-    """Frechet distance, in the judge's features, of images to what is restored of their wrong tokens.
+    """Frechet distance, in the judge's features, between images and their reconstructions from perturbed tokens.
 
     Args:
         images: (n, 3, H, W) in [0, 1], more than the judge has features.

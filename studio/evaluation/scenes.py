@@ -1,4 +1,4 @@
-"""How well a vision-language model reads scenes, whole and with pruned tokens: every method at the same counts."""
+"""Evaluation of a vision-language model on scenes, with all and with pruned tokens, every method at equal counts."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def evaluate_reader(
     keeps: tuple[float, ...] = KEEPS,
     tiles: tuple[int, int] = (2, 2),
 ) -> dict:
-    """Exact answers on scenes that training has not seen.
+    """Accuracy of exact answers on scenes that were not trained on.
 
     Args:
         model, processor: of the LLaVA-NeXT form of `emoji-vlm`.
@@ -80,7 +80,7 @@ def evaluate_inside(
     seed: int = 0,
     tiles: tuple[int, int] = (2, 2),
 ) -> dict[tuple[str, float, int | None], float]:
-    """Exact answers when tokens are pruned behind a layer of the language model: every question is asked on its own.
+    """Accuracy of exact answers with pruning after a layer of the language model, one prompt per question.
 
     Args:
         model, processor, scenes, seed, tiles: as in `evaluate_reader`; the scenes are the same.
@@ -111,6 +111,6 @@ def evaluate_inside(
                     eos_token_id=ends,
                 )
             answers = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            right = [said.strip() == question.answer for said, question in zip(answers, scene.questions, strict=True)]
+            right = [text.strip() == question.answer for text, question in zip(answers, scene.questions, strict=True)]
             hits[method, keep, after_layer] += right
     return {setting: float(np.mean(right)) for setting, right in hits.items()}

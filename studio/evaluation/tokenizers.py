@@ -1,4 +1,4 @@
-"""How well an image tokenizer restores images it has never seen."""
+"""Evaluation of an image tokenizer on held-out images."""
 
 import torch
 
@@ -10,7 +10,7 @@ from studio.tokenizers.rvq import RVQTokenizer
 
 @torch.inference_mode()
 def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None, batch_size: int = 64) -> dict:
-    """Reconstruction of images that training did not see, at the tokenizer's own resolution.
+    """Reconstruction of held-out images, at the tokenizer's own resolution.
 
     Args:
         tokenizer: any image tokenizer.
