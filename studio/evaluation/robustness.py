@@ -6,7 +6,7 @@ the images that they still give are compared with the true ones: here in the jud
 
 Deviations from the authors' code: alpha = 0 changes nothing for certain, as a token is changed where a number in (0, 1]
 is at most alpha; distances are computed only for images that are perturbed; which settings the paper averages over
-could not be read, so `GRID` is ours and is reported with every number. Of tokenizers with several codes a cell, which the
+could not be read, so `GRID` is ours and is part of every result. For tokenizers with several codes per cell, which the
 paper has not, each code is exchanged on its own, for one near what the right codes before it left over.
 """
 
@@ -58,7 +58,7 @@ def perturbed_codes(
     chance: torch.Tensor | None = None,
     rank: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes (B, n), int64: the nearest to each vector, or, for a fraction of them, a uniform choice among the `delta` nearest.
+    """Codes (B, n), int64: the nearest to each vector, or, for some, a uniform choice among the `delta` nearest.
 
     Args:
         vectors: (B, n, C).
