@@ -5,6 +5,7 @@ the commands, so that `studio --help` answers at once.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -87,6 +88,7 @@ def _root(
     pass
 
 
+command: Callable[..., None]
 for command in (generate, tokenize, detokenize, ask, train, evaluate, push, models, doctor, ui, serve):
     app.command()(command)
 for command in (data.build, data.scene):

@@ -46,8 +46,8 @@ def open_image(path: str | os.PathLike, name: str | None = None, most_pixels: in
         StudioError: no such file, no image of these formats, a damaged one, one with too many pixels, a side under 8
             pixels, or a side more than 100 times the other.
     """
-    path = user_path(path)
-    name = name or path
+    path = user_path(os.fspath(path))
+    name = name or str(path)
     if not os.path.isfile(path):
         raise StudioError(f"There is no image {name}.")
     try:

@@ -88,14 +88,14 @@ def agreed(prepare: Callable[[], T]) -> T:
     """
     if process_count() == 1:
         return prepare()
-    result, mistakes = None, []
+    results, mistakes = [], []
     try:
-        result = prepare()
+        results.append(prepare())
     except StudioError as error:
-        mistakes = [str(error)]
+        mistakes.append(str(error))
     mistakes = gather(mistakes)
     if not mistakes:
-        return result
+        return results[0]
     if process_index() > 0:
         raise SystemExit(0)
     raise StudioError(mistakes[0])

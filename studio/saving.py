@@ -31,9 +31,7 @@ _SHEET_GAP = 8
 _SLUG_LENGTH, _SLUG_BYTES = 60, 120
 
 
-def plan_paths(
-    out: Path | None, title: str, seeds: Sequence[int], sheet: bool = False
-) -> tuple[list[Path], Path | None]:
+def plan_paths(out: Path, title: str, seeds: Sequence[int], sheet: bool = False) -> tuple[list[Path], Path | None]:
     """Decide the file of each image and check that it can be written.
 
     Args:
@@ -127,12 +125,11 @@ def unused(path: Path, call: dict, seed: int) -> Path:
 
     Args:
         path: of a PNG that is to be written.
-        call, seed: as of `png_writer`; a file that carries the same ones may be written again.
+        call, seed: as in `png_writer`; a file that carries the same ones may be written again.
     """
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        if not os.path.lexists(candidate) or holds(candidate, call, seed):
-            return candidate
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    candidates = itertools.chain((path,), others)
+    return next(each for each in candidates if not os.path.lexists(each) or holds(each, call, seed))
 
 
 def holds(path: Path, call: dict, seed: int) -> bool:
@@ -154,7 +151,7 @@ def _target(path):
 
 def make_folders(folder: Path) -> list[Path]:
     """Make a folder and its parents; return those that were made, outermost first."""
-    missing = []
+    missing: list[Path] = []
     while not folder.exists():
         missing.insert(0, folder)
         folder = folder.parent
@@ -163,7 +160,7 @@ def make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def png_writer(image: "Image.Image", call: dict, seed: int) -> Callable[[Path], None]:
+def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[Path], None]:
     """Return `write(path)` for a PNG that carries the call, the seed and the versions in a text chunk.
 
     Args:

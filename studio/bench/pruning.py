@@ -89,7 +89,7 @@ def _row(name, features, kept, attention, layout, repeats) -> dict:
         "seconds": seconds,
         "textbook_seconds": slow,
         "speedup": slow / seconds if slow else None,
-        "identical": torch.equal(chosen.cpu(), expected.cpu()) if plain else None,
+        "identical": torch.equal(chosen.cpu(), expected.cpu()) if expected is not None else None,
     }
     if name == "divprune":
         matrix = similarities(torch.nn.functional.normalize(features.float(), dim=1))

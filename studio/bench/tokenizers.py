@@ -94,7 +94,7 @@ def bundled_tokenizers() -> list[str]:
 
 def variants(tokenizer: ModelMixin) -> list[tuple]:
     """What is measured of a tokenizer: `(tokenizer, [(name of the row, keywords of decode)])` for each encoding."""
-    whole = [("", {})]
+    whole: list[tuple[str, dict]] = [("", {})]
     if isinstance(tokenizer, KLTokenizer):
         bridges = [TokenBridgeTokenizer.from_autoencoder(tokenizer, levels=levels) for levels in LEVELS]
         return [(tokenizer, [("continuous", {})]), *((each, _named_levels(each)) for each in bridges)]

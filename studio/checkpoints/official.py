@@ -55,7 +55,7 @@ def read_weights(path: str | Path, places: tuple[tuple[str, ...], ...]) -> State
     except Exception as error:
         raise StudioError(f"{path} is not a checkpoint of weights that can be read safely.") from error
     for place in places:
-        found = content
+        found: Any = content
         for name in place:
             found = found.get(name) if isinstance(found, dict) else None
         if isinstance(found, dict) and found and all(isinstance(weight, torch.Tensor) for weight in found.values()):

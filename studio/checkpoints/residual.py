@@ -20,7 +20,7 @@ from studio.tokenizers.rvq import RVQTokenizer
 _PLACES = (("state_dict_ema",), ("state_dict",))
 _TOKENIZER, _TRANSFORMER = "tokenizer of RQ-VAE", "transformer of the RQ-Transformer kind"
 _AVERAGES = (".cluster_size_ema", ".embed_ema")
-_PUBLISHED_DRAWING = {42: {"default_top_p": 0.92}}
+_PUBLISHED_SAMPLING: dict[int, dict[str, Any]] = {42: {"default_top_p": 0.92}}
 """By the layers of the spatial transformer: the size 1.4B, of ImageNet."""
 
 
@@ -97,7 +97,7 @@ def convert_rq_transformer(path: str | Path, out: str | Path, tokenizer: str | P
     image_tokenizer = _read_tokenizer(tokenizer, rows=transformer.config.grid[0])
     if mismatch := incompatibility(image_tokenizer, transformer.config):
         raise StudioError(f"{path} and {tokenizer} do not belong together: {mismatch}.")
-    sampling = _PUBLISHED_DRAWING.get(transformer.config.spatial_layers, {})
+    sampling = _PUBLISHED_SAMPLING.get(transformer.config.spatial_layers, {})
     return save_new(RQTransformerPipeline(image_tokenizer, transformer, **sampling), out)
 
 

@@ -21,7 +21,7 @@ _OF_THE_HEAD = (
     "channel_final.", "channel_heads.",
 )  # fmt: skip
 _BUFFERS = {"channel_mask", "reconstruction_values", "boundaries"}
-_PUBLISHED_DRAWING = {
+_PUBLISHED_SAMPLING: dict[int, dict[str, Any]] = {
     1024: {"default_guidance_scale": 3.1, "default_temperature": 0.96},
     1280: {"default_guidance_scale": 3.45, "default_temperature": 0.91},
 }
@@ -66,7 +66,7 @@ def convert_token_bridge(path: str | Path, out: str | Path, tokenizer: str | Pat
         image_tokenizer,
         transformer,
         default_num_inference_steps=transformer.num_tokens,
-        **_PUBLISHED_DRAWING.get(transformer.config.encoder_dim, {}),
+        **_PUBLISHED_SAMPLING.get(transformer.config.encoder_dim, {}),
     )
     return save_new(pipe, out)
 

@@ -17,7 +17,7 @@ _LONGEST_NAMED = 32
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
-def read_vocabulary(folder: Path) -> tuple[frozenset[str], list[str]] | None:
+def read_vocabulary(folder: Path) -> tuple[list[str], list[str]] | None:
     """Read `concepts.json` of a pipeline folder.
 
     Args:

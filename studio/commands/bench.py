@@ -1,7 +1,7 @@
 """`studio bench`: a function for each benchmark."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -135,7 +135,7 @@ def pruning(
     as_json: Json = False,
 ) -> None:
     """Time pruning methods against reference implementations, or measure a model with pruned tokens."""
-    chosen = {"methods": tuple(method)} if method else {}
+    chosen: dict[str, Any] = {"methods": tuple(method)} if method else {}
     if model is None:
         with_model = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
         if wrong := [flag for flag, value in with_model.items() if value is not None]:
@@ -150,7 +150,7 @@ def pruning(
     from studio.bench.reading import bench_reading, reading_chart, reading_table
 
     quiet_libraries()
-    asked = {"scenes": scenes} if scenes else {}
+    asked: dict[str, Any] = {"scenes": scenes} if scenes else {}
     if keep:
         asked["keeps"] = tuple(keep)
     if after_layer is not None:

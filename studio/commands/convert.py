@@ -1,7 +1,7 @@
 """`studio convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def llamagen_c2i(
     """A class-conditional LlamaGen transformer and its tokenizer."""
     from studio.checkpoints.llamagen import convert_llamagen
 
-    extras = {"grid_size": grid_size, "drafter": drafter, "student": student}
+    extras: dict[str, Any] = {"grid_size": grid_size, "drafter": drafter, "student": student}
     _converted(convert_llamagen(checkpoint, out, "c2i", tokenizer=tokenizer, **extras))
 
 
@@ -60,7 +60,7 @@ def llamagen_t2i(
     """A text-conditional LlamaGen transformer, its tokenizer and its text encoder."""
     from studio.checkpoints.llamagen import convert_llamagen
 
-    extras = {"grid_size": grid_size, "drafter": drafter, "student": student}
+    extras: dict[str, Any] = {"grid_size": grid_size, "drafter": drafter, "student": student}
     _converted(convert_llamagen(checkpoint, out, "t2i", tokenizer=tokenizer, text_encoder=text_encoder, **extras))
 
 

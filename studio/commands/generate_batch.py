@@ -61,7 +61,7 @@ class Image:
 
 def generate_many(
     file: Path,
-    out: Path | None,
+    out: Path,
     *,
     model: str,
     seed: int | None,
@@ -135,8 +135,8 @@ def share(plan: list[Image], done: Collection[str], batch_size: int) -> list[lis
         come out as they would have.
     """
     batches = []
-    for _, alike in groupby(plan, key=_how):
-        alike = list(alike)
+    for _, group in groupby(plan, key=_how):
+        alike = list(group)
         batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
     left = [batch for batch in batches if any(image.path not in done for image in batch)]
     return left[process_index() :: process_count()]

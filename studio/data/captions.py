@@ -25,7 +25,7 @@ def article(noun: str) -> str:
 def names() -> tuple[tuple[str, ...], ...]:
     """The unique names of every concept: its label, then tags that no other concept has."""
     concepts = load_concepts()
-    uses = {}
+    uses: dict[str, int] = {}
     for concept in concepts:
         for name in {concept.label, *concept.tags}:
             uses[name] = uses.get(name, 0) + 1

@@ -36,7 +36,9 @@ class Combinations(Examples):
 
     def captions(self, indices: Sequence[int], rng: np.random.Generator | None = None) -> list[str]:
         rows = self.rows[np.asarray(indices)].tolist()
-        return [full_caption(*row) if rng is None else random_caption(*row, rng) for row in rows]
+        if rng is None:
+            return [full_caption(*row) for row in rows]
+        return [random_caption(concept, style, background, rng) for concept, style, background in rows]
 
 
 class EmojiSource(Source):

@@ -47,6 +47,9 @@ class ImageFolder(Source):
             cache that cannot be written.
     """
 
+    train: "_Files"
+    validation: "_Files"
+
     def __init__(self, folder: str | Path, size: int, *, crop: str = "centre", flip: bool = False):
         if crop not in CROPS:
             raise StudioError(f"--crop is one of {', '.join(CROPS)}, not {crop!r}.")
@@ -60,14 +63,15 @@ class ImageFolder(Source):
             raise StudioError(f"{folder} holds no images (looked for {', '.join(sorted(_suffixes())[:6])}, ...).")
         captions = _captions(self.folder, files, every)
         classes = None if captions is not None else _classes(self.folder, files)
-        self.has_captions, self.class_names = captions is not None, classes and sorted(set(classes.values()))
+        self.has_captions = captions is not None
+        self.class_names = None if classes is None else sorted(set(classes.values()))
         self.pixels = _Pixels(self.folder, files, size, crop)
         self.skipped = self.pixels.skipped
         readable = self.pixels.names
         if len(readable) < FEWEST:
             unread = f" ({len(self.skipped)} could not be read, first {self.skipped[0][0]})" if self.skipped else ""
             raise StudioError(f"{folder} holds {len(readable)} readable images{unread}; training needs {FEWEST}.")
-        if classes is not None:
+        if classes is not None and self.class_names is not None:
             numbers = {name: number for number, name in enumerate(self.class_names)}
             classes = {name: numbers[of] for name, of in classes.items()}
         held_out = _held_out(readable)

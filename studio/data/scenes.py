@@ -74,18 +74,18 @@ def draw_scene(
         A `Scene` of 96 px a tile.
     """
     rows, columns = 2 * tiles[0], 2 * tiles[1]
-    cells = rng.permutation(rows * columns)
+    order = rng.permutation(rows * columns)
     if emoji is None:
-        emoji = int(rng.integers(1, min(MOST_EMOJI, len(cells)) + 1))
+        emoji = int(rng.integers(1, min(MOST_EMOJI, len(order)) + 1))
     if words is None:
-        words = int(rng.integers(0, min(4, len(cells) - emoji) + 1))
+        words = int(rng.integers(0, min(4, len(order) - emoji) + 1))
     kinds = rng.choice(len(subjects()), size=max(1, int(np.ceil(emoji * rng.uniform(0.4, 1)))), replace=False)
     behind = rng.integers(len(NAMES))
     things = {
         int(cell): (int(rng.choice(kinds)), int(rng.integers(len(STYLES))), _own_background(rng, behind))
-        for cell in cells[:emoji]
+        for cell in order[:emoji]
     }
-    written = {int(cell): str(rng.choice(WORDS)) for cell in cells[emoji : emoji + words]}
+    written = {int(cell): str(rng.choice(WORDS)) for cell in order[emoji : emoji + words]}
     image = _paint(rng, (rows, columns), behind, things, written)
     facts = _Facts((rows, columns), things, written)
     cells = tuple(facts.cell(cell, behind) for cell in range(rows * columns))

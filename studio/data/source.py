@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class Source(ABC):
         return {"lowercase_prompts": True, "prompt_completion": None}
 
 
-def open_source(data: str, size: int, *, crop: str = "centre", flip: bool = False) -> Source:
+def open_source(data: str | Path, size: int, *, crop: str = "centre", flip: bool = False) -> Source:
     """Open the source of that name.
 
     Args:

@@ -60,7 +60,8 @@ def evaluate(
 
     if shared and device is None:
         device = join()
-    chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
+    given = {"samples": samples, "seed": seed}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if features is not None and data is None:
         raise StudioError("Images of the emoji set are compared in the judge's features: leave out --features.")
     if is_judge(model):
@@ -80,9 +81,9 @@ def evaluate(
         return evaluate_tokenizer(loaded, unseen_source(model, data, loaded.config.sample_size) if data else None)
     if isinstance(loaded, VisualQuestionPipeline):
         _refuse_data(data)
-        given = {"scenes": samples, "seed": seed, "tiles": tiles}
-        scenes = {name: value for name, value in given.items() if value is not None}
-        return evaluate_reader(loaded.model, loaded.processor, **scenes)
+        asked: dict[str, Any] = {"scenes": samples, "seed": seed, "tiles": tiles}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return evaluate_reader(loaded.model, loaded.processor, **asked)
     loaded.set_progress_bar_config(disable=True)
     how = decoding(loaded) if callable(decoding) else decoding
     if data is not None and data != EMOJI:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from studio.tokenizers.vq import VQTokenizer
 FEWEST = 8
 
 
-def unseen_source(model: str, data: str, size: int) -> Source:
+def unseen_source(model: str | Path, data: str | Path, size: int) -> Source:
     """A source of which a model has not seen the validation examples: of a folder that it was not trained on, these are
     all images."""
     source = open_source(data, size)

@@ -131,7 +131,7 @@ def judge_samples(pipe: DiffusionPipeline, samples: Samples) -> dict:
 
 def against_truth(images: torch.Tensor, combinations: np.ndarray) -> dict[str, float]:
     """Similarity of images (n, 3, H, W) in [0, 1] to the real ones of their combinations (n, 3), at 128 px."""
-    measured = {"truth_psnr": [], "truth_ssim": [], "sharpness": []}
+    measured: dict[str, list[torch.Tensor]] = {"truth_psnr": [], "truth_ssim": [], "sharpness": []}
     archive = load_images(TRUTH_SIZE)
     for start in range(0, len(images), 100):
         part = images[start : start + 100].float()

@@ -164,7 +164,7 @@ def evaluate_judge(judge: Judge, samples: int = 1000, seed: int = 0) -> dict:
     }
 
 
-_held_out_features = {}
+_held_out_features: dict[tuple[str, str], torch.Tensor] = {}
 
 
 def held_out_features(judge: Judge) -> torch.Tensor:

@@ -56,7 +56,7 @@ def judge_predictions(judge: Judge, images: Sequence[Image.Image], prompt: str |
     return [_opinion(judge, image, concepts, wanted) for image in images]
 
 
-def named_concept(prompt: str) -> int | None:
+def named_concept(prompt: str | None) -> int | None:
     """The number of the concept whose whole label a prompt contains, the longest one; `None` where there is none."""
     text = _plain(prompt or "")
     found = [each for each in load_concepts() if f" {_plain(each.label).strip()} " in text]

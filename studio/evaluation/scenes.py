@@ -43,7 +43,7 @@ def evaluate_reader(
         "questions", "visual_tokens"}`; method "none" has keep "1.0". Positions of kept tokens are the original ones.
     """
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
-    right = {setting: {} for setting in settings}
+    right: dict[tuple[str, float], dict[str, list[bool]]] = {setting: {} for setting in settings}
     tokens = 0
     for number in tqdm(range(scenes), desc="scenes", unit="scene"):
         scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
@@ -57,7 +57,8 @@ def evaluate_reader(
             logits = packed_logits(model, features[None], 1 + info.kept[0], 1 + tokens, packed)
             for question, hit in zip(scene.questions, exact_answers(logits, packed)[0].tolist(), strict=True):
                 right[method, keep].setdefault(question.kind, []).append(hit)
-    accuracy, by_question = {}, {}
+    accuracy: dict[str, dict[str, float]] = {}
+    by_question: dict[str, dict[str, dict[str, float]]] = {}
     for (method, keep), kinds in right.items():
         accuracy.setdefault(method, {})[str(keep)] = float(np.mean([hit for hits in kinds.values() for hit in hits]))
         shares = {kind: float(np.mean(hits)) for kind, hits in sorted(kinds.items())}
@@ -89,7 +90,7 @@ def evaluate_inside(
     Returns:
         For each setting the fraction of 12 questions a scene that were answered exactly.
     """
-    hits = {setting: [] for setting in settings}
+    hits: dict[tuple[str, float, int | None], list[bool]] = {setting: [] for setting in settings}
     processor.tokenizer.padding_side = "left"
     for number in tqdm(range(scenes), desc="scenes", unit="scene"):
         scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)

@@ -331,7 +331,7 @@ def mismatch(ids: int, features: int) -> str:
 
 
 def _pairs(image_sizes) -> list[tuple[int, int]]:
-    return [tuple(int(side) for side in size) for size in image_sizes]
+    return [(int(height), int(width)) for height, width in image_sizes]
 
 
 def _grid_of(tokens: int, shape: tuple[int, int]) -> Layout:

@@ -207,7 +207,7 @@ class Inside:
         self.family, self.method, self.keep, self.record = family, method, keep, record
         self.generator, self.cuts = generator, cuts_of(family, method, keep, after_layer)
         self.check_queries(method in INSIDE)
-        self.call = CuttingCall
+        self.call: type[Call] = CuttingCall
 
     def check_queries(self, needed: bool) -> None:
         """Refuse a model whose queries cannot be read, where a method needs them.
@@ -275,10 +275,11 @@ class Call:
     """One call of the model: a prompt with images, or what follows it."""
 
     def __init__(self, inside: Inside, keywords: dict):
-        self.inside, self.cache = inside, keywords.get("past_key_values")
+        self.inside: Any = inside
+        self.cache: Any = keywords.get("past_key_values")
         ids = keywords.get("input_ids")
+        self.image: Any = None  # (B, L) bool, the image tokens of a prompt
         if self.cache is not None and self.cache.get_seq_length():
-            self.image = None
             if keywords.get("pixel_values") is not None:
                 raise StudioError(
                     "Give all images with the first prompt: new ones cannot be pruned after a filled cache."
@@ -305,13 +306,25 @@ class Call:
         self.cache = keywords.get("past_key_values")
         return self.cut(number, arguments, keywords)
 
+    def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        """What decoder layer `number` is called with while the prompt is read."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What is left to do when the model has been called."""
+        raise NotImplementedError
+
 
 class CuttingCall(Call):
     """A call in which layers after a cut are entered by fewer tokens."""
 
     def __init__(self, inside: Inside, keywords: dict):
         super().__init__(inside, keywords)
-        self.columns, self.query, self.after, self.masks, self.seconds = None, None, {}, {}, 0.0
+        self.columns: Any = None  # `Columns` after the first cut
+        self.query: Any = None
+        self.after: dict[int, Columns] = {}
+        self.masks: dict[int, tuple] = {}
+        self.seconds = 0.0
 
     def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         hidden = arguments[0] if arguments else keywords["hidden_states"]

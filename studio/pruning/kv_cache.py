@@ -99,7 +99,8 @@ class CompressingCall(Call):
         super().__init__(inside, keywords)
         if self.image is not None:
             self.wanted = [count(inside.keep, total) if total else 0 for total in self.total]
-            self.scores, self.places = {}, None
+            self.scores: dict[int, torch.Tensor] = {}
+            self.places: list[torch.Tensor] = []
 
     def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         if number == 0 and self.inside.method == "coverage":
@@ -174,7 +175,7 @@ class CompressingCall(Call):
 
     def _cut_to_one_share(self) -> None:
         """`prefixkv`: the same share of each layer's attention, with as many tokens in all layers together."""
-        chosen = {number: [] for number in self.scores}
+        chosen: dict[int, list[list[torch.Tensor]]] = {number: [] for number in self.scores}
         for row, places in enumerate(map(_places, self.image & self.valid)):
             masses = torch.stack([scores[row, places] for scores in self.scores.values()])
             order = masses.argsort(dim=1, descending=True, stable=True)
