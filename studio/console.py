@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, everything else on stderr, one JSON document when asked for.
+"""Output of commands: results on stdout, everything else on stderr, one JSON document when asked for.
 
 Of several processes that do the same work the first one speaks; each tells its own mistakes.
 
@@ -26,12 +26,12 @@ def emit(document: object) -> None:
 
 
 def emit_error(sentence: str) -> None:
-    """Set the sentence as the document's `"error"`, beside what a command that went wrong has found out so far."""
+    """Set the sentence as the document's `"error"`, beside the results so far of a command that failed."""
     emit({**(_document if isinstance(_document, dict) else {}), "error": sentence})
 
 
 def say(text: str) -> None:
-    """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
+    """Print one line of a result: on stdout, or on stderr under `--json`."""
     if process_index() == 0:
         print(_on_terminal(text, sys.stdout), flush=True)
 
@@ -49,7 +49,7 @@ def warn(text: str) -> None:
 
 
 def complain(sentence: str) -> None:
-    """Print why a command could not do its work, on stderr, as one line."""
+    """Print the error of a command on stderr, as one line."""
     print(f"Error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Where files lie: what Studio can make again, and what a person names."""
+"""Paths: the cache folder of files that Studio can make again, and paths given by the user."""
 
 import os
 import tempfile
@@ -28,7 +28,7 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
 
 
 def user_path(path: str | Path) -> Path:
-    """A path that a person gave, with a leading `~` replaced where that user is known."""
+    """A path given by the user, with a leading `~` expanded where that user is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

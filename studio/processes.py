@@ -18,17 +18,17 @@ _PATIENCE = timedelta(days=7)  # how long those that have finished wait for the 
 
 
 def process_count() -> int:
-    """How many processes run this command, over all machines."""
+    """The number of processes that run this command, over all machines."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def process_index() -> int:
-    """The number of this process, from 0; process 0 speaks for all."""
+    """The index of this process, from 0; only process 0 prints."""
     return int(os.environ.get("RANK") or 0)
 
 
 def launch_problem() -> str | None:
-    """What to say when a launcher was asked for several processes and started one, or `None`."""
+    """A warning when a launcher was asked for several processes and started one, otherwise `None`."""
     is_asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
     if is_asked and "WORLD_SIZE" not in os.environ:
         return (
@@ -39,7 +39,7 @@ def launch_problem() -> str | None:
 
 
 def join() -> Any:
-    """Meet the other processes, if there are any.
+    """Join the process group, if there is one.
 
     Returns:
         The `torch.device` that the launcher meant for this process, or `None` for a process that runs alone.
@@ -64,7 +64,7 @@ def _leave_at_exit(leave):
 
 
 def gather(items: Iterable) -> list:
-    """Collect from every process.
+    """Gather items from all processes.
 
     Args:
         items: a list of what can be pickled.

@@ -1,4 +1,4 @@
-"""What has been done so far, kept so that a kill loses none of it: one file of JSON lines for each process."""
+"""A log of finished work that survives a kill: one file of JSON lines per process."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ _CHECKSUM = "crc32"
 
 
 class Records:
-    """The records that one process appends.
+    """The file of records that one process appends to.
 
     Args:
         folder: shared by all processes; made where it is missing.
@@ -37,7 +37,7 @@ class Records:
         self._cut_torn_line()
 
     def append(self, record: dict) -> None:
-        """Write a record, a dict of JSON values, and return when it will survive a loss of power."""
+        """Write a record, a dict of JSON values, and return when it is on the disk."""
         self._file.write(json_text({**record, _CHECKSUM: _checksum(record)}).encode() + b"\n")
         sync(self._file)
 
@@ -75,11 +75,11 @@ def read_records(folder: Path) -> tuple[list[dict], int]:
 
 
 def _checksum(record):
-    """CRC-32 of what a record says."""
+    """CRC-32 of a record."""
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def sync(file: IO) -> None:
-    """Have what was written to an open file on the disk itself."""
+    """Flush an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Where images go, and how they get there: checked before the model runs, written whole or not at all."""
+"""Writing of images: paths are checked before the model runs, files are written completely or not at all."""
 
 import filecmp
 import itertools
@@ -61,7 +61,11 @@ def plan_paths(out: Path, title: str, seeds: Sequence[int], sheet: bool = False)
 
 
 def check_writable(path: Path) -> None:
-    """Raise a `StudioError` unless a file can be made at `path`, or where a link there leads; leaves nothing behind."""
+    """Check that a file can be made at `path`, or where a link there leads, without leaving one.
+
+    Raises:
+        StudioError: it cannot be written.
+    """
     path = _target(path)
     try:
         with suppress(FileNotFoundError):
@@ -84,7 +88,7 @@ def check_writable(path: Path) -> None:
 
 
 def save_all(writers: dict[Path, Callable[[Path], object]]) -> list[Path]:
-    """Write several files, or none: each under a temporary name first, all renamed when the last one is whole.
+    """Write several files, or none: each under a temporary name first, all renamed when the last one is complete.
 
     A link is followed: the file that it leads to is written.
 
@@ -121,7 +125,7 @@ def save_all(writers: dict[Path, Callable[[Path], object]]) -> list[Path]:
 
 
 def unused(path: Path, call: dict, seed: int) -> Path:
-    """Return a path where nothing is lost: this one, or the first `name-2.png`, `name-3.png`, ... that will do.
+    """Return a path that overwrites nothing else: this one, or the first free one of `name-2.png`, `name-3.png`, ...
 
     Args:
         path: of a PNG that is to be written.
@@ -133,7 +137,7 @@ def unused(path: Path, call: dict, seed: int) -> Path:
 
 
 def holds(path: Path, call: dict, seed: int) -> bool:
-    """Whether the file at `path` is a PNG that carries this call and this seed."""
+    """Whether the file at `path` is a PNG whose metadata has this call and this seed."""
     from PIL import Image
 
     try:
@@ -145,7 +149,7 @@ def holds(path: Path, call: dict, seed: int) -> bool:
 
 
 def _target(path):
-    """The file that a path leads to, over links."""
+    """The file that a path leads to, with links resolved."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
@@ -161,7 +165,7 @@ def make_folders(folder: Path) -> list[Path]:
 
 
 def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[Path], None]:
-    """Return `write(path)` for a PNG that carries the call, the seed and the versions in a text chunk.
+    """Return `write(path)` for a PNG with the call, the seed and the versions in a text chunk.
 
     Args:
         image: a PIL image.
@@ -176,7 +180,7 @@ def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[
 
 
 def make_sheet(images: Sequence["Image.Image"]) -> "Image.Image":
-    """Return one image with all of them in a grid as square as it gets, small ones enlarged to be seen."""
+    """Return one image with all of them in a grid as square as possible, small ones enlarged."""
     from PIL import Image
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -194,7 +198,7 @@ def make_sheet(images: Sequence["Image.Image"]) -> "Image.Image":
 
 
 def versions() -> dict[str, str]:
-    """Return the versions an image depends on, `{package: version}`."""
+    """Return the versions that an image depends on, `{package: version}`."""
     return {"studio": __version__, **{name: installed for name in _RECORDED if (installed := package_version(name))}}
 
 
@@ -207,7 +211,7 @@ def package_version(name: str) -> str | None:
 
 
 def slug(title: str) -> str:
-    """What a title becomes in a file name: letters and digits of any script in lower case, and hyphens.
+    """A title as part of a file name: letters and digits of any script in lower case, and hyphens.
 
     At most 60 characters, and 120 bytes; a checksum where a title has neither letters nor digits.
     """

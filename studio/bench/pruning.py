@@ -26,7 +26,7 @@ def bench_pruning(
     repeats: int = 3,
     seed: int = 0,
 ) -> dict:
-    """Times the selection of every method on random features.
+    """Time the selection of every method on random features.
 
     Args:
         methods: names out of `METHODS`.

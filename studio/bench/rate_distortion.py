@@ -1,4 +1,4 @@
-"""How well an image is restored from so many bytes: a One-D-Piece tokenizer beside JPEG and WebP.
+"""Rate and distortion of a One-D-Piece tokenizer, JPEG and WebP.
 
 What is counted: whole files, `.odp` files with header and checksum too; and, in a second curve, what is left of each
 without its fixed parts. JPEG then has no tables, WebP no container and no frame header, `.odp` only packed tokens.
@@ -60,7 +60,7 @@ _BATCH = 34
 
 @dataclass(frozen=True)
 class Encoded:
-    """One way to encode one image: bytes of the file and of its fixed parts, and the restored image.
+    """One way to encode one image: bytes of the file and of its fixed parts, and the decoded image.
 
     `psnr` is in dB over 8-bit RGB.
     """

@@ -1,4 +1,4 @@
-"""Numbers in documents, each printed by a command that stands beside them.
+"""Tables in documents, each printed by the command that stands above it.
 
 A block of a Markdown document begins with `<!-- printed by: studio ... -->` and ends with `<!-- end -->`; in between is
 what that command prints, and nothing else.
@@ -17,13 +17,13 @@ from studio.errors import StudioError
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of a line of names and lines of cells, all texts."""
+    """A Markdown table of column names and rows of text."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
 def records_table(records: list[dict]) -> str:
-    """A table of records, a column for each key that any of them has; numbers with four digits."""
+    """A Markdown table of records with a column for every key; numbers have four significant digits."""
     head = list(dict.fromkeys(key for record in records for key in record))
     return markdown_table(head, [[_cell(record.get(key)) for key in head] for record in records])
 
@@ -45,14 +45,14 @@ def printed_by(text: str) -> list[str]:
 
 
 def reprint(text: str, outputs: dict[str, str]) -> str:
-    """A document with new outputs in the blocks of these commands."""
+    """The document with new outputs in the blocks of these commands."""
     return _BLOCK.sub(
         lambda found: f"{found[1]}\n{outputs[found[2]]}\n{found[3]}" if found[2] in outputs else found[0], text
     )
 
 
 def run_command(command: str) -> str:
-    """What a `studio ...` line prints on stdout; its progress goes on to stderr.
+    """The output of a `studio ...` line on stdout; progress goes to stderr.
 
     Raises:
         StudioError: where it fails.
@@ -65,7 +65,7 @@ def run_command(command: str) -> str:
 
 
 def regenerate(documents: list[Path], only: str = "", run: Callable[[str], str] = run_command) -> list[str]:
-    """Runs the commands of all blocks, each once, and writes what they print into the documents.
+    """Run the commands of all blocks, each once, and write their outputs into the documents.
 
     Args:
         documents: Markdown files; each is written as soon as its last command is done.

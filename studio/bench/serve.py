@@ -43,12 +43,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """The answer to a request.
 
     Args:
         image: (H, W, 3) uint8.
-        record: what the PNG says of its making.
-        seconds: from the question to the answer.
+        record: the metadata in the PNG.
+        seconds: latency.
         together: images sampled in the same call.
     """
 
@@ -66,7 +66,7 @@ def bench_serve(
     max_batch: int = 8,
     device: str | torch.device | None = None,
 ) -> dict:
-    """Asks a server with `clients` clients at once, each `requests` times in a row; a first round more does not count.
+    """Query a server with `clients` concurrent clients, each `requests` times in a row, after a round of warm-up.
 
     Everything is sampled in float32, where an image of a batch equals that of a single call.
 
@@ -112,7 +112,7 @@ def bench_serve(
 
 
 def compared(asked: Sequence[Request], answers: Sequence[Answer | None], alone: Sequence[np.ndarray]) -> dict[str, int]:
-    """Counts what became of requests.
+    """Compare the answers with images sampled by single calls.
 
     Args:
         asked: the requests.

@@ -1,4 +1,4 @@
-"""What tokenizers keep of images of concepts they have never seen, how fast, and what wrong tokens do to it.
+"""Reconstruction, speed and robustness of tokenizers on images of held-out concepts.
 
 A tokenizer that decodes from a part of its tokens has a row for each of them: the depths of an `RVQTokenizer`, the
 `lengths` of any tokenizer with that attribute. A continuous one has a row for itself, and rows for the tokens that
@@ -40,7 +40,7 @@ def bench_tokenizers(
     device: str | None = None,
     batch_size: int = 50,
 ) -> dict:
-    """Measures tokenizers on the same held-out images, each at its own resolution.
+    """Measure tokenizers on the same held-out images, each at its own resolution.
 
     Args:
         models: bundled names, model folders or Hub ids; the bundled tokenizers when None.
