@@ -56,7 +56,7 @@ def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX
         StudioError: no number, not finite, or outside the range.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not minimum <= int(value) <= maximum or (above and value == minimum):
+    if not is_number or not minimum <= value <= maximum or (above and value == minimum):
         lower = f"above {minimum:g} and" if above else f"of at least {minimum:g} and"
         raise StudioError(f"{name} must be a finite number {lower} at most {maximum:g}, not {shown(value)}.")
     return int(value) if isinstance(value, Integral) else float(value)
