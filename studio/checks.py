@@ -1,4 +1,4 @@
-"""The checks of what a caller gives: numbers, choices and text. Every setting goes through these.
+"""Checks of arguments: numbers, choices and text. Every setting goes through these.
 
 A number that passes comes back as Python's own `int` or `float`, so that numpy's numbers, which callers have at hand,
 work everywhere and are written to JSON; callers put it in place of what was given. `bool` is no number here.
@@ -21,7 +21,7 @@ _repr.maxstring = _repr.maxother = 80
 
 
 def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
-    """Check an integer before anything is sized by it.
+    """Check an integer.
 
     Args:
         name: what the message calls it.
@@ -63,8 +63,12 @@ def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Raises a `StudioError` for a value that is none of those allowed."""
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
+    """Check that a value is one of those allowed.
+
+    Raises:
+        StudioError: another value.
+    """
     if not isinstance(value, str) or value not in allowed:
         raise StudioError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}.")
 
@@ -74,8 +78,12 @@ def as_integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """True or False, of Python or numpy, as Python's own. Raises: `StudioError` for anything else."""
+def check_flag(name: str, value: object) -> bool:
+    """Check a Python or numpy Boolean and return it as a `bool`.
+
+    Raises:
+        StudioError: anything else.
+    """
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise StudioError(f"{name} must be True or False, not {shown(value)}.")
     return bool(value)
@@ -143,29 +151,29 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """A text that can be written as UTF-8: what is no Unicode in it, such as in a file name, is escaped."""
+    """A text that can be written as UTF-8: lone surrogates, as in some file names, are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def json_text(value: Any) -> str:
-    """JSON that can be written as UTF-8: readable, or ASCII where a text in it, such as a path, is no Unicode."""
+def json_text(value: object) -> str:
+    """JSON that can be written as UTF-8: readable, or ASCII where a text in it has lone surrogates."""
     text = json.dumps(value, ensure_ascii=False)
     return text if is_unicode(text) else json.dumps(value)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in a line."""
+    """The message of another library's error, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def set_fields(settings: Any, **values: Any) -> None:
+def set_fields(settings: object, **values: object) -> None:
     """Set fields of a frozen dataclass, from its `__post_init__`, to what its checks returned."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
 
 
-def shown(value: Any) -> str:
-    """A value as messages show it: short, whatever it is."""
+def shown(value: object) -> str:
+    """A value as messages show it, shortened."""
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     try:

@@ -1,10 +1,11 @@
-"""The `studio` command: its parts put together, and its mistakes told in one sentence.
+"""The `studio` command: subcommands, and mistakes reported in one sentence.
 
 Every command parses its options, calls the public API as a user would, and prints. Heavy libraries are imported inside
 the commands, so that `studio --help` answers at once.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -17,7 +18,6 @@ from studio.commands.generate import generate
 from studio.commands.info import doctor, models, ui
 from studio.commands.pull import pull
 from studio.commands.push import push
-from studio.commands.restoring import bench_tokenizers
 from studio.commands.serve import bench_serve, serve
 from studio.commands.tokenize import detokenize, rate_distortion, tokenize
 from studio.commands.train import evaluate, train
@@ -27,24 +27,24 @@ from studio.processes import launch_problem
 
 app = typer.Typer(
     name="studio",
-    help="Images from words with token-based image models.",
+    help="Generate and understand images with visual tokens.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="The Fluent Emoji set, and scenes sampled with it.", rich_markup_mode=None)
-bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode=None)
-convert_app = typer.Typer(help="Turn published checkpoints into model folders.", rich_markup_mode=None)
+data_app = typer.Typer(help="The Fluent Emoji data set, and scenes made of it.", rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure speed and quality on this machine.", rich_markup_mode=None)
+convert_app = typer.Typer(help="Convert published checkpoints to model folders.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
-space_app = typer.Typer(help="The app as a Hugging Face Space.", rich_markup_mode=None)
+space_app = typer.Typer(help="Build or push the app as a Hugging Face Space.", rich_markup_mode=None)
 app.add_typer(space_app, name="space")
 
 
-def main(argv=None):
-    """Run the command line; exits with 0, or with 2 and one sentence on stderr for a mistake the user can mend."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; exit with 0, or with 2 and one sentence on stderr for a mistake of the user."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--json" in arguments and not {"-h", "--help"} & set(arguments):
         with only_json_on_stdout():
@@ -90,16 +90,25 @@ def _root(
     pass
 
 
+command: Callable[..., None]
 for command in (generate, tokenize, detokenize, ask, train, evaluate, analyze, pull, push, models, doctor, ui, serve):
     app.command()(command)
 for command in (data.build, data.scene):
     data_app.command()(command)
 for command in (space.build, space.push):
     space_app.command()(command)
-for command in (bench.decoding, bench.pruning, bench.verify, bench.cost, bench.contention, bench.mar, bench.residual):
+for command in (
+    bench.decoding,
+    bench.pruning,
+    bench.verify,
+    bench.cost,
+    bench.contention,
+    bench.mar,
+    bench.residual,
+    bench.tokenizers,
+):
     bench_app.command()(command)
 bench_app.command("all")(bench.everything)
-bench_app.command("tokenizers")(bench_tokenizers)
 bench_app.command("rate-distortion")(rate_distortion)
 bench_app.command("serve")(bench_serve)
 for command in (

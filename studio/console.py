@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, everything else on stderr, one JSON document when asked for.
+"""Output of commands: results on stdout, everything else on stderr, one JSON document when asked for.
 
 Of several processes that do the same work the first one speaks; each tells its own mistakes.
 
@@ -9,6 +9,7 @@ a compiled one, can put a word in front of the document.
 import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 
@@ -18,44 +19,44 @@ from studio.processes import process_index
 _document = None
 
 
-def emit(document):
+def emit(document: object) -> None:
     """Set the JSON document that stdout gets when the command ends (`document` is any JSON value, NaN becomes null)."""
     global _document
     _document = document
 
 
-def emit_error(sentence):
-    """Set the sentence as the document's `"error"`, beside what a command that went wrong has found out so far."""
+def emit_error(sentence: str) -> None:
+    """Set the sentence as the document's `"error"`, beside the results so far of a command that failed."""
     emit({**(_document if isinstance(_document, dict) else {}), "error": sentence})
 
 
-def say(text):
-    """Print one line of a result for a person: on stdout, or on stderr under `--json`."""
+def say(text: str) -> None:
+    """Print one line of a result: on stdout, or on stderr under `--json`."""
     if process_index() == 0:
         print(_on_terminal(text, sys.stdout), flush=True)
 
 
 def _on_terminal(text, stream):
-    """A text with everything escaped that a stream's encoding does not have: a result is told, whatever is in it."""
+    """A text with every character escaped that the encoding of the stream lacks, so that printing never fails."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def warn(text):
+def warn(text: str) -> None:
     """Print one line on stderr."""
     if process_index() == 0:
         print(f"Warning: {text}", file=sys.stderr, flush=True)
 
 
-def complain(sentence):
-    """Print why a command could not do its work, on stderr, as one line."""
+def complain(sentence: str) -> None:
+    """Print the error of a command on stderr, as one line."""
     print(f"Error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Keep the progress bars and notes of diffusers and transformers off the terminal; errors still show.
 
-    What pipelines log as a validation_warning is told by the commands themselves.
+    What pipelines log as a warning is printed by the commands themselves.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -67,7 +68,7 @@ def quiet_libraries():
 
 
 @contextmanager
-def only_json_on_stdout():
+def only_json_on_stdout() -> Iterator[None]:
     """Send what is written to stdout to stderr, and the document of `emit` to stdout at the end."""
     global _document
     _document = None

@@ -1,4 +1,4 @@
-"""What `studio models` and `studio doctor` tell: the bundled models and the state of this installation."""
+"""The report of `studio models` and `studio doctor`: bundled models and the state of this installation."""
 
 import platform
 
@@ -9,12 +9,12 @@ from studio.saving import package_version
 _PACKAGES = ("torch", "diffusers", "transformers", "gradio", "accelerate", "safetensors", "numpy", "pillow")
 
 
-def list_models():
+def list_models() -> list[dict]:
     """Return a row per bundled model: name, kind, state (`ok`, `missing` here, or `damaged`), summary, checksums."""
     return [_row(name) for name in BUNDLED]
 
 
-def examine():
+def examine() -> dict:
     """Return versions, device, threads, state of the compiled step, and bundled models.
 
     `ok` is false when weights are missing or damaged.

@@ -1,17 +1,17 @@
-"""What Studio raises where a person can do something about it."""
+"""Exceptions for mistakes that the user can correct, and for cancelled work."""
 
 from collections.abc import Callable
 
 
 class StudioError(ValueError):
-    """A mistake the user can mend: the message is one sentence that says what to do."""
+    """A mistake that the user can correct: the message is one sentence that says what to do."""
 
 
 class Stopped(StudioError):
-    """Work that was given up because whoever asked for it said so."""
+    """Work that was cancelled by the caller."""
 
 
 def check_stopped(stopped: Callable[[], bool] | None) -> None:
-    """Raises `Stopped` where `stopped`, a function that long work is given to be cancelled by, returns True."""
+    """Raise `Stopped` if the callback `stopped` of long work returns True."""
     if stopped is not None and stopped():
         raise Stopped("Stopped before the work was done.")

@@ -1,4 +1,4 @@
-"""Where files lie: what Studio can make again, and what a person names."""
+"""Paths: the cache folder of files that Studio can make again, and paths given by the user."""
 
 import os
 import tempfile
@@ -27,8 +27,8 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="studio-", ignore_cleanup_errors=True)
 
 
-def user_path(path) -> Path:
-    """A path that a person gave, with a leading `~` replaced where that user is known."""
+def user_path(path: str | Path) -> Path:
+    """A path given by the user, with a leading `~` expanded where that user is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

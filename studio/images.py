@@ -1,4 +1,4 @@
-"""Reading an image that anybody may have made: whole, upright, RGB, or one sentence why not.
+"""Reading of images from any source: complete, upright and RGB, or an error in one sentence.
 
 There is one reader. `open_image` reads a file, and `rgb_image` an image that Pillow has open already; both end in the
 same pixels, so a file gives the same tokens on the command line, in the app and from `Image.open`.
@@ -10,23 +10,28 @@ black or white. Transparency is put on white.
 
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 from studio.errors import StudioError
 from studio.files import user_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 MOST_PIXELS = 64_000_000
 SMALLEST_SIDE = 8
 LONGEST_RATIO = 100
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""What is decoded at all. Pillow knows more, some of which run other programs or take no account of their size."""
+"""The formats that are decoded. Pillow knows more, but some of its readers run other programs or ignore the size."""
 
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _ORIENTATION_TAG = 0x0112
 _READ = "give a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF file"
 
 
-def open_image(path, name=None, most_pixels=MOST_PIXELS):
-    """Read an image as a person sees it.
+def open_image(path: str | os.PathLike, name: str | None = None, most_pixels: int = MOST_PIXELS) -> "Image.Image":
+    """Read an image as it is displayed.
 
     Args:
         path: a file of one of `FORMATS`, whatever it is called. Of an animation the first frame counts, transparency is
@@ -41,8 +46,8 @@ def open_image(path, name=None, most_pixels=MOST_PIXELS):
         StudioError: no such file, no image of these formats, a damaged one, one with too many pixels, a side under 8
             pixels, or a side more than 100 times the other.
     """
-    path = user_path(path)
-    name = name or path
+    path = user_path(os.fspath(path))
+    name = name or str(path)
     if not os.path.isfile(path):
         raise StudioError(f"There is no image {name}.")
     try:
@@ -71,8 +76,8 @@ def _read(file, name, most_pixels):
         return rgb_image(image, name)
 
 
-def rgb_image(image, name="The image"):
-    """What `open_image` makes of an image that is open already.
+def rgb_image(image: object, name: str = "The image") -> "Image.Image":
+    """Convert an image that Pillow has opened as `open_image` does.
 
     Args:
         image: a PIL image of any mode, of an animation the frame that it stands at; an orientation tag is applied.
@@ -104,15 +109,23 @@ def rgb_image(image, name="The image"):
     return read
 
 
-def check_pixels(name, width, height, most_pixels=MOST_PIXELS):
-    """Raises a `StudioError` for a size of more pixels than that."""
+def check_pixels(name: str, width: int, height: int, most_pixels: int = MOST_PIXELS) -> None:
+    """Check the number of pixels of an image.
+
+    Raises:
+        StudioError: more than `most_pixels`.
+    """
     if width * height > most_pixels:
         most = f"{most_pixels / 1e6:g} million" if most_pixels >= 1e6 else f"{most_pixels}"
         raise StudioError(f"{name} has {width} x {height} pixels: give an image of at most {most}.")
 
 
-def check_shape(name, width, height):
-    """Raises a `StudioError` for a size that no model reads with any sense."""
+def check_shape(name: str, width: int, height: int) -> None:
+    """Check the sides of an image.
+
+    Raises:
+        StudioError: a side is too short for any model, or the sides are too unequal.
+    """
     if min(width, height) < SMALLEST_SIDE:
         raise StudioError(f"{name} has {width} x {height} pixels: give an image of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):

@@ -5,26 +5,30 @@ Light: nothing heavy is imported before processes exchange something.
 
 import atexit
 import os
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from studio.errors import StudioError
+
+T = TypeVar("T")
 
 _leaves = False
 _PATIENCE = timedelta(days=7)  # how long those that have finished wait for the slowest
 
 
-def process_count():
-    """How many processes run this command, over all machines."""
+def process_count() -> int:
+    """The number of processes that run this command, over all machines."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def process_index():
-    """The number of this process, from 0; process 0 speaks for all."""
+def process_index() -> int:
+    """The index of this process, from 0; only process 0 prints."""
     return int(os.environ.get("RANK") or 0)
 
 
-def launch_problem():
-    """What to say when a launcher was asked for several processes and started one, or `None`."""
+def launch_problem() -> str | None:
+    """A warning when a launcher was asked for several processes and started one, otherwise `None`."""
     is_asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
     if is_asked and "WORLD_SIZE" not in os.environ:
         return (
@@ -34,8 +38,8 @@ def launch_problem():
     return None
 
 
-def join():
-    """Meet the other processes, if there are any.
+def join() -> Any:
+    """Join the process group, if there is one.
 
     Returns:
         The `torch.device` that the launcher meant for this process, or `None` for a process that runs alone.
@@ -59,8 +63,8 @@ def _leave_at_exit(leave):
         _leaves = True
 
 
-def gather(items):
-    """Collect from every process.
+def gather(items: Iterable) -> list:
+    """Gather items from all processes.
 
     Args:
         items: a list of what can be pickled.
@@ -76,22 +80,22 @@ def gather(items):
     return gather_object(list(items))
 
 
-def agreed(prepare):
-    """Return `prepare()`, called in every process; what fails in one of them fails in all, and is told once.
+def agreed(prepare: Callable[[], T]) -> T:
+    """Return `prepare()`, called in every process; a failure in one process fails in all and is reported once.
 
     Raises:
         StudioError: in process 0, the first one's mistake; the others end quietly.
     """
     if process_count() == 1:
         return prepare()
-    result, mistakes = None, []
+    results, mistakes = [], []
     try:
-        result = prepare()
+        results.append(prepare())
     except StudioError as error:
-        mistakes = [str(error)]
+        mistakes.append(str(error))
     mistakes = gather(mistakes)
     if not mistakes:
-        return result
+        return results[0]
     if process_index() > 0:
         raise SystemExit(0)
     raise StudioError(mistakes[0])

@@ -1,9 +1,11 @@
-"""What has been done so far, kept so that a kill loses none of it: one file of JSON lines for each process."""
+"""A log of finished work that survives a kill: one file of JSON lines per process."""
 
 import fcntl
 import json
 import os
 import zlib
+from pathlib import Path
+from typing import IO
 
 from studio.checks import json_text
 from studio.errors import StudioError
@@ -13,7 +15,7 @@ _CHECKSUM = "crc32"
 
 
 class Records:
-    """The records that one process appends.
+    """The file of records that one process appends to.
 
     Args:
         folder: shared by all processes; made where it is missing.
@@ -23,7 +25,7 @@ class Records:
         StudioError: another run is writing there, or nothing can be written.
     """
 
-    def __init__(self, folder, index):
+    def __init__(self, folder: Path, index: int):
         try:
             make_folders(folder)
             self._file = open(folder / f"process-{index:05d}.jsonl", "a+b")
@@ -34,12 +36,12 @@ class Records:
             raise StudioError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from error
         self._cut_torn_line()
 
-    def append(self, record):
-        """Write a record, a dict of JSON values, and return when it will survive a loss of power."""
+    def append(self, record: dict) -> None:
+        """Write a record, a dict of JSON values, and return when it is on the disk."""
         self._file.write(json_text({**record, _CHECKSUM: _checksum(record)}).encode() + b"\n")
         sync(self._file)
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
 
     def _cut_torn_line(self):
@@ -48,7 +50,7 @@ class Records:
         self._file.truncate(content.rfind(b"\n") + 1)
 
 
-def read_records(folder):
+def read_records(folder: Path) -> tuple[list[dict], int]:
     """The records of a folder, oldest first in each file.
 
     Args:
@@ -73,11 +75,11 @@ def read_records(folder):
 
 
 def _checksum(record):
-    """CRC-32 of what a record says."""
+    """CRC-32 of a record."""
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def sync(file):
-    """Have what was written to an open file on the disk itself."""
+def sync(file: IO) -> None:
+    """Flush an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())

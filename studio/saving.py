@@ -1,4 +1,4 @@
-"""Where images go, and how they get there: checked before the model runs, written whole or not at all."""
+"""Writing of images: paths are checked before the model runs, files are written completely or not at all."""
 
 import filecmp
 import itertools
@@ -11,12 +11,18 @@ import stat
 import tempfile
 import unicodedata
 import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from studio import __version__
 from studio.errors import StudioError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 METADATA_KEY = "studio"
 _RECORDED = ("torch", "diffusers", "transformers")
@@ -25,7 +31,7 @@ _SHEET_GAP = 8
 _SLUG_LENGTH, _SLUG_BYTES = 60, 120
 
 
-def plan_paths(out, title, seeds, sheet=False):
+def plan_paths(out: Path, title: str, seeds: Sequence[int], sheet: bool = False) -> tuple[list[Path], Path | None]:
     """Decide the file of each image and check that it can be written.
 
     Args:
@@ -54,8 +60,12 @@ def plan_paths(out, title, seeds, sheet=False):
     return paths, sheet_path if sheet else None
 
 
-def check_writable(path):
-    """Raise a `StudioError` unless a file can be made at `path`, or where a link there leads; leaves nothing behind."""
+def check_writable(path: Path) -> None:
+    """Check that a file can be made at `path`, or where a link there leads, without leaving one.
+
+    Raises:
+        StudioError: it cannot be written.
+    """
     path = _target(path)
     try:
         with suppress(FileNotFoundError):
@@ -77,8 +87,8 @@ def check_writable(path):
         raise StudioError(f"{path} cannot be written ({reason}): choose another path.") from error
 
 
-def save_all(writers):
-    """Write several files, or none: each under a temporary name first, all renamed when the last one is whole.
+def save_all(writers: dict[Path, Callable[[Path], object]]) -> list[Path]:
+    """Write several files, or none: each under a temporary name first, all renamed when the last one is complete.
 
     A link is followed: the file that it leads to is written.
 
@@ -114,7 +124,7 @@ def save_all(writers):
     return replaced
 
 
-def save_new(writers, records):
+def save_new(writers: dict[Path, Callable[[Path], None]], records: dict[Path, tuple[dict, int]]) -> list[Path]:
     """Write several PNGs, or none, and replace nothing: where a name is taken, `name-2.png`, `name-3.png`, ... follow.
 
     A name is claimed by creating its file, so two processes that write to one folder never take the same one.
@@ -149,7 +159,7 @@ def save_new(writers, records):
     return list(chosen)
 
 
-def _claim(path, call, seed):
+def _claim(path: Path, call: dict, seed: int) -> tuple[Path, bool]:
     """The first name that is free or carries this call and seed, and whether it was free and is claimed now."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
@@ -159,10 +169,11 @@ def _claim(path, call, seed):
         except FileExistsError:
             if holds(candidate, call, seed):
                 return candidate, False
+    raise AssertionError("names never end")
 
 
-def holds(path, call, seed):
-    """Whether the file at `path` is a PNG that carries this call and this seed."""
+def holds(path: Path, call: dict, seed: int) -> bool:
+    """Whether the file at `path` is a PNG whose metadata has this call and this seed."""
     from PIL import Image
 
     try:
@@ -174,13 +185,13 @@ def holds(path, call, seed):
 
 
 def _target(path):
-    """The file that a path leads to, over links."""
+    """The file that a path leads to, with links resolved."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
-def make_folders(folder):
+def make_folders(folder: Path) -> list[Path]:
     """Make a folder and its parents; return those that were made, outermost first."""
-    missing = []
+    missing: list[Path] = []
     while not folder.exists():
         missing.insert(0, folder)
         folder = folder.parent
@@ -189,8 +200,8 @@ def make_folders(folder):
     return missing
 
 
-def png_writer(image, call, seed):
-    """Return `write(path)` for a PNG that carries the call, the seed and the versions in a text chunk.
+def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[Path], None]:
+    """Return `write(path)` for a PNG with the call, the seed and the versions in a text chunk.
 
     Args:
         image: a PIL image.
@@ -204,8 +215,8 @@ def png_writer(image, call, seed):
     return lambda path: image.save(path, format="PNG", pnginfo=info)
 
 
-def make_sheet(images):
-    """Return one image with all of them in a grid as square as it gets, small ones enlarged to be seen."""
+def make_sheet(images: Sequence["Image.Image"]) -> "Image.Image":
+    """Return one image with all of them in a grid as square as possible, small ones enlarged."""
     from PIL import Image
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -222,12 +233,12 @@ def make_sheet(images):
     return sheet
 
 
-def versions():
-    """Return the versions an image depends on, `{package: version}`."""
+def versions() -> dict[str, str]:
+    """Return the versions that an image depends on, `{package: version}`."""
     return {"studio": __version__, **{name: installed for name in _RECORDED if (installed := package_version(name))}}
 
 
-def package_version(name):
+def package_version(name: str) -> str | None:
     """Return the version of an installed package, or `None`."""
     try:
         return version(name)
@@ -235,8 +246,8 @@ def package_version(name):
         return None
 
 
-def slug(title):
-    """What a title becomes in a file name: letters and digits of any script in lower case, and hyphens.
+def slug(title: str) -> str:
+    """A title as part of a file name: letters and digits of any script in lower case, and hyphens.
 
     At most 60 characters, and 120 bytes; a checksum where a title has neither letters nor digits.
     """

@@ -44,7 +44,7 @@ python app.py
 """
 
 
-def build_space(folder, *, model="emoji-ar", title="Studio"):
+def build_space(folder: str | Path, *, model: str = "emoji-ar", title: str = "Studio") -> dict[str, int]:
     """Write a Space.
 
     Args:
@@ -61,7 +61,7 @@ def build_space(folder, *, model="emoji-ar", title="Studio"):
     folder = user_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudioError(f"{folder} is not empty: name a new folder.")
-    model = folder_of_model(model) if Path(model).expanduser().is_dir() else model
+    model = str(folder_of_model(model)) if Path(model).expanduser().is_dir() else model
     kind = _kind(model)
     pins = requirements()
     part = folder.with_name(f"{folder.name}.part")
@@ -77,7 +77,7 @@ def build_space(folder, *, model="emoji-ar", title="Studio"):
     return files_of(folder)
 
 
-def requirements():
+def requirements() -> dict[str, str]:
     """What the project depends on, `{package: version}`, at the versions that are known to work together.
 
     Raises:
@@ -88,13 +88,13 @@ def requirements():
         pinned = dict(re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     except FileNotFoundError as error:
         raise StudioError("A Space is built from a checkout of Studio: get one, and run the command there.") from error
-    names = [re.match(r"[\w.-]+", dependency)[0] for dependency in project["dependencies"]]
+    names = [re.split(r"[^\w.-]", dependency, maxsplit=1)[0] for dependency in project["dependencies"]]
     if missing := [name for name in names if name not in pinned]:
         raise StudioError(f"constraints.txt has no version of {', '.join(missing)}: run `make constraints`.")
     return {name: pinned[name] for name in names}
 
 
-def files_of(folder):
+def files_of(folder: Path) -> dict[str, int]:
     """The files under a folder with their sizes, `{relative path: bytes}`, in order."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 

@@ -111,7 +111,7 @@ def test_settings_keep_pythons_own_numbers():
         ({"generator": [torch.Generator(), None], "num_images_per_prompt": 2}, "torch.Generator"),
         ({"guidance_scale": 1e300}, "guidance_scale"),
         ({"negative_prompt": "a pear"}, "negative_prompt: there is no negative prompt, so say in the prompt"),
-        ({"num_inference_steps": 5, "width": 64}, "num_inference_steps, no width"),
+        ({"num_steps": 5, "width": 64}, "num_steps, no width"),
         ({"num_images_per_prompt": 10**11}, "from 1 to 10000"),
         ({"prompt": ["a red apple"] * 10_001}, "at most 10000 images"),
         ({"prompt": "a \ud83c apple"}, "not valid Unicode"),

@@ -41,6 +41,7 @@ MAY_ALSO = {
     ("bench", "data"),
     ("training", "data"),
     ("evaluation", "data"),
+    ("bench", "data"),
     ("training", "evaluation"),
 }
 FOUNDATIONS = {"checks", "errors", "files", "images"}
@@ -48,6 +49,7 @@ PUBLIC = {
     "studio",
     "studio.errors",
     *FOUNDATIONS,
+    "bench",
     "checkpoints",
     "training",
     "evaluation",
@@ -115,9 +117,24 @@ def own_modules():
 
 
 @pytest.mark.parametrize("folder", NAMESPACES)
-def test_root_folders_are_flat_and_have_no_init(folder):
+def test_root_folders_have_no_init(folder):
     assert not list((ROOT / folder).rglob("__init__.py")), "it would hide Hugging Face's package of that name"
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "tokenizers"])
+def test_pipelines_and_tokenizers_are_flat(folder):
     assert not [path for path in (ROOT / folder).glob("*/") if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_app_has_at_most_four_files_at_its_top():
+    assert len([path for path in (ROOT / "ui").iterdir() if path.is_file()]) <= 4
+
+
+def test_the_reference_code_is_for_tests_and_benchmarks_alone():
+    users = {
+        package_of(path) for path in sources() for module, _ in imports(path) if module.startswith("studio.reference")
+    }
+    assert users <= {"reference", "bench"}, "reference=True of a method stands beside the method"
 
 
 def test_tests_have_no_init():
@@ -146,7 +163,7 @@ def test_imports_are_absolute_and_point_down(path):
             continue
         assert here not in {*FOUNDATIONS, "data"}, f"{where}: {here} imports nothing of ours"
         if (here, target) not in MAY_ALSO:
-            assert target != "data", f"{where}: data is for training, evaluation and the command line"
+            assert target != "data", f"{where}: data is for training, evaluation, benchmarks and the command line"
             assert LEVELS[target] < LEVELS[here], f"{where}: {here} must not import {target}"
 
 
@@ -183,11 +200,14 @@ def test_public_names_resolve():
 
 def test_every_package_is_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in (ROOT / "studio").rglob("*.py")} | {ROOT / name for name in NAMESPACES}
+    folders = {path.parent.relative_to(ROOT) for path in sources() if path.parent != ROOT}
     names = {
-        f"studio.{path.name}" if path.name in NAMESPACES else ".".join(path.relative_to(ROOT).parts) for path in folders
+        ".".join(path.parts) if path.parts[0] == "studio" else ".".join(("studio", *path.parts)) for path in folders
     }
     assert names == set(settings["packages"])
+    assert {name: path for name, path in settings["package-dir"].items() if name != "studio"} == {
+        ".".join(("studio", *path.parts)): path.as_posix() for path in folders if path.parts[0] != "studio"
+    }
 
 
 def test_versions_of_gradio_agree():

@@ -67,7 +67,7 @@ def test_requirements_are_pinned_and_nothing_is_installed_from_the_folder(built)
 def test_the_package_is_whole_under_its_import_names(built):
     for folder, target in {"studio": "studio", **{name: f"studio/{name}" for name in space.OUTSIDE}}.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".c", ".h", ".css", ".png"}:
+            if path.suffix in {".py", ".c", ".h", ".css", ".png", ".toml"}:
                 assert (built / target / path.relative_to(ROOT / folder)).is_file(), path
     weights = sorted(path.name for path in (built / "studio/checkpoints/bundled").iterdir() if path.is_dir())
     assert {"emoji-ar", "emoji-vq"} <= set(weights) and "emoji-judge" not in weights

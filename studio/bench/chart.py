@@ -11,7 +11,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#55
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name.
+    """One series of points.
 
     Args:
         name: what the legend says.

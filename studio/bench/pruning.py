@@ -26,7 +26,7 @@ def bench_pruning(
     repeats: int = 3,
     seed: int = 0,
 ) -> dict:
-    """Times the selection of every method on random features.
+    """Time the selection of every method on random features.
 
     Args:
         methods: names out of `METHODS`.
@@ -42,7 +42,8 @@ def bench_pruning(
         divprune has also `loop_seconds`, `textbook_loop_seconds` and `loop_speedup`: the picks alone, similarities
         given. random and uniform have no textbook: `None`.
 
-    Errors: `StudioError` for an unknown method, for sizes that do not fit, and for a device that is not there.
+    Raises:
+        StudioError: an unknown method, for sizes that do not fit, or a device that is not there.
     """
     for name in methods:
         method_named(name)
@@ -88,7 +89,7 @@ def _row(name, features, kept, attention, layout, repeats) -> dict:
         "seconds": seconds,
         "textbook_seconds": slow,
         "speedup": slow / seconds if slow else None,
-        "identical": torch.equal(chosen.cpu(), expected.cpu()) if plain else None,
+        "identical": torch.equal(chosen.cpu(), expected.cpu()) if expected is not None else None,
     }
     if name == "divprune":
         matrix = similarities(torch.nn.functional.normalize(features.float(), dim=1))

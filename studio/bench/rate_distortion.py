@@ -1,4 +1,4 @@
-"""How well an image is restored from so many bytes: a One-D-Piece tokenizer beside JPEG and WebP.
+"""Rate and distortion of a One-D-Piece tokenizer, JPEG and WebP.
 
 What is counted: whole files, `.odp` files with header and checksum too; and, in a second curve, what is left of each
 without its fixed parts. JPEG then has no tables, WebP no container and no frame header, `.odp` only packed tokens.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 
 from studio.bench.chart import Series, chart
@@ -59,7 +60,7 @@ _BATCH = 34
 
 @dataclass(frozen=True)
 class Encoded:
-    """One way to encode one image: bytes of the file and of its fixed parts, and the restored image.
+    """One way to encode one image: bytes of the file and of its fixed parts, and the decoded image.
 
     `psnr` is in dB over 8-bit RGB.
     """
@@ -70,7 +71,15 @@ class Encoded:
     psnr: float
 
 
-def bench_rate_distortion(tokenizer, *, name="", samples=136, refine=0, seed=0, device=None) -> dict:
+def bench_rate_distortion(
+    tokenizer: ModelMixin,
+    *,
+    name: str = "",
+    samples: int = 136,
+    refine: int = 0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> dict:
     """Compare a tokenizer with JPEG and WebP at equal bytes, on images of held-out concepts.
 
     Args:
@@ -115,7 +124,7 @@ def bench_rate_distortion(tokenizer, *, name="", samples=136, refine=0, seed=0, 
     return {"rows": rows, **sizes}
 
 
-def held_out_images(side, samples, seed) -> list[Image.Image]:
+def held_out_images(side: int, samples: int, seed: int) -> list[Image.Image]:
     """Images of concepts that no tokenizer was trained with, each with a style and a background sampled by seed."""
     kept = concepts(held_out=True)
     cases = [(concept, style) for concept in kept for style in range(len(STYLES))]

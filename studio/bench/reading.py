@@ -1,4 +1,4 @@
-"""What pruning buys a reader of scenes: seconds, tokens and memory of every method beside the share it answers.
+"""Costs and gains of pruning in a vision-language model: seconds, tokens, memory and accuracy of every method.
 
 The rows of `bench_reading` for people: a chart and a table.
 """
@@ -90,7 +90,8 @@ def bench_reading(
         `total` (medians), cache_bytes, accuracy, speedup (total of the first row over its own), faster (whether that
         is above 1), and better_than_random (None for "none" and "random", or where random was left out).
 
-    Errors: `StudioError` for a model that reads no scenes.
+    Raises:
+        StudioError: a model that reads no scenes.
     """
     if methods is None:
         methods = tuple(METHODS) if after_layer is None else ("fastv", "divprune", "random", "uniform")

@@ -1,4 +1,4 @@
-"""Numbers in documents, each printed by a command that stands beside them.
+"""Tables in documents, each printed by the command that stands above it.
 
 A block of a Markdown document begins with `<!-- printed by: studio ... -->` and ends with `<!-- end -->`; in between is
 what that command prints, and nothing else.
@@ -10,20 +10,20 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from studio.errors import StudioError
 
 
-def markdown_table(head, rows) -> str:
-    """A table of a line of names and lines of cells, all texts."""
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of column names and rows of text."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
 def records_table(records: list[dict]) -> str:
-    """A table of records, a column for each key that any of them has; numbers with four digits."""
+    """A Markdown table of records with a column for every key; numbers have four significant digits."""
     head = list(dict.fromkeys(key for record in records for key in record))
     return markdown_table(head, [[_cell(record.get(key)) for key in head] for record in records])
 
@@ -45,16 +45,17 @@ def printed_by(text: str) -> list[str]:
 
 
 def reprint(text: str, outputs: dict[str, str]) -> str:
-    """A document with new outputs in the blocks of these commands."""
+    """The document with new outputs in the blocks of these commands."""
     return _BLOCK.sub(
         lambda found: f"{found[1]}\n{outputs[found[2]]}\n{found[3]}" if found[2] in outputs else found[0], text
     )
 
 
 def run_command(command: str) -> str:
-    """What a `studio ...` line prints on stdout; its progress goes on to stderr.
+    """The output of a `studio ...` line on stdout; progress goes to stderr.
 
-    Errors: `StudioError` where it fails.
+    Raises:
+        StudioError: where it fails.
     """
     arguments = shlex.split(command)[1:]
     done = subprocess.run([sys.executable, "-m", "studio", *arguments], stdout=subprocess.PIPE, text=True)
@@ -64,7 +65,7 @@ def run_command(command: str) -> str:
 
 
 def regenerate(documents: list[Path], only: str = "", run: Callable[[str], str] = run_command) -> list[str]:
-    """Runs the commands of all blocks, each once, and writes what they print into the documents.
+    """Run the commands of all blocks, each once, and write their outputs into the documents.
 
     Args:
         documents: Markdown files; each is written as soon as its last command is done.
@@ -74,7 +75,8 @@ def regenerate(documents: list[Path], only: str = "", run: Callable[[str], str] 
     Returns:
         The commands that ran.
 
-    Errors: `StudioError` for a missing document, where no command is found, and where one fails.
+    Raises:
+        StudioError: a missing document, where no command is found, and where one fails.
     """
     texts = {}
     for document in documents:

@@ -1,4 +1,4 @@
-"""Whether `studio serve` gives everybody their own images when many ask at once, how fast, and in how much memory.
+"""Load test of `studio serve`: whether each client gets its own images, throughput, latency and memory.
 
 The server runs in a process of its own and is asked over the loopback as any program would ask it. Scope: the Generate
 endpoint, one image a request.
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """The answer to a request.
 
     Args:
         image: (H, W, 3) uint8.
-        record: what the PNG says of its making.
-        seconds: from the question to the answer.
-        together: images that its call drew.
+        record: the metadata in the PNG.
+        seconds: latency.
+        together: images sampled in the same call.
     """
 
     image: np.ndarray
@@ -57,8 +58,15 @@ class Answer:
     together: int
 
 
-def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device=None):
-    """Asks a server with `clients` clients at once, each `requests` times in a row; a first round more does not count.
+def bench_serve(
+    model: str | Path = "emoji-ar",
+    *,
+    clients: int = 50,
+    requests: int = 2,
+    max_batch: int = 8,
+    device: str | torch.device | None = None,
+) -> dict:
+    """Query a server with `clients` concurrent clients, each `requests` times in a row, after a round of warm-up.
 
     Everything is sampled in float32, where an image of a batch equals that of a single call.
 
@@ -74,7 +82,8 @@ def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device
         - "images_a_call", on average;
         - "memory_before_mib" and "memory_after_mib" of the server, around these rounds.
 
-    Errors: `StudioError` where the server does not start.
+    Raises:
+        StudioError: where the server does not start.
     """
     rounds = [_round(number, clients) for number in range(requests + 1)]
     command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch), "--max-images", "1"]
@@ -102,8 +111,8 @@ def bench_serve(model="emoji-ar", *, clients=50, requests=2, max_batch=8, device
     }
 
 
-def compared(asked, answers, alone):
-    """Counts what became of requests.
+def compared(asked: Sequence[Request], answers: Sequence[Answer | None], alone: Sequence[np.ndarray]) -> dict[str, int]:
+    """Compare the answers with images sampled by single calls.
 
     Args:
         asked: the requests.

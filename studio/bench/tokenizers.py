@@ -1,4 +1,4 @@
-"""What tokenizers keep of images of concepts they have never seen, how fast, and what wrong tokens do to it.
+"""Reconstruction, speed and robustness of tokenizers on images of held-out concepts.
 
 A tokenizer that decodes from a part of its tokens has a row for each of them: the depths of an `RVQTokenizer`, the
 `lengths` of any tokenizer with that attribute. A continuous one has a row for itself, and rows for the tokens that
@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 
 from studio.checkpoints.bundled import BUNDLED, read_checksums
 from studio.checkpoints.loading import load
@@ -39,7 +40,7 @@ def bench_tokenizers(
     device: str | None = None,
     batch_size: int = 50,
 ) -> dict:
-    """Measures tokenizers on the same held-out images, each at its own resolution.
+    """Measure tokenizers on the same held-out images, each at its own resolution.
 
     Args:
         models: bundled names, model folders or Hub ids; the bundled tokenizers when None.
@@ -54,8 +55,8 @@ def bench_tokenizers(
         with wrong tokens) and "robustness_by_setting", "encode_per_second" and "decode_per_second" in images.
         Continuous tokens have no bits and no robustness: None.
 
-    Errors: `StudioError` for a model that is no tokenizer, for a number of images that cannot be, and for an empty
-    grid.
+    Raises:
+        StudioError: a model that is no tokenizer, for a number of images that cannot be, or an empty grid.
     """
     if not grid:
         raise StudioError("Say how tokens go wrong at least once, as Perturbation(alpha, delta).")
@@ -91,9 +92,9 @@ def bundled_tokenizers() -> list[str]:
     return [name for name, entry in BUNDLED.items() if entry.kind == "tokenizer" and name in there]
 
 
-def variants(tokenizer) -> list[tuple]:
+def variants(tokenizer: ModelMixin) -> list[tuple]:
     """What is measured of a tokenizer: `(tokenizer, [(name of the row, keywords of decode)])` for each encoding."""
-    whole = [("", {})]
+    whole: list[tuple[str, dict]] = [("", {})]
     if isinstance(tokenizer, KLTokenizer):
         bridges = [TokenBridgeTokenizer.from_autoencoder(tokenizer, levels=levels) for levels in LEVELS]
         return [(tokenizer, [("continuous", {})]), *((each, _named_levels(each)) for each in bridges)]
@@ -128,7 +129,7 @@ def _images(sampled, resolution):
     return images
 
 
-def size_of(tokenizer, tokens, how) -> dict:
+def size_of(tokenizer: ModelMixin, tokens: torch.Tensor, how: dict) -> dict:
     """Size of an image, or of the part of it that is decoded.
 
     Args:

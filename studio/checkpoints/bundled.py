@@ -1,4 +1,4 @@
-"""The models that ship with the library: what they are, where they lie, and whether they are whole."""
+"""The models that ship with the library: what they are, where they are, and whether their files are intact."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from studio.files import user_path
 ROOT = Path(__file__).parent / "bundled"
 CHECKSUMS = ROOT / "checksums.json"
 TRAINING_FILE = "training.json"
-"""In a trained model's folder: what it was trained on."""
+"""The file of a trained model's folder that says what it was trained on."""
 DEFAULT_TOKENIZER = "emoji-1d"
-"""What makes tokens of an image where nothing is named, on the command line and in the app."""
+"""The tokenizer that the command line and the app use by default."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ BUNDLED = {
 }
 
 
-def bundled_folder(name):
+def bundled_folder(name: str) -> Path:
     """Return the folder of a bundled model after checking every file of it.
 
     Raises:
@@ -88,26 +88,26 @@ def bundled_folder(name):
 
 
 def folder_of_model(folder: str | Path) -> Path:
-    """The folder of a model: that of a training run stands for the model in it."""
+    """The folder of a model: for the folder of a training run, that of the model in it."""
     folder = user_path(folder)
     is_run = os.path.isfile(folder / "options.json") and os.path.isdir(folder / "model")  # a name of any length
     return folder / "model" if is_run else folder
 
 
-def bundled_name_of(folder):
+def bundled_name_of(folder: str | Path) -> str | None:
     """Return the name of the bundled model whose own folder this is, or `None`."""
     folder = Path(folder).resolve()
     return folder.name if folder.parent == ROOT.resolve() and folder.name in BUNDLED else None
 
 
-def unknown_name(name):
-    """Say in one sentence that nothing is called `name`, with the nearest bundled name."""
+def unknown_name(name: str) -> str:
+    """The message that there is no model of this name, with the nearest bundled name."""
     nearest = get_close_matches(name[:40], BUNDLED, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     return f"There is no model or folder called {shown(name)}{hint}; bundled are {', '.join(BUNDLED)}."
 
 
-def read_checksums():
+def read_checksums() -> dict[str, dict[str, str]]:
     """Return `{model: {file: sha256}}` of the release, empty before the first one."""
     try:
         return json.loads(CHECKSUMS.read_text(encoding="utf-8"))
@@ -117,14 +117,14 @@ def read_checksums():
         raise StudioError(f"{CHECKSUMS} is damaged: install Studio again.") from error
 
 
-def write_checksums():
-    """Record the checksums of the bundled files as they lie here; a release runs it (`make checksums`)."""
+def write_checksums() -> None:
+    """Write the checksums of the bundled files of this checkout; part of a release (`make checksums`)."""
     checksums = {name: files for name in sorted(BUNDLED) if (files := _files(ROOT / name))}
     text = json.dumps(checksums, indent=1, sort_keys=True) + "\n"
     CHECKSUMS.write_text(text, encoding="utf-8")
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

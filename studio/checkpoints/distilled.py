@@ -1,5 +1,5 @@
-"""Converters of the released checkpoints of Distilled Decoding (arXiv:2412.17153): five class-conditional students, of
-LlamaGen and of VAR, and of what the latter need, VAR and its tokenizer (arXiv:2404.02905).
+"""Converters of the released checkpoints of Distilled Decoding (arXiv:2412.17153): five class-conditional students
+of LlamaGen and VAR, and VAR itself with its tokenizer (arXiv:2404.02905).
 
 Sizes come from the shapes of the weights. The averaged weights are taken where a file has them, as for all published
 numbers.
@@ -7,6 +7,7 @@ numbers.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,20 +23,21 @@ _PUBLISHED_VAR_SPLITS = {16: 5, 20: 4, 24: 4}
 _COMPUTED = re.compile(r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
 
 
-def read_student_state_dict(path) -> dict[str, torch.Tensor]:
+def read_student_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a released file, averaged ones first.
 
-    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    Raises:
+        StudioError: a missing file, one that is no checkpoint, or one without weights.
     """
     return read_weights(path, _PLACES)
 
 
-def student_from_state_dict(state: dict[str, torch.Tensor], **config) -> DistilledStudent:
+def student_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> DistilledStudent:
     """A `DistilledStudent` with these weights. Sizes are inferred; `config` overrides them (`num_heads`, ...)."""
     return build(DistilledStudent, _student_config(state) | config, state, "student of LlamaGen")
 
 
-def var_student_from_state_dict(state: dict[str, torch.Tensor], **config) -> DistilledVAR:
+def var_student_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> DistilledVAR:
     """A `DistilledVAR` with these weights, sizes inferred except for `scales`; `config` overrides them."""
     state = _learned(state)
     inferred = _var_config(state, "student of VAR") | config
@@ -44,26 +46,27 @@ def var_student_from_state_dict(state: dict[str, torch.Tensor], **config) -> Dis
     return build(DistilledVAR, inferred, state, "student of VAR")
 
 
-def var_from_state_dict(state: dict[str, torch.Tensor], **config) -> VAR:
+def var_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> VAR:
     """A `VAR` with these weights, sizes inferred except for `scales`; `config` overrides them."""
     state = _learned(state)
     return build(VAR, _var_config(state, "VAR transformer") | config, state, "VAR transformer")
 
 
-def var_tokenizer_from_state_dict(state: dict[str, torch.Tensor], **config) -> VARTokenizer:
+def var_tokenizer_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> VARTokenizer:
     """A `VARTokenizer` with these weights, sizes inferred except for `scales`; `config` overrides them."""
     state = _learned(state)
     return build(VARTokenizer, _var_tokenizer_config(state) | config, state, "VAR tokenizer")
 
 
-def convert_distilled(path, out) -> Path:
-    """Writes a released student as a folder for `from_pretrained`: of a `DistilledStudent` or a `DistilledVAR`.
+def convert_distilled(path: str | Path, out: str | Path) -> Path:
+    """Write a released student as a folder for `DistilledStudent` or `DistilledVAR.from_pretrained`.
 
     Args:
         path: the authors' file.
         out: the folder to make.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture.
     """
     state = read_student_state_dict(path)
     model = (var_student_from_state_dict if "word_embed.weight" in state else student_from_state_dict)(state)

@@ -4,6 +4,7 @@ Sizes come from the shapes of the weights; an unknown or missing key is an error
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from studio.models.drafter import Drafter
 _IGNORED = {"lm_head.weight", "freqs_cis"}
 
 
-def drafter_from_state_dict(state: dict[str, torch.Tensor], **config) -> Drafter:
+def drafter_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> Drafter:
     """A `Drafter` with the authors' weights. Sizes are inferred; `config` overrides them (`num_heads`, ...)."""
     state = from_transformers_names({name: weight for name, weight in state.items() if name not in _IGNORED})
     what = "drafter of LANTERN"
@@ -32,20 +33,21 @@ def drafter_from_state_dict(state: dict[str, torch.Tensor], **config) -> Drafter
     return build(Drafter, inferred | config, state, what)
 
 
-def convert_drafter(path, out, *, grid_size: int = 16, prefix_length: int = 120) -> Path:
-    """Writes a published drafter as a folder.
+def convert_drafter(path: str | Path, out: str | Path, *, grid_size: int = 16, prefix_length: int = 120) -> Path:
+    """Write a published drafter as a folder.
 
     Args:
         path: the authors' file, .bin, .pt or .safetensors.
         out: the folder to make.
-        grid_size: tokens a side of the target: 16 in stage 1, 32 in stage 2; the file does not tell.
+        grid_size: tokens per side of the target: 16 in stage 1, 32 in stage 2; the file does not say.
         prefix_length: prefix positions of the target: 120 for text, 1 for classes.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture.
     """
     return save_new(read_drafter(path, grid_size=grid_size, prefix_length=prefix_length), out)
 
 
-def read_drafter(path, **config) -> Drafter:
-    """The `Drafter` of a published file; `config` as of `drafter_from_state_dict`, errors of `convert_drafter`."""
+def read_drafter(path: str | Path, **config: Any) -> Drafter:
+    """The `Drafter` of a published file; `config` as in `drafter_from_state_dict`, errors as in `convert_drafter`."""
     return drafter_from_state_dict(read_weights(path, ANY_PLACE), **config)

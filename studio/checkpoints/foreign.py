@@ -1,4 +1,4 @@
-"""Model folders that somebody else made: what is read of them, and how much.
+"""Model folders from unknown sources: which files are read, and how much of them.
 
 Weights are safetensors, code is never run. What else a folder holds is text that libraries take at its word; here it is
 looked at first: only regular files of a bounded size are opened, weights are numbers, and no regular expression keeps a
@@ -24,7 +24,7 @@ _READ = {*_TEXT, ".safetensors"}
 
 
 def check_folder(folder: Path) -> None:
-    """Look at a model folder and the folders of its parts before a library opens a file of them.
+    """Check a model folder and the folders of its parts before a library opens a file of them.
 
     Raises:
         StudioError: something that would be read is no regular file, such as a named pipe, or is too long, or a
@@ -43,7 +43,11 @@ def check_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises: `StudioError` for a file that is missing, too long, or no such object."""
+    """The object in a JSON file.
+
+    Raises:
+        StudioError: the file is missing, too long, or holds no object.
+    """
     if path.exists() and not path.is_file():
         raise StudioError(f"{path} is no regular file: copy the model again.")
     try:
@@ -60,7 +64,11 @@ def read_json(path: Path) -> dict:
 
 
 def check_sizes(config: Mapping, folder: Path) -> None:
-    """Raises a `StudioError` for sizes that no model has: a network is built by them before weights are read."""
+    """Check the sizes in a configuration, by which a network is built before its weights are read.
+
+    Raises:
+        StudioError: a size that no model has.
+    """
     for name, value in config.items():
         numbers = value if isinstance(value, list) else [value]
         most = MAX_LAYERS if re.search("layers|depth|blocks", name) else MAX_SIZE
@@ -69,14 +77,18 @@ def check_sizes(config: Mapping, folder: Path) -> None:
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raises a `StudioError` for weights that are NaN or infinite, with which every output would be made up."""
+    """Check that weights are finite.
+
+    Raises:
+        StudioError: a weight that is NaN or infinite.
+    """
     for name, weight in weights.items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise StudioError(f"The weights in {source} hold NaN or infinite numbers ({name}): copy or train it again.")
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Raises a `StudioError` for a regular expression of a tokenizer that backtracking may never leave.
+    """Refuse a regular expression of a tokenizer whose backtracking may take exponential time.
 
     Groups may be optional but not repeated, and refer to nothing before: tokenizers need no more. What is left takes
     time that is a polynomial of the text, which the engine bounds.

@@ -4,6 +4,7 @@ Sizes come from the shapes of the weights.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,16 +42,17 @@ _PUBLISHED_TOP_K = {"c2i": 2000, "t2i": 1000}
 _PUBLISHED_GRIDS = {"c2i": 24, "t2i": 16}
 
 
-def read_state_dict(path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint file, out of whichever wrapper they are in.
 
-    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    Raises:
+        StudioError: a missing file, one that is no checkpoint, or one without weights.
     """
     return {name: weight for name, weight in read_weights(path, ANY_PLACE).items() if name not in _IGNORED}
 
 
 def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames LANTERN's layout of the same weights (arXiv:2410.03355) to the authors'; others come back unchanged."""
+    """Rename LANTERN's layout of the same weights (arXiv:2410.03355) to the authors'; others come back unchanged."""
     if "model.embed_tokens.weight" not in state:
         return state
     renamed = {}
@@ -60,7 +62,7 @@ def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def gpt_from_state_dict(state: dict[str, torch.Tensor], **config) -> LlamaGen:
+def gpt_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> LlamaGen:
     """A `LlamaGen` with these weights. Sizes are inferred; `config` overrides them (`num_heads`, `grid_size`, ...)."""
     state = official_names({name: weight for name, weight in state.items() if name not in _IGNORED})
     inferred = _gpt_config(state)
@@ -68,7 +70,7 @@ def gpt_from_state_dict(state: dict[str, torch.Tensor], **config) -> LlamaGen:
     return build(LlamaGen, inferred, state, "LlamaGen transformer")
 
 
-def vq_from_state_dict(state: dict[str, torch.Tensor], **config) -> VQTokenizer:
+def vq_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> VQTokenizer:
     """A `VQTokenizer` with these weights, sizes inferred."""
     state = {name: weight for name, weight in state.items() if name not in _IGNORED}
     return build(VQTokenizer, _vq_config(state) | config, state, "VQ tokenizer")
@@ -103,23 +105,23 @@ def _vq_config(state: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def convert_llamagen_vq(vq_path, out) -> Path:
-    """Writes the authors' VQ-8 or VQ-16 file as a `VQTokenizer` folder."""
+def convert_llamagen_vq(vq_path: str | Path, out: str | Path) -> Path:
+    """Write the authors' VQ-8 or VQ-16 file as a `VQTokenizer` folder."""
     return save_new(vq_from_state_dict(read_state_dict(vq_path)), out)
 
 
 def convert_llamagen(
-    gpt_path,
-    out,
+    gpt_path: str | Path,
+    out: str | Path,
     kind: str,
     *,
-    tokenizer,
-    text_encoder=None,
+    tokenizer: str | Path,
+    text_encoder: str | Path | None = None,
     grid_size: int | None = None,
-    drafter=None,
-    student=None,
+    drafter: str | Path | None = None,
+    student: str | Path | None = None,
 ) -> Path:
-    """Writes a whole pipeline folder from the authors' files.
+    """Write a whole pipeline folder from the authors' files.
 
     Args:
         gpt_path: the transformer's file.
@@ -131,8 +133,8 @@ def convert_llamagen(
         drafter: LANTERN's file of a drafter for this transformer, or a `Drafter` folder.
         student: the file of a student that was distilled from this transformer, or a `DistilledStudent` folder.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
-    fit.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     if kind not in _PUBLISHED_GUIDANCE:
         raise StudioError(f'kind is "c2i" or "t2i", not {kind!r}.')

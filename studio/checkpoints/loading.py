@@ -1,4 +1,4 @@
-"""`studio.load`: a bundled name, a folder or a Hub id becomes a pipeline or a tokenizer that is ready to run.
+"""`studio.load`: load a pipeline or a tokenizer by bundled name, folder or Hub id.
 
 Folders of diffusers' form hold our pipelines and tokenizers; those of transformers' form a vision-language model.
 """
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -64,7 +65,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def load(name, *, device=None, dtype=None):
+def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
     """Load a pipeline or a tokenizer.
 
     Args:
@@ -179,7 +180,7 @@ def _load_pipeline(folder, dtype):
 
 
 def _read_index(folder):
-    """What `model_index.json` says: the class of the pipeline, and [library, class] of each of its parts."""
+    """The content of `model_index.json`: the class of the pipeline, and [library, class] of each component."""
     index = read_json(folder / "model_index.json")
     for name in ("image_tokenizer", "transformer", "text_encoder", "tokenizer", "drafter", "student"):
         part = index.get(name) or [None, None]
@@ -257,16 +258,17 @@ def _load_image_tokenizer(index, tokenizers, folder, dtype):
 
 
 def _folder_of_words(folder):
-    """Where the text encoder of a pipeline lies: a bundled one without its own has that of `emoji-ar`."""
+    """The folder of a pipeline's text encoder: a bundled pipeline without its own uses that of `emoji-ar`."""
     if (folder / "text_encoder").is_dir() or bundled_name_of(folder) is None:
         return folder
     return bundled_folder("emoji-ar")
 
 
-def load_model(model_class, folder, dtype):
-    """A model of our own or of diffusers from its folder, laid out for fast convolutions.
+def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a model of Studio or diffusers from its folder, in the channels-last memory format.
 
-    Errors: `StudioError` for another class or other weights.
+    Raises:
+        StudioError: another class or other weights.
     """
     config = read_json(folder / "config.json")
     _check_class(config, model_class, folder)
@@ -275,7 +277,7 @@ def load_model(model_class, folder, dtype):
 
 
 def _load_weights(model_class, folder, dtype):
-    """A model of safetensors: weights in a pickle, and classes beside them, which could run code, are not looked at."""
+    """Load a model from safetensors alone: pickled weights and remote code are never used."""
     options = {} if issubclass(model_class, ModelMixin) else {"trust_remote_code": False}
     try:
         model, info = model_class.from_pretrained(
@@ -324,8 +326,12 @@ def _class_of(config):
     return found if isinstance(found, str) else None
 
 
-def pick_device(device):
-    """The device by its name, or CUDA when there is one, else the CPU."""
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; without one CUDA if there is one, otherwise the CPU.
+
+    Raises:
+        StudioError: the device is not available.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -339,7 +345,7 @@ def pick_device(device):
 
 
 def compiled_step() -> str:
-    """Say "ok" where models on this CPU are decoded in compiled C, else why they are not."""
+    """ "ok" where models on this CPU are decoded by compiled C, otherwise the reason why not."""
     return native_library.state()
 
 

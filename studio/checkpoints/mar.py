@@ -7,6 +7,7 @@ numbers.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -26,12 +27,12 @@ _PUBLISHED_GUIDANCE = {PRESETS[size]["encoder_dim"]: scale for size, scale in {"
 _ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-def mar_from_state_dict(state: dict[str, torch.Tensor], **config) -> MAR:
+def mar_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> MAR:
     """A `MAR` with these weights. Sizes are inferred; `config` overrides them (`encoder_heads`, `patch_size`, ...)."""
     return build(MAR, _mar_config(state) | config, state, "MAR")
 
 
-def kl_from_state_dict(state: dict[str, torch.Tensor], **config) -> AutoencoderKL:
+def kl_from_state_dict(state: dict[str, torch.Tensor], **config: Any) -> AutoencoderKL:
     """An `AutoencoderKL` with the weights of MAR's autoencoder, sizes and the places of attention inferred."""
     inferred = _kl_config(state)
     levels = len(inferred["block_out_channels"])
@@ -39,8 +40,8 @@ def kl_from_state_dict(state: dict[str, torch.Tensor], **config) -> AutoencoderK
     return build(AutoencoderKL, inferred | config, weights, "KL autoencoder of MAR")
 
 
-def convert_mar(path, out, *, tokenizer, drafter=None) -> Path:
-    """Writes a whole pipeline folder from the authors' files, with their settings.
+def convert_mar(path: str | Path, out: str | Path, *, tokenizer: str | Path, drafter: str | Path | None = None) -> Path:
+    """Write a whole pipeline folder from the authors' files, with their settings.
 
     Args:
         path: the file of the network.
@@ -48,8 +49,8 @@ def convert_mar(path, out, *, tokenizer, drafter=None) -> Path:
         tokenizer: the file of the autoencoder, or the folder that it was converted to.
         drafter: the file of a smaller network, for continuous speculative decoding (arXiv:2411.11925).
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
-    fit.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     transformer = mar_from_state_dict(read_weights(path, _PLACES))
     small = None if drafter is None else mar_from_state_dict(read_weights(drafter, _PLACES))
@@ -70,10 +71,11 @@ def convert_mar(path, out, *, tokenizer, drafter=None) -> Path:
     return save_new(pipe, out)
 
 
-def read_kl_tokenizer(source) -> KLTokenizer:
+def read_kl_tokenizer(source: str | Path) -> KLTokenizer:
     """MAR's autoencoder as a tokenizer: from the authors' file, or from a folder such as `convert_mar_vae` makes.
 
-    Errors: `StudioError` for what is neither.
+    Raises:
+        StudioError: what is neither.
     """
     if not Path(source).is_dir():
         return KLTokenizer.from_autoencoder(kl_from_state_dict(read_weights(source, _PLACES)))
@@ -83,8 +85,12 @@ def read_kl_tokenizer(source) -> KLTokenizer:
     return loaded
 
 
-def convert_mar_vae(path, out) -> Path:
-    """Writes MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`. Errors: as of `build`."""
+def convert_mar_vae(path: str | Path, out: str | Path) -> Path:
+    """Write MAR's autoencoder as a folder for diffusers' `AutoencoderKL.from_pretrained`.
+
+    Raises:
+        StudioError: as in `build`.
+    """
     return save_new(kl_from_state_dict(read_weights(path, _PLACES)), out)
 
 

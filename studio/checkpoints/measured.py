@@ -1,4 +1,4 @@
-"""What decodings cost and lose on this machine, as a benchmark measured it, and the choice that follows."""
+"""Speed and quality of decodings as measured on this machine, and the choice of the fastest one."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ LOSSLESS = ("ar", "jacobi", "mar", "speculative")
 
 
 def fingerprint(model: str) -> str:
-    """SHA-256 over the weights that a model, a bundled name or a folder, samples with: its own, and what it shares."""
+    """SHA-256 of all weights that a model (a bundled name or a folder) samples with, shared ones included."""
     if model in BUNDLED:
         own = bundled_folder(model)
         files = _weights(own)
@@ -41,7 +41,7 @@ def _is_shared(file: Path, folder: Path, own: Path) -> bool:
 
 
 def save_measured(model: str, device: torch.device, rows: list[dict]) -> Path:
-    """Keep the rows of `studio bench decoding` for this machine; returns the file."""
+    """Store the rows of `studio bench decoding` for this machine; returns the file."""
     path = _path(model, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -51,13 +51,13 @@ def save_measured(model: str, device: torch.device, rows: list[dict]) -> Path:
 
 
 def read_measured(model: str, device: torch.device) -> list[dict] | None:
-    """The rows that `save_measured` kept for these weights on this kind of device, or None."""
+    """The rows that `save_measured` stored for these weights on this type of device, or None."""
     path = _path(model, device)
     return json.loads(path.read_text())["rows"] if path.is_file() else None
 
 
 def fastest(rows: list[dict], images: int, dtype: str, tolerance: float) -> dict:
-    """The row with the fewest seconds for an image whose quality loss is allowed.
+    """The row with the fewest seconds per image whose loss of quality is within the tolerance.
 
     Args:
         rows: of one model on one device, as `studio bench decoding` prints them; the plain decoding comes first.
@@ -66,7 +66,8 @@ def fastest(rows: list[dict], images: int, dtype: str, tolerance: float) -> dict
         tolerance: how much of the judge's top-1 accuracy may be lost, in accuracy (0.03: three points). Decodings
             that keep the distribution of images are always allowed; others that nobody judged never are.
 
-    Errors: `StudioError` for a tolerance out of range, and when nothing was measured in this precision.
+    Raises:
+        StudioError: a tolerance out of range, or nothing was measured in this precision.
     """
     if not 0 <= tolerance <= 1:
         raise StudioError(f"The tolerance is a share of the judge's top-1 accuracy from 0 to 1, not {tolerance:g}.")

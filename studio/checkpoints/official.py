@@ -1,4 +1,4 @@
-"""What all converters of the authors' checkpoints share: reading them safely, naming, filling, and writing the folder.
+"""Shared parts of the converters: safe reading, renaming, building a model, and writing its folder.
 
 Files are read with `weights_only`; an unknown or missing weight is an error, never skipped.
 """
@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 
 from studio.checkpoints.foreign import check_weights
 from studio.errors import StudioError
@@ -32,10 +35,11 @@ _HF_LLAMA_NAMES = {
 }
 
 
-def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
+def read_weights(path: str | Path, places: tuple[tuple[str, ...], ...]) -> State:
     """The first state dict that a checkpoint file holds at one of `places`, paths of keys; `()` is the file itself.
 
-    Errors: `StudioError` for a missing file, for one that is no checkpoint, and for one without weights.
+    Raises:
+        StudioError: a missing file, one that is no checkpoint, or one without weights.
     """
     path = user_path(path)
     if not os.path.isfile(path):
@@ -51,7 +55,7 @@ def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
     except Exception as error:
         raise StudioError(f"{path} is not a checkpoint of weights that can be read safely.") from error
     for place in places:
-        found = content
+        found: Any = content
         for name in place:
             found = found.get(name) if isinstance(found, dict) else None
         if isinstance(found, dict) and found and all(isinstance(weight, torch.Tensor) for weight in found.values()):
@@ -63,21 +67,25 @@ def read_weights(path, places: tuple[tuple[str, ...], ...]) -> State:
 
 
 def shape_of(state: State, name: str, what: str) -> tuple[int, ...]:
-    """The shape of a weight. Errors: `StudioError` when it is not there."""
+    """The shape of a weight.
+
+    Raises:
+        StudioError: it is not there.
+    """
     if name not in state:
         raise StudioError(f"This is not the checkpoint of a {what}: it has no {name}.")
     return tuple(state[name].shape)
 
 
 def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """A name after these replacements, pairs as of `re.sub`, one after the other."""
+    """A name after these replacements in order, pairs of arguments of `re.sub`."""
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
     return name
 
 
 def count_of(state: State, pattern: str) -> int:
-    """How many different first groups of a pattern the names begin with: blocks, levels, layers."""
+    """Count blocks, levels or layers: the distinct first groups of a pattern at the start of the names."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
@@ -93,9 +101,10 @@ def llama_sizes(state: State, dim: int, what: str) -> dict:
 
 
 def from_transformers_names(state: State, prefix: str = "") -> State:
-    """Renames `{prefix}layers.N` from transformers' Llama names to LlamaGen's, and joins queries, keys and values.
+    """Rename `{prefix}layers.N` from transformers' Llama names to LlamaGen's, and joins queries, keys and values.
 
-    Errors: `StudioError` for a layer of which a part of these three is missing.
+    Raises:
+        StudioError: a layer of which a part of these three is missing.
     """
     renamed = {}
     for name, weight in state.items():
@@ -116,10 +125,11 @@ def from_transformers_names(state: State, prefix: str = "") -> State:
     return renamed
 
 
-def build(model_class, config: dict, state: State, what: str):
-    """A model in evaluation mode, float32, with these weights, after every name and shape was found right.
+def build(model_class: type, config: dict, state: State, what: str) -> Any:
+    """A model in evaluation mode, float32, with these weights, after a check of every name and shape.
 
-    Errors: `StudioError` that names the first weights that are unknown, missing or misshapen.
+    Raises:
+        StudioError: names the first weights that are unknown, missing or misshapen.
     """
     with torch.device("meta"):
         model = model_class(**config)
@@ -138,18 +148,23 @@ def build(model_class, config: dict, state: State, what: str):
     return model.eval().requires_grad_(False)
 
 
-def save_new(model, out) -> Path:
-    """Writes a model or pipeline with `save_pretrained` as a folder that was not there. Errors: as of `new_folder`."""
+def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
+    """Write a model or pipeline with `save_pretrained` as a new folder.
+
+    Raises:
+        StudioError: as in `new_folder`.
+    """
     with new_folder(out) as folder:
         model.save_pretrained(folder)
     return Path(out)
 
 
 @contextmanager
-def new_folder(out):
-    """A temporary folder beside `out` that takes its name at the end, or vanishes on an error.
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that is renamed to `out` at the end, or removed on an error.
 
-    Errors: `StudioError` when `out` is there and not empty, or cannot be written.
+    Raises:
+        StudioError: `out` exists and is not empty, or cannot be written.
     """
     out = user_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

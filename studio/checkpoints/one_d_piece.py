@@ -7,6 +7,7 @@ library does.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
 from studio.errors import StudioError
@@ -17,7 +18,7 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 _USED_AS = {"use_l2_norm": True, "finetune_decoder": True}
 
 
-def one_d_piece_from_state_dict(state: State, **config) -> OneDPieceTokenizer:
+def one_d_piece_from_state_dict(state: State, **config: Any) -> OneDPieceTokenizer:
     """An `OneDPieceTokenizer` with these weights. Sizes are inferred; `config` overrides them.
 
     What is not in the file: heads (those of the published size of that width, else of 64 numbers each),
@@ -26,10 +27,11 @@ def one_d_piece_from_state_dict(state: State, **config) -> OneDPieceTokenizer:
     return build(OneDPieceTokenizer, _config(state) | config, state, _WHAT)
 
 
-def convert_one_d_piece(source, out) -> Path:
-    """Writes a published folder (config.json and weights), or its file of weights, as an `OneDPieceTokenizer` folder.
+def convert_one_d_piece(source: str | Path, out: str | Path) -> Path:
+    """Write a published folder (config.json and weights), or its file of weights, as an `OneDPieceTokenizer` folder.
 
-    Errors: `StudioError` for what is no checkpoint, one of another architecture, or one without its pixel decoder.
+    Raises:
+        StudioError: what is no checkpoint, one of another architecture, or one without its pixel decoder.
     """
     source = Path(source)
     if source.is_dir():

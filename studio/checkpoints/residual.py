@@ -6,6 +6,7 @@ Sizes come from the shapes of the weights. The averaged weights are taken where 
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,11 +20,11 @@ from studio.tokenizers.rvq import RVQTokenizer
 _PLACES = (("state_dict_ema",), ("state_dict",))
 _TOKENIZER, _TRANSFORMER = "tokenizer of RQ-VAE", "transformer of the RQ-Transformer kind"
 _AVERAGES = (".cluster_size_ema", ".embed_ema")
-_PUBLISHED_DRAWING = {42: {"default_top_p": 0.92}}
+_PUBLISHED_SAMPLING: dict[int, dict[str, Any]] = {42: {"default_top_p": 0.92}}
 """By the layers of the spatial transformer: the size 1.4B, of ImageNet."""
 
 
-def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
+def rvq_from_state_dict(state: State, **config: Any) -> RVQTokenizer:
     """An `RVQTokenizer` with these weights. Sizes are inferred; `config` overrides them.
 
     What is not in the file: `sample_size`, `norm_groups`, and `cell`, a square when left out.
@@ -32,7 +33,7 @@ def rvq_from_state_dict(state: State, **config) -> RVQTokenizer:
     return build(RVQTokenizer, _rvq_config(state) | codebooks | config, state, _TOKENIZER)
 
 
-def rq_transformer_from_state_dict(state: State, **config) -> RQTransformer:
+def rq_transformer_from_state_dict(state: State, **config: Any) -> RQTransformer:
     """An `RQTransformer` with these weights. Sizes are inferred; `config` overrides them.
 
     What is not in the file: heads (of 64 numbers each when left out), `grid` (a square), `vocab_size` of levels of
@@ -47,7 +48,8 @@ def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
 
     Each codebook loses its padding row and the averages of its training; of equal ones a single one is left.
 
-    Errors: `StudioError` for a codebook that is missing or whose last row is no padding.
+    Raises:
+        StudioError: a codebook that is missing or whose last row is no padding.
     """
     depth = max(1, count_of(state, rf"{re.escape(prefix)}codebooks\.(\d+)\."))
     tables = {name: _unpadded(state, name) for name in (f"{prefix}codebooks.{n}.weight" for n in range(depth))}
@@ -64,16 +66,17 @@ def residual_codebooks(state: State, prefix: str) -> tuple[State, dict]:
     }
 
 
-def convert_rq_vae(path, out) -> Path:
-    """Writes the authors' RQ-VAE file as an `RVQTokenizer` folder.
+def convert_rq_vae(path: str | Path, out: str | Path) -> Path:
+    """Write the authors' RQ-VAE file as an `RVQTokenizer` folder.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture.
     """
     return save_new(rvq_from_state_dict(read_weights(path, _PLACES)), out)
 
 
-def convert_rq_transformer(path, out, tokenizer=None) -> Path:
-    """Writes the authors' RQ-Transformer file as a pipeline folder for `studio.load`, or alone.
+def convert_rq_transformer(path: str | Path, out: str | Path, tokenizer: str | Path | None = None) -> Path:
+    """Write the authors' RQ-Transformer file as a pipeline folder for `studio.load`, or alone.
 
     Args:
         path: the authors' file of the network.
@@ -82,8 +85,9 @@ def convert_rq_transformer(path, out, tokenizer=None) -> Path:
             folder is for `RQTransformer.from_pretrained`: of texts there is no pipeline, since the network has words of
             its own.
 
-    Errors: as of `convert_rq_vae`, and `StudioError` for a network of texts with a tokenizer, and for parts that do not
-    fit.
+    Raises:
+        StudioError: as in `convert_rq_vae`, or a network of texts with a tokenizer, or parts
+            that do not fit.
     """
     transformer = rq_transformer_from_state_dict(read_weights(path, _PLACES))
     if tokenizer is None:
@@ -93,7 +97,7 @@ def convert_rq_transformer(path, out, tokenizer=None) -> Path:
     image_tokenizer = _read_tokenizer(tokenizer, rows=transformer.config.grid[0])
     if mismatch := incompatibility(image_tokenizer, transformer.config):
         raise StudioError(f"{path} and {tokenizer} do not belong together: {mismatch}.")
-    sampling = _PUBLISHED_DRAWING.get(transformer.config.spatial_layers, {})
+    sampling = _PUBLISHED_SAMPLING.get(transformer.config.spatial_layers, {})
     return save_new(RQTransformerPipeline(image_tokenizer, transformer, **sampling), out)
 
 

@@ -5,6 +5,7 @@ them, as for all published numbers.
 """
 
 from pathlib import Path
+from typing import Any
 
 from studio.checkpoints.mar import half_sizes, read_kl_tokenizer
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
@@ -20,14 +21,14 @@ _OF_THE_HEAD = (
     "channel_final.", "channel_heads.",
 )  # fmt: skip
 _BUFFERS = {"channel_mask", "reconstruction_values", "boundaries"}
-_PUBLISHED_DRAWING = {
+_PUBLISHED_SAMPLING: dict[int, dict[str, Any]] = {
     1024: {"default_guidance_scale": 3.1, "default_temperature": 0.96},
     1280: {"default_guidance_scale": 3.45, "default_temperature": 0.91},
 }
 """By the width of the encoder: the sizes L and H."""
 
 
-def token_bridge_from_state_dict(state: State, **config) -> TokenBridge:
+def token_bridge_from_state_dict(state: State, **config: Any) -> TokenBridge:
     """A `TokenBridge` with these weights. Sizes are inferred; `config` overrides them (`encoder_heads`, ...)."""
     inferred = _token_bridge_config(state)
     renamed = {
@@ -38,16 +39,16 @@ def token_bridge_from_state_dict(state: State, **config) -> TokenBridge:
     return build(TokenBridge, inferred | config, renamed, _WHAT)
 
 
-def convert_token_bridge(path, out, tokenizer) -> Path:
-    """Writes a published TokenBridge as a pipeline folder for `studio.load`.
+def convert_token_bridge(path: str | Path, out: str | Path, tokenizer: str | Path) -> Path:
+    """Write a published TokenBridge as a pipeline folder for `studio.load`.
 
     Args:
         path: the authors' file of the network.
         out: the folder to make.
         tokenizer: the authors' file of the KL-16 autoencoder, or the folder that `convert_mar_vae` made of it.
 
-    Errors: `StudioError` for a file that is no checkpoint or one of another architecture, and for parts that do not
-    fit.
+    Raises:
+        StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     state = read_weights(path, _PLACES)
     transformer = token_bridge_from_state_dict(state)
@@ -65,7 +66,7 @@ def convert_token_bridge(path, out, tokenizer) -> Path:
         image_tokenizer,
         transformer,
         default_num_inference_steps=transformer.num_tokens,
-        **_PUBLISHED_DRAWING.get(transformer.config.encoder_dim, {}),
+        **_PUBLISHED_SAMPLING.get(transformer.config.encoder_dim, {}),
     )
     return save_new(pipe, out)
 

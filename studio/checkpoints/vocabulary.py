@@ -1,8 +1,12 @@
-"""Which words of a prompt a bundled model has never seen, and what it knows that comes close."""
+"""Words of a prompt that a bundled model was not trained with, and the nearest known concepts."""
 
 import json
 import re
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
 
 from studio.errors import StudioError
 from studio.pipelines.known_words import CONCEPTS_FILE
@@ -13,7 +17,7 @@ _LONGEST_NAMED = 32
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
-def read_vocabulary(folder):
+def read_vocabulary(folder: Path) -> tuple[list[str], list[str]] | None:
     """Read `concepts.json` of a pipeline folder.
 
     Args:
@@ -38,12 +42,12 @@ def read_vocabulary(folder):
         raise StudioError(f"{file} is damaged: copy the model again.") from error
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """The words of a text in lower case, those with hyphens and apostrophes whole."""
     return _WORD.findall(text.lower())
 
 
-def unknown_words(prompt, words, concepts):
+def unknown_words(prompt: str, words: Collection[str], concepts: Sequence[str]) -> list[tuple[str, str | None]]:
     """Name the words of a prompt that a model was not trained with.
 
     Args:
@@ -59,8 +63,8 @@ def unknown_words(prompt, words, concepts):
     return [(word, _nearest(word, concepts)) for word in unknown]
 
 
-def prompt_warning(pipe, prompt):
-    """Name the words that a loaded pipeline does not know, in one sentence for a person.
+def prompt_warning(pipe: DiffusionPipeline, prompt: str) -> str | None:
+    """Name the words that a loaded pipeline does not know, in one sentence.
 
     Args:
         pipe: what `studio.load` returned.

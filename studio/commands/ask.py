@@ -12,9 +12,7 @@ from studio.errors import StudioError
 
 def ask(
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    questions: Annotated[
-        list[str], typer.Argument(help="What to ask about it; several questions read the image once.")
-    ],
+    questions: Annotated[list[str], typer.Argument(help="One question or several; the image is encoded once.")],
     prune: Annotated[
         str | None,
         typer.Option(
@@ -24,23 +22,23 @@ def ask(
     keep: Annotated[
         float | None,
         number(
-            help="BatchSpec of the image's tokens to keep, with --prune or for several questions.",
+            help="Fraction of the image's tokens to keep, with --prune or for several questions.",
             show_default="0.2 or all",
         ),
     ] = None,
     after_layer: Annotated[
         int | None,
-        number(min=1, help="Prune behind this layer of the language model.", show_default="the method's"),
+        number(min=1, help="Prune after this layer of the language model.", show_default="the method's"),
     ] = None,
     model: Annotated[
         str, typer.Option(help="A bundled reader, or a vision-language model of transformers: a folder or Hub id.")
     ] = "emoji-vlm",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
-):
-    """Ask about an image, with as few visual tokens as you like."""
+) -> None:
+    """Answer questions about an image, with all or a few of its visual tokens."""
     from studio import load
     from studio.images import open_image
 
@@ -77,7 +75,7 @@ def ask(
 
 
 def _ask_all(pipe, image, questions: list[str], keep: float, max_new_tokens: int) -> None:
-    """Reads the image once and asks about it, keeping a share of it in the cache."""
+    """Encode the image once and answer all questions from a cache that keeps a fraction of its tokens."""
     memory = pipe.remember(image, keep=keep)
     answers = [pipe.ask(memory, question, max_new_tokens=max_new_tokens) for question in questions]
     emit(

@@ -1,12 +1,12 @@
-"""`studio bench`."""
+"""`studio bench`: a function for each benchmark."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from studio.commands.figures import check_figure, save_figure
-from studio.commands.options import Device, Json, number
+from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
@@ -15,48 +15,55 @@ def decoding(
     random: Annotated[
         str | None,
         typer.Option(
-            help="Time random weights of this size beside a textbook sampler: "
+            help="Time random weights of this size against a reference sampler: "
             "dim=384,layers=8,heads=6,vocab=4096,tokens=256.",
             show_default=False,
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Compare the decodings of a bundled name or model folder.", show_default="emoji-ar"),
+        typer.Option(help="Compare the decodings of this model: a bundled name or a folder.", show_default="emoji-ar"),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
             "--decoding",
-            help="Of a model: time this one beside plain decoding; give it again for more.",
+            help="With a model: time this decoding and plain decoding; repeat for more.",
             show_default="all",
         ),
     ] = None,
     guidance: Annotated[float | None, number(help="With --random: guidance scale (1 = off).", show_default="4")] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Images at a time; give it again for more rows.", show_default="1, and 8 of a model"),
+        typer.Option(min=1, help="Batch size; repeat for more rows.", show_default="1; 1 and 8 with a model"),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32, bfloat16, ...; give it again for more rows.", show_default="float32"),
+        typer.Option(help="float32, bfloat16, ...; repeat for more rows.", show_default="float32"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Of a model: only time, with the quality of the recorded full run.")
+        bool,
+        typer.Option(
+            "--quick", help="With a model: measure speed only and take the quality from the recorded full run."
+        ),
     ] = False,
     save: Annotated[
-        bool, typer.Option("--save", help="Of a model: keep the rows here, for `studio generate --decoding auto`.")
+        bool,
+        typer.Option(
+            "--save", help="With a model: store the rows on this machine for `studio generate --decoding auto`."
+        ),
     ] = False,
     figure: Annotated[
-        Path | None, typer.Option(help="Of a model: write quality over speed as this SVG file.", show_default=False)
+        Path | None,
+        typer.Option(help="With a model: write a chart of quality over speed to this SVG file.", show_default=False),
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
-    """Time sampling tokens: what each decoding of a model buys, or how random weights do beside a textbook sampler."""
+) -> None:
+    """Compare the decodings of a model in speed and quality, or time random weights against a reference sampler."""
     if random is not None:
-        of_models = {"--model": model, "--decoding": only, "--quick": quick, "--save": save, "--figure": figure}
-        if wrong := [flag for flag, value in of_models.items() if value]:
+        with_model = {"--model": model, "--decoding": only, "--quick": quick, "--save": save, "--figure": figure}
+        if wrong := [flag for flag, value in with_model.items() if value]:
             raise StudioError(f"{' and '.join(wrong)} cannot go with --random: leave one side out.")
         from studio.bench.decoding import bench_decoding as measure
 
@@ -71,9 +78,9 @@ def decoding(
         _say_rows(result["rows"])
         return
     if guidance is not None:
-        raise StudioError("--guidance belongs to --random: a model is sampled with its own.")
+        raise StudioError("--guidance belongs to --random: a model is sampled with its default guidance scale.")
     if only and save:
-        raise StudioError("--save keeps what is known of all decodings: leave --decoding out.")
+        raise StudioError("--save stores the rows of all decodings: leave --decoding out.")
     check_figure(figure)
     from studio.bench.tradeoff import bench_tradeoff, tradeoff_chart, tradeoff_table
 
@@ -96,40 +103,42 @@ def decoding(
 
 def pruning(
     method: Annotated[
-        list[str] | None, typer.Option(help="A pruning method; give it again for more.", show_default="all")
+        list[str] | None, typer.Option(help="A pruning method; repeat for more.", show_default="all")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Ask this model, emoji-vlm or a folder of its training: seconds, memory and exact answers.",
+            help="Measure this model, emoji-vlm or a folder of the same kind: seconds, memory and exact answers.",
             show_default=False,
         ),
     ] = None,
     after_layer: Annotated[
         int | None,
-        typer.Option(min=1, help="With --model: prune behind this layer of its language model.", show_default=False),
+        typer.Option(min=1, help="With --model: prune after this layer of the language model.", show_default=False),
     ] = None,
     keep: Annotated[
         list[float] | None,
         typer.Option(
-            help="With --model: share of the tokens to keep; give it again for more.", show_default="0.5 0.2 0.1 0.05"
+            help="With --model: fraction of the tokens to keep; repeat for more.", show_default="0.5 0.2 0.1 0.05"
         ),
     ] = None,
     scenes: Annotated[
-        int | None, typer.Option(min=1, help="With --model: scenes to ask about.", show_default="100")
+        int | None, typer.Option(min=1, help="With --model: number of scenes.", show_default="100")
     ] = None,
     figure: Annotated[
         Path | None,
-        typer.Option(help="With --model: write answers over kept tokens as this SVG file.", show_default=False),
+        typer.Option(
+            help="With --model: write a chart of accuracy over kept tokens to this SVG file.", show_default=False
+        ),
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
-    """Time how visual tokens are chosen, beside a plain textbook of each method, or what that buys a model."""
-    chosen = {"methods": tuple(method)} if method else {}
+) -> None:
+    """Time pruning methods against reference implementations, or measure a model with pruned tokens."""
+    chosen: dict[str, Any] = {"methods": tuple(method)} if method else {}
     if model is None:
-        of_models = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
-        if wrong := [flag for flag, value in of_models.items() if value is not None]:
+        with_model = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
+        if wrong := [flag for flag, value in with_model.items() if value is not None]:
             raise StudioError(f"{' and '.join(wrong)} belongs to --model: add --model emoji-vlm, or leave it out.")
         from studio.bench.pruning import bench_pruning as measure
 
@@ -141,7 +150,7 @@ def pruning(
     from studio.bench.reading import bench_reading, reading_chart, reading_table
 
     quiet_libraries()
-    asked = {"scenes": scenes} if scenes else {}
+    asked: dict[str, Any] = {"scenes": scenes} if scenes else {}
     if keep:
         asked["keeps"] = tuple(keep)
     if after_layer is not None:
@@ -153,12 +162,12 @@ def pruning(
 
 
 def verify(
-    vocab: Annotated[int, typer.Option(min=2, help="Codes.")] = 16384,
+    vocab: Annotated[int, typer.Option(min=2, help="Codebook size.")] = 16384,
     nodes: Annotated[int, typer.Option(min=2, help="Nodes of the draft tree.")] = 59,
-    k: Annotated[int, typer.Option(min=1, help="Similar codes that count.")] = 1000,
+    k: Annotated[int, typer.Option(min=1, help="Nearest codes in a neighbourhood.")] = 1000,
     as_json: Json = False,
-):
-    """Time LANTERN's verification of a draft tree, beside a plain textbook loop."""
+) -> None:
+    """Time LANTERN's verification of a draft tree against a reference loop."""
     from studio.bench.verify import bench_verify
 
     result = bench_verify(vocab=vocab, nodes=nodes, k=k)
@@ -179,8 +188,8 @@ def cost(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
-    """Time a step and calls for several positions: the tokens a call at which speculation breaks even here."""
+) -> None:
+    """Time calls for one and for several tokens: the accepted tokens per call at which speculation breaks even."""
     if model is not None and preset is not None:
         raise StudioError("--model and --preset exclude each other: leave one of them out.")
     from studio.bench.cost import bench_cost
@@ -194,8 +203,8 @@ def cost(
 def contention(
     model: Annotated[str, typer.Option(help="A bundled name or model folder that samples.")] = "emoji-ar",
     as_json: Json = False,
-):
-    """Time one image on the CPU with the machine idle, and with a busy process for each core."""
+) -> None:
+    """Time one image on the CPU, with the machine idle and with one busy process per core."""
     from studio.bench.contention import bench_contention
 
     quiet_libraries()
@@ -213,11 +222,11 @@ def mar(
         ),
     ] = "",
     guidance: Annotated[float, number(help="Guidance scale (1 = off).", show_default=True)] = 3.0,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 2,
     device: Device = None,
     as_json: Json = False,
-):
-    """Time masked autoregressive sampling of continuous tokens, beside a plain textbook sampler."""
+) -> None:
+    """Time masked autoregressive sampling of continuous tokens against a reference sampler."""
     from studio.bench.mar import bench_mar as measure
 
     result = measure(random=random, guidance_scale=guidance, batch=batch, device=device or "cpu")
@@ -226,18 +235,16 @@ def mar(
 
 
 def residual(
-    model: Annotated[
-        str, typer.Option(help="A ResGen that samples from words: a bundled name or a folder.")
-    ] = "emoji-resgen",
+    model: Annotated[str, typer.Option(help="A text-conditional ResGen: a bundled name or a folder.")] = "emoji-resgen",
     steps: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Calls of the model; give it again for more.", show_default="1, 2, 4, ..., 32"),
+        typer.Option(min=1, help="Forward passes; repeat for more.", show_default="1, 2, 4, ..., 32"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=65, help="Images for each number of calls.")] = 500,
+    samples: Annotated[int, typer.Option(min=65, help="Images for each number of steps.")] = 500,
     device: Device = None,
     as_json: Json = False,
-):
-    """Judge images of a ResGen over the number of calls and the levels that are decoded."""
+) -> None:
+    """Evaluate images of a ResGen over the number of steps and of decoded levels."""
     from studio.bench.residual import STEPS, bench_residual, residual_table
 
     result = bench_residual(model, steps=tuple(steps or STEPS), samples=samples, device=device)
@@ -245,15 +252,51 @@ def residual(
     say(residual_table(result["rows"]))
 
 
+def tokenizers(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A bundled name or model folder; repeat for more.", show_default="bundled tokenizers"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=65, help="Held-out images.")] = 200,
+    perturbation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ALPHA:DELTA: replace a fraction ALPHA of the tokens by one of DELTA nearest codes; repeat for more.",
+            show_default="0.1:2, 0.1:8, 0.5:2, 0.5:8",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare tokenizers in size, reconstruction, speed and robustness to wrong tokens."""
+    from studio.bench.report import records_table
+    from studio.bench.tokenizers import bench_tokenizers
+    from studio.evaluation.robustness import GRID
+
+    quiet_libraries()
+    grid = tuple(_perturbation(text) for text in perturbation) if perturbation else GRID
+    result = bench_tokenizers(model or None, samples=samples, seed=seed, grid=grid, device=device)
+    emit(result)
+    settings = ", ".join(f"{each['alpha']}:{each['delta']}" for each in result["perturbations"])
+    say(f"{result['samples']} images; robustness is the mean Frechet distance with perturbed tokens at {settings}")
+    names = ("tokens", "bits", "psnr", "ssim", "frechet", "robustness", "encode_per_second", "decode_per_second")
+    rows = [
+        {"model": f"{row['model']} {row['variant']}".strip(), **{name: row[name] for name in names}}
+        for row in result["rows"]
+    ]
+    say(f"\n{records_table(rows)}")
+
+
 def everything(
     documents: Annotated[
         list[Path] | None,
         typer.Argument(help="Markdown files.", show_default="README.md and docs/*.md"),
     ] = None,
-    only: Annotated[str, typer.Option(help="Only commands that hold this, such as pruning.")] = "",
+    only: Annotated[str, typer.Option(help="Only commands that contain this, such as pruning.")] = "",
     as_json: Json = False,
-):
-    """Measure anew what documents show: runs the command beside every table, and writes there what it prints."""
+) -> None:
+    """Run the commands of the tables in documents again and update the tables."""
     from studio.bench.report import regenerate
 
     chosen = documents or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
@@ -269,3 +312,14 @@ def _say_rows(rows):
     from studio.bench.report import records_table
 
     say(records_table(rows))
+
+
+def _perturbation(text):
+    from studio.evaluation.robustness import Perturbation
+
+    alpha, _, delta = text.partition(":")
+    try:
+        numbers = float(alpha), int(delta)
+    except ValueError as error:
+        raise StudioError(f"Write a perturbation as ALPHA:DELTA, such as 0.5:8, not {text!r}.") from error
+    return Perturbation(*numbers)

@@ -13,11 +13,11 @@ from studio.errors import StudioError
 def build(
     out: Annotated[Path, typer.Argument(help="The archive to write.")] = Path("studio/data/fluent-emoji.zip"),
     source: Annotated[
-        Path | None, typer.Option(help="Folder with the npm packages instead of fetching them.", show_default=False)
+        Path | None, typer.Option(help="Folder of the npm packages; they are downloaded otherwise.", show_default=False)
     ] = None,
     as_json: Json = False,
-):
-    """Make the image archive from its npm packages."""
+) -> None:
+    """Build the image archive from its npm packages."""
     from studio.data.build import build_archive
     from studio.saving import check_writable
 
@@ -29,12 +29,12 @@ def build(
 
 def scene(
     out: Annotated[Path, typer.Argument(help="The image to write, a .png file.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides what the image shows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the scene.")] = 0,
     tiles: Annotated[str, typer.Option(help="Rows and columns of 96 px tiles, each from 1 to 4.")] = "2x2",
     questions: Annotated[int, typer.Option(min=0, help="How many questions to print.")] = 12,
     as_json: Json = False,
-):
-    """Sample a scene of emoji and words, and print questions about it with their answers: for `studio ask`."""
+) -> None:
+    """Sample a scene of emoji and words, and print questions and answers about it."""
     import numpy as np
     from PIL import Image
 

@@ -1,25 +1,30 @@
-"""Figures that commands write beside what they print."""
+"""SVG charts that commands write."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from studio.errors import StudioError
 
 
 def check_figure(figure: Path | None) -> None:
-    """Raises a `StudioError` for a figure that is no SVG file or cannot be written, before anything is measured."""
+    """Check the path of a chart before anything is measured.
+
+    Raises:
+        StudioError: the path does not end in .svg or cannot be written.
+    """
     from studio.saving import check_writable
 
     if figure is None:
         return
     if figure.suffix != ".svg":
-        raise StudioError(f"The figure is an SVG file: name it with .svg, not {figure}.")
+        raise StudioError(f"The figure is an SVG file: give a path that ends in .svg, not {figure}.")
     check_writable(figure)
 
 
-def save_figure(figure: Path | None, sample) -> None:
-    """Writes what `sample()` returns, if a figure is wanted."""
+def save_figure(figure: Path | None, chart: Callable[[], str]) -> None:
+    """Write the SVG text that `chart()` returns, if there is a path."""
     from studio.commands.saved import save
 
     if figure is not None:
-        text = sample()
+        text = chart()
         save({figure: lambda path: path.write_text(text, encoding="utf-8")})

@@ -17,7 +17,7 @@ from studio.commands.decodings import (
     shown_name,
     with_decoding,
 )
-from studio.commands.options import Device, DrawingDtype, Json, number
+from studio.commands.options import Device, Json, SamplingDtype, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path
@@ -71,7 +71,7 @@ def generate(
     options: dict | None = None,
     tolerance: Tolerance = None,
     device: Device = None,
-    dtype: DrawingDtype = None,
+    dtype: SamplingDtype = None,
     out: Annotated[
         Path, typer.Option(help="A file if it ends in .png (name-0.png, ... for several), else a folder.")
     ] = Path("out"),
@@ -81,7 +81,7 @@ def generate(
         typer.Option(min=1, help="With --prompts: images sampled at a time.", show_default="1 to 8 by their number"),
     ] = None,
     as_json: Json = False,
-):
+) -> None:
     """Sample images from words."""
     sampling = {"cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}

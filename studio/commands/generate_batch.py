@@ -9,9 +9,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from studio.checks import json_text, shown
 from studio.commands.decodings import decoding_of, named
@@ -38,10 +40,10 @@ class Image:
     path: str
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         return self.request.seed + self.index
 
-    def record(self, call):
+    def record(self, call: dict) -> dict:
         """What the manifest says of it; `call` is what all images share."""
         request = self.request
         what = {"prompt": request.prompt} if request.class_label is None else {"class_label": request.class_label}
@@ -57,7 +59,17 @@ class Image:
         }
 
 
-def generate_many(file, out, *, model, seed, options, batch_size, device, dtype):
+def generate_many(
+    file: Path,
+    out: Path,
+    *,
+    model: str,
+    seed: int | None,
+    options: dict,
+    batch_size: int | None,
+    device: str | None,
+    dtype: str | None,
+) -> None:
     """Sample every line of a file of prompts.
 
     Args:
@@ -96,7 +108,7 @@ def generate_many(file, out, *, model, seed, options, batch_size, device, dtype)
     say(f"{time.monotonic() - start:.1f} seconds, {process_count()} processes")
 
 
-def plan_images(requests):
+def plan_images(requests: list[Request]) -> list[Image]:
     """The images of all requests in order, each with a file name of its own."""
     return [
         Image(request, index, f"{request.line:05d}-{slug(_title(request))}-{request.seed + index}.png")
@@ -105,12 +117,12 @@ def plan_images(requests):
     ]
 
 
-def usual_batch_size(images):
+def usual_batch_size(images: int) -> int:
     """How many images are sampled at a time, by how many there are: one by one until 64 processes have work."""
     return min(_LARGEST_BATCH, max(1, images // _BATCHES))
 
 
-def share(plan, done, batch_size):
+def share(plan: list[Image], done: Collection[str], batch_size: int) -> list[list[Image]]:
     """This process's part of what is left.
 
     Args:
@@ -123,8 +135,8 @@ def share(plan, done, batch_size):
         come out as they would have.
     """
     batches = []
-    for _, alike in groupby(plan, key=_how):
-        alike = list(alike)
+    for _, group in groupby(plan, key=_how):
+        alike = list(group)
         batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
     left = [batch for batch in batches if any(image.path not in done for image in batch)]
     return left[process_index() :: process_count()]
@@ -191,7 +203,7 @@ def _warn_of_unknown_words(pipe, requests):
 
 
 def _sampled_before(out, plan, call, device):
-    """The paths of the images that an earlier run drew and this process can see.
+    """The paths of the images that an earlier run sampled and this process can see.
 
     Raises:
         StudioError: there are images of other settings, or files that are none of ours, under the names of the plan.

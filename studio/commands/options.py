@@ -2,21 +2,22 @@
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from studio.errors import StudioError
 
 
-def finite(value: float | None):
+def finite(value: float | None) -> float | None:
+    """Refuse infinity and NaN."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
-def number(*names, help, show_default=False, **limits):
-    """An option for a finite number."""
+def number(*names: str, help: str, show_default: bool = False, **limits: Any) -> Any:
+    """A typer option that takes a finite number."""
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
 
 
@@ -39,5 +40,5 @@ def _dtype(choices):
 
 
 Dtype = _dtype("float32, bfloat16 or float16.")
-DrawingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
+SamplingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]

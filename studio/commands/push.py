@@ -1,7 +1,7 @@
-"""`studio push`, and what it shares with `studio space push`."""
+"""`studio push`, and the upload that `studio space push` shares."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,17 +11,17 @@ from studio.console import emit, say
 from studio.errors import StudioError
 
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the files and their sizes; needs no network.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes without uploading.")]
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A trained or converted model's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained or converted model.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository, as owner/name.")],
     private: Private = False,
     dry_run: DryRun = False,
     as_json: Json = False,
-):
-    """Upload a model's folder to the Hugging Face Hub, with the token of `hf auth login`."""
+) -> None:
+    """Upload a model folder to the Hugging Face Hub with the token of `hf auth login`."""
     check_repo_id(repo_id)
     folder = folder_of_model(folder)
     if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
@@ -32,7 +32,11 @@ def push(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises a `StudioError` for what is no `owner/name`."""
+    """Check the id of a repository.
+
+    Raises:
+        StudioError: it is not of the form `owner/name`.
+    """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -44,7 +48,7 @@ def check_repo_id(repo_id: str) -> None:
         raise StudioError(f"{repo_id!r} is no name on the Hub: write owner/name.")
 
 
-def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | None = None, **repository) -> str:
+def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | None = None, **repository: Any) -> str:
     """Upload a folder.
 
     Args:
@@ -55,7 +59,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | Non
         repository: `repo_type` and what else `create_repo` takes.
 
     Returns:
-        The address.
+        The URL of the repository.
 
     Raises:
         StudioError: it could not be uploaded.
@@ -76,7 +80,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | Non
 
 
 def report(repo_id: str, files: dict[str, int], url: str | None) -> None:
-    """Say what was uploaded, or, without an address, what would be."""
+    """Print what was uploaded, or, without a URL, what would be uploaded."""
     listed = [{"path": path, "bytes": size} for path, size in files.items()]
     emit({"repo_id": repo_id, "url": url, "files": listed, "bytes": sum(files.values())})
     if url is None:
@@ -87,5 +91,5 @@ def report(repo_id: str, files: dict[str, int], url: str | None) -> None:
 
 
 def readable_size(size: int) -> str:
-    """Bytes for a person."""
+    """A number of bytes in kB or MB."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -20,7 +20,7 @@ def build(
     model: Model = "emoji-ar",
     title: Title = "Studio",
     as_json: Json = False,
-):
+) -> None:
     """Write a Hugging Face Space: the app with all that it needs."""
     files = build_space(folder, model=model, title=title)
     emit({"path": str(folder), "files": len(files), "bytes": sum(files.values())})
@@ -35,7 +35,7 @@ def push(
     private: Private = False,
     dry_run: DryRun = False,
     as_json: Json = False,
-):
+) -> None:
     """Build a Space and upload it to the Hugging Face Hub, with the token of `hf auth login`."""
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""`studio tokenize`, `studio detokenize`, and how they compare with other files (`studio bench rate-distortion`)."""
+"""`studio tokenize`, `studio detokenize` and `studio bench rate-distortion`."""
 
 import os
 from pathlib import Path
@@ -23,23 +23,28 @@ def tokenize(
         str, typer.Option(help="A One-D-Piece tokenizer: a bundled name, a folder or a Hub id.")
     ] = DEFAULT_TOKENIZER,
     length: Annotated[
-        int | None, typer.Option(min=1, help="How many tokens to keep, over all tiles.", show_default="all")
+        int | None, typer.Option(min=1, help="Number of tokens to keep, over all tiles.", show_default="all")
     ] = None,
-    psnr: Annotated[float | None, number(help="Instead: the fewest tokens that come this close, in dB.")] = None,
+    psnr: Annotated[
+        float | None, number(help="Instead of --length: the fewest tokens that reach this PSNR in dB.")
+    ] = None,
     size: Annotated[
-        int | None, typer.Option("--bytes", min=1, help="Instead: the most bytes of the file.", show_default=False)
+        int | None,
+        typer.Option(
+            "--bytes", min=1, help="Instead of --length: the largest size of the file in bytes.", show_default=False
+        ),
     ] = None,
     tile: Annotated[
-        bool, typer.Option("--tile", help="Cut the image into the tokenizer's squares instead of resizing it.")
+        bool, typer.Option("--tile", help="Cut the image into tiles of the tokenizer's size instead of resizing it.")
     ] = False,
     refine: Annotated[
-        int, typer.Option(min=0, help="Steps of a search for tokens that restore this image better; 20 do much.")
+        int, typer.Option(min=0, help="Steps of a search for tokens with less error; 20 are a good start.")
     ] = 0,
     device: Device = None,
     as_json: Json = False,
-):
-    """Compress an image to a row of tokens in a file."""
-    if sum(wish is not None for wish in (length, psnr, size)) > 1:
+) -> None:
+    """Compress an image to a file of tokens."""
+    if sum(given is not None for given in (length, psnr, size)) > 1:
         raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
 
     from studio.commands.saved import save
@@ -84,8 +89,8 @@ def detokenize(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
-    """Restore the image of a file that `studio tokenize` wrote."""
+) -> None:
+    """Decode a file of tokens to an image."""
     from studio.commands.saved import save
     from studio.saving import check_writable, png_writer
 
@@ -111,25 +116,23 @@ def detokenize(
 def rate_distortion(
     tokenizer: Annotated[str, typer.Option(help="A One-D-Piece tokenizer.")] = DEFAULT_TOKENIZER,
     samples: Annotated[int, typer.Option(min=65, help="Images of held-out concepts.")] = 136,
-    refine: Annotated[
-        int, typer.Option(min=0, help="Steps of a search for better tokens, as of studio tokenize, beside none.")
-    ] = 0,
+    refine: Annotated[int, typer.Option(min=0, help="Steps of a search for better tokens, as in studio tokenize.")] = 0,
     seed: Seed = 0,
     figure: Annotated[
-        Path | None, typer.Option(help="Write quality over bytes as this SVG file.", show_default=False)
+        Path | None, typer.Option(help="Write a chart of quality over bytes to this SVG file.", show_default=False)
     ] = None,
     measure: Annotated[
         str | None,
-        typer.Option(help="Of the figure: psnr, or frechet, the judge's distance.", show_default="psnr"),
+        typer.Option(help="Quality in the chart: psnr or frechet.", show_default="psnr"),
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
-    """Compare a tokenizer's files with JPEG and WebP of as many bytes."""
+) -> None:
+    """Compare a tokenizer with JPEG and WebP at equal file sizes."""
     if measure not in (None, "psnr", "frechet"):
         raise StudioError(f"The figure shows psnr or frechet, not {measure!r}.")
     if figure is None and measure is not None:
-        raise StudioError("--measure is of the figure: give --figure too.")
+        raise StudioError("--measure belongs to --figure: give --figure too.")
     check_figure(figure)
     model, name = _load(tokenizer, device)
 
@@ -143,7 +146,7 @@ def rate_distortion(
 
 
 def _load(name, device):
-    """A One-D-Piece tokenizer, and its name where it is bundled, else an empty one."""
+    """A One-D-Piece tokenizer, and its name if it is bundled, otherwise an empty string."""
     from studio import OneDPieceTokenizer, load
 
     quiet_libraries()
@@ -154,7 +157,7 @@ def _load(name, device):
 
 
 def _read(file):
-    """The bytes of a file, of a very long one the first: it is no .odp file, and would fill the memory."""
+    """The bytes of a file, at most the first 8 MiB: a longer one is no .odp file and could fill the memory."""
     if not os.path.isfile(file):
         raise StudioError(f"There is no file {file}.")
     try:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,8 +17,8 @@ from studio.training import train_family as run_family
 Folder = Annotated[str | None, typer.Option(help="Bundled name, folder, or a run beside --out.", show_default=False)]
 
 
-def _count(help, least=1):
-    return Annotated[int | None, typer.Option(min=least, help=help, show_default="the kind's")]
+def _count(help: str, least: int = 1) -> Any:
+    return typer.Option(min=least, help=help, show_default="by kind of model")
 
 
 def train(
@@ -32,20 +32,20 @@ def train(
     config: Annotated[Path | None, typer.Option(help="A TOML file of options; flags win.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in the folder.")] = False,
-    size: _count("Side of the images in pixels.", 8) = None,
+    size: Annotated[int | None, _count("Side of the images in pixels.", 8)] = None,
     crop: Annotated[
         str | None, typer.Option(help="centre, random or none (squeezed to a square).", show_default="centre")
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror training images at random.")] = False,
-    grid: _count("Tokens a side of a tokenizer.") = None,
-    tokens: _count("Tokens of a one-dimensional tokenizer.") = None,
-    codes: _count("Entries of a codebook.", 2) = None,
-    dim: _count("Width of the network.", 8) = None,
-    layers: _count("Depth of the network.") = None,
-    steps: _count("Optimiser steps.") = None,
+    grid: Annotated[int | None, _count("Tokens a side of a tokenizer.")] = None,
+    tokens: Annotated[int | None, _count("Tokens of a one-dimensional tokenizer.")] = None,
+    codes: Annotated[int | None, _count("Entries of a codebook.", 2)] = None,
+    dim: Annotated[int | None, _count("Width of the network.", 8)] = None,
+    layers: Annotated[int | None, _count("Depth of the network.")] = None,
+    steps: Annotated[int | None, _count("Optimiser steps.")] = None,
     minutes: Annotated[float | None, number(help="Train for this long instead of --steps.", min=0)] = None,
-    batch_size: _count("Images a step.") = None,
-    accumulate: _count("Batches whose gradients are added up.") = None,
+    batch_size: Annotated[int | None, _count("Images a step.")] = None,
+    accumulate: Annotated[int | None, _count("Batches whose gradients are added up.")] = None,
     learning_rate: Annotated[float | None, number(help="Peak learning rate.", min=0)] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Decides every random choice.", show_default="0")
@@ -56,15 +56,15 @@ def train(
     target: Annotated[
         str | None, typer.Option(help="The pipeline that a drafter or student is for.", show_default=False)
     ] = None,
-    sample_every: _count("Steps between validations with samples.") = None,
+    sample_every: Annotated[int | None, _count("Steps between validations with samples.")] = None,
     tracker: Annotated[
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.", show_default=False)
     ] = None,
     as_json: Json = False,
-):
-    """Train a model on your own images, or a bundled one anew."""
+) -> None:
+    """Train a model on your own images, or a bundled model again."""
     quiet_libraries()
-    given = {
+    given: dict[str, Any] = {
         "kind": kind, "data": data, "size": size, "crop": crop, "flip": flip or None, "grid": grid, "tokens": tokens,
         "codes": codes, "dim": dim, "layers": layers, "steps": steps, "minutes": minutes, "batch_size": batch_size,
         "accumulate": accumulate, "learning_rate": learning_rate, "seed": seed, "init_from": init_from,
@@ -93,27 +93,36 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundled name or a model folder.")],
     samples: Annotated[
-        int | None, typer.Option(min=1, help="How many images to measure.", show_default="the model's own protocol")
+        int | None,
+        typer.Option(
+            min=1, help="Number of images, or of scenes for a vision-language model.", show_default="by kind of model"
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses and samples the images.", show_default="0")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Seed of the choice of images and of sampling.", show_default="0"),
     ] = None,
     tiles: Annotated[
-        str | None, typer.Option(help="Of a reader's scenes: rows and columns of 96 px tiles.", show_default="2x2")
+        str | None,
+        typer.Option(
+            help="For a vision-language model: rows and columns of 96 px tiles in a scene.", show_default="2x2"
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder of images in place of the emoji set.", show_default=False)
+        str | None, typer.Option(help="A folder of images instead of the emoji set.", show_default=False)
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="A vision model whose features compare images of --data.", show_default="the tokenizer's"),
+        typer.Option(
+            help="With --data: a vision model whose features the Frechet distance uses.", show_default="the tokenizer's"
+        ),
     ] = None,
     decoding: str | None = None,
     options: dict | None = None,
     device: Device = None,
     as_json: Json = False,
-):
-    """Measure a model on images it was not trained with."""
+) -> None:
+    """Evaluate a model on images that it was not trained on."""
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()

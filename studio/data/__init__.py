@@ -1,1 +1,1 @@
-"""The Fluent Emoji set: images, captions, and the splits that keep training and measuring apart."""
+"""The Fluent Emoji set: images, captions, and the splits into training and held-out data."""

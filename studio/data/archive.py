@@ -1,4 +1,4 @@
-"""Reads the shipped Fluent Emoji archive: concepts with labels and tags, and their images in two styles."""
+"""Reader of the bundled Fluent Emoji archive: concepts with labels and tags, and their images in two styles."""
 
 import io
 import json
@@ -29,7 +29,7 @@ class Concept:
 
 
 @lru_cache(maxsize=4)
-def load_concepts(archive=ARCHIVE):
+def load_concepts(archive: Path = ARCHIVE) -> tuple[Concept, ...]:
     """All concepts, in the archive's order."""
     with _open(archive) as file:
         entries = json.loads(file.read("concepts.json"))
@@ -40,7 +40,7 @@ def load_concepts(archive=ARCHIVE):
 
 
 @lru_cache(maxsize=4)
-def load_images(resolution=RESOLUTION, archive=ARCHIVE):
+def load_images(resolution: int = RESOLUTION, archive: Path = ARCHIVE) -> np.ndarray:
     """Every image as premultiplied RGBA.
 
     Args:

@@ -5,8 +5,17 @@ import torch
 import torch.nn.functional as F
 
 
-def move(images, colours, rng, *, share, zoom, angle, shift):
-    """Turn, scale and shift a share of the images; what comes in at the edges has the background's colour.
+def move(
+    images: torch.Tensor,
+    colours: torch.Tensor,
+    rng: np.random.Generator,
+    *,
+    share: float,
+    zoom: tuple[float, float],
+    angle: float,
+    shift: float,
+) -> torch.Tensor:
+    """Rotate, scale and shift a fraction of the images; the borders are filled with the background's colour.
 
     Args:
         images: (n, 3, H, W) in [0, 1].
@@ -33,8 +42,8 @@ def move(images, colours, rng, *, share, zoom, angle, shift):
     return torch.where(moved[:, None, None, None], warped, images)
 
 
-def distort(images, colours, rng):
-    """What a generator or a tokenizer may do to an image: small moves, blur, another brightness, noise.
+def distort(images: torch.Tensor, colours: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Distort images as a generator or a tokenizer may: small moves, blur, brightness, noise.
 
     Takes and returns (n, 3, H, W) in [0, 1]; `colours` (n, 3) are the backgrounds.
     """

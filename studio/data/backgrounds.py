@@ -1,4 +1,4 @@
-"""The ten named backgrounds, and putting an emoji on one."""
+"""The ten named backgrounds, and compositing of an emoji on one."""
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ PALETTE = np.array([BACKGROUNDS[name] for name in NAMES], dtype=np.float32) / 25
 """RGB in [0, 1], (10, 3), in the order of `NAMES`."""
 
 
-def compose(images, colours):
-    """Images over plain colours.
+def compose(images: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Composite images over plain colours.
 
     Args:
         images: `(n, side, side, 4)` premultiplied RGBA, uint8.
@@ -35,7 +35,7 @@ def compose(images, colours):
     return np.ascontiguousarray(np.moveaxis(rgb.clip(0, 1), -1, 1))
 
 
-def render(images, sampled):
+def render(images: np.ndarray, sampled: np.ndarray) -> torch.Tensor:
     """Images (n, 3, side, side), a float32 tensor in [0, 1], of (concept, style, background) rows `sampled` (n, 3).
 
     `images` is what `load_images` returns.

@@ -35,7 +35,7 @@ _GENDERED = re.compile(r"^(man|woman|men|women|old man|old woman)\b[: ]*")
 _VARIANT = re.compile(r"facing right|^family: |^kiss: |^couple with heart: |skin tone|^(man|woman|person): ")
 
 
-def build_archive(out, source=None):
+def build_archive(out: str | Path, source: str | Path | None = None) -> int:
     """Write the archive of every concept that has both styles.
 
     Args:

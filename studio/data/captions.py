@@ -1,7 +1,9 @@
-"""Captions: what a person might type for an image, made from its label, tags, style and background."""
+"""Captions of images, made from label, tags, style and background."""
 
 import re
 from functools import cache, lru_cache
+
+import numpy as np
 
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
@@ -11,7 +13,7 @@ _WORDS = re.compile(r"[a-z][a-z -]{2,}")
 STYLE_WORDS = {"3d": "3d style", "flat": "flat style"}
 
 
-def article(noun):
+def article(noun: str) -> str:
     """The noun with "a" or "an" ("an orange"); plurals and names of things that start with a digit stay bare."""
     first = noun.split()[0]
     if not first[0].isalpha() or (first.endswith("s") and not first.endswith(("ss", "us", "is"))):
@@ -20,10 +22,10 @@ def article(noun):
 
 
 @lru_cache(maxsize=1)
-def names():
-    """For every concept, the names that mean it and nothing else: its label, then tags that no other concept has."""
+def names() -> tuple[tuple[str, ...], ...]:
+    """The unique names of every concept: its label, then tags that no other concept has."""
     concepts = load_concepts()
-    uses = {}
+    uses: dict[str, int] = {}
     for concept in concepts:
         for name in {concept.label, *concept.tags}:
             uses[name] = uses.get(name, 0) + 1
@@ -36,7 +38,7 @@ def names():
     )
 
 
-def prompt_completion():
+def prompt_completion() -> list[dict]:
     """Style and background as `studio.pipelines.prompt_completion` takes them: where they are named, and how."""
     colour = rf"(?:{'|'.join(NAMES)})"
     on = r"on\s+(?:an?\s+)?"
@@ -50,19 +52,19 @@ def prompt_completion():
 
 
 @cache
-def one_is_held_out(label, background):
+def one_is_held_out(label: str, background: str) -> bool:
     """Whether any style of a concept on a background is held out from generators."""
     return any(combination_is_held_out(label, style, background) for style in STYLES)
 
 
-def full_caption(concept_index, style_index, background_index):
-    """The caption that says everything: "a red apple, flat style, on a blue background"."""
+def full_caption(concept_index: int, style_index: int, background_index: int) -> str:
+    """The full caption: "a red apple, flat style, on a blue background"."""
     label = load_concepts()[concept_index].label
     return f"{article(label)}, {STYLE_WORDS[STYLES[style_index]]}, on {article(NAMES[background_index])} background"
 
 
-def random_caption(concept_index, style_index, background_index, rng):
-    """One of many ways to say it, sampled with a `numpy.random.Generator`.
+def random_caption(concept_index: int, style_index: int, background_index: int, rng: np.random.Generator) -> str:
+    """A random caption.
 
     The label (now and then a unique tag, or the label with a tag beside it), with or without its article; the style is
     named three times in four and the background four times in five. What is not named is left open. Where a style of

@@ -5,7 +5,7 @@ background but those held out. A combination has exactly one true image and many
 """
 
 import hashlib
-from functools import cached_property
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ class Combinations(Examples):
     def __len__(self):
         return len(self.rows)
 
-    def images(self, indices):
+    def images(self, indices: Sequence[int]) -> torch.Tensor:
         return render(load_images(self.size), self.rows[np.asarray(indices)]) * 2 - 1
 
-    def captions(self, indices, rng=None):
+    def captions(self, indices: Sequence[int], rng: np.random.Generator | None = None) -> list[str]:
         rows = self.rows[np.asarray(indices)].tolist()
-        return [full_caption(*row) if rng is None else random_caption(*row, rng) for row in rows]
+        if rng is None:
+            return [full_caption(*row) for row in rows]
+        return [random_caption(concept, style, background, rng) for concept, style, background in rows]
 
 
 class EmojiSource(Source):
@@ -54,17 +56,14 @@ class EmojiSource(Source):
         self.validation = Combinations(_shuffled(combinations(held_out=True)), size)
         every = [(c, style, ground) for c in unseen for style in range(len(STYLES)) for ground in range(len(NAMES))]
         self.unseen = Combinations(_shuffled(every), size)
+        self.checksum = hashlib.sha256(ARCHIVE.read_bytes() + b"%d" % size).hexdigest()
         self.concepts = [concept.label for concept in load_concepts()]
         self.description = (
             f"Fluent Emoji (MIT): {len(load_concepts())} concepts in {len(STYLES)} styles on {len(NAMES)} backgrounds; "
             f"{len(unseen)} concepts are held out from tokenizers, {len(self.validation)} combinations from generators"
         )
 
-    @cached_property
-    def checksum(self) -> str:
-        return hashlib.sha256(ARCHIVE.read_bytes() + b"%d" % self.size).hexdigest()
-
-    def augmented(self, rng, count):
+    def augmented(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         """Flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""
         chosen = self.pixels[rng.integers(len(self.pixels), size=count)]
         named = PALETTE[rng.integers(len(PALETTE), size=count)]
@@ -79,8 +78,8 @@ class EmojiSource(Source):
         permuted = images.gather(1, order[:, :, None, None].expand_as(images))
         return torch.where(recoloured[:, None, None, None], permuted, images).clamp(0, 1) * 2 - 1
 
-    def caption_corpus(self):
-        """Every name and tag of every concept, and captions with every style and background."""
+    def caption_corpus(self) -> list[str]:
+        """All names and tags of all concepts, and captions with every style and background."""
         texts = [text for concept, known in zip(load_concepts(), names()) for text in (*known, *concept.tags)]
         return texts + [
             full_caption(concept.index, number % len(STYLES), (concept.index + number) % len(NAMES))
@@ -88,7 +87,7 @@ class EmojiSource(Source):
             for number in range(4)
         ]
 
-    def prompt_settings(self):
+    def prompt_settings(self) -> dict:
         return {"lowercase_prompts": True, "prompt_completion": prompt_completion()}
 
 

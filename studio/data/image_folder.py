@@ -47,6 +47,9 @@ class ImageFolder(Source):
             cache that cannot be written.
     """
 
+    train: "_Files"
+    validation: "_Files"
+
     def __init__(self, folder: str | Path, size: int, *, crop: str = "centre", flip: bool = False):
         if crop not in CROPS:
             raise StudioError(f"--crop is one of {', '.join(CROPS)}, not {crop!r}.")
@@ -60,14 +63,15 @@ class ImageFolder(Source):
             raise StudioError(f"{folder} holds no images (looked for {', '.join(sorted(_suffixes())[:6])}, ...).")
         captions = _captions(self.folder, files, every)
         classes = None if captions is not None else _classes(self.folder, files)
-        self.has_captions, self.class_names = captions is not None, classes and sorted(set(classes.values()))
+        self.has_captions = captions is not None
+        self.class_names = None if classes is None else sorted(set(classes.values()))
         self.pixels = _Pixels(self.folder, files, size, crop)
         self.skipped = self.pixels.skipped
         readable = self.pixels.names
         if len(readable) < FEWEST:
             unread = f" ({len(self.skipped)} could not be read, first {self.skipped[0][0]})" if self.skipped else ""
             raise StudioError(f"{folder} holds {len(readable)} readable images{unread}; training needs {FEWEST}.")
-        if self.class_names is not None:
+        if classes is not None and self.class_names is not None:
             numbers = {name: number for number, name in enumerate(self.class_names)}
             classes = {name: numbers[of] for name, of in classes.items()}
         held_out = _held_out(readable)
@@ -78,7 +82,7 @@ class ImageFolder(Source):
         self.name = self.folder.resolve().name
         known = [self.pixels.checksum, readable, sides, captions, classes]
         self.checksum = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-        of_classes = f"images of {len(self.class_names)} classes" if classes else "images"
+        of_classes = f"images of {len(self.class_names)} classes" if self.class_names else "images"
         kinds = "captioned images" if captions else of_classes
         skipped = f", {len(self.skipped)} unreadable files left out" if self.skipped else ""
         self.description = (
@@ -87,10 +91,10 @@ class ImageFolder(Source):
         )
 
     def hold_out_everything(self) -> None:
-        """Lets every image be a validation example: for a model that was not trained on this folder."""
+        """Make every image a validation example, for a model that was not trained on this folder."""
         self.validation = self.unseen = _Files(self.pixels, range(len(self.pixels.names)), *self._conditions)
 
-    def augmented(self, rng, count):
+    def augmented(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         chosen = self.train.numbers[rng.integers(len(self.train), size=count)]
         offsets = rng.random(count) if self.crop == "random" else np.full(count, 0.5)
         images = torch.stack([self.pixels.square(number, offset) for number, offset in zip(chosen, offsets)])
@@ -148,7 +152,7 @@ class _Pixels:
         self._bytes = np.memmap(cached / "pixels.bin", dtype=np.uint8, mode="r") if self.names else None
 
     def square(self, number: int, offset: float) -> torch.Tensor:
-        """The square (3, size, size), uint8, that starts at this share of what the long side has too much."""
+        """The square crop (3, size, size), uint8, at this fraction, in [0, 1], of the slack of the long side."""
         start, height, width = self._places[number]
         image = self._bytes[start : start + height * width * 3].reshape(height, width, 3)
         top, left = (int((side - self.size) * offset + 0.5) for side in (height, width))

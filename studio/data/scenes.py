@@ -1,4 +1,4 @@
-"""Scenes with questions: emoji and words on a grid, sampled without end and decided by a seed.
+"""Scenes with questions: emoji and words on a grid, an unlimited supply that a seed determines.
 
 A tile is what a vision tower sees at once (96 px); it has 2 x 2 cells. A scene of 2 x 2 tiles has 16 cells, one of
 4 x 4 tiles 64. An emoji takes about two thirds of its cell, so that on a thumbnail of 2 x 2 tiles it is 17 px wide:
@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from studio.data.archive import STYLES, load_concepts, load_images
+from studio.data.archive import STYLES, Concept, load_concepts, load_images
 from studio.data.backgrounds import BACKGROUNDS, NAMES
 from studio.data.captions import article
 
@@ -49,37 +49,43 @@ class Scene:
 
 
 @lru_cache(maxsize=1)
-def subjects():
+def subjects() -> tuple[Concept, ...]:
     """The concepts that scenes show: the first 160 whose label is one word, in the archive's order."""
     named = [concept for concept in load_concepts() if concept.label.isalpha() and concept.label not in WORDS]
     return tuple(named[:: max(1, len(named) // _SUBJECTS)][:_SUBJECTS])
 
 
-def draw_scene(rng, tiles=(2, 2), questions=12, emoji=None, words=None):
+def draw_scene(
+    rng: np.random.Generator,
+    tiles: tuple[int, int] = (2, 2),
+    questions: int = 12,
+    emoji: int | None = None,
+    words: int | None = None,
+) -> Scene:
     """One scene.
 
     Args:
         rng: a `numpy.random.Generator`.
         tiles: rows and columns of tiles, each 1 to 4.
-        questions: how many; their kinds are sampled evenly from those that the scene allows.
+        questions: how many; their kinds are sampled uniformly from those that the scene allows.
         emoji, words: how many cells show one, together at most all; sampled at random where they are not given.
 
     Returns:
         A `Scene` of 96 px a tile.
     """
     rows, columns = 2 * tiles[0], 2 * tiles[1]
-    cells = rng.permutation(rows * columns)
+    order = rng.permutation(rows * columns)
     if emoji is None:
-        emoji = int(rng.integers(1, min(MOST_EMOJI, len(cells)) + 1))
+        emoji = int(rng.integers(1, min(MOST_EMOJI, len(order)) + 1))
     if words is None:
-        words = int(rng.integers(0, min(4, len(cells) - emoji) + 1))
+        words = int(rng.integers(0, min(4, len(order) - emoji) + 1))
     kinds = rng.choice(len(subjects()), size=max(1, int(np.ceil(emoji * rng.uniform(0.4, 1)))), replace=False)
     behind = rng.integers(len(NAMES))
     things = {
         int(cell): (int(rng.choice(kinds)), int(rng.integers(len(STYLES))), _own_background(rng, behind))
-        for cell in cells[:emoji]
+        for cell in order[:emoji]
     }
-    written = {int(cell): str(rng.choice(WORDS)) for cell in cells[emoji : emoji + words]}
+    written = {int(cell): str(rng.choice(WORDS)) for cell in order[emoji : emoji + words]}
     image = _paint(rng, (rows, columns), behind, things, written)
     facts = _Facts((rows, columns), things, written)
     cells = tuple(facts.cell(cell, behind) for cell in range(rows * columns))
@@ -103,7 +109,7 @@ def _paint(rng, grid, behind, things, written):
         over = np.asarray(emoji, dtype=np.float32)
         mixed = over[..., :3] + under * (1 - over[..., 3:] / 255)
         canvas.paste(Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8)), at)
-    brush = ImageDraw.Sample(canvas)
+    brush = ImageDraw.Draw(canvas)
     ink = "black" if sum(BACKGROUNDS[NAMES[behind]]) > 330 else "white"
     for cell, word in written.items():
         centre = (cell % columns + 0.5) * CELL, (cell // columns + 0.5) * CELL
@@ -124,7 +130,7 @@ def _font(size):
 
 
 class _Facts:
-    """What is true of a scene, as questions."""
+    """The facts of a scene, as questions."""
 
     def __init__(self, grid, things, written):
         self.rows, self.columns = grid

@@ -1,7 +1,8 @@
-"""Where training data comes from: the emoji set or a folder of images, behind one interface."""
+"""The interface of training data: the emoji set or a folder of images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,22 +13,22 @@ EMOJI = "emoji"
 
 
 class Examples(ABC):
-    """One side of a split: images, each with a caption or a class where the source has them."""
+    """One side of a split: images, with captions or classes where the source has them."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of examples."""
 
     @abstractmethod
     def images(self, indices: Sequence[int]) -> torch.Tensor:
         """Images (n, 3, size, size), float32 in [-1, 1], always the same for the same indices."""
 
     def captions(self, indices: Sequence[int], rng: np.random.Generator | None = None) -> list[str]:
-        """A caption for each: one of its wordings chosen by `rng`, or its fullest without one."""
+        """A caption for each: a random one with `rng`, otherwise the full one."""
         raise StudioError("This data has no captions: write them into a metadata.jsonl with file_name and text.")
 
     def labels(self, indices: Sequence[int]) -> torch.Tensor:
-        """Class numbers (n,), int64."""
+        """Class indices (n,), int64."""
         raise StudioError("This data has no classes: put the images of each class into a sub-folder of its name.")
 
 
@@ -44,7 +45,7 @@ class Source(ABC):
         concepts: names of all that a model of this data can know; None where captions are free text.
         train, validation: examples for generators.
         unseen: validation examples for tokenizers (other ones where the source splits differently for them).
-        skipped: files that could not be read, with the reason.
+        skipped: files that could not be read, with the reasons.
     """
 
     name: str
@@ -72,8 +73,8 @@ class Source(ABC):
         return {"lowercase_prompts": True, "prompt_completion": None}
 
 
-def open_source(data: str, size: int, *, crop: str = "centre", flip: bool = False) -> Source:
-    """The source of that name.
+def open_source(data: str | Path, size: int, *, crop: str = "centre", flip: bool = False) -> Source:
+    """Open the source of that name.
 
     Args:
         data: `"emoji"`, or an image folder (see `studio.data.image_folder`).

@@ -1,4 +1,4 @@
-"""Which images no training may see: decided by a hash of names, so it never depends on order, seed or machine."""
+"""The held-out images, chosen by a hash of names and so independent of order, seed and machine."""
 
 import hashlib
 
@@ -13,22 +13,22 @@ def _fraction(key):
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def concept_is_held_out(label):
-    """Whether a concept is kept from every tokenizer's training (5 % of all)."""
+def concept_is_held_out(label: str) -> bool:
+    """Whether a concept is held out from the training of all tokenizers (5 % of all)."""
     return _fraction(f"concept/{label}") < HELD_OUT_CONCEPTS
 
 
-def combination_is_held_out(label, style, background):
-    """Whether a (concept, style, background) is kept from every generator's and the judge's training (10 % of all)."""
+def combination_is_held_out(label: str, style: str, background: str) -> bool:
+    """Whether a (concept, style, background) is held out from generators and the judge (10 % of all)."""
     return _fraction(f"combination/{label}/{style}/{background}") < HELD_OUT_COMBINATIONS
 
 
-def concepts(held_out):
+def concepts(held_out: bool) -> list[int]:
     """Indices of the concepts of one side of the tokenizers' split."""
     return [concept.index for concept in load_concepts() if concept_is_held_out(concept.label) == held_out]
 
 
-def combinations(held_out):
+def combinations(held_out: bool) -> list[tuple[int, int, int]]:
     """(concept index, style index, background index) triples of one side of the generators' split, in archive order."""
     return [
         (concept.index, style_index, background_index)

@@ -1,35 +1,47 @@
-"""Metrics, the judge and benchmarks."""
+"""Metrics, the judge, and the evaluation of models on held-out data."""
+
+from pathlib import Path
+from typing import Any
 
 from studio.errors import StudioError
 
 
 def evaluate(
-    model, *, samples=None, seed=None, tiles=None, device=None, decoding=None, shared=False, data=None, features=None
-):
-    """Measure a model on what its training did not see.
+    model: str | Path,
+    *,
+    samples: int | None = None,
+    seed: int | None = None,
+    tiles: tuple[int, int] | None = None,
+    device: Any = None,
+    decoding: Any = None,
+    shared: bool = False,
+    data: str | Path | None = None,
+    features: str | None = None,
+) -> dict:
+    """Evaluate a model on data that it was not trained on.
 
     Args:
-        model: a bundled name or model folder. A pipeline samples held-out combinations for the judge, the judge looks
-            at true images of them, a tokenizer restores held-out concepts, a vision-language model reads scenes.
+        model: a bundled name or model folder. A pipeline samples held-out combinations for the judge, the judge
+            classifies real images of them, a tokenizer reconstructs held-out concepts, a vision-language model answers
+            questions about scenes.
         samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
             not for a tokenizer, which is always measured on every held-out image.
         tiles: rows and columns of tiles of the scenes (2, 2); only for vision-language models.
         device: where it runs; CUDA where there is one when `None`.
-        decoding: how a pipeline samples, as in a call of it, or a function that says so of the pipeline; only for
-            pipelines.
+        decoding: the decoding of a pipeline, as in a call of it, or a function of the pipeline that returns one; only
+            for pipelines.
         data: an image folder in place of the emoji set: a tokenizer restores its images, a generator samples their
             captions or classes. Of the folder that the model was trained on only the validation images count.
         features: a vision model of transformers, by name or folder, in whose features a generator's images of such
             data are compared; its image tokenizer's when `None`.
-        shared: whether all processes of `accelerate launch` call this: each then samples a part of what a pipeline
-            samples,
-            on its own device, and all return the same.
+        shared: whether all processes of `accelerate launch` call this: each then samples a part on its
+            own device, and all return the same.
 
     Returns:
         What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns.
 
     Raises:
-        StudioError: an option that would change nothing, or a pipeline that cannot sample from words.
+        StudioError: an option that would have no effect, or a pipeline without text conditioning.
     """
     from studio.checkpoints.loading import load
     from studio.data.source import EMOJI
@@ -48,7 +60,8 @@ def evaluate(
 
     if shared and device is None:
         device = join()
-    chosen = {key: value for key, value in {"samples": samples, "seed": seed}.items() if value is not None}
+    given = {"samples": samples, "seed": seed}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if features is not None and data is None:
         raise StudioError("Images of the emoji set are compared in the judge's features: leave out --features.")
     if is_judge(model):
@@ -68,9 +81,9 @@ def evaluate(
         return evaluate_tokenizer(loaded, unseen_source(model, data, loaded.config.sample_size) if data else None)
     if isinstance(loaded, VisualQuestionPipeline):
         _refuse_data(data)
-        given = {"scenes": samples, "seed": seed, "tiles": tiles}
-        scenes = {name: value for name, value in given.items() if value is not None}
-        return evaluate_reader(loaded.model, loaded.processor, **scenes)
+        asked: dict[str, Any] = {"scenes": samples, "seed": seed, "tiles": tiles}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return evaluate_reader(loaded.model, loaded.processor, **asked)
     loaded.set_progress_bar_config(disable=True)
     how = decoding(loaded) if callable(decoding) else decoding
     if data is not None and data != EMOJI:
@@ -83,7 +96,7 @@ def evaluate(
 
 def _refuse(decoding):
     if decoding is not None:
-        raise StudioError("Only pipelines that sample have a decoding: leave it out.")
+        raise StudioError("Only generators have a decoding: leave it out.")
 
 
 def _refuse_tiles(tiles):

@@ -1,17 +1,19 @@
-"""How well a generator samples images like those of a folder that it has never seen."""
+"""Evaluation of a generator on held-out images of a folder."""
 
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from studio.checkpoints.bundled import TRAINING_FILE, folder_of_model
 from studio.data.image_folder import ImageFolder
-from studio.data.source import Source, open_source
+from studio.data.source import Examples, Source, open_source
 from studio.errors import StudioError
 from studio.evaluation.metrics import frechet_distance, precision_recall
 from studio.models.llamagen import LlamaGen
@@ -23,7 +25,7 @@ from studio.tokenizers.vq import VQTokenizer
 FEWEST = 8
 
 
-def unseen_source(model: str, data: str, size: int) -> Source:
+def unseen_source(model: str | Path, data: str | Path, size: int) -> Source:
     """A source of which a model has not seen the validation examples: of a folder that it was not trained on, these are
     all images."""
     source = open_source(data, size)
@@ -38,9 +40,15 @@ def unseen_source(model: str, data: str, size: int) -> Source:
 
 @torch.no_grad()
 def evaluate_on_folder(
-    pipe, source: Source, *, samples: int = 200, seed: int = 0, features: str | None = None, decoding=None
+    pipe: DiffusionPipeline,
+    source: Source,
+    *,
+    samples: int = 200,
+    seed: int = 0,
+    features: str | None = None,
+    decoding: object | None = None,
 ) -> dict:
-    """Sample the captions or classes of validation images, and compare with these.
+    """Sample with the captions or classes of validation images, and compare with these images.
 
     Args:
         pipe: a pipeline that is conditioned as the source is; its own default guidance and sampling are used.
@@ -89,7 +97,7 @@ def evaluate_on_folder(
 
 
 @torch.no_grad()
-def bits_per_token(pipe, examples, count: int) -> float | None:
+def bits_per_token(pipe: DiffusionPipeline, examples: Examples, count: int) -> float | None:
     """Mean cross-entropy in bits of the tokens of the first examples under their condition; None for generators
     without a likelihood of tokens."""
     model, tokenizer, total, tokens_seen = pipe.transformer, pipe.image_tokenizer, 0.0, 0
@@ -129,7 +137,7 @@ def tokenizer_features(tokenizer: torch.nn.Module) -> Callable[[torch.Tensor], t
     return extract
 
 
-def feature_extractor(name: str, device) -> Callable[[torch.Tensor], torch.Tensor]:
+def feature_extractor(name: str, device: str | torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Images (n, 3, H, W) in [0, 1] to pooled features (n, D) of a vision model of transformers.
 
     Raises:

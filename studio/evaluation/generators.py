@@ -1,10 +1,11 @@
-"""How well a text-to-image pipeline samples combinations that it has never seen."""
+"""Evaluation of a text-to-image pipeline on held-out combinations of the emoji set."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from studio.data.archive import load_images
@@ -20,9 +21,15 @@ TRUTH_SIZE = 128
 
 
 def evaluate_generator(
-    pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False, source: Source | None = None
-):
-    """Sample held-out combinations from their full captions, and let the judge look.
+    pipe: DiffusionPipeline,
+    samples: int = 500,
+    seed: int = 0,
+    batch_size: int = 50,
+    decoding: object | None = None,
+    shared: bool = False,
+    source: Source | None = None,
+) -> dict:
+    """Sample held-out combinations from their full captions and classify the images with the judge.
 
     A source other than the emoji set is measured by `studio.evaluation.folders.evaluate_on_folder` instead.
 
@@ -70,8 +77,16 @@ class Samples:
     shorter: dict[int, torch.Tensor]
 
 
-def held_out_samples(pipe, samples=500, seed=0, batch_size=50, decoding=None, shared=False, first_stream=None):
-    """The `Samples` that `evaluate_generator` judges; arguments and errors are its.
+def held_out_samples(
+    pipe: DiffusionPipeline,
+    samples: int = 500,
+    seed: int = 0,
+    batch_size: int = 50,
+    decoding: object | None = None,
+    shared: bool = False,
+    first_stream: int | None = None,
+) -> Samples:
+    """The samples of `evaluate_generator`; arguments and errors as there.
 
     With `first_stream`, image i is seeded with that number plus i, in place of `seed`.
     """
@@ -95,8 +110,8 @@ def held_out_samples(pipe, samples=500, seed=0, batch_size=50, decoding=None, sh
     return Samples(sampled, tokens, images, dict(zip(lengths, shorter, strict=True)))
 
 
-def judge_samples(pipe, samples):
-    """What the judge says of `Samples`: the result of `evaluate_generator`."""
+def judge_samples(pipe: DiffusionPipeline, samples: Samples) -> dict:
+    """The metrics of samples: the result of `evaluate_generator`."""
     judge = load_judge(device=pipe.device)
     true_features = held_out_features(judge)
 
@@ -115,8 +130,8 @@ def judge_samples(pipe, samples):
 
 
 def against_truth(images: torch.Tensor, combinations: np.ndarray) -> dict[str, float]:
-    """How close images (n, 3, H, W) in [0, 1] come to the true ones of their combinations (n, 3), at 128 px."""
-    measured = {"truth_psnr": [], "truth_ssim": [], "sharpness": []}
+    """Similarity of images (n, 3, H, W) in [0, 1] to the real ones of their combinations (n, 3), at 128 px."""
+    measured: dict[str, list[torch.Tensor]] = {"truth_psnr": [], "truth_ssim": [], "sharpness": []}
     archive = load_images(TRUTH_SIZE)
     for start in range(0, len(images), 100):
         part = images[start : start + 100].float()

@@ -1,4 +1,4 @@
-"""The judge: a small network that names concept, style and background of an image. It only measures.
+"""The judge: a small network that classifies concept, style and background of an image, for evaluation only.
 
 No generator or tokenizer is trained against it, so its verdict on their images stays honest. Its feature layer is
 narrow enough for a Frechet distance from a few hundred images.
@@ -7,6 +7,7 @@ narrow enough for a Frechet distance from a few hundred images.
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,14 +36,14 @@ class Verdict:
 
 
 class Residual(nn.Module):
-    """norm, swish, 3x3 twice, added to the input."""
+    """Residual block: norm, swish and 3x3 convolution, twice."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width)
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(hidden)))
 
@@ -104,7 +105,7 @@ class Judge(ModelMixin, ConfigMixin):
         return Verdict(self.concept_head(features), self.style_head(features), self.background_head(features), features)
 
 
-def is_judge(name):
+def is_judge(name: str | Path) -> bool:
     """Whether a bundled name or a folder is a judge."""
     if name in BUNDLED:
         return BUNDLED[name].kind == "judge"
@@ -115,14 +116,14 @@ def is_judge(name):
         return False
 
 
-def load_judge(name="emoji-judge", device=None):
-    """A judge by bundled name or folder, ready to measure, in float32."""
+def load_judge(name: str | Path = "emoji-judge", device: str | torch.device | None = None) -> Judge:
+    """Load a judge by bundled name or folder, in float32."""
     folder = bundled_folder(name) if name in BUNDLED else folder_of_model(name)
     return load_model(Judge, folder, torch.float32).to(pick_device(device))
 
 
 @torch.inference_mode()
-def verdicts(judge, images, batch_size=100):
+def verdicts(judge: Judge, images: torch.Tensor, batch_size: int = 100) -> Verdict:
     """The verdict on any number of images (n, 3, H, W) in [0, 1], float32 on the CPU."""
     device, dtype = judge.device, judge.dtype
     parts = [judge((chunk * 2 - 1).to(device, dtype)) for chunk in images.split(batch_size)]
@@ -130,8 +131,8 @@ def verdicts(judge, images, batch_size=100):
     return Verdict(**{name: torch.cat([getattr(part, name).float().cpu() for part in parts]) for name in names})
 
 
-def scores(verdict, truth):
-    """Shares of right answers of a verdict, against (concept, style, background) rows (n, 3).
+def scores(verdict: Verdict, truth: np.ndarray) -> dict[str, float]:
+    """Accuracies of a verdict, against (concept, style, background) rows (n, 3).
 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy"}`, fractions.
@@ -146,8 +147,8 @@ def scores(verdict, truth):
     }
 
 
-def evaluate_judge(judge, samples=1000, seed=0):
-    """The judge on true images of combinations it was not trained with, distorted as in its training.
+def evaluate_judge(judge: Judge, samples: int = 1000, seed: int = 0) -> dict:
+    """Accuracy of the judge on real images of held-out combinations, distorted as in its training.
 
     Returns:
         What `scores` returns, with `"resolution"` and `"samples"`.
@@ -163,11 +164,11 @@ def evaluate_judge(judge, samples=1000, seed=0):
     }
 
 
-_held_out_features = {}
+_held_out_features: dict[tuple[str, str], torch.Tensor] = {}
 
 
-def held_out_features(judge):
-    """Features (n, D) of the real images of all held-out combinations, computed once a process and judge."""
+def held_out_features(judge: Judge) -> torch.Tensor:
+    """Features (n, D) of the real images of all held-out combinations, computed once per process and judge."""
     weights = hashlib.sha256()
     for tensor in judge.state_dict().values():
         weights.update(tensor.cpu().numpy().tobytes())
@@ -178,7 +179,7 @@ def held_out_features(judge):
     return _held_out_features[key]
 
 
-def sample_combinations(samples, rng):
+def sample_combinations(samples: int, rng: np.random.Generator) -> np.ndarray:
     """Distinct held-out (concept, style, background) rows (samples, 3), sampled with a `numpy.random.Generator`."""
     held_out = np.array(combinations(held_out=True))
     if not 1 <= samples <= len(held_out):

@@ -1,15 +1,17 @@
-"""What the judge sees in single images, in words: for a person who compares them, not for a table."""
+"""The judge's predictions for single images, as labels with probabilities."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
 from studio.errors import StudioError
-from studio.evaluation.judge import verdicts
+from studio.evaluation.judge import Judge, verdicts
 
 WHAT_IT_IS = (
     "The judge is a small network that names concept, style and background of an emoji. It only measures: nothing "
@@ -19,7 +21,7 @@ WHAT_IT_IS = (
 
 @dataclass(frozen=True)
 class JudgePrediction:
-    """The judge's on one image.
+    """The judge's prediction for one image.
 
     Args:
         concept, style, background: what it finds likeliest: "red apple", "flat", "blue".
@@ -34,8 +36,8 @@ class JudgePrediction:
     agreement: float | None = None
 
 
-def judge_predictions(judge, images, prompt=None) -> list[JudgePrediction]:
-    """The judge's judge_predictions.
+def judge_predictions(judge: Judge, images: Sequence[Image.Image], prompt: str | None = None) -> list[JudgePrediction]:
+    """Predictions of the judge for images.
 
     Args:
         judge: what `load_judge` returns, of the bundled set.
@@ -54,7 +56,7 @@ def judge_predictions(judge, images, prompt=None) -> list[JudgePrediction]:
     return [_opinion(judge, image, concepts, wanted) for image in images]
 
 
-def named_concept(prompt) -> int | None:
+def named_concept(prompt: str | None) -> int | None:
     """The number of the concept whose whole label a prompt contains, the longest one; `None` where there is none."""
     text = _plain(prompt or "")
     found = [each for each in load_concepts() if f" {_plain(each.label).strip()} " in text]

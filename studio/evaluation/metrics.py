@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from studio.errors import StudioError
 
 
-def psnr(images, references):
+def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of each image in dB: (B, C, H, W) in [0, 1] twice -> (B,)."""
     return -10 * (images - references).square().mean(dim=(1, 2, 3)).clamp_min(1e-12).log10()
 
 
-def ssim(images, references, sigma=1.5, size=11):
+def ssim(images: torch.Tensor, references: torch.Tensor, sigma: float = 1.5, size: int = 11) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004, Gaussian window 11, sigma 1.5): (B, C, H, W) in [0, 1] twice -> (B,)."""
     offsets = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
@@ -78,7 +78,7 @@ def precision_recall(features: torch.Tensor, references: torch.Tensor, k: int = 
     return covered(features, references), covered(references, features)
 
 
-def frechet_distance(features, references):
+def frechet_distance(features: torch.Tensor, references: torch.Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features (Heusel et al., arXiv:1706.08500, eq. 6).
 
     Args:
@@ -98,7 +98,7 @@ def frechet_distance(features, references):
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross.trace())
 
 
-def sliced_distance(points, references, directions=256, seed=0):
+def sliced_distance(points: torch.Tensor, references: torch.Tensor, directions: int = 256, seed: int = 0) -> float:
     """Sliced Wasserstein distance between two sets of points: the mean over random directions of the distance between
     sorted projections (Bonneel et al. 2015, "Sliced and Radon Wasserstein Barycenters of Measures", order 1).
 

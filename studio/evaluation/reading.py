@@ -1,13 +1,15 @@
-"""Many questions about one image in one pass of a vision-language model.
+"""Many questions about one image in one forward pass of a vision-language model.
 
 The tokens of an image are nearly all the cost, so they are read once: behind them stand the questions with their
 answers, each of which sees the image and itself, at the positions it would have alone. What comes out for a question
 is what the model says when it is asked nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -29,7 +31,7 @@ class PackedQuestions:
     targets: torch.Tensor
 
     def ends(self, questions: int) -> torch.Tensor:
-        """(B, questions) where in a row each question's last token stands; an answer follows."""
+        """(B, questions) the index in its row of each question's last token; the answer follows."""
         begins = (self.targets != IGNORED) & (self.targets.roll(1, dims=1) == IGNORED)
         return begins.nonzero()[:, 1].view(-1, questions)
 
@@ -37,16 +39,16 @@ class PackedQuestions:
         return dict(self.__dict__)
 
 
-def pack_questions(tokenizer, images) -> PackedQuestions:
-    """Packs lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
+def pack_questions(tokenizer: PreTrainedTokenizerBase, images: Sequence[Sequence[tuple[str, str]]]) -> PackedQuestions:
+    """Pack lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
     rows = []
     for questions in images:
         row = []
         for number, (question, answer) in enumerate(questions):
             asked = tokenizer(question, add_special_tokens=False)["input_ids"]
-            said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            tokens = [*asked, *said[:-1]]
-            targets = [IGNORED] * (len(asked) - 1) + said
+            answered = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            tokens = [*asked, *answered[:-1]]
+            targets = [IGNORED] * (len(asked) - 1) + answered
             row += [(token, number, place, targets[place]) for place, token in enumerate(tokens)]
         rows.append(row)
     longest = max(map(len, rows))
@@ -55,7 +57,9 @@ def pack_questions(tokenizer, images) -> PackedQuestions:
     return PackedQuestions(*(part.contiguous() for part in packed.unbind(-1)))
 
 
-def packed_logits(model, features, positions, next_position, packed: PackedQuestions) -> torch.Tensor:
+def packed_logits(
+    model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, next_position: int, packed: PackedQuestions
+) -> torch.Tensor:
     """Logits (B, L, V) of all text tokens.
 
     Args:
@@ -80,7 +84,7 @@ def packed_logits(model, features, positions, next_position, packed: PackedQuest
     return model.lm_head(hidden[:, image:])
 
 
-def exact_answers(logits, packed: PackedQuestions) -> list[torch.Tensor]:
+def exact_answers(logits: torch.Tensor, packed: PackedQuestions) -> list[torch.Tensor]:
     """For each image, whether greedy decoding would give each whole answer: (questions,) bool.
 
     Greedy decoding gives an answer if and only if its every token, eos too, is the likeliest behind the right ones.

@@ -1,4 +1,4 @@
-"""What wrong tokens do to an image: the latent perturbation and the perturbed Frechet distance of RobustTok.
+"""Robustness to wrong tokens: the latent perturbation and the perturbed Frechet distance of RobustTok.
 
 "Robust Latent Matters: Boosting Image Generation with Sampling Error Synthesis" (arXiv:2503.08354), sections 3.2 and
 3.3. A generator errs, and mostly to codes near the right one; so tokens are exchanged for others among the nearest, and
@@ -6,7 +6,7 @@ the images that they still give are compared with the true ones: here in the jud
 
 Deviations from the authors' code: alpha = 0 changes nothing for certain, as a token is changed where a number in (0, 1]
 is at most alpha; distances are computed only for images that are perturbed; which settings the paper averages over
-could not be read, so `GRID` is ours and is told with every number. Of tokenizers with several codes a cell, which the
+could not be read, so `GRID` is ours and is part of every result. For tokenizers with several codes per cell, which the
 paper has not, each code is exchanged on its own, for one near what the right codes before it left over.
 """
 
@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 
 from studio.checks import check_integer, check_number, set_fields
 from studio.errors import StudioError
-from studio.evaluation.judge import verdicts
+from studio.evaluation.judge import Judge, verdicts
 from studio.evaluation.metrics import frechet_distance
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -27,13 +28,14 @@ from studio.tokenizers.vq import VQTokenizer
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How tokens go wrong.
+    """A perturbation of tokens.
 
     Args:
         alpha: share of tokens that are sampled anew, 0 to 1.
         delta: among how many of the nearest codes, the right one included; 1 or more.
 
-    Errors: `StudioError` for a value outside these.
+    Raises:
+        StudioError: a value outside these.
     """
 
     alpha: float
@@ -56,7 +58,7 @@ def perturbed_codes(
     chance: torch.Tensor | None = None,
     rank: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes (B, n), int64: the nearest to each vector, or, for some, one of the `delta` nearest with equal chances.
+    """Codes (B, n), int64: the nearest to each vector, or, for some, a uniform choice among the `delta` nearest.
 
     Args:
         vectors: (B, n, C).
@@ -66,7 +68,8 @@ def perturbed_codes(
         chance, rank: in place of the generator's: numbers in (0, 1] and ranks below `delta`, both (B, n); a token is
             changed where its number is at most `alpha`.
 
-    Errors: `StudioError` for a `delta` above the number of codes.
+    Raises:
+        StudioError: a `delta` above the number of codes.
     """
     if perturbation.delta > len(codebook):
         raise StudioError(f"delta {perturbation.delta} is more than the {len(codebook)} codes there are.")
@@ -82,20 +85,23 @@ def perturbed_codes(
     return torch.cat((nearest.gather(2, rank)[..., 0], codes))
 
 
-def is_perturbable(tokenizer) -> bool:
-    """Whether a tokenizer has codes that can go wrong."""
+def is_perturbable(tokenizer: ModelMixin) -> bool:
+    """Whether a tokenizer has discrete codes, which can be perturbed."""
     return isinstance(tokenizer, (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer))
 
 
 def perturbed_tokens(
-    tokenizer, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
+    tokenizer: ModelMixin, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, some of them wrong.
+    """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, perturbed.
 
-    Errors: `StudioError` for a tokenizer of continuous tokens.
+    Raises:
+        StudioError: a tokenizer of continuous tokens.
     """
     if not is_perturbable(tokenizer):
-        raise StudioError(f"Tokens of a {type(tokenizer).__name__} are no codes that could go wrong.")
+        raise StudioError(
+            f"Tokens of a {type(tokenizer).__name__} are no codes: only discrete tokens can be perturbed."
+        )
     levels = [
         perturbed_codes(vectors.flatten(1, -2), codebook.float(), perturbation, generator=generator).view(
             vectors.shape[:-1]
@@ -123,16 +129,16 @@ def _compared(tokenizer, images):
 
 @torch.inference_mode()
 def perturbed_frechet(
-    tokenizer,
+    tokenizer: ModelMixin,
     images: torch.Tensor,
-    judge,
+    judge: Judge,
     grid: tuple[Perturbation, ...] = GRID,
     *,
     seed: int = 0,
     batch_size: int = 50,
     how: dict | None = None,
 ) -> dict:
-    """Frechet distance, in the judge's features, of images to what is restored of their wrong tokens.
+    """Frechet distance, in the judge's features, between images and their reconstructions from perturbed tokens.
 
     Args:
         images: (n, 3, H, W) in [0, 1], more than the judge has features.

@@ -1,9 +1,12 @@
-"""How well a vision-language model reads scenes, whole and with pruned tokens: every method at the same counts."""
+"""Evaluation of a vision-language model on scenes, with all and with pruned tokens, every method at equal counts."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
@@ -16,8 +19,16 @@ _STREAM = 1_000_000_007
 
 
 @torch.inference_mode()
-def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS), keeps=KEEPS, tiles=(2, 2)):
-    """Exact answers on scenes that training has not seen.
+def evaluate_reader(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    scenes: int = 100,
+    seed: int = 0,
+    methods: tuple[str, ...] = tuple(METHODS),
+    keeps: tuple[float, ...] = KEEPS,
+    tiles: tuple[int, int] = (2, 2),
+) -> dict:
+    """Accuracy of exact answers on scenes that were not trained on.
 
     Args:
         model, processor: of the LLaVA-NeXT form of `emoji-vlm`.
@@ -32,7 +43,7 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
         "questions", "visual_tokens"}`; method "none" has keep "1.0". Positions of kept tokens are the original ones.
     """
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
-    right = {setting: {} for setting in settings}
+    right: dict[tuple[str, float], dict[str, list[bool]]] = {setting: {} for setting in settings}
     tokens = 0
     for number in tqdm(range(scenes), desc="scenes", unit="scene"):
         scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
@@ -46,7 +57,8 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
             logits = packed_logits(model, features[None], 1 + info.kept[0], 1 + tokens, packed)
             for question, hit in zip(scene.questions, exact_answers(logits, packed)[0].tolist(), strict=True):
                 right[method, keep].setdefault(question.kind, []).append(hit)
-    accuracy, by_question = {}, {}
+    accuracy: dict[str, dict[str, float]] = {}
+    by_question: dict[str, dict[str, dict[str, float]]] = {}
     for (method, keep), kinds in right.items():
         accuracy.setdefault(method, {})[str(keep)] = float(np.mean([hit for hits in kinds.values() for hit in hits]))
         shares = {kind: float(np.mean(hits)) for kind, hits in sorted(kinds.items())}
@@ -61,8 +73,15 @@ def evaluate_reader(model, processor, scenes=100, seed=0, methods=tuple(METHODS)
 
 
 @torch.inference_mode()
-def evaluate_inside(model, processor, settings, scenes=100, seed=0, tiles=(2, 2)):
-    """Exact answers when tokens are pruned behind a layer of the language model: every question is asked on its own.
+def evaluate_inside(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: Sequence[tuple[str, float, int | None]],
+    scenes: int = 100,
+    seed: int = 0,
+    tiles: tuple[int, int] = (2, 2),
+) -> dict[tuple[str, float, int | None], float]:
+    """Accuracy of exact answers with pruning after a layer of the language model, one prompt per question.
 
     Args:
         model, processor, scenes, seed, tiles: as in `evaluate_reader`; the scenes are the same.
@@ -71,7 +90,7 @@ def evaluate_inside(model, processor, settings, scenes=100, seed=0, tiles=(2, 2)
     Returns:
         For each setting the fraction of 12 questions a scene that were answered exactly.
     """
-    hits = {setting: [] for setting in settings}
+    hits: dict[tuple[str, float, int | None], list[bool]] = {setting: [] for setting in settings}
     processor.tokenizer.padding_side = "left"
     for number in tqdm(range(scenes), desc="scenes", unit="scene"):
         scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
@@ -93,6 +112,6 @@ def evaluate_inside(model, processor, settings, scenes=100, seed=0, tiles=(2, 2)
                     eos_token_id=ends,
                 )
             answers = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            right = [said.strip() == question.answer for said, question in zip(answers, scene.questions, strict=True)]
+            right = [text.strip() == question.answer for text, question in zip(answers, scene.questions, strict=True)]
             hits[method, keep, after_layer] += right
     return {setting: float(np.mean(right)) for setting, right in hits.items()}

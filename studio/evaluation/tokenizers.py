@@ -1,4 +1,4 @@
-"""How well an image tokenizer restores images it has never seen."""
+"""Evaluation of an image tokenizer on held-out images."""
 
 import torch
 
@@ -10,7 +10,7 @@ from studio.tokenizers.rvq import RVQTokenizer
 
 @torch.inference_mode()
 def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None, batch_size: int = 64) -> dict:
-    """Reconstruction of images that training did not see, at the tokenizer's own resolution.
+    """Reconstruction of held-out images, at the tokenizer's own resolution.
 
     Args:
         tokenizer: any image tokenizer.
@@ -28,8 +28,8 @@ def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None,
     examples = (source or EmojiSource(resolution)).unseen
     device = next(tokenizer.parameters()).device
     dtype = next(tokenizer.parameters()).dtype
-    noise, likeness, tokens_per_image = [], [], 0
-    shorter = {length: ([], []) for length in _shorter_lengths(tokenizer)}
+    noise, similarity, tokens_per_image = [], [], 0
+    shorter: dict[int, tuple[list, list]] = {length: ([], []) for length in _shorter_lengths(tokenizer)}
     for start in range(0, len(examples), batch_size):
         images = examples.images(range(start, min(start + batch_size, len(examples)))).to(device)
         tokens = tokenizer.encode(images.to(dtype))
@@ -37,7 +37,7 @@ def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None,
         tokens_per_image = tokens[0].numel()
         restored = (tokenizer.decode(tokens).float() / 2 + 0.5).clamp(0, 1)
         noise.append(psnr(restored, images))
-        likeness.append(ssim(restored, images))
+        similarity.append(ssim(restored, images))
         for length in shorter:
             restored = (tokenizer.decode(tokens, length).float() / 2 + 0.5).clamp(0, 1)
             shorter[length][0].append(psnr(restored, images))
@@ -46,7 +46,7 @@ def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None,
     size = {"numbers_per_pixel": tokens_per_image} if bits is None else {"bits_per_pixel": tokens_per_image * bits}
     return {
         "psnr": float(torch.cat(noise).mean()),
-        "ssim": float(torch.cat(likeness).mean()),
+        "ssim": float(torch.cat(similarity).mean()),
         **{name: value / resolution**2 for name, value in size.items()},
         "resolution": resolution,
         "samples": len(examples),

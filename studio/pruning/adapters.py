@@ -11,16 +11,17 @@ import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
+from transformers.utils import ModelOutput
 
 from studio.errors import StudioError
-from studio.pruning.attention import Attention
-from studio.pruning.blocks import unwrapped
+from studio.pruning.attention import Attention, QwenTap, TowerTap
 from studio.pruning.layout import NEWLINE, Layout
 from studio.pruning.registry import SCORES
-from studio.pruning.taps import QwenTap, TowerTap
 
 _CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
 """What configurations of models that attend to images beside the prompt have."""
@@ -28,7 +29,7 @@ _CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-def base_of(model):
+def base_of(model: PreTrainedModel) -> torch.nn.Module:
     """The part that holds vision tower and language model."""
     return model.base_model
 
@@ -38,14 +39,14 @@ class Family:
 
     mrope = False
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         self.model, self.base = model, base_of(model)
 
     def refusal(self, method: str) -> str | None:
         """Why a method that needs attention cannot be used, as the end of a sentence; `None` where it can."""
         return "no scores are read off this family"
 
-    def features(self, encoded, inputs: dict) -> list[torch.Tensor]:
+    def features(self, encoded: ModelOutput, inputs: dict) -> list[torch.Tensor]:
         """The features (T, D) of each image, in the order of the prompt."""
         return list(encoded.pooler_output)
 
@@ -56,11 +57,11 @@ class Family:
         """A context around the vision tower that records what the scores `names` need."""
         return nullcontext()
 
-    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
+    def scores(self, tap: Any, inputs: dict, images: int) -> list[Attention]:
         """The scores of each image, from what `tap` recorded; asked of families that refuse no method."""
         return []
 
-    def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]):
+    def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]) -> list[torch.Tensor] | torch.Tensor:
         """Features as the model takes them: `kept` for each image, `row_tokens` for each row of the prompt."""
         return kept
 
@@ -84,7 +85,7 @@ class Llava(Family):
         layer = layer if isinstance(layer, int) else layer[-1]
         return TowerTap(self.base.vision_tower, names, feature_layer=layer, has_cls=self._strategy(inputs) == "default")
 
-    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
+    def scores(self, tap: Any, inputs: dict, images: int) -> list[Attention]:
         return tap.scores([1] * images)
 
     def _strategy(self, inputs: dict) -> str:
@@ -98,7 +99,7 @@ class LlavaNext(Llava):
         sizes, crops = _pairs(inputs["image_sizes"]), self._crops_of(inputs)
         return [self._layout(*image, inputs) for image in zip(features, sizes, crops)]
 
-    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
+    def scores(self, tap: Any, inputs: dict, images: int) -> list[Attention]:
         return tap.scores([1 + crops for crops in self._crops_of(inputs)])
 
     def _crops_of(self, inputs: dict) -> list[int]:
@@ -182,7 +183,7 @@ class Qwen(Family):
     def tap(self, names: tuple[str, ...], inputs: dict) -> AbstractContextManager:
         return QwenTap(self.base.visual, inputs["image_grid_thw"]) if names else nullcontext()
 
-    def scores(self, tap, inputs: dict, images: int) -> list[Attention]:
+    def scores(self, tap: Any, inputs: dict, images: int) -> list[Attention]:
         return tap.scores()
 
 
@@ -200,7 +201,7 @@ class InternVL(Stacked):
     def refusal(self, method: str) -> str | None:
         return "the inputs do not tell the grid of its crops, and users found CLS scores worse than chance there"
 
-    def features(self, encoded, inputs: dict) -> list[torch.Tensor]:
+    def features(self, encoded: ModelOutput, inputs: dict) -> list[torch.Tensor]:
         image = (inputs["input_ids"] == self.model.config.image_token_id).tolist()
         runs = [len([*run]) for row in image for is_image, run in groupby(row) if is_image]
         whole = encoded.pooler_output.flatten(0, 1)
@@ -269,11 +270,12 @@ FAMILIES: dict[str, type[Family]] = {
 """By `config.model_type`."""
 
 
-def family_of(model, method: str) -> Family:
+def family_of(model: PreTrainedModel, method: str) -> Family:
     """The family of a model.
 
-    Errors: `StudioError` for a model without images, a family whose tokens cannot be pruned (with the reason), and a
-        method that does not work with it.
+    Raises:
+        StudioError: a model without images, a family whose tokens cannot be pruned (with the reason), or a method that
+            does not work with it.
     """
     model = unwrapped(model)
     name = getattr(getattr(model, "config", None), "model_type", None)
@@ -287,10 +289,24 @@ def family_of(model, method: str) -> Family:
     return family
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside `torch.compile`, PEFT and distributed wrappers; any other as it is."""
+    while True:
+        if getattr(model, "_orig_mod", None) is not None:
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        elif callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def _unfit(model) -> str | None:
     """Why taking image tokens out of the prompt is impossible, or another model than with those tokens masked.
 
-    Errors: `StudioError` for a model that reads no images at all.
+    Raises:
+        StudioError: a model that reads no images at all.
     """
     forward = inspect.signature(model.forward).parameters if hasattr(model, "config") else {}
     if not any(name.endswith("pixel_values") for name in forward):
@@ -315,7 +331,7 @@ def mismatch(ids: int, features: int) -> str:
 
 
 def _pairs(image_sizes) -> list[tuple[int, int]]:
-    return [tuple(int(side) for side in size) for size in image_sizes]
+    return [(int(height), int(width)) for height, width in image_sizes]
 
 
 def _grid_of(tokens: int, shape: tuple[int, int]) -> Layout:

@@ -7,10 +7,12 @@ static caches work.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
@@ -22,8 +24,8 @@ from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked,
 
 
 def prune_inputs(
-    model,
-    inputs,
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
     method: str,
     keep: float = 0.1,
     *,
@@ -31,9 +33,9 @@ def prune_inputs(
     newline: str = "row",
     reference: bool = False,
     generator: torch.Generator | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[dict, PruneInfo]:
-    """Encodes the images of a prompt, chooses tokens, and shortens the prompt.
+    """Encode the images of a prompt, select tokens, and shorten the prompt.
 
     The result goes into `model.generate(**pruned)` or `model(**pruned)` unchanged, once: transformers repeats
     `mm_encoder_outputs` in place for beams. Steps after the prefill that you make yourself need `position_ids` counted
@@ -56,8 +58,9 @@ def prune_inputs(
     Returns:
         The inputs without pixels and with `mm_encoder_outputs`, and a `PruneInfo`.
 
-    Errors: `StudioError` for settings that do not fit, a model or pair that is not supported (with the reason), videos,
-        `inputs_embeds`, a filled cache beside new images, and a prompt whose image tokens do not match the images.
+    Raises:
+        StudioError: settings that do not fit, a model or pair that is not supported (with the reason), videos,
+            `inputs_embeds`, a filled cache beside new images, and a prompt whose image tokens do not match the images.
     """
     settings = checked(method, keep, positions, newline, reference, generator, options)
     return shorten(family_of(model, method), dict(inputs), settings)
@@ -65,7 +68,7 @@ def prune_inputs(
 
 @contextmanager
 def prune(
-    model,
+    model: PreTrainedModel,
     method: str,
     keep: float = 0.1,
     *,
@@ -75,7 +78,7 @@ def prune(
     generator: torch.Generator | None = None,
     after_layer: int | tuple[int, ...] | None = None,
     restore_prompt: bool = True,
-    **options,
+    **options: Any,
 ) -> Iterator[PruneRecord]:
     """A block in which `model.generate` and `model(...)` prune the tokens of every image they get.
 
@@ -94,10 +97,10 @@ def prune(
     Args:
         model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`; "fastv" and
             "pyramiddrop" too, which score tokens inside the language model.
-        after_layer: k, from 1 up: k layers of the language model see every token, and those behind it `keep` of each
+        after_layer: k, from 1 up: k layers of the language model see every token, and those after them `keep` of each
             prompt's image tokens, chosen by the method from the hidden states there (by the last token's attention for
             "fastv", k = 2 by default, and "pyramiddrop"). Several layers cut in equal proportions, so that `keep` are
-            left behind the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
+            left after the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
             before the language model. Sequences and positions are then those of the whole prompt; go on with its cache
             inside the block.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
@@ -107,14 +110,15 @@ def prune(
     Yields:
         A `PruneRecord`.
 
-    Errors: `StudioError` as in `prune_inputs`, and for `use_cache=False` in `generate` with original positions.
+    Raises:
+        StudioError: as in `prune_inputs`, or `use_cache=False` in `generate` with original positions.
     """
     record = PruneRecord()
     if after_layer is not None or method in INSIDE:
         given = {"positions": positions, "reference": reference, "newline": newline, "restore_prompt": restore_prompt}
         usual = {"positions": None, "reference": False, "newline": "row", "restore_prompt": True}
         if unfit := [*options, *(name for name in usual if given[name] != usual[name])]:
-            raise StudioError(f"Pruning behind a layer has no {', '.join(unfit)}: leave it or after_layer out.")
+            raise StudioError(f"Pruning after a layer has no {', '.join(unfit)}: leave it or after_layer out.")
         if method not in INSIDE:
             method_named(method)
         count(keep, 1)

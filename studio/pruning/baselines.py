@@ -1,6 +1,6 @@
-"""Random pruning, the baseline every method must beat (it is a strong one: UniPruneBench).
+"""Baselines: random tokens, and a uniform grid of tokens over the thumbnail and over the crops.
 
-Uniform pruning: a regular grid of tokens over the thumbnail and over the crops, the other honest baseline.
+Random pruning is a strong baseline (UniPruneBench).
 """
 
 import math
@@ -8,6 +8,7 @@ import math
 import torch
 
 from studio.errors import StudioError
+from studio.pruning.attention import Attention
 from studio.pruning.layout import Layout, apportion, check_newline, count, layout_for, with_newlines
 
 
@@ -15,7 +16,7 @@ def uniform(
     features: torch.Tensor,
     budget: int | float,
     *,
-    attention=None,
+    attention: Attention | None = None,
     layout: Layout | None = None,
     generator: torch.Generator | None = None,
     newline: str = "row",
@@ -35,7 +36,8 @@ def uniform(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
 
-    Errors: `StudioError` for a budget, layout or newline that does not fit.
+    Raises:
+        StudioError: a budget, layout or newline that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
@@ -54,7 +56,7 @@ def uniform(
 
 
 def _table(region: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """TokenIndex in the packed sequence as (rows, columns)."""
+    """Indices in the packed sequence as (rows, columns)."""
     rows = len(layout.row[region].unique())
     columns = len(layout.column[region].unique())
     if rows * columns != len(region):
@@ -86,7 +88,7 @@ def random(
     features: torch.Tensor,
     budget: int | float,
     *,
-    attention=None,
+    attention: Attention | None = None,
     layout: Layout | None = None,
     generator: torch.Generator | None = None,
     newline: str = "row",
@@ -104,7 +106,8 @@ def random(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
 
-    Errors: `StudioError` without a generator, and for a budget, layout or newline that does not fit.
+    Raises:
+        StudioError: no generator, or a budget, layout or newline that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=True)

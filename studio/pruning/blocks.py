@@ -1,7 +1,8 @@
-"""Methods of a shared model that behave otherwise inside a `with` block, for the thread or task that opened it alone.
+"""Methods of a shared model that are replaced inside a `with` block, for the thread or task that opened it alone.
 
-The open blocks of a context lie in a `ContextVar`; the module holds only a `_Door` for each method, which asks there. A
-door is put in place by the first block on a model and taken away by the last, in whatever order threads close them.
+The open blocks of a context lie in a `ContextVar`. The model itself holds one `_Dispatcher` per replaced method, which
+looks there at each call. The first block on a model puts it in place and the last one takes it away, in whatever order
+threads close them.
 """
 
 import copy
@@ -22,8 +23,8 @@ class _Block:
         self.model, self.methods, self.is_open = model, methods, True
 
 
-class _Door:
-    """Stands for the method `name` of a model: calls that of the innermost open block, or the original."""
+class _Dispatcher:
+    """Stands in for the method `name` of a model: calls the one of the innermost open block, or the original."""
 
     def __init__(self, model, name: str):
         self.model, self.name, self.users = model, name, 0
@@ -52,25 +53,25 @@ class _Door:
 
 
 @contextmanager
-def block(model, methods: dict[str, Callable]) -> Iterator[None]:
+def block(model: torch.nn.Module, methods: dict[str, Callable]) -> Iterator[None]:
     """Within the block, in its context, `model.name(...)` is `methods[name](original, ...)`.
 
     Of nested blocks on one model the innermost counts. Threads and tasks that inherit the context (`copy_context`,
     `asyncio.create_task`) are inside until the block closes; all others call the model as it is.
 
     Args:
-        model: the module itself, not a wrapper (see `unwrapped`).
+        model: the module itself, not a wrapper (see `studio.pruning.adapters.unwrapped`).
         methods: for each name of a method, a function of the original method and its arguments.
     """
     mine = _Block(model, methods)
     with _LOCK:
-        doors = []
+        dispatchers = []
         for name in methods:
-            door = model.__dict__.get(name)
-            if not isinstance(door, _Door) or door.model is not model:
-                door = model.__dict__[name] = _Door(model, name)
-            door.users += 1
-            doors.append(door)
+            dispatcher = model.__dict__.get(name)
+            if not isinstance(dispatcher, _Dispatcher) or dispatcher.model is not model:
+                dispatcher = model.__dict__[name] = _Dispatcher(model, name)
+            dispatcher.users += 1
+            dispatchers.append(dispatcher)
     _OPEN.set((*_OPEN.get(), mine))
     try:
         yield
@@ -78,20 +79,7 @@ def block(model, methods: dict[str, Callable]) -> Iterator[None]:
         mine.is_open = False
         _OPEN.set(tuple(other for other in _OPEN.get() if other is not mine))
         with _LOCK:
-            for door in doors:
-                door.users -= 1
-                if not door.users:
-                    door.close()
-
-
-def unwrapped(model):
-    """The model inside `torch.compile`, PEFT and distributed wrappers; any other as it is."""
-    while True:
-        if getattr(model, "_orig_mod", None) is not None:
-            model = model._orig_mod
-        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-            model = model.module
-        elif callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
-        else:
-            return model
+            for dispatcher in dispatchers:
+                dispatcher.users -= 1
+                if not dispatcher.users:
+                    dispatcher.close()

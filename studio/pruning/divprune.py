@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from studio.pruning.attention import Attention
 from studio.pruning.layout import Layout, check_newline, count, layout_for, with_newlines
 
 _BLOCK = 256
@@ -32,7 +33,7 @@ def divprune(
     features: torch.Tensor,
     budget: int | float,
     *,
-    attention=None,
+    attention: Attention | None = None,
     layout: Layout | None = None,
     generator: torch.Generator | None = None,
     newline: str = "row",
@@ -51,7 +52,8 @@ def divprune(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
 
-    Errors: `StudioError` for a budget, layout or newline that does not fit.
+    Raises:
+        StudioError: a budget, layout or newline that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=True)
@@ -121,10 +123,10 @@ def _greedy(pick: torch.Tensor, picks: int, row) -> torch.Tensor:
 
 def _greedy_on_cpu(pick: int, picks: int, matrix: torch.Tensor) -> torch.Tensor:
     """`_greedy` on the memory of the matrix: rows are so short that the calls, not the numbers, take the time."""
-    matrix = matrix.numpy()
-    order, closest = [pick], matrix[pick].copy()
+    rows = matrix.numpy()
+    order, closest = [pick], rows[pick].copy()
     for _ in range(picks - 1):
         pick = int(closest.argmin())
         order.append(pick)
-        np.maximum(closest, matrix[pick], out=closest)
+        np.maximum(closest, rows[pick], out=closest)
     return torch.tensor(order)

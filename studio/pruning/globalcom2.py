@@ -17,8 +17,6 @@ Deviations from the authors' code, each with its reason:
 - newlines count and stay with their rows by default; theirs keeps all, those of padding too.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -60,12 +58,13 @@ def globalcom2(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1, unless `reference`.
 
-    Errors: `StudioError` for missing attention, and for a budget, layout, newline, tau or pool that does not fit.
+    Raises:
+        StudioError: missing attention, or a budget, layout, newline, tau or pool that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
-    budget = fraction(budget) if reference else count(budget, len(features))
-    if budget == len(features) and not reference:
+    budgeted = count(fraction(budget) if reference else budget, len(features))
+    if budgeted == len(features) and not reference:
         return torch.arange(len(features), device=features.device)
     logits = scores_for("GlobalCom2", "logits", attention, layout)
     regions = [layout.region(partition) for partition in range(layout.partitions)]
@@ -77,7 +76,7 @@ def globalcom2(
         return [r, *crop_ratios(logits[0], layout.size, layout.grid, r, tau, pool).tolist()] if layout.grid else [r]
 
     if reference:
-        budgets = [int(cap * ratio) for cap, ratio in zip(caps, ratios(budget))]
+        budgets = [int(cap * ratio) for cap, ratio in zip(caps, ratios(fraction(budget)))]
         kept = torch.cat([order[:most] for order, most in zip(by_score, budgets)])
         return torch.cat((kept, layout.newlines)).sort().values.to(features.device)
 
@@ -85,7 +84,7 @@ def globalcom2(
         weights = [cap * ratio for cap, ratio in zip(caps, ratios(tokens / sum(caps)))]
         return torch.cat([order[:most] for order, most in zip(by_score, apportion(tokens, weights, caps))])
 
-    return with_newlines(pick, budget, layout, newline).to(features.device)
+    return with_newlines(pick, budgeted, layout, newline).to(features.device)
 
 
 def crop_ratios(
@@ -108,7 +107,8 @@ def crop_ratios(
     Returns:
         (crops,) float64, row by row; their mean is r unless one is clipped at 1.
 
-    Errors: `StudioError` for a tau that is not above 0 and an unknown pool.
+    Raises:
+        StudioError: a tau that is not above 0 and an unknown pool.
     """
     tau = check_number("tau", tau, above=True)
     check_choice("pool", pool, POOLS)
@@ -140,36 +140,3 @@ def crop_scores(logits: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
         F.normalize(own[layout.token[layout.region(crop)]], dim=0) + F.normalize(shared, dim=0)
         for crop, (own, shared) in enumerate(zip(logits[1:], thumbnail_on_canvas(logits[0], layout)), start=1)
     ]
-
-
-class ReferenceSequence(NamedTuple):
-    """What the authors' code feeds the language model: thumbnail tokens, then crops."""
-
-    thumbnail: torch.Tensor
-    crops: torch.Tensor
-
-
-def reference_sequence(logits: torch.Tensor, layout: Layout, ratio: float, tau: float = 10.0) -> ReferenceSequence:
-    """The authors' order and places, faults included; the selection itself is that of `reference=True`.
-
-    Args:
-        logits: z (P, N).
-        layout: with a grid; its newlines do not matter.
-        ratio: r, in (0, 1].
-        tau: as in `globalcom2`.
-
-    Returns:
-        `thumbnail`: tokens by descending score. `crops`: partition * N + token, -1 after each row of the canvas,
-        padding rows included, in the order of the canvas if every crop had its valid tokens first, its padding last.
-    """
-    (height, width), (rows, columns) = layout.size, layout.grid
-    tokens = height * width
-    thumbnail = logits[0].topk(int(tokens * ratio)).indices
-    ids = torch.full((layout.partitions, tokens), -2)
-    shares = crop_ratios(logits[0], layout.size, layout.grid, ratio, tau)
-    for crop, (scores, share) in enumerate(zip(crop_scores(logits, layout), shares.tolist()), start=1):
-        chosen = scores.topk(int(len(scores) * share)).indices
-        ids[crop, chosen] = layout.ids[layout.region(crop)][chosen]
-    canvas = ids[1:].view(rows, columns, height, width).permute(0, 2, 1, 3).reshape(rows * height, columns * width)
-    sequence = F.pad(canvas, (0, 1), value=-1).flatten()
-    return ReferenceSequence(thumbnail, sequence[sequence != -2])

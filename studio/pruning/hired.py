@@ -54,20 +54,21 @@ def hired(
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1, unless `reference`.
 
-    Errors: `StudioError` for missing attention, and for a budget, layout, newline, alpha or cells that does not fit.
+    Raises:
+        StudioError: missing attention, or a budget, layout, newline, alpha or cells that does not fit.
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
     cells = cells or ("stripes" if reference else "blocks")
     check_choice("cells", cells, CELLS)
     alpha = check_number("alpha, the thumbnail's share of the budget,", alpha, 0, 1)
-    budget = fraction(budget) if reference else count(budget, len(features))
-    if budget == len(features) and not reference:
+    budgeted = count(fraction(budget) if reference else budget, len(features))
+    if budgeted == len(features) and not reference:
         return torch.arange(len(features), device=features.device)
     last = scores_for("HiRED", "last", attention, layout)
     first = scores_for("HiRED", "first", attention, layout)[0] if layout.grid else last[0]
     if reference:
-        return _reference(first, last, budget, layout, alpha, cells).to(features.device)
+        return _reference(first, last, fraction(budget), layout, alpha, cells).to(features.device)
     regions = [layout.region(partition) for partition in range(layout.partitions)]
     by_attention = [
         region[last[partition, layout.token[region]].argsort(descending=True, stable=True)]
@@ -81,7 +82,7 @@ def hired(
         budgets = [min(tokens - sum(crops), caps[0]), *crops]
         return torch.cat([order[:most] for order, most in zip(by_attention, budgets)])
 
-    return with_newlines(pick, budget, layout, newline).to(features.device)
+    return with_newlines(pick, budgeted, layout, newline).to(features.device)
 
 
 def crop_hits(

@@ -1,34 +1,35 @@
-"""Pruning behind layer k of the language model: the first layers see every token, the others a few.
+"""Pruning after layer k of the language model: the first layers see every token, the others a few.
 
 - `fastv`: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv:2403.06764). Score: the attention of the
   prompt's last token in the layer before the cut, mean over heads.
 - `pyramiddrop`: "PyramidDrop" (CVPR 2025, arXiv:2410.17247). Several cuts, each by the last token's attention in the
-  layer behind it, over all tokens that are still there.
+  layer after it, over all tokens that are still there.
 - any selector that needs features alone, which are here the hidden states before the cut.
 
-Only the last token's row of attention is ever computed, so any attention backend works. Positions are never counted
-anew, rows of a batch may be padded, and layers behind a cut have shorter caches.
-
-Layers of a KV cache that hold fewer tokens than the prompt had, and the masks and positions that go with them.
-
-Transformers makes one mask for all layers, as wide as the longest; each layer takes its own columns of it.
+Only the last token's row of attention is computed, so any attention backend works. Tokens keep their positions, rows of
+a batch may be padded, and layers after a cut have shorter caches (`ShortLayer`). Transformers makes one mask for all
+layers, as wide as the longest; each layer takes its own columns of it.
 """
 
 import inspect
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from studio.errors import StudioError
 from studio.pruning.adapters import Family
 from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, METHODS, SCORES
-from studio.pruning.shortening import PruneInfo, attention_mask_of
+from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,9 @@ class ShortLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.real, self.prompt, self.seen = keys, values, real, prompt, prompt
 
-    def update(self, key_states, value_states, *arguments, **keywords):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.seen += key_states.shape[-2]
         return super().update(key_states, value_states, *arguments, **keywords)
 
@@ -137,12 +140,13 @@ class ShortLayer(DynamicLayer):
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
 
 
-def cuts_of(family: Family, method: str, keep: float, after_layer) -> dict[int, float]:
+def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[int, ...] | None) -> dict[int, float]:
     """For each layer that is entered by fewer tokens, the share of all tokens, or their number.
 
-    Several cuts leave equal shares of what reached them, so that behind the last `keep` are left.
+    Several cuts leave equal shares of what reached them, so that `keep` are left after the last.
 
-    Errors: `StudioError` for layers that the model does not have or that cannot be cut behind.
+    Raises:
+        StudioError: layers that the model does not have or after which tokens cannot be cut.
     """
     layers = len(layers_of(family))
     if after_layer is None:
@@ -161,7 +165,11 @@ def cuts_of(family: Family, method: str, keep: float, after_layer) -> dict[int, 
 
 
 def windowless(family: Family) -> None:
-    """Errors: `StudioError` for a model with layers that see a window of the prompt."""
+    """Refuse a model whose layers see a window of the prompt.
+
+    Raises:
+        StudioError: a layer with sliding or chunked attention.
+    """
     text = family.model.config.get_text_config()
     if any("sliding" in kind or "chunked" in kind for kind in getattr(text, "layer_types", None) or ()):
         raise StudioError(f"{family.model.config.model_type} has layers with a window: prune before the model instead.")
@@ -185,29 +193,41 @@ def with_short_mask(number: int, arguments: tuple, keywords: dict) -> dict:
 class Inside:
     """The cuts of one block of `prune`: `forward` and `generate` of the model, and hooks on its layers."""
 
-    def __init__(self, family: Family, method: str, keep: float, after_layer, generator, record):
+    def __init__(
+        self,
+        family: Family,
+        method: str,
+        keep: float,
+        after_layer: int | tuple[int, ...] | None,
+        generator: torch.Generator,
+        record: PruneRecord,
+    ):
         if method in SCORES:
             raise StudioError(f"{method} needs scores of the vision tower: use it without after_layer.")
         self.family, self.method, self.keep, self.record = family, method, keep, record
         self.generator, self.cuts = generator, cuts_of(family, method, keep, after_layer)
         self.check_queries(method in INSIDE)
-        self.call = CuttingCall
+        self.call: type[Call] = CuttingCall
 
     def check_queries(self, needed: bool) -> None:
-        """Errors: `StudioError` when attention is needed and the model has no plain projection of queries."""
+        """Refuse a model whose queries cannot be read, where a method needs them.
+
+        Raises:
+            StudioError: attention is needed and the model has no plain projection of queries.
+        """
         text, attention = self.family.model.config.get_text_config(), layers_of(self.family)[0].self_attn
         width = getattr(getattr(attention, "q_proj", None), "out_features", None)
         if needed and width != text.num_attention_heads * attention.head_dim:
             raise StudioError(f"{self.method} cannot read the queries of {self.family.model.config.model_type} models.")
 
     @contextmanager
-    def hooks(self):
+    def hooks(self) -> Iterator[None]:
         with ExitStack() as stack:
             for handle in self.handles():
                 stack.callback(handle.remove)
             yield
 
-    def handles(self):
+    def handles(self) -> Iterator[RemovableHandle]:
         """Hooks on the layers, put in place one by one."""
         for number, layer in enumerate(layers_of(self.family)):
             yield layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
@@ -225,14 +245,21 @@ class Inside:
 
         return hook
 
-    def generate(self, original, inputs=None, generation_config=None, *arguments, **keywords):
+    def generate(
+        self,
+        original: Callable,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> Any:
         configs = [config for config in (generation_config, self.family.model.generation_config) if config is not None]
         for name in ("cache_implementation", "prefill_chunk_size"):
             if any(value is not None for value in (keywords.get(name), *(getattr(c, name, None) for c in configs))):
-                raise StudioError(f"Pruning behind a layer needs a cache that grows: leave out {name}.")
+                raise StudioError(f"Pruning after a layer needs a cache that grows: leave out {name}.")
         return original(inputs, generation_config, *arguments, **keywords)
 
-    def forward(self, original, *arguments, **keywords):
+    def forward(self, original: Callable, *arguments: Any, **keywords: Any) -> Any:
         keywords |= zip(inspect.signature(original).parameters, arguments)
         call = self.call(self, keywords)
         outer = _CALL.set(call)
@@ -248,12 +275,15 @@ class Call:
     """One call of the model: a prompt with images, or what follows it."""
 
     def __init__(self, inside: Inside, keywords: dict):
-        self.inside, self.cache = inside, keywords.get("past_key_values")
+        self.inside: Any = inside
+        self.cache: Any = keywords.get("past_key_values")
         ids = keywords.get("input_ids")
+        self.image: Any = None  # (B, L) bool, the image tokens of a prompt
         if self.cache is not None and self.cache.get_seq_length():
-            self.image = None
             if keywords.get("pixel_values") is not None:
-                raise StudioError("Give all images with the first prompt: new ones cannot be pruned behind a cache.")
+                raise StudioError(
+                    "Give all images with the first prompt: new ones cannot be pruned after a filled cache."
+                )
             return
         if ids is None:
             raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")
@@ -264,27 +294,39 @@ class Call:
         if keywords.get("labels") is not None:
             raise StudioError("Labels do not fit the shorter logits: prune before the model, without after_layer.")
         if keywords.get("use_cache") is False:
-            raise StudioError("Pruning behind a layer needs a cache: leave out use_cache=False.")
+            raise StudioError("Pruning after a layer needs a cache: leave out use_cache=False.")
         self.valid = attention_mask_of(keywords).bool()
         self.total = [int(row.sum()) for row in image]
         self.last = torch.where(self.valid, torch.arange(ids.shape[1], device=ids.device), -1).argmax(dim=1)
 
-    def enter(self, number: int, arguments: tuple, keywords: dict):
+    def enter(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         """What a decoder layer is called with."""
         if self.image is None:
             return arguments, with_short_mask(number, arguments, keywords)
         self.cache = keywords.get("past_key_values")
         return self.cut(number, arguments, keywords)
 
+    def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        """What decoder layer `number` is called with while the prompt is read."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What is left to do when the model has been called."""
+        raise NotImplementedError
+
 
 class CuttingCall(Call):
-    """A call in which layers behind a cut are entered by fewer tokens."""
+    """A call in which layers after a cut are entered by fewer tokens."""
 
     def __init__(self, inside: Inside, keywords: dict):
         super().__init__(inside, keywords)
-        self.columns, self.query, self.after, self.masks, self.seconds = None, None, {}, {}, 0.0
+        self.columns: Any = None  # `Columns` after the first cut
+        self.query: Any = None
+        self.after: dict[int, Columns] = {}
+        self.masks: dict[int, tuple] = {}
+        self.seconds = 0.0
 
-    def cut(self, number: int, arguments: tuple, keywords: dict):
+    def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         rotary = keywords["position_embeddings"]
         if number + 1 in self.inside.cuts and self.inside.method == "fastv":
@@ -362,7 +404,7 @@ class CuttingCall(Call):
         return rotated(layer.self_attn, layer.input_layernorm(hidden), rotary, part)
 
     def finish(self) -> None:
-        """Gives layers behind a cut caches that know what they lack."""
+        """Gives layers after a cut caches that know what they lack."""
         if self.image is None:
             return
         prompt = self.image.shape[1]
@@ -385,7 +427,9 @@ class CuttingCall(Call):
 
 
 @torch.no_grad()
-def rotated(attention: torch.nn.Module, hidden: torch.Tensor, rotary, part: str) -> torch.Tensor:
+def rotated(
+    attention: torch.nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], part: str
+) -> torch.Tensor:
     """Queries ("q") or keys ("k") of an attention layer, (B, heads, n, D), as it rotates them."""
     heads = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, f"{part}_norm"):

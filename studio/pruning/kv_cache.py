@@ -1,24 +1,22 @@
-"""Fewer image tokens in the KV cache: all layers read the whole prompt, then each keeps a part of its keys and values.
+"""Compression of the KV cache: all layers read the whole prompt, then each keeps a part of the image's keys and values.
 
 Scores come from queries and keys of each layer, in blocks of queries, so no attention matrix of the whole prompt is
-ever there and any attention backend works. Text always stays; of the image tokens exactly `keep` stay in each layer
-(for `prefixkv` on average over layers), and what goes gives its memory back.
+materialised and any attention backend works. Text always stays; of the image tokens exactly `keep` stay in each layer
+(for `prefixkv` on average over layers), and the memory of the others is freed.
 
-- `coverage`: the tokens that cover the others best (`studio.pruning.kv_cache`), the same in all layers; no attention.
-- `snapkv` (arXiv:2404.14469): attention of the prompt's last 32 tokens, smoothed over 5 places, for each head.
-- `h2o` (arXiv:2306.14048): half the latest, half the heaviest by attention received from all queries, for each head.
-  What is said later evicts nothing more: the paper goes on during decoding.
-- `prefixkv` (arXiv:2412.03409): attention received, one share of it for all layers, so that layers keep unlike numbers.
+- `coverage`: the tokens that cover the others best, the same in all layers; needs no attention. It is the second factor
+  of SCOPE (arXiv:2510.24214) alone, a greedy maximisation of a submodular function of the features:
+
+      gain(u) = sum_v max(0, cos(v, u) - best_v),    best_v = max over chosen c of cos(v, c), at first 0
+
+  Each pick has the largest gain; the chosen set is within 1 - 1/e of the best of its size.
+- `snapkv` (arXiv:2404.14469): attention of the prompt's last 32 tokens, smoothed over 5 positions, for each head.
+- `h2o` (arXiv:2306.14048): half the latest, half those with the most attention received from all queries, for each
+  head. Decoding evicts nothing more, unlike in the paper.
+- `prefixkv` (arXiv:2412.03409): attention received, one share of it for all layers, so that layers keep different
+  numbers of tokens.
 - `kvcrush` (arXiv:2503.00022): 3/4 by the scores of `snapkv`; of the others, sorted by how many heads disagree with the
-  majority whether a token is in their upper half, evenly spaced ones.
-
-Coverage: the tokens to which all others are nearest, by greedy maximisation of a submodular function.
-
-The second factor of SCOPE (arXiv:2510.24214) alone, from features and nothing else:
-
-    gain(u) = sum_v max(0, cos(v, u) - best_v),    best_v = max over chosen c of cos(v, c), at first 0
-
-Each pick has the largest gain; the chosen set is within 1 - 1/e of the best of its size.
+  majority on whether a token is in their upper half, evenly spaced ones.
 """
 
 from collections.abc import Iterator
@@ -26,9 +24,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from studio.errors import StudioError
-from studio.pruning.adapters import family_of
+from studio.pruning.adapters import Family, family_of
 from studio.pruning.blocks import block
 from studio.pruning.inside_model import Call, Inside, ShortLayer, layers_of, rotated, windowless
 from studio.pruning.layout import count
@@ -39,8 +39,8 @@ _WINDOW, _POOL, _BLOCK = 32, 5, 256
 
 
 @contextmanager
-def compress(model, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
-    """A block in which the KV cache forgets most image tokens as soon as a prompt is read.
+def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
+    """A block in which the KV cache drops most image tokens as soon as a prompt is read.
 
         with studio.compress(model, "coverage", keep=0.05) as record:
             out = model.generate(**inputs, max_new_tokens=50)
@@ -56,8 +56,9 @@ def compress(model, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
     Yields:
         A `PruneRecord`; the info of a prompt has no `kept`, because heads keep different tokens.
 
-    Errors: `StudioError` for an unknown method, a model that is not supported (with the reason), and calls whose cache
-        cannot shrink.
+    Raises:
+        StudioError: an unknown method, a model that is not supported (with the reason), and calls whose cache cannot
+            shrink.
     """
     if method not in COMPRESSION:
         raise StudioError(f"The method of the cache is one of {', '.join(COMPRESSION)}, not {method!r}.")
@@ -69,15 +70,15 @@ def compress(model, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
 
 
 class Compressing(Inside):
-    """The hooks of one block of `compress`."""
+    """The hooks of one `compress` block."""
 
-    def __init__(self, family, method: str, keep: float, record):
+    def __init__(self, family: Family, method: str, keep: float, record: PruneRecord):
         self.family, self.method, self.keep, self.record = family, method, keep, record
         windowless(family)
         self.check_queries(method != "coverage")
         self.call = CompressingCall
 
-    def handles(self):
+    def handles(self) -> Iterator[RemovableHandle]:
         yield from super().handles()
         for number, layer in enumerate(layers_of(self.family)):
             yield layer.self_attn.register_forward_hook(self._read(number), with_kwargs=True)
@@ -94,13 +95,14 @@ class Compressing(Inside):
 class CompressingCall(Call):
     """One call of the model: a prompt whose cache is cut when it has been read, or what follows it."""
 
-    def __init__(self, inside, keywords: dict):
+    def __init__(self, inside: Inside, keywords: dict):
         super().__init__(inside, keywords)
         if self.image is not None:
             self.wanted = [count(inside.keep, total) if total else 0 for total in self.total]
-            self.scores, self.places = {}, None
+            self.scores: dict[int, torch.Tensor] = {}
+            self.places: list[torch.Tensor] = []
 
-    def cut(self, number: int, arguments: tuple, keywords: dict):
+    def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         if number == 0 and self.inside.method == "coverage":
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             self.places = [
@@ -173,7 +175,7 @@ class CompressingCall(Call):
 
     def _cut_to_one_share(self) -> None:
         """`prefixkv`: the same share of each layer's attention, with as many tokens in all layers together."""
-        chosen = {number: [] for number in self.scores}
+        chosen: dict[int, list[list[torch.Tensor]]] = {number: [] for number in self.scores}
         for row, places in enumerate(map(_places, self.image & self.valid)):
             masses = torch.stack([scores[row, places] for scores in self.scores.values()])
             order = masses.argsort(dim=1, descending=True, stable=True)
@@ -186,11 +188,14 @@ class CompressingCall(Call):
 
 
 def equal_shares(masses: torch.Tensor, total: int) -> list[int]:
-    """How many of each layer's tokens to keep, `total` together, so that the least share of mass kept is largest.
+    """How many of each layer's tokens to keep, `total` together, so that the smallest share of mass kept is largest.
 
     Args:
         masses: (layers, n), descending in each row.
         total: at least one for each layer, at most all.
+
+    Returns:
+        The number of tokens of each layer, from 1 up; 0 where there are none.
     """
     layers, tokens = masses.shape
     if not tokens:
@@ -233,15 +238,23 @@ def _crushed(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[
 
 
 def coverage_order(features: torch.Tensor, picks: int) -> torch.Tensor:
-    """`picks` different rows of features (N, D), in the order they are chosen; of equal gains the first row wins."""
+    """Greedy coverage of features, the loop of `coverage` (see the module).
+
+    Args:
+        features: (N, D).
+        picks: how many rows to choose, at most N.
+
+    Returns:
+        (picks,) long, different rows in the order they are chosen; of equal gains the first row wins.
+    """
     rows = F.normalize(features.detach().float(), dim=1, eps=1e-12)
-    likeness = rows @ rows.T
-    best, order = likeness.new_zeros(len(rows)), []
+    similarity = rows @ rows.T
+    best, order = similarity.new_zeros(len(rows)), []
     chosen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for _ in range(min(picks, len(rows))):
-        gains = (likeness - best[:, None]).clamp(min=0).sum(dim=0).masked_fill(chosen, -1)
+        gains = (similarity - best[:, None]).clamp(min=0).sum(dim=0).masked_fill(chosen, -1)
         pick = gains.argmax(keepdim=True)
         chosen[pick] = True
         order.append(pick)
-        best = torch.maximum(best, likeness[:, pick[0]])
+        best = torch.maximum(best, similarity[:, pick[0]])
     return torch.cat(order)

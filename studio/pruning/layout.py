@@ -1,13 +1,11 @@
-"""Where the tokens of one image come from: partitions, places, newlines.
+"""The geometry and the budget of the tokens of one image.
 
-A partition is one run of the vision tower: 0 is the thumbnail (the whole image), 1, 2, ... are crops, row by row over
-a grid. The packed sequence is what the language model receives for the image, in its order; padding is not in it.
-
-Which newline embeddings stay, so that newlines and content together are exactly the budget.
-
-How many tokens are kept, and how a number is divided among parts without losing any.
-
-Where kept tokens lie in the image: the grids of patches that the vision tower saw.
+- `Layout`: the partition and the place of each token. A partition is one run of the vision tower: 0 is the
+  thumbnail (the whole image), 1, 2, ... are crops, row by row over a grid. The packed sequence is what the language
+  model receives for the image, in its order, without padding.
+- `with_newlines`: which newline embeddings stay, so that newlines and content together are exactly the budget.
+- `count`, `apportion`: how many tokens are kept, and how a number is divided among parts without losing any.
+- `patch_views`: where kept tokens lie in the image, as grids of the patches that the vision tower saw.
 """
 
 import math
@@ -36,7 +34,8 @@ class Layout:
         grid: rows and columns of crops; `None` when there are no crops, or when crop tokens are no longer those of the
             vision tower (a canvas that the model has shrunk).
 
-    Errors: `StudioError` when the three tensors are not equally long.
+    Raises:
+        StudioError: the three tensors are not equally long.
     """
 
     partition: torch.Tensor
@@ -58,7 +57,8 @@ class Layout:
     def from_ids(cls, ids: torch.Tensor, size: tuple[int, int], grid: tuple[int, int] | None = None) -> "Layout":
         """From ids (T,): partition * N + token, and -1 for a newline.
 
-        Errors: `StudioError` for an id outside the thumbnail and the crops of the grid.
+        Raises:
+            StudioError: an id outside the thumbnail and the crops of the grid.
         """
         ids = ids.long().cpu()
         height, width = size
@@ -105,12 +105,12 @@ class Layout:
 
     @cached_property
     def content(self) -> torch.Tensor:
-        """TokenIndex in the packed sequence of all tokens but newlines, in order."""
+        """Indices in the packed sequence of all tokens but newlines, in order."""
         return (self.partition != NEWLINE).nonzero().flatten()
 
     @cached_property
     def newlines(self) -> torch.Tensor:
-        """TokenIndex in the packed sequence of the newlines, in order."""
+        """Indices in the packed sequence of the newlines, in order."""
         return (self.partition == NEWLINE).nonzero().flatten()
 
     @cached_property
@@ -138,7 +138,7 @@ class Layout:
         return ends.masked_fill(self.partition == NEWLINE, -1)
 
     def region(self, partition: int) -> torch.Tensor:
-        """TokenIndex in the packed sequence of one partition's tokens, in order."""
+        """Indices in the packed sequence of one partition's tokens, in order."""
         return (self.partition == partition).nonzero().flatten()
 
 
@@ -155,7 +155,8 @@ def unpadded(canvas: tuple[int, int], image_size: tuple[int, int]) -> tuple[torc
 def layout_for(features: torch.Tensor, layout: Layout | None) -> Layout:
     """The layout of features (T, D); without one they are a single row.
 
-    Errors: `StudioError` when features are not a matrix or the layout is of another length.
+    Raises:
+        StudioError: features are not a matrix or the layout is of another length.
     """
     if features.dim() != 2 or not len(features):
         raise StudioError(f"Give the features of one image as (tokens, width), not {tuple(features.shape)}.")
@@ -171,7 +172,11 @@ NEWLINES = ("row", "keep", "drop", "compete")
 
 
 def check_newline(newline: str, *, compete: bool) -> None:
-    """Errors: `StudioError` for an unknown name, and for "compete" with a method that has no score for newlines."""
+    """Check how newlines are treated.
+
+    Raises:
+        StudioError: an unknown name, or "compete" with a method that has no score for newlines.
+    """
     check_choice("newline", newline, NEWLINES)
     if newline == "compete" and not compete:
         raise StudioError("This method has no score for newlines: choose row, keep or drop instead of compete.")
@@ -187,11 +192,12 @@ def with_newlines(pick: Callable[[int], torch.Tensor], budget: int, layout: Layo
         newline: "row" keeps the newline of every row that keeps a content token; "keep" keeps all; "drop" none.
 
     Returns:
-        (budget,) places, sorted. "drop" gives fewer when there is less content than `budget`, and so does "row" in a
+        (budget,) places, sorted. "drop" gives fewer when there is less content than `budget`, and so does "row" in an
         image so narrow that rows hold nothing but a newline; "row" gives one fewer, or leaves out one newline, where
         a budget of a few tokens has no room for both.
 
-    Errors: `StudioError` when "keep" leaves no room for content.
+    Raises:
+        StudioError: "keep" leaves no room for content.
     """
     contents = len(layout.content)
     if newline == "drop" or not len(layout.newlines):
@@ -232,7 +238,7 @@ def _with_rows(pick, budget: int, layout: Layout) -> torch.Tensor:
     return torch.cat((chosen, rows)).sort().values
 
 
-def is_fraction(budget) -> bool:
+def is_fraction(budget: object) -> bool:
     return isinstance(budget, Real) and not isinstance(budget, Integral)
 
 
@@ -246,7 +252,8 @@ def count(budget: int | float, total: int) -> int:
     Returns:
         A number from 1 to `total`; a fraction is rounded as Python's `round` does.
 
-    Errors: `StudioError` for any other budget.
+    Raises:
+        StudioError: any other budget.
     """
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise StudioError(f"A budget is a number of tokens or a fraction above 0 and at most 1, not {shown(budget)}.")
@@ -260,7 +267,11 @@ def count(budget: int | float, total: int) -> int:
 
 
 def fraction(budget: int | float) -> float:
-    """The budget as the ratio the authors' code takes. Errors: `StudioError` for anything but a fraction in (0, 1]."""
+    """The budget as the ratio the authors' code takes.
+
+    Raises:
+        StudioError: anything but a fraction in (0, 1].
+    """
     if not is_fraction(budget) or not 0 < budget <= 1:
         raise StudioError(f"The authors' numbers need a fraction above 0 and at most 1 as budget, not {budget!r}.")
     return float(budget)
@@ -280,7 +291,7 @@ def apportion(total: int, weights: list[float], caps: list[int]) -> list[int]:
     Returns:
         Whole numbers that add up to `min(total, sum(caps))`.
     """
-    left = min(total, sum(caps))
+    left = float(min(total, sum(caps)))
     shares = [0.0] * len(caps)
     free = [part for part, cap in enumerate(caps) if cap > 0]
     while free and left > 1e-9:
@@ -344,7 +355,8 @@ def patch_views(
     views = [_view("whole", box, layout.size, layout, layout.partition == 0, kept)]
     on_canvas = layout.partition > 0
     if crops and on_canvas.any():
-        views.append(_view("crops", *_canvas(layout, on_canvas, image_size), layout, on_canvas, kept))
+        box, size = _canvas(layout, on_canvas, image_size)
+        views.append(_view("crops", box, size, layout, on_canvas, kept))
     return tuple(views)
 
 
@@ -358,7 +370,9 @@ def _view(name, box, size, layout: Layout, tokens: torch.Tensor, kept: torch.Ten
     return PatchView(name, box, read, stays)
 
 
-def _canvas(layout: Layout, on_canvas: torch.Tensor, image_size: tuple[int, int]):
+def _canvas(
+    layout: Layout, on_canvas: torch.Tensor, image_size: tuple[int, int]
+) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     """Box and size of the canvas; one that the model has shrunk has no padding."""
     if layout.grid is None:
         return _WHOLE, (int(layout.row[on_canvas].max()) + 1, int(layout.column[on_canvas].max()) + 1)

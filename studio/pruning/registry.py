@@ -22,7 +22,7 @@ SCORES: dict[str, tuple[str, ...]] = {"hired": ("first", "last"), "globalcom2": 
 
 INSIDE = {
     "fastv": "FastV: keep what the last token attends to in the layer before the cut.",
-    "pyramiddrop": "PyramidDrop: several cuts, each keeps what the last token attends to in the layer behind it.",
+    "pyramiddrop": "PyramidDrop: several cuts, each keeps what the last token attends to in the layer after it.",
 }
 """Methods that score tokens inside the language model and nowhere else (see `studio.pruning.inside_model`)."""
 
@@ -32,12 +32,16 @@ WITH_REFERENCE = ("divprune", "hired", "globalcom2")
 
 def pruning_methods() -> dict[str, str]:
     """The methods by name, each with the first line of its description."""
-    before = {name: method.__doc__.strip().splitlines()[0] for name, method in METHODS.items()}
+    before = {name: str(method.__doc__).strip().splitlines()[0] for name, method in METHODS.items()}
     return {**before, **INSIDE}
 
 
 def method_named(name: str) -> Callable:
-    """Errors: `StudioError` for an unknown name."""
+    """The selector of that name.
+
+    Raises:
+        StudioError: an unknown name, or a method that needs a block of `studio.prune`.
+    """
     if name in INSIDE:
         raise StudioError(f"{name} scores tokens inside the language model: use a block of studio.prune.")
     check_choice("The pruning method", name, (*METHODS, *INSIDE))

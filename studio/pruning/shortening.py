@@ -1,6 +1,6 @@
-"""Shorter inputs for a vision-language model: encode its images, choose tokens, take the others out of the prompt.
+"""Shorter inputs for a vision-language model: encode its images, select tokens, remove the others from the prompt.
 
-Taking tokens out of a prompt: ids, masks, labels, positions, and padding made anew.
+`cut` removes tokens: from ids, masks, labels and positions, with new padding.
 """
 
 import inspect
@@ -19,7 +19,11 @@ _FILL = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_typ
 
 
 def attention_mask_of(inputs: dict) -> torch.Tensor:
-    """(B, L) long: the attention mask, all ones when none is given. Errors: `StudioError` for another shape."""
+    """(B, L) long: the attention mask, all ones when none is given.
+
+    Raises:
+        StudioError: another shape.
+    """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids)
@@ -113,8 +117,20 @@ class Settings:
     options: dict
 
 
-def checked(method, keep, positions, newline, reference, generator, options) -> Settings:
-    """Settings with their defaults filled in. Errors: `StudioError` for what is unknown or does not fit together."""
+def checked(
+    method: str,
+    keep: int | float,
+    positions: str | None,
+    newline: str,
+    reference: bool,
+    generator: torch.Generator | None,
+    options: dict,
+) -> Settings:
+    """Settings with their defaults filled in.
+
+    Raises:
+        StudioError: what is unknown or does not fit together.
+    """
     known = set(inspect.signature(method_named(method)).parameters) - set(_OWN)
     if unknown := set(options) - known:
         allowed = f"takes {', '.join(sorted(known))}" if known else "has no settings"
@@ -144,7 +160,8 @@ def shorten(family: Family, inputs: dict, settings: Settings) -> tuple[dict, Pru
 
     Inputs without images come back as they are.
 
-    Errors: `StudioError` as in `studio.pruning.api.prune_inputs`.
+    Raises:
+        StudioError: as in `studio.pruning.api.prune_inputs`.
     """
     if not has_images(inputs):
         return inputs, PruneInfo(settings.method, settings.keep)
@@ -201,7 +218,7 @@ def _check_inputs(inputs: dict) -> None:
         raise StudioError("Only images are pruned: give videos to the model outside of the block.")
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
-        raise StudioError("Give all images with the first prompt: new ones cannot be pruned behind a filled cache.")
+        raise StudioError("Give all images with the first prompt: new ones cannot be pruned after a filled cache.")
 
 
 def _now(device: torch.device) -> float:

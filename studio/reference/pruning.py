@@ -1,14 +1,17 @@
-"""The slow, obviously right pruners: the reference of tests and benchmarks.
+"""Slow reference pruners for tests and benchmarks.
 
 Loops as the papers state them, one token at a time, with nothing carried from pick to pick. They share the budgets
 of the fast path and none of its selection. Newlines are left out: every function returns content tokens alone.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from studio.pruning.attention import Attention
-from studio.pruning.globalcom2 import crop_ratios
+from studio.errors import StudioError
+from studio.pruning.attention import Attention, scores_for
+from studio.pruning.globalcom2 import crop_ratios, crop_scores
 from studio.pruning.layout import Layout, apportion
 
 
@@ -32,12 +35,14 @@ def order_from_distances(distances: torch.Tensor, picks: int) -> torch.Tensor:
 def hired(attention: Attention, layout: Layout, budget: int, alpha: float = 0.5) -> torch.Tensor:
     """HiRED, arXiv:2408.10945: `budget` places of the packed sequence, sorted."""
     height, width = layout.size
-    last = {place: float(attention.last[p, n]) for place, p, n in _tokens(layout)}
+    scores = scores_for("HiRED", "last", attention, layout)
+    last = {place: float(scores[p, n]) for place, p, n in _tokens(layout)}
     regions = _regions(layout)
     budgets = [budget]
     if layout.grid:
         rows, columns = layout.grid
-        ranked = sorted(range(height * width), key=lambda n: -float(attention.first[0, n]))
+        first = scores_for("HiRED", "first", attention, layout)[0].tolist()
+        ranked = sorted(range(height * width), key=lambda n: -first[n])
         hits = [0.0] * (rows * columns)
         for token in ranked[: int(height * width * (1 - alpha))]:
             row = min(token // width // (height // rows), rows - 1)
@@ -51,7 +56,7 @@ def hired(attention: Attention, layout: Layout, budget: int, alpha: float = 0.5)
 
 def globalcom2(attention: Attention, layout: Layout, budget: int, tau: float = 10.0) -> torch.Tensor:
     """GlobalCom2, arXiv:2501.05179: `budget` places of the packed sequence, sorted."""
-    logits, regions = attention.logits, _regions(layout)
+    logits, regions = scores_for("GlobalCom2", "logits", attention, layout), _regions(layout)
     caps = [len(region) for region in regions]
     scores = {place: float(logits[p, n]) for place, p, n in _tokens(layout)}
     ratios = [budget / sum(caps)]
@@ -69,13 +74,51 @@ def globalcom2(attention: Attention, layout: Layout, budget: int, tau: float = 1
     return _best(regions, scores, apportion(budget, [cap * r for cap, r in zip(caps, ratios)], caps))
 
 
+class ReferenceSequence(NamedTuple):
+    """What the authors' code feeds the language model: thumbnail tokens, then crops."""
+
+    thumbnail: torch.Tensor
+    crops: torch.Tensor
+
+
+def reference_sequence(logits: torch.Tensor, layout: Layout, ratio: float, tau: float = 10.0) -> ReferenceSequence:
+    """The authors' order and places, faults included; the selection itself is that of `reference=True`.
+
+    Args:
+        logits: z (P, N).
+        layout: with a grid; its newlines do not matter.
+        ratio: r, in (0, 1].
+        tau: temperature of the softmax over crops, above 0.
+
+    Returns:
+        `thumbnail`: tokens by descending score. `crops`: partition * N + token, -1 after each row of the canvas,
+        padding rows included, in the order of the canvas if every crop had its valid tokens first, its padding last.
+
+    Raises:
+        StudioError: a layout without crops.
+    """
+    if layout.grid is None:
+        raise StudioError("The reference sequence needs crops: give a layout with a grid.")
+    (height, width), (rows, columns) = layout.size, layout.grid
+    tokens = height * width
+    thumbnail = logits[0].topk(int(tokens * ratio)).indices
+    ids = torch.full((layout.partitions, tokens), -2)
+    shares = crop_ratios(logits[0], layout.size, layout.grid, ratio, tau)
+    for crop, (scores, share) in enumerate(zip(crop_scores(logits, layout), shares.tolist()), start=1):
+        chosen = scores.topk(int(len(scores) * share)).indices
+        ids[crop, chosen] = layout.ids[layout.region(crop)][chosen]
+    canvas = ids[1:].view(rows, columns, height, width).permute(0, 2, 1, 3).reshape(rows * height, columns * width)
+    sequence = F.pad(canvas, (0, 1), value=-1).flatten()
+    return ReferenceSequence(thumbnail, sequence[sequence != -2])
+
+
 def _tokens(layout: Layout):
     places = layout.content.tolist()
     return [(place, int(layout.partition[place]), int(layout.token[place])) for place in places]
 
 
 def _regions(layout: Layout) -> list[list[int]]:
-    regions = [[] for _ in range(layout.partitions)]
+    regions: list[list[int]] = [[] for _ in range(layout.partitions)]
     for place, partition, _ in _tokens(layout):
         regions[partition].append(place)
     return regions

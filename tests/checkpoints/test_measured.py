@@ -1,17 +1,15 @@
 """`auto`: the fastest decoding that loses no more than is allowed."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from studio import StudioError, evaluation
+from studio import StudioError
+from studio.bench.tradeoff import COMMITTED
 from studio.checkpoints import measured
 from studio.checkpoints.bundled import Bundled
 from studio.checkpoints.measured import fastest, fingerprint, read_measured, save_measured
-
-RECORDED = Path(evaluation.__file__).parent / "decodings"
 
 
 def row(decoding, seconds, top1, batch=1, dtype="float32", **settings):
@@ -98,7 +96,7 @@ def test_a_model_is_marked_by_what_it_samples_with_alone(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", sorted(RECORDED.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(COMMITTED.glob("*.json")), ids=lambda file: file.stem)
 def test_recorded_quality_is_of_the_bundled_weights(file):
     recorded = json.loads(file.read_text())
     assert recorded["fingerprint"] == fingerprint(recorded["model"])

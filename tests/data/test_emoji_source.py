@@ -1,12 +1,12 @@
 """The emoji set as a source: what is held out, from whom, and how training images of a tokenizer vary."""
 
-from types import SimpleNamespace
+import hashlib
 
 import numpy as np
 import pytest
 import torch
 
-from studio.data.archive import STYLES, load_concepts
+from studio.data.archive import ARCHIVE, STYLES, load_concepts
 from studio.data.backgrounds import NAMES, PALETTE
 from studio.data.captions import full_caption, prompt_completion
 from studio.data.emoji import EmojiSource
@@ -73,6 +73,6 @@ def test_training_images_of_a_tokenizer_are_decided_by_the_generator_and_vary(so
 
 
 def test_the_checksum_is_of_archive_and_size(source):
-    of_size = EmojiSource.checksum.func
-    assert source.checksum == of_size(SimpleNamespace(size=16)) != of_size(SimpleNamespace(size=32))
+    of_size = {size: hashlib.sha256(ARCHIVE.read_bytes() + str(size).encode()).hexdigest() for size in (16, 32)}
+    assert source.checksum == of_size[16] and EmojiSource(32).checksum == of_size[32] != of_size[16]
     assert source.skipped == [] and "Fluent Emoji (MIT)" in source.description

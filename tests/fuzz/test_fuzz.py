@@ -185,8 +185,8 @@ def give_value(rng, pipelines, tokenizer):
         pipe = rng.choice(pipelines)
         names = [
             "prompt", "class_labels", "num_images_per_prompt", "guidance_scale", "temperature", "top_k", "top_p",
-            "cfg_interval", "num_tokens", "num_inference_steps", "generator", "decoding", "output_type", "negative_prompt",
-            "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+            "cfg_interval", "num_tokens", "num_inference_steps", "generator", "decoding", "output_type",
+            "negative_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
         ]  # fmt: skip
         given = {"prompt": "a red apple", "generator": torch.Generator().manual_seed(0), rng.choice(names): value}
         pipe(**given)

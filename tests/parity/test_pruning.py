@@ -17,6 +17,7 @@ from studio.pruning import hired as hi
 from studio.pruning.attention import Attention, cls_logits, cls_probabilities
 from studio.pruning.divprune import diverse_order, divprune
 from studio.pruning.layout import Layout
+from studio.reference.pruning import reference_sequence
 
 TOLERANCE = 2e-5
 
@@ -106,7 +107,7 @@ def test_globalcom2(path, case):
     ]
     assert torch.equal(torch.cat(picks), io["crop_topk_flat"])
 
-    sequence = gc2.reference_sequence(logits, layout, ratio, tau)
+    sequence = reference_sequence(logits, layout, ratio, tau)
     assert torch.equal(sequence.thumbnail, io["thumb_idx_desc"])
     assert torch.equal(sequence.crops, io["packed_ids_reference"])
 

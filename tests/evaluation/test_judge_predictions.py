@@ -1,4 +1,4 @@
-"""What the judge sees, in words: its likeliest classes, and how likely it finds what a prompt names."""
+"""Predictions of the judge: its likeliest classes, and the probability of the concept that a prompt names."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def judge(concepts=1391):
     return Judge(num_concepts=concepts, widths=(8, 8, 8), feature_dim=4, sample_size=16).eval()
 
 
-def test_opinions_are_those_of_the_network():
+def test_predictions_are_those_of_the_network():
     images = [Image.new("RGB", (16, 16), "teal"), Image.linear_gradient("L").resize((40, 40))]
     found = judge_predictions(judge(), images, "a red apple, flat style")
     pixels = torch.tensor([0, 128, 128]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 255
