@@ -1,7 +1,6 @@
 """Writing of images: paths are checked before the model runs, files are written completely or not at all."""
 
 import filecmp
-import itertools
 import json
 import math
 import os
@@ -161,7 +160,9 @@ def save_new(writers: dict[Path, Callable[[Path], None]], records: dict[Path, tu
 
 def _claim(path: Path, call: dict, seed: int) -> tuple[Path, bool]:
     """The first name that is free or carries this call and seed, and whether it was free and is claimed now."""
-    for number in itertools.count(1):
+    number = 0
+    while True:
+        number += 1
         candidate = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
         try:
             os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -169,7 +170,6 @@ def _claim(path: Path, call: dict, seed: int) -> tuple[Path, bool]:
         except FileExistsError:
             if holds(candidate, call, seed):
                 return candidate, False
-    raise AssertionError("names never end")
 
 
 def holds(path: Path, call: dict, seed: int) -> bool:
