@@ -9,10 +9,26 @@ from studio.console import emit, say
 from studio.errors import StudioError
 
 
-def models(as_json: Json = False) -> None:
-    """List the bundled models."""
+def models(
+    published: Annotated[
+        bool, typer.Option("--published", help="List the published models that `studio pull` knows.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the bundled models, or the published ones."""
+    from studio.checkpoints.published import PUBLISHED, is_pulled
     from studio.doctor import list_models
 
+    if published:
+        rows = [
+            {"name": name, "state": "pulled" if is_pulled(name) else "not pulled", "licence": about.licence,
+             "summary": about.summary, "page": about.page}
+            for name, about in PUBLISHED.items()
+        ]  # fmt: skip
+        emit({"models": rows})
+        for row in rows:
+            say(f"{row['name']:18} {row['state']:10} {row['summary']}; licence: {row['licence']}")
+        return
     rows = list_models()
     emit({"models": rows})
     for row in rows:

@@ -164,3 +164,16 @@ def test_every_entry_can_be_pulled_or_says_how_to_get_it():
     for name, about in PUBLISHED.items():
         assert about.licence and about.summary and about.page.startswith("https://"), name
         assert bool(about.files) == (about.convert is not None) == (not about.by_hand), name
+
+
+def test_the_list_says_what_is_pulled(capsys, monkeypatch, tmp_path):
+    from studio.cli import main
+
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
+    (tmp_path / "models" / "mar-b").mkdir(parents=True)
+    (tmp_path / "models" / "mar-b" / "pulled.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["models", "--published"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(PUBLISHED) and any(line.split()[:2] == ["mar-b", "pulled"] for line in lines)
+    assert all("licence" in line for line in lines)
