@@ -32,7 +32,7 @@ _WARNINGS = 5
 
 
 @dataclass(frozen=True)
-class Image:
+class PlannedImage:
     """One image to sample: the `index`-th of its request, in the file `path` of the output folder."""
 
     request: Request
@@ -108,10 +108,10 @@ def generate_many(
     say(f"{time.monotonic() - start:.1f} seconds, {process_count()} processes")
 
 
-def plan_images(requests: list[Request]) -> list[Image]:
+def plan_images(requests: list[Request]) -> list[PlannedImage]:
     """The images of all requests in order, each with a file name of its own."""
     return [
-        Image(request, index, f"{request.line:05d}-{slug(_title(request))}-{request.seed + index}.png")
+        PlannedImage(request, index, f"{request.line:05d}-{slug(_title(request))}-{request.seed + index}.png")
         for request in requests
         for index in range(request.num_images)
     ]
@@ -122,7 +122,7 @@ def usual_batch_size(images: int) -> int:
     return min(_LARGEST_BATCH, max(1, images // _BATCHES))
 
 
-def share(plan: list[Image], done: Collection[str], batch_size: int) -> list[list[Image]]:
+def share(plan: list[PlannedImage], done: Collection[str], batch_size: int) -> list[list[PlannedImage]]:
     """This process's part of what is left.
 
     Args:
@@ -240,7 +240,7 @@ def _sample_share(pipe, batches, done, out, records, call, device):
     from tqdm import tqdm
 
     count = process_count()
-    total = sum(original.path not in done for batch in batches for original in batch)
+    total = sum(planned.path not in done for batch in batches for planned in batch)
     bar = tqdm(
         total=total,
         desc="sampling" if count == 1 else f"sampling (process 1 of {count})",
@@ -253,34 +253,34 @@ def _sample_share(pipe, batches, done, out, records, call, device):
         for batch in batches:
             first = batch[0].request
             subject = (
-                {"class_labels": [original.request.class_label for original in batch]}
+                {"class_labels": [planned.request.class_label for planned in batch]}
                 if first.prompt is None
-                else {"prompt": [original.request.prompt for original in batch]}
+                else {"prompt": [planned.request.prompt for planned in batch]}
             )
             try:
                 output = pipe(
                     **subject,
-                    generator=[torch.Generator().manual_seed(original.seed) for original in batch],
+                    generator=[torch.Generator().manual_seed(planned.seed) for planned in batch],
                     decoding=_decoding(first, call["dtype"] == "int8"),
                     **first.settings,
                 )
             except StudioError as error:
                 raise StudioError(f"Line {first.line}: {error}") from error
-            for original, image in zip(batch, output.images):
-                if original.path not in done:
-                    _save(image, original, out, records, call, device)
+            for planned, image in zip(batch, output.images):
+                if planned.path not in done:
+                    _save(image, planned, out, records, call, device)
                     bar.update()
 
 
-def _save(image, original, out, records, call, device):
-    record = original.record(call)
-    part = out / f".{image.path}.part"
+def _save(image, planned, out, records, call, device):
+    record = planned.record(call)
+    part = out / f".{planned.path}.part"
     try:
-        png_writer(image, *_carried(original, call, device))(part)
+        png_writer(image, *_carried(planned, call, device))(part)
         with open(part, "rb") as file:
             sync(file)
         records.append(record)
-        os.replace(part, out / original.path)
+        os.replace(part, out / planned.path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise StudioError(f"The images cannot be written: {error.strerror or error}.") from error

@@ -157,7 +157,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(run, tmp_path):
         ([*LINES, {"prompt": "a", "top_p": 2}], [], ["line 5", "top_p"]),
         ([*LINES, {"prompt": "a", "decoding": "lantern"}], [], ["line 5", "64 codes"]),
         ([*LINES, {"prompt": "a", "decoding": "distilled"}], [], ["line 5", "student"]),
-        ([*LINES, {"class_label": 3}], [], ["line 5", "words"]),
+        ([*LINES, {"class_label": 3}], [], ["line 5", "text-conditional"]),
         (LINES, ["--dtype", "int8"], ["line 3", "int8"]),
         (LINES, ["--sheet"], ["--prompts"]),
         (LINES, ["a pear"], ["--prompts"]),

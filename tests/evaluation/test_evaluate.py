@@ -19,7 +19,8 @@ def test_the_bundled_pipeline_samples_style_and_background_of_the_captions():
     """100 held-out combinations (seed 0); chance is 1 in 2, 1 in 10, and for a concept below 1 in 1,000."""
     quality = evaluate("emoji-ar", samples=100)
     assert set(quality) == {
-        "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples",
+        "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "truth_psnr", "truth_ssim",
+        "sharpness", "resolution", "samples",
     }  # fmt: skip
     assert quality["samples"] == 100
     assert quality["background_accuracy"] >= 0.95 and quality["style_accuracy"] >= 0.65
@@ -69,7 +70,8 @@ def test_rows_of_tokens_are_judged_at_several_lengths(tiny_row_pipeline):
     quality = evaluate_generator(tiny_row_pipeline, samples=70)
     shorter = {f"{name}_{length}" for name in ("judge_top1", "frechet") for length in (1, 3)}
     assert set(quality) == {
-        "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "resolution", "samples",
+        "judge_top1", "judge_top5", "style_accuracy", "background_accuracy", "frechet", "truth_psnr", "truth_ssim",
+        "sharpness", "resolution", "samples",
     } | shorter  # fmt: skip
 
     class Shortened:
@@ -139,5 +141,5 @@ def test_a_decoding_of_what_does_not_draw_is_refused(model):
 
 
 def test_class_pipelines_are_refused(tiny_class_folder):
-    with pytest.raises(StudioError, match="is class-conditional"):
+    with pytest.raises(StudioError, match="is conditioned on classes: give --data"):
         evaluate(tiny_class_folder)

@@ -221,7 +221,7 @@ def test_threads_score_their_own_image(family, method):
     def kept(number):
         found = []
         for _ in range(10):
-            together.wait(20)
+            together.wait(120)
             with torch.no_grad():
                 found.append(prune_inputs(made.model, prompts[number], method, keep=0.3)[1].kept[0])
         return found
