@@ -16,6 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from studio.errors import StudioError
+from studio.pruning.blocks import with_keywords
 from studio.pruning.layout import Layout
 
 _BLOCK = 256
@@ -211,7 +212,7 @@ class QwenTap(_Tap):
         self.received: list[torch.Tensor] = []
 
     def hooks(self) -> Iterator[RemovableHandle]:
-        yield self.attention.register_forward_pre_hook(self._record, with_kwargs=True)
+        yield self.attention.register_forward_pre_hook(with_keywords(self._record, 2), with_kwargs=True)
 
     @torch.no_grad()
     def _record(self, attention, arguments, keywords):

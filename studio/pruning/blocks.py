@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -83,3 +84,20 @@ def block(model: torch.nn.Module, methods: dict[str, Callable]) -> Iterator[None
                 dispatcher.users -= 1
                 if not dispatcher.users:
                     dispatcher.close()
+
+
+def with_keywords(hook: Callable, given: int) -> Callable:
+    """A hook for `with_kwargs=True`, left alone by calls that bring no keywords.
+
+    torch notes a hook first and that it takes keywords afterwards. A thread that calls the module in between is never
+    the one that registers the hook, so its call is none of this block's.
+
+    Args:
+        hook: called with the module and `given` further arguments.
+        given: 2 for a pre-hook (arguments, keywords), 3 for a hook (arguments, keywords, output).
+    """
+
+    def called(module: torch.nn.Module, *arguments: Any) -> Any:
+        return hook(module, *arguments) if len(arguments) == given else None
+
+    return called

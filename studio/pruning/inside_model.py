@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from studio.errors import StudioError
 from studio.pruning.adapters import Family
+from studio.pruning.blocks import with_keywords
 from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, METHODS, SCORES
 from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
@@ -230,7 +231,7 @@ class Inside:
     def handles(self) -> Iterator[RemovableHandle]:
         """Hooks on the layers, put in place one by one."""
         for number, layer in enumerate(layers_of(self.family)):
-            yield layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
+            yield layer.register_forward_pre_hook(with_keywords(self._enter(number), 2), with_kwargs=True)
 
     def current(self) -> "Call | None":
         """The call that runs in this context, if it is of this block."""

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
-from studio.pruning.blocks import block
+from studio.pruning.blocks import block, with_keywords
 from studio.pruning.inside_model import Call, Inside, ShortLayer, layers_of, rotated, windowless
 from studio.pruning.layout import count
 from studio.pruning.shortening import PruneInfo, PruneRecord
@@ -81,7 +81,7 @@ class Compressing(Inside):
     def handles(self) -> Iterator[RemovableHandle]:
         yield from super().handles()
         for number, layer in enumerate(layers_of(self.family)):
-            yield layer.self_attn.register_forward_hook(self._read(number), with_kwargs=True)
+            yield layer.self_attn.register_forward_hook(with_keywords(self._read(number), 3), with_kwargs=True)
 
     def _read(self, number: int):
         def hook(attention, arguments, keywords, output):

@@ -238,3 +238,21 @@ def test_features_in_place_of_ids_are_refused():
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     with prune(model, "divprune", keep=0.25), pytest.raises(StudioError, match="input_ids"):
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+
+
+def test_a_call_between_the_two_notes_of_a_hook_is_left_alone():
+    """torch notes a hook before it notes that the hook takes keywords: what another thread calls then brings none."""
+    from studio.pruning.blocks import with_keywords
+
+    seen = []
+    before, after = (with_keywords(lambda *given: seen.append(len(given)), given) for given in (2, 3))
+    layer = torch.nn.Linear(2, 2)
+    for hook, register in ((before, layer.register_forward_pre_hook), (after, layer.register_forward_hook)):
+        handle = register(hook)  # as noted so far
+        layer(torch.zeros(1, 2))
+        handle.remove()
+    assert seen == []
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after, with_kwargs=True)
+    layer(torch.zeros(1, 2))
+    assert seen == [3, 4]
