@@ -22,7 +22,7 @@ def test_two_decodings_side_by_side(tab, slow_steps):
     tab.wait_for_selector("#compare-status .done", timeout=LIMIT)
     assert "Fastest:" in tab.inner_text("#compare-status")
     alts = tab.eval_on_selector_all("#compare-images img", "all => all.map(image => image.alt)")
-    assert len(alts) == 2 and "Plain" in alts[0] and "Speculative" in alts[1]
+    assert len(alts) == 2 and "Plain" in alts[0] and "Jacobi" in alts[1]
     clocks = [float(text.split()[0]) for text in tab.locator("#sides .clock").all_inner_texts()]
     assert len(clocks) == 2 and min(clocks) > 0
     text = tab.inner_text("#sides")

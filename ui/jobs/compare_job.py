@@ -146,11 +146,15 @@ def title_of(model: str, decoding: str) -> str:
 
 
 def offered_sides(models: Iterable[str]) -> list[tuple[str, str]]:
-    """The choices of the tab: pairs (title, side) of models and their decodings."""
+    """The choices of the tab: pairs (title, side) of models and their decodings.
+
+    Whichever is faster of plain and Jacobi decoding is no side of its own: both are.
+    """
     return [
         (title_of(model, DECODINGS[name].title), f"{model}: {name}")
         for model in models
         for name in fitting_decodings(model)
+        if name != "exact"
     ]
 
 
