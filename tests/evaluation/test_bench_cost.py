@@ -1,6 +1,9 @@
 """Costs of calls and of a busy machine, measured on tiny models, and what the benchmarks refuse."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,6 +64,9 @@ def test_contention_is_busy_over_idle(tiny_folder):
 
 
 @pytest.mark.alone
-def test_a_busy_loop_on_each_core_costs_at_most_three_times(run):
-    code, out, err = run("bench", "contention", "--json")
-    assert code == 0 and json.loads(out)["ratio"] <= 3, (out, err)
+def test_a_busy_loop_on_each_core_costs_at_most_three_times(repository):
+    """In a process of its own: how long threads spin is decided when torch is first imported."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    command = [sys.executable, "-m", "studio", "bench", "contention", "--json"]
+    done = subprocess.run(command, cwd=repository, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and json.loads(done.stdout)["ratio"] <= 3, (done.stdout, done.stderr)
