@@ -19,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.tokenizers.latent_transformer import LatentDecoder, LatentEncoder
 from studio.tokenizers.maskgit_decoder import MaskGITDecoder
@@ -113,7 +114,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both
         if sample_size % patch_size:
             raise StudioError(f"Images of {sample_size} pixels a side do not split into patches of {patch_size}.")
         if pixel_stage not in PIXEL_STAGES:
-            raise StudioError(f"pixel_stage is one of {', '.join(PIXEL_STAGES)}, not {pixel_stage!r}.")
+            raise StudioError(f"pixel_stage is one of {', '.join(PIXEL_STAGES)}, not {shown(pixel_stage)}.")
         grid = {"side": sample_size // patch_size, "latents": num_tokens}
         encoder = {"width": encoder_width, "layers": encoder_layers, "heads": encoder_heads}
         decoder = {"width": decoder_width, "layers": decoder_layers, "heads": decoder_heads}
@@ -253,7 +254,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both
             raise StudioError(f"Give one length, or one for each of {len(vectors)} images, not {lengths.numel()}.")
         shortest, longest = int(lengths.min()), int(lengths.max())
         if not 1 <= shortest <= longest <= n:
-            raise StudioError(f"length must be from 1 to {n}, the number of tokens given, not {length!r}.")
+            raise StudioError(f"length must be from 1 to {n}, the number of tokens given, not {shown(length)}.")
         return vectors[:, :longest], None if shortest == longest else lengths
 
 
@@ -264,5 +265,5 @@ def sizes(preset: str) -> dict[str, int]:
         StudioError: an unknown preset.
     """
     if preset not in PRESETS:
-        raise StudioError(f"There is no size {preset!r}: choose one of {', '.join(PRESETS)}.")
+        raise StudioError(f"There is no size {shown(preset)}: choose one of {', '.join(PRESETS)}.")
     return {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in PRESETS[preset].items()}

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from studio.checks import check_integer
+from studio.checks import check_integer, shown
 from studio.errors import StudioError
 from studio.tokenizers.latent_autoencoder import Decoder, Encoder, level_widths
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
@@ -84,7 +84,7 @@ class RVQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases
         super().__init__()
         sizes = (codebook_size,) * depth if isinstance(codebook_size, int) else tuple(codebook_size)
         if len(sizes) != depth or depth < 1:
-            raise StudioError(f"{depth} levels need one codebook size or {depth} of them; got {codebook_size!r}.")
+            raise StudioError(f"{depth} levels need one codebook size or {depth} of them; got {shown(codebook_size)}.")
         widths = level_widths(base_channels, channel_multipliers, norm_groups)
         network = (widths, res_blocks, z_channels, norm_groups, tuple(attention_levels))
         folded = in_channels * pixel_unshuffle**2

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 
@@ -40,7 +41,9 @@ class ScalarQuantizer:
         self.low, self.high = value_range
         self.std_range = std_range
         if not self.low < self.high or std_range <= 0:
-            raise StudioError(f"Numbers need a range from low to high, not {value_range!r} and {std_range!r}.")
+            raise StudioError(
+                f"Numbers need a range from low to high, not {shown(value_range)} and {shown(std_range)}."
+            )
         self._positions = torch.tensor(positions, dtype=torch.float32, device="cpu")
         if len(positions) < 2 or not (self._positions.diff() > 0).all():
             raise StudioError("A quantiser needs two levels at least, each above the one before it.")

@@ -16,7 +16,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from studio.checks import check_integer
+from studio.checks import check_integer, shown
 from studio.errors import StudioError
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
@@ -38,7 +38,7 @@ def low_frequency_order(latents: torch.Tensor, cutoff: float = 0.25) -> list[int
         StudioError: a cutoff that is not above 0.
     """
     if not cutoff > 0:
-        raise StudioError(f"cutoff must be above 0, not {cutoff!r}.")
+        raise StudioError(f"cutoff must be above 0, not {shown(cutoff)}.")
     energy = torch.fft.fft2(latents.float()).abs().square()
     rows, columns = (torch.fft.fftfreq(side, device=latents.device) for side in latents.shape[-2:])
     low = (rows[:, None].square() + columns.square()).sqrt() < cutoff

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache, TreeCache
 from studio.models.llama_blocks import RMSNorm
@@ -114,7 +115,7 @@ class PackedLlamaGen:
     @torch.no_grad()
     def __init__(self, model: LlamaGen, weights: str = "float32"):
         if weights not in WEIGHTS:
-            raise StudioError(f"Weights are one of {', '.join(WEIGHTS)}, not {weights!r}.")
+            raise StudioError(f"Weights are one of {', '.join(WEIGHTS)}, not {shown(weights)}.")
         if not can_pack(model):
             raise StudioError("Packed weights need a float32 model on the CPU with as many key/value heads as heads.")
         if weights != "float32" and "fbgemm" not in torch.backends.quantized.supported_engines:

@@ -12,6 +12,7 @@ import torch
 
 from studio import backends
 from studio.checkpoints.loading import load, pick_device
+from studio.checks import shown
 from studio.decoding.trees import trees_of
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
@@ -153,7 +154,7 @@ def _loaded(model: str, device: str | None) -> LlamaGen:
 def _random(preset: str, device: torch.device) -> LlamaGen:
     """Random weights; their values change no time."""
     if preset not in PRESETS:
-        raise StudioError(f"There is no preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+        raise StudioError(f"There is no preset {shown(preset)}: choose one of {', '.join(PRESETS)}.")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.device("meta"):
         network = LlamaGen.preset(PRESETS[preset])

@@ -12,7 +12,7 @@ import torch
 
 from studio import backends
 from studio.checkpoints.loading import pick_device
-from studio.checks import check_number
+from studio.checks import check_number, shown
 from studio.decoding.autoregressive import Autoregressive, autoregressive
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
@@ -51,7 +51,7 @@ def parse_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name.strip() not in _SIZES or not value.strip().isdigit() or int(value) < 1:
-            raise StudioError(f"Write sizes as {'=N,'.join(_SIZES)}=N with whole numbers N above 0, not {text!r}.")
+            raise StudioError(f"Write sizes as {'=N,'.join(_SIZES)}=N with whole numbers N above 0, not {shown(text)}.")
         sizes[name.strip()] = int(value)
     return sizes
 
@@ -113,7 +113,7 @@ def bench_random_decoding(
 
 def _row(model, guidance, images, name, top_k, repeats, bandwidth) -> dict:
     if name not in _DTYPES and name not in _PACKED:
-        raise StudioError(f"dtype is one of {', '.join({**_DTYPES, **_PACKED})}, not {name!r}.")
+        raise StudioError(f"dtype is one of {', '.join({**_DTYPES, **_PACKED})}, not {shown(name)}.")
     precision = _DTYPES.get(name) or _PACKED[name]
     settings = Autoregressive(weights=_PACKED.get(name, "auto"))
     tested = model if precision != "bfloat16" else _copy(model, torch.bfloat16)

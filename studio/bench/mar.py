@@ -3,6 +3,7 @@
 import torch
 
 from studio.checkpoints.loading import pick_device
+from studio.checks import shown
 from studio.decoding.mar import MaskedAutoregressive, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
@@ -74,7 +75,7 @@ def parse_sizes(text: str) -> dict[str, int]:
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name.strip() not in SIZES or not value.strip().isdigit() or int(value) < 1:
-            raise StudioError(f"Write sizes as {'=N,'.join(SIZES)}=N with whole numbers N above 0, not {text!r}.")
+            raise StudioError(f"Write sizes as {'=N,'.join(SIZES)}=N with whole numbers N above 0, not {shown(text)}.")
         sizes[name.strip()] = int(value)
     return sizes
 

@@ -19,6 +19,7 @@ from studio.bench.decoding import read_bandwidth, step_weights
 from studio.bench.report import markdown_table
 from studio.checkpoints.loading import load
 from studio.checkpoints.measured import fingerprint, save_measured
+from studio.checks import shown
 from studio.data.captions import full_caption
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.registry import DECODINGS, decoding_named, decodings_for, is_approximate
@@ -191,7 +192,7 @@ def _chosen(field, only):
     """The first contender, which is plain decoding, and those of the names in `only`."""
     names = dict.fromkeys(each.decoding for each in field)
     if unknown := [name for name in only if name not in names]:
-        raise StudioError(f"This model has no decoding {unknown[0]!r} to time: choose among {', '.join(names)}.")
+        raise StudioError(f"This model has no decoding {shown(unknown[0])} to time: choose among {', '.join(names)}.")
     return [each for number, each in enumerate(field) if number == 0 or not only or each.decoding in only]
 
 

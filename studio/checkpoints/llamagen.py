@@ -22,6 +22,7 @@ from studio.checkpoints.official import (
     save_new,
     shape_of,
 )
+from studio.checks import shown
 from studio.decoding.distilled import Distilled
 from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
@@ -137,7 +138,7 @@ def convert_llamagen(
         StudioError: a file that is no checkpoint or one of another architecture, or parts that do not fit.
     """
     if kind not in _PUBLISHED_GUIDANCE:
-        raise StudioError(f'kind is "c2i" or "t2i", not {kind!r}.')
+        raise StudioError(f'kind is "c2i" or "t2i", not {shown(kind)}.')
     if (kind == "t2i") != (text_encoder is not None):
         raise StudioError("A text-conditional model needs a text encoder's folder, a class-conditional one takes none.")
     grid_size = _PUBLISHED_GRIDS[kind] if grid_size is None else grid_size

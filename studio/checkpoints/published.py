@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.checkpoints.bundled import sha256
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.files import cache_folder
 
@@ -159,7 +160,7 @@ def pull(
             space, or files that are not what their names say. What was downloaded stays for the next try.
     """
     if name not in PUBLISHED:
-        raise StudioError(f"There is no published model {name!r}; there are {', '.join(PUBLISHED)}.")
+        raise StudioError(f"There is no published model {shown(name)}; there are {', '.join(PUBLISHED)}.")
     about, folder = PUBLISHED[name], pulled_folder(name)
     if is_pulled(name):
         return folder

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from studio.checks import shown
 from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
@@ -321,5 +322,5 @@ def _perturbation(text):
     try:
         numbers = float(alpha), int(delta)
     except ValueError as error:
-        raise StudioError(f"Write a perturbation as ALPHA:DELTA, such as 0.5:8, not {text!r}.") from error
+        raise StudioError(f"Write a perturbation as ALPHA:DELTA, such as 0.5:8, not {shown(text)}.") from error
     return Perturbation(*numbers)

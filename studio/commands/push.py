@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from studio.checkpoints.bundled import folder_of_model
+from studio.checks import shown
 from studio.commands.options import Json
 from studio.console import emit, say
 from studio.errors import StudioError
@@ -45,7 +46,7 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise StudioError(f"{repo_id!r} is no name on the Hub: write owner/name.")
+        raise StudioError(f"{shown(repo_id)} is no name on the Hub: write owner/name.")
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, delete: list[str] | None = None, **repository: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from studio.checkpoints.bundled import BUNDLED, DEFAULT_TOKENIZER
-from studio.checks import printable
+from studio.checks import printable, shown
 from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
 from studio.console import emit, quiet_libraries, say
@@ -130,7 +130,7 @@ def rate_distortion(
 ) -> None:
     """Compare a tokenizer with JPEG and WebP at equal file sizes."""
     if measure not in (None, "psnr", "frechet"):
-        raise StudioError(f"The figure shows psnr or frechet, not {measure!r}.")
+        raise StudioError(f"The figure shows psnr or frechet, not {shown(measure)}.")
     if figure is None and measure is not None:
         raise StudioError("--measure belongs to --figure: give --figure too.")
     check_figure(figure)

@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from studio.checks import shown
 from studio.data.source import Examples, Source
 from studio.errors import StudioError
 from studio.files import cache_folder
@@ -52,7 +53,7 @@ class ImageFolder(Source):
 
     def __init__(self, folder: str | Path, size: int, *, crop: str = "centre", flip: bool = False):
         if crop not in CROPS:
-            raise StudioError(f"--crop is one of {', '.join(CROPS)}, not {crop!r}.")
+            raise StudioError(f"--crop is one of {', '.join(CROPS)}, not {shown(crop)}.")
         self.folder, self.size, self.crop, self.flip = Path(folder).expanduser(), size, crop, flip
         if not self.folder.is_dir():
             raise StudioError(f"There is no folder {folder}: give --data a folder of images, or emoji.")

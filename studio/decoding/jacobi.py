@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from studio import backends
+from studio.checks import shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.reporting import Reporter, SpeculativeOutput
@@ -76,9 +77,9 @@ class Jacobi:
         Autoregressive(self.filter_order, self.weights)
         is_whole = isinstance(self.window, int) and not isinstance(self.window, bool)
         if self.window != "auto" and (not is_whole or self.window < 1):
-            raise StudioError(f'window must be a whole number of at least 1, or "auto", not {self.window!r}.')
+            raise StudioError(f'window must be a whole number of at least 1, or "auto", not {shown(self.window)}.')
         if self.coupling is not None and self.coupling not in COUPLINGS:
-            raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {self.coupling!r}.")
+            raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {shown(self.coupling)}.")
 
     @property
     def sampled(self) -> bool:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from studio.checks import check_integer
+from studio.checks import check_integer, shown
 from studio.errors import StudioError
 
 METHODS = ("multistep", "euler", "rk4")
@@ -209,7 +209,7 @@ class NoiseMap:
         if codebook.ndim != 2 or not codebook.is_floating_point():
             raise StudioError(f"The codebook must be a table (V, C) of code vectors, not {tuple(codebook.shape)}.")
         if method not in METHODS:
-            raise StudioError(f"The method is one of {', '.join(METHODS)}, not {method!r}.")
+            raise StudioError(f"The method is one of {', '.join(METHODS)}, not {shown(method)}.")
         steps = check_integer("steps", steps, 2, MAX_STEPS)
         if method == "euler" and not sigma_max is sigma_min is None:
             raise StudioError("euler steps in t from 0 to 1: leave out sigma_max and sigma_min.")

@@ -49,8 +49,7 @@ def hidden_slots(progress: torch.Tensor | float, slots: int, schedule: str = "co
     Raises:
         StudioError: for another schedule.
     """
-    if schedule not in SCHEDULES:
-        raise StudioError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}.")
+    check_choice("schedule", schedule, SCHEDULES)
     r = torch.as_tensor(progress, dtype=torch.float64)
     if schedule == "cosine":
         gamma = (r * math.pi / 2).cos()

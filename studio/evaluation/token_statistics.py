@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 CONTROLS = ("shuffled-inside", "shuffled-all", "uniform")
@@ -46,7 +47,7 @@ class TokenGrid:
         elif kind == "uniform":
             changed = rng.integers(self.vocabulary, size=self.tokens.size)
         else:
-            raise StudioError(f"A control is one of {', '.join(CONTROLS)}, not {kind!r}.")
+            raise StudioError(f"A control is one of {', '.join(CONTROLS)}, not {shown(kind)}.")
         return TokenGrid(self.name, changed.reshape(self.tokens.shape), self.vocabulary)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from studio.checks import check_integer
+from studio.checks import check_integer, shown
 from studio.errors import StudioError
 
 _PIXEL = 1 / 255
@@ -68,7 +68,7 @@ class GaussianDiffusion:
     def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999, limit: float | None = None):
         steps = check_integer("The number of denoising steps", steps, 1, train_steps)
         if limit is not None and not limit > 0:
-            raise StudioError(f"The limit of the data must be above 0, not {limit!r}.")
+            raise StudioError(f"The limit of the data must be above 0, not {shown(limit)}.")
         self.steps, self.limit = steps, limit
         self.timestep_map = torch.tensor(respaced_times(steps, train_steps))
         kept = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0)[self.timestep_map]

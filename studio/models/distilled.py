@@ -22,6 +22,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.llama_blocks import Block, CaptionEmbedder, ClassEmbedder, RMSNorm, check_layout, default_ffn_dim
 from studio.models.llamagen import LlamaGen
@@ -87,7 +88,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
             raise StudioError("Give DistilledStudent exactly one of num_classes and caption_dim.")
         check_layout(grid_size, row_length)
         if split is not None and not 0 <= split <= self.num_tokens:
-            raise StudioError(f"split must be from 0 to {self.num_tokens} tokens, not {split!r}.")
+            raise StudioError(f"split must be from 0 to {self.num_tokens} tokens, not {shown(split)}.")
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
@@ -134,7 +135,9 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
         shared = {name: teacher.config[name] for name in inspect.signature(cls).parameters if name in teacher.config}
         layers = teacher.config.num_layers
         if num_layers is not None and not 1 <= num_layers <= layers:
-            raise StudioError(f"num_layers must be from 1 to {layers}, the layers of the teacher, not {num_layers!r}.")
+            raise StudioError(
+                f"num_layers must be from 1 to {layers}, the layers of the teacher, not {shown(num_layers)}."
+            )
         kept = torch.linspace(0, layers - 1, num_layers or layers).round().int().tolist()
         student = cls(**{**shared, "num_layers": len(kept)}, code_dim=code_dim, split=split)
         given = teacher.state_dict()
@@ -177,8 +180,8 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
         if valid is None:
             context = prefix.mean(dim=1)
         else:
-            shown = valid[:, :, None].to(prefix.dtype)
-            context = (prefix * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)
+            present = valid[:, :, None].to(prefix.dtype)
+            context = (prefix * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
         known = torch.as_tensor(known, device=prefix.device).reshape(-1, 1)
         is_data = torch.arange(length + n, device=prefix.device) < length + known
         embedded, regions = self.tok_embeddings(vectors.to(prefix.dtype)), self.region_conditioning(prefix)

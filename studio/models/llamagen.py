@@ -17,6 +17,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache, TreeCache
 from studio.models.llama_blocks import (
@@ -100,7 +101,7 @@ class LlamaGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases def
                 f"and the heads into {num_kv_heads} key/value heads."
             )
         if prefix_rope not in ("zero", "identity"):
-            raise StudioError(f'prefix_rope is "zero" or "identity", not {prefix_rope!r}.')
+            raise StudioError(f'prefix_rope is "zero" or "identity", not {shown(prefix_rope)}.')
         check_layout(grid_size, row_length)
         check_region_conditioning(plan_size, grid_size, caption_length, row_length)
         if num_classes is not None:
@@ -140,7 +141,7 @@ class LlamaGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases def
             StudioError: an unknown name.
         """
         if name not in PRESETS:
-            raise StudioError(f"There is no LlamaGen size {name!r}; the sizes are {', '.join(PRESETS)}.")
+            raise StudioError(f"There is no LlamaGen size {shown(name)}; the sizes are {', '.join(PRESETS)}.")
         condition = {} if "caption_dim" in overrides else {"num_classes": 1000}
         return cls(**{**condition, **PRESETS[name], **overrides})
 

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.diffusion_head import DiffusionLoss
 from studio.models.masked_autoencoder import MaskedAutoencoder, both_halves, learned, take_rows
@@ -107,7 +108,7 @@ class MAR(MaskedAutoencoder, ModelMixin):
             StudioError: an unknown name.
         """
         if name not in PRESETS:
-            raise StudioError(f"There is no MAR size {name!r}; the sizes are {', '.join(PRESETS)}.")
+            raise StudioError(f"There is no MAR size {shown(name)}; the sizes are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
 
     @property

@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
 from studio.models.llama_blocks import CaptionEmbedder, ClassEmbedder, left_pad
@@ -121,7 +122,7 @@ class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases defin
         if dim % num_heads:
             raise StudioError(f"dim {dim} must split into {num_heads} heads.")
         if prediction not in PREDICTIONS:
-            raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
+            raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {shown(prediction)}.")
         grid_size = round(num_positions**0.5)
         check_region_conditioning(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
         if num_classes is not None:
@@ -204,10 +205,10 @@ class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases defin
             StudioError: another form.
         """
         if form not in LOSSES:
-            raise StudioError(f"form is one of {', '.join(LOSSES)}, not {form!r}.")
+            raise StudioError(f"form is one of {', '.join(LOSSES)}, not {shown(form)}.")
         is_hidden = torch.arange(vectors.shape[2], device=hidden.device) >= vectors.shape[2] - hidden[..., None]
-        shown, missing = (vectors * which[..., None] for which in (~is_hidden, is_hidden))
-        prediction = self(shown.sum(dim=2), hidden, **condition)
+        visible, missing = (vectors * which[..., None] for which in (~is_hidden, is_hidden))
+        prediction = self(visible.sum(dim=2), hidden, **condition)
         if isinstance(prediction, LevelLogits):
             costs = F.cross_entropy(prediction.logits.movedim(-1, 1), codes, reduction="none")
             return costs[is_hidden].mean()

@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache
 from studio.models.llama_blocks import CaptionEmbedder, left_pad, prefix_mask
@@ -190,11 +191,11 @@ class RQTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both base
         self.vocab_sizes = (vocab_size,) * depth if isinstance(vocab_size, int) else tuple(vocab_size)
         largest, learns_embedding = max(self.vocab_sizes), not (spatial_reads_codes and depth_reads_codes)
         if len(self.vocab_sizes) != depth:
-            raise StudioError(f"{depth} levels need one vocab_size or {depth} of them; got {vocab_size!r}.")
+            raise StudioError(f"{depth} levels need one vocab_size or {depth} of them; got {shown(vocab_size)}.")
         if dim % spatial_heads or dim % depth_heads:
             raise StudioError(f"dim {dim} must split into {spatial_heads} heads and into {depth_heads} heads.")
         if activation not in ACTIVATIONS:
-            raise StudioError(f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
+            raise StudioError(f"activation is one of {', '.join(ACTIVATIONS)}, not {shown(activation)}.")
         if [num_classes, caption_dim, caption_words].count(None) != 2:
             raise StudioError("Give RQTransformer exactly one of num_classes, caption_dim and caption_words.")
         if num_classes is None and not caption_length:
@@ -233,7 +234,7 @@ class RQTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both base
             StudioError: an unknown name.
         """
         if name not in PRESETS:
-            raise StudioError(f"There is no RQ-Transformer of size {name!r}; the sizes are {', '.join(PRESETS)}.")
+            raise StudioError(f"There is no RQ-Transformer of size {shown(name)}; the sizes are {', '.join(PRESETS)}.")
         condition = {} if {"caption_dim", "caption_words"} & overrides.keys() else {"num_classes": 1000}
         return cls(**{**condition, **PRESETS[name], **overrides})
 

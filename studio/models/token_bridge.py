@@ -22,6 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache
 from studio.models.masked_autoencoder import FeedForward, MaskedAutoencoder, both_halves, learned, take_rows
@@ -264,7 +265,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
             StudioError: an unknown name.
         """
         if name not in PRESETS:
-            raise StudioError(f"There is no TokenBridge size {name!r}; the sizes are {', '.join(PRESETS)}.")
+            raise StudioError(f"There is no TokenBridge size {shown(name)}; the sizes are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
 
     @property

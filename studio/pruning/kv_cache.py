@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
 from studio.pruning.blocks import block, with_keywords
@@ -61,7 +62,7 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterato
             shrink.
     """
     if method not in COMPRESSION:
-        raise StudioError(f"The method of the cache is one of {', '.join(COMPRESSION)}, not {method!r}.")
+        raise StudioError(f"The method of the cache is one of {', '.join(COMPRESSION)}, not {shown(method)}.")
     count(keep, 1)
     record = PruneRecord()
     inside = Compressing(family_of(model, "uniform"), method, keep, record)

@@ -273,7 +273,7 @@ def fraction(budget: int | float) -> float:
         StudioError: anything but a fraction in (0, 1].
     """
     if not is_fraction(budget) or not 0 < budget <= 1:
-        raise StudioError(f"The authors' numbers need a fraction above 0 and at most 1 as budget, not {budget!r}.")
+        raise StudioError(f"The authors' numbers need a fraction above 0 and at most 1 as budget, not {shown(budget)}.")
     return float(budget)
 
 

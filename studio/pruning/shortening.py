@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, mismatch
 from studio.pruning.layout import Layout, check_newline, count, is_fraction
@@ -141,7 +142,7 @@ def checked(
         raise StudioError(f"reference=True is for {', '.join(WITH_REFERENCE)}: {method} has no authors' code.")
     positions = positions or ("compact" if reference else "original")
     if positions not in POSITIONS:
-        raise StudioError(f"positions is one of {', '.join(POSITIONS)}, not {positions!r}.")
+        raise StudioError(f"positions is one of {', '.join(POSITIONS)}, not {shown(positions)}.")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     return Settings(method, keep, positions, newline, reference, generator, options)

@@ -3,6 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 KINDS = {
@@ -50,7 +51,7 @@ def train(
 
     asked = merge(read_preset(preset) if preset else {}, read_toml(config) if config else {}, options)
     if asked.kind not in KINDS:
-        raise StudioError(f"There is no kind {asked.kind!r}; choose one of {', '.join(KINDS)}.")
+        raise StudioError(f"There is no kind {shown(asked.kind)}; choose one of {', '.join(KINDS)}.")
     from studio.training.loop import train as run
 
     name = preset or f"{Path(asked.data).expanduser().resolve().name}-{asked.kind}"

@@ -15,6 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.processes import join
 from studio.training.card import write_card
@@ -269,7 +270,7 @@ def _check_tracker(name):
     if name is None or name in map(str, get_available_trackers()):
         return
     if name not in LOGGER_TYPE_TO_CLASS:
-        raise StudioError(f"There is no tracker {name!r}; accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        raise StudioError(f"There is no tracker {shown(name)}; accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}.")
     raise StudioError(f"The tracker {name} is not installed: pip install {name.replace('_', '-')}.")
 
 

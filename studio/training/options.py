@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 PRESETS = Path(__file__).with_name("presets")
@@ -109,7 +110,7 @@ def preset_names() -> list[str]:
 def read_preset(name: str) -> dict:
     """The options of a preset."""
     if name not in preset_names():
-        raise StudioError(f"There is no preset {name!r}; choose one of {', '.join((*preset_names(), 'family'))}.")
+        raise StudioError(f"There is no preset {shown(name)}; choose one of {', '.join((*preset_names(), 'family'))}.")
     return read_toml(PRESETS / f"{name}.toml")
 
 
@@ -150,4 +151,4 @@ def _check(key, value):
     else:
         valid, words = isinstance(value, wanted), {str: "text", bool: "true or false", dict: "a table"}[wanted]
     if not valid:
-        raise StudioError(f"{key} must be {words}, not {value!r}.")
+        raise StudioError(f"{key} must be {words}, not {shown(value)}.")

@@ -10,6 +10,7 @@ from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from studio.checkpoints.loading import load_model
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.tokenizers.vq import VQTokenizer
 from studio.training.learned_codebook import load_with_codebook, put_codebook
@@ -40,9 +41,9 @@ class TrainableVQ(nn.Module):
         the reconstruction better, but is hard to predict for a generator.
         """
         own = images[: len(cells)]
-        shown = cells.repeat_interleave(self.tokenizer.downsample_factor, 1)
-        shown = shown.repeat_interleave(self.tokenizer.downsample_factor, 2)[:, None]
-        mixed = torch.where(shown, own, own.roll(1, 0)).contiguous(memory_format=torch.channels_last)
+        kept = cells.repeat_interleave(self.tokenizer.downsample_factor, 1)
+        kept = kept.repeat_interleave(self.tokenizer.downsample_factor, 2)[:, None]
+        mixed = torch.where(kept, own, own.roll(1, 0)).contiguous(memory_format=torch.channels_last)
         features = self.tokenizer.encode_features(torch.cat((images, mixed))).float()
         features, of_mixed = features[: len(images)], features[len(images) :]
         of_own = features[: len(cells)]
@@ -66,7 +67,7 @@ class VQRecipe(TokenizerRecipe):
     def build(self):
         options = self.options
         if self.model["train"] not in ("all", "decoder"):
-            raise StudioError(f'train in [model] is "all" or "decoder", not {self.model["train"]!r}.')
+            raise StudioError(f'train in [model] is "all" or "decoder", not {shown(self.model["train"])}.')
         if self.tunes_decoder:
             return self._decoder()
         size = options.size or 128

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from studio import DECODINGS
-from studio.checks import as_integer, check_integer, check_text, set_fields
+from studio.checks import as_integer, check_integer, check_text, set_fields, shown
 from studio.errors import StudioError
 from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Call, as_files
@@ -67,10 +67,10 @@ class CompareRequest:
         if not name or "=" in name:
             name, options = fitting_decodings(model)[0], how.split()
         if malformed := [option for option in options if not all(option.partition("="))]:
-            raise StudioError(f"Write an option as NAME=NUMBER, such as delta=0.3, not {malformed[0]!r}.")
+            raise StudioError(f"Write an option as NAME=NUMBER, such as delta=0.3, not {shown(malformed[0])}.")
         texts = dict(option.split("=", 1) for option in options)
         if len(texts) < len(options):
-            raise StudioError(f"An option is given twice in {how!r}: leave one of them out.")
+            raise StudioError(f"An option is given twice in {shown(how)}: leave one of them out.")
         request = GenerateRequest.from_fields(model, self.prompt, self.count, decoding=name, options=texts)
         return dataclasses.replace(request, seed=self.seed)
 

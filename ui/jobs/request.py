@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from studio import decoding_named, decodings_for
-from studio.checks import MAX_NUMBER, as_integer, check_integer, check_number, check_options, check_text, set_fields
+from studio.checks import (
+    MAX_NUMBER,
+    as_integer,
+    check_integer,
+    check_number,
+    check_options,
+    check_text,
+    set_fields,
+    shown,
+)
 from studio.errors import StudioError
 from studio.ui.server.limits import MAX_IMAGES, check_user_text, limits
 
@@ -152,4 +161,4 @@ def number_of(name: str, text: str | None, kind: Callable[[str], Any]) -> Any:
     except ValueError as error:
         what = "a whole number" if kind is int else "a number"
         called = name.replace("_", " ").capitalize()
-        raise StudioError(f"{called} must be {what}, not {text[:40]!r}; or leave it empty.") from error
+        raise StudioError(f"{called} must be {what}, not {shown(text)}; or leave it empty.") from error

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import check_user_text
@@ -45,11 +46,11 @@ def followed(parameters: Mapping[str, str], form: Form) -> list[Any]:
     own = {name: text for name, text in parameters.items() if not name.startswith("__")}  # Gradio's begin so
     tab, question = own.pop("tab", None), own.pop("question", None)
     if tab not in (None, *TABS):
-        raise StudioError(f"There is no tab {tab[:40]!r}: the tabs are {', '.join(TABS)}.")
+        raise StudioError(f"There is no tab {shown(tab)}: the tabs are {', '.join(TABS)}.")
     compared = own.pop("prompt", None) if tab == "compare" else None
     for name, text in (("The question", question), ("The prompt", compared)):
         if text is not None:
             check_user_text(name, text)
     fields = form.filled(from_link(own)) if own.keys() & KNOWN else [gr.skip()] * len(form.fields)
-    shown = gr.skip() if tab is None else gr.update(selected=tab)
-    return [shown, *(gr.skip() if text is None else text for text in (question, compared)), *fields]
+    selected = gr.skip() if tab is None else gr.update(selected=tab)
+    return [selected, *(gr.skip() if text is None else text for text in (question, compared)), *fields]

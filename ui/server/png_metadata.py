@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import gradio as gr
 
 from studio import DECODINGS
-from studio.checks import as_integer, check_integer
+from studio.checks import as_integer, check_integer, shown
 from studio.errors import StudioError
 from studio.saving import METADATA_KEY
 from studio.ui.jobs.request import GenerateRequest
@@ -91,7 +91,7 @@ def from_link(parameters: "Mapping[str, str] | Sequence[tuple[str, str]]") -> Sa
     basic: dict[str, Any] = {name: parameters.pop(name) for name in _BASIC if name in parameters}
     if "count" in basic:
         if not basic["count"].isdecimal() or len(basic["count"]) > 9:
-            raise StudioError(f"The link asks for {basic['count'][:40]!r} images: give a whole number.")
+            raise StudioError(f"The link asks for {shown(basic['count'])} images: give a whole number.")
         basic["count"] = int(basic["count"])
     return SavedSettings(basic, parameters.pop("model", None), parameters.pop("decoding", None), parameters)
 
