@@ -14,6 +14,7 @@ layers, as wide as the longest; each layer takes its own columns of it.
 import inspect
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -272,7 +273,7 @@ class Inside:
         return out
 
 
-class Call:
+class Call(ABC):
     """One call of the model: a prompt with images, or what follows it."""
 
     def __init__(self, inside: Inside, keywords: dict):
@@ -307,13 +308,13 @@ class Call:
         self.cache = keywords.get("past_key_values")
         return self.cut(number, arguments, keywords)
 
+    @abstractmethod
     def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         """What decoder layer `number` is called with while the prompt is read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> None:
         """What is left to do when the model has been called."""
-        raise NotImplementedError
 
 
 class CuttingCall(Call):
