@@ -20,12 +20,6 @@ from studio.pruning.layout import Layout
 TOLERANCE = dict(atol=1e-6, rtol=1e-5)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 def read(family, names, numbers=(0, 1, 2)):
     """The family's scores and layouts for some images in one prompt, the encoder's output, and the inputs."""
     inputs = tiny(family, "eager").prompt((numbers,))

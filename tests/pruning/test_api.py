@@ -21,12 +21,6 @@ on_three_axes = rare(three_axes)
 with_attention = pytest.mark.parametrize("method", ["hired", "globalcom2"])
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 def new_tokens(out, inputs):
     return out.sequences[:, inputs["input_ids"].shape[1] :]
 

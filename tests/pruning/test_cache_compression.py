@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, tiny
+from tiny_families import FAMILIES, ROWS, answer, layers, tiny
 
 from studio.errors import StudioError
 from studio.pruning.kv_cache import COMPRESSION, compress, coverage_order, equal_shares
@@ -17,17 +17,6 @@ from studio.pruning.kv_cache import COMPRESSION, compress, coverage_order, equal
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 NEW = 5
 methods = pytest.mark.parametrize("method", COMPRESSION)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def layers(model):
-    base = model.base_model
-    return (getattr(base, "language_model", None) or base.text_model).layers
 
 
 def held_columns(model, inputs, cache):

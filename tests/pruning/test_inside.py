@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, tiny
+from tiny_families import FAMILIES, ROWS, answer, layers, tiny
 from tiny_models import LlavaNext
 
 from studio.errors import StudioError
@@ -22,17 +22,6 @@ GATED = ("minicpmv4_6",)
 FIRST = ("llava", "llava_onevision", "qwen2_5_vl", "internvl", "paligemma")
 OTHERS = [name for name in FAMILIES if name not in (*WINDOWED, *DEEP, *GATED, *FIRST)]
 families = pytest.mark.parametrize("family", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def layers(model):
-    base = model.base_model
-    return (getattr(base, "language_model", None) or base.text_model).layers
 
 
 def masked_from(model, number, dropped):

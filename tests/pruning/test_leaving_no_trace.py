@@ -14,12 +14,6 @@ from tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny
 from studio.pruning.api import prune, prune_inputs
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 def hooks_of(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 

@@ -18,12 +18,6 @@ from tiny_families import ROWS, answer, tiny
 from studio.pruning.api import prune, prune_inputs
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 def logits_when_pruned(model, inputs, keep):
     pruned, _ = prune_inputs(model, inputs, "divprune", keep=keep)
     return model(**pruned).logits

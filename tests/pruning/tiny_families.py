@@ -49,6 +49,12 @@ def tiny(family, attention="sdpa"):
     return FAMILIES[family](attention)
 
 
+def layers(model):
+    """The decoder layers of a vision-language model."""
+    base = model.base_model
+    return (getattr(base, "language_model", None) or base.text_model).layers
+
+
 def answer(model, inputs, tokens=4, **options):
     return model.generate(
         **inputs,
