@@ -17,9 +17,11 @@ from studio.checks import check_choice, check_integer, check_number, check_text,
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.pipelines.chat_template import checked_tokenize
+from studio.pipelines.editing import EditingMixin, with_editing
 from studio.pipelines.known_words import write_known_words
 from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import fill_unspecified
+from studio.pipelines.streams import image_generators, listed, of_each_image
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +38,7 @@ _ADVICE = {
 """Arguments of diffusers' pipelines, and what to do instead."""
 
 
-class ConditionalPipeline(DiffusionPipeline):
+class ConditionalPipeline(EditingMixin, DiffusionPipeline):
     """Base of a pipeline with a `transformer` conditioned on classes (`num_classes` in its configuration) or on text.
 
     A text-conditional transformer has `caption_dim` and `caption_length` in its configuration. The pipeline then has a
@@ -57,7 +59,8 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__call__ = _with_known_arguments(cls.__call__)  # type: ignore[method-assign]  # every call is checked
+        if "__call__" in vars(cls):
+            cls.__call__ = _with_known_arguments(with_editing(cls.__call__))  # type: ignore[method-assign]  # every call is checked
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers; the vocabulary is saved with the pipeline."""
@@ -306,16 +309,6 @@ class ConditionalPipeline(DiffusionPipeline):
         return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def of_each_image(subjects: Any, num_images_per_prompt: int) -> list:
-    """The prompt or class of every image, from one or a list of them; images of one prompt are adjacent."""
-    return [subject for subject in listed(subjects) for _ in range(num_images_per_prompt)]
-
-
-def listed(subjects: Any) -> list:
-    """One prompt or class, or several, as a list."""
-    return list(subjects) if isinstance(subjects, list | tuple) else [subjects]
-
-
 def _with_known_arguments(call: Callable) -> Callable:
     """Wraps a pipeline's `__call__` so that unknown keywords raise a `StudioError`."""
 
@@ -328,40 +321,6 @@ def _with_known_arguments(call: Callable) -> Callable:
         return call(self, *args, **kwargs)
 
     return checked
-
-
-def image_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int, device: torch.device
-) -> list[torch.Generator]:
-    """One random stream per image.
-
-    Args:
-        generator: a list is used as it is; a single generator serves the first image and seeds streams for the others;
-            None seeds every stream from torch's global generator.
-        batch: number of images.
-        device: of new streams.
-
-    Raises:
-        StudioError: a list of another length, or something other than generators.
-    """
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != batch:
-            raise StudioError(f"{batch} images need {batch} generators, one each; {len(generator)} were given.")
-        if not all(isinstance(each, torch.Generator) for each in generator):
-            raise StudioError("Each generator of the list must be a torch.Generator: give one for every image.")
-        return list(generator)
-    if generator is None:
-        return [_seeded(int(seed), device) for seed in torch.randint(2**62, (batch,))]
-    if not isinstance(generator, torch.Generator):
-        raise StudioError("generator must be a torch.Generator, a list of them, or None.")
-    source = torch.Generator(generator.device)
-    source.set_state(generator.get_state())
-    seeds = torch.randint(2**62, (batch - 1,), generator=source, device=source.device).tolist()
-    return [generator, *(_seeded(seed, generator.device) for seed in seeds)]
-
-
-def _seeded(seed: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
 
 
 @contextmanager

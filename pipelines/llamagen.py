@@ -11,6 +11,7 @@ from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressi
 from studio.decoding.distilled import Distilled, DistilledOutput, distilled
 from studio.decoding.fastest_exact import FastestExact, fastest_exact
 from studio.decoding.jacobi import Jacobi, jacobi
+from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
@@ -179,6 +180,19 @@ class LlamaGenPipeline(ConditionalPipeline):
         sampling = self.sampling(temperature, top_k, top_p, settings.filter_order)
         return guidance_scale, sampling, settings
 
+    edits_in_any_order = False
+
+    def image_grid(self) -> tuple[int, int | None]:
+        """Pixels a side of an image, and tokens a side of its grid; None for a row."""
+        side = self.transformer.config.grid_size
+        if side is None:
+            return self.image_tokenizer.config.sample_size, None
+        return side * self.image_tokenizer.downsample_factor, side
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) of pixels (B, 3, side, side) in [-1, 1]."""
+        return self.image_tokenizer.encode(pixels).flatten(1)
+
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes the first tokens of images.
@@ -222,6 +236,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["LlamaGenPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        known_tokens: KnownTokens | None = None,
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
@@ -242,6 +257,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                 a token more; may return a dict with a changed last token in "tokens", with which sampling continues. A
                 student's call samples all tokens at once, and any of them may be changed; index is that of the last.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            known_tokens: tokens that are kept, of the shape of the result's; the others are sampled given these.
 
         Returns:
             An `ImageTokenPipelineOutput`, or with `return_dict=False` a tuple of images, tokens and stats.
@@ -284,6 +300,7 @@ class LlamaGenPipeline(ConditionalPipeline):
                     num_tokens=num_tokens,
                     on_step=on_step,
                     editable=callback_on_step_end is not None,
+                    known=known_tokens,
                 )
             with timed(seconds, "pixels"):
                 images = sampled.tokens if output_type == "tokens" else self._images(sampled, output_type)
@@ -306,6 +323,8 @@ class LlamaGenPipeline(ConditionalPipeline):
             call |= {"codebook": codebook, "drafter": self.drafter, "num_tokens": num_tokens, "editable": editable}
             return speculative(self.transformer, condition, **call)
         if isinstance(settings, Distilled):
+            if call.pop("known") is not None:
+                raise StudioError("A student samples whole images in one call: edit with Speculative, Jacobi or plain.")
             codebook = self.image_tokenizer.codebook
             call |= {"codebook": codebook, "student": self.student, "steps": num_tokens}
             return distilled(self.transformer, condition, **call)

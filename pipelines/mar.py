@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
 from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
+from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
@@ -149,6 +150,15 @@ class MARPipeline(ConditionalPipeline):
         steps = config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         return settings.filled(steps=steps, diffusion_steps=config.default_diffusion_steps)
 
+    def image_grid(self) -> tuple[int, int | None]:
+        """Pixels a side of an image, and tokens a side of its grid."""
+        config = self.transformer.config
+        return config.grid_size * config.patch_size * self.image_tokenizer.downsample_factor, config.grid_size
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, D), float32, of pixels (B, 3, side, side) in [-1, 1]."""
+        return self.transformer.patchify(self.image_tokenizer.encode(pixels)).float()
+
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes tokens (B, L, D); "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
@@ -171,6 +181,7 @@ class MARPipeline(ConditionalPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        known_tokens: KnownTokens | None = None,
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
@@ -189,6 +200,7 @@ class MARPipeline(ConditionalPipeline):
                 return a dict with changed "tokens", with which sampling continues. With `ContinuousSpeculative` a step
                 ends when its drafts are verified.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            known_tokens: tokens that are kept, of the shape of the result's; the others are sampled given these.
 
         Returns:
             An `ImageTokenPipelineOutput`, or with `return_dict=False` a tuple of images, tokens and stats.
@@ -222,6 +234,7 @@ class MARPipeline(ConditionalPipeline):
                 "guidance_scale": guidance_scale,
                 "temperature": temperature,
                 "settings": settings,
+                "known": known_tokens,
             }
             steps = 0
             with self.progress_bar(total=self.transformer.num_tokens) as progress:

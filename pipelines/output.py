@@ -45,9 +45,11 @@ class ImageTokenPipelineOutput(BaseOutput):
             `num_tokens`. Continuous tokens are (B, L, D) float32, 0 where an interrupted call did not sample.
         stats: see `DecodingStats`.
         prompts: the completed prompt of each image; None for classes.
+        approximate: whether an edit sampled tokens without regard to known ones behind them, as in raster order.
     """
 
     images: Images
     tokens: torch.Tensor
     stats: DecodingStats
     prompts: list[str] | None = None
+    approximate: bool = False

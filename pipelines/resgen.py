@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.decoding.known import KnownTokens
 from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
@@ -115,6 +116,14 @@ class ResGenPipeline(ResidualPipeline):
         sampling = self.sampling(temperature, top_k, top_p)
         return guidance_scale or 1.0, sampling, settings
 
+    def image_grid(self) -> tuple[int, int | None]:
+        """Pixels a side of an image, and cells a side of its grid."""
+        return self.image_tokenizer.config.sample_size, round(self.transformer.config.num_positions**0.5)
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Codes (B, L, D) of pixels (B, 3, side, side) in [-1, 1]."""
+        return self.image_tokenizer.encode(pixels).flatten(1, 2)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -132,6 +141,7 @@ class ResGenPipeline(ResidualPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["ResGenPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        known_tokens: KnownTokens | None = None,
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
@@ -150,6 +160,7 @@ class ResGenPipeline(ResidualPipeline):
             callback_on_step_end: called after each step as (pipe, step, step, {"tokens": codes (B, L, D)}), -1 where
                 nothing is sampled yet; may return a dict with changed "tokens", with which sampling continues.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            known_tokens: tokens that are kept, of the shape of the result's; the others are sampled given these.
 
         Returns:
             An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 where an interrupted call did not sample.
@@ -186,6 +197,7 @@ class ResGenPipeline(ResidualPipeline):
                     guidance_scale=guidance_scale,
                     settings=settings,
                     on_step=on_step,
+                    known=known_tokens,
                 )
             with timed(seconds, "pixels"):
                 images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)

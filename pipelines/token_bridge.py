@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import Sampling
 from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
@@ -108,6 +109,15 @@ class TokenBridgePipeline(ConditionalPipeline):
         sampling = Sampling(config.default_temperature if temperature is None else temperature, top_k, top_p)
         return guidance_scale or 1.0, sampling, settings
 
+    def image_grid(self) -> tuple[int, int | None]:
+        """Pixels a side of an image, and cells a side of its grid."""
+        side = self.transformer.config.grid_size
+        return side * self.image_tokenizer.downsample_factor, side
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, D) of pixels (B, 3, side, side) in [-1, 1]."""
+        return self.image_tokenizer.encode(pixels).flatten(1, 2)
+
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes tokens to images.
@@ -138,6 +148,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["TokenBridgePipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        known_tokens: KnownTokens | None = None,
     ) -> ImageTokenPipelineOutput | tuple:
         """Samples `num_images_per_prompt` images for each prompt or class.
 
@@ -153,6 +164,7 @@ class TokenBridgePipeline(ConditionalPipeline):
             callback_on_step_end: called after each step as (pipe, step, step, {"tokens": tokens (B, L, D)}), -1 in
                 cells that are not sampled yet.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            known_tokens: tokens that are kept, of the shape of the result's; the others are sampled given these.
 
         Returns:
             An `ImageTokenPipelineOutput` whose tokens are (B, L, D), -1 in cells that an interrupted call left out.
@@ -190,6 +202,7 @@ class TokenBridgePipeline(ConditionalPipeline):
                     guidance_scale=guidance_scale,
                     settings=settings,
                     on_step=on_step,
+                    known=known_tokens,
                 )
             with timed(seconds, "pixels"):
                 images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)

@@ -14,6 +14,7 @@ import torch
 
 from studio import backends
 from studio.checks import check_choice
+from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
 
 
@@ -120,6 +121,7 @@ def autoregressive(
     settings: Autoregressive | None = None,
     num_tokens: int | None = None,
     on_step: OnStep | None = None,
+    known: KnownTokens | None = None,
 ) -> Sampled:
     """Samples the tokens of B images.
 
@@ -129,6 +131,8 @@ def autoregressive(
         generators: one per image.
         num_tokens: how many first tokens to sample; all when None.
         on_step: called as (index, tokens so far (B, index + 1), a view that may be written to); True stops the loop.
+        known: tokens (B, L) that are fed where they stand; the others are sampled given those before them. Runs of them
+            take one call.
     """
     settings = settings or Autoregressive()
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -140,22 +144,24 @@ def autoregressive(
     sampled = Sampled(tokens)
     cache = network.new_cache(len(prefix))
     logits = network.prefill(prefix, valid, cache)
+    sampled.target_calls, sampled.row_calls = 1, len(logits)
     sampled.seconds["prefill"] = time.perf_counter() - began
+    certain, fed = [False] * total if known is None else known.mask.all(dim=0).tolist(), 0
     for index in range(total):
-        sampled.target_calls += 1
-        sampled.row_calls += len(logits)
-        if len(logits) > batch:
-            logits = guided_logits(logits, guidance_scale)
-        tokens[:, index] = sampling.sample(logits, generators)
+        if index > fed and not certain[index]:
+            guided = is_guided(index, guidance_scale, cfg_interval)
+            if not guided and cache.rows > batch:
+                cache.keep_rows(batch)
+            behind, fed = tokens[:, fed:index], index
+            logits = network.extend(behind.repeat(2, 1) if guided else behind, cache)[:, -1]
+            sampled.target_calls += 1
+            sampled.row_calls += len(logits)
+        combined = guided_logits(logits, guidance_scale) if len(logits) > batch else logits
+        tokens[:, index] = sampling.sample(combined, generators)
+        if known is not None:
+            tokens[:, index] = torch.where(known.mask[:, index], known.tokens[:, index], tokens[:, index])
         if on_step is not None and on_step(index, tokens[:, : index + 1]):
             sampled.tokens = tokens[:, : index + 1]
             break
-        if index + 1 == total:
-            break
-        guided = is_guided(index + 1, guidance_scale, cfg_interval)
-        if not guided and cache.rows > batch:
-            cache.keep_rows(batch)
-        fed = tokens[:, index : index + 1]
-        logits = network.extend(fed.repeat(2, 1) if guided else fed, cache)[:, -1]
     sampled.seconds["decode"] = time.perf_counter() - began - sampled.seconds["prefill"]
     return sampled

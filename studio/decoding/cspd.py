@@ -28,7 +28,16 @@ import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.mar import MARStepper, MaskedAutoregressive, MaskedOutput, Step, denoise, scatter_tokens
+from studio.decoding.known import KnownTokens
+from studio.decoding.mar import (
+    MARStepper,
+    MaskedAutoregressive,
+    MaskedOutput,
+    Step,
+    denoise,
+    scatter_tokens,
+    start_masked,
+)
 from studio.decoding.sampling import OnStep
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.errors import StudioError
@@ -231,12 +240,13 @@ def continuous_speculative(
     on_step: OnStep | None = None,
     on_draft: OnStep | None = None,
     noise: PositionNoise | None = None,
+    known: KnownTokens | None = None,
 ) -> ContinuousOutput:
     """Samples all tokens of B images.
 
     Args:
         model: the target, a `MAR` in evaluation mode.
-        condition, generators, guidance_scale, noise: as of `masked_autoregressive`, of both models.
+        condition, generators, guidance_scale, noise, known: as of `masked_autoregressive`, of both models.
         draft: a `MAR` over the same tokens.
         temperature: as of `masked_autoregressive`, above 0.
         on_step: called as (step, tokens (B, L, D), positions (B, k)) when the tokens at these positions are final,
@@ -253,7 +263,9 @@ def continuous_speculative(
     settings = (settings or ContinuousSpeculative()).filled()
     check_pair(model, draft, settings, temperature)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
-    return _Run(model, draft, condition, noise, guidance_scale, temperature, settings, on_step, on_draft).sample()
+    return _Run(
+        model, draft, condition, noise, guidance_scale, temperature, settings, on_step, on_draft, known
+    ).sample()
 
 
 def check_pair(
@@ -277,20 +289,17 @@ class _Run:
     """The images of one call: order, tokens, both models, and in "relaxed" the ends of drafts not yet verified."""
 
     def __init__(
-        self, model, draft, condition, noise, guidance_scale, temperature, settings, on_step, on_draft
+        self, model, draft, condition, noise, guidance_scale, temperature, settings, on_step, on_draft, known
     ) -> None:  # fmt: skip
         self.settings, self.temperature, self.guidance_scale = settings, temperature, guidance_scale
         self.noise, self.on_step, self.on_draft = noise, on_step, on_draft
-        self.plan = settings.plan(model.num_tokens)
         self.began = time.perf_counter()
         guided, steps = guidance_scale != 1, settings.diffusion_steps
         self.target, self.draft = (MARStepper(m, condition, guided, steps) for m in (model, draft))
-        self.order = noise.order(model.num_tokens)
-        shape = (*self.order.shape, model.config.token_dim)
-        self.tokens = torch.zeros(shape, device=model.device)
-        self.ends = FinalStep(*(torch.zeros(shape, device=model.device) for _ in range(3)))
+        self.order, self.tokens, self.verified = start_masked(model, noise, known)
+        self.plan = settings.plan(model.num_tokens, self.verified)
+        self.ends = FinalStep(*(torch.zeros_like(self.tokens) for _ in range(3)))
         self.scales = torch.zeros(*self.order.shape, 1, device=model.device)
-        self.verified = model.num_tokens
         self.drafting = 0.0
         from_draft = torch.zeros(self.order.shape, dtype=torch.bool, device=model.device)
         self.sampled = ContinuousOutput(self.tokens, from_draft=from_draft)

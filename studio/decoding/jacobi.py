@@ -35,6 +35,7 @@ from studio import backends
 from studio.checks import shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
 from studio.decoding.call_cost import least_call_seconds
+from studio.decoding.known import KnownTokens
 from studio.decoding.reporting import Reporter, SpeculativeOutput
 from studio.decoding.sampling import OnStep, Sampling, fill_exponential, sample_rows
 from studio.errors import StudioError
@@ -108,6 +109,7 @@ def jacobi(
     num_tokens: int | None = None,
     on_step: OnStep | None = None,
     editable: bool = True,
+    known: KnownTokens | None = None,
 ) -> JacobiSampled:
     """Generates the tokens of B images.
 
@@ -117,6 +119,7 @@ def jacobi(
         on_step: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
         editable: whether `on_step` may write to the last of those tokens. An image goes back to a token that it
             changes, so images that are complete stay in the batch until the others are.
+        known: tokens (B, L) that are fed where they stand; the others are sampled given those before them.
     """
     settings = settings or Jacobi()
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -126,7 +129,7 @@ def jacobi(
     total = num_tokens or model.num_tokens
     run = _Run(
         model, condition, generators, sampling, guidance, settings, relaxation, total, min(window, total),
-        editable and on_step is not None,
+        editable and on_step is not None, known,
     )  # fmt: skip
     run.sampled.seconds["prefill"] = time.perf_counter() - began
     reporter = Reporter(run, on_step, editable)
@@ -148,19 +151,19 @@ class _Run:
     """
 
     def __init__(
-        self, model, condition, generators, sampling, guidance, settings, relaxation, total, window, editable
+        self, model, condition, generators, sampling, guidance, settings, relaxation, total, window, editable, known
     ) -> None:  # fmt: skip
         self.model, self.sampling, self.guidance = backends.select(model, settings.weights), sampling, guidance
         self.total, self.window, self.relaxation, self.on_round = total, window, relaxation, settings.on_round
-        self.coupling = settings.coupling or "seed"
+        self.coupling, self.known = settings.coupling or "seed", known
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
         batch, self.before, device = len(generators), prefix.shape[1], prefix.device
         self.cache = self.model.new_tree_cache(len(prefix), window)
         logits = self.model.logits(self.model.prefill_states(prefix, valid, self.cache)[:, -1:])
         self.cache.keep_all()
         self.tokens = torch.zeros(batch, total + window, dtype=torch.long, device=device)
-        self.tokens[:, 0] = sampling.sample(guidance.combine(logits, self.tokens[:, :1])[:, 0], generators)
         self.lengths, self.numbers, self.images = [1] * batch, list(range(batch)), torch.arange(batch, device=device)
+        self.tokens[:, 0] = sampling.sample(self._predicted(logits, self.tokens[:, :1])[:, 0], generators)
         self.reached, self.guessed = torch.ones_like(self.images), torch.ones_like(self.images)
         self.steps = torch.arange(window, device=device)
         self.path = torch.ones(1, window, window, dtype=torch.bool, device=device).tril()
@@ -184,13 +187,15 @@ class _Run:
         index = self.reached[:, None] + self.steps[:width]  # of the tokens to predict
         flat, starts = self.tokens.view(-1), self.images[:, None] * self.tokens.shape[1]
         fed = flat.take(starts - 1 + torch.minimum(index, self.guessed[:, None]))  # the last guess is repeated
+        if self.known is not None:
+            fed = self.known.fill(fed, index - 1, self.images)
         if self.on_round is not None:
             self.on_round(self.reached, fed)
         rows = self.guidance.rows
         positions = (self.before - 1 + index).clamp(max=self.before + self.total - 1)
         visible = self.path[:, :width, :width].expand(len(fed) * self.guidance.streams, -1, -1)
         states = self.model.extend_tree(rows(fed), self.cache, rows(positions), visible)
-        logits = self.guidance.combine(self.model.logits(states), index)
+        logits = self._predicted(self.model.logits(states), index)
 
         outcomes, right = self._decide(logits, fed[:, 1:], index)
         new = torch.minimum(right + 1, self.total - self.reached)
@@ -204,6 +209,11 @@ class _Run:
         self.sampled.row_calls += len(states)
         self.sampled.image_calls += sum(map(bool, counts))
         self.sampled.image_tokens += sum(counts)
+
+    def _predicted(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Logits (b, n, V) of the tokens `index` (b, n), guided; known tokens are certain."""
+        logits = self.guidance.combine(logits, index)
+        return logits if self.known is None else self.known.pin(logits, index, self.images)
 
     def _decide(
         self, logits: torch.Tensor, guesses: torch.Tensor, index: torch.Tensor

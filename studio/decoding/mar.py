@@ -28,6 +28,7 @@ from studio import backends
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep
 from studio.errors import StudioError
 
@@ -179,8 +180,11 @@ class MaskedSteps:
         missing = [name for name in self.DEFAULTS if getattr(self, name) is None]
         return replace(self, **{name: defaults.get(name, self.DEFAULTS[name]) for name in missing})
 
-    def plan(self, total: int) -> list[Step]:
-        """The steps that sample `total` tokens, for settings that are filled."""
+    def plan(self, total: int, unknown: int | None = None) -> list[Step]:
+        """The steps that sample `total` tokens, for settings that are filled.
+
+        With only so many unknown, these are the last steps, which sample as many.
+        """
         if self.steps > total:
             raise StudioError(f"An image has {total} tokens: sample them in at most as many steps, not {self.steps}.")
         plan, last = [], total
@@ -188,6 +192,8 @@ class MaskedSteps:
             left = max(1, min(last - 1, math.floor(total * math.cos(math.pi / 2 * number / self.steps))))
             plan.append(Step(0 if number == self.steps else left, last, (total - left) / total))
             last = left
+        if unknown is not None:
+            plan = [step._replace(last=min(step.last, unknown)) for step in plan if step.first < unknown]
         return plan
 
     def scale_at(self, step: Step, guidance_scale: float) -> float:
@@ -244,6 +250,17 @@ class MARStepper:
         return ReverseTransitions(self.head, conditions.flatten(1, 2), scale)
 
 
+def start_masked(
+    model: torch.nn.Module, noise: PositionNoise, known: KnownTokens | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The order (B, L) of positions, the tokens (B, L, D) at the start, 0 where unknown, and how many are unknown."""
+    order = noise.order(model.num_tokens)
+    tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
+    if known is None:
+        return order, tokens, model.num_tokens
+    return known.known_last(order), known.write(tokens), known.unknown
+
+
 def scatter_tokens(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
     """Writes values (n, D) into tokens (B, L, D)."""
     tokens[places.images, places.positions] = values
@@ -260,6 +277,7 @@ def masked_autoregressive(
     settings: MaskedAutoregressive | None = None,
     on_step: OnStep | None = None,
     noise: PositionNoise | None = None,
+    known: KnownTokens | None = None,
 ) -> MaskedOutput:
     """Samples all tokens of B images.
 
@@ -272,19 +290,18 @@ def masked_autoregressive(
         on_step: called as (number of the step, tokens (B, L, D) which may be written to, positions (B, k) that it
             sampled); True stops the loop. Tokens not yet sampled are 0.
         noise: random numbers in place of the generators'.
+        known: tokens (B, L, D) that are not sampled; the others are, given these.
 
     Raises:
         StudioError: for more steps than tokens and for a temperature that is none.
     """
     settings = (settings or MaskedAutoregressive()).filled()
     check_number("temperature", temperature)
-    plan = settings.plan(model.num_tokens)
     began = time.perf_counter()
     stepper = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
-    order = noise.order(model.num_tokens)
-    tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
-    for number, step in enumerate(plan):
+    order, tokens, unknown = start_masked(model, noise, known)
+    for number, step in enumerate(settings.plan(model.num_tokens, unknown)):
         kernels = stepper.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
         sampled = order[:, step.first : step.last]
         places = TokenIndex.of(sampled)

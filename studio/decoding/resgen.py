@@ -34,6 +34,7 @@ import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, guided_logits
+from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 from studio.errors import StudioError
 
@@ -330,6 +331,7 @@ def resgen_decoding(
     guidance_scale: float = 1.0,
     settings: ResidualSteps | None = None,
     on_step: OnStep | None = None,
+    known: KnownTokens | None = None,
 ) -> ResGenOutput:
     """Samples B images.
 
@@ -342,6 +344,7 @@ def resgen_decoding(
         guidance_scale: at the last call; 1 leaves out the unconditional rows.
         settings: which slots are shown when: `ResGenDecoding()` when None.
         on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
+        known: codes (B, L, D) of cells that are not sampled; the others are, given these.
 
     Raises:
         StudioError: for more steps than an image has codes, and for settings that would change nothing.
@@ -351,8 +354,13 @@ def resgen_decoding(
     kind.check(settings.scatter)
     depth, positions = quantizer.depth, model.config.num_positions
     codes = torch.full((len(generators), positions, depth), -1, device=next(iter(condition.values())).device)
+    unknown = positions
+    if known is not None:
+        codes, unknown = known.write(codes), known.unknown
     sampled = ResGenOutput(codes, seconds={"transformer": 0.0, "head": 0.0})
     for step, left in enumerate(settings.plan(positions * depth)):
+        if left >= unknown * depth:
+            continue
         began = time.perf_counter()
         scale = _scale_at(step, settings.steps, guidance_scale)
         visible, hidden = quantizer.lookup(codes).sum(dim=-2), (codes < 0).sum(dim=-1)
@@ -367,7 +375,7 @@ def resgen_decoding(
         sampled.tokens = codes = torch.where(remains, torch.where(codes < 0, proposed, codes), -1)
         sampled.seconds["transformer"] += answered - began
         sampled.seconds["head"] += time.perf_counter() - answered
-        if on_step is not None and on_step(step, codes):
+        if on_step is not None and on_step(sampled.target_calls - 1, codes):
             break
     return sampled
 

@@ -37,6 +37,7 @@ from studio.decoding.autoregressive import Autoregressive, Guidance, condition_r
 from studio.decoding.drafts import DraftContext, Drafts, Progress
 from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
+from studio.decoding.known import KnownTokens
 from studio.decoding.reporting import Reporter, SpeculativeOutput
 from studio.decoding.sampling import OnStep, Sampling, sample_rows
 from studio.decoding.trees import Tree
@@ -295,6 +296,7 @@ def speculative(
     num_tokens: int | None = None,
     on_step: OnStep | None = None,
     editable: bool = True,
+    known: KnownTokens | None = None,
 ) -> SpeculativeOutput:
     """Samples the tokens of B images.
 
@@ -305,23 +307,32 @@ def speculative(
         on_step: called as (index, tokens (B, index + 1)) for each token that all images have reached; True stops.
         editable: whether `on_step` may write to the last of those tokens. An image goes back to a token that it
             changes, so images that are complete stay in the batch until the others are.
+        known: as of `jacobi`, for lossless settings.
 
     Returns:
         The tokens and what they cost.
+
+    Raises:
+        StudioError: known tokens with relaxed settings, which may replace them.
     """
     settings = settings or Speculative()
     rule = settings.rule(codebook)
+    if known is not None and not isinstance(rule, Lossless):
+        raise StudioError(
+            "A relaxed test may replace tokens that are to be kept: edit with Speculative, Jacobi or plain."
+        )
     if isinstance(settings.drafts, Jacobi):
         return jacobi(
             model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
             cfg_interval=cfg_interval, settings=settings.guesses, num_tokens=num_tokens,
             relaxation=None if isinstance(rule, Lossless) else rule, on_step=on_step, editable=editable,
+            known=known,
         )  # fmt: skip
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
     guidance = Guidance(guidance_scale, cfg_interval, 2 if is_guided(0, guidance_scale, cfg_interval) else 1)
     total = num_tokens or model.num_tokens
-    run = _Run(model, condition, generators, sampling, guidance, settings, rule, drafter, total)
+    run = _Run(model, condition, generators, sampling, guidance, settings, rule, drafter, total, known)
     run.sampled.seconds["prefill"] = time.perf_counter() - began
     reporter = Reporter(run, on_step, editable)
     while not reporter.stopped() and min(run.lengths) < total:
@@ -337,10 +348,10 @@ class _Run:
     """The images of one call: tokens, `lengths` sampled, caches. `images` are the numbers of those in the batch."""
 
     def __init__(
-        self, model, condition, generators, sampling, guidance, settings, rule, drafter, total
+        self, model, condition, generators, sampling, guidance, settings, rule, drafter, total, known
     ) -> None:  # fmt: skip
         self.model, self.sampling, self.generators = backends.select(model, settings.weights), sampling, generators
-        self.guidance, self.rule, self.total = guidance, rule, total
+        self.guidance, self.rule, self.total, self.known = guidance, rule, total, known
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
         batch, self.before = len(generators), prefix.shape[1]
         self.images, self.lengths = list(range(batch)), [1] * batch
@@ -356,7 +367,7 @@ class _Run:
         if self.candidates.uses_states:
             self.states = states.new_zeros(len(prefix), self.before + self.total, states.shape[2])
             self.states[:, : self.before] = states
-        logits = self.guidance.combine(self.model.logits(states[:, -1:]), self.tokens[:, :1])
+        logits = self._predicted(self.model.logits(states[:, -1:]), self.tokens[:, :1])
         self.tokens[:, 0] = sampling.sample(logits[:, 0], generators)
         self.sampled = SpeculativeOutput(self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch)
 
@@ -369,7 +380,7 @@ class _Run:
         rows, behind = self.guidance.rows, progress.lengths[:, None] + tree.depths
         ancestors = rows(tree.ancestors)
         states = self.model.extend_tree(rows(tree.tokens), self.cache, rows(self.before - 1 + behind), ancestors)
-        logits = self.guidance.combine(self.model.logits(states), behind)
+        logits = self._predicted(self.model.logits(states), behind)
         result, following = self._verify(tree, logits, progress.generators)
         lengths = [self.lengths[image] for image in self.images]
         kept = [path if length < self.total else [] for path, length in zip(result.paths, lengths)]
@@ -382,6 +393,11 @@ class _Run:
         self.sampled.row_calls += len(states)
         self.sampled.image_calls += sum(map(bool, kept))
         self.sampled.image_tokens += sum(map(len, kept))
+
+    def _predicted(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Logits (b, n, V) of the tokens `index` (b, n), guided; known tokens are certain."""
+        logits = self.guidance.combine(logits, index)
+        return logits if self.known is None else self.known.pin(logits, index, self._tensor(self.images))
 
     def _progress(self) -> Progress:
         lengths = [self.lengths[image] for image in self.images]

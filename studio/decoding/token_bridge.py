@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from studio.decoding.autoregressive import Sampled, condition_rows, guided_logits
+from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedSteps
 from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 
@@ -41,6 +42,7 @@ def dimension_wise(
     settings: DimensionWise | None = None,
     on_step: OnStep | None = None,
     order: torch.Tensor | None = None,
+    known: KnownTokens | None = None,
 ) -> DimensionWiseOutput:
     """Samples all tokens of B images, in the tokenizer's order of dimensions.
 
@@ -53,17 +55,20 @@ def dimension_wise(
         guidance_scale: at its greatest; 1 is no guidance.
         on_step: called as (number of the step, tokens (B, L, D) which may be written to); True stops the loop.
         order: of the cells (B, L) in place of the generators'; cells at its end are sampled first.
+        known: tokens (B, L, D) of cells that are not sampled; the others are, given these.
 
     Raises:
         StudioError: for more steps than cells.
     """
     settings, sampling = (settings or DimensionWise()).filled(), sampling or Sampling()
-    plan = settings.plan(model.num_tokens)
+    plan = settings.plan(model.num_tokens, known and known.unknown)
     began = time.perf_counter()
     buffer, _ = condition_rows(model, condition, guided=guidance_scale != 1)
     order = _random_order(generators, model.num_tokens, model.device) if order is None else order
     images, dimensions = torch.arange(len(order), device=model.device)[:, None], model.order
     tokens = torch.full((*order.shape, len(dimensions)), -1, device=model.device)
+    if known is not None:
+        order, tokens = known.known_last(order), known.write(tokens)
     sampled = DimensionWiseOutput(tokens, seconds={"transformer": 0.0, "head": 0.0})
     for number, step in enumerate(plan):
         wanted = order[:, step.first : step.last]
