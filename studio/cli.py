@@ -14,6 +14,7 @@ from studio import __version__
 from studio.commands import bench, convert, data, space
 from studio.commands.analyze import analyze
 from studio.commands.ask import ask
+from studio.commands.edit import edit
 from studio.commands.generate import generate
 from studio.commands.info import doctor, models, ui
 from studio.commands.pull import pull
@@ -91,7 +92,22 @@ def _root(
 
 
 command: Callable[..., None]
-for command in (generate, tokenize, detokenize, ask, train, evaluate, analyze, pull, push, models, doctor, ui, serve):
+for command in (
+    generate,
+    edit,
+    tokenize,
+    detokenize,
+    ask,
+    train,
+    evaluate,
+    analyze,
+    pull,
+    push,
+    models,
+    doctor,
+    ui,
+    serve,
+):
     app.command()(command)
 for command in (data.build, data.scene):
     data_app.command()(command)
