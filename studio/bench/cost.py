@@ -13,6 +13,7 @@ import torch
 from studio import backends
 from studio.checkpoints.loading import load, pick_device
 from studio.checks import shown
+from studio.decoding.jacobi import TOKENS_A_CALL
 from studio.decoding.trees import trees_of
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
@@ -125,23 +126,39 @@ def bench_cost(
 
     Returns:
         `{"model", "device", "dtype", "sequences", "rows"}`. A row has "positions", "seconds", "break_even_tokens", the
-        steps that take as long (a call that yields fewer tokens is slower than plain decoding), and on a CPU "threads".
+        steps that take as long (a call that yields fewer tokens is slower than plain decoding), "peak_share", its
+        products' operations a second over those of a large square product, and on a CPU "threads". Where a step has
+        much of the peak already, no call for several positions can be cheaper than its steps. Rows of a window that was
+        measured on `emoji-ar` also have "jacobi_tokens", what Jacobi decoding yields a call there, and
+        "jacobi_speedup", what that would give here.
 
     Raises:
         StudioError: an unknown preset, one that does not fit into memory, or another kind of model.
     """
     network = _loaded(model, device) if preset is None else _random(preset, pick_device(device))
-    on_cpu, rows, positions = network.device.type == "cpu", [], sorted({1, *positions})
+    on_cpu, positions = network.device.type == "cpu", sorted({1, *positions})
+    rows: list[dict] = []
     for count in threads if on_cpu else [None]:
         with _threads(count):
             least = least_call_seconds(network, _GUIDED, positions, seconds)
+            peak = peak_flops(network.device, network.dtype)
         for number in positions:
             row = {"threads": count} if on_cpu else {}
             row |= {"positions": number, "seconds": least[number]}
-            rows.append({**row, "break_even_tokens": least[number] / least[1]})
+            row |= {"break_even_tokens": least[number] / least[1]}
+            row |= {"peak_share": _GUIDED * number * _operations(network) / least[number] / peak}
+            if tokens := TOKENS_A_CALL.get(number):
+                row |= {"jacobi_tokens": tokens, "jacobi_speedup": tokens / row["break_even_tokens"]}
+            rows.append(row)
     dtype = str(network.dtype).removeprefix("torch.")
     name = model if preset is None else preset
     return {"model": name, "device": network.device.type, "dtype": dtype, "sequences": _GUIDED, "rows": rows}
+
+
+def _operations(network: LlamaGen) -> int:
+    """Floating-point operations of all matrix products for one position, attention left out."""
+    matrices = [weight for weight in network.layers.parameters() if weight.dim() == 2]
+    return 2 * sum(weight.numel() for weight in [*matrices, network.output.weight])
 
 
 def _loaded(model: str, device: str | None) -> LlamaGen:

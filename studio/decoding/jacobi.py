@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from studio.decoding.lantern import Relaxation
 
 COUPLINGS = ("seed", "none", "maximal", "gumbel")
-_TOKENS_A_CALL = {2: 1.4, 3: 1.7, 4: 1.95, 6: 2.35, 8: 2.75, 12: 3.1, 16: 3.45, 24: 3.7, 32: 3.9}
+TOKENS_A_CALL = {2: 1.4, 3: 1.7, 4: 1.95, 6: 2.35, 8: 2.75, 12: 3.1, 16: 3.45, 24: 3.7, 32: 3.9}
 """Tokens of an image for a call by window, as measured on `emoji-ar`."""
 _CPU_ROWS, _OTHER_WINDOW = 8, 16
 _windows: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, int]]" = weakref.WeakKeyDictionary()
@@ -403,14 +403,14 @@ def choose_window(model: torch.nn.Module, settings: Jacobi, batch: int, streams:
 
 
 def _fastest_window(model: torch.nn.Module, rows: int, weights: str, first: float) -> int:
-    windows, speeds = list(_TOKENS_A_CALL), {}
+    windows, speeds = list(TOKENS_A_CALL), {}
 
     def speed(place: int) -> float:
         if not 0 <= place < len(windows):
             return 0.0
         if place not in speeds:
             seconds = least_call_seconds(model, rows, windows[place], weights)
-            speeds[place] = _TOKENS_A_CALL[windows[place]] / seconds
+            speeds[place] = TOKENS_A_CALL[windows[place]] / seconds
         return speeds[place]
 
     best = min(range(len(windows)), key=lambda place: abs(windows[place] - first))

@@ -32,6 +32,28 @@ def test_a_row_for_every_number_of_threads_and_positions(tiny_folder):
     assert (result["device"], result["dtype"], result["sequences"]) == ("cpu", "float32", 2)
 
 
+def test_the_share_of_the_peak_counts_all_products(monkeypatch):
+    monkeypatch.setitem(llamagen.PRESETS, "B", TINY)
+    monkeypatch.setattr(
+        bench_cost, "least_call_seconds", lambda network, rows, sizes, seconds: dict.fromkeys(sizes, 2.0)
+    )
+    monkeypatch.setattr(bench_cost, "peak_flops", lambda device, dtype: 1000.0)
+    hidden = llamagen.default_ffn_dim(32)
+    a_position = 2 * (2 * (4 * 32 * 32 + 3 * 32 * hidden) + 32 * 64)
+    shares = [row["peak_share"] for row in measured(preset="llamagen-b", threads=(1,))["rows"]]
+    assert shares == [2 * positions * a_position / 2.0 / 1000 for positions in (1, 2, 16)]
+
+
+def test_a_row_says_what_jacobi_decoding_would_give(monkeypatch):
+    monkeypatch.setitem(llamagen.PRESETS, "B", TINY)
+    seconds = {1: 1.0, 2: 1.0, 16: 3.0}
+    monkeypatch.setattr(bench_cost, "least_call_seconds", lambda *_: seconds)
+    step, two, sixteen = measured(preset="llamagen-b", threads=(1,))["rows"]
+    assert "jacobi_speedup" not in step
+    assert (two["jacobi_tokens"], two["jacobi_speedup"]) == (1.4, 1.4)
+    assert (sixteen["jacobi_tokens"], sixteen["jacobi_speedup"]) == (3.45, 3.45 / 3)
+
+
 @pytest.mark.parametrize("name", bench_cost.PRESETS)
 def test_random_weights_of_a_published_size(name, monkeypatch):
     monkeypatch.setitem(llamagen.PRESETS, bench_cost.PRESETS[name], TINY)
