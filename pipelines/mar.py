@@ -113,6 +113,7 @@ class MARPipeline(ConditionalPipeline):
             )
         settings = self._filled(settings, num_inference_steps)
         settings.plan(self.transformer.num_tokens)
+        settings.denoising_plan()
         self._check_components(settings, temperature)
         return guidance_scale or 1.0, temperature, settings
 

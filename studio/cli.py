@@ -120,6 +120,7 @@ for command in (
     bench.cost,
     bench.contention,
     bench.mar,
+    bench.cspd,
     bench.residual,
     bench.tokenizers,
 ):

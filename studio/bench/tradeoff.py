@@ -38,6 +38,7 @@ _EXTRA = {
     "verify_ratio": "Verify",
     "draft_ratio": "Draft",
     "break_even_length": "Break-even",
+    "truth_psnr": "PSNR",
     "acceptance": "Kept drafts",
     "latent_distance": "Latents off by",
 }
@@ -75,11 +76,15 @@ def tradeoff_table(rows: list[dict]) -> str:
 
 def _setting(row):
     short = {"delta": "δ", "ratio": "ratio", "steps": "steps", "teacher_steps": "teacher", "prefill": "prefill"}
-    short |= {"draft_steps": "drafts", "inner_temperature": "inner T"}
+    short |= {"draft_steps": "drafts", "inner_temperature": "inner T", "diffusion_steps": "T", "order": "order"}
+    short |= {"annealing": "annealing", "last_diffusion_steps": "to", "cache": "cache", "refresh_every": "every"}
+    short |= {"warm_steps": "warm"}
     settings = {short[name]: value for name, value in row["settings"].items() if name in short and value}
-    parts = [f"{name} {value:g}" for name, value in settings.items()]
+    parts = [f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items()]
     if mode := row["settings"].get("mode"):
-        parts.append(f"{mode} (approximate)" if row.get("approximate") else mode)
+        parts.append(mode)
+    if row.get("approximate"):
+        parts.append("(approximate)")
     return " ".join(parts)
 
 
@@ -87,7 +92,7 @@ COMMITTED = Path(__file__).with_name("decodings")
 """The printed documents of full runs, one for a bundled model; `quick` takes their quality."""
 PICTURES = 16
 QUALITY_SAMPLES = 500
-_QUALITY = ("judge_top1", "frechet", "quality_samples")
+_QUALITY = ("judge_top1", "frechet", "truth_psnr", "quality_samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,8 @@ def bench_tradeoff(
     Returns:
         `{"model", "fingerprint", "device", "left_out", "rows"}`. A row holds decoding, settings, batch, dtype,
         seconds_per_image (image decoding included), speedup against the first row of the same batch and dtype, which
-        is plain decoding, target_calls for an image, mean_accepted_length, judge_top1, frechet and quality_samples;
+        is plain decoding, target_calls for an image, mean_accepted_length, judge_top1, frechet, truth_psnr (dB, of
+        `against_truth`) and quality_samples;
         over continuous tokens also latent_distance, the `sliced_distance` of a cell's numbers from plain decoding's
         with other seeds, and with a drafter acceptance, the share of drafts that were kept; with drafts nodes (tokens
         that a call reads for an image), verify_ratio (a call with all nodes over a plain step), draft_ratio (all else
@@ -326,7 +332,7 @@ def _quality(pipe, contender, samples, plain) -> dict:
     outcomes = held_out_samples(pipe, samples, decoding=contender.make())
     measured = judge_samples(pipe, outcomes)
     distance = {} if plain is None else {"latent_distance": sliced_distance(outcomes.tokens.flatten(0, 1), plain)}
-    return {key: measured[key] for key in ("judge_top1", "frechet")} | {"quality_samples": samples, **distance}
+    return {key: measured[key] for key in _QUALITY if key in measured} | {"quality_samples": samples, **distance}
 
 
 def _plain_cells(pipe, contender, samples):

@@ -235,6 +235,27 @@ def mar(
     _say_rows([result])
 
 
+def cspd(
+    model: Annotated[str, typer.Option(help="A MAR with a drafter: a bundled name or a folder.")] = "emoji-mar",
+    published: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Add random weights of a published size, mar-l or mar-h, with mar-b as the drafter; repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time the parts of continuous speculative decoding: what it gains at best, at these sizes, on this machine."""
+    from studio.bench.cspd import bench_cspd
+
+    quiet_libraries()
+    result = bench_cspd(model, published=tuple(published or ()), device=device)
+    emit(result)
+    _say_rows(result["rows"])
+
+
 def residual(
     model: Annotated[str, typer.Option(help="A text-conditional ResGen: a bundled name or a folder.")] = "emoji-resgen",
     steps: Annotated[

@@ -138,7 +138,10 @@ def _unnamed(option: str, owners: list[str]) -> StudioError:
 
 def shown_name(name: str, how: Any) -> str:
     """A decoding's name in a result; it says so where images do not follow the model's distribution."""
-    return f"{name} {how.mode} (approximate)" if getattr(how, "approximate", False) else name
+    if not getattr(how, "approximate", False):
+        return name
+    mode = getattr(how, "mode", "")
+    return f"{name} {mode} (approximate)" if mode else f"{name} (approximate)"
 
 
 def flag(option: str) -> str:

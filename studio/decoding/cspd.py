@@ -164,6 +164,11 @@ class ContinuousSpeculative(MaskedAutoregressive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if refused := self.mar_only:
+            raise StudioError(
+                f"{' and '.join(refused)} cannot go with continuous speculative decoding, which hides tokens again and "
+                "denoises draft and target in equally many steps: sample with MaskedAutoregressive (mar) instead."
+            )
         check_choice("mode", self.mode, MODES)
         set_fields(self, prefill=check_number("prefill", self.prefill, 0, 1))
         if self.mode == "exact":
@@ -294,9 +299,9 @@ class _Run:
         self.settings, self.temperature, self.guidance_scale = settings, temperature, guidance_scale
         self.noise, self.on_step, self.on_draft = noise, on_step, on_draft
         self.began = time.perf_counter()
-        guided, steps = guidance_scale != 1, settings.diffusion_steps
-        self.target, self.draft = (MARStepper(m, condition, guided, steps) for m in (model, draft))
-        self.order, self.tokens, self.verified = start_masked(model, noise, known)
+        guided = guidance_scale != 1
+        self.target, self.draft = (MARStepper(m, condition, guided) for m in (model, draft))
+        self.order, self.tokens, self.verified = start_masked(model, noise, known, settings)
         self.plan = settings.plan(model.num_tokens, self.verified)
         self.ends = FinalStep(*(torch.zeros_like(self.tokens) for _ in range(3)))
         self.scales = torch.zeros(*self.order.shape, 1, device=model.device)
@@ -378,7 +383,7 @@ class _Run:
 
     def _kernels(self, stepper: MARStepper, step: Step, scales: torch.Tensor | None = None):
         scale = self.settings.scale_at(step, self.guidance_scale) if scales is None else scales
-        return stepper.kernels(self.tokens, self.order, step, scale)
+        return stepper.kernels(self.tokens, self.order, step, scale, self.settings.diffusion_steps)
 
     def _step_noise(self, places: TokenIndex) -> torch.Tensor:
         return self.noise.steps(places, self.settings.diffusion_steps)

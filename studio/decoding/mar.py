@@ -13,6 +13,9 @@ plainly), with less work: times are embedded once for all calls, conditions once
 and gates of many steps are one product; the last decoder block runs on the tokens that are sampled only; on a CPU a
 step is one call of C where that works. Deviations: each image has its own generator; more steps than tokens are
 refused, as some would sample nothing.
+
+Options that are papers of their own stand in files of their own: `disa` (fewer denoising steps for later tokens),
+`lazy_mar` (most calls of the transformer recompute a part) and `gtr` (an order that lets later calls sample more).
 """
 
 import math
@@ -28,7 +31,10 @@ from studio import backends
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
+from studio.decoding.disa import ANNEALINGS, LATEST_TIME, annealed_steps
+from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
 from studio.decoding.known import KnownTokens
+from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR
 from studio.decoding.sampling import OnStep
 from studio.errors import StudioError
 
@@ -36,15 +42,29 @@ _PREPARED_NUMBERS = 2**22
 
 
 class TimedHead:
-    """A `DiffusionLoss` with a schedule of `steps` steps, its times embedded."""
+    """A `DiffusionLoss` with a schedule of `steps` steps, its times embedded.
 
-    def __init__(self, head: torch.nn.Module, steps: int) -> None:
-        self.network, self.diffusion = head.net, head.schedule(steps)
+    `latest_time` is that of `GaussianDiffusion`.
+    """
+
+    def __init__(self, head: torch.nn.Module, steps: int, latest_time: int | None = None) -> None:
+        self.network, self.loss = head.net, head
         network = self.network
-        self.times = network.time_embed(self.diffusion.timestep_map.to(network.input_proj.weight.device))
         modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
         self.numbers = sum(layer.out_features for layer in modulations)
-        self.native, self.table = backends.select_head(network), self.diffusion.table()
+        self.native = backends.select_head(network)
+        self._space(steps, latest_time)
+
+    def respaced(self, steps: int, latest_time: int | None = None) -> "TimedHead":
+        """The same head with another schedule."""
+        other = copy(self)
+        other._space(steps, latest_time)
+        return other
+
+    def _space(self, steps: int, latest_time: int | None) -> None:
+        self.diffusion = self.loss.schedule(steps, latest_time)
+        self.times = self.network.time_embed(self.diffusion.timestep_map.to(self.network.input_proj.weight.device))
+        self.table = self.diffusion.table()
 
 
 class ReverseTransitions:
@@ -152,6 +172,13 @@ class Step(NamedTuple):
     progress: float
 
 
+def last_steps(plan: list[Step], unknown: int | None) -> list[Step]:
+    """The last steps of a plan, which sample `unknown` tokens; all of it for None."""
+    if unknown is None:
+        return plan
+    return [step._replace(last=min(step.last, unknown)) for step in plan if step.first < unknown]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskedSteps:
     """Settings of a masked loop.
@@ -192,13 +219,16 @@ class MaskedSteps:
             left = max(1, min(last - 1, math.floor(total * math.cos(math.pi / 2 * number / self.steps))))
             plan.append(Step(0 if number == self.steps else left, last, (total - left) / total))
             last = left
-        if unknown is not None:
-            plan = [step._replace(last=min(step.last, unknown)) for step in plan if step.first < unknown]
-        return plan
+        return last_steps(plan, unknown)
 
     def scale_at(self, step: Step, guidance_scale: float) -> float:
         """The guidance of a step."""
         return 1 + (guidance_scale - 1) * step.progress if self.guidance_schedule == "linear" else guidance_scale
+
+
+ORDERS = ("random", "gtr")
+CACHES = ("none", "lazy")
+_LAST_STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,19 +237,88 @@ class MaskedAutoregressive(MaskedSteps):
 
     Args:
         diffusion_steps: denoising steps of a token, 1 to 1000; None leaves it to whoever samples.
+        order: "random", or "gtr", a coarse grid of tokens first and what lies between them last, in few calls
+            (`studio.decoding.gtr`).
+        annealing: "none", or how the number of denoising steps falls from `diffusion_steps` at the first call of the
+            transformer to `last_diffusion_steps` at the last one (`studio.decoding.disa`): "linear", "cosine" or
+            "two-stage".
+        last_diffusion_steps: 1 to `diffusion_steps`; 5 if None, or all of them if they are fewer; with annealing only.
+        cache: "none", or "lazy": most calls of the transformer recompute a part (`studio.decoding.lazy_mar`).
+        refresh_every: from one full call to the next, at least 1; 9 if None; with a cache only.
+        warm_steps: how many calls are full before that count begins, 0 or more; 5 if None; with a cache only.
 
     Raises:
-        StudioError: for a value outside these.
+        StudioError: for a value outside these, and for settings of what is off.
     """
 
     diffusion_steps: int | None = None
+    order: str = "random"
+    annealing: str = "none"
+    last_diffusion_steps: int | None = None
+    cache: str = "none"
+    refresh_every: int | None = None
+    warm_steps: int | None = None
 
     DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64, "diffusion_steps": 100}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.diffusion_steps is not None:
-            set_fields(self, diffusion_steps=check_integer("diffusion_steps", self.diffusion_steps, 1, 1000))
+        for name in ("diffusion_steps", "last_diffusion_steps"):
+            if (value := getattr(self, name)) is not None:
+                set_fields(self, **{name: check_integer(name, value, 1, 1000)})
+        check_choice("order", self.order, ORDERS)
+        check_choice("annealing", self.annealing, ("none", *ANNEALINGS))
+        check_choice("cache", self.cache, CACHES)
+        if self.annealing == "none" and self.last_diffusion_steps is not None:
+            raise StudioError(f"last_diffusion_steps goes with annealing ({', '.join(ANNEALINGS)}): give one.")
+        for name, default, least in (("refresh_every", REFRESH_EVERY, 1), ("warm_steps", WARM_STEPS, 0)):
+            value = getattr(self, name)
+            if self.cache == "none" and value is not None:
+                raise StudioError(f'{name} goes with cache="lazy": give it too, or leave {name} out.')
+            if self.cache != "none":
+                set_fields(self, **{name: check_integer(name, default if value is None else value, least)})
+
+    @property
+    def mar_only(self) -> list[str]:
+        """What is set that only `masked_autoregressive` can follow."""
+        named = {"annealing": "annealing (DiSA)", "cache": "the cache (LazyMAR)"}
+        return [text for name, text in named.items() if getattr(self, name) != "none"]
+
+    @property
+    def approximate(self) -> bool:
+        """Whether images do not follow the distribution that the model has with these steps in this order."""
+        return bool(self.mar_only)
+
+    def plan(self, total: int, unknown: int | None = None) -> list[Step]:
+        """As of `MaskedSteps`, in the order that is set."""
+        plan = super().plan(total, unknown)
+        if self.order == "random":
+            return plan
+        sets = gtr_sets(math.isqrt(total))
+        if self.steps < (least := len(sets.unique())):
+            raise StudioError(
+                f"The order gtr takes at least {least} steps here, not {self.steps}: a step for each set."
+            )
+        plan, last = [], total
+        for count in gtr_counts(sets, self.steps):
+            plan.append(Step(last - count, last, (total - last + count) / total))
+            last -= count
+        return last_steps(plan, unknown)
+
+    def ordered(self, order: torch.Tensor) -> torch.Tensor:
+        """A random order (B, L) of positions, as `plan` counts on it."""
+        return order if self.order == "random" else gtr_order(order, gtr_sets(math.isqrt(order.shape[1])))
+
+    def denoising_plan(self) -> list[int]:
+        """Denoising steps of the tokens of each step, for settings that are filled."""
+        steps, most = self.steps, self.diffusion_steps
+        assert steps is not None and most is not None
+        if self.annealing == "none":
+            return [most] * steps
+        last = min(_LAST_STEPS, most) if self.last_diffusion_steps is None else self.last_diffusion_steps
+        if last > most:
+            raise StudioError(f"last_diffusion_steps must be at most diffusion_steps, {most}, not {last}.")
+        return annealed_steps(self.annealing, steps, most, last)
 
 
 @dataclass
@@ -230,35 +329,57 @@ class MaskedOutput(Sampled):
 class MARStepper:
     """A `MAR` at work on B images of one call: its conditions, its head, and the seconds of each."""
 
-    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool, diffusion_steps: int) -> None:
-        began = time.perf_counter()
+    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool) -> None:
         self.model = model
         self.buffer, _ = condition_rows(model, condition, guided=guided)
-        self.head = TimedHead(model.diffloss, diffusion_steps)
+        self.heads: dict[tuple[int, int | None], TimedHead] = {}
+        self.lazy: LazyMAR | None = None
         self.calls = self.rows = 0
-        self.seconds, self.lost = 0.0, time.perf_counter() - began
+        self.seconds = 0.0
 
-    def kernels(self, tokens: torch.Tensor, order: torch.Tensor, step: Step, scale: float) -> ReverseTransitions:
+    def kernels(
+        self,
+        tokens: torch.Tensor,
+        order: torch.Tensor,
+        step: Step,
+        scale: float | torch.Tensor,
+        diffusion_steps: int,
+        latest_time: int | None = None,
+    ) -> ReverseTransitions:
         """What the model makes of the known tokens: the kernels of the entries that the step samples, in their
         order."""
         began = time.perf_counter()
-        visible, wanted = order[:, step.last :], order[:, step.first : step.last]
-        conditions = self.model.conditions(tokens.to(self.buffer.dtype), visible, wanted, self.buffer)
+        tokens = tokens.to(self.buffer.dtype)
+        if self.lazy is None:
+            visible, wanted = order[:, step.last :], order[:, step.first : step.last]
+            conditions, rows = self.model.conditions(tokens, visible, wanted, self.buffer), len(self.buffer)
+        else:
+            rows = self.lazy.next_rows
+            conditions = self.lazy.conditions(tokens)
         self.calls += 1
-        self.rows += len(self.buffer)
+        self.rows += rows
         self.seconds += time.perf_counter() - began
-        return ReverseTransitions(self.head, conditions.flatten(1, 2), scale)
+        return ReverseTransitions(self.head(diffusion_steps, latest_time), conditions.flatten(1, 2), scale)
+
+    def head(self, steps: int, latest_time: int | None = None) -> TimedHead:
+        """The head with a schedule of so many steps, embedded once."""
+        schedule = steps, latest_time
+        if schedule not in self.heads:
+            first = next(iter(self.heads.values()), None)
+            self.heads[schedule] = first.respaced(*schedule) if first else TimedHead(self.model.diffloss, *schedule)
+        return self.heads[schedule]
 
 
 def start_masked(
-    model: torch.nn.Module, noise: PositionNoise, known: KnownTokens | None
+    model: torch.nn.Module, noise: PositionNoise, known: KnownTokens | None, settings: MaskedAutoregressive
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The order (B, L) of positions, the tokens (B, L, D) at the start, 0 where unknown, and how many are unknown."""
-    order = noise.order(model.num_tokens)
-    tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
-    if known is None:
-        return order, tokens, model.num_tokens
-    return known.known_last(order), known.write(tokens), known.unknown
+    order = settings.ordered(noise.order(model.num_tokens))
+    with torch.inference_mode(False), torch.no_grad():  # so that torch counts how often tokens are written to
+        tokens = torch.zeros(*order.shape, model.config.token_dim, device=model.device)
+        if known is None:
+            return order, tokens, model.num_tokens
+        return known.known_last(order), known.write(tokens), known.unknown
 
 
 def scatter_tokens(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
@@ -298,19 +419,27 @@ def masked_autoregressive(
     settings = (settings or MaskedAutoregressive()).filled()
     check_number("temperature", temperature)
     began = time.perf_counter()
-    stepper = MARStepper(model, condition, guidance_scale != 1, settings.diffusion_steps)
+    stepper = MARStepper(model, condition, guidance_scale != 1)
     noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
-    order, tokens, unknown = start_masked(model, noise, known)
-    for number, step in enumerate(settings.plan(model.num_tokens, unknown)):
-        kernels = stepper.kernels(tokens, order, step, settings.scale_at(step, guidance_scale))
+    order, tokens, unknown = start_masked(model, noise, known, settings)
+    plan, denoising = settings.plan(model.num_tokens, unknown), settings.denoising_plan()
+    latest_time = LATEST_TIME if model.diffloss.limit is None and len(set(denoising)) > 1 else None
+    if settings.cache == "lazy":
+        stepper.lazy = LazyMAR(
+            model, stepper.buffer, order, plan, settings.refresh_every, settings.warm_steps, settings.steps
+        )
+    for number, (step, steps) in enumerate(zip(plan, denoising[-len(plan) :])):
+        scale = settings.scale_at(step, guidance_scale)
+        kernels = stepper.kernels(tokens, order, step, scale, steps, latest_time)
         sampled = order[:, step.first : step.last]
         places = TokenIndex.of(sampled)
-        for _, _, mean, _ in denoise(
-            kernels, noise.start(places), noise.steps(places, settings.diffusion_steps), temperature
-        ):
+        for _, _, mean, _ in denoise(kernels, noise.start(places), noise.steps(places, kernels.steps), temperature):
             token = mean
         scatter_tokens(tokens, places, token)
+        written = tokens._version
         if on_step is not None and on_step(number, tokens, sampled):
             break
+        if stepper.lazy is not None and tokens._version != written:
+            stepper.lazy.forget()
     head = time.perf_counter() - began - stepper.seconds
     return MaskedOutput(tokens, stepper.calls, stepper.rows, {"transformer": stepper.seconds, "head": head})

@@ -125,6 +125,19 @@ _STEPS = (
     Option("steps", int, None, "Calls of the model, at most one a token.", least=1),
     Option("diffusion_steps", int, None, "Steps that denoise a token, 1 to 1000.", least=1),
 )
+_ORDERS = {"random": "random", "gtr": "coarse grid first (GtR)"}
+_ORDER = Option("order", str, "random", "In which order tokens are sampled.", choices=_ORDERS)
+_ANNEALINGS = {"none": "the same for all", "linear": "linear", "cosine": "cosine", "two-stage": "two-stage"}
+_CACHES = {"none": "none", "lazy": "only what changes (LazyMAR)"}
+_MAR_OPTIONS = (
+    *_STEPS,
+    _ORDER,
+    Option("annealing", str, "none", "How denoising steps fall from token to token (DiSA).", choices=_ANNEALINGS),
+    Option("last_diffusion_steps", int, None, "Annealing: steps of the last tokens; 5 where none are given.", least=1),
+    Option("cache", str, "none", "What calls of the model reuse of earlier ones.", choices=_CACHES),
+    Option("refresh_every", int, None, "Cache: from one full call to the next; 9 where none is given.", least=1),
+    Option("warm_steps", int, None, "Cache: first calls that are all full; 5 where none are given.", least=0),
+)
 _SCHEDULES = {name: name for name in ("cosine", "circle", "arccos")}
 _CODE_STEPS = (
     Option("steps", int, None, "Calls of the model, at most one a code.", least=1),
@@ -134,8 +147,29 @@ _MODES = {"exact": "exact", "relaxed": "relaxed (approximate)"}
 _CONFIDENCES = {"cell": "cell", "level": "level"}
 
 
+_FEW_DIFFUSION_STEPS = 12
+
+
+def _mar_rows(total: int) -> list[Settings]:
+    """Plain, plain with as few steps of either kind as all options together, each option alone, and together."""
+    few, short = max(4, total // 8), _FEW_DIFFUSION_STEPS
+    disa: Settings = {"annealing": "linear", "last_diffusion_steps": 5}
+    lazy: Settings = {"cache": "lazy", "refresh_every": 6, "warm_steps": 0}
+    gtr: Settings = {"order": "gtr", "steps": few}
+    return [
+        {},
+        {"steps": total},
+        {"steps": few, "diffusion_steps": short},
+        disa,
+        lazy,
+        gtr,
+        {"diffusion_steps": short, **disa, **lazy, **gtr},
+    ]
+
+
 def _relaxed_rows(total: int) -> list[Settings]:
     changes: list[Settings] = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"steps": total}]
+    changes.append({"diffusion_steps": _FEW_DIFFUSION_STEPS, "draft_steps": 8})
     return [{"mode": "exact"}, *({"mode": "relaxed", **change} for change in changes)]
 
 
@@ -216,9 +250,9 @@ DECODINGS = {
         "Masked autoregressive",
         "Several continuous tokens for each call of the model, in a random order.",
         "studio.decoding.mar:MaskedAutoregressive",
-        _STEPS,
+        _MAR_OPTIONS,
         pipeline="MARPipeline",
-        benchmarked=lambda total: [{}, {"steps": total}],
+        benchmarked=_mar_rows,
     ),
     "cspd": DecodingChoice(
         "Continuous speculative",
@@ -233,6 +267,7 @@ DECODINGS = {
                 choices=_MODES,
             ),
             *_STEPS,
+            _ORDER,
             Option("prefill", float, 0.05, "Share of the steps that the model samples itself first, 0 to 1."),
             Option(
                 "draft_steps",

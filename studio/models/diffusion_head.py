@@ -51,6 +51,8 @@ class GaussianDiffusion:
         steps: denoising steps T, 1 to train_steps.
         train_steps: steps of the schedule that the network was trained with.
         max_beta: the largest variance of a step.
+        latest_time: if given, training times after it become this one, and the schedule has fewer steps where several
+            do ("DiSA", arXiv:2505.20297, the authors' code).
         limit: if given, above 0, reverse steps clamp the predicted data to +-`limit` (static thresholding,
             arXiv:2205.11487, section 2.3). At the noisiest steps the predicted data are a large multiple of a small
             difference, so errors of a small network would move states far away.
@@ -65,12 +67,23 @@ class GaussianDiffusion:
         StudioError: a number of steps out of range, or a limit that is not above 0.
     """
 
-    def __init__(self, steps: int, train_steps: int = 1000, max_beta: float = 0.999, limit: float | None = None):
+    def __init__(
+        self,
+        steps: int,
+        train_steps: int = 1000,
+        max_beta: float = 0.999,
+        limit: float | None = None,
+        latest_time: int | None = None,
+    ):
         steps = check_integer("The number of denoising steps", steps, 1, train_steps)
         if limit is not None and not limit > 0:
             raise StudioError(f"The limit of the data must be above 0, not {shown(limit)}.")
+        times = respaced_times(steps, train_steps)
+        if latest_time is not None:
+            times = sorted({min(time, latest_time) for time in times})
+        steps = len(times)
         self.steps, self.limit = steps, limit
-        self.timestep_map = torch.tensor(respaced_times(steps, train_steps))
+        self.timestep_map = torch.tensor(times)
         kept = torch.cumprod(1 - cosine_betas(train_steps, max_beta), dim=0)[self.timestep_map]
         self.betas = betas = 1 - kept / torch.cat((kept.new_ones(1), kept[:-1]))
         self.alphas_cumprod = after = torch.cumprod(1 - betas, dim=0)
@@ -313,13 +326,14 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.limit = limit
         self.net = DenoisingNetwork(token_dim, condition_dim, width, depth)
-        self._schedules: dict[int, GaussianDiffusion] = {}
+        self._schedules: dict[tuple[int, int | None], GaussianDiffusion] = {}
 
-    def schedule(self, steps: int = 1000) -> GaussianDiffusion:
-        """The diffusion of the head's training, 1000 steps, respaced to `steps`."""
-        if steps not in self._schedules:
-            self._schedules[steps] = GaussianDiffusion(steps, limit=self.limit)
-        return self._schedules[steps]
+    def schedule(self, steps: int = 1000, latest_time: int | None = None) -> GaussianDiffusion:
+        """The diffusion of the head's training, respaced to `steps`; arguments as of `GaussianDiffusion`."""
+        key = steps, latest_time
+        if key not in self._schedules:
+            self._schedules[key] = GaussianDiffusion(steps, limit=self.limit, latest_time=latest_time)
+        return self._schedules[key]
 
     def forward(
         self,

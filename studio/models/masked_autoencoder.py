@@ -56,15 +56,37 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, queried: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of x (B, n, dim) to x, or of the vectors `queried` (B, k, dim) of x to x."""
+        return self.attend(*self.project(x, queried))
+
+    def project(
+        self, x: torch.Tensor, queried: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of x (B, n, dim) or of `queried` (B, k, dim), keys and values of x: each (B, heads, n or k, d)."""
         if queried is None:
-            queries, keys, values = self.qkv(x).chunk(3, dim=-1)
+            queries, keys, values = (self._heads(part) for part in self.qkv(x).chunk(3, dim=-1))
         else:
-            dim = x.shape[-1]
-            queries = F.linear(queried, self.qkv.weight[:dim], self.qkv.bias[:dim])
-            keys, values = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
-        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
-        mixed = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout_rate if self.training else 0.0)
+            queries, (keys, values) = self.queries(queried), self.keys_values(x)
+        return queries, keys, values
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries alone of x (B, k, dim)."""
+        dim = x.shape[-1]
+        return self._heads(F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]))
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values alone of x (B, n, dim)."""
+        dim = x.shape[-1]
+        keys, values = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
+        return self._heads(keys), self._heads(values)
+
+    def attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What the queries read from keys and values, all as of `project`: (B, k, dim)."""
+        dropout = self.dropout_rate if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -94,9 +116,12 @@ class Block(nn.Module):
         """The block's output for x (B, n, dim), or for its positions `wanted` (B, k) only: (B, k, dim)."""
         normed = self.norm1(x)
         if wanted is None:
-            x = x + self.attn(normed)
-        else:
-            x = take_rows(x, wanted) + self.attn(normed, take_rows(normed, wanted))
+            return self.finish(x, self.attn(normed))
+        return self.finish(take_rows(x, wanted), self.attn(normed, take_rows(normed, wanted)))
+
+    def finish(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """The block's output for positions x (B, k, dim) whose attention read `read` (B, k, dim)."""
+        x = x + read
         return x + self.mlp(self.norm2(x))
 
 
@@ -219,12 +244,16 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both 
             visible: positions (B, v), int64.
             buffer: (B, buffer_size, encoder_dim).
         """
-        before, places = self.config.buffer_size, self.encoder_pos_embed_learned[0]
-        shown = self.z_proj(take_rows(tokens, visible)) + places[before + visible]
-        x = self.z_proj_ln(torch.cat((buffer + places[:before], shown), dim=1))
+        x = self.encoder_input(tokens, visible, buffer)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
+
+    def encoder_input(self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """What the first block of `encode` reads; arguments as there."""
+        before, places = self.config.buffer_size, self.encoder_pos_embed_learned[0]
+        shown = self.z_proj(take_rows(tokens, visible)) + places[before + visible]
+        return self.z_proj_ln(torch.cat((buffer + places[:before], shown), dim=1))
 
     def decode(self, states: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Conditions (B, k, decoder_dim) of the head.
@@ -234,19 +263,35 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both 
             visible: positions (B, v) that it was given.
             wanted: positions (B, k) to compute; all L when None.
         """
-        before, places = self.config.buffer_size, self.decoder_pos_embed_learned[0]
         if wanted is None:
             wanted = torch.arange(self.num_tokens, device=states.device).expand(len(states), -1)
-        buffer = torch.arange(before, device=states.device).expand(len(states), -1)
-        known = torch.cat((buffer, before + visible), dim=1)
-        x = (self.mask_token + places).repeat(len(states), 1, 1)
-        embedded = self.decoder_embed(states)
-        x = x.scatter(1, known[:, :, None].expand_as(embedded), embedded + places[known])
-        if self.config.plan_size:
-            x = x + F.pad(self.plan_embeddings(states[:, :before]), (0, 0, before, 0))
+        x = self.with_regions(self.decoder_input(states, visible), states)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_blocks[-1](x, before + wanted)
+        return self.head_conditions(self.decoder_blocks[-1](x, self.config.buffer_size + wanted), wanted)
+
+    def decoder_input(self, states: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """All places (B, buffer_size + L, decoder_dim), mask tokens at unknown ones; arguments as of `decode`."""
+        places = self.decoder_pos_embed_learned[0]
+        known, embedded = self.places_of(visible), self.decoder_embed(states)
+        x = (self.mask_token + places).repeat(len(states), 1, 1)
+        return x.scatter(1, known[:, :, None].expand_as(embedded), embedded + places[known])
+
+    def places_of(self, visible: torch.Tensor) -> torch.Tensor:
+        """Places (B, buffer_size + v) of the buffer and of positions (B, v)."""
+        before = self.config.buffer_size
+        buffer = torch.arange(before, device=visible.device).expand(len(visible), -1)
+        return torch.cat((buffer, before + visible), dim=1)
+
+    def with_regions(self, x: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Adds region conditioning, if any, to x of `decoder_input`, from the first `buffer_size` states."""
+        if not self.config.plan_size:
+            return x
+        before = self.config.buffer_size
+        return x + F.pad(self.plan_embeddings(states[:, :before]), (0, 0, before, 0))
+
+    def head_conditions(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Conditions of the head from the last block's output x (B, k, decoder_dim) at positions (B, k)."""
         return self.decoder_norm(x) + self.head_positions[0][wanted]
 
     def conditions(

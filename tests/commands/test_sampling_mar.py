@@ -12,7 +12,10 @@ from PIL import Image
         ([], "mar"),
         (["--decoding", "mar", "--steps", 3, "--diffusion-steps", 4, "--temperature", 0.9], "mar"),
         (["--steps", 3, "--diffusion-steps", 4], "mar"),
+        (["--order", "gtr"], "mar"),
+        (["--annealing", "cosine", "--cache", "lazy", "--refresh-every", 2, "--warm-steps", 0], "mar (approximate)"),
         (["--decoding", "cspd"], "cspd"),
+        (["--decoding", "cspd", "--order", "gtr"], "cspd"),
         (["--decoding", "cspd", "--mode", "exact", "--prefill", 0.3], "cspd"),
         (["--decoding", "cspd", "--mode", "relaxed", "--draft-steps", 2], "cspd relaxed (approximate)"),
     ],
@@ -27,7 +30,7 @@ def test_decodings(run, tiny_mar_folder, tmp_path, options, shown):
     record = json.loads(Image.open(tmp_path / document["images"][0]["path"]).text["studio"])["call"]
     assert record["decoding"].get("steps", 3) == 3 and ("steps" in record["decoding"]) == ("--steps" in options)
     is_relaxed = "relaxed" in shown
-    assert record["decoding"].get("approximate", False) == is_relaxed
+    assert record["decoding"].get("approximate", False) == ("approximate" in shown)
     assert ("Warning: Relaxed decoding was not validated with 4 steps for 16 tokens" in err) == is_relaxed
 
 
@@ -40,6 +43,17 @@ def test_decodings(run, tiny_mar_folder, tmp_path, options, shown):
         ("mar", ["--decoding", "mar", "--mode", "relaxed"], "--mode belongs to --decoding cspd, not mar: leave"),
         ("mar", ["--mode", "relaxed"], "--mode belongs to --decoding cspd: say which"),
         ("mar", ["--steps", "17"], "16 tokens"),
+        ("mar", ["--decoding", "cspd", "--cache", "lazy"], "--cache belongs to --decoding mar, not cspd: leave"),
+        (
+            "mar",
+            ["--decoding", "cspd", "--annealing", "linear"],
+            "--annealing belongs to --decoding mar, not cspd: leave",
+        ),
+        ("mar", ["--refresh-every", "2"], 'refresh_every goes with cache="lazy"'),
+        ("mar", ["--last-diffusion-steps", "2"], "last_diffusion_steps goes with annealing"),
+        ("mar", ["--annealing", "linear", "--last-diffusion-steps", "6"], "at most diffusion_steps, 5, not 6"),
+        ("mar", ["--order", "gtr", "--steps", "2"], "at least 3 steps"),
+        ("ar", ["--order", "gtr"], "--order belongs to --decoding mar or cspd, not exact"),
         ("mar", ["--steps", "4", "--dtype", "int8"], "not ar: leave --steps out"),
         ("mar", ["--schedule", "circle"], "--schedule belongs to --decoding resgen or first-hitting, not mar"),
         ("ar", ["--steps", "2"], "--steps belongs to --decoding distilled: say which"),

@@ -10,20 +10,28 @@ from studio.evaluation.metrics import sliced_distance
 
 
 def test_rows(tiny_mar_folder, monkeypatch):
-    judged = {"judge_top1": 0.1, "frechet": 1.0, "quality_samples": 0}
+    judged = {"judge_top1": 0.1, "frechet": 1.0, "truth_psnr": 9.5, "quality_samples": 0}
     monkeypatch.setattr(bench, "_quality", lambda *_: judged)
     monkeypatch.setattr(bench, "_plain_cells", lambda *_: None)
     result = bench.bench_tradeoff(str(tiny_mar_folder), batch_sizes=(1,), device="cpu", repeats=1, images=2)
     rows = result["rows"]
     named = [(row["decoding"], row["settings"].get("mode")) for row in rows]
-    exact, relaxed = [("cspd", "exact")], [("cspd", "relaxed")] * 5
-    assert named == [("mar", None), ("mar", None), *exact, *relaxed] and result["left_out"] == {}
-    assert rows[0]["speedup"] == 1 and [rows[index]["target_calls"] for index in (0, 1, 2)] == [4, 16, 4]
-    assert rows[3]["target_calls"] < 4
-    assert [row.get("approximate", False) for row in rows] == [False] * 3 + [True] * 5
+    exact, relaxed = [("cspd", "exact")], [("cspd", "relaxed")] * 6
+    assert named == [*[("mar", None)] * 7, *exact, *relaxed] and result["left_out"] == {}
+    assert rows[0]["speedup"] == 1 and [rows[index]["target_calls"] for index in (0, 1, 7)] == [4, 16, 4]
+    assert rows[8]["target_calls"] < 4
+    changed = [
+        row["settings"].get("mode") == "relaxed" or bool({"annealing", "cache"} & set(row["settings"])) for row in rows
+    ]
+    assert [row.get("approximate", False) for row in rows] == changed and sum(changed) == 9
+    assert {"annealing", "cache", "order", "steps", "diffusion_steps"} <= set(rows[6]["settings"])
     assert all((0 <= row["acceptance"] <= 1) if row["decoding"] == "cspd" else "acceptance" not in row for row in rows)
     table = tradeoff_table(rows)
-    assert table.count("approximate") == 5 and "Kept drafts" in table and "Latents off by" not in table
+    assert table.count("approximate") == 9 and "Kept drafts" in table and table.count("| 9.50 |") == len(rows)
+    assert (
+        "annealing linear to 5 cache lazy every 6 order gtr steps 4 (approximate)" in table
+        and "Latents off by" not in table
+    )
 
 
 def test_latents_are_compared_with_those_of_plain_sampling(tiny_mar_folder):
