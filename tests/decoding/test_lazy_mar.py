@@ -12,6 +12,7 @@ from tiny_mar import generators, tiny_mar
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding import lazy_mar
 from studio.decoding.autoregressive import condition_rows
+from studio.decoding.known import KnownTokens
 from studio.decoding.lazy_mar import LazyMAR, full_calls, kept_share
 from studio.decoding.mar import masked_autoregressive
 
@@ -22,11 +23,11 @@ LABELS = {"class_labels": torch.tensor([0, 1])}
 LAZY = {"cache": "lazy", "refresh_every": 4, "warm_steps": 0}
 
 
-def sample(model=MODEL, labels=(0, 1), first=0, scale=2.0, on_step=None, **settings):
+def sample(model=MODEL, labels=(0, 1), first=0, scale=2.0, on_step=None, known=None, **settings):
     settings = MaskedAutoregressive(**{"steps": 16, "diffusion_steps": 5, **settings})
     return masked_autoregressive(
         model, {"class_labels": torch.tensor(labels)}, generators=generators(len(labels), first),
-        guidance_scale=scale, settings=settings, on_step=on_step,
+        guidance_scale=scale, settings=settings, on_step=on_step, known=known,
     )  # fmt: skip
 
 
@@ -181,3 +182,17 @@ def test_refused():
             MaskedAutoregressive(cache="lazy", **{name: least - 1})
     with pytest.raises(StudioError, match=r"the cache \(LazyMAR\) cannot go with continuous speculative"):
         ContinuousSpeculative(cache="lazy")
+
+
+def test_known_tokens_leave_the_last_steps():
+    """All three options sample what is not known, in the last steps; full calls alone are plain bit by bit."""
+    tokens, mask = torch.full((2, 64, 4), 0.25), torch.zeros(2, 64, dtype=torch.bool)
+    mask[:, 5:45] = True
+    known = KnownTokens(tokens, mask)
+    together = {**LAZY, "order": "gtr", "annealing": "linear", "last_diffusion_steps": 2}
+    plain = sample(known=known).tokens
+    assert torch.equal(sample(known=known, cache="lazy", refresh_every=1).tokens, plain)
+    for settings in (LAZY, together):
+        edited = sample(known=known, **settings)
+        assert edited.tokens[mask].eq(0.25).all() and edited.tokens[~mask].ne(0).all() and edited.target_calls < 16
+        assert not torch.equal(edited.tokens, plain)
