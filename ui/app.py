@@ -1,4 +1,4 @@
-"""The app: one page with the tabs Generate, Tokenize, Ask and Compare."""
+"""The app: one page with the tabs Generate, Edit, Tokenize, Ask and Compare."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -8,7 +8,7 @@ import gradio as gr
 from studio.ui.server.deep_link import connect_link
 from studio.ui.server.failures import Page
 from studio.ui.server.send_to import connect_send_to
-from studio.ui.tabs import ask, compare, generate, tokenize
+from studio.ui.tabs import ask, compare, edit, generate, tokenize
 from studio.ui.tabs.actions import ON_THE_MODEL
 from studio.ui.tabs.components import header
 from studio.ui.tabs.examples import EXAMPLE_FILES
@@ -35,13 +35,15 @@ def build_app(model: str = "emoji-ar", places: int | None = None) -> gr.Blocks:
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 send_to, form = generate.build_tab(model)
+            with gr.Tab("Edit", id="edit"):
+                editor = edit.build_tab(model)
             with gr.Tab("Tokenize", id="tokenize"):
                 image = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
                 asked, question = ask.build_tab()
             with gr.Tab("Compare", id="compare"):
                 compared = compare.build_tab(model)
-        connect_send_to(send_to, tabs, {"tokenize": image, "ask": asked})
+        connect_send_to(send_to, tabs, {"edit": editor, "tokenize": image, "ask": asked})
         connect_link(demo, tabs, form, question, compared)
     if places is not None:
         for handler in demo.fns.values():

@@ -17,6 +17,7 @@ ODD += [{"delta": "0.1"}, {"\ud83c": 1}, {"steps": 10**9}, ["tiny: ar", "\ud83c"
 ODD += [[None, None]]
 BASE = {
     "generate": ["a red apple", 1, 7, None, None, None, None, "ar", {}],
+    "edit": ["FILE", "a red apple", None, [0, 0, 8, 8], {}, 1, 1, 7, "tiny", None],
     "tokenize": ["FILE", "tiny", None, False],
     "detokenize": ["FILE", "tiny"],
     "ask": ["FILE", "what", "tiny", "divprune", 0.2, 4],

@@ -12,7 +12,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 
-TOOLS = ["generate", "tokenize", "detokenize", "ask", "compare"]
+TOOLS = ["generate", "edit", "tokenize", "detokenize", "ask", "compare"]
 
 
 @pytest.fixture

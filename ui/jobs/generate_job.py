@@ -138,8 +138,13 @@ class Call:
         return trace_drafts(self.rounds[number], sketch.tokens[self.rows[number].start].tolist(), self.total)
 
 
-def as_files(images: "Sequence[Image]", request: GenerateRequest) -> "list[Image]":
-    """Finished images of a request as PNGs with their settings as metadata, which the app serves unchanged."""
+def as_files(
+    images: "Sequence[Image]", request: GenerateRequest, record: dict[str, Any] | None = None
+) -> "list[Image]":
+    """Finished images of a request as PNGs with their settings as metadata, which the app serves unchanged.
+
+    `record` takes the place of that of the request.
+    """
     from PIL import Image
 
     from studio.saving import png_writer
@@ -147,7 +152,7 @@ def as_files(images: "Sequence[Image]", request: GenerateRequest) -> "list[Image
     originals: list[Image] = []
     for image, seed in zip(images, request.seeds):
         file = BytesIO()
-        png_writer(image, request.record, seed)(file)
+        png_writer(image, record or request.record, seed)(file)
         originals.append(Image.open(file))
     return originals
 

@@ -12,7 +12,7 @@ from studio.ui.server.limits import check_user_text
 from studio.ui.server.png_metadata import KNOWN, Form, from_link
 from studio.ui.tabs.actions import PRIVATE
 
-TABS = ("generate", "tokenize", "ask", "compare")
+TABS = ("generate", "edit", "tokenize", "ask", "compare")
 
 
 def connect_link(demo: gr.Blocks, tabs: gr.Tabs, form: Form, question: gr.Textbox, prompt: gr.Textbox) -> None:

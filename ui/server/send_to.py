@@ -41,7 +41,7 @@ def build_send_to(gallery: gr.Gallery, titles: Mapping[str, str], renewals: Sequ
     return SendTo(gallery, chosen, buttons)
 
 
-def connect_send_to(send_to: SendTo, tabs: gr.Tabs, fields: Mapping[str, gr.Image]) -> None:
+def connect_send_to(send_to: SendTo, tabs: gr.Tabs, fields: Mapping[str, gr.Component]) -> None:
     """Let each button put an image into the field of another tab, and open that tab.
 
     Args:

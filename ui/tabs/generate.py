@@ -52,7 +52,7 @@ def build_tab(model: str) -> tuple[SendTo, Form]:
         model: what samples.
 
     Returns:
-        The buttons that send images to the tabs "tokenize" and "ask", and the form that saved settings fill.
+        The buttons that send images to the tabs "edit", "tokenize" and "ask", and the form that saved settings fill.
     """
     with gr.Row(elem_id="studio-generate", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
@@ -82,7 +82,7 @@ def build_tab(model: str) -> tuple[SendTo, Form]:
             status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
             send_to = build_send_to(
                 gallery,
-                {"tokenize": "Tokenize this", "ask": "Ask about this image"},
+                {"edit": "Edit this", "tokenize": "Tokenize this", "ask": "Ask about this image"},
                 [generate.click, prompt.submit, side_by_side_button.click],
             )
             tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")

@@ -1,0 +1,96 @@
+"""The Edit tab: what the browser sends becomes an image and a mask, and results keep every other pixel."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from gradio_client import handle_file
+from PIL import Image
+
+from studio import StudioError
+from studio.ui.jobs.edit_job import box_mask
+from studio.ui.tabs import edit
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def files(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    paint = Image.new("RGBA", (32, 24))
+    paint.paste((255, 0, 0, 150), (4, 6, 20, 18))
+    paint.save(tmp_path / "paint.png")
+    Image.new("RGBA", (32, 24)).save(tmp_path / "clear.png")
+    return {name: {"path": str(tmp_path / f"{name}.png")} for name in ("image", "paint", "clear")}
+
+
+def shown(value, *values):
+    async def collect():
+        return [update async for update in edit.show_redrawing(value, *values)]
+
+    return asyncio.run(collect())
+
+
+FIELDS = ["tiny", "a red apple", 2, "5", "", 1.0, "", "", "", "", ""]
+
+
+def test_paint_is_redrawn_and_the_rest_stays(steps, files, toasts):
+    pair, results, status = shown({"background": files["image"], "layers": [files["paint"]]}, *FIELDS)[-1]
+    painted = np.zeros((24, 32), dtype=bool)
+    painted[6:18, 4:20] = True
+    assert "2 images in" in status and "on what comes before only" in status and not toasts
+    for (path, caption), seed in zip(results["value"], (5, 6), strict=True):
+        image = Image.open(path)
+        found = np.asarray(image.convert("RGB"))
+        assert caption == f"seed {seed}" and np.array_equal(found[~painted], PIXELS[~painted])
+        assert not np.array_equal(found[painted], PIXELS[painted])
+        record = json.loads(image.text["studio"])
+        assert record["seed"] == seed and record["call"]["edit"] == {"strength": 1.0, "mask": True}
+    assert pair[0].size == pair[1].size
+
+
+def test_sides_and_variations(steps, files):
+    fields = [*FIELDS[:5], 1.0, "", "10", "", "", "4"]
+    pair, _, _ = shown({"background": files["image"], "layers": [files["clear"]]}, *fields)[-1]
+    assert pair[1].width * 28 == pair[1].height * 42
+    *_, last = shown({"background": files["image"], "layers": []}, *FIELDS[:5], 0.5, *FIELDS[6:])
+    assert "2 images in" in last[2]
+
+
+@pytest.mark.parametrize(
+    ("value", "fields", "sentence"),
+    [
+        (None, FIELDS, "Give an image first"),
+        ({"background": None, "layers": []}, FIELDS, "Give an image first"),
+        ("image", FIELDS, "Nothing is to be redrawn"),
+        ("image", [*FIELDS[:7], "ten", *FIELDS[8:]], "Expand left must be a whole number"),
+        ("image", [*FIELDS[:7], "-3", *FIELDS[8:]], "The pixels to add at the left"),
+        ("image", [*FIELDS[:7], "4", *FIELDS[8:-4], *FIELDS[-3:]], "strength"),
+        ("paint", [*FIELDS[:1], " ", *FIELDS[2:]], "prompt is empty"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_toasts(steps, files, toasts, value, fields, sentence):
+    if isinstance(value, str):
+        layers = [files["paint"]] if value == "paint" else []
+        value = {"background": files["image"], "layers": layers}
+    if sentence == "strength":
+        fields = [*FIELDS[:5], 0.5, "", "4", "", "", ""]
+        sentence = "leave it out where you expand"
+    [(_, _, status), *_] = shown(value, *fields)[-1:]
+    assert "did not work" in status and sentence in toasts[0], toasts
+
+
+def test_boxes():
+    assert np.asarray(box_mask([2, 1, 3, 2], (8, 4))).nonzero()[1].tolist() == [2, 3, 4] * 2
+    assert box_mask(None, (8, 4)) is None
+    for box in ([1, 2, 3], "1,2,3,4", [0, 0, -1, 2], [0, 0, 1.5, 2]):
+        with pytest.raises(StudioError, match="box"):
+            box_mask(box, (8, 4))
+
+
+def test_the_endpoint(client, files):
+    given = {"image": handle_file(files["image"]["path"]), "prompt": "a red apple", "model": "tiny", "seed": 3}
+    [found], details = client.predict(**given, box=[0, 0, 32, 12], api_name="/edit")
+    assert details["size"] == [32, 24] and details["approximate"] is True and details["seeds"] == [3]
+    assert np.array_equal(np.asarray(Image.open(found["image"]).convert("RGB"))[12:], PIXELS[12:])
