@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,6 +135,21 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         if not isinstance(callback_inputs, list | tuple) or not all(name in known for name in callback_inputs):
             raise StudioError(f"Callbacks can ask for {known}, not {shown(callback_inputs)}.")
         return guidance_scale
+
+    def scheduled(self, settings: Any, guidance_scale: float) -> Any:
+        """The settings of a decoding, with this pipeline's guidance schedule where they have none.
+
+        Raises:
+            StudioError: a schedule without guidance.
+        """
+        if settings.guidance_schedule is None:
+            return replace(settings, guidance_schedule=self.config.default_guidance_schedule)
+        if guidance_scale in (0, 1):
+            raise StudioError(
+                f"The guidance scale is {guidance_scale:g}, which is no guidance: give another one, or leave "
+                "guidance_schedule out."
+            )
+        return settings
 
     def sampling(
         self, temperature: float | None, top_k: int | None, top_p: float | None, order: str = "llamagen"

@@ -10,6 +10,7 @@ from studio.checks import check_integer
 from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive
 from studio.decoding.distilled import Distilled, DistilledOutput, distilled
 from studio.decoding.fastest_exact import FastestExact, fastest_exact
+from studio.decoding.guidance import check_schedule
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import Sampling
@@ -47,6 +48,8 @@ class LlamaGenPipeline(ConditionalPipeline):
         drafter: drafts tokens for `Speculative` and `Lantern` decoding.
         student: a student distilled from the transformer, for `Distilled` decoding.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
+        default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
+            `studio.decoding.guidance`.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
@@ -71,6 +74,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         default_temperature: float = 1.0,
         default_top_k: int = 0,
         default_top_p: float = 1.0,
+        default_guidance_schedule: str = "constant",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
     ):
@@ -88,9 +92,11 @@ class LlamaGenPipeline(ConditionalPipeline):
             default_temperature=default_temperature,
             default_top_k=default_top_k,
             default_top_p=default_top_p,
+            default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
+        check_schedule(default_guidance_schedule)
         check_prompt_completion(prompt_completion)
         if drafter is not None:
             drafter.read_embeddings(transformer)
@@ -177,6 +183,8 @@ class LlamaGenPipeline(ConditionalPipeline):
                 "LlamaGen samples with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
                 f"Distilled decoding, not {type(settings).__name__}."
             )
+        if not isinstance(settings, Distilled) or settings.teacher_steps is not None:
+            settings = self.scheduled(settings, guidance_scale)
         sampling = self.sampling(temperature, top_k, top_p, settings.filter_order)
         return guidance_scale, sampling, settings
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
 from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
+from studio.decoding.guidance import check_schedule
 from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
@@ -32,6 +33,8 @@ class MARPipeline(ConditionalPipeline):
         drafter: a smaller `MAR` over the same tokens and conditions, for `ContinuousSpeculative` decoding.
         default_guidance_scale, default_temperature, default_num_inference_steps, default_diffusion_steps: used where a
             call leaves them out. Inference steps are calls of the transformer, diffusion steps denoise a token.
+        default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
+            `studio.decoding.guidance`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
@@ -54,6 +57,7 @@ class MARPipeline(ConditionalPipeline):
         default_temperature: float = 1.0,
         default_num_inference_steps: int = 64,
         default_diffusion_steps: int = 100,
+        default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
     ):
@@ -70,9 +74,11 @@ class MARPipeline(ConditionalPipeline):
             default_temperature=default_temperature,
             default_num_inference_steps=default_num_inference_steps,
             default_diffusion_steps=default_diffusion_steps,
+            default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
+        check_schedule(default_guidance_schedule)
         check_prompt_completion(prompt_completion)
 
     def check_call(
@@ -111,7 +117,7 @@ class MARPipeline(ConditionalPipeline):
             raise StudioError(
                 "The number of steps is given twice: leave out num_inference_steps or the decoding's steps."
             )
-        settings = self._filled(settings, num_inference_steps)
+        settings = self._filled(self.scheduled(settings, guidance_scale), num_inference_steps)
         settings.plan(self.transformer.num_tokens)
         settings.denoising_plan()
         self._check_components(settings, temperature)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.decoding.guidance import check_schedule
 from studio.decoding.known import KnownTokens
 from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
 from studio.decoding.sampling import Sampling
@@ -42,6 +43,8 @@ class ResGenPipeline(ResidualPipeline):
         tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_inference_steps: used
             where a call leaves them out.
+        default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
+            `studio.decoding.guidance`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
@@ -60,6 +63,7 @@ class ResGenPipeline(ResidualPipeline):
         default_top_k: int = 0,
         default_top_p: float = 1.0,
         default_num_inference_steps: int = 16,
+        default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
     ):
@@ -73,9 +77,11 @@ class ResGenPipeline(ResidualPipeline):
             default_top_k=default_top_k,
             default_top_p=default_top_p,
             default_num_inference_steps=default_num_inference_steps,
+            default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
+        check_schedule(default_guidance_schedule)
         check_prompt_completion(prompt_completion)
 
     def check_call(
@@ -110,7 +116,8 @@ class ResGenPipeline(ResidualPipeline):
                 "ResGen samples with ResGenDecoding (resgen) or FirstHitting (first-hitting) decoding, "
                 f"not {type(decoding).__name__}."
             )
-        settings = (decoding or ResGenDecoding()).filled(self.config.default_num_inference_steps)
+        settings = self.scheduled(decoding or ResGenDecoding(), guidance_scale)
+        settings = settings.filled(steps=self.config.default_num_inference_steps)
         DISTRIBUTIONS[self.transformer.config.prediction].check(settings.scatter)
         settings.plan(self.transformer.num_tokens * self.transformer.config.depth)
         sampling = self.sampling(temperature, top_k, top_p)
@@ -148,8 +155,7 @@ class ResGenPipeline(ResidualPipeline):
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
             class_labels: class indices, for a class-conditional model.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598); rises from 1 at the first call to this at the
-                last; 1 (or 0) turns it off.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 (or 0) turns it off.
             temperature: of the choice of a component, and a factor on the spread around its mean; 0 takes the likeliest
                 mean.
             top_k, top_p: keep the k likeliest components (0: all), or the nucleus of probability p (1: all).

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.decoding.guidance import check_schedule
 from studio.decoding.rq_transformer import RQDecoding, rq_decoding
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
@@ -43,6 +44,8 @@ class RQTransformerPipeline(ResidualPipeline):
         text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
+        default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
+            `studio.decoding.guidance`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
@@ -64,6 +67,7 @@ class RQTransformerPipeline(ResidualPipeline):
         default_temperature: float = 1.0,
         default_top_k: int = 0,
         default_top_p: float = 1.0,
+        default_guidance_schedule: str = "constant",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
     ):
@@ -81,9 +85,11 @@ class RQTransformerPipeline(ResidualPipeline):
             default_temperature=default_temperature,
             default_top_k=default_top_k,
             default_top_p=default_top_p,
+            default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
+        check_schedule(default_guidance_schedule)
         check_prompt_completion(prompt_completion)
 
     def check_call(
@@ -117,7 +123,7 @@ class RQTransformerPipeline(ResidualPipeline):
             raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
         if decoding is not None and not isinstance(decoding, RQDecoding):
             raise StudioError(f"RQ-Transformer samples with RQDecoding (rq) decoding, not {type(decoding).__name__}.")
-        settings, depth = decoding or RQDecoding(), self.transformer.config.depth
+        settings, depth = self.scheduled(decoding or RQDecoding(), guidance_scale), self.transformer.config.depth
         sampling = self.sampling(temperature, top_k, top_p)
         if settings.levels is None:
             return guidance_scale, sampling, settings
@@ -168,7 +174,7 @@ class RQTransformerPipeline(ResidualPipeline):
         Raises:
             StudioError: arguments that cannot be used, or components that do not fit together.
         """
-        guidance_scale, sampling, _ = self.check_call(
+        guidance_scale, sampling, settings = self.check_call(
             prompt,
             class_labels=class_labels,
             num_images_per_prompt=num_images_per_prompt,
@@ -195,6 +201,7 @@ class RQTransformerPipeline(ResidualPipeline):
                     generators=generators,
                     sampling=sampling,
                     guidance_scale=guidance_scale,
+                    guidance_schedule=settings.guidance_schedule,
                     on_step=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
                 ).flatten(1, 2)
             with timed(seconds, "pixels"):

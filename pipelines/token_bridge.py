@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.decoding.guidance import check_schedule
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import Sampling
 from studio.decoding.token_bridge import DimensionWise, dimension_wise
@@ -38,6 +39,8 @@ class TokenBridgePipeline(ConditionalPipeline):
         text_encoder: an encoder with the interface of `T5EncoderModel`; only for a text-conditional transformer.
         tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_num_inference_steps: used where a call leaves them out.
+        default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
+            `studio.decoding.guidance`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
@@ -56,6 +59,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         default_guidance_scale: float = 3.0,
         default_temperature: float = 1.0,
         default_num_inference_steps: int = 64,
+        default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
     ):
@@ -67,9 +71,11 @@ class TokenBridgePipeline(ConditionalPipeline):
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_num_inference_steps=default_num_inference_steps,
+            default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
+        check_schedule(default_guidance_schedule)
         check_prompt_completion(prompt_completion)
 
     def check_call(
@@ -104,7 +110,8 @@ class TokenBridgePipeline(ConditionalPipeline):
             raise StudioError(
                 f"TokenBridge samples with DimensionWise (bridge) decoding, not {type(decoding).__name__}."
             )
-        settings = (decoding or DimensionWise()).filled(steps=config.default_num_inference_steps)
+        settings = self.scheduled(decoding or DimensionWise(), guidance_scale)
+        settings = settings.filled(steps=config.default_num_inference_steps)
         settings.plan(self.transformer.num_tokens)
         sampling = Sampling(config.default_temperature if temperature is None else temperature, top_k, top_p)
         return guidance_scale or 1.0, sampling, settings

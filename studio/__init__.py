@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from studio.decoding.rq_transformer import RQDecoding
     from studio.decoding.speculative import Speculative
     from studio.decoding.token_bridge import DimensionWise
+    from studio.decoding.xar import XARDecoding
     from studio.errors import StudioError
     from studio.models.distilled import DistilledStudent
     from studio.models.llamagen import LlamaGen
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
     from studio.models.resgen import ResGen
     from studio.models.rq_transformer import RQTransformer
     from studio.models.token_bridge import TokenBridge
+    from studio.models.xar import XAR
     from studio.pipelines.image_codec import decode_image, encode_image
+    from studio.pipelines.item_states import isolated_items, replaced_states
     from studio.pipelines.llamagen import LlamaGenPipeline
     from studio.pipelines.mar import MARPipeline
     from studio.pipelines.odp_file import OdpFile
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from studio.pipelines.rq_transformer import RQTransformerPipeline
     from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
+    from studio.pipelines.xar import XARPipeline
     from studio.pruning.api import prune, prune_inputs
     from studio.pruning.kv_cache import compress
     from studio.pruning.registry import pruning_methods
@@ -100,6 +104,9 @@ _EXPORTS: dict[str, str] = {
     "TokenBridgeTokenizer": "studio.tokenizers.token_bridge",
     "VQTokenizer": "studio.tokenizers.vq",
     "VisualQuestionPipeline": "studio.pipelines.visual_question",
+    "XAR": "studio.models.xar",
+    "XARDecoding": "studio.decoding.xar",
+    "XARPipeline": "studio.pipelines.xar",
     "compress": "studio.pruning.kv_cache",
     "decode_image": "studio.pipelines.image_codec",
     "decoding_named": "studio.decoding.registry",
@@ -108,10 +115,12 @@ _EXPORTS: dict[str, str] = {
     "decodings_with": "studio.decoding.registry",
     "default_decoding": "studio.decoding.registry",
     "encode_image": "studio.pipelines.image_codec",
+    "isolated_items": "studio.pipelines.item_states",
     "load": "studio.checkpoints.loading",
     "prune": "studio.pruning.api",
     "prune_inputs": "studio.pruning.api",
     "pruning_methods": "studio.pruning.registry",
+    "replaced_states": "studio.pipelines.item_states",
 }
 
 __all__ = [
@@ -148,6 +157,9 @@ __all__ = [
     "TokenBridgeTokenizer",
     "VQTokenizer",
     "VisualQuestionPipeline",
+    "XAR",
+    "XARDecoding",
+    "XARPipeline",
     "__version__",
     "compress",
     "decode_image",
@@ -157,10 +169,12 @@ __all__ = [
     "decodings_with",
     "default_decoding",
     "encode_image",
+    "isolated_items",
     "load",
     "prune",
     "prune_inputs",
     "pruning_methods",
+    "replaced_states",
 ]
 
 

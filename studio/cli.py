@@ -123,9 +123,12 @@ for command in (
     bench.cspd,
     bench.residual,
     bench.tokenizers,
+    bench.guidance,
+    bench.leakage,
 ):
     bench_app.command()(command)
 bench_app.command("all")(bench.everything)
+bench_app.command("fourier-head")(bench.fourier_head)
 bench_app.command("rate-distortion")(rate_distortion)
 bench_app.command("serve")(bench_serve)
 for command in (

@@ -33,6 +33,7 @@ from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.rq_transformer import RQTransformerPipeline
 from studio.pipelines.token_bridge import TokenBridgePipeline
+from studio.pipelines.xar import XARPipeline
 
 _EXTRA = {
     "verify_ratio": "Verify",
@@ -160,7 +161,9 @@ def bench_tradeoff(
     rows = []
     for dtype in dtypes:
         pipe = load(model, device=device, dtype=dtype)
-        kinds = (LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline, TokenBridgePipeline)
+        kinds = (
+            LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline, TokenBridgePipeline, XARPipeline,
+        )  # fmt: skip
         if not isinstance(pipe, kinds) or not pipe.takes_text:
             raise StudioError(f"{model} does not sample tokens from words: name a pipeline such as emoji-ar.")
         pipe.set_progress_bar_config(disable=True)

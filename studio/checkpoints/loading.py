@@ -32,6 +32,7 @@ from studio.models.mar import MAR
 from studio.models.resgen import ResGen
 from studio.models.rq_transformer import RQTransformer
 from studio.models.token_bridge import TokenBridge
+from studio.models.xar import XAR
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.llamagen import incompatibility as incompatibility_of_tokens
 from studio.pipelines.mar import MARPipeline
@@ -42,6 +43,7 @@ from studio.pipelines.rq_transformer import incompatibility as incompatibility_o
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.token_bridge import incompatibility as incompatibility_of_levels
 from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.pipelines.xar import XARPipeline, incompatibility_of_latents
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -59,7 +61,7 @@ DTYPES = {
 _TOKENIZERS = {
     kind.__name__: kind for kind in (VQTokenizer, RVQTokenizer, OneDPieceTokenizer, TokenBridgeTokenizer, KLTokenizer)
 }
-_PARTS = ("DistilledStudent", "Drafter", "LlamaGen", "MAR", "RQTransformer", "ResGen", "TokenBridge")
+_PARTS = ("DistilledStudent", "Drafter", "LlamaGen", "MAR", "RQTransformer", "ResGen", "TokenBridge", "XAR")
 logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -225,7 +227,8 @@ _TOKEN_BRIDGE = _Kind(
 )
 _RESGEN = _Kind(ResGenPipeline, ResGen, {RVQTokenizer: "emoji-rvq"}, {}, incompatibility_of_sums)
 _RQ = _Kind(RQTransformerPipeline, RQTransformer, {RVQTokenizer: "emoji-rvq"}, {}, incompatibility_of_stacks)
-_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN, _RQ)}
+_XAR = _Kind(XARPipeline, XAR, {KLTokenizer: "emoji-kl"}, {}, incompatibility_of_latents)
+_PIPELINES = {kind.pipeline.__name__: kind for kind in (_LLAMAGEN, _MAR, _TOKEN_BRIDGE, _RESGEN, _RQ, _XAR)}
 
 
 def _load_visual_question(folder, dtype):

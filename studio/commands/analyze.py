@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json
 from studio.console import emit, quiet_libraries, say
-from studio.errors import StudioError
 
 _SHOWN = (
     "n",
@@ -21,6 +21,7 @@ _SHOWN = (
     "bigram_bits",
     "mi_right",
     "mi_down",
+    "mi_far",
 )
 
 
@@ -53,26 +54,21 @@ def analyze(
     """
     from studio.bench.chart import Series, chart
     from studio.bench.report import records_table
-    from studio.evaluation.token_grids import bundled_discrete_tokenizers, rank_frequencies, token_grids
+    from studio.evaluation.token_grids import bundled_tokenizers, rank_frequencies, token_grids
     from studio.evaluation.token_statistics import analyze_tokens
-    from studio.saving import check_writable, save_all
 
     quiet_libraries()
-    if figure is not None:
-        check_writable(figure)
+    check_figure(figure)
     grids = [
         grid
-        for name in models or bundled_discrete_tokenizers()
+        for name in models or bundled_tokenizers()
         for grid in token_grids(name, data=data, images=images, seed=seed, device=device)
     ]
-    if not grids:
-        raise StudioError("None of these has discrete tokens: name an image tokenizer with a codebook, or a pipeline.")
     rows = [row for grid in grids for row in analyze_tokens(grid, seed=seed, grammar=grammar)]
     emit({"rows": rows})
     columns = ("name", "control", *_SHOWN, *(("grammar",) if grammar else ()))
     say(records_table([{name: row[name] for name in columns} for row in rows]))
-    if figure is not None:
-        series = [Series(grid.name, tuple(rank_frequencies(grid))) for grid in grids]
-        title = "Tokens by rank"
-        drawing = chart(title, "rank", "log10 of occurrences a thousand tokens", series, log_x=True)
-        save_all({figure: lambda path: path.write_text(drawing, encoding="utf-8")})
+    series = [Series(grid.name, tuple(rank_frequencies(grid))) for grid in grids]
+    save_figure(
+        figure, lambda: chart("Tokens by rank", "rank", "log10 of occurrences a thousand tokens", series, log_x=True)
+    )

@@ -274,6 +274,68 @@ def residual(
     say(residual_table(result["rows"]))
 
 
+def fourier_head(
+    model: Annotated[str, typer.Option(help="A TokenBridge: a bundled name or a folder.")] = "emoji-bridge",
+    frequencies: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Of the Fourier heads, 0 for a linear one; repeat for more.", show_default="0, 12"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1500,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train the head of a TokenBridge anew with linear and with Fourier output layers, and compare them."""
+    from studio.bench.fourier_head import FREQUENCIES, bench_fourier_head
+
+    quiet_libraries()
+    chosen = tuple(frequencies or FREQUENCIES)
+    result = bench_fourier_head(model, frequencies=chosen, steps=steps, seed=seed, device=device)
+    emit(result)
+    _say_rows(result["rows"])
+
+
+def guidance(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
+    ] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(help="Mean guidance scale; repeat for more.", show_default="2, 3"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=65, help="Images for each setting.")] = 500,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare constant and rising guidance at the same mean scale."""
+    from studio.bench.guidance import SCALES, bench_guidance
+
+    quiet_libraries()
+    result = bench_guidance(model or None, scales=scale or SCALES, samples=samples, seed=seed, device=device)
+    emit(result)
+    _say_rows(result["rows"])
+
+
+def leakage(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Count objects that take on the background's colour, with text states as they are and repaired."""
+    from studio.bench.leakage import bench_leakage, leakage_tables
+
+    quiet_libraries()
+    result = bench_leakage(model or None, seed=seed, device=device)
+    emit(result)
+    say(leakage_tables(result))
+
+
 def tokenizers(
     model: Annotated[
         list[str] | None,

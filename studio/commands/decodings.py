@@ -48,10 +48,14 @@ def _flag_parameter(name: str, by_decoding: dict[str, Any]) -> inspect.Parameter
         flag(name),
         min=option.least,
         callback=finite if option.kind is float else None,
-        help=". ".join(f"{', '.join(names)}: {summary}" for summary, names in owners.items()) + ".",
+        help=". ".join(_owned(summary, names) for summary, names in owners.items()) + ".",
         show_default="; ".join(shown),
     )
     return _parameter(name, option.kind, declared)
+
+
+def _owned(summary: str, owners: list[str]) -> str:
+    return summary if len(owners) == len(DECODINGS) else f"{', '.join(owners)}: {summary}"
 
 
 def _parameter(name: str, kind: type, declared: Any) -> inspect.Parameter:

@@ -3,8 +3,8 @@
 With classifier-free guidance (arXiv:2207.12598) the conditional rows and their unconditional twins run as one batch,
 both fed the same token: `logits = unconditional + scale * (conditional - unconditional)`. Inside the guidance interval
 only (LlamaGen, arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the
-unconditional rows leave the batch and the cache, and a step costs half. `Guidance` is the same for loops in which the
-tokens of one call have different positions in the image.
+unconditional rows leave the batch and the cache, and a step costs half. The scale may rise over the tokens of an image,
+see `guidance`. `Guidance` is the same for loops in which the tokens of one call have different positions in the image.
 """
 
 import time
@@ -14,23 +14,46 @@ import torch
 
 from studio import backends
 from studio.checks import check_choice
+from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
 
 
 @dataclass
 class Guidance:
-    """Scale and interval as of `autoregressive`; `streams` is 2 while there are unconditional rows, else 1."""
+    """Scale and interval as of `autoregressive`; `streams` is 2 while there are unconditional rows, else 1.
+
+    `by_token` holds the scale of each token of an image, float32, where they differ.
+    """
 
     scale: float
     interval: int
     streams: int
+    by_token: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, scale: float, interval: int, settings: "Autoregressive", model: torch.nn.Module) -> "Guidance":
+        """The guidance of a call with settings that have a `guidance_schedule`."""
+        guidance = cls(scale, interval, 2 if is_guided(0, scale, interval) else 1)
+        if guidance.streams == 2 and settings.guidance_schedule == "linear":
+            total = model.num_tokens
+            scales = [scheduled_scale("linear", scale, (index + 1) / total) for index in range(total)]
+            guidance.by_token = torch.tensor(scales, device=model.device)
+        return guidance
+
+    def scale_at(self, index: int | torch.Tensor) -> float | torch.Tensor:
+        """The scale for the token of this number, or (B, n, 1) for each of several (B, n); past the end the last."""
+        if self.by_token is None:
+            return self.scale
+        if isinstance(index, int):
+            return self.by_token[index]
+        return self.by_token[index.clamp(max=len(self.by_token) - 1)][:, :, None]
 
     def combine(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Logits (B, n, V) out of those of all rows (B or 2B, n, V); `index` (B, n) is of the token they predict."""
         if self.streams == 1:
             return logits
-        guided = guided_logits(logits, self.scale)
+        guided = guided_logits(logits, self.scale_at(index))
         if self.interval < 0:
             return guided
         inside = (index == 0) | (index - 1 <= self.interval)
@@ -57,14 +80,18 @@ class Autoregressive:
         weights: "auto" runs float32 models on a CPU in the fastest exact way that works there, and others as they are;
             "plain" always runs the model as it is; "native" asks for the step compiled from C, "float32", "float16" and
             "int8" for packed CPU weights.
+        guidance_schedule: "constant", or "linear" to let guidance rise over the tokens of an image; None leaves it to
+            whoever samples, and is constant where nobody says.
     """
 
     filter_order: str = "llamagen"
     weights: str = "auto"
+    guidance_schedule: str | None = None
 
     def __post_init__(self) -> None:
         Sampling(order=self.filter_order)
         check_choice("weights", self.weights, WEIGHTS)
+        check_schedule(self.guidance_schedule)
 
 
 @dataclass
@@ -93,8 +120,8 @@ def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:
     return guidance_scale not in (0, 1) and inside
 
 
-def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    """Combines logits (2B, V), conditional rows first, into (B, V)."""
+def guided_logits(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Combines logits (2B, V), conditional rows first, into (B, V); a tensor of scales has their shape with V = 1."""
     conditional, unconditional = logits.chunk(2)
     return (conditional - unconditional).mul_(scale).add_(unconditional)
 
@@ -138,7 +165,8 @@ def autoregressive(
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
     network = backends.select(model, settings.weights)
-    prefix, valid = condition_rows(model, condition, guided=is_guided(0, guidance_scale, cfg_interval))
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings, model)
+    prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
     batch, total = len(generators), num_tokens or model.num_tokens
     tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)
     sampled = Sampled(tokens)
@@ -156,7 +184,7 @@ def autoregressive(
             logits = network.extend(behind.repeat(2, 1) if guided else behind, cache)[:, -1]
             sampled.target_calls += 1
             sampled.row_calls += len(logits)
-        combined = guided_logits(logits, guidance_scale) if len(logits) > batch else logits
+        combined = guided_logits(logits, guidance.scale_at(index)) if len(logits) > batch else logits
         tokens[:, index] = sampling.sample(combined, generators)
         if known is not None:
             tokens[:, index] = torch.where(known.mask[:, index], known.tokens[:, index], tokens[:, index])

@@ -24,14 +24,21 @@ import torch
 
 from studio import backends
 from studio.checks import check_choice, check_integer, set_fields, shown
-from studio.decoding.autoregressive import WEIGHTS, Sampled, condition_rows, guided_logits, is_guided
+from studio.decoding.autoregressive import (
+    Autoregressive,
+    Guidance,
+    Sampled,
+    condition_rows,
+    guided_logits,
+    is_guided,
+)
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")
 TEACHER_SAMPLES = ("sample", "map")
-_OF_TEACHER = ("teacher_sample", "filter_order", "weights")
+_OF_TEACHER = ("teacher_sample", "filter_order", "weights", "guidance_schedule")
 _NEAREST_ROWS = 4096
 
 
@@ -46,7 +53,8 @@ class Distilled:
         split: steps that take their code from the logits; None: the student's own number.
         snap: "none" hands regressed vectors to the image decoder as they are (as published), "nearest" as codes.
         teacher_sample: "sample" samples the teacher's steps at random (as published), "map" from the image's noise.
-        filter_order, weights: of the teacher's steps, as in `Autoregressive`; all three go with `teacher_steps` only.
+        filter_order, weights, guidance_schedule: of the teacher's steps, as in `Autoregressive`. These and
+            `teacher_sample` go with `teacher_steps` only.
 
     Raises:
         StudioError: for a value outside these ranges, and for settings that exclude each other.
@@ -60,9 +68,10 @@ class Distilled:
     teacher_sample: str = "sample"
     filter_order: str = "llamagen"
     weights: str = "auto"
+    guidance_schedule: str | None = None
 
     def __post_init__(self) -> None:
-        Sampling(order=self.filter_order)
+        Autoregressive(self.filter_order, self.weights, self.guidance_schedule)
         set_fields(self, steps=check_integer("steps", self.steps, 1))
         if self.times is not None:
             times = _rising("times", self.times, 0)
@@ -81,7 +90,6 @@ class Distilled:
             set_fields(self, split=check_integer("split", self.split))
         check_choice("snap", self.snap, SNAPS)
         check_choice("teacher_sample", self.teacher_sample, TEACHER_SAMPLES)
-        check_choice("weights", self.weights, WEIGHTS)
         of_teacher = [name for name in _OF_TEACHER if getattr(self, name) != getattr(type(self), name)]
         if of_teacher and self.teacher_steps is None:
             raise StudioError(
@@ -250,7 +258,7 @@ def teacher_tokens(
     *,
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
-    weights: str = "auto",
+    settings: Autoregressive | None = None,
     on_step: OnStep | None = None,
     cost: Sampled | None = None,
 ) -> torch.Tensor:
@@ -259,11 +267,13 @@ def teacher_tokens(
     Args:
         teacher: a `LlamaGen` in evaluation mode.
         sample: called as (index, guided logits (B, V)), returns tokens (B,).
-        guidance_scale, cfg_interval, weights, on_step: as of `autoregressive`; a stopped loop returns fewer tokens.
+        guidance_scale, cfg_interval, settings, on_step: as of `autoregressive`; a stopped loop returns fewer tokens.
         cost: has its calls counted, if given.
     """
     batch, begin = prefix.shape
-    network = backends.select(teacher, weights)
+    settings = settings or Autoregressive()
+    network = backends.select(teacher, settings.weights)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings, teacher)
     rows, valid = condition_rows(teacher, condition, guided=is_guided(begin, guidance_scale, cfg_interval))
     tokens = torch.cat((prefix, prefix.new_zeros(batch, end - begin)), dim=1)
     cache = network.new_cache(len(rows))
@@ -274,7 +284,8 @@ def teacher_tokens(
         if cost is not None:
             cost.target_calls += 1
             cost.row_calls += len(logits)
-        tokens[:, index] = sample(index, guided_logits(logits, guidance_scale) if len(logits) > batch else logits)
+        guided = guided_logits(logits, guidance.scale_at(index)) if len(logits) > batch else logits
+        tokens[:, index] = sample(index, guided)
         if on_step is not None and on_step(index, tokens[:, : index + 1]):
             return tokens[:, : index + 1]
         if index + 1 < end:
@@ -299,13 +310,13 @@ def sample_pairs(
     *,
     sampling: Sampling,
     guidance_scale: float,
-    weights: str = "auto",
+    settings: Autoregressive | None = None,
 ) -> torch.Tensor:
     """The tokens (B, n) to which noise (B, n, C) leads: the training pairs of a student, sampled without images."""
     prefix = torch.zeros(len(noise), 0, dtype=torch.long, device=noise.device)
     sample = map_sample(noise, noise_map, sampling)
     return teacher_tokens(
-        teacher, condition, prefix, noise.shape[1], sample, guidance_scale=guidance_scale, weights=weights
+        teacher, condition, prefix, noise.shape[1], sample, guidance_scale=guidance_scale, settings=settings
     )
 
 
@@ -374,7 +385,8 @@ def distilled(
         sample = partial(_sampled, sampling, generators)
         if settings.teacher_sample == "map":
             sample = map_sample(noise, noise_map or NoiseMap(codebook), sampling)
-        options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "weights": settings.weights}
+        of_teacher = Autoregressive(weights=settings.weights, guidance_schedule=settings.guidance_schedule)
+        options = {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval, "settings": of_teacher}
 
         def teacher_samples(prefix):
             return teacher_tokens(model, condition, prefix, end, sample, on_step=on_step, cost=sampled, **options)

@@ -31,16 +31,17 @@ class FastestExact:
     """Settings of the choice. It is made in float32 only: elsewhere logits round otherwise, and decoding is plain.
 
     Args:
-        filter_order, weights: as of `Autoregressive`.
+        filter_order, weights, guidance_schedule: as of `Autoregressive`.
         on_round: as of `Jacobi`.
     """
 
     filter_order: str = "llamagen"
     weights: str = "auto"
+    guidance_schedule: str | None = None
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        Autoregressive(self.filter_order, self.weights)
+        Autoregressive(self.filter_order, self.weights, self.guidance_schedule)
 
 
 @torch.no_grad()
@@ -80,14 +81,13 @@ def fastest_exact(
         return stopped
 
     call["on_step"] = None if on_step is None else timed
+    shared = {name: getattr(settings, name) for name in ("filter_order", "weights", "guidance_schedule")}
     if taken == "jacobi":
-        order, weights = settings.filter_order, settings.weights
-        guesses = Jacobi(record.window or "auto", filter_order=order, weights=weights, on_round=settings.on_round)
+        guesses = Jacobi(record.window or "auto", **shared, on_round=settings.on_round)
         sampled = jacobi(model, condition, settings=guesses, editable=editable, **call)
         record.window = sampled.window
     else:
-        plain = Autoregressive(settings.filter_order, settings.weights)
-        sampled = autoregressive(model, condition, settings=plain, known=known, **call)
+        sampled = autoregressive(model, condition, settings=Autoregressive(**shared), known=known, **call)
     if record and sampled.tokens.shape[1] == total:
         record.add(taken, sampled.seconds["decode"] - outside)
     return replace(sampled, decoding=taken)

@@ -33,7 +33,7 @@ import torch
 
 from studio import backends
 from studio.checks import shown
-from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.known import KnownTokens
 from studio.decoding.reporting import Reporter, SpeculativeOutput
@@ -60,7 +60,8 @@ class Jacobi:
             samples depend on it, 8 tokens over the conditional and unconditional sequences of an image on a CPU, and 16
             elsewhere.
         coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
-        filter_order, weights: as of `Autoregressive`; as `drafts` of another decoding, those of that.
+        filter_order, weights, guidance_schedule: as of `Autoregressive`; as `drafts` of another decoding, those of
+            that.
         on_round: called before each call of the model as (lengths (B,), tokens (B, n)): how many tokens of each image
             are final, the last of which is tokens[:, 0], and the guesses behind it.
 
@@ -72,10 +73,11 @@ class Jacobi:
     coupling: str | None = None
     filter_order: str = "llamagen"
     weights: str = "auto"
+    guidance_schedule: str | None = None
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        Autoregressive(self.filter_order, self.weights)
+        Autoregressive(self.filter_order, self.weights, self.guidance_schedule)
         is_whole = isinstance(self.window, int) and not isinstance(self.window, bool)
         if self.window != "auto" and (not is_whole or self.window < 1):
             raise StudioError(f'window must be a whole number of at least 1, or "auto", not {shown(self.window)}.')
@@ -124,7 +126,7 @@ def jacobi(
     settings = settings or Jacobi()
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    guidance = Guidance(guidance_scale, cfg_interval, 2 if is_guided(0, guidance_scale, cfg_interval) else 1)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings, model)
     window = choose_window(model, settings, len(generators), guidance.streams)
     total = num_tokens or model.num_tokens
     run = _Run(

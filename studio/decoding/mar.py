@@ -22,8 +22,8 @@ import math
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -33,9 +33,11 @@ from studio.decoding.autoregressive import Sampled, condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.disa import ANNEALINGS, LATEST_TIME, annealed_steps
 from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
+from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
 from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR
 from studio.decoding.sampling import OnStep
+from studio.decoding.settings import Fillable
 from studio.errors import StudioError
 
 _PREPARED_NUMBERS = 2**22
@@ -158,9 +160,6 @@ def denoise(
         x = mean + temperature * log_std.exp() * noise[step]
 
 
-GUIDANCE_SCHEDULES = ("linear", "constant")
-
-
 class Step(NamedTuple):
     """Samples the entries `first` to `last` - 1 of each order; those from `last` on are known.
 
@@ -180,32 +179,27 @@ def last_steps(plan: list[Step], unknown: int | None) -> list[Step]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedSteps:
+class MaskedSteps(Fillable):
     """Settings of a masked loop.
 
     Args:
         steps: calls of the transformer, 1 to the number of tokens; None leaves it to whoever samples.
-        guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not.
+        guidance_schedule: "linear" lets guidance grow with the share of known tokens, "constant" does not; None leaves
+            it to whoever samples.
 
     Raises:
         StudioError: for a value outside these.
     """
 
     steps: int | None = None
-    guidance_schedule: str = "linear"
+    guidance_schedule: str | None = None
 
-    DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64}
-    """What takes the place of None."""
+    DEFAULTS: ClassVar[dict[str, Any]] = {"steps": 64, "guidance_schedule": "linear"}
 
     def __post_init__(self) -> None:
         if self.steps is not None:
             set_fields(self, steps=check_integer("steps", self.steps, 1))
-        check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
-
-    def filled(self, **defaults: int) -> Self:
-        """These settings with a number for every None: one of `defaults`, such as a pipeline's, else of `DEFAULTS`."""
-        missing = [name for name in self.DEFAULTS if getattr(self, name) is None]
-        return replace(self, **{name: defaults.get(name, self.DEFAULTS[name]) for name in missing})
+        check_schedule(self.guidance_schedule)
 
     def plan(self, total: int, unknown: int | None = None) -> list[Step]:
         """The steps that sample `total` tokens, for settings that are filled.
@@ -223,7 +217,7 @@ class MaskedSteps:
 
     def scale_at(self, step: Step, guidance_scale: float) -> float:
         """The guidance of a step."""
-        return 1 + (guidance_scale - 1) * step.progress if self.guidance_schedule == "linear" else guidance_scale
+        return scheduled_scale(self.guidance_schedule, guidance_scale, step.progress)
 
 
 ORDERS = ("random", "gtr")
@@ -259,7 +253,7 @@ class MaskedAutoregressive(MaskedSteps):
     refresh_every: int | None = None
     warm_steps: int | None = None
 
-    DEFAULTS: ClassVar[dict[str, int]] = {"steps": 64, "diffusion_steps": 100}
+    DEFAULTS: ClassVar[dict[str, Any]] = {**MaskedSteps.DEFAULTS, "diffusion_steps": 100}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -121,6 +121,13 @@ _COUPLINGS = {
     "maximal": "kept as often as can be",
     "gumbel": "with noise of their own",
 }
+_GUIDANCE = Option(
+    "guidance_schedule",
+    str,
+    None,
+    "Whether guidance is constant or rises over the image.",
+    choices={"constant": "constant", "linear": "rises linearly"},
+)
 _STEPS = (
     Option("steps", int, None, "Calls of the model, at most one a token.", least=1),
     Option("diffusion_steps", int, None, "Steps that denoise a token, 1 to 1000.", least=1),
@@ -175,12 +182,16 @@ def _relaxed_rows(total: int) -> list[Settings]:
 
 DECODINGS = {
     "ar": DecodingChoice(
-        "Plain", "One token for each call of the model.", "studio.decoding.autoregressive:Autoregressive"
+        "Plain",
+        "One token for each call of the model.",
+        "studio.decoding.autoregressive:Autoregressive",
+        (_GUIDANCE,),
     ),
     "exact": DecodingChoice(
         "Fastest exact",
         "Plain or Jacobi decoding, whichever is faster here: both generate the same image.",
         "studio.decoding.fastest_exact:FastestExact",
+        (_GUIDANCE,),
         benchmarked=lambda total: [],
     ),
     "jacobi": DecodingChoice(
@@ -196,12 +207,14 @@ DECODINGS = {
                 "How guesses are made and tested; all keep the distribution.",
                 choices=_COUPLINGS,
             ),
+            _GUIDANCE,
         ),
     ),  # fmt: skip
     "speculative": DecodingChoice(
         "Speculative",
         "Several drafted tokens are tested in one call; images follow the same distribution.",
         "studio.decoding.speculative:Speculative",
+        (_GUIDANCE,),
     ),
     "lantern": DecodingChoice(
         "Lantern",
@@ -211,6 +224,7 @@ DECODINGS = {
             Option("delta", float, 0.1, "How far a token's distribution may move, 0 to 1; 0 is lossless."),
             Option("k", int, 1000, "How many similar codes count.", least=1),
             _drafts(sampled=False),
+            _GUIDANCE,
         ),
         benchmarked=lambda total: [{"delta": delta, "k": 1000} for delta in (0.05, 0.1, 0.2, 0.4)],
     ),
@@ -222,6 +236,7 @@ DECODINGS = {
             Option("ratio", float, 5.0, "How many times likelier a token may become, 1 or more; 1 is lossless."),
             Option("k", int, 10, "How many similar codes count.", least=1),
             _drafts(sampled=True),
+            _GUIDANCE,
         ),
         benchmarked=lambda total: [{"ratio": ratio, "k": 10} for ratio in (2.0, 5.0)],
     ),
@@ -239,6 +254,7 @@ DECODINGS = {
                 least=0,
                 convert=_teacher_steps,
             ),
+            _GUIDANCE,
         ),
         needs="student",
         benchmarked=lambda total: [
@@ -250,7 +266,7 @@ DECODINGS = {
         "Masked autoregressive",
         "Several continuous tokens for each call of the model, in a random order.",
         "studio.decoding.mar:MaskedAutoregressive",
-        _MAR_OPTIONS,
+        (*_MAR_OPTIONS, _GUIDANCE),
         pipeline="MARPipeline",
         benchmarked=_mar_rows,
     ),
@@ -277,6 +293,7 @@ DECODINGS = {
                 least=1,
             ),
             Option("inner_temperature", float, None, "Relaxed: how forgiving the test is; 42 where none is given."),
+            _GUIDANCE,
         ),
         pipeline="MARPipeline",
         needs="drafter",
@@ -286,7 +303,7 @@ DECODINGS = {
         "Dimension-wise",
         "Several cells for each call of the model, in a random order; the numbers of a cell one after the other.",
         "studio.decoding.token_bridge:DimensionWise",
-        (Option("steps", int, None, "Calls of the model, at most one a cell.", least=1),),
+        (Option("steps", int, None, "Calls of the model, at most one a cell.", least=1), _GUIDANCE),
         pipeline="TokenBridgePipeline",
         benchmarked=lambda total: [{}, *({"steps": steps} for steps in (4, 8, 32))],
     ),
@@ -304,6 +321,7 @@ DECODINGS = {
                 choices=_CONFIDENCES,
             ),
             Option("confidence_temperature", float, 1.0, "Noise on the order at the start, 0 or more."),
+            _GUIDANCE,
         ),
         pipeline="ResGenPipeline",
         benchmarked=lambda total: [{}, *({"steps": steps} for steps in (4, 8, 32))],
@@ -312,14 +330,23 @@ DECODINGS = {
         "First hitting",
         "As many codes for each call, in a random order; exact where there is a call for each code.",
         "studio.decoding.resgen:FirstHitting",
-        _CODE_STEPS,
+        (*_CODE_STEPS, _GUIDANCE),
         pipeline="ResGenPipeline",
         benchmarked=lambda total: [{"steps": steps} for steps in (4, 8, 32)],
+    ),
+    "xar": DecodingChoice(
+        "Cell by cell, flow",
+        "A cell of continuous tokens after the other, each by a flow from noise.",
+        "studio.decoding.xar:XARDecoding",
+        (Option("steps", int, None, "Steps of the flow of a cell, each a call of the model.", least=1), _GUIDANCE),
+        pipeline="XARPipeline",
+        benchmarked=lambda total: [{}, *({"steps": steps} for steps in (5, 10, 40))],
     ),
     "rq": DecodingChoice(
         "Cell by cell",
         "A stack of residual codes for each call of the model, its codes one after the other, coarse to fine.",
         "studio.decoding.rq_transformer:RQDecoding",
+        (_GUIDANCE,),
         pipeline="RQTransformerPipeline",
     ),
 }

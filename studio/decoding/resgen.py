@@ -27,15 +27,17 @@ distribution may). Which schedule the paper uses is not known, so three are here
 import math
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import Sampled, guided_logits
+from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
+from studio.decoding.settings import Fillable
 from studio.errors import StudioError
 
 SCHEDULES = ("cosine", "circle", "arccos")
@@ -217,13 +219,15 @@ def _normal_noise(like, generators):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualSteps(ABC):
+class ResidualSteps(Fillable, ABC):
     """Settings of a loop.
 
     Args:
         steps: calls of the network, 1 to the number of codes of an image; None leaves it to whoever samples.
         schedule: how the number of hidden slots falls, see `hidden_slots`.
         scatter: multiplies the standard deviation around a mean, as the temperature does; 0 takes the mean itself.
+        guidance_schedule: "linear" lets guidance grow from 1 at the first call, "constant" does not; None leaves it to
+            whoever samples.
 
     Raises:
         StudioError: for a value outside these ranges.
@@ -232,19 +236,16 @@ class ResidualSteps(ABC):
     steps: int | None = None
     schedule: str = "cosine"
     scatter: float = 1.0
+    guidance_schedule: str | None = None
 
-    DEFAULT_STEPS: ClassVar[int] = 16
-    """What takes the place of None."""
+    DEFAULTS: ClassVar[dict[str, Any]] = {"steps": 16, "guidance_schedule": "linear"}
 
     def __post_init__(self) -> None:
         if self.steps is not None:
             set_fields(self, steps=check_integer("steps", self.steps, 1))
         check_choice("schedule", self.schedule, SCHEDULES)
         set_fields(self, scatter=check_number("scatter", self.scatter))
-
-    def filled(self, steps: int = DEFAULT_STEPS) -> Self:
-        """These settings with so many steps where there is None."""
-        return self if self.steps is not None else replace(self, steps=steps)
+        check_schedule(self.guidance_schedule)
 
     def plan(self, slots: int) -> list[int]:
         """How many of the slots of an image are hidden after each call, for settings that are filled.
@@ -341,7 +342,7 @@ def resgen_decoding(
         condition: `{"class_labels": (B,)}` or `{"captions": (B, T, C), "caption_mask": (B, T)}`.
         generators: one per image; an image does not depend on the others.
         sampling: of components (of the ablation: of codes); its temperature also multiplies the spread around a mean.
-        guidance_scale: at the last call; 1 leaves out the unconditional rows.
+        guidance_scale: at its greatest; 1 leaves out the unconditional rows.
         settings: which slots are shown when: `ResGenDecoding()` when None.
         on_step: called as (number of the call from 0, codes (B, L, D), whose shown ones may be changed); True stops.
         known: codes (B, L, D) of cells that are not sampled; the others are, given these.
@@ -362,7 +363,8 @@ def resgen_decoding(
         if left >= unknown * depth:
             continue
         began = time.perf_counter()
-        scale = _scale_at(step, settings.steps, guidance_scale)
+        share = step / (settings.steps - 1) if settings.steps > 1 else 1.0
+        scale = scheduled_scale(settings.guidance_schedule, guidance_scale, share)
         visible, hidden = quantizer.lookup(codes).sum(dim=-2), (codes < 0).sum(dim=-1)
         predicted = _predict(model, visible, hidden, condition, scale)
         sampled.target_calls += 1
@@ -378,10 +380,6 @@ def resgen_decoding(
         if on_step is not None and on_step(sampled.target_calls - 1, codes):
             break
     return sampled
-
-
-def _scale_at(step, steps, scale):
-    return scale if steps == 1 or scale == 1 else 1 + (scale - 1) * step / (steps - 1)
 
 
 def _predict(model, visible, hidden, condition, scale):

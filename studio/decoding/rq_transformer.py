@@ -13,6 +13,7 @@ import torch
 
 from studio.checks import shown
 from studio.decoding.autoregressive import guided_logits, is_guided
+from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 
@@ -23,14 +24,18 @@ class RQDecoding:
 
     Args:
         levels: temperature and filters of each level, coarse to fine, in place of those of the call.
+        guidance_schedule: "linear" lets guidance grow over the cells, "constant" does not; None leaves it to whoever
+            samples.
 
     Raises:
         StudioError: for what is not a `Sampling` for each level.
     """
 
     levels: tuple[Sampling, ...] | None = None
+    guidance_schedule: str | None = None
 
     def __post_init__(self) -> None:
+        check_schedule(self.guidance_schedule)
         if self.levels is None:
             return
         if not isinstance(self.levels, list | tuple) or not all(isinstance(level, Sampling) for level in self.levels):
@@ -47,6 +52,7 @@ def rq_decoding(
     valid: torch.Tensor | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     guidance_scale: float = 1.0,
+    guidance_schedule: str = "constant",
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Samples B images: codes (B, h, w, D), int64; those of cells that were not reached are -1.
@@ -59,6 +65,7 @@ def rq_decoding(
         valid: which states of captions (B, T) are of words; all when None.
         sampling: one for all levels, or one of each.
         guidance_scale: of captions; 1 (or 0) is no guidance.
+        guidance_schedule: as of `RQDecoding`.
         on_step: called as (index, codes so far (B, h * w, D), a view that may be written to); True stops the loop.
 
     Raises:
@@ -82,11 +89,12 @@ def rq_decoding(
     for index in range(height * width):
         if index > 0:
             context = model.next_context(rows(cells[:, index - 1]), index - 1, spatial, codebooks)
+        scale = scheduled_scale(guidance_schedule, guidance_scale, (index + 1) / (height * width))
         for level in range(depth):
             logits = model.level_logits(context, rows(cells[:, index, :level]), deep, codebooks)
             logits = logits[:, : model.vocab_sizes[level]]
             if streams == 2:
-                logits = guided_logits(logits, guidance_scale)
+                logits = guided_logits(logits, scale)
             cells[:, index, level] = by_level[level].sample(logits, generators)
         if on_step is not None and on_step(index, cells):
             break

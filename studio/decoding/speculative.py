@@ -33,7 +33,7 @@ import torch
 
 from studio import backends
 from studio.checks import shown
-from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, is_guided
+from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows
 from studio.decoding.drafts import DraftContext, Drafts, Progress
 from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
@@ -232,6 +232,10 @@ def _write_rows(distribution: torch.Tensor, rows: list[int], values: torch.Tenso
         distribution[torch.tensor(rows, device=distribution.device)] = values
 
 
+_SHARED = ("filter_order", "weights", "guidance_schedule")
+"""What Jacobi drafts take from the settings that they belong to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speculative:
     """Settings of lossless speculative decoding.
@@ -241,7 +245,7 @@ class Speculative:
             does; `AutoDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses
             of Jacobi decoding, whose loop it then is, with the tests of these settings.
         filter_order: as of `Autoregressive`; of target and drafter alike.
-        weights: how the target is run, as of `Autoregressive`.
+        weights, guidance_schedule: of the target, as of `Autoregressive`.
 
     Raises:
         StudioError: for what makes no drafts.
@@ -250,9 +254,10 @@ class Speculative:
     drafts: Drafts | Jacobi = AutoDrafts()
     filter_order: str = "llamagen"
     weights: str = "auto"
+    guidance_schedule: str | None = None
 
     def __post_init__(self) -> None:
-        Autoregressive(self.filter_order, self.weights)
+        Autoregressive(self.filter_order, self.weights, self.guidance_schedule)
         if isinstance(self.drafts, Jacobi):
             self._check_jacobi(self.drafts)
         elif not callable(getattr(self.drafts, "candidate_generator", None)):
@@ -267,14 +272,14 @@ class Speculative:
                 'Jacobi(coupling="seed") compares guesses with tokens that share their noise, which leaves no test to '
                 'relax: use coupling "maximal", "gumbel" or "none" as drafts, or Jacobi alone.'
             )
-        if (drafts.filter_order, drafts.weights) != (Jacobi.filter_order, Jacobi.weights):
-            raise StudioError(f"Give filter_order and weights to {type(self).__name__}, not to its Jacobi drafts.")
+        if any(getattr(drafts, name) != getattr(Jacobi, name) for name in _SHARED):
+            raise StudioError(f"Give {', '.join(_SHARED)} to {type(self).__name__}, not to its Jacobi drafts.")
 
     @property
     def guesses(self) -> Jacobi:
         """The settings of Jacobi decoding that is tested by these settings, where `drafts` is that."""
-        order, weights = self.filter_order, self.weights
-        return replace(self.drafts, coupling=self.drafts.coupling or "maximal", filter_order=order, weights=weights)
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return replace(self.drafts, coupling=self.drafts.coupling or "maximal", **shared)
 
     def rule(self, codebook: torch.Tensor | None) -> AcceptanceRule:
         """How drafts are accepted, given the stored code vectors (V, C)."""
@@ -330,7 +335,7 @@ def speculative(
         )  # fmt: skip
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    guidance = Guidance(guidance_scale, cfg_interval, 2 if is_guided(0, guidance_scale, cfg_interval) else 1)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings, model)
     total = num_tokens or model.num_tokens
     run = _Run(model, condition, generators, sampling, guidance, settings, rule, drafter, total, known)
     run.sampled.seconds["prefill"] = time.perf_counter() - began

@@ -10,14 +10,16 @@ from studio.errors import StudioError
 from studio.evaluation.token_statistics import TokenGrid
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
-from studio.tokenizers.token_bridge import TokenBridgeTokenizer
+from studio.tokenizers.token_bridge import TokenBridgeTokenizer, low_frequency_order
 
 BATCH = 50
+LEVELS = 32
+"""Levels of a number of a continuous tokenizer."""
 
 
-def bundled_discrete_tokenizers() -> list[str]:
-    """The bundled tokenizers of discrete tokens."""
-    return [name for name, about in BUNDLED.items() if about.kind == "tokenizer" and name != "emoji-kl"]
+def bundled_tokenizers() -> list[str]:
+    """Names of the bundled image tokenizers."""
+    return [name for name, about in BUNDLED.items() if about.kind == "tokenizer"]
 
 
 @torch.no_grad()
@@ -35,20 +37,25 @@ def token_grids(
 
     Returns:
         A grid for each level of codes: one for a VQ or a row, as many as levels for residual codes, and the first
-        dimension of the levels of a TokenBridge.
+        dimension of the levels of a TokenBridge. A continuous tokenizer has those that a TokenBridge of 32 levels makes
+        of it.
 
     Raises:
-        StudioError: neither a tokenizer of discrete tokens nor a pipeline over one.
+        StudioError: neither an image tokenizer nor a pipeline over discrete tokens.
     """
     model = load(name, device=device)
     tokenizer = getattr(model, "image_tokenizer", model)
-    if not hasattr(tokenizer, "encode") or isinstance(tokenizer, KLTokenizer):
-        raise StudioError(f"{name} has no discrete tokens: name an image tokenizer with a codebook, or a pipeline.")
+    if not hasattr(tokenizer, "encode") or (isinstance(tokenizer, KLTokenizer) and model is not tokenizer):
+        raise StudioError(f"{name} has no discrete tokens: name an image tokenizer, or a pipeline over one.")
     source = open_source(data or EMOJI, tokenizer.config.sample_size)
     examples = source.validation
     batches = [range(start, min(start + BATCH, images, len(examples))) for start in range(0, images, BATCH)]
     batches = [batch for batch in batches if len(batch)]
     dtype = next(tokenizer.parameters()).dtype
+    if isinstance(tokenizer, KLTokenizer):
+        latents = tokenizer.encode(examples.images(batches[0]).to(tokenizer.device, dtype))
+        order = low_frequency_order(latents)
+        model = tokenizer = TokenBridgeTokenizer.from_autoencoder(tokenizer, levels=LEVELS, dimension_order=order)
     true = [tokenizer.encode(examples.images(batch).to(tokenizer.device, dtype)).cpu() for batch in batches]
     grids = _levels(name if model is tokenizer else f"{name}, true images", tokenizer, torch.cat(true))
     if model is tokenizer:

@@ -6,7 +6,7 @@ themselves, so all stand beside three controls: the same tokens shuffled inside 
 and uniform ones.
 
 Definitions are ours where the abstract leaves them open: rows in raster order; least squares on logarithms; mutual
-information as the plug-in estimate minus that of shuffled pairs; a held-out fifth of the images for the models' bits.
+information as the plug-in estimate minus that of shuffled pairs; half of the images held out for the models' bits.
 """
 
 import lzma
@@ -18,7 +18,7 @@ from studio.checks import shown
 from studio.errors import StudioError
 
 CONTROLS = ("shuffled-inside", "shuffled-all", "uniform")
-HELD_OUT = 0.2
+HELD_OUT = 0.5
 FEWEST = 10
 _FIRST_TYPES = 100
 _WEIGHTS = [4.0**power for power in range(5)]
@@ -132,7 +132,7 @@ def mutual_information(left: np.ndarray, right: np.ndarray, size: int, rng: np.r
 
 
 def held_out_bits(tokens: np.ndarray, size: int) -> tuple[float, float]:
-    """Bits a token of the last fifth of the images, under the frequencies of the others: of single tokens (with half a
+    """Bits a token of the last half of the images, under the frequencies of the first: of single tokens (with half a
     count for each code), and of tokens after their neighbour, mixed with those by the best of a few weights."""
     cut = max(1, round(len(tokens) * (1 - HELD_OUT)))
     seen, unseen = tokens[:cut], tokens[cut:]

@@ -24,6 +24,7 @@ from torch import nn
 
 from studio.checks import shown
 from studio.errors import StudioError
+from studio.models.fourier_head import FourierHead
 from studio.models.kv_cache import KVCache
 from studio.models.masked_autoencoder import FeedForward, MaskedAutoencoder, both_halves, learned, take_rows
 
@@ -97,6 +98,7 @@ class DimensionHead(nn.Module):
         condition_dim: width of the big transformer's states.
         dim, depth, num_heads, mlp_ratio: sizes.
         dropout: in the feed-forward, in training.
+        frequencies: of a Fourier head (`studio.models.fourier_head`) for each dimension; 0: linear output layers.
 
     Dimensions are in the order in which they are sampled.
 
@@ -114,6 +116,7 @@ class DimensionHead(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        frequencies: int = 0,
     ):
         super().__init__()
         if dim % num_heads:
@@ -126,7 +129,9 @@ class DimensionHead(nn.Module):
         self.channel_blocks = nn.ModuleList(Block(dim, num_heads, int(dim * mlp_ratio), dropout) for _ in range(depth))
         self.channel_norm = nn.LayerNorm(dim, eps=_EPS)
         self.channel_final = FinalNorm(dim)
-        self.channel_heads = nn.ModuleList(nn.Linear(dim, levels) for _ in range(dimensions))
+        self.channel_heads = nn.ModuleList(
+            FourierHead(dim, levels, frequencies) if frequencies else nn.Linear(dim, levels) for _ in range(dimensions)
+        )
 
     def close_gates(self) -> None:
         """Sets all modulations to zero, so that an untrained block returns its input."""
@@ -142,11 +147,15 @@ class DimensionHead(nn.Module):
             tokens: their levels (n, D), int64; the last dimension is not read.
             first_step: whether the first input gets the first dimension's vector, as when sampling.
         """
+        hidden = self.hidden(states, tokens, first_step)
+        return torch.stack([head(hidden[:, index]) for index, head in enumerate(self.channel_heads)], dim=1).float()
+
+    def hidden(self, states: torch.Tensor, tokens: torch.Tensor, first_step: bool = False) -> torch.Tensor:
+        """What the output layers read (n, D, dim); arguments as of `forward`."""
         condition = self.condition_proj(states)
         first = condition + self.timesteps_embeddings[0, 0] if first_step else condition
         inputs = [first, *(table(tokens[:, index]) for index, table in enumerate(self.token_embeddings))]
-        hidden = self._run(torch.stack(inputs, dim=1), condition, slice(0, self.dimensions), None)
-        return torch.stack([head(hidden[:, index]) for index, head in enumerate(self.channel_heads)], dim=1).float()
+        return self._run(torch.stack(inputs, dim=1), condition, slice(0, self.dimensions), None)
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` positions."""
@@ -200,6 +209,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         dimension_order: order in which the dimensions are sampled, a permutation; 0 to D - 1 when None.
         encoder_dim, encoder_depth, encoder_heads, decoder_dim, decoder_depth, decoder_heads, mlp_ratio: sizes.
         head_width, head_depth, head_heads: of the transformer over dimensions.
+        head_frequencies: of the Fourier heads of its dimensions; 0: linear ones, as in released weights.
         num_classes: classes without the null class; None for a text-conditional model.
         caption_dim: width of the text states; None for a class-conditional model.
         caption_length: text tokens of a caption; the buffer holds the last `buffer_size` of them.
@@ -243,6 +253,7 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         class_dropout: float = 0.1,
         dropout: float = 0.1,
         plan_size: int = 0,
+        head_frequencies: int = 0,
     ):
         super().__init__()
         order = list(range(token_dim)) if dimension_order is None else list(dimension_order)
@@ -251,11 +262,14 @@ class TokenBridge(MaskedAutoencoder, ModelMixin):
         self.register_to_config(dimension_order=order)
         self.output_pos_embed = learned(1, grid_size**2, decoder_dim)
         self.head = DimensionHead(
-            token_dim, levels, decoder_dim, head_width, head_depth, head_heads, mlp_ratio, dropout
+            token_dim, levels, decoder_dim, head_width, head_depth, head_heads, mlp_ratio, dropout, head_frequencies
         )
         self.apply(self._init_weights)
         self.zero_region_conditioning()
         self.head.close_gates()
+        for layer in self.head.channel_heads:
+            if isinstance(layer, FourierHead):
+                layer.reset_parameters()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TokenBridge":

@@ -58,9 +58,13 @@ def textbook(
     sampling: Sampling | None = None,
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
+    rises: bool = False,
     on_logits: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """Tokens (B, N) of a `LlamaGen`. `on_logits(index, logits (B, V))` may return the tokens to use."""
+    """Tokens (B, N) of a `LlamaGen`. `on_logits(index, logits (B, V))` may return the tokens to use.
+
+    With `rises` guidance grows linearly over the tokens, as of ELM (arXiv:2410.16257).
+    """
     sampling = sampling or Sampling()
     guided = guidance_scale not in (0, 1)
     prefix, valid = model.embed_condition(**condition)
@@ -87,7 +91,8 @@ def textbook(
         if guided:
             conditional, null_logits = logits.chunk(2)
             inside = cfg_interval < 0 or index == 0 or index - 1 <= cfg_interval
-            logits = null_logits + guidance_scale * (conditional - null_logits) if inside else conditional
+            scale = 1 + (guidance_scale - 1) * (index + 1) / model.num_tokens if rises else guidance_scale
+            logits = null_logits + scale * (conditional - null_logits) if inside else conditional
         chosen = on_logits(index, logits) if on_logits is not None else None
         token = sampling.sample(logits, generators) if chosen is None else chosen
         tokens.append(token)

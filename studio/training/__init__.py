@@ -14,6 +14,7 @@ KINDS = {
     "text-encoder": "studio.training.text_encoder:TextEncoderRecipe",
     "llamagen": "studio.training.llamagen:LlamaGenRecipe",
     "mar": "studio.training.mar:MARRecipe",
+    "xar": "studio.training.xar:XARRecipe",
     "token-bridge": "studio.training.token_bridge:TokenBridgeRecipe",
     "resgen": "studio.training.resgen:ResGenRecipe",
     "rq-transformer": "studio.training.rq_transformer:RQTransformerRecipe",

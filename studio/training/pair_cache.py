@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from studio.data.source import Source
+from studio.decoding.autoregressive import Autoregressive
 from studio.decoding.distilled import sample_pairs
 from studio.decoding.noise_map import NoiseMap
 from studio.decoding.sampling import Sampling
@@ -35,6 +36,7 @@ class Pairs:
         self.codebook = pipe.image_tokenizer.codebook.detach().float()
         config = pipe.config
         self.guidance_scale = config.default_guidance_scale
+        self.decoding = Autoregressive(guidance_schedule=config.default_guidance_schedule)
         self.sampling = Sampling(
             temperature=config.default_temperature, top_k=config.default_top_k, top_p=config.default_top_p
         )
@@ -81,12 +83,14 @@ class Pairs:
             noise_map,
             sampling=self.sampling,
             guidance_scale=self.guidance_scale,
+            settings=self.decoding,
         )
         return tokens.cpu().numpy().astype(np.uint16)
 
     def _key(self):
         """Of everything that the tokens follow from: data, weights, codebook, guidance, filters."""
-        found = hashlib.sha256(f"{self.source.checksum} {self.guidance_scale} {self.sampling} {CHUNK}".encode())
+        how = f"{self.guidance_scale} {self.decoding.guidance_schedule} {self.sampling}"
+        found = hashlib.sha256(f"{self.source.checksum} {how} {CHUNK}".encode())
         for module in (self.pipe.text_encoder, self.pipe.transformer):
             for name, weight in sorted(module.state_dict().items()) if module is not None else ():
                 found.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())

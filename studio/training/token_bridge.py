@@ -21,6 +21,7 @@ from studio.training.text import Text
 
 ASKED = 16
 """Masked cells of an image that the head learns from at each step."""
+_OF_THE_HEAD = ("head_width", "head_depth", "head_heads", "head_frequencies")
 MEASURED = 2000
 """Images whose latents say in which order dimensions are sampled."""
 
@@ -51,7 +52,7 @@ class TokenBridgeRecipe(MARRecipe):
     pipeline = TokenBridgePipeline
     model = {
         "encoder_layers": 1, "heads": None, "head_width": 128, "head_depth": 1, "head_heads": 4, "buffer_size": None,
-        "levels": 32,
+        "levels": 32, "head_frequencies": 0,
     }  # fmt: skip
     sampling = {"default_guidance_scale": 1.0, "default_temperature": 0.7, "default_num_inference_steps": 16}
 
@@ -67,7 +68,7 @@ class TokenBridgeRecipe(MARRecipe):
             levels=self.model["levels"],
             dimension_order=self.bridge.config.dimension_order,
             sampling_first_input_adds_step_embedding=False,
-            **{name: self.model[name] for name in ("head_width", "head_depth", "head_heads")},
+            **{name: self.model[name] for name in _OF_THE_HEAD},
             **sizes,
         )
 

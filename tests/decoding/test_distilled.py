@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from studio import LlamaGen, StudioError
-from studio.decoding.autoregressive import autoregressive
+from studio.decoding.autoregressive import Autoregressive, autoregressive
 from studio.decoding.distilled import (
     Distilled,
     distilled,
@@ -128,7 +128,13 @@ def test_pairs_have_the_distribution_of_the_teacher():
     noise = torch.randn(count, 4, 2, generator=torch.Generator().manual_seed(4))
     labels = {"class_labels": torch.zeros(count, dtype=torch.long)}
     tokens = sample_pairs(
-        table, labels, noise, NoiseMap(codebook), sampling=sampling, guidance_scale=1.0, weights="plain"
+        table,
+        labels,
+        noise,
+        NoiseMap(codebook),
+        sampling=sampling,
+        guidance_scale=1.0,
+        settings=Autoregressive(weights="plain"),
     )
     found = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
     marginal = torch.outer(exact.view(3, 3).sum(1), exact.view(3, 3).sum(0)).flatten()

@@ -117,7 +117,7 @@ def test_on_step_sees_all_tokens_once_and_stops():
         ({"steps": 0}, "steps"),
         ({"steps": 2.0}, "steps"),
         ({"diffusion_steps": 1001}, "from 1 to 1000"),
-        ({"guidance_schedule": "cosine"}, "linear, constant"),
+        ({"guidance_schedule": "cosine"}, "constant, linear"),
     ],
 )
 def test_refused_settings(settings, words):

@@ -129,7 +129,7 @@ def test_a_judge_of_other_concepts_spoils_no_comparison(steps, judge, toasts):
         ({"sides": ["tiny", "tiny: lantern 0.3"]}, "NAME=NUMBER"),
         ({"sides": ["tiny", "tiny: lantern delta=much"]}, "Delta must be a number"),
         ({"sides": ["tiny", "tiny: lantern speed=3"]}, "Lantern decoding takes"),
-        ({"sides": ["tiny", "tiny: ar delta=0.3"]}, "no options, not delta; delta belongs to lantern."),
+        ({"sides": ["tiny", "tiny: ar delta=0.3"]}, "takes guidance_schedule, not delta; delta belongs to lantern."),
         ({"sides": ["tiny", "tiny: steps=3"]}, "steps belongs to distilled or mar or"),
         ({"sides": ["tiny", "tiny: lantern delta="]}, "not 'delta='"),
         ({"sides": ["tiny", "tiny: lantern delta=0.3 delta=0.4"]}, "given twice"),

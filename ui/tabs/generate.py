@@ -181,8 +181,9 @@ def _decoding_fields(fitting: Sequence[str]) -> tuple[gr.Radio, dict[tuple[str, 
 def _option_field(option: Any, elem_id: str) -> gr.Component:
     title = option.name.replace("_", " ").capitalize()
     if option.choices:
-        named = [(text, value) for value, text in option.choices.items()]
-        return gr.Radio(named, value=option.default, label=title, info=option.summary, elem_id=elem_id)
+        own = [("its own", "")] if option.default is None else []
+        named = [*own, *((text, value) for value, text in option.choices.items())]
+        return gr.Radio(named, value=option.default or "", label=title, info=option.summary, elem_id=elem_id)
     default = "its own" if option.default is None else f"{option.default:g}"
     return number_field(title, option.summary, elem_id, default)
 
