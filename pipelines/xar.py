@@ -1,6 +1,7 @@
 """Text- and class-conditional xAR (arXiv:2502.20388): text encoder, transformer and KL autoencoder."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -179,7 +180,7 @@ class XARPipeline(ConditionalPipeline):
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
 
 
-def incompatibility_of_latents(tokenizer, transformer) -> str | None:
+def incompatibility_of_latents(tokenizer: KLTokenizer, transformer: Any) -> str | None:
     """What does not agree between an image tokenizer and the configuration of a transformer, in words; None if all."""
     if transformer.token_dim != tokenizer.latent_channels:
         return (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from studio.checkpoints.loading import load
-from studio.data.source import EMOJI, open_source
+from studio.data.source import EMOJI, Examples, open_source
 from studio.errors import StudioError
 from studio.models.fourier_head import GAMMA, FourierHead
 from studio.models.masked_autoencoder import take_rows
@@ -84,7 +84,9 @@ def bench_fourier_head(
 
 
 @torch.no_grad()
-def frozen_states(pipe, examples, images: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def frozen_states(
+    pipe: TokenBridgePipeline, examples: Examples, images: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """States (n, C) of masked cells of random images, as the head meets them in training, and their levels (n, D) in
     the order of sampling."""
     model, tokenizer = pipe.transformer, pipe.image_tokenizer

@@ -15,6 +15,7 @@ from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.rq_transformer import RQTransformerPipeline
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.pipelines.xar import XARPipeline
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -45,6 +46,7 @@ TINY = {
     "llamagen": {"dim": 32, "layers": 1},
     "mar": {"dim": 32, "layers": 2, "model": {"head_width": 32, "head_depth": 1}},
     "token-bridge": {"dim": 32, "layers": 2, "model": {"head_width": 32, "head_depth": 1, "head_heads": 2}},
+    "xar": {"dim": 32, "layers": 2},
     "resgen": {"dim": 32, "layers": 1, "model": {"components": 8, "rank": 2}},
     "rq-transformer": {"dim": 32, "layers": 1, "model": {"depth_layers": 1}},
     "drafter": {},
@@ -64,6 +66,7 @@ LOADED = {
     "llamagen": LlamaGenPipeline,
     "mar": MARPipeline,
     "token-bridge": TokenBridgePipeline,
+    "xar": XARPipeline,
     "resgen": ResGenPipeline,
     "rq-transformer": RQTransformerPipeline,
     "drafter": LlamaGenPipeline,
@@ -74,8 +77,8 @@ LOADED = {
     "judge": Judge,
 }
 NEEDS = {"drafter": "llamagen", "mar-drafter": "mar", "student": "llamagen"}
-TOKENIZER = {"mar": "kl", "token-bridge": "kl", "resgen": "rvq", "rq-transformer": "rvq"}
-GENERATORS = ("llamagen", "mar", "token-bridge", "resgen", "rq-transformer")
+TOKENIZER = {"mar": "kl", "token-bridge": "kl", "xar": "kl", "resgen": "rvq", "rq-transformer": "rvq"}
+GENERATORS = ("llamagen", "mar", "token-bridge", "xar", "resgen", "rq-transformer")
 BUILT = {}
 """Runs on the emoji set that others build on, by kind: each is trained once."""
 
