@@ -23,6 +23,7 @@ from studio.pipelines.known_words import write_known_words
 from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import fill_unspecified
 from studio.pipelines.streams import image_generators, listed, of_each_image
+from studio.pipelines.text_states import text_states
 
 logger = logging.get_logger(__name__)
 
@@ -185,7 +186,8 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
             device: of the result; the pipeline's execution device when None.
 
         Returns:
-            Text encoder states (B, caption_length, caption_dim), and the mask (B, caption_length), false at padding.
+            Text encoder states (B, caption_length, caption_dim), and the mask (B, caption_length), false at padding,
+            where states are zeros.
 
         Raises:
             StudioError: a text that the text tokenizer cannot read.
@@ -199,17 +201,14 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
             logger.warning(
                 "The prompt is truncated: it has %d text tokens, of which the model reads %d.", longest, length
             )
-        ids = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-            return_attention_mask=True,
-        )
-        ids = ids.to(device or self._execution_device)
-        states = self.text_encoder(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
-        return states.last_hidden_state.to(self.transformer.dtype), ids["attention_mask"].bool()
+        device = device or self._execution_device
+        prompts = self.tokenizer(texts, max_length=length, truncation=True)["input_ids"]
+        states = text_states(self.text_encoder, prompts, device)
+        captions = states[0].new_zeros(len(states), length, states[0].shape[-1], dtype=self.transformer.dtype)
+        for row, found in zip(captions, states):
+            row[: len(found)] = found
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        return captions, torch.arange(length, device=device) < lengths[:, None]
 
     def condition(
         self,

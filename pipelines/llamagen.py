@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio import backends
 from studio.checks import check_integer
 from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive
 from studio.decoding.distilled import Distilled, DistilledOutput, distilled
@@ -209,13 +210,14 @@ class LlamaGenPipeline(ConditionalPipeline):
             tokens: (B, n) int64. Missing tokens of a grid repeat the first one; of a row, any n from 1 on are an image.
             output_type: "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1].
         """
-        return self.decoded_images(self.image_tokenizer.decode, self._to_layout(tokens), output_type)
+        decode = backends.select_pixels(self.image_tokenizer).decode
+        return self.decoded_images(decode, self._to_layout(tokens), output_type)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes the first code vectors (B, n, code_dim) of images, as `decode_tokens`."""
         vectors = self._to_layout(latents.to(self.image_tokenizer.dtype))
-        return self.decoded_images(self.image_tokenizer.decode_vectors, vectors, output_type)
+        return self.decoded_images(backends.select_pixels(self.image_tokenizer).decode_vectors, vectors, output_type)
 
     def _to_layout(self, tokens: torch.Tensor) -> torch.Tensor:
         """The first tokens or vectors (B, n, ...) in the image tokenizer's layout: a row, or a grid (B, h, w, ...)."""

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from studio import backends
 from studio.pipelines.base import ConditionalPipeline, Images
 
 
@@ -28,7 +29,7 @@ class ResidualPipeline(ConditionalPipeline):
         """
         config = self.image_tokenizer.config
         rows = config.sample_size // self.image_tokenizer.pixels_per_cell[0]
-        decode = partial(self.image_tokenizer.decode, depth=depth)
+        decode = partial(backends.select_pixels(self.image_tokenizer).decode, depth=depth)
         return self.decoded_images(decode, tokens.unflatten(1, (rows, -1)), output_type)
 
 

@@ -1,27 +1,62 @@
 """How a network is run fast. Decoding loops call `backends.select(model, weights)`; models do not know of backends.
 
-"native" (`studio.backends.cpu_c`, `studio.backends.cpu_c_head`) runs in C on a CPU. "float32", "float16" and "int8"
+"native" (`studio.backends.cpu_c` and the files named after it) runs in C on a CPU. "float32", "float16" and "int8"
 (`studio.backends.packed`) need no compiler. A backend is built once per model and reused until one of the model's
 weights changes, moves or disappears.
 """
 
+import copy
+import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, overload
 
 import torch
 from torch import nn
 
-from studio.backends.cpu_c import NativeDrafter, NativeLlamaGen, can_run, is_available
+from studio.backends.cpu_c import NativeDrafter, NativeLlamaGen, can_run, is_available, pointers
 from studio.backends.cpu_c_head import NativeHead, can_denoise
+from studio.backends.cpu_c_pixels import NativeDecoder, can_decode
+from studio.backends.cpu_c_student import NativeStudent, can_distil
+from studio.backends.cpu_c_text import NativeT5, can_encode
+from studio.backends.native_library import library, loaded_library
 from studio.backends.packed import PackedLlamaGen, can_pack
+from studio.checks import check_choice
 from studio.models.diffusion_head import DenoisingNetwork
+from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 
+BACKENDS = ("plain", "packed", "native")
 _LARGEST_COPY_BYTES = 4 * 2**30
 _SUM_STRIDE = 61
+_SUMMED = 128
+_forced: ContextVar[str | None] = ContextVar("forced", default=None)
 _backends: "weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, Any]]]" = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Runs what is left to choose by this backend: "plain", "packed" (packed weights and no C), or "native" (all of C).
+
+    For comparisons. Models for which a backend does not work stay as they are.
+    """
+    token = _forced.set(check_choice("The backend", backend, BACKENDS))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend of `using`, if any."""
+    return _forced.get()
+
+
+def _runs_c() -> bool:
+    return _forced.get() in (None, "native")
 
 
 @overload
@@ -47,7 +82,7 @@ def select(
     """
     if isinstance(model, Drafter):
         model.check_embeddings()
-        if weights == "plain" or _is_large(model) or not can_run(model):
+        if weights == "plain" or not _runs_c() or _is_large(model) or not can_run(model):
             return model
         return _cached(model, "native", lambda: NativeDrafter(model))
     if weights == "auto":
@@ -61,9 +96,47 @@ def select(
 
 def select_head(network: DenoisingNetwork) -> NativeHead | None:
     """The backend that makes a reverse step of the diffusion head one call in C; None where that does not work."""
-    if _is_large(network) or not can_denoise(network):
+    if not _runs_c() or _is_large(network) or not can_denoise(network):
         return None
     return _cached(network, "native", lambda: NativeHead(network))
+
+
+def select_student(student: DistilledStudent | nn.Module) -> nn.Module | NativeStudent:
+    """A student as it is, or its calls in C where that works."""
+    fits = isinstance(student, DistilledStudent) and _runs_c() and not _is_large(student) and can_distil(student)
+    if not fits:
+        return student
+    return _cached(student, "native", lambda: NativeStudent(student))
+
+
+def select_text(encoder: nn.Module) -> NativeT5 | None:
+    """The backend that runs a text encoder in C; None where that does not work."""
+    fits = _runs_c() and not encoder.training and not has_hooks(encoder) and not _is_large(encoder)
+    if not fits or not can_encode(encoder):
+        return None
+    return _cached(encoder, "native", lambda: NativeT5(encoder))
+
+
+def select_pixels(tokenizer: nn.Module) -> nn.Module:
+    """An image tokenizer as it is, or, for decoding alone, a twin with the same weights whose decoder runs in C."""
+    decoder = getattr(tokenizer, "decoder", None)
+    if decoder is None or not _runs_c() or has_hooks(tokenizer) or not can_decode(decoder) or _is_large(decoder):
+        return tokenizer
+    twin = copy.copy(tokenizer)
+    native = _cached(decoder, "native", lambda: NativeDecoder(decoder))
+    twin.__dict__["_modules"] = {**tokenizer._modules, "decoder": native}
+    return twin
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a library such as accelerate moves parts of a model while they are called."""
+    return any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in model.modules())
+
+
+def signature(model: nn.Module) -> tuple | None:
+    """What changes when a weight of the model does; None where its weights are not there to be looked at."""
+    weights = [*model.parameters(), *model.buffers()]
+    return None if any(weight.device.type == "meta" for weight in weights) else _signature(model)
 
 
 @torch.no_grad()
@@ -83,9 +156,9 @@ def _cached(model: nn.Module, name: str, build: Callable[[], Any]) -> Any:
 
 
 def _fastest(model: LlamaGen) -> str:
-    if _is_large(model):
+    if _is_large(model) or _forced.get() == "plain":
         return "plain"
-    if is_available(model):
+    if _runs_c() and is_available(model):
         return "native"
     return "float32" if can_pack(model) else "plain"
 
@@ -95,9 +168,23 @@ def _is_large(model: nn.Module) -> bool:
 
 
 def _signature(model: nn.Module) -> tuple:
-    """Identity and content of all weights: storage address, number of in-place writes, and `weight_sums`.
+    """Identity and content of all weights: storage address, number of in-place writes, and sums of some numbers.
 
     The sums catch writes through `.data`, such as those of a moving average, which torch does not count.
     """
-    weights, sums = [*model.parameters(), *model.buffers()], weight_sums(model)
+    weights = [*model.parameters(), *model.buffers()]
+    fits = all(_is_dense(w) and w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
+    sums = _native_sums(weights) if fits and library() is not None else weight_sums(model)
     return tuple((weight.data_ptr(), weight._version, total) for weight, total in zip(weights, sums, strict=True))
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _native_sums(weights: list[torch.Tensor]) -> list[float]:
+    """Sums of some numbers of float32 weights on the CPU."""
+    sizes = (ctypes.c_int64 * len(weights))(*[weight.numel() for weight in weights])
+    sums = (ctypes.c_double * len(weights))()
+    loaded_library().studio_sums(pointers(weights), sizes, len(weights), _SUMMED, sums)
+    return list(sums)

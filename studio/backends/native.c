@@ -296,3 +296,6 @@ void studio_product(const void *matrix, int32_t in, int32_t out, int32_t bf16, i
 int32_t studio_lanes(void) {
     return WIDE;
 }
+
+#include "native_pixels.h" /* attends with the functions above */
+#include "native_sums.h"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from studio.files import cache_folder
 
-_PARTS = ("native.c", "native_threads.h", "native_vectors.h", "native_denoising.h")
+_PARTS = ("native.c", "native_threads.h", "native_vectors.h", "native_denoising.h", "native_pixels.h", "native_sums.h")
 SOURCES = [Path(__file__).with_name(name) for name in _PARTS]
 FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 
@@ -156,7 +156,10 @@ def _declared(file: Path) -> ctypes.CDLL:
     loaded.studio_blocks.argtypes, loaded.studio_blocks.restype = [pointer] * 4, None
     loaded.studio_product.argtypes = [pointer, *[number] * 5, pointer, pointer]
     loaded.studio_denoise.argtypes = [pointer] * 3
-    loaded.studio_product.restype = loaded.studio_denoise.restype = None
+    loaded.studio_decode.argtypes = [pointer, ctypes.c_int64]
+    loaded.studio_sums.argtypes = [pointer, pointer, number, number, pointer]
+    for run in (loaded.studio_product, loaded.studio_denoise, loaded.studio_decode, loaded.studio_sums):
+        run.restype = None
     loaded.studio_lanes.argtypes, loaded.studio_lanes.restype = [], number
     return loaded
 

@@ -365,7 +365,7 @@ def distilled(
         noise = sample_noise(generators, student.bounds[-1], codebook.shape[1], student.device)
     noise = noise[:, :n]
     sampled = DistilledOutput(torch.zeros(len(noise), 0, dtype=torch.long), noise=noise)
-    call = _Counted(student, sampled)
+    call = _Counted(backends.select_student(student), sampled)
 
     def after_call(vectors, tokens):
         if on_step is None:

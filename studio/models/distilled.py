@@ -163,15 +163,12 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
         """Number of known positions after 0, 1, ... steps of the teacher; a step is one token."""
         return range(self.num_tokens + 1)
 
-    def hidden_states(
+    def inputs(
         self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states (B, n, dim) of the positions, and the condition vector (B, dim).
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Inputs (B, T + n, dim) of the blocks, valid positions (B, T) of the prefix, and the condition vector (B, dim).
 
-        Args:
-            vectors: (B, n, C), code vectors at the first `known` positions and noise behind; n up to all.
-            known: one number, or one per row (B,), from 0 to n.
-            condition: `class_labels` (B,), or `captions` (B, T, caption_dim) and `caption_mask` (B, T).
+        Arguments are those of `hidden_states`.
         """
         prefix, valid = self.embed_condition(**condition)
         length, n = prefix.shape[1], vectors.shape[1]
@@ -187,11 +184,23 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
         embedded, regions = self.tok_embeddings(vectors.to(prefix.dtype)), self.region_conditioning(prefix)
         if regions is not None:
             embedded = embedded + regions[:, length - 1 : length - 1 + n]
-        x = torch.cat((prefix, embedded), dim=1) + self.n_d_embed(is_data.long())
-        rope, mask = self.rope()[: length + n], self.prefix_mask(valid, length + n)
+        return torch.cat((prefix, embedded), dim=1) + self.n_d_embed(is_data.long()), valid, context
+
+    def hidden_states(
+        self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states (B, n, dim) of the positions, and the condition vector (B, dim).
+
+        Args:
+            vectors: (B, n, C), code vectors at the first `known` positions and noise behind; n up to all.
+            known: one number, or one per row (B,), from 0 to n.
+            condition: `class_labels` (B,), or `captions` (B, T, caption_dim) and `caption_mask` (B, T).
+        """
+        x, valid, context = self.inputs(vectors, known, **condition)
+        rope, mask = self.rope()[: x.shape[1]], self.prefix_mask(valid, x.shape[1])
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, None, index)
-        return x[:, length:], context
+        return x[:, -vectors.shape[1] :], context
 
     def classify(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Logits (B, n, V), float32, of hidden states (B, n, dim); the condition vector is not used."""
