@@ -1,8 +1,8 @@
 """How a network is run fast. Decoding loops call `backends.select(model, weights)`; models do not know of backends.
 
 "native" (`studio.backends.cpu_c` and the files named after it) runs in C on a CPU. "float32", "float16" and "int8"
-(`studio.backends.packed`) need no compiler. A backend is built once per model and reused until one of the model's
-weights changes, moves or disappears.
+(`studio.backends.packed`) need no compiler. "graphs" (`studio.backends.cuda_graphs`) has static shapes, for GPUs. A
+backend is built once per model and reused until one of the model's weights changes, moves or disappears.
 """
 
 import copy
@@ -21,6 +21,7 @@ from studio.backends.cpu_c_head import NativeHead, can_denoise
 from studio.backends.cpu_c_pixels import NativeDecoder, can_decode
 from studio.backends.cpu_c_student import NativeStudent, can_distil
 from studio.backends.cpu_c_text import NativeT5, can_encode
+from studio.backends.cuda_graphs import GraphedLlamaGen, GraphedStudent
 from studio.backends.native_library import library, loaded_library
 from studio.backends.packed import PackedLlamaGen, can_pack
 from studio.checks import check_choice
@@ -29,7 +30,7 @@ from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 
-BACKENDS = ("plain", "packed", "native")
+BACKENDS = ("plain", "packed", "native", "graphs")
 _LARGEST_COPY_BYTES = 4 * 2**30
 _SUM_STRIDE = 61
 _SUMMED = 128
@@ -39,11 +40,13 @@ _backends: "weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, Any]]]" 
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Runs what is left to choose by this backend: "plain", "packed" (packed weights and no C), or "native" (all of C).
+    """Runs what is left to choose by this backend.
 
-    For comparisons. Models for which a backend does not work stay as they are.
+    "plain" is PyTorch, "packed" has packed weights and no C, "native" is all of C, "graphs" has static shapes and, on a
+    GPU, CUDA graphs. For comparisons. Models for which a backend does not work stay as they are.
     """
-    token = _forced.set(check_choice("The backend", backend, BACKENDS))
+    check_choice("The backend", backend, BACKENDS)
+    token = _forced.set(backend)
     try:
         yield
     finally:
@@ -60,21 +63,21 @@ def _runs_c() -> bool:
 
 
 @overload
-def select(model: LlamaGen, weights: str = "auto") -> LlamaGen | NativeLlamaGen | PackedLlamaGen: ...
+def select(model: LlamaGen, weights: str = "auto") -> LlamaGen | NativeLlamaGen | PackedLlamaGen | GraphedLlamaGen: ...
 @overload
 def select(model: Drafter, weights: str = "auto") -> Drafter | NativeDrafter: ...
 
 
 def select(
     model: LlamaGen | Drafter, weights: str = "auto"
-) -> LlamaGen | NativeLlamaGen | PackedLlamaGen | Drafter | NativeDrafter:
+) -> LlamaGen | NativeLlamaGen | PackedLlamaGen | GraphedLlamaGen | Drafter | NativeDrafter:
     """The network that a decoding loop calls: the model itself, or a faster backend with the same calls.
 
     Args:
         model: a `LlamaGen`, or its `Drafter`, which runs in C where that works unless `weights` is "plain".
-        weights: "plain" is the model itself; "native", "float32", "float16" and "int8" are backends; "auto" is the
-            fastest of full precision on this machine. "auto" keeps models above 4 GiB as they are, because a backend
-            may hold a second copy of the weights.
+        weights: "plain" is the model itself; "native", "float32", "float16", "int8" and "graphs" are backends;
+            "auto" is the fastest of full precision on this machine. On a CPU "auto" keeps models above 4 GiB as they
+            are, because a backend may hold a second copy of the weights.
 
     Raises:
         StudioError: the model, the processor or the machine cannot have this backend, or the drafter has no token
@@ -89,6 +92,8 @@ def select(
         weights = _fastest(model)
     if weights == "plain":
         return model
+    if weights == "graphs":
+        return _cached(model, weights, lambda: GraphedLlamaGen(model), _addresses)
     if weights == "native":
         return _cached(model, weights, lambda: NativeLlamaGen(model))
     return _cached(model, weights, lambda: PackedLlamaGen(model, weights))
@@ -101,8 +106,10 @@ def select_head(network: DenoisingNetwork) -> NativeHead | None:
     return _cached(network, "native", lambda: NativeHead(network))
 
 
-def select_student(student: DistilledStudent | nn.Module) -> nn.Module | NativeStudent:
-    """A student as it is, or its calls in C where that works."""
+def select_student(student: DistilledStudent | nn.Module) -> nn.Module | NativeStudent | GraphedStudent:
+    """A student as it is, or its calls in C or as CUDA graphs where that works."""
+    if isinstance(student, DistilledStudent) and _takes_graphs(student):
+        return _cached(student, "graphs", lambda: GraphedStudent(student), _addresses)
     fits = isinstance(student, DistilledStudent) and _runs_c() and not _is_large(student) and can_distil(student)
     if not fits:
         return student
@@ -147,15 +154,30 @@ def weight_sums(model: nn.Module) -> list[float]:
     return torch.stack([part.sum(dtype=torch.float64) for part in some]).tolist()
 
 
-def _cached(model: nn.Module, name: str, build: Callable[[], Any]) -> Any:
-    """The backend of this name, built if there is none of the model's current weights."""
-    signature, backends = _signature(model), _backends.setdefault(model, {})
+def _takes_graphs(model: nn.Module) -> bool:
+    """Whether its calls are made with static shapes: on a GPU, and wherever that is asked for."""
+    on_gpu = next(model.parameters()).device.type == "cuda" and not has_hooks(model)
+    return _forced.get() == "graphs" or (_forced.get() is None and on_gpu)
+
+
+def _addresses(model: nn.Module) -> tuple:
+    return tuple(weight.data_ptr() for weight in [*model.parameters(), *model.buffers()])
+
+
+def _cached(model: nn.Module, name: str, build: Callable[[], Any], signed: Callable[..., tuple] | None = None) -> Any:
+    """The backend of this name, built if there is none of the model's current weights.
+
+    `signed` says what must not change, by default `_signature`; addresses are enough for what reads weights in place.
+    """
+    signature, backends = (signed or _signature)(model), _backends.setdefault(model, {})
     if name not in backends or backends[name][0] != signature:
         backends[name] = (signature, build())
     return backends[name][1]
 
 
 def _fastest(model: LlamaGen) -> str:
+    if _takes_graphs(model):
+        return "graphs"
     if _is_large(model) or _forced.get() == "plain":
         return "plain"
     if _runs_c() and is_available(model):

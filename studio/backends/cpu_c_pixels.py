@@ -1,8 +1,8 @@
 """Convolutional decoders of image tokenizers in C (`native_pixels.h`) for CPUs: an image is one call.
 
-Images are stored channels last, and a layer does its norm, activation, convolution, bias and residual in two passes over
-an image that stays in the cache. Weights that are exact in bfloat16 are read as such; all arithmetic is float32, because
-in bfloat16 pixels are off by more than half a grey level.
+Images are stored channels last, and stay in the cache from layer to layer: a norm with its activation is two passes, a
+convolution with its bias and residual one. Weights that are exact in bfloat16 are read as such; all arithmetic is
+float32, because in bfloat16 some pixels are off by more than half a grey level.
 """
 
 import ctypes

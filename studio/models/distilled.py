@@ -166,7 +166,7 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
     def inputs(
         self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Inputs (B, T + n, dim) of the blocks, valid positions (B, T) of the prefix, and the condition vector (B, dim).
+        """Inputs (B, T + n, dim) of the blocks, valid positions (B, T) of the prefix, and condition vectors (B, dim).
 
         Arguments are those of `hidden_states`.
         """

@@ -1,4 +1,4 @@
-"""Decoders of image tokenizers in C against those in torch: the same pixels, for any grid, batch and number of threads."""
+"""Decoders of image tokenizers in C against torch: the same pixels, for any grid, batch and number of threads."""
 
 import pytest
 import torch
