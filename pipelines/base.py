@@ -14,6 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
 
+from studio import backends
 from studio.checks import check_choice, check_integer, check_number, check_text, shown
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
@@ -81,11 +82,9 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
 
         diffusers searches several times, which is noticeable beside the short call of a student.
         """
-        for part in self.components.values():
-            if isinstance(part, torch.nn.Module):
-                for module in part.modules():
-                    if "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module):
-                        return super()._execution_device
+        parts = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        if any(backends.has_hooks(part) for part in parts):
+            return super()._execution_device
         return next(self.transformer.parameters()).device
 
     @property
