@@ -74,8 +74,8 @@ def _say_report(report: dict) -> None:
 
 def _check(report: dict, device: str | None) -> None:
     """Runs the checks; the exit code is 1 where one fails."""
+    from studio.bench.self_check import as_row, self_check, summary
     from studio.checkpoints.loading import pick_device
-    from studio.self_check import as_row, self_check, summary
 
     quiet_libraries()
     began, checks, where = time.perf_counter(), [], str(pick_device(device))

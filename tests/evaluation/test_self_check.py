@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from studio import backends, self_check
-from studio.self_check import MOST_PIXEL_ERROR, Check, summary
+from studio import backends
+from studio.bench import self_check
+from studio.bench.self_check import MOST_PIXEL_ERROR, Check, summary
 
 
 @pytest.fixture(scope="module")
