@@ -72,6 +72,7 @@ class ImageMemory:
         visual_tokens, kept_tokens: tokens of the image, and how many of them each layer keeps.
         seconds: "remember", the time to encode the image.
         cache_bytes: size of the cache.
+        views: positions of the kept tokens in the image, with "coverage" only.
     """
 
     cache: Cache
@@ -82,6 +83,7 @@ class ImageMemory:
     kept_tokens: int
     seconds: dict[str, float]
     cache_bytes: int
+    views: tuple[PatchView, ...] = ()
 
 
 OnStep = Callable[[Answer], bool | None]
@@ -148,7 +150,10 @@ class VisualQuestionPipeline:
             given = [*options, *(["after_layer"] if after_layer is not None else [])]
             raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
         inside = after_layer is not None or prune in INSIDE
-        if prune is None or inside:
+        pruned: Any
+        if prune == "vscan":
+            pruned, info = inputs, PruneInfo(prune, share)
+        elif prune is None or inside:
             pruned, info = prune_inputs(self.model, inputs, "uniform", 1.0)
         else:
             pruned, info = prune_inputs(self.model, inputs, prune, share, **options)
@@ -166,8 +171,9 @@ class VisualQuestionPipeline:
                 stopping_criteria=StoppingCriteriaList([steps]),
             )
         if inside:
-            chosen = self._without_text(replace(record.info, layouts=info.layouts), image.size)
-            steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": info.seconds["encode"]})
+            chosen = self._without_text(replace(record.info, layouts=record.info.layouts or info.layouts), image.size)
+            encode = chosen.seconds["encode"] or info.seconds["encode"]
+            steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": encode})
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
 
     @torch.no_grad()
@@ -190,7 +196,8 @@ class VisualQuestionPipeline:
         if family_of(self.model, "uniform").mrope:
             raise StudioError(f"{self.model.config.model_type} models cannot be remembered: call the pipeline.")
         began, probe = _now(self.device), "?"
-        inputs = self._inputs(rgb_image(image), probe)
+        image = rgb_image(image)
+        inputs = self._inputs(image, probe)
         ids = inputs["input_ids"][0].tolist()
         follows = ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
         end = len(ids) - len(self._tail(probe))
@@ -202,8 +209,10 @@ class VisualQuestionPipeline:
             name: value[:, :end] if value.shape[:2] == (1, len(ids)) and value.dim() == 2 else value
             for name, value in inputs.items()
         }
+        prompt, whole = prune_inputs(self.model, prompt, "uniform", 1.0)
         with compress(self.model, method, keep) as record:
             cache = self.model(**prompt, use_cache=True).past_key_values
+        kept = replace(record.info, layouts=whole.layouts)
         return ImageMemory(
             cache=cache,
             ids=prompt["input_ids"],
@@ -213,15 +222,19 @@ class VisualQuestionPipeline:
             kept_tokens=sum(record.info.tokens_after),
             seconds={"remember": _now(self.device) - began},
             cache_bytes=_cache_bytes(cache),
+            views=self._without_text(kept, image.size).views,
         )
 
     @torch.no_grad()
-    def ask(self, memory: ImageMemory, question: str, *, max_new_tokens: int = 64) -> Answer:
+    def ask(
+        self, memory: ImageMemory, question: str, *, max_new_tokens: int = 64, on_step: OnStep | None = None
+    ) -> Answer:
         """Answers a question about a remembered image with greedy decoding; the memory does not change.
 
         Args:
             memory: from `remember` of the same pipeline.
             question, max_new_tokens: as of a call.
+            on_step: called with the partial answer after each of its tokens; True stops.
 
         Raises:
             StudioError: as a call.
@@ -229,8 +242,9 @@ class VisualQuestionPipeline:
         max_new_tokens = self._checked(question, max_new_tokens)
         ids = torch.cat((memory.ids, torch.tensor([self._tail(question.strip())], device=self.device)), dim=1)
         info = PruneInfo(memory.method, memory.keep, [memory.visual_tokens], [memory.kept_tokens])
-        empty = Answer("", memory.visual_tokens, memory.kept_tokens, dict(info.seconds), 0, info, ())
-        steps = _Steps(self, empty, ids.shape[1], None)
+        counts = memory.visual_tokens, memory.kept_tokens
+        empty = Answer("", *counts, dict(info.seconds), memory.cache_bytes, info, memory.views)
+        steps = _Steps(self, empty, ids.shape[1], on_step)
         with compress(self.model, memory.method, memory.keep):
             out = self.model.generate(
                 input_ids=ids,
@@ -275,7 +289,9 @@ class VisualQuestionPipeline:
             seconds={**info.seconds, "prefill": 0.0, "decode": 0.0},
             cache_bytes=0,
             info=info,
-            views=patch_views(info.layouts[0], info.kept[0], image_size, centred=centred, crops=crops),
+            views=patch_views(info.layouts[0], info.kept[0], image_size, centred=centred, crops=crops)
+            if info.kept
+            else (),
         )
 
     def _prompt(self, question: str) -> str:

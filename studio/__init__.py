@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from studio.pipelines.xar import XARPipeline
     from studio.pruning.api import prune, prune_inputs
     from studio.pruning.kv_cache import compress
-    from studio.pruning.registry import pruning_methods
+    from studio.pruning.registry import compression_methods, pruning_methods, pruning_place
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.one_d_piece import OneDPieceTokenizer
     from studio.tokenizers.rvq import RVQTokenizer
@@ -108,6 +108,7 @@ _EXPORTS: dict[str, str] = {
     "XARDecoding": "studio.decoding.xar",
     "XARPipeline": "studio.pipelines.xar",
     "compress": "studio.pruning.kv_cache",
+    "compression_methods": "studio.pruning.registry",
     "decode_image": "studio.pipelines.image_codec",
     "decoding_named": "studio.decoding.registry",
     "decoding_options": "studio.decoding.registry",
@@ -120,6 +121,7 @@ _EXPORTS: dict[str, str] = {
     "prune": "studio.pruning.api",
     "prune_inputs": "studio.pruning.api",
     "pruning_methods": "studio.pruning.registry",
+    "pruning_place": "studio.pruning.registry",
     "replaced_states": "studio.pipelines.item_states",
 }
 
@@ -162,6 +164,7 @@ __all__ = [
     "XARPipeline",
     "__version__",
     "compress",
+    "compression_methods",
     "decode_image",
     "decoding_named",
     "decoding_options",
@@ -174,6 +177,7 @@ __all__ = [
     "prune",
     "prune_inputs",
     "pruning_methods",
+    "pruning_place",
     "replaced_states",
 ]
 

@@ -75,10 +75,10 @@ def _prepared(model: LlamaGen, rows: int, nodes: int) -> Callable[[], None]:
 
 
 def _timed(call: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     began = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - began
 
 
@@ -87,15 +87,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repea
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         left @ right
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 
 
-def _wait(device):
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -178,7 +179,7 @@ def _random(preset: str, device: torch.device) -> LlamaGen:
     # A view of the model for a CPU may hold a second copy of the weights.
     copies = 2 if device.type == "cpu" else 1
     needed = copies * dtype.itemsize * sum(weight.numel() for weight in network.parameters())
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if needed > free:
         have = f"{free / 2**30:.1f} GB of memory are free"
         raise StudioError(f"{preset} needs {needed / 2**30:.1f} GB where {have}: choose a smaller preset.")
@@ -189,7 +190,8 @@ def _random(preset: str, device: torch.device) -> LlamaGen:
     return network
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil

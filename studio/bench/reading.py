@@ -4,6 +4,7 @@ The rows of `bench_reading` for people: a chart and a table.
 """
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -12,11 +13,12 @@ from tqdm.auto import tqdm
 from studio.bench.chart import Series, chart
 from studio.bench.report import markdown_table
 from studio.checkpoints.loading import load
+from studio.checks import check_choice
 from studio.data.scenes import draw_scene
 from studio.errors import StudioError
-from studio.evaluation.scenes import KEEPS, evaluate_inside, evaluate_reader
+from studio.evaluation.scenes import KEEPS, evaluate_inside, evaluate_memory, evaluate_reader, interval
 from studio.pipelines.visual_question import VisualQuestionPipeline
-from studio.pruning.registry import INSIDE, METHODS, method_named
+from studio.pruning.registry import IN_CACHE, INSIDE, METHODS, method_named
 
 
 def reading_chart(rows: list[dict]) -> str:
@@ -32,13 +34,14 @@ def reading_chart(rows: list[dict]) -> str:
 
 def reading_table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    head = ("Method", "Keep", "Tokens", *(f"{phase.capitalize()} ms" for phase in PHASES), "Speed-up", "Cache KiB")
-    head += ("Exact %", "Note")
+    head = ("Method", "Keep", "Tokens", *(f"{phase.capitalize()} ms" for phase in PHASES), "Further ms", "Speed-up")
+    head += ("Cache KiB", "Exact %", "95 %", "Note")
     lines = []
     for row in rows:
         cells = [row["method"], f"{row['keep']:g}", f"{row['kept_tokens']} of {row['visual_tokens']}"]
         cells += [f"{1000 * row[phase]:.1f}" for phase in PHASES]
-        cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1024:.0f}", f"{100 * row['accuracy']:.1f}"]
+        cells += [f"{1000 * row['further']:.1f}", f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1024:.0f}"]
+        cells += [f"{100 * row['accuracy']:.1f}", f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"]
         lines.append([*cells, _note(row)])
     return markdown_table(head, lines)
 
@@ -54,6 +57,7 @@ def _note(row):
 
 
 PHASES = ("encode", "select", "prefill", "decode")
+CACHE = "kv-"
 _STREAM = 1_000_000_009
 """First number of the seeds of the images that are timed."""
 
@@ -74,11 +78,12 @@ def bench_reading(
 
     Args:
         model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
-        methods: names out of `METHODS`; behind a layer "fastv" and "pyramiddrop" too. `None` is all of `METHODS`, and
-            "fastv", "divprune", "random" and "uniform" behind a layer.
+        methods: names out of `METHODS`, "fastv" and "pyramiddrop", or "kv-" before a method of `studio.compress`, whose
+            image is read before the questions are known. `None` is all of `METHODS`, and "fastv", "divprune", "random"
+            and "uniform" behind a layer.
         keeps: shares of the image's tokens, newlines included.
         after_layer: prune behind this layer of the language model (see `studio.prune`) instead of before it. Every
-            question is then read on its own, twelve times the work.
+            question is then read on its own, twelve times the work. Methods of the cache do not heed it.
         scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
         images: scenes that are timed, one question each; all settings get the same.
         repeats: runs of each image and setting, in turn with the others.
@@ -87,8 +92,9 @@ def bench_reading(
     Returns:
         `{"model", "device", "scenes", "questions", "rows"}`. The first row has method "none", keep 1.0. A row holds
         method, keep, visual_tokens, kept_tokens, the seconds `encode`, `select`, `prefill`, `decode` and their sum
-        `total` (medians), cache_bytes, accuracy, speedup (total of the first row over its own), faster (whether that
-        is above 1), and better_than_random (None for "none" and "random", or where random was left out).
+        `total` (medians), `further` (the seconds of one more question about the same image), cache_bytes, accuracy, its
+        95 % interval `low` and `high`, speedup (total of the first row over its own), faster (whether that is above
+        1), and better_than_random (None for "none" and "random", or where random was left out).
 
     Raises:
         StudioError: a model that reads no scenes.
@@ -96,25 +102,35 @@ def bench_reading(
     if methods is None:
         methods = tuple(METHODS) if after_layer is None else ("fastv", "divprune", "random", "uniform")
     for name in methods:
-        if after_layer is None or name not in INSIDE:
+        if name.startswith(CACHE):
+            check_choice("The method of the cache", name, [CACHE + method for method in IN_CACHE])
+        elif name not in ("fastv", "pyramiddrop"):
             method_named(name)
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
     answers = _answers(pipe, settings, after_layer, images, repeats, tiles)
-    inside = after_layer is not None
-    measured = evaluate_reader(
-        pipe.model, pipe.processor, scenes=scenes, methods=() if inside else methods, keeps=keeps, tiles=tiles
-    )
+    cached = tuple(method for method in methods if method.startswith(CACHE))
+    inside = tuple(m for m in methods if m not in cached and (after_layer is not None or m in INSIDE))
+    before = tuple(method for method in methods if method not in (*cached, *inside))
+    where = {"scenes": scenes, "tiles": tiles}
+    measured = evaluate_reader(pipe.model, pipe.processor, methods=before, keeps=keeps, **where)
+    shares: dict[tuple[str, float], float] = {}
     if inside:
-        cuts = [(method, keep, after_layer) for method, keep in settings[1:]]
-        for (method, keep, _), share in evaluate_inside(
-            pipe.model, pipe.processor, cuts, scenes=scenes, tiles=tiles
-        ).items():
-            measured["accuracy"].setdefault(method, {})[str(keep)] = share
+        cuts = [(method, keep, after_layer) for method in inside for keep in keeps]
+        found = evaluate_inside(pipe.model, pipe.processor, cuts, **where)
+        shares |= {(method, keep): share for (method, keep, _), share in found.items()}
+    if cached:
+        kept = [(method.removeprefix(CACHE), keep) for method in cached for keep in keeps]
+        shares |= {
+            (CACHE + method, keep): share for (method, keep), share in evaluate_memory(pipe, kept, **where).items()
+        }
+    for (method, keep), share in shares.items():
+        measured["accuracy"].setdefault(method, {})[str(keep)] = share
     rows = [_row(setting, answers[setting], measured["accuracy"]) for setting in settings]
     for row in rows:
+        row["low"], row["high"] = interval(row["accuracy"], measured["questions"])
         row["speedup"] = rows[0]["total"] / row["total"]
         row["faster"] = row["speedup"] > 1
         by_chance = measured["accuracy"].get("random", {}).get(str(row["keep"]))
@@ -136,12 +152,18 @@ def _answers(pipe, settings, after_layer, images, repeats, tiles):
 
 
 def _ask(pipe, scene, method, keep, after_layer):
+    if method.startswith(CACHE):
+        memory = pipe.remember(Image.fromarray(scene.image), method=method.removeprefix(CACHE), keep=keep)
+        answer = pipe.ask(memory, scene.questions[0].text, max_new_tokens=4)
+        spent = {**answer.seconds, "encode": memory.seconds["remember"]}
+        return replace(answer, seconds=spent, cache_bytes=memory.cache_bytes)
     chosen = {} if method == "none" else {"prune": method, "keep": keep, "after_layer": after_layer}
     return pipe(Image.fromarray(scene.image), scene.questions[0].text, **chosen, max_new_tokens=4)
 
 
 def _row(setting, answers, accuracy):
     method, keep = setting
+    cached = method.startswith(CACHE)
     seconds = {phase: statistics.median(answer.seconds[phase] for answer in answers) for phase in PHASES}
     return {
         "method": method,
@@ -150,6 +172,10 @@ def _row(setting, answers, accuracy):
         "kept_tokens": answers[0].kept_tokens,
         **seconds,
         "total": statistics.median(sum(answer.seconds.values()) for answer in answers),
+        "further": statistics.median(
+            sum(spent for phase, spent in answer.seconds.items() if phase in ("prefill", "decode") or not cached)
+            for answer in answers
+        ),
         "cache_bytes": int(statistics.median(answer.cache_bytes for answer in answers)),
         "accuracy": accuracy[method][str(keep)],
     }

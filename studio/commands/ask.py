@@ -16,7 +16,9 @@ def ask(
     prune: Annotated[
         str | None,
         typer.Option(
-            help="divprune, hired, globalcom2, random, uniform, fastv or pyramiddrop.", show_default="keep all tokens"
+            help="divprune, hired, globalcom2, scope, coverage, cdpruner, mmtok, random, uniform, fastv, pyramiddrop "
+            "or vscan.",
+            show_default="keep all tokens",
         ),
     ] = None,
     keep: Annotated[

@@ -126,6 +126,29 @@ def pruning(
     scenes: Annotated[
         int | None, typer.Option(min=1, help="With --model: number of scenes.", show_default="100")
     ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Time whole answers for this many prompts at once; repeat for more.", show_default="1"
+        ),
+    ] = None,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(help="Time whole answers with sdpa, eager or flash; repeat for more.", show_default="sdpa"),
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(
+            help="Time random weights of a published size: smolvlm-256m, qwen2.5-vl-3b, llava-1.5-7b or llava-next-7b.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of each answer that is timed.", show_default="64")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each setting that is timed.", show_default="10")
+    ] = None,
     figure: Annotated[
         Path | None,
         typer.Option(
@@ -137,6 +160,28 @@ def pruning(
 ) -> None:
     """Time pruning methods against reference implementations, or measure a model with pruned tokens."""
     chosen: dict[str, Any] = {"methods": tuple(method)} if method else {}
+    timed = {"--batch": batch, "--attention": attention, "--random": random}
+    more = {"--new-tokens": new_tokens, "--repeats": repeats}
+    if any(value for value in timed.values()):
+        if wrong := [flag for flag, value in {"--scenes": scenes, "--figure": figure}.items() if value is not None]:
+            raise StudioError(f"{' and '.join(wrong)} measures answers, which {', '.join(timed)} do not: leave it out.")
+        if model is not None and random is not None:
+            raise StudioError("--model and --random exclude each other: leave one of them out.")
+        from studio.bench.pruning_speed import bench_pruning_speed
+
+        quiet_libraries()
+        given = {"keeps": keep, "batches": batch, "attentions": attention}
+        given = {name: tuple(value) for name, value in given.items() if value}
+        numbers = {"new_tokens": new_tokens, "repeats": repeats, "after_layer": after_layer}
+        given |= {name: value for name, value in numbers.items() if value is not None}
+        result = bench_pruning_speed(model or "emoji-vlm", random=random, device=device, **chosen, **given)
+        emit(result)
+        _say_rows([{**row, "layer_bytes": max(row["layer_bytes"])} for row in result["rows"]])
+        for name, reason in result["left_out"].items():
+            say(f"Not timed: {name}, because {reason}")
+        return
+    if wrong := [flag for flag, value in more.items() if value is not None]:
+        raise StudioError(f"{' and '.join(wrong)} belongs to whole answers: add --batch 1, or leave it out.")
     if model is None:
         with_model = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
         if wrong := [flag for flag, value in with_model.items() if value is not None]:

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
+from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.api import prune, prune_inputs
-from studio.pruning.registry import METHODS
+from studio.pruning.registry import METHODS, READS_TEXT
 
 KEEPS = (0.5, 0.2, 0.1, 0.05)
 _STREAM = 1_000_000_007
@@ -50,12 +51,16 @@ def evaluate_reader(
         texts = [(question.text, question.answer) for question in scene.questions]
         packed = pack_questions(processor.tokenizer, [texts])
         inputs = processor(images=Image.fromarray(scene.image), text=f"<image>\n{texts[0][0]}", return_tensors="pt")
+        whole, read = prune_inputs(model, inputs, "uniform", 1.0)
+        image, tokens = whole["mm_encoder_outputs"]["image"].pooler_output[0], read.tokens_before[0]
         for method, keep in settings:
-            pruned, info = prune_inputs(model, inputs, "uniform" if method == "none" else method, keep)
-            features = pruned["mm_encoder_outputs"]["image"].pooler_output[0]
-            tokens = info.tokens_before[0]
-            logits = packed_logits(model, features[None], 1 + info.kept[0], 1 + tokens, packed)
-            for question, hit in zip(scene.questions, exact_answers(logits, packed)[0].tolist(), strict=True):
+            if method in READS_TEXT:
+                hits = _hits_by_question(model, processor.tokenizer, texts, image, read.layouts[0], method, keep)
+            else:
+                info = read if method == "none" else prune_inputs(model, inputs, method, keep)[1]
+                logits = packed_logits(model, image[None, info.kept[0]], 1 + info.kept[0], 1 + tokens, packed)
+                hits = exact_answers(logits, packed)[0].tolist()
+            for question, hit in zip(scene.questions, hits, strict=True):
                 right[method, keep].setdefault(question.kind, []).append(hit)
     accuracy: dict[str, dict[str, float]] = {}
     by_question: dict[str, dict[str, dict[str, float]]] = {}
@@ -70,6 +75,57 @@ def evaluate_reader(
         "questions": 12 * scenes,
         "visual_tokens": tokens,
     }
+
+
+def _hits_by_question(model, tokenizer, texts, image, layout, method: str, keep: float) -> list[bool]:
+    """Whether each question is answered exactly from the tokens that are chosen for it."""
+    hits = []
+    for question, answer in texts:
+        ids = torch.tensor(tokenizer(question, add_special_tokens=False)["input_ids"], device=image.device)
+        kept = METHODS[method](image, keep, text=model.get_input_embeddings()(ids), layout=layout)
+        packed = pack_questions(tokenizer, [[(question, answer)]])
+        hits += exact_answers(packed_logits(model, image[None, kept], 1 + kept, 1 + len(image), packed), packed)[
+            0
+        ].tolist()
+    return hits
+
+
+@torch.inference_mode()
+def evaluate_memory(
+    pipe: VisualQuestionPipeline,
+    settings: Sequence[tuple[str, float]],
+    scenes: int = 100,
+    seed: int = 0,
+    tiles: tuple[int, int] = (2, 2),
+) -> dict[tuple[str, float], float]:
+    """Accuracy of exact answers from a compressed cache that was made before the questions were known.
+
+    Args:
+        pipe: a pipeline whose model can be remembered.
+        settings: (method, keep) of `VisualQuestionPipeline.remember`, several.
+        scenes, seed, tiles: as in `evaluate_reader`; the scenes are the same.
+
+    Returns:
+        For each setting the fraction of 12 questions a scene that were answered exactly.
+    """
+    hits: dict[tuple[str, float], list[bool]] = {setting: [] for setting in settings}
+    for number in tqdm(range(scenes), desc="scenes", unit="scene"):
+        scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
+        for method, keep in settings:
+            memory = pipe.remember(Image.fromarray(scene.image), method=method, keep=keep)
+            hits[method, keep] += [
+                pipe.ask(memory, question.text, max_new_tokens=8).answer == question.answer
+                for question in scene.questions
+            ]
+    return {setting: float(np.mean(right)) for setting, right in hits.items()}
+
+
+def interval(share: float, number: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson of a share of `number` independent answers."""
+    z = 1.959964
+    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * (share * (1 - share) / number + z * z / (4 * number**2)) ** 0.5
+    return middle - half, middle + half
 
 
 @torch.inference_mode()

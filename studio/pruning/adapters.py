@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from studio.errors import StudioError
 from studio.pruning.attention import Attention, QwenTap, TowerTap
 from studio.pruning.layout import NEWLINE, Layout
-from studio.pruning.registry import SCORES
+from studio.pruning.registry import SCORES, VIDEO
 
 _CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
 """What configurations of models that attend to images beside the prompt have."""
@@ -38,6 +38,7 @@ class Family:
     """One image for each entry of `pooler_output`, any method that needs no attention."""
 
     mrope = False
+    videos = False
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.base = model, base_of(model)
@@ -63,6 +64,14 @@ class Family:
 
     def pooled(self, kept: list[torch.Tensor], row_tokens: list[int]) -> list[torch.Tensor] | torch.Tensor:
         """Features as the model takes them: `kept` for each image, `row_tokens` for each row of the prompt."""
+        return kept
+
+    def frames(self, features: list[torch.Tensor], inputs: dict) -> list[int]:
+        """The frames of each video; asked where `videos` is true. Tokens after the last whole frame always stay."""
+        return [inputs["pixel_values_videos"].shape[1]] * len(features)
+
+    def pooled_videos(self, kept: list[torch.Tensor]) -> list[torch.Tensor] | torch.Tensor:
+        """Features of videos as the model takes them."""
         return kept
 
 
@@ -131,8 +140,22 @@ class LlavaNext(Llava):
         return packed[0][:, 0].round().long()
 
 
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT, and videos of pooled frames."""
+
+    videos = True
+
+
 class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision: as LLaVA-NeXT, but large canvases are shrunk, and several images in a prompt have no crops."""
+    """LLaVA-OneVision: as LLaVA-NeXT, but large canvases are shrunk, and several images in a prompt have no crops.
+
+    A video is one frame after the other and a newline.
+    """
+
+    videos = True
+
+    def pooled_videos(self, kept: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(kept)
 
     def _crops_of(self, inputs: dict) -> list[int]:
         crops, numbers = super()._crops_of(inputs), inputs.get("batch_num_images")
@@ -181,10 +204,19 @@ class Qwen(Family):
         return [Layout.plain(t * h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()]
 
     def tap(self, names: tuple[str, ...], inputs: dict) -> AbstractContextManager:
-        return QwenTap(self.base.visual, inputs["image_grid_thw"]) if names else nullcontext()
+        return QwenTap(self.base.visual, names, inputs["image_grid_thw"]) if names else nullcontext()
 
     def scores(self, tap: Any, inputs: dict, images: int) -> list[Attention]:
         return tap.scores()
+
+
+class QwenVideo(Qwen):
+    """Qwen-VL, videos too: a grid of merged patches for each pair of frames."""
+
+    videos = True
+
+    def frames(self, features: list[torch.Tensor], inputs: dict) -> list[int]:
+        return inputs["video_grid_thw"][:, 0].tolist()
 
 
 class Stacked(Family):
@@ -254,16 +286,16 @@ FAMILIES: dict[str, type[Family]] = {
     "internvl": InternVL,
     "llava": Llava,
     "llava_next": LlavaNext,
-    "llava_next_video": LlavaNext,
+    "llava_next_video": LlavaNextVideo,
     "llava_onevision": LlavaOnevision,
     "minicpmv4_6": Rectangles,
     "mistral3": Rectangles,
     "ovis2": Stacked,
     "paligemma": Stacked,
-    "qwen2_5_vl": Qwen,
-    "qwen2_vl": Qwen,
-    "qwen3_vl": Qwen,
-    "qwen3_vl_moe": Qwen,
+    "qwen2_5_vl": QwenVideo,
+    "qwen2_vl": QwenVideo,
+    "qwen3_vl": QwenVideo,
+    "qwen3_vl_moe": QwenVideo,
     "smolvlm": SmolVLM,
     "vipllava": Stacked,
 }
@@ -286,7 +318,16 @@ def family_of(model: PreTrainedModel, method: str) -> Family:
     family = FAMILIES[name](model)
     if method in SCORES and (reason := family.refusal(method)):
         raise StudioError(f"{method} does not work with this {name} model because {reason}: use divprune.")
+    if method in VIDEO and not family.videos:
+        known = ", ".join(name for name, kind in FAMILIES.items() if kind.videos)
+        raise StudioError(f"{method} prunes videos, and {name} models are none of {known}.")
     return family
+
+
+def visual_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Which of the ids stand for tokens of images or videos; bool of their shape."""
+    marks = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+    return torch.isin(ids, torch.tensor([mark for mark in marks if mark is not None], device=ids.device))
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -323,9 +364,9 @@ def _unfit(model) -> str | None:
     return None
 
 
-def mismatch(ids: int, features: int) -> str:
+def mismatch(ids: int, features: int, kind: str = "image") -> str:
     return (
-        f"The prompt has {ids} image tokens, but the vision tower gives {features}: process text and images together "
+        f"The prompt has {ids} {kind} tokens, but the vision tower gives {features}: process text and {kind}s together "
         "with the model's own processor."
     )
 

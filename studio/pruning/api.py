@@ -6,8 +6,9 @@ so that prefill and KV cache really shrink. The model gets its features through 
 static caches work.
 """
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
 from studio.pruning.blocks import block
 from studio.pruning.inside_model import Inside
-from studio.pruning.layout import count
+from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, method_named
 from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_images, shorten
 
@@ -44,26 +45,31 @@ def prune_inputs(
     Args:
         model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
         inputs: what its processor returns, `labels` too; without images they come back as they are.
-        method: "divprune", "hired", "globalcom2", "random" or "uniform".
+        method: "divprune", "hired", "globalcom2", "scope", "coverage", "cdpruner", "mmtok", "random" or "uniform"; for
+            videos "evs" or "vidcom2", which leave images beside them whole.
         keep: the fraction in (0, 1] of the tokens that the language model receives for each image, newlines included,
-            or a whole number of tokens. 1.0 keeps everything.
+            or a whole number of tokens; of each video likewise. 1.0 keeps everything.
         positions: "original", the tokens that stay keep their positions (as if the others were masked), or "compact",
             positions are counted anew; on three-axis models compact positions are those of text. `None` is "compact"
             for `reference` and "original" otherwise.
         newline: "row", "keep", "drop" or "compete"; see `studio.pruning.layout`.
         reference: the authors' selection, with its own count.
         generator: for "random"; when `None`, one of seed 0 that a block of `prune` samples on from call to call.
-        options: settings of the method, such as `alpha` of hired or `tau` of globalcom2.
+        options: settings of the method, such as `alpha` of hired or `tau` of globalcom2; those not given are of
+            `pruning` in the model's configuration, by method, or the paper's. "cdpruner" and "mmtok" read the question
+            off the prompt: the text behind the last image, without special tokens.
 
     Returns:
         The inputs without pixels and with `mm_encoder_outputs`, and a `PruneInfo`.
 
     Raises:
-        StudioError: settings that do not fit, a model or pair that is not supported (with the reason), videos,
-            `inputs_embeds`, a filled cache beside new images, and a prompt whose image tokens do not match the images.
+        StudioError: settings that do not fit, a model or pair that is not supported (with the reason), videos with a
+            method for images or the other way round, `inputs_embeds`, a filled cache beside new images, and a prompt
+            whose image tokens do not match the images.
     """
     settings = checked(method, keep, positions, newline, reference, generator, options)
-    return shorten(family_of(model, method), dict(inputs), settings)
+    family = family_of(model, method)
+    return shorten(family, dict(inputs), settings.on(family))
 
 
 @contextmanager
@@ -80,7 +86,7 @@ def prune(
     restore_prompt: bool = True,
     **options: Any,
 ) -> Iterator[PruneRecord]:
-    """A block in which `model.generate` and `model(...)` prune the tokens of every image they get.
+    """A block in which `model.generate` and `model(...)` prune the tokens of every image, or video, they get.
 
         with studio.prune(model, "divprune", keep=0.1) as record:
             out = model.generate(**inputs, max_new_tokens=50)
@@ -96,13 +102,13 @@ def prune(
 
     Args:
         model, method, keep, positions, newline, reference, generator, options: as in `prune_inputs`; "fastv" and
-            "pyramiddrop" too, which score tokens inside the language model.
+            "pyramiddrop" too, which score tokens inside the language model, and "vscan", which also does before it.
         after_layer: k, from 1 up: k layers of the language model see every token, and those after them `keep` of each
             prompt's image tokens, chosen by the method from the hidden states there (by the last token's attention for
             "fastv", k = 2 by default, and "pyramiddrop"). Several layers cut in equal proportions, so that `keep` are
-            left after the last; "pyramiddrop" does so after each quarter of the layers by default. `None` prunes
-            before the language model. Sequences and positions are then those of the whole prompt; go on with its cache
-            inside the block.
+            left after the last; "pyramiddrop" does so after each quarter of the layers by default, "vscan" before the
+            language model and after half of its layers. `None` prunes before the language model. Sequences and
+            positions are then those of the whole prompt; go on with its cache inside the block.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
             `out[:, inputs.input_ids.shape[1]:]` is the answer. `False` returns the short prompt, which fits the cache
             when a conversation goes on with it (use positions="compact" then).
@@ -124,16 +130,49 @@ def prune(
         count(keep, 1)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         inside = Inside(family_of(model, method), method, keep, after_layer, generator, record)
-        with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
+        methods: dict[str, Callable] = {"forward": inside.forward, "generate": inside.generate}
+        if method == "vscan":
+            settings = Settings(method, _first_share(keep), "original", newline, False, generator, {})
+            inside.first = PruneRecord()
+            first = {
+                "forward": _forward(inside.family, settings, inside.first),
+                "generate": _generate(inside.family, settings, inside.first, restore_prompt),
+            }
+            methods = {name: _both(first[name], second) for name, second in methods.items()}
+        with inside.hooks(), block(inside.family.model, methods):
             yield record
         return
-    settings = checked(method, keep, positions, newline, reference, generator, options)
     family = family_of(model, method)
+    settings = checked(method, keep, positions, newline, reference, generator, options).on(family)
     methods = {"forward": _forward(family, settings, record)}
     if hasattr(family.model, "generate"):
         methods["generate"] = _generate(family, settings, record, restore_prompt)
     with block(family.model, methods):
         yield record
+
+
+def _first_share(keep: float) -> float:
+    """The share that the first of two equal cuts leaves.
+
+    Raises:
+        StudioError: a number of tokens.
+    """
+    if not is_fraction(keep):
+        raise StudioError("vscan cuts twice and needs a fraction to keep, not a number of tokens.")
+    return keep**0.5
+
+
+def _both(first: Callable, second: Callable) -> Callable:
+    """A method of the model that shortens the prompt first and cuts again inside the language model."""
+
+    def method(original, *arguments, **keywords):
+        @functools.wraps(original)
+        def rest(*given, **more):
+            return second(original, *given, **more)
+
+        return first(rest, *arguments, **keywords)
+
+    return method
 
 
 def _forward(family: Family, settings: Settings, record: PruneRecord):

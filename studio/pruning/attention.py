@@ -20,6 +20,7 @@ from studio.pruning.blocks import with_keywords
 from studio.pruning.layout import Layout
 
 _BLOCK = 256
+_SHALLOW = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +31,15 @@ class Attention:
         first: attention of the CLS token in the first layer, after softmax, summed over heads (HiRED).
         last: the same in the layer whose output becomes the features (HiRED).
         logits: query-key products of the CLS token in the last layer, before softmax, mean over heads (GlobalCom2).
+        shallow: as `first`, in the sixth layer (VScan).
+        unmerged: (T, C), no scores: features before the patches of a token are merged, mean over them (Cen-Prune).
     """
 
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    shallow: torch.Tensor | None = None
+    unmerged: torch.Tensor | None = None
 
 
 def cls_logits(queries: torch.Tensor, keys: torch.Tensor, heads: int, scale: float | None = None) -> torch.Tensor:
@@ -161,13 +166,14 @@ class TowerTap(_Tap):
         tower: the vision model; its layers are the modules with `q_proj` and `k_proj`, in order.
         names: fields of `Attention` to compute.
         feature_layer: index into the tower's hidden states that the features come from; its layer gives `last`.
-        has_cls: whether token 0 is CLS. Without it `first` and `last` are received attention, `logits` those of the
-            mean query.
+        has_cls: whether token 0 is CLS. Without it `logits` are those of the mean query, and the others received
+            attention.
     """
 
     def __init__(self, tower: torch.nn.Module, names: tuple[str, ...], *, feature_layer: int, has_cls: bool):
         layers = [module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
         number = {"first": 0, "last": max(feature_layer % (len(layers) + 1) - 1, 0), "logits": len(layers) - 1}
+        number["shallow"] = min(_SHALLOW, len(layers) - 1)
         self.layers = {name: layers[number[name]] for name in names}
         self.has_cls = has_cls
         self.seen: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
@@ -202,17 +208,27 @@ class TowerTap(_Tap):
 class QwenTap(_Tap):
     """A context in which a Qwen vision tower records received attention of its last layer with full attention.
 
+    For `unmerged` it records what goes into its merger instead.
+
     Queries and keys are rotated as the tower does it, each image attends to itself alone, the patches that are merged
     into one token are added up, and the order of windows (Qwen2.5-VL) is undone.
     """
 
-    def __init__(self, tower: Any, grid_thw: torch.Tensor):
+    def __init__(self, tower: Any, names: tuple[str, ...], grid_thw: torch.Tensor):
+        self.unmerged, self.merged = "unmerged" in names, torch.empty(0)
         full = getattr(tower, "fullatt_block_indexes", None) or [len(tower.blocks) - 1]
         self.tower, self.grid_thw, self.attention = tower, grid_thw, tower.blocks[max(full)].attn
         self.received: list[torch.Tensor] = []
 
     def hooks(self) -> Iterator[RemovableHandle]:
-        yield self.attention.register_forward_pre_hook(with_keywords(self._record, 2), with_kwargs=True)
+        if self.unmerged:
+            yield self.tower.merger.register_forward_pre_hook(self._record_features)
+        else:
+            yield self.attention.register_forward_pre_hook(with_keywords(self._record, 2), with_kwargs=True)
+
+    def _record_features(self, merger, arguments):
+        if self.entered():
+            self.merged = arguments[0].detach().float().unflatten(0, (-1, self.tower.spatial_merge_size**2)).mean(dim=1)
 
     @torch.no_grad()
     def _record(self, attention, arguments, keywords):
@@ -231,7 +247,7 @@ class QwenTap(_Tap):
     def scores(self) -> list[Attention]:
         """One `Attention` for each image, all fields the same map (1, tokens)."""
         tower, unit = self.tower, self.tower.spatial_merge_size**2
-        merged = torch.cat(self.received).view(-1, unit).sum(dim=1)
+        merged = self.merged if self.unmerged else torch.cat(self.received).view(-1, unit).sum(dim=1)
         if hasattr(tower, "window_size"):
             windows, _ = sys.modules[type(tower).__module__].get_vision_window_index(
                 self.grid_thw,
@@ -241,4 +257,6 @@ class QwenTap(_Tap):
             )
             merged = merged[torch.argsort(windows.to(merged.device))]
         maps = merged.split((self.grid_thw.prod(-1) // unit).tolist())
+        if self.unmerged:
+            return [Attention(unmerged=part) for part in maps]
         return [Attention(first=part[None], last=part[None], logits=part[None]) for part in maps]

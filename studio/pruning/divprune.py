@@ -16,14 +16,18 @@ Deviations from the authors' code, each with its reason:
 - a zero row gets similarity 0 instead of NaN, and a chosen token is never chosen again: theirs then repeats index 0;
 - at least one token is kept;
 - newlines stay with their rows by default; theirs let the identical newline embeddings compete, which loses the rows.
+
+With `centred`, "Centering before Pruning" (arXiv:2608.30263): mean features make all cosines alike, so they are taken
+out of the distances, and each distance is weighted by how unlike the others a token is.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from studio.checks import check_flag
 from studio.pruning.attention import Attention
-from studio.pruning.layout import Layout, check_newline, count, layout_for, with_newlines
+from studio.pruning.layout import Layout, check_newline, in_order
 
 _BLOCK = 256
 _LARGEST_MATRIX = 16384
@@ -38,16 +42,19 @@ def divprune(
     generator: torch.Generator | None = None,
     newline: str = "row",
     reference: bool = False,
+    centred: bool = False,
 ) -> torch.Tensor:
     """Keeps the most diverse tokens of one image.
 
     Args:
         features: (T, D), what the language model receives for the image.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
-        attention, generator: not needed.
+        attention: with `unmerged` for `centred` on a Qwen tower; else not needed.
+        generator: not needed.
         layout: where the newlines are; without one there are none.
         newline: "row", "keep", "drop" (see `with_newlines`) or "compete" (newlines are tokens like any other).
         reference: the authors' selection: newlines compete.
+        centred: Cen-Prune: distances of centred features, weighted by how unlike all others a token is.
 
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
@@ -55,16 +62,18 @@ def divprune(
     Raises:
         StudioError: a budget, layout or newline that does not fit.
     """
-    layout = layout_for(features, layout)
     check_newline(newline, compete=True)
-    budget = count(budget, len(features))
-    if budget == len(features):
-        return torch.arange(len(features), device=features.device)
-    if reference or newline == "compete" or not len(layout.newlines):
-        return diverse_order(features, budget).sort().values
-    content = layout.content
-    order = content[diverse_order(features[content.to(features.device)], min(budget, len(content))).cpu()]
-    return with_newlines(lambda picks: order[:picks], budget, layout, newline).to(features.device)
+    if reference:
+        newline = "compete"
+    if not check_flag("centred", centred):
+        return in_order(features, budget, layout, newline, lambda places, picks: diverse_order(features[places], picks))
+    unmerged = None if attention is None else attention.unmerged
+    rows = features if unmerged is None else unmerged.to(features.device)
+
+    def order(places: torch.Tensor, picks: int) -> torch.Tensor:
+        return centred_order(rows[places], picks, scaled=unmerged is not None)
+
+    return in_order(features, budget, layout, newline, order)
 
 
 def diverse_order(features: torch.Tensor, picks: int) -> torch.Tensor:
@@ -76,6 +85,37 @@ def diverse_order(features: torch.Tensor, picks: int) -> torch.Tensor:
     if len(rows) > _LARGEST_MATRIX:
         return _order_from_rows(rows, picks)
     return order_from_similarities(similarities(rows), picks)
+
+
+def centred_order(features: torch.Tensor, picks: int, *, scaled: bool = False) -> torch.Tensor:
+    """Greedy max-min diversity of centred features (Cen-Prune): `picks` rows of (M, D), in the order they are chosen.
+
+    Distances are those of y - mean y; each is multiplied by the token's weight, how unlike the others it is before
+    centring, brought to (0, 1).
+
+    Args:
+        scaled: divide each channel by its standard deviation and bring weights to (0, 1) by a sigmoid, as for features
+            before the merger of Qwen; by default y = x, and by minimum and maximum.
+    """
+    rows = features.detach().float()
+    if scaled:
+        rows = rows / (rows.var(dim=0, correction=0) + 1e-6).sqrt()
+    alone = F.normalize(rows, dim=1, eps=1e-12)
+    weight = (1 - len(rows) * alone @ alone.mean(dim=0)) / max(len(rows) - 1, 1)
+    if scaled:
+        weight = torch.sigmoid((weight - weight.mean()) / (weight.std(correction=0) + 1e-6))
+    else:
+        weight = (weight - weight.min()) / (weight.max() - weight.min() + 1e-6)
+    distance = 1 - similarities(F.normalize(rows - rows.mean(dim=0), dim=1, eps=1e-12))
+    pick = distance.fill_diagonal_(torch.inf).amin(dim=1).argmax(dim=0, keepdim=True)
+    order, farthest = [pick], distance.fill_diagonal_(0).index_select(0, pick)[0]
+    chosen = torch.zeros_like(farthest, dtype=torch.bool)
+    for _ in range(picks - 1):
+        chosen[order[-1]] = True
+        pick = (weight * farthest).masked_fill(chosen, -torch.inf).argmax(dim=0, keepdim=True)
+        order.append(pick)
+        farthest = torch.minimum(farthest, distance.index_select(0, pick)[0])
+    return torch.cat(order)
 
 
 def similarities(rows: torch.Tensor) -> torch.Tensor:

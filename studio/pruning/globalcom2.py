@@ -26,6 +26,7 @@ from studio.pruning.hired import cell_of
 from studio.pruning.layout import Layout, apportion, check_newline, count, fraction, layout_for, with_newlines
 
 POOLS = ("sum", "mean")
+FIELDS = {"logits": "logits", "feature": "last"}
 
 
 def globalcom2(
@@ -39,13 +40,14 @@ def globalcom2(
     reference: bool = False,
     tau: float = 10.0,
     pool: str = "sum",
+    scores: str = "logits",
 ) -> torch.Tensor:
     """Keeps the tokens of one image that matter in the thumbnail and in their crop.
 
     Args:
         features: (T, D), what the language model receives for the image; only T is used.
         budget: tokens to keep, newlines included, or a fraction in (0, 1] of T.
-        attention: with `logits`.
+        attention: with `logits`, or with `last` for scores="feature".
         layout: partitions, grid and newlines; without one all tokens are one partition.
         generator: not needed.
         newline: "row", "keep" or "drop" (see `with_newlines`).
@@ -54,23 +56,26 @@ def globalcom2(
         tau: temperature of the softmax over crops, above 0.
         pool: "sum" of z[0] over a region (the paper; nearly one crop takes all) or "mean", which does not grow with the
             number of tokens.
+        scores: "logits" of the last layer (the paper) or "feature", CLS attention of the layer whose output becomes the
+            features: what the language model reads. Attention is at most 1, so give it a tau of its own.
 
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1, unless `reference`.
 
     Raises:
-        StudioError: missing attention, or a budget, layout, newline, tau or pool that does not fit.
+        StudioError: missing attention, or a budget, layout, newline, tau, pool or scores that does not fit.
     """
+    check_choice("scores", scores, tuple(FIELDS))
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
     budgeted = count(fraction(budget) if reference else budget, len(features))
     if budgeted == len(features) and not reference:
         return torch.arange(len(features), device=features.device)
-    logits = scores_for("GlobalCom2", "logits", attention, layout)
+    logits = scores_for("GlobalCom2", FIELDS[scores], attention, layout)
     regions = [layout.region(partition) for partition in range(layout.partitions)]
     caps = [len(region) for region in regions]
-    scores = [logits[0, layout.token[regions[0]]], *crop_scores(logits, layout)]
-    by_score = [region[score.argsort(descending=True, stable=True)] for region, score in zip(regions, scores)]
+    ranked = [logits[0, layout.token[regions[0]]], *crop_scores(logits, layout)]
+    by_score = [region[score.argsort(descending=True, stable=True)] for region, score in zip(regions, ranked)]
 
     def ratios(r: float) -> list[float]:
         return [r, *crop_ratios(logits[0], layout.size, layout.grid, r, tau, pool).tolist()] if layout.grid else [r]

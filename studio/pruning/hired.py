@@ -33,7 +33,7 @@ def hired(
     generator: torch.Generator | None = None,
     newline: str = "row",
     reference: bool = False,
-    alpha: float = 0.5,
+    alpha: float | str = 0.5,
     cells: str | None = None,
 ) -> torch.Tensor:
     """Keeps the tokens of one image that the CLS token looks at.
@@ -47,7 +47,7 @@ def hired(
         newline: "row", "keep" or "drop" (see `with_newlines`).
         reference: the authors' selection: the fraction counts padding and no newlines, budgets are cut off in float32,
             newlines are dropped.
-        alpha: the thumbnail's share of the budget, in [0, 1].
+        alpha: the thumbnail's share of the budget, in [0, 1], or "proportional", its share of all content tokens.
         cells: "blocks", the true region of each crop, or "stripes", as the authors' code cuts it; `None` is "stripes"
             for `reference` and "blocks" otherwise.
 
@@ -61,6 +61,8 @@ def hired(
     check_newline(newline, compete=False)
     cells = cells or ("stripes" if reference else "blocks")
     check_choice("cells", cells, CELLS)
+    if alpha == "proportional":
+        alpha = len(layout.region(0)) / len(layout.content)
     alpha = check_number("alpha, the thumbnail's share of the budget,", alpha, 0, 1)
     budgeted = count(fraction(budget) if reference else budget, len(features))
     if budgeted == len(features) and not reference:

@@ -4,6 +4,8 @@
   prompt's last token in the layer before the cut, mean over heads.
 - `pyramiddrop`: "PyramidDrop" (CVPR 2025, arXiv:2410.17247). Several cuts, each by the last token's attention in the
   layer after it, over all tokens that are still there.
+- `vscan`: "VScan" (arXiv:2505.22654): one cut halfway, of tokens that `studio.pruning.vscan` has chosen and merged
+  before the language model.
 - any selector that needs features alone, which are here the hidden states before the cut.
 
 Only the last token's row of attention is computed, so any attention backend works. Tokens keep their positions, rows of
@@ -18,126 +20,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicLayer
 
 from studio.errors import StudioError
-from studio.pruning.adapters import Family
+from studio.pruning.adapters import Family, visual_tokens
 from studio.pruning.blocks import with_keywords
+from studio.pruning.columns import Columns, ShortLayer
 from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, METHODS, SCORES
 from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
-
-
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """Which of the prompt's L columns a layer holds.
-
-    Args:
-        order: (B, n) long, columns in ascending order; rows that keep fewer than n begin with others.
-        real: (B, n) bool, false for those others.
-    """
-
-    order: torch.Tensor
-    real: torch.Tensor
-
-    @classmethod
-    def where(cls, keep: torch.Tensor) -> "Columns":
-        """The columns that `keep` (B, L) marks."""
-        order = torch.argsort(keep.int(), dim=1, stable=True)[:, -int(keep.sum(dim=1).max()) :]
-        return cls(order, keep.gather(1, order))
-
-    def among(self, earlier: "Columns") -> "Columns":
-        """These columns of columns that were taken `earlier`, in terms of the prompt."""
-        return Columns(earlier.order.gather(1, self.order), self.real & earlier.real.gather(1, self.order))
-
-    def take(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows (B, n, D) of hidden states, or of a rotary table, (B or 1, L, D)."""
-        hidden = hidden.expand(len(self.order), -1, -1)
-        return hidden.gather(1, self.order[..., None].expand(-1, -1, hidden.shape[-1]))
-
-    def mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask among these columns, from what the model gives its layers: 4-D, (B, L) or `None`, causal."""
-        if mask is None:
-            if self.real.all():
-                return None
-            causal = torch.ones(2 * self.real.shape[1:], dtype=torch.bool, device=self.real.device).tril()
-            return causal & self.real[:, None, None]
-        if mask.dim() == 2:
-            return mask.gather(1, self.order) & self.real.to(mask.dtype)
-        mask = mask.expand(len(self.real), -1, -1, -1)
-        mask = mask.gather(2, self.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, self.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        return hidden_where(~self.real[:, None, None], mask)
-
-
-def hidden_where(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A mask that hides more: bool, true where seen, or added to the logits."""
-    if mask.dtype == torch.bool:
-        return mask & ~hidden
-    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-
-
-class ShortLayer(DynamicLayer):
-    """A layer that stands for a prompt of `prompt` tokens and holds n of them, per head perhaps others.
-
-    Args:
-        keys, values: (B, heads, n, D).
-        real: (B, n) bool, false where a row holds fewer than n.
-        prompt: how many tokens the layer has seen.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor, prompt: int):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.real, self.prompt, self.seen = keys, values, real, prompt, prompt
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen += key_states.shape[-2]
-        return super().update(key_states, value_states, *arguments, **keywords)
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def mask(self, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
-        """The mask of new queries over this layer, from that over all tokens: (B, 1, Q, seen), (B, seen) or `None`."""
-        if mask is None:
-            if self.real.all():
-                return None
-            new = torch.ones(queries, self.seen - self.prompt + queries, dtype=torch.bool, device=self.real.device)
-            mask = new.tril(self.seen - self.prompt)[None, None]
-        else:
-            mask = mask[..., self.prompt :]
-        if mask.dim() == 2:
-            return torch.cat((self.real.to(mask.dtype), mask), dim=1)
-        mask = mask.expand(len(self.real), -1, -1, -1)
-        seen = torch.ones_like if mask.dtype == torch.bool else torch.zeros_like
-        before = seen(mask[..., :1]).expand(-1, -1, -1, self.real.shape[1])
-        return torch.cat((hidden_where(~self.real[:, None, None], before), mask), dim=-1)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.real = self.real[beam_idx.to(self.real.device)]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.real = self.real.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.real = self.real[indices]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        self.seen -= abs(tokens_to_remove)
-
 
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
 
@@ -152,7 +48,8 @@ def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[i
     """
     layers = len(layers_of(family))
     if after_layer is None:
-        after_layer = tuple(layers * part // 4 for part in (1, 2, 3)) if method == "pyramiddrop" else 2
+        quarters = tuple(layers * part // 4 for part in (1, 2, 3))
+        after_layer = {"pyramiddrop": quarters, "vscan": max(layers // 2, 1)}.get(method, 2)
     cuts = (after_layer,) if isinstance(after_layer, int) else tuple(after_layer)
     whole = all(isinstance(cut, int) and not isinstance(cut, bool) and 0 < cut < layers for cut in cuts)
     if not cuts or not whole or list(cuts) != sorted(set(cuts)):
@@ -204,12 +101,13 @@ class Inside:
         generator: torch.Generator,
         record: PruneRecord,
     ):
-        if method in SCORES:
+        if method in SCORES and method not in INSIDE:
             raise StudioError(f"{method} needs scores of the vision tower: use it without after_layer.")
         self.family, self.method, self.keep, self.record = family, method, keep, record
         self.generator, self.cuts = generator, cuts_of(family, method, keep, after_layer)
         self.check_queries(method in INSIDE)
         self.call: type[Call] = CuttingCall
+        self.first: PruneRecord | None = None
 
     def check_queries(self, needed: bool) -> None:
         """Refuse a model whose queries cannot be read, where a method needs them.
@@ -282,14 +180,14 @@ class Call(ABC):
         ids = keywords.get("input_ids")
         self.image: Any = None  # (B, L) bool, the image tokens of a prompt
         if self.cache is not None and self.cache.get_seq_length():
-            if keywords.get("pixel_values") is not None:
+            if any(keywords.get(pixels) is not None for pixels in ("pixel_values", "pixel_values_videos")):
                 raise StudioError(
                     "Give all images with the first prompt: new ones cannot be pruned after a filled cache."
                 )
             return
         if ids is None:
             raise StudioError("Give input_ids: the image tokens of inputs_embeds cannot be told from text.")
-        image = ids == inside.family.model.config.image_token_id
+        image = visual_tokens(inside.family.model, ids)
         self.image = image if image.any() else None
         if self.image is None:
             return
@@ -327,6 +225,14 @@ class CuttingCall(Call):
         self.after: dict[int, Columns] = {}
         self.masks: dict[int, tuple] = {}
         self.seconds = 0.0
+        first = inside.first
+        self.earlier = first.info if first is not None and self.image is not None else None
+        if self.earlier is not None:
+            first.info = None
+            self.prompts = by_prompt(self.earlier, self.total)
+            self.whole = [tokens for _, tokens in self.prompts]
+        elif self.image is not None:
+            self.whole = self.total
 
     def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
@@ -368,7 +274,7 @@ class CuttingCall(Call):
             places = places.nonzero().flatten()
             if not len(places):
                 continue
-            wanted = min(count(self.inside.cuts[number], self.total[row]), len(places))
+            wanted = min(count(self.inside.cuts[number], self.whole[row]), len(places))
             if scores is not None:
                 chosen = scores[row, places].argsort(descending=True, stable=True)[:wanted]
             else:
@@ -418,7 +324,7 @@ class CuttingCall(Call):
             (image.cumsum(0) - 1)[order[real & image[order]]].cpu()
             for image, order, real in zip(self.image, columns.order, columns.real)
         ]
-        self.inside.record.info = PruneInfo(
+        info = PruneInfo(
             method=self.inside.method,
             keep=self.inside.keep,
             tokens_before=self.total,
@@ -426,6 +332,25 @@ class CuttingCall(Call):
             kept=kept,
             seconds={"encode": 0.0, "select": self.seconds},
         )
+        if self.earlier is not None:
+            kept = [places[left] for (places, _), left in zip(self.prompts, kept)]
+            seconds = {phase: spent + self.earlier.seconds[phase] for phase, spent in info.seconds.items()}
+            info = replace(info, tokens_before=self.whole, kept=kept, layouts=self.earlier.layouts, seconds=seconds)
+        self.inside.record.info = info
+
+
+def by_prompt(earlier: PruneInfo, left: list[int]) -> list[tuple[torch.Tensor, int]]:
+    """For each prompt, with `left` tokens, its places that were kept before and how many it had; beams repeat them."""
+    images, prompts = iter(zip(earlier.kept, earlier.tokens_before)), []
+    beams = 1 if earlier.next_positions is None else len(left) // len(earlier.next_positions)
+    for total in left[::beams]:
+        places, tokens = [torch.arange(0)], 0
+        while sum(map(len, places)) < total:
+            chosen, number = next(images)
+            places.append(chosen + tokens)
+            tokens += number
+        prompts += [(torch.cat(places), tokens)] * beams
+    return prompts
 
 
 @torch.no_grad()

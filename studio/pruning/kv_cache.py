@@ -4,12 +4,7 @@ Scores come from queries and keys of each layer, in blocks of queries, so no att
 materialised and any attention backend works. Text always stays; of the image tokens exactly `keep` stay in each layer
 (for `prefixkv` on average over layers), and the memory of the others is freed.
 
-- `coverage`: the tokens that cover the others best, the same in all layers; needs no attention. It is the second factor
-  of SCOPE (arXiv:2510.24214) alone, a greedy maximisation of a submodular function of the features:
-
-      gain(u) = sum_v max(0, cos(v, u) - best_v),    best_v = max over chosen c of cos(v, c), at first 0
-
-  Each pick has the largest gain; the chosen set is within 1 - 1/e of the best of its size.
+- `coverage`: the tokens that cover the others best, the same in all layers (`studio.pruning.scope`); needs no scores.
 - `snapkv` (arXiv:2404.14469): attention of the prompt's last 32 tokens, smoothed over 5 positions, for each head.
 - `h2o` (arXiv:2306.14048): half the latest, half those with the most attention received from all queries, for each
   head. Decoding evicts nothing more, unlike in the paper.
@@ -17,10 +12,13 @@ materialised and any attention backend works. Text always stays; of the image to
   numbers of tokens.
 - `kvcrush` (arXiv:2503.00022): 3/4 by the scores of `snapkv`; of the others, sorted by how many heads disagree with the
   majority on whether a token is in their upper half, evenly spaced ones.
+- `ems` and `lookm`, which merge tokens that go into tokens that stay (see `studio.pruning.cache_merging`).
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +29,21 @@ from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
 from studio.pruning.blocks import block, with_keywords
-from studio.pruning.inside_model import Call, Inside, ShortLayer, layers_of, rotated, windowless
+from studio.pruning.cache_merging import Merged, ems, lookm
+from studio.pruning.columns import ShortLayer
+from studio.pruning.inside_model import Call, Inside, layers_of, rotated, windowless
 from studio.pruning.layout import count
+from studio.pruning.registry import IN_CACHE
+from studio.pruning.scope import coverage_order
 from studio.pruning.shortening import PruneInfo, PruneRecord
 
-COMPRESSION = ("coverage", "snapkv", "h2o", "prefixkv", "kvcrush")
+MERGING: dict[str, Callable[..., Merged]] = {"ems": ems, "lookm": lookm}
 _WINDOW, _POOL, _BLOCK = 32, 5, 256
+_OWN = {"keys", "values", "scores", "wanted"}
 
 
 @contextmanager
-def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterator[PruneRecord]:
+def compress(model: PreTrainedModel, method: str, keep: float = 0.05, **options: Any) -> Iterator[PruneRecord]:
     """A block in which the KV cache drops most image tokens as soon as a prompt is read.
 
         with studio.compress(model, "coverage", keep=0.05) as record:
@@ -51,21 +54,26 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterato
 
     Args:
         model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
-        method: "coverage", "snapkv", "h2o", "prefixkv" or "kvcrush".
+        method: "coverage", "snapkv", "h2o", "prefixkv", "kvcrush", "ems" or "lookm".
         keep: the fraction in (0, 1] of each prompt's image tokens that each layer keeps, or a whole number of them.
+        options: settings of "ems" and "lookm", such as `merge` (see `studio.pruning.cache_merging`).
 
     Yields:
-        A `PruneRecord`; the info of a prompt has no `kept`, because heads keep different tokens.
+        A `PruneRecord`; the info of a prompt has `kept` for "coverage" only: elsewhere heads keep different tokens.
 
     Raises:
-        StudioError: an unknown method, a model that is not supported (with the reason), and calls whose cache cannot
-            shrink.
+        StudioError: an unknown method or option, a model that is not supported (with the reason), and calls whose
+            cache cannot shrink.
     """
-    if method not in COMPRESSION:
-        raise StudioError(f"The method of the cache is one of {', '.join(COMPRESSION)}, not {shown(method)}.")
+    if method not in IN_CACHE:
+        raise StudioError(f"The method of the cache is one of {', '.join(IN_CACHE)}, not {shown(method)}.")
+    known = set(inspect.signature(MERGING[method]).parameters) - _OWN if method in MERGING else set()
+    if unknown := set(options) - known:
+        allowed = f"takes {', '.join(sorted(known))}" if known else "has no settings"
+        raise StudioError(f"{method} {allowed}, not {', '.join(sorted(unknown))}.")
     count(keep, 1)
     record = PruneRecord()
-    inside = Compressing(family_of(model, "uniform"), method, keep, record)
+    inside = Compressing(family_of(model, "uniform"), method, keep, record, options)
     with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
         yield record
 
@@ -73,10 +81,13 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05) -> Iterato
 class Compressing(Inside):
     """The hooks of one `compress` block."""
 
-    def __init__(self, family: Family, method: str, keep: float, record: PruneRecord):
-        self.family, self.method, self.keep, self.record = family, method, keep, record
+    def __init__(self, family: Family, method: str, keep: float, record: PruneRecord, options: dict):
+        self.family, self.method, self.keep, self.record, self.options = family, method, keep, record, options
         windowless(family)
         self.check_queries(method != "coverage")
+        text = family.model.config.get_text_config()
+        if method in MERGING and "flash" in (getattr(text, "_attn_implementation", None) or ""):
+            raise StudioError(f"{method} adds to the logits of attention: load the model with sdpa or eager attention.")
         self.call = CompressingCall
 
     def handles(self) -> Iterator[RemovableHandle]:
@@ -125,8 +136,15 @@ class CompressingCall(Call):
         if method == "prefixkv":
             self.scores[number] = received.mean(dim=1)
             return
+        if method == "ems":
+            latest = self._received(number, hidden, keywords["position_embeddings"], keys, _WINDOW)
+            self._merge(number, self._global_or_local(received, _smooth(latest)))
+            return
+        if method == "lookm":
+            self._merge(number, received)
+            return
         if method != "h2o":
-            received = F.avg_pool1d(received, _POOL, stride=1, padding=_POOL // 2)
+            received = _smooth(received)
         choose = {"snapkv": _heaviest, "h2o": _heavy_and_recent, "kvcrush": _crushed}[method]
         images = map(_places, self.image & self.valid)
         self._hold(number, [choose(received[row], places, self.wanted[row]) for row, places in enumerate(images)])
@@ -149,7 +167,25 @@ class CompressingCall(Call):
             received += (weights * asks[:, None, None, rows, None]).sum(dim=3).mean(dim=2)
         return received
 
-    def _hold(self, number: int, chosen: list[list[torch.Tensor]]) -> None:
+    def _global_or_local(self, received: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
+        """The scores of `ems`, (B, key heads, L): attention from all later queries, or from the latest if more."""
+        columns = torch.arange(received.shape[2], device=received.device)
+        readers = (self.last[:, None] + 1 - columns).clamp(min=1)
+        average, image = received / readers[:, None], (self.image & self.valid)[:, None]
+        totals = [(scores * image).sum(dim=2, keepdim=True) for scores in (average, latest)]
+        return torch.maximum(average * totals[1] / totals[0].clamp(min=1e-12), latest)
+
+    def _merge(self, number: int, scores: torch.Tensor) -> None:
+        """Cuts a layer whose tokens that go are merged into those that stay."""
+        layer, merge = self.cache.layers[number], MERGING[self.inside.method]
+        chosen, merged = [], []
+        for row, places in enumerate(map(_places, self.image & self.valid)):
+            given = (part[row][:, places] for part in (layer.keys, layer.values, scores))
+            merged.append(merge(*given, self.wanted[row], **self.inside.options))
+            chosen.append([*places[merged[-1].kept]])
+        self._hold(number, chosen, merged)
+
+    def _hold(self, number: int, chosen: list[list[torch.Tensor]], merged: list[Merged] | None = None) -> None:
         """Cuts a layer: the text of each row and what each of its heads has chosen, `chosen[row][head]`."""
         layer = self.cache.layers[number]
         text = self.valid & ~self.image
@@ -163,7 +199,16 @@ class CompressingCall(Call):
         keys, values = (
             part.gather(2, columns[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (layer.keys, layer.values)
         )
-        self.cache.layers[number] = ShortLayer(keys, values, real, self.image.shape[1])
+        bias = None
+        if merged is not None:
+            image = self.image[:, None].expand(-1, keys.shape[1], -1).gather(2, columns) & real[:, None]
+            keys[image] = torch.cat([part.keys.flatten(0, 1) for part in merged])
+            values[image] = torch.cat([part.values.flatten(0, 1) for part in merged])
+            bias = torch.zeros(columns.shape, device=device)
+            bias[image] = torch.cat([part.counts.flatten() for part in merged]).log()
+            groups = self.inside.family.model.config.get_text_config().num_attention_heads // keys.shape[1]
+            bias = bias.repeat_interleave(groups, dim=1)
+        self.cache.layers[number] = ShortLayer(keys, values, real, self.image.shape[1], bias)
 
     def finish(self) -> None:
         if self.image is None:
@@ -171,7 +216,14 @@ class CompressingCall(Call):
         if self.scores:
             self._cut_to_one_share()
         self.inside.record.info = PruneInfo(
-            method=self.inside.method, keep=self.inside.keep, tokens_before=self.total, tokens_after=self.wanted
+            method=self.inside.method,
+            keep=self.inside.keep,
+            tokens_before=self.total,
+            tokens_after=self.wanted,
+            kept=[
+                torch.isin(_places(image), places).nonzero().flatten().cpu()
+                for image, places in zip(self.image, self.places)
+            ],
         )
 
     def _cut_to_one_share(self) -> None:
@@ -214,6 +266,10 @@ def _places(row: torch.Tensor) -> torch.Tensor:
     return row.nonzero().flatten()
 
 
+def _smooth(received: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool1d(received, _POOL, stride=1, padding=_POOL // 2)
+
+
 def _heaviest(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[torch.Tensor]:
     order = received[:, places].argsort(dim=1, descending=True, stable=True)[:, :wanted]
     return [*places[order]]
@@ -236,26 +292,3 @@ def _crushed(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[
     rest = rest[far[rest].argsort(stable=True)]
     spread = (2 * torch.arange(wanted // 4, device=rest.device) + 1) * len(rest) // max(2 * (wanted // 4), 1)
     return [places[torch.cat((rank[:heavy], rest[spread]))]] * len(received)
-
-
-def coverage_order(features: torch.Tensor, picks: int) -> torch.Tensor:
-    """Greedy coverage of features, the loop of `coverage` (see the module).
-
-    Args:
-        features: (N, D).
-        picks: how many rows to choose, at most N.
-
-    Returns:
-        (picks,) long, different rows in the order they are chosen; of equal gains the first row wins.
-    """
-    rows = F.normalize(features.detach().float(), dim=1, eps=1e-12)
-    similarity = rows @ rows.T
-    best, order = similarity.new_zeros(len(rows)), []
-    chosen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    for _ in range(min(picks, len(rows))):
-        gains = (similarity - best[:, None]).clamp(min=0).sum(dim=0).masked_fill(chosen, -1)
-        pick = gains.argmax(keepdim=True)
-        chosen[pick] = True
-        order.append(pick)
-        best = torch.maximum(best, similarity[:, pick[0]])
-    return torch.cat(order)

@@ -168,6 +168,17 @@ def layout_for(features: torch.Tensor, layout: Layout | None) -> Layout:
     return layout
 
 
+def frames_of(features: torch.Tensor, frames: int) -> torch.Tensor:
+    """(T, n, D) float32 of the features (T * n, D) of a video.
+
+    Raises:
+        StudioError: features are not a matrix, or no whole frames.
+    """
+    if features.dim() != 2 or not len(features) or frames < 1 or len(features) % frames:
+        raise StudioError(f"Give the features of {frames} frames as (tokens, width), not {tuple(features.shape)}.")
+    return features.detach().float().unflatten(0, (frames, -1))
+
+
 NEWLINES = ("row", "keep", "drop", "compete")
 
 
@@ -209,6 +220,37 @@ def with_newlines(pick: Callable[[int], torch.Tensor], budget: int, layout: Layo
             )
         return torch.cat((pick(budget - len(layout.newlines)), layout.newlines)).sort().values
     return _with_rows(pick, budget, layout)
+
+
+def in_order(
+    features: torch.Tensor,
+    budget: int | float,
+    layout: Layout | None,
+    newline: str,
+    order: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """The first picks of a greedy order of the content tokens, with newlines, exactly `budget`.
+
+    Args:
+        features, budget, layout, newline: as of a pruning method; "compete" makes newlines content.
+        order: of places of content tokens, on the device of the features, and a number: which of them to pick, in
+            order; the first picks must not depend on the number.
+
+    Returns:
+        Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
+
+    Raises:
+        StudioError: a budget or layout that does not fit.
+    """
+    layout = layout_for(features, layout)
+    budget, device = count(budget, len(features)), features.device
+    if budget == len(features):
+        return torch.arange(len(features), device=device)
+    if newline == "compete" or not len(layout.newlines):
+        return order(torch.arange(len(features), device=device), budget).sort().values
+    content = layout.content
+    chosen = content[order(content.to(device), min(budget, len(content))).cpu()]
+    return with_newlines(lambda picks: chosen[:picks], budget, layout, newline).to(device)
 
 
 def _rows(chosen: torch.Tensor, layout: Layout) -> torch.Tensor:

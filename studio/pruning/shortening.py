@@ -5,15 +5,19 @@
 
 import inspect
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
+from transformers.utils import ModelOutput
 
 from studio.checks import shown
 from studio.errors import StudioError
-from studio.pruning.adapters import Family, mismatch
+from studio.pruning.adapters import Family, mismatch, visual_tokens
 from studio.pruning.layout import Layout, check_newline, count, is_fraction
-from studio.pruning.registry import SCORES, WITH_REFERENCE, method_named
+from studio.pruning.registry import READS_TEXT, SCORES, SELECTORS, VIDEO, WITH_REFERENCE, method_named
+from studio.pruning.vscan import merged
 
 _FILL = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
 """What padding holds in each input that is as long as the prompt."""
@@ -70,7 +74,7 @@ def positions_from(mask: torch.Tensor) -> torch.Tensor:
 
 POSITIONS = ("original", "compact")
 _TOWER_STATES = ("last_hidden_state", "hidden_states", "attentions")
-_OWN = ("features", "budget", "attention", "layout", "generator", "newline", "reference")
+_OWN = ("features", "budget", "attention", "layout", "generator", "newline", "reference", "frames", "text")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +121,19 @@ class Settings:
     generator: torch.Generator
     options: dict
 
+    def on(self, family: Family) -> "Settings":
+        """These, with the options that the model's configuration has for the method and nobody has given."""
+        own = (getattr(family.model.config, "pruning", None) or {}).get(self.method, {})
+        return self if self.reference else replace(self, options={**own, **self.options})
+
+    def needs(self, family: Family) -> tuple[str, ...]:
+        """The fields of `Attention` that are read off the vision tower."""
+        if self.method == "divprune" and self.options.get("centred") and family.mrope:
+            return ("unmerged",)
+        if self.method == "globalcom2" and self.options.get("scores") == "feature":
+            return ("last",)
+        return SCORES.get(self.method, ())
+
 
 def checked(
     method: str,
@@ -138,6 +155,8 @@ def checked(
         raise StudioError(f"{method} {allowed}, not {', '.join(sorted(unknown))}.")
     count(keep, 1)
     check_newline(newline, compete=method in ("divprune", "random"))
+    if method in VIDEO and newline != "row":
+        raise StudioError(f"{method} keeps the newline of a video: leave newline out.")
     if reference and method not in WITH_REFERENCE:
         raise StudioError(f"reference=True is for {', '.join(WITH_REFERENCE)}: {method} has no authors' code.")
     positions = positions or ("compact" if reference else "original")
@@ -155,68 +174,125 @@ def has_images(inputs: dict) -> bool:
     return any(given is not None for given in pixels) or (embeds is not None and embeds.shape[1] > 1)
 
 
+@dataclass(frozen=True)
+class _Modality:
+    name: str
+    pixels: str
+
+
+_IMAGES, _VIDEOS = _Modality("image", "pixel_values"), _Modality("video", "pixel_values_videos")
+
+
+@dataclass
+class _Read:
+    """What the vision tower gives for the images or the videos of a prompt, and what of it stays."""
+
+    modality: _Modality
+    mask: torch.Tensor
+    encoded: ModelOutput
+    features: list[torch.Tensor]
+    layouts: list[Layout]
+    kept: list[torch.Tensor]
+    names: list[str]
+    seconds: dict[str, float]
+
+
 @torch._disable_dynamo
 def shorten(family: Family, inputs: dict, settings: Settings) -> tuple[dict, PruneInfo]:
     """The inputs without pixels and without the tokens that were not chosen, and what was pruned.
 
-    Inputs without images come back as they are.
+    Inputs without images and videos come back as they are. Images beside a video keep all their tokens.
 
     Raises:
         StudioError: as in `studio.pruning.api.prune_inputs`.
     """
     if not has_images(inputs):
         return inputs, PruneInfo(settings.method, settings.keep)
-    _check_inputs(inputs)
+    _check_inputs(inputs, settings)
     ids = inputs["input_ids"]
-    encoder_inputs = _encoder_inputs(family, inputs)
-    started = _now(ids.device)
-    with family.tap(SCORES.get(settings.method, ()), inputs) as tap:
-        encoded = family.base.get_image_features(**encoder_inputs, return_dict=True)
-    features = family.features(encoded, inputs)
-    image = ids == family.model.config.image_token_id
-    if int(image.sum()) != sum(map(len, features)):
-        raise StudioError(mismatch(int(image.sum()), sum(map(len, features))))
-    encoded_at = _now(ids.device)
-    layouts = family.layouts(features, inputs)
-    kept = _choose(family, tap, inputs, features, layouts, settings)
-    selected_at = _now(ids.device)
-
-    stays = torch.cat([torch.isin(torch.arange(len(part)), places) for part, places in zip(features, kept)])
-    keep = torch.ones_like(image)
-    keep[image] = stays.to(ids.device)
+    present = [modality for modality in (_IMAGES, _VIDEOS) if inputs.get(modality.pixels) is not None]
+    read = [_read(family, modality, inputs, settings) for modality in present]
+    names = {name for part in read for name in part.names}
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    for part in read:
+        stays = [torch.isin(torch.arange(len(each)), places) for each, places in zip(part.features, part.kept)]
+        keep[part.mask] = torch.cat(stays).to(ids.device)
     positions = _positions(family, inputs)
-    out = {name: value for name, value in inputs.items() if name not in encoder_inputs}
-    if not stays.all():
-        out |= _shorter(family, out, keep, positions, settings.positions)
+    grids = {name: inputs[name] for name in _GRIDS if name in inputs}
+    out = {name: value for name, value in inputs.items() if name not in {*names, *grids}}
+    if not keep.all():
+        out = _shorter(family, out, keep, positions, settings.positions)
         positions = out["position_ids"]
     elif family.mrope:
-        out["image_grid_thw"] = inputs["image_grid_thw"]
-    row_tokens = (keep & image).sum(dim=1).tolist()
-    out["mm_encoder_outputs"] = {"image": _encoder_output(family, encoded, features, kept, row_tokens)}
+        out |= grids
+    out["mm_encoder_outputs"] = {part.modality.name: _encoder_output(family, part, keep) for part in read}
+    pruned = read[-1]
     info = PruneInfo(
         method=settings.method,
         keep=settings.keep,
-        tokens_before=[len(part) for part in features],
-        tokens_after=[len(places) for places in kept],
-        kept=kept,
-        layouts=layouts,
+        tokens_before=[len(part) for part in pruned.features],
+        tokens_after=[len(places) for places in pruned.kept],
+        kept=pruned.kept,
+        layouts=pruned.layouts,
         removed=ids.shape[1] - out["input_ids"].shape[1],
         next_positions=(positions[-3:] if family.mrope else positions[None]).amax(dim=(0, 2)) + 1,
-        seconds={"encode": encoded_at - started, "select": selected_at - encoded_at},
+        seconds={phase: sum(part.seconds[phase] for part in read) for phase in pruned.seconds},
     )
     return out, info
 
 
-def _encoder_inputs(family: Family, inputs: dict) -> dict:
-    names = inspect.signature(family.base.get_image_features).parameters
+_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Inputs that say where the tokens of an image or a video lie: of no use once positions are known."""
+
+
+def _read(family: Family, modality: _Modality, inputs: dict, settings: Settings) -> _Read:
+    """Encodes the images or the videos of a prompt and chooses among their tokens."""
+    ids, encode = inputs["input_ids"], getattr(family.base, f"get_{modality.name}_features")
+    given = _encoder_inputs(encode, inputs)
+    images = modality is _IMAGES
+    started = _now(ids.device)
+    with family.tap(settings.needs(family), inputs) if images else nullcontext() as tap:
+        encoded = encode(**given, return_dict=True)
+    features = family.features(encoded, inputs) if images else list(encoded.pooler_output)
+    mask = ids == getattr(family.model.config, f"{modality.name}_token_id")
+    if int(mask.sum()) != sum(map(len, features)):
+        raise StudioError(mismatch(int(mask.sum()), sum(map(len, features)), modality.name))
+    encoded_at = _now(ids.device)
+    layouts = family.layouts(features, inputs) if images and settings.method not in VIDEO else []
+    if settings.method in VIDEO:
+        kept = _choose_frames(family, inputs, features, settings, whole=images)
+    else:
+        kept = _choose(family, tap, inputs, features, layouts, settings)
+    if settings.method == "vscan":
+        features = [merged(*part) for part in zip(features, kept, layouts)]
+    seconds = {"encode": encoded_at - started, "select": _now(ids.device) - encoded_at}
+    return _Read(modality, mask, encoded, features, layouts, kept, [*given], seconds)
+
+
+def _choose_frames(family: Family, inputs: dict, features: list, settings: Settings, whole: bool) -> list[torch.Tensor]:
+    if whole or (is_fraction(settings.keep) and settings.keep == 1):
+        return [torch.arange(len(part)) for part in features]
+    kept = []
+    for part, frames in zip(features, family.frames(features, inputs)):
+        content = len(part) // frames * frames
+        places = method_named(settings.method)(part[:content], settings.keep, frames=frames).cpu()
+        kept.append(torch.cat((places, torch.arange(content, len(part)))))
+    return kept
+
+
+def _encoder_inputs(encode: Callable, inputs: dict) -> dict:
+    names = inspect.signature(encode).parameters
     return {name: inputs[name] for name in names if name != "kwargs" and name in inputs}
 
 
-def _check_inputs(inputs: dict) -> None:
+def _check_inputs(inputs: dict, settings: Settings) -> None:
     if inputs.get("input_ids") is None or inputs.get("inputs_embeds") is not None:
         raise StudioError("Give input_ids and pixels: the image tokens of inputs_embeds cannot be told from text.")
-    if inputs.get("pixel_values_videos") is not None:
-        raise StudioError("Only images are pruned: give videos to the model outside of the block.")
+    videos = inputs.get("pixel_values_videos") is not None
+    if videos and settings.method not in VIDEO:
+        raise StudioError(f"{settings.method} prunes images: for videos use {' or '.join(VIDEO)}.")
+    if not videos and settings.method in VIDEO:
+        raise StudioError(f"{settings.method} prunes videos, and there are only images: use divprune.")
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise StudioError("Give all images with the first prompt: new ones cannot be pruned after a filled cache.")
@@ -231,18 +307,38 @@ def _now(device: torch.device) -> float:
 def _choose(family, tap, inputs, features, layouts, settings: Settings) -> list[torch.Tensor]:
     if is_fraction(settings.keep) and settings.keep == 1:
         return [torch.arange(len(part)) for part in features]
-    needs = settings.method in SCORES
-    scores = family.scores(tap, inputs, len(features)) if needs else [None] * len(features)
+    scores = family.scores(tap, inputs, len(features)) if settings.needs(family) else [None] * len(features)
+    texts = _texts(family, inputs, features) if settings.method in READS_TEXT else [{}] * len(features)
     given = {"newline": settings.newline, **settings.options}
     if settings.reference:
         given["reference"] = True
-    select = method_named(settings.method)
+    select = SELECTORS[settings.method]
     return [
-        select(part, settings.keep, attention=score, layout=layout, generator=settings.generator, **given).cpu()
+        select(part, settings.keep, attention=score, layout=layout, generator=settings.generator, **text, **given).cpu()
         if len(part)
         else torch.arange(0)
-        for part, score, layout in zip(features, scores, layouts)
+        for part, score, layout, text in zip(features, scores, layouts, texts)
     ]
+
+
+def _texts(family: Family, inputs: dict, features: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """For each image the embeddings of the text behind the last image of its prompt, without padding and ends."""
+    ids, config = inputs["input_ids"], family.model.config.get_text_config()
+    ends = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    special = torch.tensor(
+        [end for each in ends for end in (each if isinstance(each, list) else [each]) if end is not None]
+    )
+    image = visual_tokens(family.model, ids)
+    behind = image.flip(1).cumsum(dim=1).flip(1) == 0
+    asked = behind & attention_mask_of(inputs).bool() & ~torch.isin(ids, special.to(ids.device))
+    embed, texts = family.model.get_input_embeddings(), []
+    row, left = -1, 0
+    for part in features:
+        while not left:
+            row, left = row + 1, int(image[row + 1].sum())
+        texts.append({"text": embed(ids[row][asked[row]])})
+        left -= len(part)
+    return texts
 
 
 def _positions(family: Family, inputs: dict) -> torch.Tensor:
@@ -255,17 +351,17 @@ def _positions(family: Family, inputs: dict) -> torch.Tensor:
     ids = inputs["input_ids"]
     kinds = inputs.get("mm_token_type_ids")
     if kinds is None:
-        kinds = (ids == family.model.config.image_token_id).int()
-    return family.base.get_rope_index(
-        ids, mm_token_type_ids=kinds, image_grid_thw=inputs["image_grid_thw"], attention_mask=mask
-    )[0]
+        config = family.model.config
+        kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    grids = {name: inputs[name] for name in _GRIDS if inputs.get(name) is not None}
+    return family.base.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)[0]
 
 
 def _shorter(family: Family, inputs: dict, keep, positions, kind: str) -> dict:
     """The inputs without the tokens that go. The mask is always there: without one, transformers takes a gap in the
     positions for the start of another sequence."""
     pad = family.model.config.get_text_config().pad_token_id
-    mask, image = attention_mask_of(inputs), inputs["input_ids"] == family.model.config.image_token_id
+    mask, image = attention_mask_of(inputs), visual_tokens(family.model, inputs["input_ids"])
     keep = keep & (mask.bool() | image)
     out = cut({**inputs, "attention_mask": mask, "position_ids": positions}, keep, 0 if pad is None or pad < 0 else pad)
     text = positions_from(out["attention_mask"])
@@ -283,12 +379,14 @@ def _set_rope_deltas(family: Family, out: dict) -> None:
     family.base.rope_deltas = out["position_ids"].amax(dim=(0, 2))[:, None] + 1 - tokens
 
 
-def _encoder_output(family: Family, encoded, features, kept, row_tokens):
+def _encoder_output(family: Family, part: _Read, keep: torch.Tensor) -> ModelOutput:
     def take(parts):
-        return [part[places.to(part.device)] for part, places in zip(parts, kept)]
+        return [each[places.to(each.device)] for each, places in zip(parts, part.kept)]
 
-    given = {name: value for name, value in encoded.items() if name not in _TOWER_STATES}
-    given["pooler_output"] = family.pooled(take(features), row_tokens)
+    given = {name: value for name, value in part.encoded.items() if name not in _TOWER_STATES}
+    kept = take(part.features)
+    row_tokens = (keep & part.mask).sum(dim=1).tolist()
+    given["pooler_output"] = family.pooled(kept, row_tokens) if part.modality is _IMAGES else family.pooled_videos(kept)
     if "deepstack_features" in given:
-        given["deepstack_features"] = [take(layer) for layer in encoded.deepstack_features]
-    return type(encoded)(**given)
+        given["deepstack_features"] = [take(layer) for layer in part.encoded.deepstack_features]
+    return type(part.encoded)(**given)

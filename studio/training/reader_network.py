@@ -19,6 +19,10 @@ from studio.data.backgrounds import NAMES
 from studio.data.scenes import TILE, WORDS, subjects
 
 PATCH = 8
+PRUNING = {"globalcom2": {"scores": "feature"}, "hired": {"alpha": "proportional"}}
+"""Options of pruning methods that suit this tower: CLS of its last layer, which the reader never sees, attends to plain
+background, and half the tokens are too many for the thumbnail."""
+
 TOWER = {
     "hidden_size": 160,
     "intermediate_size": 640,
@@ -50,6 +54,7 @@ def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE}, **TEXT,
         ),
         image_token_id=4,
+        pruning=PRUNING,
         image_grid_pinpoints=_pinpoints(),
         tie_word_embeddings=True,
     )  # fmt: skip

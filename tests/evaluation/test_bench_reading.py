@@ -6,7 +6,7 @@ import pytest
 
 from studio.bench.reading import PHASES, bench_reading, reading_chart, reading_table
 from studio.errors import StudioError
-from studio.evaluation.scenes import evaluate_reader
+from studio.evaluation.scenes import evaluate_reader, interval
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,28 @@ def test_rows_behind_a_layer(tiny_reader, tmp_path):
     assert 0.4 * whole["cache_bytes"] < tenth["cache_bytes"] < whole["cache_bytes"]
 
 
+def test_rows_of_every_place(tiny_reader, tmp_path):
+    for part in tiny_reader:
+        part.save_pretrained(tmp_path)
+    given = dict(keeps=(1.0, 0.1), scenes=1, images=1, repeats=1, tiles=(1, 1))
+    result = bench_reading(str(tmp_path), methods=("mmtok", "pyramiddrop", "kv-h2o"), **given)
+    rows = {(row["method"], row["keep"]): row for row in result["rows"]}
+    whole = rows["none", 1.0]
+    assert len(rows) == 7 and all(
+        rows[m, 1.0]["accuracy"] == whole["accuracy"] for m in ("mmtok", "pyramiddrop", "kv-h2o")
+    )
+    for row in rows.values():
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+        assert row["kept_tokens"] == (
+            whole["visual_tokens"] if row["keep"] == 1 else round(0.1 * whole["visual_tokens"])
+        )
+        spent = row["prefill"] + row["decode"] if row["method"] == "kv-h2o" else row["total"]
+        assert row["further"] == pytest.approx(spent)
+    assert rows["kv-h2o", 0.1]["cache_bytes"] < 0.2 * rows["kv-h2o", 1.0]["cache_bytes"]
+    assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert interval(0.0, 20)[0] == pytest.approx(0, abs=1e-12)
+
+
 def test_the_table_says_what_does_not_pay(measured):
     rows = [dict(row, faster=True, better_than_random=True) for row in measured["rows"]]
     assert "not" not in reading_table(rows)
@@ -62,4 +84,6 @@ def test_refusals(tiny_folder):
     with pytest.raises(StudioError, match="divprune"):
         bench_reading(methods=("other",))
     with pytest.raises(StudioError, match="inside the language model"):
-        bench_reading(methods=("fastv",))
+        bench_reading(methods=("vscan",))
+    with pytest.raises(StudioError, match="kv-coverage"):
+        bench_reading(methods=("kv-divprune",))

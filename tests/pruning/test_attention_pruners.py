@@ -10,6 +10,7 @@ from studio.pruning.attention import Attention, cls_logits, cls_probabilities, m
 from studio.pruning.globalcom2 import crop_ratios, crop_scores, globalcom2
 from studio.pruning.hired import cell_of, crop_hits, hired, reference_budgets
 from studio.pruning.layout import Layout
+from studio.pruning.vscan import merged, vscan
 from studio.reference import pruning as textbook
 
 LAYOUTS = [
@@ -123,3 +124,33 @@ def test_projections_that_do_not_fit_are_refused():
             function(x, x, heads=4)
     with pytest.raises(StudioError):
         cls_logits(x, x[:1], heads=2)
+
+
+def test_vscan_scans_windows_and_the_image():
+    layout = Layout.plain(12, 12)
+    sample = torch.Generator().manual_seed(0)
+    early, late = torch.rand(2, 1, 144, generator=sample)
+    features = torch.randn(144, 8, generator=sample)
+    kept = vscan(features, 24, attention=Attention(shallow=early, last=late), layout=layout).tolist()
+    local = []
+    for top, left in ((0, 0), (0, 6), (6, 0), (6, 6)):
+        window = [(top + row) * 12 + left + column for row in range(6) for column in range(6)]
+        local += sorted(window, key=lambda place: -float(early[0, place]))[:3]
+    rest = sorted(set(range(144)) - set(local), key=lambda place: -float(late[0, place]))
+    assert kept == sorted([*local, *rest[:12]])
+    mixed = merged(features, torch.tensor(kept), layout)
+    groups = {place: [place] for place in kept}
+    for place in set(range(144)) - set(kept):
+        alike = [float(torch.cosine_similarity(features[place], features[other], 0)) for other in kept]
+        groups[kept[alike.index(max(alike))]].append(place)
+    for place, members in groups.items():
+        torch.testing.assert_close(mixed[place], features[members].mean(0))
+
+
+def test_vscan_leaves_newlines_as_they_are():
+    layout = Layout.anyres(6, (2, 2), (60, 40))
+    features, arguments = torch.randn(len(layout), 5), {"layout": layout}
+    scores = torch.rand(2, layout.partitions, 36)
+    kept = vscan(features, 40, attention=Attention(shallow=scores[0], last=scores[1]), **arguments)
+    assert len(kept) == 40 and (layout.partition[kept] == 0).sum() >= 5
+    assert torch.equal(merged(features, kept, layout)[layout.newlines], features[layout.newlines])

@@ -12,11 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_families import FAMILIES, ROWS, answer, layers, tiny
 
 from studio.errors import StudioError
-from studio.pruning.kv_cache import COMPRESSION, compress, coverage_order, equal_shares
+from studio.pruning.kv_cache import MERGING, compress, equal_shares
+from studio.pruning.registry import IN_CACHE
+from studio.pruning.scope import coverage_order
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 NEW = 5
-methods = pytest.mark.parametrize("method", COMPRESSION)
+methods = pytest.mark.parametrize("method", IN_CACHE)
+evicting = pytest.mark.parametrize("method", [method for method in IN_CACHE if method not in MERGING])
 
 
 def held_columns(model, inputs, cache):
@@ -76,7 +79,7 @@ def check_against_masked_keys(family, method):
         assert layer.keys.shape[2] < layer.get_seq_length() == image.shape[1] + NEW - 1
 
 
-@methods
+@evicting
 def test_what_is_forgotten_is_masked(method):
     check_against_masked_keys("llava", method)
 

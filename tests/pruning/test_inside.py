@@ -3,6 +3,7 @@ are masked from there on."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from tiny_families import FAMILIES, ROWS, answer, layers, tiny
 from tiny_models import LlavaNext
 
 from studio.errors import StudioError
+from studio.pruning.adapters import family_of
 from studio.pruning.api import prune, prune_inputs
-from studio.pruning.inside_model import ShortLayer
+from studio.pruning.columns import ShortLayer
+from studio.pruning.shortening import Settings, shorten
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
@@ -87,12 +90,58 @@ def test_backends_agree_and_keeping_all_changes_nothing(family):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+def answered_twice_cut(made, inputs, info, new):
+    """VScan by hand: a prompt of the tokens that the first cut merges, whose cut tokens are hidden in layer 1."""
+    settings = Settings("vscan", 0.2**0.5, "original", "row", False, torch.Generator(), {})
+    pruned, first = shorten(family_of(made.model, "vscan"), inputs, settings)
+    before, left = [first.tokens_before[:1], first.tokens_before[1:]], []
+    for row, images in enumerate(([0], [1, 2])):
+        offsets = [sum(before[row][:number]) for number in range(len(images))]
+        places = torch.cat([first.kept[image] + offset for image, offset in zip(images, offsets)])
+        assert torch.isin(info.kept[row], places).all()
+        left.append(torch.isin(places, info.kept[row]).nonzero().flatten())
+    hooks = masked_from(made.model, 1, dropped_columns(made.model, pruned, replace(info, kept=left), new))
+    try:
+        return answer(made.model, pruned, tokens=new)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+def test_vscan_cuts_twice(family):
+    made, new = tiny(family, "eager"), 4
+    inputs = made.prompt(((0,), (1, 2)))
+    with prune(made.model, "vscan", keep=0.2) as record:
+        short = answer(made.model, inputs, tokens=new)
+    info = record.info
+    assert info.tokens_after == [round(0.2 * tokens) for tokens in info.tokens_before] and info.seconds["encode"] > 0
+    whole = (inputs["input_ids"] == made.model.config.image_token_id).sum(1).tolist()
+    assert info.tokens_before == whole
+    masked = answered_twice_cut(made, inputs, info, new)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(short.sequences[:, :length], inputs["input_ids"])
+    assert torch.equal(short.sequences[:, length:], masked.sequences[:, -new:])
+    for ours, theirs in zip(short.logits, masked.logits):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    first, second = (layer.keys.shape[2] for layer in short.past_key_values.layers)
+    assert second < first < length
+    with prune(made.model, "vscan", keep=0.2) as record:
+        logits = made.model(**inputs).logits[:, -1]
+    torch.testing.assert_close(logits, short.logits[0])
+    with pytest.raises(StudioError, match="needs a fraction"), prune(made.model, "vscan", keep=5):
+        pass
+    with pytest.raises(StudioError, match="use a block"):
+        prune_inputs(made.model, inputs, "vscan")
+
+
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_batch_equals_its_rows(beams):
+@pytest.mark.parametrize("method", ["fastv", "vscan"])
+def test_a_batch_equals_its_rows(method, beams):
     rows, options = ((0,), (1, 2), (2,)), dict(num_beams=beams, num_return_sequences=beams)
     made = tiny("llava_next")
     whole = made.prompt(rows)
-    with prune(made.model, "fastv", keep=0.2, after_layer=1):
+    with prune(made.model, method, keep=0.2, after_layer=1):
         batch = answer(made.model, whole, **options).sequences[:, whole["input_ids"].shape[1] :]
         for row, together in enumerate(batch.view(len(rows), beams, -1)):
             real, alone = whole["attention_mask"][row].bool(), made.prompt((rows[row],))

@@ -6,7 +6,7 @@ import torch
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
 from studio.pruning.layout import Layout, apportion, count
-from studio.pruning.registry import METHODS, WITH_REFERENCE, method_named
+from studio.pruning.registry import METHODS, READS_TEXT, WITH_REFERENCE, method_named
 
 LAYOUTS = {
     "plain": Layout.plain(6, 6),
@@ -28,6 +28,12 @@ def given(layout, seed=0, width=5):
     return features, {"attention": attention, "layout": layout, "generator": sample}
 
 
+def select(method, features, budget, newline="row", **arguments):
+    if method in READS_TEXT:
+        arguments["text"] = torch.randn(3, features.shape[1], generator=torch.Generator().manual_seed(7))
+    return METHODS[method](features, budget, newline=newline, **arguments)
+
+
 @pytest.mark.parametrize("newline", ["row", "keep", "drop"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
@@ -36,9 +42,9 @@ def test_budget_is_exact_and_newlines_are_as_configured(method, layout, newline)
         features, arguments = given(layout)
         if newline == "keep" and budget <= len(layout.newlines) and len(layout.newlines):
             with pytest.raises(StudioError, match="no room"):
-                METHODS[method](features, budget, newline=newline, **arguments)
+                select(method, features, budget, newline, **arguments)
             continue
-        kept = METHODS[method](features, budget, newline=newline, **arguments)
+        kept = select(method, features, budget, newline, **arguments)
         assert torch.equal(kept, kept.unique()), "sorted and no duplicates"
         ends = layout.newline_of[kept]
         rows, newlines = ends[ends >= 0].unique(), kept[layout.partition[kept] < 0]
@@ -58,14 +64,14 @@ def test_budget_is_exact_and_newlines_are_as_configured(method, layout, newline)
 def test_ratio_one_touches_nothing(method, layout):
     features, _ = given(layout)
     for budget in (1.0, len(features), len(features) + 5):
-        assert torch.equal(METHODS[method](features, budget, layout=layout), torch.arange(len(features)))
+        assert torch.equal(select(method, features, budget, layout=layout), torch.arange(len(features)))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fraction_counts_newlines(method):
     layout = LAYOUTS["padded"]
     features, arguments = given(layout)
-    assert len(METHODS[method](features, 0.25, **arguments)) == round(0.25 * len(layout))
+    assert len(select(method, features, 0.25, **arguments)) == round(0.25 * len(layout))
 
 
 @pytest.mark.parametrize("method", ["divprune", "random"])
@@ -80,7 +86,7 @@ def test_one_token_without_room_for_its_newline():
     layout = Layout.from_ids(torch.tensor([0, 1, -1, 2, 3, -1]), (2, 2))
     features, arguments = given(layout)
     for method in METHODS:
-        kept = METHODS[method](features, 1, **arguments)
+        kept = select(method, features, 1, **arguments)
         assert len(kept) == 1 and layout.partition[kept[0]] == 0
 
 

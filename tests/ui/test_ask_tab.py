@@ -13,6 +13,7 @@ from gradio_client import handle_file
 from PIL import Image
 
 from studio.pruning.layout import PatchView
+from studio.ui.jobs import ask_job
 from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.render.render_patches import render_patches
 from studio.ui.server import models
@@ -86,6 +87,37 @@ def test_patches_are_sampled_before_the_answer_is_there(reader, short, scene):
 def test_one_run_where_nothing_is_to_compare(reader, short, scene):
     assert updates(scene, compare=False)[-1][1].count("<section") == 1
     assert updates(scene, keep=1)[-1][1].count("<section") == 1
+
+
+def test_the_memory_of_an_image_is_kept_between_questions(reader, short, scene, monkeypatch):
+    remember, made = reader.remember, []
+    monkeypatch.setattr(reader, "remember", lambda *given, **more: made.append(more) or remember(*given, **more))
+    galleries, cards, status = zip(*updates(scene, method="kv-coverage", keep=0.1, compare=False))
+    assert "kv-coverage (KV cache), 10% of the tokens" in cards[-1] and "KiB" in cards[-1]
+    whole = reader(Image.open(scene), "how many", max_new_tokens=1)
+    assert f"{round(0.1 * whole.visual_tokens)} of {whole.visual_tokens} visual tokens" in cards[-1]
+    assert not re.search(r"<dt>encode</dt><dd>0 ms", cards[-1])
+    shown = [gallery["value"] for gallery in galleries if "value" in gallery]
+    assert shown and shown[-1][0][1].startswith("Whole image")
+    for question in ("what is at the left", "how many"):
+        assert re.search(
+            r"<dt>encode</dt><dd>0 ms", updates(scene, method="kv-coverage", keep=0.1, question=question)[-1][1]
+        )
+    memory = remember(Image.open(scene), method="coverage", keep=0.1)
+    assert reader.ask(memory, "how many", max_new_tokens=4).answer in cards[-1]
+    assert made == [{"method": "coverage", "keep": 0.1}]
+    updates(scene, method="kv-h2o", keep=0.1)
+    assert len(made) == 2
+
+
+def test_few_memories_stay(reader, short, scene, monkeypatch):
+    monkeypatch.setattr(ask_job, "_MOST_MEMORIES", 2)
+    for keep in (0.1, 0.2, 0.3):
+        updates(scene, method="kv-coverage", keep=keep, compare=False)
+    assert [key[-1] for key in ask_job._memories[reader]] == [0.2, 0.3]
+    monkeypatch.setattr(ask_job, "_MOST_BYTES", 0)
+    updates(scene, method="kv-coverage", keep=0.2, compare=False)
+    assert [key[-1] for key in ask_job._memories[reader]] == [0.2]
 
 
 def test_text_of_a_model_is_never_markup(reader, short, scene, monkeypatch):

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from studio import pruning_methods
+from studio import compression_methods, pruning_methods, pruning_place
 from studio.checks import as_integer, check_choice, check_flag, check_integer, check_number, set_fields
 from studio.errors import StudioError
 from studio.ui.server.limits import check_model, check_user_text, limits
@@ -16,9 +18,22 @@ from studio.ui.server.zerogpu import on_gpu
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from studio.pipelines.visual_question import Answer
+    from studio.pipelines.visual_question import Answer, ImageMemory, VisualQuestionPipeline
 
 _MOST_TOKENS = 4096  # of an answer, where no limit is set
+
+
+_CACHE = "kv-"
+
+
+def ask_methods() -> dict[str, str]:
+    """The methods of the tab, with a line of description: of pruning, and with the prefix "kv-" of compression."""
+    return {**pruning_methods(), **{_CACHE + name: line for name, line in compression_methods().items()}}
+
+
+def place_of(method: str) -> str:
+    """Where a method of the tab takes tokens away."""
+    return "KV cache" if method.startswith(_CACHE) else pruning_place(method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +44,7 @@ class AskRequest:
         model: what `studio.load` takes.
         image: the path of its file.
         question: the text.
-        method: the pruning method, of `studio.pruning_methods`.
+        method: of `ask_methods`.
         keep: the fraction of visual tokens to keep, above 0 and at most 1.
         compare: whether to ask the same with all tokens afterwards.
         max_new_tokens: of the answer, at least 1.
@@ -56,7 +71,7 @@ class AskRequest:
             raise StudioError("Give an image first: drop a file on the field, or take an example.")
         if self.question is None or not check_user_text("The question", self.question).strip():
             raise StudioError("The question is empty: ask something about the image.")
-        check_choice("The pruning method", self.method, pruning_methods())
+        check_choice("The pruning method", self.method, ask_methods())
         answer = limits().answer
         most = _MOST_TOKENS if answer is None else answer
         set_fields(
@@ -68,10 +83,9 @@ class AskRequest:
         )
 
     @property
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """The arguments of the pipeline for each run, by name."""
-        pruned: dict[str, dict[str, Any]] = {"pruned": {"prune": self.method, "keep": self.keep}}
-        return {**pruned, "whole": {}} if self.compare and self.keep != 1 else pruned
+    def runs(self) -> tuple[str, ...]:
+        """The names of the runs: "pruned", and "whole" with all tokens."""
+        return ("pruned", "whole") if self.compare and self.keep != 1 else ("pruned",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,17 +125,48 @@ def _read(request: AskRequest, job: Job) -> Reading:
     pipe = get_reader(request.model, job.device)
     reading = Reading(image)
     job.report(reading)
-    for name, settings in request.runs.items():
+    for name in request.runs:
         if not job.stopped:
-            answer = pipe(
-                image,
-                request.question,
-                max_new_tokens=request.max_new_tokens,
-                on_step=_reporter(job, reading, name),
-                **settings,
-            )
+            answer = _answer(pipe, image, request, name, _reporter(job, reading, name))
             reading = dataclasses.replace(reading, **{name: answer}, answered=(*reading.answered, name))
     return reading
+
+
+def _answer(
+    pipe: "VisualQuestionPipeline", image: "Image", request: AskRequest, name: str, on_step: "Callable[[Answer], bool]"
+) -> "Answer":
+    longest: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "on_step": on_step}
+    if name == "whole":
+        return pipe(image, request.question, **longest)
+    if not request.method.startswith(_CACHE):
+        return pipe(image, request.question, prune=request.method, keep=request.keep, **longest)
+    memory, spent = _remembered(pipe, image, request)
+    answer = pipe.ask(memory, request.question, **longest)
+    return dataclasses.replace(answer, seconds={**answer.seconds, "encode": spent})
+
+
+_memories: "WeakKeyDictionary[VisualQuestionPipeline, dict[tuple, ImageMemory]]" = WeakKeyDictionary()
+_MOST_MEMORIES, _MOST_BYTES = 8, 2**30
+
+
+def _remembered(pipe: "VisualQuestionPipeline", image: "Image", request: AskRequest) -> "tuple[ImageMemory, float]":
+    """The compressed cache of an image, and the seconds that it took now: 0 where an earlier question made it.
+
+    The latest eight stay, of at most 1 GiB together. They depend on the image alone, so sessions share them.
+    """
+    memories = _memories.setdefault(pipe, {})
+    pixels = blake2b(image.tobytes(), digest_size=16).hexdigest()
+    key = (pixels, image.mode, image.size, request.method, request.keep)
+    spent = 0.0
+    if key not in memories:
+        memories[key] = pipe.remember(image, method=request.method.removeprefix(_CACHE), keep=request.keep)
+        spent = memories[key].seconds["remember"]
+    memory = memories[key] = memories.pop(key)
+    while len(memories) > 1 and (
+        len(memories) > _MOST_MEMORIES or sum(each.cache_bytes for each in memories.values()) > _MOST_BYTES
+    ):
+        del memories[next(iter(memories))]
+    return memory, spent
 
 
 def _reporter(job: Job, reading: Reading, name: str) -> "Callable[[Answer], bool]":

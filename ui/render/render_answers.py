@@ -49,9 +49,14 @@ def _cost(answer: "Answer", longest: float) -> str:
     )
     return (
         f"<p class='cost'><b>{duration(sum(seconds.values()))}</b> "
-        f"<span>{answer.kept_tokens} of {answer.visual_tokens} visual tokens</span></p>"
+        f"<span>{answer.kept_tokens} of {answer.visual_tokens} visual tokens{_cache(answer)}</span></p>"
         f'<div class="studio-phases" aria-hidden="true">{bars}</div><dl>{facts}</dl>'
     )
+
+
+def _cache(answer: "Answer") -> str:
+    """The size of the cache, known at the end of an answer, and at once where it is kept between questions."""
+    return f" · cache {answer.cache_bytes / 1024:,.0f} KiB" if answer.cache_bytes else ""
 
 
 def verdict(pruned: "Answer", whole: "Answer") -> str:

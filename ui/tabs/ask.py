@@ -5,8 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio import pruning_methods
-from studio.ui.jobs.ask_job import AskRequest, Reading, read
+from studio.ui.jobs.ask_job import AskRequest, Reading, ask_methods, place_of, read
 from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.render.render_patches import render_patches
 from studio.ui.server.failures import sentence_of, toast
@@ -36,7 +35,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
         The fields of the image and of the question.
     """
     readers = bundled_models("reader")
-    methods = pruning_methods()
+    methods = ask_methods()
     with gr.Row(elem_id="studio-ask", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
@@ -63,8 +62,12 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
             status = gr.HTML(IDLE if readers else NO_READER, elem_id="ask-status", elem_classes="studio-line")
             cards = gr.HTML("", elem_id="answers", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
-            method = gr.Radio(
-                list(methods), value="divprune", label="Pruning", info=methods["divprune"], elem_id="method"
+            method = gr.Dropdown(
+                [(f"{name} ({place_of(name)})", name) for name in methods],
+                value="divprune",
+                label="Pruning",
+                info=methods["divprune"],
+                elem_id="method",
             )
             keep = gr.Slider(
                 0.01,
@@ -72,7 +75,8 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
                 value=0.2,
                 step=0.01,
                 label="Keep",
-                info="The fraction of visual tokens that the language model reads.",
+                info="The fraction of visual tokens that stay. Methods of the KV cache read the image once for all "
+                "questions.",
                 elem_id="keep",
                 buttons=[],
             )
@@ -106,7 +110,7 @@ def _example(number: int) -> tuple[str, str]:
     return example(file), text
 
 
-def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Radio, keep: gr.Slider) -> None:
+def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: gr.Slider) -> None:
     """The endpoint for programs."""
 
     async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64):
@@ -116,7 +120,9 @@ def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Radio, keep: gr.
             image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled vision-language model, a Hugging Face id or a folder.
-            method: the pruning method: divprune, hired, globalcom2, random or uniform.
+            method: the pruning method: divprune, hired, globalcom2, scope, coverage, cdpruner, mmtok, random, uniform,
+                fastv, pyramiddrop or vscan; or, for several questions about one image, one of the KV cache:
+                kv-coverage, kv-snapkv, kv-h2o, kv-prefixkv, kv-kvcrush, kv-ems or kv-lookm.
             keep: the fraction of visual tokens to keep, above 0 and at most 1.
             max_new_tokens: tokens of the answer, at most.
 
@@ -187,7 +193,8 @@ def _gallery(reading: Reading) -> Any:
 
 
 def _cards(reading: Reading, request: AskRequest) -> str:
-    titles = {"pruned": f"{request.method}, {request.keep:.0%} of the tokens", "whole": "All tokens"}
+    chosen = f"{request.method} ({place_of(request.method)}), {request.keep:.0%} of the tokens"
+    titles = {"pruned": chosen, "whole": "All tokens"}
     names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
     return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
