@@ -170,8 +170,8 @@ def pruning(
         from studio.bench.pruning_speed import bench_pruning_speed
 
         quiet_libraries()
-        given = {"keeps": keep, "batches": batch, "attentions": attention}
-        given = {name: tuple(value) for name, value in given.items() if value}
+        several: dict[str, Any] = {"keeps": keep, "batches": batch, "attentions": attention}
+        given: dict[str, Any] = {name: tuple(value) for name, value in several.items() if value}
         numbers = {"new_tokens": new_tokens, "repeats": repeats, "after_layer": after_layer}
         given |= {name: value for name, value in numbers.items() if value is not None}
         result = bench_pruning_speed(model or "emoji-vlm", random=random, device=device, **chosen, **given)
