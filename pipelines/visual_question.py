@@ -174,6 +174,7 @@ class VisualQuestionPipeline:
             chosen = self._without_text(replace(record.info, layouts=record.info.layouts or info.layouts), image.size)
             encode = chosen.seconds["encode"] or info.seconds["encode"]
             steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": encode})
+            steps.began += sum(record.info.seconds.values()) if prune == "vscan" else 0.0
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
 
     @torch.no_grad()
@@ -194,7 +195,10 @@ class VisualQuestionPipeline:
             StudioError: as `studio.compress`, and for models with three-dimensional positions.
         """
         if family_of(self.model, "uniform").mrope:
-            raise StudioError(f"{self.model.config.model_type} models cannot be remembered: call the pipeline.")
+            raise StudioError(
+                f"Images of {self.model.config.model_type} models cannot be remembered: ask each question on its own, "
+                "with a method of pruning."
+            )
         began, probe = _now(self.device), "?"
         image = rgb_image(image)
         inputs = self._inputs(image, probe)

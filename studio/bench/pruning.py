@@ -10,11 +10,11 @@ from studio.errors import StudioError
 from studio.pruning.attention import Attention
 from studio.pruning.divprune import order_from_similarities, similarities
 from studio.pruning.layout import Layout
-from studio.pruning.registry import METHODS, method_named
+from studio.pruning.registry import METHODS, READS_TEXT, method_named
 from studio.reference import pruning as textbook
 
 SIZES = ((576, 58), (2880, 288))
-_SIDE = 24
+_SIDE, _WORDS = 24, 20
 
 
 def bench_pruning(
@@ -40,7 +40,7 @@ def bench_pruning(
     Returns:
         `{"rows": [{"method", "tokens", "kept", "threads", "seconds", "textbook_seconds", "speedup", "identical"}]}`;
         divprune has also `loop_seconds`, `textbook_loop_seconds` and `loop_speedup`: the picks alone, similarities
-        given. random and uniform have no textbook: `None`.
+        given. Only divprune, hired and globalcom2 have a textbook; for others its columns are `None`.
 
     Raises:
         StudioError: an unknown method, for sizes that do not fit, or a device that is not there.
@@ -69,7 +69,9 @@ def _layout(tokens: int, kept: int) -> Layout:
 
 
 def _row(name, features, kept, attention, layout, repeats) -> dict:
-    given = {"attention": attention, "layout": layout}
+    given: dict = {"attention": attention, "layout": layout}
+    if name in READS_TEXT:
+        given["text"] = features[:_WORDS]
 
     def select():
         return METHODS[name](features, kept, generator=torch.Generator().manual_seed(0), **given)

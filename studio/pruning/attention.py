@@ -228,7 +228,8 @@ class QwenTap(_Tap):
 
     def _record_features(self, merger, arguments):
         if self.entered():
-            self.merged = arguments[0].detach().float().unflatten(0, (-1, self.tower.spatial_merge_size**2)).mean(dim=1)
+            tokens = int(self.grid_thw.prod(-1).sum()) // self.tower.spatial_merge_size**2
+            self.merged = arguments[0].detach().float().unflatten(0, (tokens, -1)).mean(dim=1)
 
     @torch.no_grad()
     def _record(self, attention, arguments, keywords):

@@ -32,7 +32,7 @@ from studio.pruning.adapters import Family, visual_tokens
 from studio.pruning.blocks import with_keywords
 from studio.pruning.columns import Columns, ShortLayer
 from studio.pruning.layout import count, is_fraction
-from studio.pruning.registry import INSIDE, METHODS, SCORES
+from studio.pruning.registry import INSIDE, METHODS, READS_TEXT, SCORES, VIDEO
 from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
 
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
@@ -103,6 +103,8 @@ class Inside:
     ):
         if method in SCORES and method not in INSIDE:
             raise StudioError(f"{method} needs scores of the vision tower: use it without after_layer.")
+        if method in VIDEO or method in READS_TEXT:
+            raise StudioError(f"{method} chooses before the language model: use it without after_layer.")
         self.family, self.method, self.keep, self.record = family, method, keep, record
         self.generator, self.cuts = generator, cuts_of(family, method, keep, after_layer)
         self.check_queries(method in INSIDE)

@@ -84,14 +84,21 @@ def coverage_order(features: torch.Tensor, picks: int, weights: torch.Tensor | N
 
 
 def greedy_coverage(matrix: torch.Tensor, picks: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Columns of a matrix (rows, N) whose largest entries of each row add up to the most, picked one by one."""
-    best, order = matrix.new_zeros(len(matrix)), []
+    """Columns of a matrix (rows, N) whose largest entries of each row add up to the most, picked one by one.
+
+    Gains are carried from pick to pick. On a CPU only rows whose largest entry has changed are read again; a GPU reads
+    all, so that nothing waits for it.
+    """
+    best, gains, order = matrix.new_zeros(len(matrix)), matrix.clamp(min=0).sum(dim=0), []
     chosen = torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
     for _ in range(min(picks, matrix.shape[1])):
-        gains = (matrix - best[:, None]).clamp(min=0).sum(dim=0)
-        gains = gains if weights is None else gains * weights
-        pick = gains.masked_fill(chosen, -1).argmax(keepdim=True)
-        chosen[pick] = True
+        weighted = gains if weights is None else gains * weights
+        pick = weighted.masked_fill(chosen, -torch.inf).argmax(dim=0, keepdim=True)
         order.append(pick)
-        best = torch.maximum(best, matrix[:, pick[0]])
+        chosen[pick] = True
+        better = torch.maximum(best, matrix.index_select(1, pick)[:, 0])
+        rows = (better > best).nonzero()[:, 0] if matrix.device.type == "cpu" else slice(None)
+        part, before, after = matrix[rows], best[rows, None], better[rows, None]
+        gains = gains - ((part - before).clamp(min=0) - (part - after).clamp(min=0)).sum(dim=0)
+        best = better
     return torch.cat(order)

@@ -1,6 +1,7 @@
 """Questions about images, on a tiny random LLaVA-NeXT with its real processor: counts, clocks, pruning, refusals."""
 
 import json
+import time
 
 import pytest
 from PIL import Image
@@ -38,7 +39,10 @@ def test_everything_is_read_without_a_method(pipe, image):
     assert answer.visual_tokens == answer.kept_tokens == int((inputs["input_ids"] == 4).sum())
 
 
-@pytest.mark.parametrize("method", ["divprune", "hired", "globalcom2", "random", "uniform"])
+BEFORE = ["divprune", "hired", "globalcom2", "scope", "coverage", "cdpruner", "mmtok", "random", "uniform"]
+
+
+@pytest.mark.parametrize("method", BEFORE)
 def test_pruning_shrinks_prompt_and_cache(pipe, image, method):
     whole = pipe(image, "how many", max_new_tokens=3)
     part = pipe(image, "how many", prune=method, keep=0.25, max_new_tokens=3)
@@ -65,6 +69,16 @@ def test_pruning_behind_a_layer_shrinks_the_caches_that_follow(pipe, image, meth
     assert part.cache_bytes == pytest.approx(whole.cache_bytes - each * gone)
     assert sum(int(view.kept.sum()) for view in part.views) <= part.kept_tokens
     assert part.seconds["encode"] > 0
+
+
+def test_vscan_shows_what_is_left_of_both_cuts(pipe, image):
+    began = time.perf_counter()
+    answer = pipe(image, "how many", prune="vscan", keep=0.25, max_new_tokens=3)
+    assert answer.kept_tokens == round(0.25 * answer.visual_tokens) and answer.info.layouts
+    content = int((answer.info.layouts[0].partition[answer.info.kept[0]] >= 0).sum())
+    assert sum(int(view.kept.sum()) for view in answer.views) == content
+    assert all(spent > 0 for spent in answer.seconds.values())
+    assert sum(answer.seconds.values()) < time.perf_counter() - began
 
 
 def test_a_memory_answers_many_questions(pipe, image, monkeypatch):

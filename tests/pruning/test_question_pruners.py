@@ -150,7 +150,7 @@ def test_the_question_is_the_text_behind_the_image(family, method):
         prune_inputs(made.model, bare, method, keep=0.2)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_features_before_the_merger(family):
     made, seen = tiny(family), []
     inputs = made.prompt(((0, 1, 2),))
@@ -161,7 +161,10 @@ def test_features_before_the_merger(family):
     before, after = seen[0]
     order = torch.cdist(torch.cat(encoded.pooler_output), after).argmin(1)
     expected = (
-        before.float().view(len(after), 4, -1).mean(1)[order].split([len(part) for part in encoded.pooler_output])
+        before.float()
+        .view(len(after), -1, before.shape[-1])
+        .mean(1)[order]
+        .split([len(part) for part in encoded.pooler_output])
     )
     _, info = prune_inputs(made.model, inputs, "divprune", keep=0.3, centred=True)
     for kept, rows_of, part in zip(info.kept, expected, encoded.pooler_output):

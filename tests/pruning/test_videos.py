@@ -160,6 +160,9 @@ def test_what_is_refused():
         answer(model, prompt("qwen2_5_vl"))
     with prune(model, "evs"), pytest.raises(StudioError, match="only images: use divprune"):
         answer(model, tiny("qwen2_5_vl").prompt())
+    for method in ("evs", "mmtok"):
+        with pytest.raises(StudioError, match="without after_layer"), prune(model, method, after_layer=1):
+            pass
     with pytest.raises(StudioError, match="keeps the newline"):
         prune_inputs(model, prompt("qwen2_5_vl"), "evs", newline="drop")
     short = prompt("qwen2_5_vl")
