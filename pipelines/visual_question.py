@@ -73,6 +73,7 @@ class ImageMemory:
         seconds: "remember", the time to encode the image.
         cache_bytes: size of the cache.
         views: positions of the kept tokens in the image, with "coverage" only.
+        rope_deltas: of models with positions on three axes (Qwen, GLM): how far those of text are behind its places.
     """
 
     cache: Cache
@@ -84,6 +85,7 @@ class ImageMemory:
     seconds: dict[str, float]
     cache_bytes: int
     views: tuple[PatchView, ...] = ()
+    rope_deltas: torch.Tensor | None = None
 
 
 OnStep = Callable[[Answer], bool | None]
@@ -192,13 +194,9 @@ class VisualQuestionPipeline:
             The memory, for `ask`.
 
         Raises:
-            StudioError: as `studio.compress`, and for models with three-dimensional positions.
+            StudioError: as `studio.compress`, and for processors that change the prompt after an image.
         """
-        if family_of(self.model, "uniform").mrope:
-            raise StudioError(
-                f"Images of {self.model.config.model_type} models cannot be remembered: ask each question on its own, "
-                "with a method of pruning."
-            )
+        family = family_of(self.model, "uniform")
         began, probe = _now(self.device), "?"
         image = rgb_image(image)
         inputs = self._inputs(image, probe)
@@ -207,7 +205,8 @@ class VisualQuestionPipeline:
         end = len(ids) - len(self._tail(probe))
         if follows[len(follows) - len(ids) + end :] != self._tail(probe):
             raise StudioError(
-                f"The processor of {self.model.config.model_type} changes the prompt after an image: call the pipeline."
+                f"The processor of {self.model.config.model_type} changes the prompt after an image: ask each question "
+                "on its own, with a method of pruning."
             )
         prompt = {
             name: value[:, :end] if value.shape[:2] == (1, len(ids)) and value.dim() == 2 else value
@@ -227,6 +226,7 @@ class VisualQuestionPipeline:
             seconds={"remember": _now(self.device) - began},
             cache_bytes=_cache_bytes(cache),
             views=self._without_text(kept, image.size).views,
+            rope_deltas=family.base.rope_deltas if family.mrope else None,
         )
 
     @torch.no_grad()
@@ -249,6 +249,8 @@ class VisualQuestionPipeline:
         counts = memory.visual_tokens, memory.kept_tokens
         empty = Answer("", *counts, dict(info.seconds), memory.cache_bytes, info, memory.views)
         steps = _Steps(self, empty, ids.shape[1], on_step)
+        if memory.rope_deltas is not None:
+            family_of(self.model, "uniform").base.rope_deltas = memory.rope_deltas
         with compress(self.model, memory.method, memory.keep):
             out = self.model.generate(
                 input_ids=ids,

@@ -127,7 +127,8 @@ def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: 
             max_new_tokens: tokens of the answer, at most.
 
         Returns:
-            The answer, and details: visual and kept tokens, seconds by phase and bytes of the cache.
+            The answer, and details: the place where tokens are taken away, visual and kept tokens, seconds by phase and
+            bytes of the cache.
         """
         async for update in answer_reading(image, question, model, method, keep, max_new_tokens):
             yield update
@@ -177,7 +178,7 @@ async def answer_reading(
     request = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
     async for reading in read(request):
         if (answer := reading.pruned) is not None:
-            yield answer.answer, _details(answer)
+            yield answer.answer, {"place": place_of(request.method), **_details(answer)}
 
 
 def _gallery(reading: Reading) -> Any:
