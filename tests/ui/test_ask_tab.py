@@ -245,6 +245,7 @@ def test_programs_ask_too(client, scene):
     text, details = client.predict(handle_file(scene), "how many", "tiny-reader", "uniform", 0.1, 3, api_name="/ask")
     assert text and details["kept_tokens"] == round(0.1 * details["visual_tokens"])
     assert set(details["seconds"]) == {"encode", "select", "prefill", "decode"}
+    assert details["place"] == "before the model" and details["cache_bytes"] > 0
     with pytest.raises(Exception, match="above 0 and at most 1"):
         client.predict(handle_file(scene), "how many", "tiny-reader", "uniform", 7, 3, api_name="/ask")
 
