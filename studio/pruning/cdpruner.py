@@ -54,10 +54,12 @@ def cdpruner(
     check_newline(newline, compete=False)
     if theta is not None:
         theta = check_number("theta, the weight of relevance,", theta, 0, 0.999)
-    relevant = relevance(features, text_of("cdpruner", text), theta)
-    return in_order(
-        features, budget, layout, newline, lambda places, picks: map_order(features[places], relevant[places], picks)
-    )
+
+    def order(places: torch.Tensor, picks: int) -> torch.Tensor:
+        rows = features[places]
+        return map_order(rows, relevance(rows, text_of("cdpruner", text), theta), picks)
+
+    return in_order(features, budget, layout, newline, order)
 
 
 def text_of(method: str, text: torch.Tensor | None) -> torch.Tensor:

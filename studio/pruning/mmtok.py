@@ -51,9 +51,9 @@ def mmtok(
         StudioError: no text, or a budget, layout or newline that does not fit.
     """
     check_newline(newline, compete=False)
-    asked = F.normalize(text_of("mmtok", text).detach().float().to(features.device), dim=1, eps=1e-12)
 
     def order(places: torch.Tensor, picks: int) -> torch.Tensor:
+        asked = F.normalize(text_of("mmtok", text).detach().float().to(features.device), dim=1, eps=1e-12)
         rows = F.normalize(features[places].detach().float(), dim=1, eps=1e-12)
         of_text = (asked @ rows.T / 0.02).softmax(dim=1) / len(asked)
         of_image = (rows @ rows.T / 0.2).softmax(dim=1) / len(rows)

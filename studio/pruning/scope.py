@@ -64,10 +64,10 @@ def scope(
     """
     layout = layout_for(features, layout)
     check_newline(newline, compete=False)
-    last = scores_for("SCOPE", "last", attention, layout)
-    salient = last[layout.partition.clamp(min=0), layout.token.clamp(min=0)].to(features.device)
 
     def order(places: torch.Tensor, picks: int) -> torch.Tensor:
+        last = scores_for("SCOPE", "last", attention, layout)
+        salient = last[layout.partition.clamp(min=0), layout.token.clamp(min=0)].to(features.device)
         return coverage_order(features[places], picks, salient[places])
 
     return in_order(features, budget, layout, newline, order)

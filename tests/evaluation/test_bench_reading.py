@@ -51,12 +51,10 @@ def test_rows_of_every_place(tiny_reader, tmp_path):
     for part in tiny_reader:
         part.save_pretrained(tmp_path)
     given = dict(keeps=(1.0, 0.1), scenes=1, images=1, repeats=1, tiles=(1, 1))
-    result = bench_reading(str(tmp_path), methods=("mmtok", "pyramiddrop", "kv-h2o"), **given)
+    result = bench_reading(str(tmp_path), methods=("mmtok", "scope", "kv-h2o"), **given)
     rows = {(row["method"], row["keep"]): row for row in result["rows"]}
     whole = rows["none", 1.0]
-    assert len(rows) == 7 and all(
-        rows[m, 1.0]["accuracy"] == whole["accuracy"] for m in ("mmtok", "pyramiddrop", "kv-h2o")
-    )
+    assert len(rows) == 7 and all(rows[m, 1.0]["accuracy"] == whole["accuracy"] for m in ("mmtok", "scope", "kv-h2o"))
     for row in rows.values():
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
         assert row["kept_tokens"] == (
