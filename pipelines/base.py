@@ -174,6 +174,17 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         """A warning for settings outside the validated range; None where there is nothing to warn of."""
         return None
 
+    def count_prompt_tokens(self, prompt: str) -> int:
+        """Text tokens of a prompt, of which the model reads `caption_length` at most.
+
+        Raises:
+            StudioError: a text that the text tokenizer cannot read.
+        """
+        return len(checked_tokenize(lambda: self.tokenizer(self._normalized(prompt), truncation=False))["input_ids"])
+
+    def _normalized(self, text: str) -> str:
+        return text.strip().lower() if self.config.lowercase_prompts else text.strip()
+
     @torch.no_grad()
     def encode_prompt(
         self, prompt: str | list[str], device: torch.device | None = None
@@ -191,9 +202,7 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         Raises:
             StudioError: a text that the text tokenizer cannot read.
         """
-        texts = [text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        if self.config.lowercase_prompts:
-            texts = [text.lower() for text in texts]
+        texts = [self._normalized(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         length = self.transformer.config.caption_length
         full = checked_tokenize(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
         if (longest := max(map(len, full))) > length:

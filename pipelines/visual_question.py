@@ -50,6 +50,7 @@ class Answer:
         cache_bytes: size of the language model's key/value cache at the end.
         info: the kept tokens.
         views: their positions in the image: of the whole image, and of crops where their positions are known.
+        prompt_tokens, answer_tokens: tokens of the prompt, those kept of the image included, and of the answer.
     """
 
     answer: str
@@ -59,6 +60,8 @@ class Answer:
     cache_bytes: int
     info: PruneInfo
     views: tuple[PatchView, ...]
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,7 +333,8 @@ class _Steps(StoppingCriteria):
         first = now if self.first is None else self.first
         seconds = {"prefill": first - self.began, "decode": now - first}
         text = self.pipe.processor.decode(sequences[0, self.prompt_length :], skip_special_tokens=True).strip()
-        return replace(self.chosen, answer=text, seconds={**self.chosen.seconds, **seconds})
+        counts = {"prompt_tokens": self.prompt_length, "answer_tokens": sequences.shape[1] - self.prompt_length}
+        return replace(self.chosen, answer=text, seconds={**self.chosen.seconds, **seconds}, **counts)
 
 
 def _now(device: torch.device) -> float:

@@ -10,6 +10,7 @@ black or white. Transparency is put on white.
 
 import os
 import warnings
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from studio.errors import StudioError
@@ -55,6 +56,11 @@ def open_image(path: str | os.PathLike, name: str | None = None, most_pixels: in
             return _read(file, name, most_pixels)
     except OSError as error:
         raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def read_image(data: bytes, name: str = "The image", most_pixels: int = MOST_PIXELS) -> "Image.Image":
+    """Read the bytes of an image file; arguments, result and errors as of `open_image`."""
+    return _read(BytesIO(data), name, most_pixels)
 
 
 def _read(file, name, most_pixels):

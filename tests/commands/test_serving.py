@@ -4,10 +4,11 @@ from collections import defaultdict
 
 import pytest
 
-from studio.ui.server import limits, models, storage, worker
+from studio.ui.server import limits, logs, models, storage, worker
 from studio.ui.server import options as serving
 from studio.ui.server.limits import Limits
 from studio.ui.server.models import Device
+from studio.ui.server.rate_limits import RateLimiter, Rates
 
 
 @pytest.fixture
@@ -16,6 +17,8 @@ def launched(monkeypatch):
     found = []
     monkeypatch.setattr(storage, "use_private_folder", lambda: None)
     monkeypatch.setattr(worker, "_workers", [])
+    monkeypatch.setattr(logs, "use_json_lines", lambda: None)
+    monkeypatch.setattr(worker, "_rates", RateLimiter())
     monkeypatch.setattr(limits, "_limits", Limits())
     monkeypatch.setattr(models, "_elsewhere", defaultdict(dict))
     monkeypatch.setattr(serving, "launch", lambda *where, **how: found.append((where, how)))
@@ -24,13 +27,29 @@ def launched(monkeypatch):
 
 def test_options_become_queues_and_limits(run, launched, tiny_folder):
     options = ["--max-waiting", 5, "--max-per-user", 2, "--max-batch", 6, "--max-images", 3, "--max-prompt", 90]
-    more = ["--max-answer", 70, "--max-upload", 7, "--max-pixels", 9, "--dtype", "float32", "--devices", "cpu"]
+    more = ["--batching", "equal", "--api-key", "secret-key", "--allow-origin", "https://a.example"]
+    more += [
+        "--max-images-per-minute",
+        9,
+        "--max-answer",
+        70,
+        "--max-upload",
+        7,
+        "--max-pixels",
+        9,
+        "--dtype",
+        "float32",
+        "--devices",
+        "cpu",
+    ]
     code, _, err = run("serve", "--port", 7999, "--model", tiny_folder, *options, *more)
     assert code == 0, err
     [(where, how)] = launched
     assert where == ("127.0.0.1", 7999) and how["upload_bytes"] == 7_000_000 and how["places"] == 11
     [device_worker] = worker._workers
-    assert device_worker.device == Device("cpu", "float32")
+    assert device_worker.device == Device("cpu", "float32") and not device_worker.limits.continuous
+    assert how["keys"].client_of("Bearer secret-key") == "key-1" and how["origins"] == ["https://a.example"]
+    assert worker._rates.rates == Rates(images=9)
     now = limits.limits()
     assert (now.images, now.characters, now.pixels, now.answer) == (3, 90, 9_000_000, 70)
     assert now.models[tiny_folder.name] == str(tiny_folder) and "emoji-vq" in now.models
@@ -50,6 +69,11 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
         (["--devices", "toaster"], "not there"),
         (["--dtype", "int3"], "dtype"),
         (["--model", "emoji-nothing"], "emoji-nothing"),
+        (["--batching", "magic"], "--batching"),
+        (["--api-key", "short"], "8 to 200"),
+        (["--api-keys", "no-such-file"], "no-such-file"),
+        (["--allow-origin", "example.org"], "a scheme and a host"),
+        (["--max-images-per-minute", 0], "--max-images-per-minute"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(run, launched, options, word):

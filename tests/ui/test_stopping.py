@@ -142,10 +142,11 @@ def test_a_signal_ends_the_server_and_everybody_is_told(number, tmp_path, tiny_f
         "from studio.backends.cpu_c import NativeLlamaGen\n"
         "from studio.backends.packed import PackedLlamaGen\n"
         "for network in (LlamaGen, NativeLlamaGen, PackedLlamaGen):\n"
-        "    def slow(self, *given, extend=network.extend, **how):\n"
-        "        time.sleep(1)\n"
-        "        return extend(self, *given, **how)\n"
-        "    network.extend = slow\n"
+        "    for name in ('extend', 'extend_tree'):\n"
+        "        def slow(self, *given, method=getattr(network, name), **how):\n"
+        "            time.sleep(1)\n"
+        "            return method(self, *given, **how)\n"
+        "        setattr(network, name, slow)\n"
         "from studio.cli import main\n"
         "main()\n"
     )
@@ -161,6 +162,11 @@ def test_a_signal_ends_the_server_and_everybody_is_told(number, tmp_path, tiny_f
         answers = []
 
         def follow_one(seed):
+            if seed == 3:
+                body = {"prompt": "a red apple", "seed": seed}
+                found = httpx.post(f"{address}v1/images/generations", json=body, timeout=60)
+                answers.append(f"{found.text} {found.status_code} {found.headers['retry-after']}")
+                return
             data = {"data": ["a red apple", 1, seed, 1 + seed, None, None, None, "ar", {}]}
             with httpx.Client(base_url=address, timeout=60) as http:
                 event = http.post("gradio_api/call/generate", json=data).json()["event_id"]
@@ -180,4 +186,5 @@ def test_a_signal_ends_the_server_and_everybody_is_told(number, tmp_path, tiny_f
         process.kill()
     assert time.monotonic() - began < LIMIT
     assert len(answers) == 4 and all(CLOSED in answer for answer in answers), answers
+    assert sum(answer.endswith(" 503 30") for answer in answers) == 1
     assert not list(tmp_path.glob("studio-*"))

@@ -42,9 +42,9 @@ class AskRequest:
 
     Args:
         model: what `studio.load` takes.
-        image: the path of its file.
+        image: the path of its file, or its bytes.
         question: the text.
-        method: of `ask_methods`.
+        method: of `ask_methods`; `None` keeps all tokens.
         keep: the fraction of visual tokens to keep, above 0 and at most 1.
         compare: whether to ask the same with all tokens afterwards.
         max_new_tokens: of the answer, at least 1.
@@ -54,9 +54,9 @@ class AskRequest:
     """
 
     model: str
-    image: str
+    image: str | bytes
     question: str
-    method: str = "divprune"
+    method: str | None = "divprune"
     keep: float = 0.2
     compare: bool = True
     max_new_tokens: int = 64
@@ -71,7 +71,8 @@ class AskRequest:
             raise StudioError("Give an image first: drop a file on the field, or take an example.")
         if self.question is None or not check_user_text("The question", self.question).strip():
             raise StudioError("The question is empty: ask something about the image.")
-        check_choice("The pruning method", self.method, ask_methods())
+        if self.method is not None:
+            check_choice("The pruning method", self.method, ask_methods())
         answer = limits().answer
         most = _MOST_TOKENS if answer is None else answer
         set_fields(
@@ -85,6 +86,8 @@ class AskRequest:
     @property
     def runs(self) -> tuple[str, ...]:
         """The names of the runs: "pruned", and "whole" with all tokens."""
+        if self.method is None:
+            return ("whole",)
         return ("pruned", "whole") if self.compare and self.keep != 1 else ("pruned",)
 
 
@@ -118,9 +121,12 @@ def read(request: AskRequest) -> AsyncIterator[Reading]:
 
 @on_gpu(seconds=60)
 def _read(request: AskRequest, job: Job) -> Reading:
-    from studio.images import open_image
+    from studio.images import open_image, read_image
 
-    image = open_image(request.image, Path(request.image).name, limits().pixels)
+    if isinstance(request.image, bytes):
+        image = read_image(request.image, "The image", limits().pixels)
+    else:
+        image = open_image(request.image, Path(request.image).name, limits().pixels)
     job.report(Reading())
     pipe = get_reader(request.model, job.device)
     reading = Reading(image)

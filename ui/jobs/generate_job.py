@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from io import BytesIO
@@ -12,14 +13,16 @@ from studio.errors import StudioError
 from studio.ui.jobs.draft_trace import DraftTrace, trace_drafts, traced
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.render.preview import Pace, Sketch, partial_images
+from studio.ui.server import metrics
 from studio.ui.server.models import get_pipeline
-from studio.ui.server.worker import BatchSpec, Job, follow
+from studio.ui.server.worker import BatchSpec, Job, follow, is_continuous
 from studio.ui.server.zerogpu import on_gpu
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 OnStep = Callable[[Sketch], bool]
+_REPORT_PAUSE = 0.02  # seconds between two reports without a preview
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Progress:
         trace: the drafts of the first image, where drafts are made; the same object until there is a newer one.
         warning: a note for the user, or `None`.
         ahead: the most turns that come before its own while it waits; else `None`.
+        partials: all previews so far, where the request asks for a number of them.
     """
 
     sampled: int = 0
@@ -42,6 +46,7 @@ class Progress:
     trace: DraftTrace | None = None
     warning: str | None = None
     ahead: int | None = None
+    partials: "tuple[list[Image], ...]" = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Sampled:
         stats: those of the pipeline, with the tokens of these images only.
         trace, warning: as of `Progress`.
         batch_size: images that were sampled in the same call, those of other clients included.
+        partials: as of `Progress`.
+        prompt_tokens: tokens of the prompt.
     """
 
     images: "list[Image]"
@@ -60,6 +67,8 @@ class Sampled:
     trace: DraftTrace | None = None
     warning: str | None = None
     batch_size: int = 1
+    partials: "tuple[list[Image], ...]" = ()
+    prompt_tokens: int = 0
 
 
 class Call:
@@ -68,17 +77,20 @@ class Call:
     Args:
         pipe: samples.
         requests: at least one.
+        traces: whether drafts are traced.
 
     Raises:
         StudioError: the pipeline does not take these settings.
     """
 
-    def __init__(self, pipe: Any, *requests: GenerateRequest) -> None:
+    def __init__(self, pipe: Any, *requests: GenerateRequest, traces: bool = True) -> None:
         self.pipe, self.requests, self.total = pipe, requests, pipe.transformer.num_tokens
         self.request = request = requests[0]
         pipe.check_arguments(request.settings)
         self.decoding = decoding_named(request.decoding).settings(**request.options)
-        self.decoding, self.rounds = traced(self.decoding, [rows.start for rows in self.rows])
+        self.rounds = None
+        if traces:
+            self.decoding, self.rounds = traced(self.decoding, [rows.start for rows in self.rows])
 
     @property
     def warning(self) -> str | None:
@@ -124,6 +136,9 @@ class Call:
             StudioError: a call would refuse it.
         """
         self.pipe.check_call(self.request.prompt, decoding=self.decoding, **self.request.settings)
+        side = self.pipe.image_tokenizer.config.sample_size
+        if self.request.size not in (None, f"{side}x{side}"):
+            raise StudioError(f"The size of this model's images is {side}x{side}: leave size out, or ask for that.")
 
     @property
     def rows(self) -> list[slice]:
@@ -166,7 +181,12 @@ def sample(request: GenerateRequest) -> AsyncIterator[Progress | Sampled]:
     Raises:
         StudioError: the model cannot be loaded or refuses the request, or the queue is full.
     """
-    batch = BatchSpec(request.batch_key, request.count, request, sample_together, lambda ahead: Progress(ahead=ahead))
+    key, continuous = request.batch_key, None
+    if is_continuous() and request.joins:
+        from studio.ui.jobs.continuous_job import sample_continuously
+
+        key, continuous = f"running {request.model}", sample_continuously
+    batch = BatchSpec(key, request.count, request, sample_together, lambda ahead: Progress(ahead=ahead), continuous)
     return follow(lambda job: _sample(request, job), batch)
 
 
@@ -194,12 +214,12 @@ def sample_together(requests: Sequence[GenerateRequest], jobs: Sequence[Job]) ->
         job.report(Progress())
     pipe = get_pipeline(requests[0].model, jobs[0].device)
     results: list[Any] = [None] * len(requests)
-    samples: list[_Sampling] = []
+    samples: list[RequestProgress] = []
     for number, (request, job) in enumerate(zip(requests, jobs)):
         try:
             call = Call(pipe, request)
             call.check()
-            samples.append(_Sampling(number, job, call))
+            samples.append(RequestProgress(number, job, call))
         except StudioError as error:
             results[number] = error
     if samples:
@@ -208,7 +228,7 @@ def sample_together(requests: Sequence[GenerateRequest], jobs: Sequence[Job]) ->
     return results
 
 
-class _Sampling:
+class RequestProgress:
     """One request of a batch.
 
     Args:
@@ -219,45 +239,93 @@ class _Sampling:
 
     def __init__(self, number: int, job: Job, call: Call) -> None:
         self.number, self.job, self.request, self.warning = number, job, call.request, call.warning
+        self.prompt_tokens, self._began = call.pipe.count_prompt_tokens(call.request.prompt), 0.0
+        self._reported = 0.0
         self.latest = Progress(total=call.total, warning=self.warning)
+        wanted = call.request.partial_images or 0
+        self._due = [math.ceil(call.total * part / (wanted + 1)) for part in range(1, wanted + 1)]
         job.report(self.latest)
 
-    def update(self, **changes: Any) -> None:
-        self.latest = dataclasses.replace(self.latest, **changes)
-        self.job.report(self.latest)
+    def show(
+        self,
+        pipe: Any,
+        sampled: int,
+        sketch: Callable[[], Sketch],
+        paced: bool,
+        trace: Callable[[], DraftTrace | None] = lambda: None,
+    ) -> bool:
+        """Report how far it is, with a preview where one is due.
+
+        Args:
+            pipe: samples it.
+            sampled: tokens of its images.
+            sketch: its images, as a preview shows them.
+            paced: whether it is time for a preview of a request that wants no number of them.
+            trace: its drafts.
+
+        Returns:
+            Whether there was a preview.
+        """
+        now = time.monotonic()
+        self._began = self._began or now
+        changes: dict[str, Any] = {"sampled": sampled, "seconds": now - self._began}
+        if due := sampled < self.latest.total and self._is_due(sampled, paced):
+            images = partial_images(pipe, sketch())
+            changes |= {"images": images, "trace": trace()}
+            if self.request.partial_images is not None:
+                changes["partials"] = (*self.latest.partials, images)
+        if due or now - self._reported > _REPORT_PAUSE:
+            self.latest, self._reported = dataclasses.replace(self.latest, **changes), now
+            self.job.report(self.latest)
+        return due
+
+    def _is_due(self, sampled: int, paced: bool) -> bool:
+        if self.request.partial_images is None:
+            return paced
+        passed = [count for count in self._due if count <= sampled]
+        del self._due[: len(passed)]
+        return bool(passed)
+
+    def finish(self, images: "Sequence[Image]", stats: Any, trace: DraftTrace | None, batch_size: int) -> Sampled:
+        """Its result; `images` are not used where it was stopped."""
+        images = [] if self.job.stopped else as_files(images, self.request)
+        if images:
+            metrics.count_images(self.request.model, len(images), stats.tokens)
+        partials, prompt_tokens = self.latest.partials, self.prompt_tokens
+        return Sampled(images, stats, trace, self.warning, batch_size, partials, prompt_tokens)
 
 
-def _sampled(pipe: Any, samples: Sequence[_Sampling]) -> list[Sampled]:
+def _sampled(pipe: Any, samples: Sequence[RequestProgress]) -> list[Sampled]:
     """The result of each request, after one call for all of them."""
     call = Call(pipe, *(sampling.request for sampling in samples))
     pace = Pace()
-    began: float | None = None
 
     def is_over() -> bool:
         return all(sampling.job.stopped for sampling in samples)
 
     def on_step(sketch: Sketch) -> bool:
-        nonlocal began
-        began = began or time.monotonic()
         if not is_over():
-            previews: list[dict[str, Any]] = [{}] * len(samples)
-            if sketch.sampled < call.total and pace.is_due():
-                start = time.monotonic()
-                images = partial_images(pipe, sketch)
-                previews = [
-                    {"images": images[rows], "trace": call.trace(sketch, place)} for place, rows in enumerate(call.rows)
-                ]
+            start, paced = time.monotonic(), pace.is_due()
+            shown = [
+                sampling.show(
+                    pipe,
+                    sketch.sampled,
+                    lambda rows=rows: sketch.of(rows),
+                    paced,
+                    lambda place=place: call.trace(sketch, place),
+                )
+                for place, (sampling, rows) in enumerate(zip(samples, call.rows))
+            ]
+            if any(shown):
                 pace.spent(time.monotonic() - start)
-            seconds = time.monotonic() - began
-            for sampling, preview in zip(samples, previews):
-                sampling.update(sampled=sketch.sampled, seconds=seconds, **preview)
         return is_over()
 
     output = call(on_step)
+    metrics.count_call(len(output.tokens))
+    metrics.count_seconds(output.stats.seconds)
     sketch, batch_size = Sketch(output.tokens), len(output.tokens)
     results = []
     for place, (sampling, rows) in enumerate(zip(samples, call.rows)):
         stats = dataclasses.replace(output.stats, tokens=output.stats.tokens * sampling.request.count // batch_size)
-        images = [] if sampling.job.stopped else as_files(output.images[rows], sampling.request)
-        results.append(Sampled(images, stats, call.trace(sketch, place), sampling.warning, batch_size))
+        results.append(sampling.finish(output.images[rows], stats, call.trace(sketch, place), batch_size))
     return results

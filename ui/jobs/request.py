@@ -36,6 +36,8 @@ class GenerateRequest:
         guidance_scale, temperature, top_k, top_p: as of the pipeline.
         decoding: a name of `studio.DECODINGS`.
         options: its options by name; missing ones have their default.
+        partial_images: previews that are wanted of each image; `None`: as many as the app shows.
+        size: of the images, as in "256x256"; `None`: the model's own.
 
     Raises:
         StudioError: a value of another type or outside its range.
@@ -51,6 +53,8 @@ class GenerateRequest:
     top_p: float | None = None
     decoding: str = "ar"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    partial_images: int | None = None
+    size: str | None = None
 
     def __post_init__(self) -> None:
         check_user_text("The prompt", self.prompt)
@@ -126,6 +130,11 @@ class GenerateRequest:
     def settings(self) -> dict[str, float]:
         """The sampling settings that are given, as arguments of the pipeline."""
         return {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+
+    @property
+    def joins(self) -> bool:
+        """Whether it may join a running batch: whether its tokens are those of plain decoding."""
+        return getattr(decoding_named(self.decoding).settings(**self.options), "plain_tokens", False)
 
     @property
     def batch_key(self) -> str:

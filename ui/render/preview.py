@@ -36,6 +36,10 @@ class Sketch:
             return int(self.known[0].sum())
         return -(-int((self.tokens[0] >= 0).sum()) // self.tokens.shape[2])
 
+    def of(self, rows: slice) -> "Sketch":
+        """Some of the images."""
+        return Sketch(self.tokens[rows], None if self.known is None else self.known[rows])
+
     @property
     def positions(self) -> frozenset[int] | None:
         """The positions of the sampled tokens of the first image, or `None` where they are the first ones."""

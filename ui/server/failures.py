@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from studio.errors import StudioError
 
 UNEXPECTED = "Something in Studio failed with this request ({}): try again, or ask its host, whose log says more."
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LOG = logging.getLogger(__name__)
 
 
@@ -20,6 +21,19 @@ def sentence_of(error: Exception) -> str:
         return str(error).encode("utf-8", "backslashreplace").decode()
     _LOG.error("A request failed", exc_info=error)
     return UNEXPECTED.format(type(error).__name__)
+
+
+def error_content(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The content of an answer with an error, in the form of OpenAI's API.
+
+    Args:
+        message: a sentence.
+        status: of HTTP.
+        param: the parameter that it is about.
+        code: a word for programs.
+    """
+    kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def toast(message: str, title: str = "Please check", duration: float = 10) -> None:

@@ -4,12 +4,15 @@ import asyncio
 import json
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from typing import Any, NoReturn
 from urllib.parse import parse_qs
 
 from python_multipart.multipart import parse_options_header
 
+from studio.ui.server.failures import error_content
+from studio.ui.server.keys import Keys
+from studio.ui.server.logs import FIELDS
 from studio.ui.server.session import CLIENT, Listeners, client_of
 
 Message = MutableMapping[str, Any]
@@ -19,12 +22,21 @@ ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
 UPLOAD, TOOLS = f"{API}/upload", f"{API}/mcp"
+OPENAI = "/v1/"
+_CHAT, _FILES = f"{OPENAI}chat/completions", f"{OPENAI}images/"
+_PROBES = ("/healthz", "/readyz")
 _MOST_BYTES = 1 << 20  # of a message
 _MOST_FILES = 8  # of an upload
 _LONGEST_PAUSE = 30  # seconds between two parts of a message
 _READS = ("GET", "HEAD", "OPTIONS")
 _A_FILE = {"_type": "gradio.FileData"}
 _FORWARDED = b"x-studio-client"
+_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+_PREFLIGHT = (
+    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-ID"),
+    (b"access-control-max-age", b"600"),
+)
 _CLOSED = ("/proxy=", "/deep_link", "/component_server", "/run-history", "/vibe-", "/undo-vibe", "/process_recording")
 """Routes of Gradio that the app does not use: they fetch addresses, or store what they are sent."""
 
@@ -42,31 +54,47 @@ class GuardMiddleware:
         listeners: is told of the connections on which answers are awaited.
         upload_bytes: of all files of an upload together.
         open_requests: of one client at a time, at most; a page has two of them.
+        keys: of the clients; `None` lets everybody in. Probes need none, and neither do files of images, whose
+            addresses cannot be guessed.
+        origins: other sites whose pages may use the API, as in "https://example.org".
     """
 
-    def __init__(self, app: ASGIApp, listeners: Listeners, upload_bytes: int, open_requests: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listeners: Listeners,
+        upload_bytes: int,
+        open_requests: float,
+        keys: Keys | None = None,
+        origins: Collection[str] = (),
+    ) -> None:
         self.app, self._listeners, self._open_requests = app, listeners, open_requests
+        self._keys, self._origins = keys, origins
         most = upload_bytes + (1 << 16)  # with the names of the files and the boundaries between them
-        self._most = {UPLOAD: most, TOOLS: most * 4 // 3}  # tools are given files as base64
+        self._most = {UPLOAD: most, TOOLS: most * 4 // 3, _CHAT: most * 4 // 3}  # two are given files as base64
         self._secret = secrets.token_hex(16)
-        self._asking: Counter[str] = Counter()
+        self._asking: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         path = scope["path"].rstrip("/")
-        if _is_closed(path):
-            await _refuse(send, 404, "There is nothing at this address.")
+        if path in _PROBES:
+            await self.app(scope, receive, send)
             return
-        if scope["method"] not in _READS and _is_foreign(dict(scope["headers"])):
-            await _refuse(send, 403, "A page of another site cannot ask this server: open its own page.")
+        if self._may_share(path, scope):
+            send = _shared(send, dict(scope["headers"])[b"origin"])
+            if scope["method"] == "OPTIONS":
+                await _answer(send, 204, b"", _PREFLIGHT)
+                return
+        try:
+            scope = self._checked(path, scope)
+        except _Refusal as refusal:
+            await _refuse(send, path, refusal)
             return
-        scope = self._named(scope)
         client = scope[CLIENT]
-        if self._asking[client] >= self._open_requests:
-            await _refuse(send, 429, f"{self._open_requests} requests of yours are open already: close some first.")
-            return
+        scope.get(FIELDS, {})["client"] = client
         self._asking[client] += 1
         key = _listens_for(path, scope) if scope["method"] == "GET" else None
         if key:
@@ -74,13 +102,36 @@ class GuardMiddleware:
         try:
             await self._pass(path, scope, receive, send)
         except _Refusal as refusal:
-            await _refuse(send, refusal.status, refusal.sentence)
+            await _refuse(send, path, refusal)
         finally:
             self._asking[client] -= 1
             if not self._asking[client]:
                 del self._asking[client]
             if key:
                 self._listeners.leave(key)
+
+    def _may_share(self, path: str, scope: Message) -> bool:
+        """Whether this is a request to the API of a page whose site was allowed."""
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
+        return path.startswith(OPENAI) and origin in self._origins
+
+    def _checked(self, path: str, scope: Message) -> Message:
+        """The scope with its client.
+
+        Raises:
+            _Refusal: nothing is there, a page of another site asks, the key is wrong, or too many requests are open.
+        """
+        if _is_closed(path):
+            raise _Refusal(404, "There is nothing at this address.")
+        foreign = scope["method"] not in _READS and _is_foreign(dict(scope["headers"]))
+        if foreign and not self._may_share(path, scope):
+            raise _Refusal(403, "A page of another site cannot ask this server: open its own page.")
+        scope = self._named(scope)
+        if scope[CLIENT] is None and not (path.startswith(_FILES) and scope["method"] in _READS):
+            raise _Refusal(401, "This server needs a key: send one of its API keys as Authorization: Bearer KEY.")
+        if self._asking[scope[CLIENT]] >= self._open_requests:
+            raise _Refusal(429, f"{self._open_requests} requests of yours are open already: close some first.")
+        return scope
 
     async def _pass(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
         if scope["method"] in _READS:
@@ -94,7 +145,7 @@ class GuardMiddleware:
         body = await counted.whole()
         if body is None:
             return
-        if _names_other_file(body):
+        if not path.startswith(OPENAI) and _names_other_file(body):
             raise _Refusal(400, "No links are read here: upload the file itself, or give a tool its data.")
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -109,14 +160,18 @@ class GuardMiddleware:
         The tools of the Model Context Protocol send requests to this server in turn: these count for their own client.
         """
         host = (scope.get("client") or ("",))[0]
-        client, headers = client_of(host), []
+        client: str | None = client_of(host)
+        if self._keys is not None:
+            client = self._keys.client_of(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+        headers = []
         for name, value in scope["headers"]:
             if name == _FORWARDED:
                 secret, _, forwarded = value.decode("latin-1").partition(" ")
                 client = forwarded if secrets.compare_digest(secret, self._secret) else client
             elif name != b"origin":
                 headers.append((name, value))
-        headers.append((_FORWARDED, f"{self._secret} {client}".encode("latin-1", "replace")))
+        if client is not None:
+            headers.append((_FORWARDED, f"{self._secret} {client}".encode("latin-1", "replace")))
         return {**scope, "headers": headers, CLIENT: client}
 
 
@@ -236,8 +291,30 @@ def _names_other_file(body: bytes) -> bool:
     return False
 
 
-async def _refuse(send: Send, status: int, sentence: str) -> None:
-    content = json.dumps({"detail": sentence}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
-    await send({"type": "http.response.body", "body": content})
+async def _refuse(send: Send, path: str, refusal: _Refusal) -> None:
+    """Answer with an error, in the form of the API where it is asked."""
+    content: dict[str, Any] = {"detail": refusal.sentence}
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if path.startswith(OPENAI):
+        content = error_content(refusal.sentence, refusal.status, code=_CODES.get(refusal.status))
+    elif refusal.status == 401:
+        headers.append((b"www-authenticate", b'Basic realm="Studio"'))
+    await _answer(send, refusal.status, json.dumps(content).encode(), headers)
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _shared(send: Send, origin: bytes) -> Send:
+    """`send` that lets a page of this origin read the answer."""
+
+    async def shared(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+            message = {**message, "headers": [*message["headers"], *own]}
+        await send(message)
+
+    return shared

@@ -9,6 +9,7 @@ from studio.errors import StudioError
 from studio.ui.app import launch
 from studio.ui.server.limits import Limits, set_limits
 from studio.ui.server.models import Device, bundled_models, get_pipeline
+from studio.ui.server.rate_limits import RateLimiter, Rates
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker, use_workers
 from studio.ui.tabs.components import short_name
@@ -24,22 +25,25 @@ def serve(
     devices: Sequence[Device],
     queue_limits: QueueLimits,
     limits: Limits,
+    rates: Rates | None = None,
     **settings: Any,
 ) -> None:
     """Load the model onto every device, and serve the app until it is interrupted.
 
     Args:
         host, port: where to listen.
-        model, devices, queue_limits, limits: as of `prepare`.
+        model, devices, queue_limits, limits, rates: as of `prepare`.
         settings: passed on to `studio.ui.app.launch`.
 
     Raises:
         StudioError: as of `prepare`, or nothing can listen there.
     """
-    launch(host, port, **prepare(model, devices, queue_limits, limits), **settings)
+    launch(host, port, **prepare(model, devices, queue_limits, limits, rates), **settings)
 
 
-def prepare(model: str, devices: Sequence[Device], queue_limits: QueueLimits, limits: Limits) -> dict[str, Any]:
+def prepare(
+    model: str, devices: Sequence[Device], queue_limits: QueueLimits, limits: Limits, rates: Rates | None = None
+) -> dict[str, Any]:
     """Set the limits of this process, and load the model onto every device.
 
     Requests may use the model and the bundled ones, and no other: they cannot name a folder or a repository. A model
@@ -50,6 +54,7 @@ def prepare(model: str, devices: Sequence[Device], queue_limits: QueueLimits, li
         devices: one worker is made for each.
         queue_limits: of the queue of each device.
         limits: of a request; its `models` are replaced.
+        rates: of each client.
 
     Returns:
         The settings for `studio.ui.app.launch`: "model", "places" and "open_requests".
@@ -65,7 +70,7 @@ def prepare(model: str, devices: Sequence[Device], queue_limits: QueueLimits, li
     set_limits(replace(limits, models={name: str(model)} | offered))
     for device in devices:
         get_pipeline(name, device)
-    use_workers([DeviceWorker(device, queue_limits) for device in devices])
+    use_workers([DeviceWorker(device, queue_limits) for device in devices], RateLimiter(rates))
     return {
         "model": name,
         "places": len(devices) * (queue_limits.max_waiting + queue_limits.max_batch),

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -14,10 +14,12 @@ from typing import Any
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from studio.errors import StudioError
+from studio.ui.api.routes import new_application
+from studio.ui.server.keys import Keys
+from studio.ui.server.logs import RequestLog
 from studio.ui.server.middleware import GuardMiddleware
 from studio.ui.server.session import Listeners, use_listeners
 from studio.ui.server.storage import kept_clean
@@ -62,9 +64,11 @@ def running(
     upload_bytes: int = UPLOAD_BYTES,
     open_requests: float = float("inf"),
     folder: Path | None = None,
+    keys: Keys | None = None,
+    origins: Collection[str] = (),
     **settings: Any,
 ) -> Iterator[str]:
-    """Serve an app from a thread.
+    """Serve an app and the API from a thread.
 
     Args:
         blocks: of `studio.ui.app.build_app`.
@@ -72,6 +76,7 @@ def running(
         upload_bytes: of an upload, at most.
         open_requests: of one client at a time, at most.
         folder: where the files of sessions are, which is then kept small; `None` for no folder of this process.
+        keys, origins: as of `GuardMiddleware`.
         settings: passed on to `gr.mount_gradio_app`.
 
     Yields:
@@ -82,18 +87,21 @@ def running(
     """
     listeners = Listeners()
     listening = _socket(host, port)
-    app = FastAPI(
-        openapi_url=None, lifespan=lambda _: kept_clean(folder, blocks, listeners) if folder else nullcontext()
-    )
+    app = new_application(folder, lifespan=lambda _: kept_clean(folder, blocks, listeners) if folder else nullcontext())
     blocks.state_session_capacity, blocks.has_launched = _SESSIONS, True
     port = listening.getsockname()[1]
     gr.mount_gradio_app(
         app, blocks, "/", server_name=host, server_port=port, show_error=False, max_file_size=upload_bytes, **settings
     )
     describe_files(blocks.mcp_server_obj)
-    guarded = GuardMiddleware(app, listeners, upload_bytes, open_requests)
+    guarded = GuardMiddleware(app, listeners, upload_bytes, open_requests, keys, origins)
     config = uvicorn.Config(
-        guarded, log_level="warning", http=Connection, ws="none", server_header=False, timeout_graceful_shutdown=1
+        RequestLog(guarded),
+        log_level="warning",
+        http=Connection,
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -12,6 +12,8 @@ from typing import Generic, Protocol, TypeVar
 
 from studio.errors import StudioError
 
+_RETRY = 2  # seconds after which a place may be free
+
 
 @dataclass(frozen=True)
 class QueueLimits:
@@ -21,11 +23,13 @@ class QueueLimits:
         max_waiting: requests that wait, at most.
         max_per_client: those of one client among them, at most.
         max_batch: images in one call, at most; a single request may have more.
+        continuous: whether requests join and leave a running batch where the model can do that.
     """
 
     max_waiting: float = math.inf
     max_per_client: float = math.inf
     max_batch: int = 1
+    continuous: bool = False
 
 
 class Queued(Protocol):
@@ -45,6 +49,20 @@ class Queued(Protocol):
 
 
 Q = TypeVar("Q", bound=Queued)
+
+
+class Overloaded(StudioError):
+    """A request that is refused now and may be taken later.
+
+    Args:
+        sentence: the message.
+        status: of HTTP: 429 where the client has asked too much, 503 where the server has too much to do, or stops.
+        retry_after: seconds.
+    """
+
+    def __init__(self, sentence: str, status: int, retry_after: float) -> None:
+        super().__init__(sentence)
+        self.status, self.retry_after = status, retry_after
 
 
 class FairQueue(Generic[Q]):
@@ -71,14 +89,14 @@ class FairQueue(Generic[Q]):
         """Let a request wait.
 
         Raises:
-            StudioError: the queue is full, or the client has as many requests in it as one may have.
+            Overloaded: the queue is full, or the client has as many requests in it as one may have.
         """
         if len(self._waiting.get(request.client, ())) >= self.limits.max_per_client:
-            raise StudioError(
-                f"You have {self.limits.max_per_client} requests waiting already: try again when one is done."
-            )
+            waiting = f"You have {self.limits.max_per_client} requests waiting already: try again when one is done."
+            raise Overloaded(waiting, 429, _RETRY)
         if len(self) >= self.limits.max_waiting:
-            raise StudioError(f"All {self.limits.max_waiting} places in the queue are taken: try again in a moment.")
+            full = f"All {self.limits.max_waiting} places in the queue are taken: try again in a moment."
+            raise Overloaded(full, 503, _RETRY)
         self._waiting.setdefault(request.client, deque()).append(request)
 
     def remove(self, request: Q) -> None:
@@ -104,6 +122,14 @@ class FairQueue(Generic[Q]):
             batch.append(self._take_first(other.client))
             room -= other.size
         return batch
+
+    def take_next(self, batch_key: Hashable, room: int) -> Q | None:
+        """Take the next request in turn if it has this key and at most `room` images; nobody is passed over."""
+        client = next(iter(self._waiting), None)
+        head = self._waiting[client][0] if self._waiting else None
+        if head is None or head.batch_key != batch_key or head.size > room:
+            return None
+        return self._take_first(client)
 
     def _compatible(self, first: Q, room: int) -> Q | None:
         """The next client's first request that may be done with `first` and fits."""

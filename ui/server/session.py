@@ -8,10 +8,14 @@ import ipaddress
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from contextvars import ContextVar
 
 from gradio.context import LocalContext
 
 CLIENT = "studio.client"  # the key of a scope
+Asker = tuple[Hashable, Callable[[], bool]]
+ASKER: ContextVar[Asker | None] = ContextVar("asker", default=None)
+"""The client of a request that Gradio does not handle, and whether it still listens."""
 _PATIENCE = 10  # seconds without a listener, before the first or after the last
 
 
@@ -22,6 +26,8 @@ def in_request() -> bool:
 
 def session() -> Hashable:
     """The client that the current request counts for, or its session; `None` outside of requests."""
+    if asker := ASKER.get():
+        return asker[0]
     asked = LocalContext.request.get(None)
     scope = getattr(getattr(asked, "request", None), "scope", {})
     return asked and (scope.get(CLIENT) or asked.session_hash)
@@ -79,6 +85,8 @@ def use_listeners(listeners: Listeners | None) -> None:
 
 def listening() -> Callable[[], bool]:
     """A function that says whether somebody still awaits the answer to the current request."""
+    if asker := ASKER.get():
+        return asker[1]
     asked, listeners, since = LocalContext.request.get(None), _listeners, time.monotonic()
     if asked is None or listeners is None:
         return lambda: True

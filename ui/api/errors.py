@@ -1,0 +1,110 @@
+"""Errors of the API in the form of OpenAI's: `{"error": {"message", "type", "param", "code"}}`."""
+
+import json
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from studio.errors import StudioError
+from studio.ui.api.schemas import unservable
+from studio.ui.server import metrics
+from studio.ui.server.failures import error_content, sentence_of
+from studio.ui.server.scheduler import Overloaded
+
+_SUBJECTS = {
+    "The prompt": "prompt",
+    "The number of images": "n",
+    "The seed": "seed",
+    "The decoding": "decoding",
+    "The size": "size",
+    "The pruning method": "prune",
+    "The fraction of tokens": "keep",
+    "The longest answer": "max_tokens",
+    "The question": "messages",
+    "The image": "messages",
+    **{name: name for name in ("guidance_scale", "temperature", "top_k", "top_p")},
+}
+"""The parameter that a message is about, by how it begins."""
+
+
+class ApiError(StudioError):
+    """An error of the API.
+
+    Args:
+        message: a sentence that says what to do.
+        status: of HTTP.
+        param: the parameter that it is about.
+        code: a word for programs.
+    """
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+class ApiRoute(APIRoute):
+    """A route of which every error has the form of OpenAI's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As of `APIRoute`."""
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                return error_response(error)
+
+        return handled
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that failed."""
+    status, content = described(error)
+    headers = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, Overloaded) else None
+    return JSONResponse(content, status, headers)
+
+
+def described(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and content of the answer to a request that failed, which is counted."""
+    if isinstance(error, RequestValidationError):
+        error = _of_validation(error.errors())
+    metrics.count_error("refused" if isinstance(error, StudioError) else type(error).__name__)
+    message = sentence_of(error)
+    status, param, code = 500, None, None
+    if isinstance(error, ApiError):
+        status, param, code = error.status, error.param, error.code
+    elif isinstance(error, Overloaded):
+        status, code = error.status, "rate_limit_exceeded" if error.status == 429 else "overloaded"
+    elif isinstance(error, StudioError):
+        status, code = 400, "invalid_value"
+        param = next((name for start, name in _SUBJECTS.items() if message.startswith(start)), None)
+    return status, error_content(message, status, param, code)
+
+
+def error_event(error: Exception) -> str:
+    """A server-sent event for an error after the answer has begun."""
+    return f"event: error\ndata: {json.dumps(described(error)[1])}\n\n"
+
+
+def _of_validation(errors: Sequence[Any]) -> ApiError:
+    """The first of the errors that pydantic found."""
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    place = [part for part in first["loc"] if part != "body"]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    if first["type"] == "json_invalid":
+        return ApiError("The body is not valid JSON: send an object of parameters.", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        if reason := unservable(param):
+            sentence = f"Unsupported parameter: '{param}'. Leave it out: {reason}."
+            return ApiError(sentence, param=param, code="unsupported_parameter")
+        return ApiError(f"Unknown parameter: '{param}'. Leave it out.", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(f"Invalid value for '{param}': {reason}.", param=param or None, code="invalid_value")
