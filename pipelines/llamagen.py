@@ -21,6 +21,7 @@ from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.base import ConditionalPipeline, Images, timed
+from studio.pipelines.continuous import PipelineBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -201,6 +202,10 @@ class LlamaGenPipeline(ConditionalPipeline):
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) of pixels (B, 3, side, side) in [-1, 1]."""
         return self.image_tokenizer.encode(pixels).flatten(1)
+
+    def new_batch(self, max_images: int = 8) -> PipelineBatch:
+        """A running batch that calls join and leave, whatever their prompts, settings and progress."""
+        return PipelineBatch(self, max_images)
 
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:

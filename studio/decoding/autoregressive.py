@@ -9,6 +9,7 @@ see `guidance`. `Guidance` is the same for loops in which the tokens of one call
 
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -87,6 +88,7 @@ class Autoregressive:
     filter_order: str = "llamagen"
     weights: str = "auto"
     guidance_schedule: str | None = None
+    plain_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Sampling(order=self.filter_order)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 COUPLINGS = ("seed", "none", "maximal", "gumbel")
 TOKENS_A_CALL = {2: 1.4, 3: 1.7, 4: 1.95, 6: 2.35, 8: 2.75, 12: 3.1, 16: 3.45, 24: 3.7, 32: 3.9}
 """Tokens of an image for a call by window, as measured on `emoji-ar`."""
-_CPU_ROWS, _OTHER_WINDOW = 8, 16
+CPU_ROWS, _OTHER_WINDOW = 8, 16
 _windows: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, int]]" = weakref.WeakKeyDictionary()
 
 
@@ -83,6 +83,11 @@ class Jacobi:
             raise StudioError(f'window must be a whole number of at least 1, or "auto", not {shown(self.window)}.')
         if self.coupling is not None and self.coupling not in COUPLINGS:
             raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {shown(self.coupling)}.")
+
+    @property
+    def plain_tokens(self) -> bool:
+        """Whether the tokens are those of plain decoding for the same generators."""
+        return self.coupling in (None, "seed")
 
     @property
     def sampled(self) -> bool:
@@ -171,7 +176,7 @@ class _Run:
         self.path = torch.ones(1, window, window, dtype=torch.bool, device=device).tril()
         self.generators, self.races, self.proposals = generators, None, None
         if not sampling.greedy and self.coupling in ("seed", "gumbel"):
-            self.races = _PositionRaces(generators, logits.shape[-1], total if editable else window, total, device)
+            self.races = PositionRaces(generators, logits.shape[-1], total if editable else window, total, device)
         if not sampling.greedy and self.coupling != "seed":
             self.proposals = logits.new_empty(batch, window - 1, logits.shape[-1])
             self.proposals[:] = _one_hot(self.tokens[:, :1], self.proposals)
@@ -224,9 +229,9 @@ class _Run:
         if self.sampling.greedy:
             outcomes = logits.argmax(dim=-1)
             if self.relaxation is None:
-                return outcomes, _leading(guesses == outcomes[:, :-1])
+                return outcomes, leading(guesses == outcomes[:, :-1])
             passed = self.relaxation.is_likeliest(logits[:, :-1].flatten(0, 1), guesses.reshape(-1, 1))
-            right = _leading(passed.view_as(guesses))
+            right = leading(passed.view_as(guesses))
             outcomes[:, :-1] = torch.where(self.steps[:-1] < right[:, None], guesses, outcomes[:, :-1])
             return outcomes, right
         distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
@@ -234,7 +239,7 @@ class _Run:
             self.races.reach(self.numbers, [self.lengths[number] + index.shape[1] for number in self.numbers])
         if self.coupling == "seed":
             outcomes = self.races.winners(distributions, self.images, index)
-            return outcomes, _leading(guesses == outcomes[:, :-1])
+            return outcomes, leading(guesses == outcomes[:, :-1])
         chance = _Chance.of(
             [self.generators[number] for number in self.numbers], distributions.shape[1], distributions.device
         )
@@ -302,7 +307,7 @@ def decide(
         flat = (values.flatten(0, 1) for values in (p, guesses, share))
         held = own + relaxation.borrowed_mass(*flat).view_as(own)
     passed, relaxed = chance.test(share, own, held)
-    right = _leading(relaxed)
+    right = leading(relaxed)
     behind = steps[:-1] > right[:, None]
     kept, replaced = steps[:-1] < right[:, None], steps[:-1] == right[:, None]
     if coupling == "maximal":
@@ -349,7 +354,7 @@ class _Chance:
         return torch.searchsorted(sums, (1 - self.samples[:, :, None]) * sums[:, :, -1:])[:, :, 0]
 
 
-class _PositionRaces:
+class PositionRaces:
     """Exp(1) noise (V,) for each position of B images, as plain decoding takes it: in order, a row for a token.
 
     Args:
@@ -376,7 +381,7 @@ class _PositionRaces:
         return sample_rows(distributions.flatten(0, 1), noise=noise).view(index.shape)
 
 
-def _leading(passed: torch.Tensor) -> torch.Tensor:
+def leading(passed: torch.Tensor) -> torch.Tensor:
     """How many numbers (B,) of each row (B, n) are true before the first that is not."""
     return passed.long().cumprod(dim=1).sum(dim=1)
 
@@ -396,11 +401,11 @@ def choose_window(model: torch.nn.Module, settings: Jacobi, batch: int, streams:
         return settings.window
     on_cpu = model.device.type == "cpu"
     if settings.coupling not in (None, "seed"):
-        return _CPU_ROWS // streams if on_cpu else _OTHER_WINDOW
+        return CPU_ROWS // streams if on_cpu else _OTHER_WINDOW
     rows, known = batch * streams, _windows.setdefault(model, {})
     key = (rows, model.device, model.dtype, settings.weights, torch.get_num_threads())
     if key not in known:
-        known[key] = _fastest_window(model, rows, settings.weights, _CPU_ROWS / rows if on_cpu else _OTHER_WINDOW)
+        known[key] = _fastest_window(model, rows, settings.weights, CPU_ROWS / rows if on_cpu else _OTHER_WINDOW)
     return known[key]
 
 

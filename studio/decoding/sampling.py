@@ -57,6 +57,16 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by."""
+        return max(self.temperature, _SMALLEST_TEMPERATURE)
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens may be dropped."""
+        return self.top_k > 0 or self.top_p < 1
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution (rows, V) a token is sampled from, float32."""
         kept = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, order=self.order)

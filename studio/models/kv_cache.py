@@ -219,4 +219,68 @@ class TreeCache(KVCache):
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
-        self.base = self.length = max(lengths)
+        self.base = self.length = max(lengths, default=0)
+
+
+class BatchCache(TreeCache):
+    """A `TreeCache` that rows join and leave; it begins without any.
+
+    Each row stays where it is until it leaves, except for the last one, which then takes its place.
+
+    Args:
+        sizes: as of `KVCache`; `rows` is the most that fit.
+    """
+
+    def __init__(self, **sizes: Any):
+        super().__init__(**sizes)
+        self._whole = self.store
+        self.store = self._whole[:, :0]
+        self._set_lengths([])
+
+    def join(self, other: KVCache) -> None:
+        """Appends the rows of a cache with the same sizes, whose positions are all kept and fit.
+
+        Raises:
+            StudioError: there is no place for them.
+        """
+        start, length = self.rows, other.length
+        end = start + other.rows
+        if end > self._whole.shape[1]:
+            raise StudioError(f"The cache holds {self._whole.shape[1]} rows; {end} were asked for.")
+        self._whole[:, start:end, :, :, :length] = other.store[:, :, :, :, :length]
+        self._whole[:, start:end, :, :, length:] = 0  # what is hidden must be finite, too
+        self.store = self._whole[:, :end]
+        self.bias = _appended(self.bias, other.bias, self.max_length, dim=3)
+        self.region_conditioning = _appended(self.region_conditioning, other.region_conditioning)
+        self._set_lengths([*self.lengths, *[length] * other.rows])
+
+    def leave(self, row: int) -> None:
+        """Forgets a row and all pending positions; the last row takes its place."""
+        last = self.rows - 1
+        if row != last:
+            length = self.lengths[last]
+            self._whole[:, row, :, :, :length] = self._whole[:, last, :, :, :length]
+            for tensor in (self.bias, self.region_conditioning):
+                if tensor is not None:
+                    tensor[row] = tensor[last]
+            self.lengths[row] = length
+        self.store = self._whole[:, :last]
+        self.bias = None if self.bias is None else self.bias[:last]
+        self.region_conditioning = None if self.region_conditioning is None else self.region_conditioning[:last]
+        self._set_lengths(self.lengths[:last])
+
+
+def _appended(
+    own: torch.Tensor | None, new: torch.Tensor | None, size: int | None = None, dim: int = 1
+) -> torch.Tensor | None:
+    """Both, one behind the other; new ones get zeros up to `size` in a dimension."""
+    if new is None:
+        return None
+    if size is not None and new.shape[dim] < size:
+        padding = [
+            number
+            for place in range(new.dim() - 1, -1, -1)
+            for number in (0, size - new.shape[dim] if place == dim else 0)
+        ]
+        new = torch.nn.functional.pad(new, padding)
+    return new.clone() if own is None else torch.cat((own, new))

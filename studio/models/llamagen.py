@@ -19,7 +19,7 @@ from torch import nn
 
 from studio.checks import shown
 from studio.errors import StudioError
-from studio.models.kv_cache import KVCache, TreeCache
+from studio.models.kv_cache import BatchCache, KVCache, TreeCache
 from studio.models.llama_blocks import (
     Block,
     CaptionEmbedder,
@@ -295,6 +295,15 @@ class LlamaGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases def
         """An empty cache for `rows` sequences, with space for `pending` positions that are not kept yet."""
         sizes = self._cache_sizes(rows)
         return TreeCache(**{**sizes, "max_length": sizes["max_length"] + pending})
+
+    def new_prefix_cache(self, rows: int) -> TreeCache:
+        """An empty cache for the prefix of `rows` sequences."""
+        return TreeCache(**{**self._cache_sizes(rows), "max_length": self.prefix_length})
+
+    def new_batch_cache(self, rows: int, pending: int) -> BatchCache:
+        """An empty cache that up to `rows` sequences may join, with space for `pending` positions."""
+        sizes = self._cache_sizes(rows)
+        return BatchCache(**{**sizes, "max_length": sizes["max_length"] + pending})
 
     def _cache_sizes(self, rows: int) -> dict[str, Any]:
         return {

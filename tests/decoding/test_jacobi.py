@@ -81,7 +81,7 @@ def differing(owner=None, name=None, value=None):
 
 def test_mistakes_are_seen():
     """Negative controls: noise taken anew each call, a rejected guess kept in the cache, all guesses at one place."""
-    reach, keep, extend = loop._PositionRaces.reach, TreeCache.keep, NativeLlamaGen.extend_tree
+    reach, keep, extend = loop.PositionRaces.reach, TreeCache.keep, NativeLlamaGen.extend_tree
 
     def anew(self, numbers, ends):
         self.taken = [1] * len(self.taken)
@@ -95,19 +95,19 @@ def test_mistakes_are_seen():
         return extend(self, tokens, cache, positions[:, :1].expand_as(positions), visible)
 
     assert differing() == 0
-    assert differing(loop._PositionRaces, "reach", anew) == 6
+    assert differing(loop.PositionRaces, "reach", anew) == 6
     assert differing(TreeCache, "keep", one_more) >= 5
     assert differing(NativeLlamaGen, "extend_tree", at_the_root) >= 5
 
 
 def test_noise_past_the_end_is_seen(monkeypatch):
     """Negative control of the generators' state: noise for all places of the last windows."""
-    init = loop._PositionRaces.__init__
+    init = loop.PositionRaces.__init__
 
     def longer(self, generators, vocab, slots, total, device):
         init(self, generators, vocab, slots, total + 8, device)
 
-    monkeypatch.setattr(loop._PositionRaces, "__init__", longer)
+    monkeypatch.setattr(loop.PositionRaces, "__init__", longer)
     ours, theirs = streams(1, 2, 3), streams(1, 2, 3)
     autoregressive(tiny(), conditions(False), generators=theirs)
     jacobi(tiny(), conditions(False), generators=ours, settings=Jacobi(6))
