@@ -114,5 +114,5 @@ def test_refused():
         sample(settings=DimensionWise(steps=10))
     with pytest.raises(StudioError, match="steps"):
         DimensionWise(steps=0)
-    with pytest.raises(StudioError, match="linear, constant"):
+    with pytest.raises(StudioError, match="constant, linear"):
         DimensionWise(guidance_schedule="cosine")
