@@ -20,7 +20,7 @@ from studio.backends.cpu_c_pixels import NativeDecoder, can_decode
 from studio.backends.cpu_c_student import NativeStudent, can_distil
 from studio.backends.cpu_c_text import NativeT5, can_encode
 from studio.backends.cuda_graphs import GraphedLlamaGen, GraphedStudent
-from studio.backends.fingerprints import addresses, has_hooks, signature, walk, weight_sums
+from studio.backends.fingerprints import addresses, has_hooks, signature, weight_sums, weights_of
 from studio.backends.packed import PackedLlamaGen, can_pack
 from studio.checks import check_choice
 from studio.models.diffusion_head import DenoisingNetwork
@@ -186,4 +186,4 @@ def _fastest(model: LlamaGen) -> str:
 
 
 def _is_large(model: nn.Module) -> bool:
-    return sum(weight.nbytes for weight in walk(model)[0]) > _LARGEST_COPY_BYTES
+    return sum(weight.nbytes for weight in weights_of(model)) > _LARGEST_COPY_BYTES

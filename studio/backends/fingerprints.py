@@ -12,33 +12,31 @@ from studio.backends.native_library import library, loaded_library
 
 _SUM_STRIDE = 61
 _SUMMED = 128
-_HOOKS = ("_hf_hook", "_diffusers_hook")
 _arrays: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]]" = weakref.WeakKeyDictionary()
 
 
-def walk(model: nn.Module) -> tuple[list[torch.Tensor], bool]:
-    """All parameters and buffers, and whether a library such as accelerate moves some of them while they are called.
-
-    Faster than the generators of torch, whose time shows beside a short call.
-    """
-    modules, weights, has_hooks = [model], [], False
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules. The generators of torch take several times as long, which shows beside a short call."""
+    modules = [model]
     for module in modules:
-        own = vars(module)
-        for group in (own["_parameters"], own["_buffers"]):
-            weights += [weight for weight in group.values() if weight is not None]
-        modules += [child for child in own["_modules"].values() if child is not None]
-        has_hooks = has_hooks or any(hook in own for hook in _HOOKS)
-    return weights, has_hooks
+        modules += [child for child in vars(module)["_modules"].values() if child is not None]
+    return modules
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    """All parameters and buffers; those that several modules share come several times."""
+    groups = [group for module in _modules(model) for group in (module._parameters, module._buffers) if group]
+    return [weight for group in groups for weight in group.values() if weight is not None]
 
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether a library such as accelerate moves parts of a model while they are called."""
-    return walk(model)[1]
+    return any("_hf_hook" in (own := vars(module)) or "_diffusers_hook" in own for module in _modules(model))
 
 
 def addresses(model: nn.Module) -> tuple:
     """Where the weights of a model are."""
-    return tuple(weight.data_ptr() for weight in walk(model)[0])
+    return tuple(weight.data_ptr() for weight in weights_of(model))
 
 
 def signature(model: nn.Module) -> tuple | None:
@@ -47,7 +45,7 @@ def signature(model: nn.Module) -> tuple | None:
     The sums catch writes through `.data`, such as those of a moving average, which torch does not count. None where
     the weights are not there to be looked at.
     """
-    weights = walk(model)[0]
+    weights = weights_of(model)
     places = tuple([(weight.data_ptr(), weight._version) for weight in weights])
     kept = _arrays.get(model)
     if kept is None or kept[0] != places:
