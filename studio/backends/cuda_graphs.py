@@ -179,9 +179,12 @@ class GraphedLlamaGen:
         """States or logits of x (rows, n, dim), stored behind what the cache holds."""
         rows, n, _ = x.shape
         places = torch.arange(cache.length, cache.length + n, device=x.device)
-        key, replays = (rows, n, logits), cache.slot.replays
+        slot = vars(cache).get("slot")
+        if slot is None or slot.store.data_ptr() != cache.store.data_ptr():
+            slot = cache.slot = _Slot(cache.store)
+        key, replays = (rows, n, logits), slot.replays
         if key not in replays:
-            replays[key] = Replay(self._call(cache.slot.store[:, :rows], logits))
+            replays[key] = Replay(self._call(cache.store, logits))
         [result] = replays[key](x, positions, mask, places)
         cache.advance(n)
         return result

@@ -113,6 +113,40 @@ def test_memory_and_calls_are_used_again_only_when_the_cache_is_gone():
     assert not third.store.any() and third.length == 0
 
 
+@torch.no_grad()
+def test_rows_that_join_and_leave_a_batch_get_the_same_states():
+    model = model_of()
+    found = {}
+    for view in (model, GraphedLlamaGen(model)):
+        batch, states = view.new_batch_cache(3, 4), []
+
+        def joined(first, count, view=view, batch=batch):
+            prefix, _ = model.embed_condition(class_labels=torch.arange(first, first + count))
+            cache = view.new_prefix_cache(count)
+            view.prefill_states(prefix, None, cache)
+            cache.keep_all()
+            batch.join(cache)
+
+        def extended(view=view, batch=batch):
+            rows = batch.rows
+            positions = torch.tensor(batch.lengths)[:, None] + torch.arange(2)
+            visible = torch.ones(2, 2, dtype=torch.bool).tril().expand(rows, 2, 2)
+            tokens = torch.arange(2 * rows).view(rows, 2)
+            result = view.extend_tree(tokens, batch, positions, visible)
+            batch.keep_all()
+            return result
+
+        joined(0, 2)
+        states.append(extended())
+        joined(5, 1)
+        states.append(extended())
+        batch.leave(0)
+        states.append(extended())
+        found[view] = states
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 class Counted(TorchDispatchMode):
     """Counts operations that wait for a device."""
 
