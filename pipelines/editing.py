@@ -175,6 +175,10 @@ def _sum_of(parts: list[DecodingStats]) -> DecodingStats:
 def with_editing(call: Callable) -> Callable:
     """Wraps a pipeline's `__call__` so that it takes the fields of an `EditRequest` as keywords, too."""
 
+    signature = inspect.signature(call)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        return call  # of a subclass, which passes what it does not know on to its base
+
     @wraps(call)
     def editing(self: EditingMixin, *args: Any, **kwargs: Any) -> ImageTokenPipelineOutput | tuple:
         given = {name: kwargs.pop(name) for name in EDIT_DEFAULTS if name in kwargs}
@@ -183,7 +187,6 @@ def with_editing(call: Callable) -> Callable:
             return call(self, *args, **kwargs)
         return self.edit(EditRequest(**given), call, *args, **kwargs)
 
-    signature = inspect.signature(call)
     fields = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=EDIT_DEFAULTS[name]) for name in EDIT_DEFAULTS
     ]

@@ -122,6 +122,7 @@ for command in (
     bench.mar,
     bench.cspd,
     bench.residual,
+    bench.editing,
     bench.tokenizers,
     bench.guidance,
     bench.leakage,

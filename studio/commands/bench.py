@@ -381,6 +381,26 @@ def leakage(
     say(leakage_tables(result))
 
 
+def editing(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled ones with grids"),
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Sheets of which one emoji is redrawn.")] = 200,
+    seams: Annotated[int, typer.Option(min=1, help="Images of which seams are measured.")] = 40,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure edits: what the classifier sees in redrawn boxes, what stays, and seams."""
+    from studio.bench.editing import MODELS, bench_editing, editing_table
+
+    quiet_libraries()
+    result = bench_editing(tuple(model or MODELS), cases=cases, seams=seams, seed=seed, device=device)
+    emit(result)
+    say(editing_table(result["rows"]))
+
+
 def tokenizers(
     model: Annotated[
         list[str] | None,
