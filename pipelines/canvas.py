@@ -7,7 +7,8 @@ window that follows another takes its pixels as known, which makes images larger
 
 Hidden pixels do not reach the encoder: they are filled from what surrounds them, by averages that grow coarser with the
 distance (the pull-push of Gortler et al., "The Lumigraph", 1996). A decoder does not restore known pixels exactly. What
-it misses by at the edge of the mask is spread inwards in the same way and fades out over `soft_edge` pixels.
+it misses by at the edge of the mask is continued inwards as a membrane (Perez et al., "Poisson Image Editing", 2003)
+and fades out over `soft_edge` pixels.
 """
 
 import warnings
@@ -26,7 +27,7 @@ from studio.images import check_pixels, check_shape, rgb_image
 
 SIDES = ("left", "top", "right", "bottom")
 MOST_WINDOWS = 256
-_STEPS_A_WINDOW = 4
+_STEPS_A_WINDOW, _SWEEPS = 4, 32
 
 
 class Window(NamedTuple):
@@ -246,15 +247,25 @@ def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def blended(sampled: torch.Tensor, original: torch.Tensor, hidden: torch.Tensor, soft_edge: int) -> torch.Tensor:
     """Sampled pixels (B, 3, H, W) under the mask `hidden` (H, W), the original ones elsewhere; see `soft_edge`."""
     if soft_edge and not bool(hidden.all()):
-        missed = fill_hidden(original - sampled, ~hidden[None, None])
+        missed = _membrane(original - sampled, ~hidden[None, None])
         sampled = (sampled + missed * _nearness(~hidden, soft_edge)).clamp(0, 1)
     return torch.where(hidden, sampled, original)
 
 
+def _membrane(values, known):
+    """Values (B, C, H, W) continued from where they are known: where not, each is about the mean of its neighbours."""
+    filled, kernel = fill_hidden(values, known), torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]) / 4
+    kernel = kernel.expand(values.shape[1], 1, 3, 3)
+    for _ in range(_SWEEPS):
+        means = F.conv2d(F.pad(filled, (1, 1, 1, 1), mode="replicate"), kernel, groups=values.shape[1])
+        filled = torch.where(known, values, means)
+    return filled
+
+
 def _nearness(known, reach):
-    """How near each pixel (H, W) is to a known one, from 1 there to 0 at `reach` pixels, in squares around it."""
-    near, grown = known.float(), known.float()[None, None]
-    for _ in range(reach - 1):
+    """How near each hidden pixel (H, W) is to a known one, from 1 beside it to 0 beyond `reach` pixels, in squares."""
+    near, grown = torch.zeros(known.shape), known.float()[None, None]
+    for _ in range(reach):
         grown = F.max_pool2d(grown, 3, stride=1, padding=1)
         near = near + grown[0, 0]
     return near / reach

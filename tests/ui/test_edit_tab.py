@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from gradio_client import handle_file
 from PIL import Image
 
 from studio import StudioError
+from studio.checkpoints import published
 from studio.ui.jobs.edit_job import box_mask
+from studio.ui.server import limits, models
 from studio.ui.tabs import edit
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -94,3 +97,14 @@ def test_the_endpoint(client, files):
     [found], details = client.predict(**given, box=[0, 0, 32, 12], api_name="/edit")
     assert details["size"] == [32, 24] and details["approximate"] is True and details["seeds"] == [3]
     assert np.array_equal(np.asarray(Image.open(found["image"]).convert("RGB"))[12:], PIXELS[12:])
+
+
+def test_models_to_choose_from(monkeypatch, tmp_path, tiny_folder):
+    monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
+    assert models.offered_pipelines("tiny")[0] == "tiny" and "emoji-mar" in models.offered_pipelines("tiny")
+    folder = published.pulled_folder("llamagen-b-256")
+    assert "llamagen-b-256" not in models.offered_pipelines("tiny")
+    shutil.copytree(tiny_folder, folder)
+    assert "llamagen-b-256" in models.offered_pipelines("tiny")
+    monkeypatch.setattr(limits, "_limits", limits.Limits(models={"tiny": "tiny"}))
+    assert models.offered_pipelines("tiny") == ["tiny"]

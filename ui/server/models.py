@@ -148,6 +148,15 @@ def bundled_models(kind: str) -> list[str]:
     return [name for name, model in BUNDLED.items() if model.kind == kind and present.get(name)]
 
 
+def offered_pipelines(model: str) -> list[str]:
+    """The names of pipelines to choose from: the app's own, the bundled and the pulled ones that requests may use."""
+    from studio.checkpoints.published import PUBLISHED, pulled_folder
+
+    pulled = (name for name in PUBLISHED if (pulled_folder(name) / "model_index.json").is_file())
+    names = [*bundled_models("pipeline"), *pulled]
+    return list(dict.fromkeys([model, *filter(is_offered, names)]))
+
+
 def _blank_image() -> "Image":
     from PIL import Image
 

@@ -16,7 +16,7 @@ from studio.ui.jobs.request import number_of, sample_seed
 from studio.ui.render.sizes import readable
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
-from studio.ui.server.models import bundled_models
+from studio.ui.server.models import offered_pipelines
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import (
     columns_for,
@@ -41,12 +41,13 @@ def build_tab(model: str) -> gr.ImageEditor:
     """Build the tab inside the current Blocks; a model is loaded by the first edit.
 
     Args:
-        model: what is chosen where `emoji-mar` is not bundled.
+        model: what is chosen where `emoji-mar` is not offered.
 
     Returns:
         The editor.
     """
-    names = bundled_models("pipeline")
+    names = offered_pipelines(model)
+    default = DEFAULT_MODEL if DEFAULT_MODEL in names else model
     with gr.Row(elem_id="studio-edit", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             editor = gr.ImageEditor(
@@ -84,9 +85,9 @@ def build_tab(model: str) -> gr.ImageEditor:
         with gr.Column(elem_classes="area-tune"):
             chosen = gr.Dropdown(
                 names,
-                value=DEFAULT_MODEL if DEFAULT_MODEL in names else model,
+                value=default,
                 label="Model",
-                info="A bundled pipeline, a folder or a Hugging Face id. MAR, TokenBridge and ResGen edit exactly.",
+                info="Bundled, pulled, a folder or a Hugging Face id. MAR, TokenBridge and ResGen edit exactly.",
                 allow_custom_value=True,
                 elem_id="edit-model",
             )
@@ -119,11 +120,11 @@ def build_tab(model: str) -> gr.ImageEditor:
         cancel=cancel,
     )
     dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
-    _endpoint()
+    _endpoint(default)
     return editor
 
 
-def _endpoint() -> None:
+def _endpoint(default: str) -> None:
     """The endpoint for programs."""
 
     async def edit(
@@ -147,7 +148,9 @@ def _endpoint() -> None:
             The images as PNG files of the image's size, expanded, and details: seeds, target calls, seconds, and
             whether the model knew of what stands behind the redrawn part.
         """
-        async for update in answer_redrawing(image, prompt, mask, box, expand, strength, count, seed, model, padding):
+        async for update in answer_redrawing(
+            image, prompt, mask, box, expand, strength, count, seed, model or default, padding
+        ):
             yield update
 
     with gr.Group(visible=False):
@@ -230,7 +233,7 @@ async def answer_redrawing(
     """
     original = _opened(image, "Give an image first: upload a file.")
     white = box_mask(box, original.size) if mask in (None, "") else _opened(mask, "")
-    request = request_of(original, white, model or DEFAULT_MODEL, prompt, count, seed, None, strength, expand, padding)
+    request = request_of(original, white, model, prompt, count, seed, None, strength, expand, padding)
     async for news in redraw(request):
         if isinstance(news, Redrawing):
             yield gr.skip(), {"steps": news.steps, "seeds": request.sampling.seeds}
