@@ -165,7 +165,7 @@ def test_the_teacher_goes_on_from_a_prefix(scale, weights, teacher):
     def greedy(index, logits):
         return logits.argmax(dim=-1)
 
-    options = {"guidance_scale": scale, "weights": weights}
+    options = {"guidance_scale": scale, "settings": Autoregressive(weights=weights)}
     nothing = torch.zeros(BATCH, 0, dtype=torch.long)
     whole = teacher_tokens(teacher, CONDITION, nothing, N, greedy, **options)
     assert torch.equal(teacher_tokens(teacher, CONDITION, whole[:, :7], N, greedy, **options), whole)
