@@ -4,13 +4,17 @@ import ast
 import asyncio
 import base64
 import io
+import time
 from urllib.request import urlopen
 
+import httpx
 import pytest
 import torch
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
+
+from studio.ui.server import session, worker
 
 TOOLS = ["generate", "edit", "tokenize", "detokenize", "ask", "compare"]
 
@@ -81,3 +85,29 @@ def test_tools_say_how_a_file_is_given(asked):
     for name, value in (("ask", "image"), ("tokenize", "image"), ("detokenize", "file")):
         assert "data:" in described[name][value]["format"] and "no link" in described[name][value]["description"]
     assert "url to a file" not in str(described)
+
+
+def test_the_older_transport_is_closed(client):
+    for path in ("sse", "messages/?session_id=1"):
+        assert httpx.get(f"{client.src}gradio_api/mcp/{path}").status_code == 404
+
+
+@pytest.mark.parametrize("steps", [0.3], indirect=True)
+@pytest.mark.parametrize("leaves", [True, False])
+def test_what_a_caller_that_left_asked_for_is_dropped(client, steps, monkeypatch, leaves):
+    monkeypatch.setattr(session, "_PATIENCE", 0.5)
+    monkeypatch.setattr(worker, "_POLL", 0.1)
+    arguments = {"prompt": "a red apple", "count": 1, "seed": 7, "options": {}}
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "generate", "arguments": arguments}}
+    how = {"json": call, "headers": {"accept": "application/json, text/event-stream"}, "timeout": 60}
+    with httpx.stream("POST", f"{client.src}gradio_api/mcp/", **how) as answer:
+        ends = time.monotonic() + 30
+        while not steps and time.monotonic() < ends:
+            time.sleep(0.05)
+        text = "" if leaves else answer.read().decode()
+    while not worker.is_idle() and time.monotonic() < ends:
+        time.sleep(0.05)
+    if leaves:
+        assert 1 <= len(steps) < 12
+    else:
+        assert len(steps) >= 15 and '"isError":false' in text

@@ -10,8 +10,8 @@ import pytest
 from gradio.utils import get_upload_folder
 
 from studio.ui.server import run as running
-from studio.ui.server.middleware import API, UPLOAD, GuardMiddleware, _Counted, _names_other_file, _Refusal
-from studio.ui.server.session import CLIENT, Listeners, client_of
+from studio.ui.server.middleware import API, TOOLS, UPLOAD, GuardMiddleware, _Counted, _names_other_file, _Refusal
+from studio.ui.server.session import CLIENT, LISTENER, Listeners, client_of
 
 MIB = 1 << 20
 A_FILE = {"_type": "gradio.FileData"}
@@ -149,7 +149,9 @@ def test_a_client_is_an_address_and_cannot_say_that_it_is_another():
     assert first[CLIENT] == "1.2.3.4"
     stamp = dict(first["headers"])[b"x-studio-client"]
     assert asked(gate, ("127.0.0.1", 1), [(b"x-studio-client", stamp)])[1][CLIENT] == "1.2.3.4"
-    assert asked(gate, headers=[(b"x-studio-client", b"secret 9.9.9.9")])[1][CLIENT] == "1.2.3.4"
+    for forged in (b"secret 9.9.9.9", b"secret 9.9.9.9 0", b"\xe9 9.9.9.9 0", b""):
+        forged = asked(gate, headers=[(b"x-studio-client", forged)])[1]
+        assert forged[CLIENT] == "1.2.3.4" and forged[LISTENER] is None
     assert client_of("2001:db8:1:2:3::4") == client_of("2001:db8:1:2::9") != client_of("2001:db8:1:3::4")
     assert client_of("::ffff:1.2.3.4") == "1.2.3.4" and client_of("testclient") == "testclient"
 
@@ -172,3 +174,24 @@ def test_listeners_are_those_of_the_answer_routes():
     for path in (f"{API}/call/generate/event1", f"{API}/call/v2/generate/event2/", UPLOAD, "/config"):
         asked(gate, path=path)
     assert heard == ["event1", "event2"]
+
+
+def test_the_call_of_a_tool_listens_for_the_requests_that_it_sends():
+    listeners, inner = Listeners(), []
+
+    async def tool(scope, receive, send):
+        stamp = dict(scope["headers"])[b"x-studio-client"]
+        inner.append(await asyncio.to_thread(asked, gate, ("127.0.0.1", 1), [(b"x-studio-client", stamp)]))
+        key = inner[0][1][LISTENER]
+        inner.append(listeners.awaits(key))
+
+    gate = GuardMiddleware(tool, listeners, 1, 9)
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": TOOLS, "headers": [], "client": ("1.2.3.4", 1)}
+    asyncio.run(gate({**scope, "query_string": b""}, receive, None))
+    [(_, seen), while_open] = inner
+    assert seen[CLIENT] == "1.2.3.4"
+    assert while_open and not listeners.awaits(seen[LISTENER])

@@ -13,7 +13,7 @@ from python_multipart.multipart import parse_options_header
 from studio.ui.server.failures import error_content
 from studio.ui.server.keys import Keys
 from studio.ui.server.logs import FIELDS
-from studio.ui.server.session import CLIENT, Listeners, client_of
+from studio.ui.server.session import CLIENT, LISTENER, Listeners, client_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,8 +37,13 @@ _PREFLIGHT = (
     (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-ID"),
     (b"access-control-max-age", b"600"),
 )
-_CLOSED = ("/proxy=", "/deep_link", "/component_server", "/run-history", "/vibe-", "/undo-vibe", "/process_recording")
-"""Routes of Gradio that the app does not use: they fetch addresses, or store what they are sent."""
+_CALL = "studio.call"  # the key of a scope: names the request
+_CLOSED = (
+    "/proxy=", "/deep_link", "/component_server", "/run-history", "/vibe-", "/undo-vibe", "/process_recording",
+    "/mcp/sse", "/mcp/messages",
+)  # fmt: skip
+"""Routes of Gradio that the app does not use: they fetch addresses, store what they are sent, or are a transport of the
+Model Context Protocol (the older one) on which nobody knows who still waits for an answer."""
 
 
 class GuardMiddleware:
@@ -96,7 +101,7 @@ class GuardMiddleware:
         client = scope[CLIENT]
         scope.get(FIELDS, {})["client"] = client
         self._asking[client] += 1
-        key = _listens_for(path, scope) if scope["method"] == "GET" else None
+        key = _listens_for(path, scope)
         if key:
             self._listeners.arrive(key)
         try:
@@ -157,22 +162,24 @@ class GuardMiddleware:
     def _named(self, scope: Message) -> Message:
         """The scope with its client, and without headers that a client may not set.
 
-        The tools of the Model Context Protocol send requests to this server in turn: these count for their own client.
+        The tools of the Model Context Protocol send requests to this server in turn: these count for the client that
+        called the tool, and their answers are awaited as long as that call is open.
         """
         host = (scope.get("client") or ("",))[0]
         client: str | None = client_of(host)
         if self._keys is not None:
             client = self._keys.client_of(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
-        headers = []
+        call, called, headers = secrets.token_hex(8), None, []
         for name, value in scope["headers"]:
             if name == _FORWARDED:
                 secret, _, forwarded = value.decode("latin-1").partition(" ")
-                client = forwarded if secrets.compare_digest(secret, self._secret) else client
+                if secrets.compare_digest(secret.encode(), self._secret.encode()):
+                    client, _, called = forwarded.rpartition(" ")
             elif name != b"origin":
                 headers.append((name, value))
         if client is not None:
-            headers.append((_FORWARDED, f"{self._secret} {client}".encode("latin-1", "replace")))
-        return {**scope, "headers": headers, CLIENT: client}
+            headers.append((_FORWARDED, f"{self._secret} {client} {call}".encode("latin-1", "replace")))
+        return {**scope, "headers": headers, CLIENT: client, LISTENER: called, _CALL: call}
 
 
 class _Refusal(Exception):
@@ -265,7 +272,11 @@ def _is_foreign(headers: dict[bytes, bytes]) -> bool:
 
 
 def _listens_for(path: str, scope: Message) -> str | None:
-    """The session or the event whose answers are awaited there; `None` on other routes."""
+    """The session, the event or the call of a tool whose answers are awaited there; `None` on other routes."""
+    if scope["method"] == "POST" and path in (TOOLS, f"{TOOLS}/http"):
+        return scope[_CALL]
+    if scope["method"] != "GET":
+        return None
     if path == f"{API}/queue/data":
         return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
     return path.rsplit("/", 1)[-1] if path.startswith(f"{API}/call/") else None

@@ -7,12 +7,14 @@ counts listeners. Without it each session is a client, and everybody counts as l
 import ipaddress
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 from gradio.context import LocalContext
 
 CLIENT = "studio.client"  # the key of a scope
+LISTENER = "studio.listener"  # the key of a scope: the call of a tool that a request is a part of
 Asker = tuple[Hashable, Callable[[], bool]]
 ASKER: ContextVar[Asker | None] = ContextVar("asker", default=None)
 """The client of a request that Gradio does not handle, and whether it still listens."""
@@ -29,8 +31,12 @@ def session() -> Hashable:
     if asker := ASKER.get():
         return asker[0]
     asked = LocalContext.request.get(None)
-    scope = getattr(getattr(asked, "request", None), "scope", {})
-    return asked and (scope.get(CLIENT) or asked.session_hash)
+    return asked and (_scope(asked).get(CLIENT) or asked.session_hash)
+
+
+def _scope(asked: Any) -> Mapping[str, Any]:
+    """The scope of a request of Gradio."""
+    return getattr(getattr(asked, "request", None), "scope", {})
 
 
 def client_of(host: str) -> str:
@@ -90,5 +96,6 @@ def listening() -> Callable[[], bool]:
     asked, listeners, since = LocalContext.request.get(None), _listeners, time.monotonic()
     if asked is None or listeners is None:
         return lambda: True
-    keys = [key for key in (asked.session_hash, LocalContext.event_id.get(None)) if key]
+    called = _scope(asked).get(LISTENER)  # the server itself listens for the answer of a tool, whoever called it
+    keys = [called] if called else [key for key in (asked.session_hash, LocalContext.event_id.get(None)) if key]
     return lambda: listeners.heard(keys, since)
