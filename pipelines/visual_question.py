@@ -18,10 +18,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from studio.checks import check_integer, check_number, check_text
+from studio.checks import check_integer, check_number, check_text, first_line
 from studio.errors import StudioError
 from studio.images import rgb_image
-from studio.pipelines.chat_template import bounded_render, check_template, checked_tokenize
+from studio.pipelines.chat_template import check_template, checked_tokenize, render_template
 from studio.pruning.adapters import family_of
 from studio.pruning.api import prune as pruning
 from studio.pruning.api import prune_inputs
@@ -276,7 +276,10 @@ class VisualQuestionPipeline:
 
     def _inputs(self, image: Image.Image, question: str) -> BatchFeature:
         prompt = self._prompt(question.strip())
-        inputs = checked_tokenize(lambda: self.processor(images=image, text=prompt, return_tensors="pt"))
+        try:
+            inputs = checked_tokenize(lambda: self.processor(images=image, text=prompt, return_tensors="pt"))
+        except ValueError as error:  # such as a prompt without a place for the image
+            raise StudioError(f"The prompt that this model's chat template makes fails: {first_line(error)}") from error
         inputs = inputs.to(self.device)
         if inputs["pixel_values"].is_floating_point():
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -307,10 +310,7 @@ class VisualQuestionPipeline:
         if not getattr(self.processor, "chat_template", None):
             return f"{self.processor.image_token}\n{question}"
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        turn = [{"role": "user", "content": content}]
-        return bounded_render(
-            lambda: self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        )
+        return render_template(self.processor, [{"role": "user", "content": content}])
 
 
 class _Steps(StoppingCriteria):

@@ -68,6 +68,16 @@ def _run(arguments):
         return _fail(getattr(error, "format_message", error.__str__)(), 2)
     except KeyboardInterrupt:
         return _fail("Stopped.", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        return _fail("There is not enough memory for this: choose a smaller model, batch or size.", 2)
+
+
+def _lacks_memory(error):
+    """Whether Python, PyTorch on a CPU, or PyTorch on another device could not get memory."""
+    names = "MemoryError", "OutOfMemoryError"
+    return type(error).__name__ in names or "can't allocate memory" in str(error)
 
 
 def _fail(sentence, code):

@@ -52,7 +52,7 @@ def open_image(path: str | os.PathLike, name: str | None = None, most_pixels: in
     if not os.path.isfile(path):
         raise StudioError(f"There is no image {name}.")
     try:
-        with open(path, "rb") as file:  # of a name Pillow would map the file, and turn a TIFF the wrong way
+        with open(path, "rb") as file:
             return _read(file, name, most_pixels)
     except OSError as error:
         raise StudioError(f"{name} cannot be read: {error.strerror or error}.") from error
@@ -104,7 +104,7 @@ def rgb_image(image: object, name: str = "The image") -> "Image.Image":
     check_pixels(name, *image.size)
     try:
         turn = _turn(image)
-        image.load()
+        _load(image)
         check_pixels(name, *image.size)
         read = _rgb(image if turn is None else image.transpose(turn))
     except StudioError:
@@ -149,6 +149,19 @@ def _why_unknown(file):
 def _damaged(name, error):
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return f"{name} is damaged and cannot be read whole: {reason.rstrip('.')}."
+
+
+def _load(image):
+    """Decode an image. Pillow maps an uncompressed file that it knows by name, and then turns a TIFF the wrong way."""
+    name = getattr(image, "filename", None)
+    if image.format != "TIFF" or not name:
+        image.load()
+        return
+    image.filename = ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def _turn(image):

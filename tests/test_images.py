@@ -154,6 +154,8 @@ def test_a_file_and_an_open_image_are_read_alike(tmp_path, form, data, orientati
     others = [Image.open(io.BytesIO(data)), loaded, loaded.copy(), loaded.convert("RGBA"), read, rgb_image(loaded)]
     for other in others:
         assert np.array_equal(rgb_image(other), read)
+    named = Image.open(path)
+    assert np.array_equal(rgb_image(named), read) and named.filename == str(path)
 
 
 def test_the_codec_and_the_reader_of_questions_use_the_same_pixels(tmp_path, tiny_one_d, tiny_reader):

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import torch
 
 from studio import backends
+from studio.bench.sizes import check_fits
 from studio.checkpoints.loading import load, pick_device
-from studio.checks import shown
+from studio.checks import check_integer, check_number, shown
 from studio.decoding.jacobi import TOKENS_A_CALL
-from studio.decoding.trees import trees_of
+from studio.decoding.trees import MAX_NODES, trees_of
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline
@@ -102,6 +103,7 @@ def wait(device: torch.device) -> None:
 
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64)
+MAX_THREADS = 1024
 PRESETS = {"llamagen-b": "B", "llamagen-l": "L", "llamagen-xl": "XL", "llamagen-3b": "3B"}
 _GUIDED = 2
 
@@ -134,10 +136,14 @@ def bench_cost(
         "jacobi_speedup", what that would give here.
 
     Raises:
-        StudioError: an unknown preset, one that does not fit into memory, or another kind of model.
+        StudioError: an unknown preset, one that does not fit into memory, another kind of model, or a number out of
+            range.
     """
+    positions = sorted({1, *(check_integer("Each of positions", each, 1, MAX_NODES) for each in positions)})
+    threads = [check_integer("Each of threads", each, 1, MAX_THREADS) for each in threads]
+    seconds = check_number("seconds", seconds, 0, 3600)
     network = _loaded(model, device) if preset is None else _random(preset, pick_device(device))
-    on_cpu, positions = network.device.type == "cpu", sorted({1, *positions})
+    on_cpu = network.device.type == "cpu"
     rows: list[dict] = []
     for count in threads if on_cpu else [None]:
         with _threads(count):
@@ -179,24 +185,12 @@ def _random(preset: str, device: torch.device) -> LlamaGen:
     # A view of the model for a CPU may hold a second copy of the weights.
     copies = 2 if device.type == "cpu" else 1
     needed = copies * dtype.itemsize * sum(weight.numel() for weight in network.parameters())
-    free = free_bytes(device)
-    if needed > free:
-        have = f"{free / 2**30:.1f} GB of memory are free"
-        raise StudioError(f"{preset} needs {needed / 2**30:.1f} GB where {have}: choose a smaller preset.")
+    check_fits(preset, needed, device)
     network = network.to(dtype).to_empty(device=device).eval()
     with torch.no_grad():
         for weight in network.parameters():
             weight.fill_(0.01) if weight.dim() == 1 else weight.uniform_(-0.05, 0.05)
     return network
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of the device that is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 @contextmanager

@@ -7,12 +7,14 @@ weights for each token of an image can pass it.
 import gc
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from studio import backends
+from studio.bench.sizes import MOST_IMAGES, check_counts, check_fits, parse_sizes
 from studio.checkpoints.loading import pick_device
-from studio.checks import check_number, shown
+from studio.checks import check_choice, check_integer, check_number
 from studio.decoding.autoregressive import Autoregressive, autoregressive
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
@@ -24,7 +26,7 @@ _PACKED = {"float16": "float16", "fp16": "float16", "int8": "int8"}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
-_SIZES = ("dim", "layers", "heads", "vocab", "tokens")
+_MOST = {"dim": 1 << 14, "layers": 256, "heads": 1024, "vocab": 1 << 20, "tokens": 1 << 14}
 
 
 def bench_decoding(
@@ -37,23 +39,12 @@ def bench_decoding(
 ) -> dict:
     """Times random weights of the sizes in a text such as "dim=384,layers=8,heads=6,vocab=4096,tokens=256"."""
     return bench_random_decoding(
-        **parse_sizes(random),
+        **parse_sizes(random, _MOST),
         guidance=4.0 if guidance_scale is None else guidance_scale,
         device=pick_device(device),
         batch=list(batch_sizes),
         dtype=list(dtypes),
     )
-
-
-def parse_sizes(text: str) -> dict[str, int]:
-    """Sizes by name out of a text such as "dim=384,layers=8"."""
-    sizes = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name.strip() not in _SIZES or not value.strip().isdigit() or int(value) < 1:
-            raise StudioError(f"Write sizes as {'=N,'.join(_SIZES)}=N with whole numbers N above 0, not {shown(text)}.")
-        sizes[name.strip()] = int(value)
-    return sizes
 
 
 def bench_random_decoding(
@@ -83,12 +74,21 @@ def bench_random_decoding(
         "speedup", "identical_tokens"}]}`. The reference is the textbook sampler in float32.
 
     Raises:
-        StudioError: for sizes that do not fit together, a wrong guidance scale and an unknown dtype.
+        StudioError: for sizes that do not fit together or into memory, a wrong guidance scale and an unknown dtype.
     """
     guidance = check_number("The guidance scale", guidance)
+    sizes = {"dim": dim, "layers": layers, "heads": heads, "vocab": vocab, "tokens": tokens}
+    dim, layers, heads, vocab, tokens = (check_integer(name, size, 1, _MOST[name]) for name, size in sizes.items())
+    batches = [check_integer("batch", each, 1, MOST_IMAGES) for each in _listed(batch)]
+    top_k = check_integer("top_k", top_k)
+    check_counts(repeats=repeats)
+    for name in (dtypes := _listed(dtype)):
+        check_choice("dtype", name, {**_DTYPES, **_PACKED})
     side = round(tokens**0.5)
-    if side * side != tokens or tokens < 1:
+    if side * side != tokens:
         raise StudioError(f"tokens must be a square number, the grid's side squared, not {tokens}.")
+    weights, cached = 12 * layers * dim**2 + 2 * vocab * dim, 4 * max(batches) * layers * tokens * dim
+    check_fits("A model of these sizes", 4 * (weights + cached), torch.device(device))
     torch.manual_seed(0)
     model = LlamaGen(
         vocab_size=vocab,
@@ -101,8 +101,6 @@ def bench_random_decoding(
     )
     torch.nn.init.normal_(model.output.weight, std=0.02)
     model = model.to(device).eval()
-    batches = batch if isinstance(batch, (list, tuple)) else [batch]
-    dtypes = dtype if isinstance(dtype, (list, tuple)) else [dtype]
     bandwidth = read_bandwidth(model)
     rows = []
     for images in batches:
@@ -111,9 +109,11 @@ def bench_random_decoding(
     return {"rows": rows}
 
 
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
 def _row(model, guidance, images, name, top_k, repeats, bandwidth) -> dict:
-    if name not in _DTYPES and name not in _PACKED:
-        raise StudioError(f"dtype is one of {', '.join({**_DTYPES, **_PACKED})}, not {shown(name)}.")
     precision = _DTYPES.get(name) or _PACKED[name]
     settings = Autoregressive(weights=_PACKED.get(name, "auto"))
     tested = model if precision != "bfloat16" else _copy(model, torch.bfloat16)

@@ -2,13 +2,24 @@
 
 import torch
 
+from studio.bench.sizes import MOST_IMAGES, check_counts, check_fits, parse_sizes
 from studio.checkpoints.loading import pick_device
-from studio.checks import shown
+from studio.checks import check_integer, check_number
 from studio.decoding.mar import MaskedAutoregressive, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
 from studio.reference.mar import textbook_masked
 
+_MOST = {
+    "dim": 1 << 14,
+    "depth": 256,
+    "heads": 1024,
+    "head_width": 1 << 14,
+    "head_depth": 256,
+    "tokens": 1 << 14,
+    "steps": 1 << 14,
+    "diffusion_steps": 1000,
+}
 SIZES = {
     "dim": 256,
     "depth": 6,
@@ -41,14 +52,14 @@ def bench_mar(
         `{"seconds", "reference_seconds", "head_share"}`; the share of the seconds that the head takes.
 
     Raises:
-        StudioError: for sizes that are none or do not fit together, for a number below 1, and for a device that is not
-            there.
+        StudioError: for sizes that are none, do not fit together or into memory, for a number out of range, and for a
+            device that is not there.
     """
-    for name, value in (("batch", batch), ("repeats", repeats)):
-        if value < 1:
-            raise StudioError(f"{name} must be at least 1, not {value}.")
-    sizes = parse_sizes(random)
+    batch, guidance_scale = check_integer("batch", batch, 1, MOST_IMAGES), check_number("guidance", guidance_scale)
+    check_counts(repeats=repeats)
+    sizes = {**SIZES, **parse_sizes(random, _MOST)}
     device = pick_device(device)
+    check_fits("A model of these sizes", _bytes(sizes, batch), device)
     model = _random_model(sizes).to(device)
     settings = MaskedAutoregressive(steps=sizes["steps"], diffusion_steps=sizes["diffusion_steps"])
     settings.plan(model.num_tokens)
@@ -69,15 +80,12 @@ def bench_mar(
     return {"seconds": seconds, "reference_seconds": reference_seconds, "head_share": best["head"] / seconds}
 
 
-def parse_sizes(text: str) -> dict[str, int]:
-    """Sizes by name out of a text such as "dim=256,depth=6"; those of `SIZES` for the rest."""
-    sizes = dict(SIZES)
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        if name.strip() not in SIZES or not value.strip().isdigit() or int(value) < 1:
-            raise StudioError(f"Write sizes as {'=N,'.join(SIZES)}=N with whole numbers N above 0, not {shown(text)}.")
-        sizes[name.strip()] = int(value)
-    return sizes
+def _bytes(sizes: dict[str, int], batch: int) -> int:
+    """Bytes of weights, activations and attention, at least, in float32; both networks run with guidance."""
+    rows, positions = 2 * batch, sizes["tokens"] + _BUFFER
+    weights = 24 * sizes["depth"] * sizes["dim"] ** 2 + 5 * sizes["head_depth"] * sizes["head_width"] ** 2
+    blocks = rows * positions * (positions * sizes["heads"] + 8 * sizes["dim"])
+    return 4 * (weights + max(blocks, rows * positions * 8 * sizes["head_width"]))
 
 
 def _random_model(sizes: dict[str, int]) -> MAR:

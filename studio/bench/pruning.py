@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from studio.bench.sizes import check_counts
 from studio.checkpoints.loading import pick_device
+from studio.checks import check_integer
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
 from studio.pruning.divprune import order_from_similarities, similarities
@@ -13,6 +15,7 @@ from studio.pruning.layout import Layout
 from studio.pruning.registry import METHODS, READS_TEXT, method_named
 from studio.reference import pruning as textbook
 
+MAX_TOKENS, MAX_WIDTH = 1 << 15, 1 << 16
 SIZES = ((576, 58), (2880, 288))
 _SIDE, _WORDS = 24, 20
 
@@ -47,6 +50,8 @@ def bench_pruning(
     """
     for name in methods:
         method_named(name)
+    check_counts(repeats=repeats)
+    width = check_integer("width", width, 1, MAX_WIDTH)
     rows, device = [], pick_device(device)
     for tokens, kept in sizes:
         layout = _layout(tokens, kept)
@@ -59,7 +64,8 @@ def bench_pruning(
 
 
 def _layout(tokens: int, kept: int) -> Layout:
-    crops, rest = divmod(tokens, _SIDE**2)
+    kept = check_integer("The number of kept tokens", kept, 1, MAX_TOKENS)
+    crops, rest = divmod(check_integer("The number of tokens", tokens, 1, MAX_TOKENS), _SIDE**2)
     if rest or crops < 1 or not 0 < kept < tokens:
         raise StudioError(f"Give sizes as (a multiple of {_SIDE**2}, fewer to keep), not {(tokens, kept)}.")
     if crops == 1:

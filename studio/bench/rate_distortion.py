@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 from PIL import Image
 
 from studio.bench.chart import Series, chart
+from studio.checks import check_integer
 from studio.data.archive import STYLES, load_images
 from studio.data.backgrounds import PALETTE, compose
 from studio.data.splits import concepts
@@ -28,7 +29,7 @@ from studio.evaluation.metrics import frechet_distance
 from studio.pipelines.image_codec import image_psnr, token_bits
 from studio.pipelines.odp_file import OdpFile
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
-from studio.tokenizers.refinement import refined_tokens
+from studio.tokenizers.refinement import check_steps, refined_tokens
 
 
 def rate_distortion_chart(rows: list[dict], measure: str = "psnr") -> str:
@@ -100,6 +101,7 @@ def bench_rate_distortion(
     """
     if not isinstance(tokenizer, OneDPieceTokenizer):
         raise StudioError("Rate and distortion are measured of One-D-Piece tokenizers: their files can be shortened.")
+    refine = check_steps(refine)
     images = held_out_images(tokenizer.config.sample_size, samples, seed)
     judge = load_judge(device=device)
     truth = _features(judge, images)
@@ -128,7 +130,7 @@ def held_out_images(side: int, samples: int, seed: int) -> list[Image.Image]:
     """Images of concepts that no tokenizer was trained with, each with a style and a background sampled by seed."""
     kept = concepts(held_out=True)
     cases = [(concept, style) for concept in kept for style in range(len(STYLES))]
-    if not 1 <= samples <= len(cases):
+    if not 1 <= check_integer("The number of samples", samples) <= len(cases):
         raise StudioError(f"There are {len(cases)} images of held-out concepts; {samples} cannot be sampled.")
     rng = np.random.default_rng(seed)
     sampled = np.array(cases)[rng.permutation(len(cases))[:samples]]

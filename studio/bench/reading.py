@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 
 from studio.bench.chart import Series, chart
 from studio.bench.report import markdown_table
+from studio.bench.sizes import check_counts
 from studio.checkpoints.loading import load
-from studio.checks import check_choice
+from studio.checks import check_choice, check_integer, check_number
 from studio.data.scenes import draw_scene
 from studio.errors import StudioError
-from studio.evaluation.scenes import KEEPS, evaluate_inside, evaluate_memory, evaluate_reader, interval
+from studio.evaluation.scenes import KEEPS, MAX_SCENES, evaluate_inside, evaluate_memory, evaluate_reader, interval
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.registry import IN_CACHE, INSIDE, METHODS, method_named
 
@@ -99,6 +100,9 @@ def bench_reading(
     Raises:
         StudioError: a model that reads no scenes.
     """
+    check_counts(images=images, repeats=repeats)
+    keeps = tuple(check_number("keep", keep, 0, 1, above=True) for keep in keeps)
+    scenes = check_integer("The number of scenes", scenes, 1, MAX_SCENES)
     if methods is None:
         methods = tuple(METHODS) if after_layer is None else ("fastv", "divprune", "random", "uniform")
     for name in methods:

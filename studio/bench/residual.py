@@ -7,7 +7,9 @@ import torch
 from tqdm.auto import tqdm
 
 from studio.bench.report import markdown_table
+from studio.bench.sizes import MOST_IMAGES
 from studio.checkpoints.loading import load
+from studio.checks import check_integer
 from studio.data.captions import full_caption
 from studio.decoding.registry import decoding_named, decodings_for
 from studio.errors import StudioError
@@ -43,6 +45,7 @@ def bench_residual(
     Raises:
         StudioError: for another kind of model, and for more calls than an image has codes.
     """
+    batch_size = check_integer("batch_size", batch_size, 1, MOST_IMAGES)
     pipe = load(model, device=device)
     if not isinstance(pipe, ResGenPipeline) or not pipe.takes_text:
         raise StudioError(

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from studio.checkpoints.loading import load
+from studio.checks import check_integer
 from studio.errors import StudioError
 
 _SUBJECTS = ("a red apple", "a fox", "a rocket", "a rainbow", "an octopus", "a hot beverage", "a green book")
@@ -44,6 +45,7 @@ _HANGS_UP = 9  # in a mixed test, one request in so many is given up halfway and
 _PATIENCE = 0.05  # seconds after which it is given up
 _LONGEST_START, _LONGEST_ANSWER = 600, 600  # seconds
 _MIB = 2**20
+MAX_REQUESTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,9 @@ def bench_serve(
     Raises:
         StudioError: where a server does not start.
     """
+    clients, requests = check_integer("clients", clients, 1, 1000), check_integer("requests", requests, 1)
+    check_integer("clients times requests", clients * requests, 1, MAX_REQUESTS)
+    check_integer("max_batch", max_batch, 1, 1024)
     rounds = [_round(number, clients, mixed) for number in range(requests + 1)]
     command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch)]
     command += ["--max-images", str(min(2, max_batch)), "--max-waiting", str(max(64, 2 * clients))]

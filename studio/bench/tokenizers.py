@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 
+from studio.bench.sizes import MOST_IMAGES
 from studio.checkpoints.bundled import BUNDLED, read_checksums
 from studio.checkpoints.loading import load
+from studio.checks import check_integer
 from studio.data.archive import RESOLUTION, STYLES, load_images
 from studio.data.backgrounds import PALETTE, render
 from studio.data.splits import concepts
@@ -60,6 +62,7 @@ def bench_tokenizers(
     """
     if not grid:
         raise StudioError("Say how tokens go wrong at least once, as Perturbation(alpha, delta).")
+    batch_size = check_integer("batch_size", batch_size, 1, MOST_IMAGES)
     sampled, judge, rows = _sample(samples, seed), load_judge(device=device), []
     for name in bundled_tokenizers() if models is None else models:
         tokenizer = load(name, device=device)
@@ -116,7 +119,7 @@ def _named_levels(tokenizer):
 def _sample(samples, seed):
     """Rows (samples, 3) of concept, style and background, of concepts held out from tokenizers."""
     held_out = np.array([*product(concepts(held_out=True), range(len(STYLES)), range(len(PALETTE)))])
-    if not 1 <= samples <= len(held_out):
+    if not 1 <= check_integer("The number of samples", samples) <= len(held_out):
         raise StudioError(f"There are {len(held_out)} held-out images; {samples} cannot be sampled.")
     return held_out[np.random.default_rng(seed).permutation(len(held_out))[:samples]]
 

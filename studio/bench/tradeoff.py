@@ -17,9 +17,10 @@ from studio.bench.chart import Series, chart
 from studio.bench.cost import call_seconds, peak_flops
 from studio.bench.decoding import read_bandwidth, step_weights
 from studio.bench.report import markdown_table
+from studio.bench.sizes import check_counts
 from studio.checkpoints.loading import load
 from studio.checkpoints.measured import fingerprint, save_measured
-from studio.checks import shown
+from studio.checks import check_integer, shown
 from studio.data.captions import full_caption
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.registry import DECODINGS, decoding_named, decodings_for, is_approximate
@@ -136,7 +137,7 @@ def bench_tradeoff(
         only: names of decodings to time beside plain decoding; all when empty.
         quick: take the quality from the committed full run, instead of sampling `quality_samples` images a setting.
         save: keep the rows for `--decoding auto` on this machine.
-        batch_sizes: images sampled at a time.
+        batch_sizes: images sampled at a time, at most `images`.
         repeats: runs of every setting, in turn with the others; the median counts.
         images: images a run, of held-out combinations.
         quality_samples: images a setting for the judge.
@@ -156,6 +157,8 @@ def bench_tradeoff(
         StudioError: for another kind of model, for a name in `only` that it has no decoding of, and in a quick run when
             the committed quality is of other weights or lacks a setting.
     """
+    check_counts(repeats=repeats, images=images)
+    batch_sizes = tuple(check_integer("batch", batch, 1, images) for batch in batch_sizes)
     mark = fingerprint(model)
     committed = _committed_quality(model, mark) if quick else None
     rows = []

@@ -4,16 +4,18 @@ import time
 
 import torch
 
+from studio.bench.sizes import check_counts, check_fits
+from studio.checks import check_integer
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import verify
-from studio.decoding.trees import DynamicTree, Tree, grow
-from studio.errors import StudioError
+from studio.decoding.trees import MAX_NODES, DynamicTree, Tree, grow
 from studio.reference.lantern import AuthorsRelaxation
 from studio.reference.verification import leaf_paths, textbook_verify
 
 _CODE_DIM = 8
 _DELTA = 0.1
+MAX_VOCAB = 1 << 20
 
 
 def bench_verify(
@@ -38,16 +40,16 @@ def bench_verify(
         `{"ms", "reference_ms"}`, milliseconds for a tree; the reference applies the authors' rule.
 
     Raises:
-        StudioError: for sizes that do not fit together.
+        StudioError: for sizes that do not fit together or into memory.
     """
-    for name, value in (("trees", trees), ("repeats", repeats)):
-        if value < 1:
-            raise StudioError(f"{name} must be at least 1, not {value}.")
+    check_counts(trees=trees, repeats=repeats)
+    vocab, nodes = check_integer("vocab", vocab, 2, MAX_VOCAB), check_integer("nodes", nodes, 2, MAX_NODES)
+    k = check_integer("k", k, 1, vocab - 1)
+    needed = 4 * vocab * (k + 1 + 2 * nodes * (trees + 1))
+    check_fits(f"A run of {trees} trees of {nodes} nodes over {vocab} codes", needed, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     width = min(k + 1, vocab - 1)
     table = neighbour_table(torch.randn(vocab, _CODE_DIM, generator=generator), width)
-    if k > width:
-        raise StudioError(f"A codebook of {vocab} codes has neighbourhoods of 1 to {vocab - 1} codes, not {k}.")
     ours = Relaxation(table, k, tv_budget=_DELTA)
     authors = AuthorsRelaxation(table, k, tv_budget=_DELTA)
     sampled = [_random_case(vocab, nodes, generator) for _ in range(trees)]

@@ -11,7 +11,7 @@ from studio.errors import StudioError
 
 def finite(value: float | None) -> float | None:
     """Refuse infinity and NaN."""
-    if value is not None and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 

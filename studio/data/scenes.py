@@ -13,11 +13,14 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from studio.checks import check_integer
 from studio.data.archive import STYLES, Concept, load_concepts, load_images
 from studio.data.backgrounds import BACKGROUNDS, NAMES
 from studio.data.captions import article
 
 TILE = 96
+MAX_TILES = 4
+MAX_QUESTIONS = 1000
 CELL = 48
 MOST_EMOJI = 16
 KINDS = ("place", "count", "background", "word", "presence")
@@ -67,13 +70,22 @@ def draw_scene(
     Args:
         rng: a `numpy.random.Generator`.
         tiles: rows and columns of tiles, each 1 to 4.
-        questions: how many; their kinds are sampled uniformly from those that the scene allows.
+        questions: how many, at most 1,000; their kinds are sampled uniformly from those that the scene allows.
         emoji, words: how many cells show one, together at most all; sampled at random where they are not given.
 
     Returns:
         A `Scene` of 96 px a tile.
+
+    Raises:
+        StudioError: a number out of range.
     """
-    rows, columns = 2 * tiles[0], 2 * tiles[1]
+    rows, columns = (2 * check_integer("Each number of tiles", side, 1, MAX_TILES) for side in tiles)
+    questions = check_integer("The number of questions", questions, 0, MAX_QUESTIONS)
+    cells = rows * columns
+    if emoji is not None:
+        emoji = check_integer("The number of emoji", emoji, 1, cells)
+    if words is not None:
+        words = check_integer("The number of words", words, 0, cells - (1 if emoji is None else emoji))
     order = rng.permutation(rows * columns)
     if emoji is None:
         emoji = int(rng.integers(1, min(MOST_EMOJI, len(order)) + 1))
@@ -88,8 +100,8 @@ def draw_scene(
     written = {int(cell): str(rng.choice(WORDS)) for cell in order[emoji : emoji + words]}
     image = _paint(rng, (rows, columns), behind, things, written)
     facts = _Facts((rows, columns), things, written)
-    cells = tuple(facts.cell(cell, behind) for cell in range(rows * columns))
-    return Scene(image, cells, tuple(facts.ask(rng) for _ in range(questions)))
+    shown = tuple(facts.cell(cell, behind) for cell in range(cells))
+    return Scene(image, shown, tuple(facts.ask(rng) for _ in range(questions)))
 
 
 def _own_background(rng, behind):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from studio.checks import check_integer
 from studio.errors import StudioError
 
 
@@ -60,6 +61,8 @@ def evaluate(
 
     if shared and device is None:
         device = join()
+    samples = None if samples is None else check_integer("samples", samples, 1)
+    seed = None if seed is None else check_integer("seed", seed)
     given = {"samples": samples, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if features is not None and data is None:

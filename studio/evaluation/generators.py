@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from studio.checks import check_integer
 from studio.data.archive import load_images
 from studio.data.backgrounds import render
 from studio.data.captions import full_caption
@@ -15,6 +16,7 @@ from studio.data.source import EMOJI, Source
 from studio.errors import StudioError
 from studio.evaluation.judge import held_out_features, load_judge, sample_combinations, scores, verdicts
 from studio.evaluation.metrics import frechet_distance, psnr, sharpness, uniform_ssim
+from studio.pipelines.base import MAX_IMAGES
 from studio.processes import gather, process_count, process_index
 
 TRUTH_SIZE = 128
@@ -91,6 +93,7 @@ def held_out_samples(
     With `first_stream`, image i is seeded with that number plus i, in place of `seed`.
     """
     first_stream = seed if first_stream is None else first_stream
+    samples, batch_size = check_integer("samples", samples, 1), check_integer("batch_size", batch_size, 1, MAX_IMAGES)
     judge = load_judge(device=pipe.device)
     if samples <= judge.config.feature_dim:
         raise StudioError(f"The Frechet distance needs more than {judge.config.feature_dim} samples, not {samples}.")

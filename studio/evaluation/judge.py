@@ -18,6 +18,7 @@ from torch import nn
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model
 from studio.checkpoints.loading import load_model, pick_device
+from studio.checks import check_integer
 from studio.data.archive import load_images
 from studio.data.augmentation import distort
 from studio.data.backgrounds import PALETTE, render
@@ -182,6 +183,6 @@ def held_out_features(judge: Judge) -> torch.Tensor:
 def sample_combinations(samples: int, rng: np.random.Generator) -> np.ndarray:
     """Distinct held-out (concept, style, background) rows (samples, 3), sampled with a `numpy.random.Generator`."""
     held_out = np.array(combinations(held_out=True))
-    if not 1 <= samples <= len(held_out):
+    if not 1 <= check_integer("The number of samples", samples) <= len(held_out):
         raise StudioError(f"There are {len(held_out)} held-out combinations; {samples} cannot be sampled.")
     return held_out[rng.permutation(len(held_out))[:samples]]

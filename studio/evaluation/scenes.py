@@ -8,12 +8,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from studio.checks import check_integer
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.api import prune, prune_inputs
 from studio.pruning.registry import METHODS, READS_TEXT
 
+MAX_SCENES = 100_000
 KEEPS = (0.5, 0.2, 0.1, 0.05)
 _STREAM = 1_000_000_007
 """First number of the seeds of evaluation; training's seeds are small, so no scene is seen twice."""
@@ -43,6 +45,7 @@ def evaluate_reader(
         `{"accuracy": {method: {keep: fraction}}, "by_question": {method: {keep: {kind: fraction}}}, "scenes",
         "questions", "visual_tokens"}`; method "none" has keep "1.0". Positions of kept tokens are the original ones.
     """
+    scenes = check_integer("The number of scenes", scenes, 1, MAX_SCENES)
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
     right: dict[tuple[str, float], dict[str, list[bool]]] = {setting: {} for setting in settings}
     tokens = 0
@@ -146,6 +149,7 @@ def evaluate_inside(
     Returns:
         For each setting the fraction of 12 questions a scene that were answered exactly.
     """
+    scenes = check_integer("The number of scenes", scenes, 1, MAX_SCENES)
     hits: dict[tuple[str, float, int | None], list[bool]] = {setting: [] for setting in settings}
     processor.tokenizer.padding_side = "left"
     for number in tqdm(range(scenes), desc="scenes", unit="scene"):

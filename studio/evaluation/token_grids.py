@@ -5,6 +5,7 @@ import torch
 
 from studio.checkpoints.bundled import BUNDLED
 from studio.checkpoints.loading import load
+from studio.checks import check_integer
 from studio.data.source import EMOJI, open_source
 from studio.errors import StudioError
 from studio.evaluation.token_statistics import TokenGrid
@@ -15,6 +16,7 @@ from studio.tokenizers.token_bridge import TokenBridgeTokenizer, low_frequency_o
 BATCH = 50
 LEVELS = 32
 """Levels of a number of a continuous tokenizer."""
+MAX_IMAGES = 100_000
 
 
 def bundled_tokenizers() -> list[str]:
@@ -43,6 +45,7 @@ def token_grids(
     Raises:
         StudioError: neither an image tokenizer nor a pipeline over discrete tokens.
     """
+    images, seed = check_integer("images", images, 1, MAX_IMAGES), check_integer("seed", seed)
     model = load(name, device=device)
     tokenizer = getattr(model, "image_tokenizer", model)
     if not hasattr(tokenizer, "encode") or (isinstance(tokenizer, KLTokenizer) and model is not tokenizer):

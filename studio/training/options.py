@@ -1,13 +1,12 @@
 """What a training run is asked for: flags, a TOML file and a preset, merged and checked."""
 
 import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from studio.checks import shown
+from studio.checks import MAX_INTEGER, MAX_NUMBER, check_integer, check_number, check_text, shown
 from studio.errors import StudioError
 
 PRESETS = Path(__file__).with_name("presets")
@@ -78,12 +77,14 @@ class Options:
 
 
 _FIELDS = {each.name: each for each in dataclasses.fields(Options)}
-_LEAST = {
-    "size": 8, "grid": 1, "tokens": 1, "codes": 2, "dim": 8, "layers": 1, "steps": 1, "batch_size": 1, "accumulate": 1,
-    "warmup": 0, "seed": 0, "sample_every": 1,
+MOST_STEPS, MOST_LAYERS = 10**9, 256
+_INTEGERS = {
+    "size": (8, 4096), "grid": (1, 1024), "tokens": (1, 1 << 16), "codes": (2, 1 << 20), "dim": (8, 1 << 14),
+    "layers": (1, MOST_LAYERS), "steps": (1, MOST_STEPS), "batch_size": (1, 1 << 16), "accumulate": (1, 1 << 16),
+    "warmup": (0, MOST_STEPS), "seed": (0, MAX_INTEGER), "sample_every": (1, MOST_STEPS),
 }  # fmt: skip
-_MOST = 2**63 - 1
-_RANGES = {"cooldown": (0, 1, "a number from 0 to 1"), "average": (0, 0.99999, "a number from 0 to 0.99999")}
+_NUMBERS = {"cooldown": (0, 1), "average": (0, 0.99999)}
+_MOST_WEIGHTS = 1 << 31  # of a square matrix in each layer
 
 
 def read_toml(file: str | Path) -> dict:
@@ -134,21 +135,33 @@ def merge(*sources: dict) -> Options:
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     if "kind" not in merged:
         raise StudioError("Say what to train: studio train KIND, or --preset NAME.")
-    for key, value in merged.items():
-        _check(key, value)
-    return Options(**merged)
+    options = Options(**{key: _checked(key, value) for key, value in merged.items()})
+    if (options.dim or 0) ** 2 * (options.layers or 1) > _MOST_WEIGHTS:
+        raise StudioError(f"{options.layers} layers of width {options.dim} are too many weights: choose fewer of one.")
+    return options
 
 
-def _check(key, value):
+def _checked(key: str, value: Any) -> Any:
     wanted = next(iter(get_args(_FIELDS[key].type)), _FIELDS[key].type)
     if wanted is int:
-        valid = isinstance(value, int) and not isinstance(value, bool) and _LEAST[key] <= value <= _MOST
-        words = f"a whole number of at least {_LEAST[key]}"
-    elif wanted is float:
-        low, high, words = _RANGES.get(key, (0, math.inf, "a positive number"))
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        valid = number and math.isfinite(value) and low <= value <= high and (value > 0 or key in _RANGES)
-    else:
-        valid, words = isinstance(value, wanted), {str: "text", bool: "true or false", dict: "a table"}[wanted]
-    if not valid:
+        return check_integer(key, value, *_INTEGERS[key])
+    if wanted is float:
+        return check_number(key, value, *_NUMBERS.get(key, (0, MAX_NUMBER)), above=key not in _NUMBERS)
+    if not isinstance(value, wanted):
+        words = {str: "text", bool: "true or false", dict: "a table"}[wanted]
         raise StudioError(f"{key} must be {words}, not {shown(value)}.")
+    return value
+
+
+def checked_setting(name: str, value: Any, default: Any) -> Any:
+    """Check a value of a `[model]` or `[sampling]` table by its default; those without one are numbers.
+
+    Raises:
+        StudioError: another type, or a number out of range.
+    """
+    if isinstance(default, str):
+        return check_text(name, value, 100)
+    if isinstance(default, float):
+        return check_number(name, value)
+    most = MOST_LAYERS if name.endswith(("layers", "depth")) else 1 << 20
+    return check_integer(name, value, 0 if default == 0 else 1, most)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from studio.data.source import Source, open_source
 from studio.errors import StudioError
 from studio.training.export import save_bf16
-from studio.training.options import Options
+from studio.training.options import Options, checked_setting
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Recipe(ABC):
         if unknown := [key for key in given if key not in known]:
             there_are = f"there are {', '.join(known)}" if known else "it has none"
             raise StudioError(f"[{table}] of {self.kind} has no {', no '.join(unknown)}; {there_are}.")
-        return {**known, **given}
+        return {**known, **{key: checked_setting(key, value, known[key]) for key, value in given.items()}}
 
     def open(self, size: int) -> Source:
         """The training data at a resolution."""

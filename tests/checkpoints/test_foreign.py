@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from studio import VisualQuestionPipeline, load
 from studio.checkpoints.foreign import check_pattern
 from studio.errors import StudioError
+from studio.pipelines import chat_template
+from studio.pipelines.chat_template import render_template
 
 
 @pytest.fixture
@@ -134,7 +136,18 @@ def test_a_tokenizer_that_panics_is_told(tiny_pipeline, monkeypatch):
     [
         ("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", "does not end"),
         ("{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(9) }}", "chat template"),
-        ("{{ raise_exception('no') }}", "cannot render a question: no"),
+        ("{{ raise_exception('no') }}", "cannot render a question: no\\.$"),
+        ("{{ 10 ** (10 ** 10) }}", "does not end|memory"),
+        ("{{ messages[0].role }}", "chat template makes fails"),
+        ("{{ 'a' * 10 ** 10 }}", "too much memory"),
+        ("{{ 'a' * 10 ** 7 }}", "text without end"),
+        ("{{ 'a'.ljust(10 ** 10) }}", "too much memory"),
+        ("{{ 'a' | center(10 ** 10) }}", "too much memory"),
+        ("{{ [1] | batch(10 ** 10, 'a') | list }}", "too much memory"),
+        ("{{ '%10000000000s' % 'a' }}", "cannot render"),
+        ("{% set n = namespace(a='a') %}{% for i in range(99) %}{% set n.a = n.a ~ n.a %}{% endfor %}", "memory"),
+        ("{% set a = 'a' %}" + "{% set a = a.replace('a', 'aaaa') %}" * 20, "memory"),
+        ("{{ namespace(__class__=1) }}{% set n = namespace(_a=1) %}{{ n.__class__.__mro__ }}", "cannot render"),
         ("{{ messages.append(1) }}", "cannot render a question"),
         ("{{ ''.__class__.__mro__ }}", "cannot render a question"),
         ("{% if %}", "cannot render a question"),
@@ -147,6 +160,31 @@ def test_chat_templates_end(tiny_reader, template, word, monkeypatch):
     with pytest.raises(StudioError, match=word):
         VisualQuestionPipeline(model, processor)(Image.new("RGB", (32, 32)), "what is this")
     assert time.monotonic() - began < 20
+
+
+SEVERAL = """{{ bos_token }}{% for m in messages %}{{ m['role'] | upper }}: {% for c in m.content %}
+{% if c.type == 'image' %}<image>{% else %}{{ c['text'] | trim }}{% endif %}{% if loop.first %}{% continue %}{% endif %}
+{% endfor %}{% endfor %}{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}
+  {% generation %}{{ messages | tojson }}{% endgeneration %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"""
+
+
+@pytest.mark.parametrize("template", [SEVERAL, {"default": "{{ messages[0].role }}", "other": ""}])
+def test_prompts_are_those_of_transformers(tiny_reader, template, monkeypatch):
+    _, processor = tiny_reader
+    monkeypatch.setattr(processor, "chat_template", template)
+    content = [{"type": "image"}, {"type": "text", "text": " what is this, “ä” 🍎? "}]
+    turn = [{"role": "user", "content": content}]
+    expected = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert render_template(processor, turn) == expected and expected
+
+
+def test_a_renderer_that_was_killed_is_started_again(tiny_reader, monkeypatch):
+    _, processor = tiny_reader
+    monkeypatch.setattr(processor, "chat_template", "{{ messages[0] }}")
+    assert render_template(processor, ["a"]) == "a"
+    chat_template._renderer._process.kill()
+    chat_template._renderer._process.wait()
+    assert render_template(processor, ["b"]) == "b"
 
 
 def test_chat_templates_are_bounded(tiny_reader, monkeypatch):

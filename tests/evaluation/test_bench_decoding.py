@@ -3,7 +3,8 @@
 import pytest
 
 from studio import StudioError
-from studio.bench.decoding import bench_decoding, parse_sizes
+from studio.bench.decoding import _MOST, bench_decoding, bench_random_decoding
+from studio.bench.sizes import parse_sizes
 
 TINY = "dim=32,layers=1,heads=2,vocab=32,tokens=16"
 
@@ -22,10 +23,17 @@ def test_bfloat16_row():
 
 
 def test_sizes():
-    assert parse_sizes("dim=384, layers=8") == {"dim": 384, "layers": 8}
-    for wrong in ("dim", "dim=x", "width=3", "dim=0"):
+    assert parse_sizes("dim=384, layers=8", _MOST) == {"dim": 384, "layers": 8}
+    for wrong in ("dim", "dim=x", "width=3"):
         with pytest.raises(StudioError, match="sizes"):
-            parse_sizes(wrong)
+            parse_sizes(wrong, _MOST)
+    for wrong in ("dim=0", "layers=257", "vocab=99999999999"):
+        with pytest.raises(StudioError, match="must be a whole number from 1 to"):
+            parse_sizes(wrong, _MOST)
+    with pytest.raises(StudioError, match="GB of memory are free"):
+        bench_decoding(random="dim=16384,layers=256,heads=1", device="cpu")
+    with pytest.raises(StudioError, match="vocab"):
+        bench_random_decoding(vocab=10**400)
     with pytest.raises(StudioError, match="square"):
         bench_decoding(random="dim=32,heads=2,tokens=15", device="cpu")
     with pytest.raises(StudioError, match="guidance"):

@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from studio.errors import StudioError
 from studio.training import KINDS, Finder
-from studio.training.options import Options, merge, preset_names, read_preset, read_toml
+from studio.training.options import Options, checked_setting, merge, preset_names, read_preset, read_toml
 
 
 @pytest.fixture
@@ -57,19 +58,21 @@ def test_a_file_that_is_not_there_or_is_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("steps", 0, "steps must be a whole number of at least 1, not 0"),
+        ("steps", 0, "steps must be a whole number from 1 to 1000000000, not 0"),
         ("steps", 1.5, "whole number"),
         ("steps", True, "whole number"),
         ("steps", "5", "whole number"),
-        ("size", 4, "at least 8"),
+        ("size", 4, "from 8 to 4096"),
+        ("layers", 10**9, "from 1 to 256"),
+        ("codes", 10**400, "an integer of 1329 bits"),
         ("seed", -1, "at least 0"),
         ("seed", 2**63, "whole number"),
-        ("minutes", 0, "minutes must be a positive number"),
-        ("minutes", float("nan"), "positive number"),
-        ("learning_rate", float("inf"), "positive number"),
-        ("learning_rate", True, "positive number"),
-        ("cooldown", 1.5, "from 0 to 1"),
-        ("average", 1.0, "from 0 to 0.99999"),
+        ("minutes", 0, "minutes must be a finite number above 0"),
+        ("minutes", float("nan"), "finite number"),
+        ("learning_rate", float("inf"), "finite number"),
+        ("learning_rate", True, "finite number"),
+        ("cooldown", 1.5, "at least 0 and at most 1"),
+        ("average", 1.0, "at most 0.99999"),
         ("flip", 1, "flip must be true or false"),
         ("data", 3, "data must be text"),
         ("model", [1], "model must be a table"),
@@ -84,6 +87,30 @@ def test_values_of_a_wrong_type_or_size_are_refused_by_name(key, value, words):
 def test_the_ends_of_ranges_are_taken():
     options = merge({"kind": "vq", "cooldown": 0, "average": 0, "warmup": 0, "seed": 2**63 - 1, "minutes": 1})
     assert options.cooldown == options.average == options.warmup == 0 and options.minutes == 1
+    assert merge({"kind": "vq", "size": np.int64(64), "minutes": np.float32(2)}).size == 64
+
+
+def test_a_network_of_too_many_weights_is_refused():
+    merge({"kind": "llamagen", "dim": 4096, "layers": 32})
+    with pytest.raises(StudioError, match="256 layers of width 16384"):
+        merge({"kind": "llamagen", "dim": 16384, "layers": 256})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "default", "words"),
+    [
+        ("decoder_layers", 10**9, None, "from 1 to 256"),
+        ("code_dim", 10**400, 8, "1329 bits"),
+        ("code_dim", "8", 8, "whole number"),
+        ("code_dim", True, 8, "whole number"),
+        ("default_top_k", -1, 0, "from 0"),
+        ("default_temperature", float("nan"), 1.0, "finite"),
+        ("train", 3, "all", "must be text"),
+    ],
+)
+def test_settings_of_a_table_are_checked_by_their_defaults(name, value, default, words):
+    with pytest.raises(StudioError, match=words):
+        checked_setting(name, value, default)
 
 
 def test_unknown_options_and_kinds_are_refused():

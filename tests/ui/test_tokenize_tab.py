@@ -62,9 +62,15 @@ def opened(tokenizer, file):
     return updates(tokenizer, file, show=lambda name, path, *_: tokenize.show_opening(name, path))
 
 
+def pair(found):
+    """The original and the restored image that the page shows."""
+    paths = next(each["pair"]["value"] for each in found if "value" in each["pair"])
+    return [Image.open(path) for path in paths]
+
+
 def test_original_and_restoration_are_of_one_size(loaded, tiny_vq, photo):
     found = updates(loaded(tiny_vq), photo)
-    original, restored = next(each["pair"]["value"] for each in found if "value" in each["pair"])
+    original, restored = pair(found)
     assert original.size == restored.size == (540, 360)
     square = Image.open(photo).resize((16, 16), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(square).copy()).movedim(-1, 0)[None] / 127.5 - 1
@@ -124,13 +130,31 @@ def test_an_image_is_cut_into_tiles_of_one_length(loaded, tiny_one_d, photo):
     expected = encode_image(Image.open(photo), tiny_one_d, length=4 * 24, tile=True)
     path = next(each["download"]["value"] for each in found if "value" in each["download"])
     assert Path(path).read_bytes() == expected.data and OdpFile.from_bytes(expected.data).tiled
-    _, restored = next(each["pair"]["value"] for each in found if "value" in each["pair"])
+    _, restored = pair(found)
     assert restored.tobytes() == resized(decode_image(expected.data, tiny_one_d), (540, 360)).tobytes()
     status, codes = found[-1]["status"], found[-1]["codes"]
     assert "96 of 144 tokens of 24 tiles of 16 x 16." in status and f"<dd>{expected.psnr:.1f} dB</dd>" in status
     assert "the whole image" in codes and codes.count("4 of 6 used") == 24 and "Tile 24" in codes
     whole = updates(loaded(tiny_one_d), photo, 4)
     assert "4 of 6 tokens of a 16 x 16 square." in whole[-1]["status"]
+
+
+def test_images_are_downloaded_under_names_that_tell_them_apart(loaded, tiny_one_d, photo, tmp_path):
+    """Name, tokenizer and number of tokens; the other codecs' images by their bytes."""
+    names = []
+    for count, tile in ((4, False), (5, False), (4, True)):
+        found = updates(loaded(tiny_one_d), photo, count, tile)
+        paths = next(each["pair"]["value"] for each in found if "value" in each["pair"])
+        names += [Path(path).name for path in paths]
+        gallery = [Path(path).name for path, _ in found[-1]["codecs"]["value"]]
+        assert gallery[0] == names[-1] and len({*gallery}) == len(gallery)
+        assert all(re.fullmatch(r"photo-(jpeg|webp)-\d+-bytes\.png", name) for name in gallery[1:])
+    originals, restored = names[::2], names[1::2]
+    assert restored == ["photo-tiny-4-tokens.png", "photo-tiny-5-tokens.png", "photo-tiny-96-tokens-tiles.png"]
+    assert {*originals} == {"photo-original.png"}
+    (tmp_path / "home.odp").write_bytes(encode_image(Image.open(photo), tiny_one_d, length=3).data)
+    shown = opened("tiny", tmp_path / "home.odp")[-1]["opened"]["value"]
+    assert Path(shown).name == "home-tiny-3-tokens.png"
 
 
 @pytest.mark.parametrize("made", ["vq", "rvq"])
@@ -156,7 +180,7 @@ def test_a_file_comes_back_as_an_image(loaded, tiny_one_d, photo, tmp_path):
     (tmp_path / "photo.odp").write_bytes(data)
     found = opened(loaded(tiny_one_d), tmp_path / "photo.odp")[-1]
     image = decode_image(data, tiny_one_d)
-    assert found["opened"]["value"].size == (540, 360) and image.size == (90, 60)
+    assert Image.open(found["opened"]["value"]).size == (540, 360) and image.size == (90, 60)
     assert "90 x 60 pixels from 3 tokens" in found["status"]
     assert not found["pair"]["visible"] and found["opened"]["visible"]
 
@@ -216,9 +240,7 @@ def test_numbers_without_codes_are_grey_and_have_no_bytes(loaded, photo):
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (700, 9), (2600, 1400)])
 def test_images_of_any_size(loaded, toasts, tiny_vq, tmp_path, size):
     Image.linear_gradient("L").resize(size).save(tmp_path / "image.png")
-    original, restored = next(
-        each["pair"]["value"] for each in updates(loaded(tiny_vq), tmp_path / "image.png") if "value" in each["pair"]
-    )
+    original, restored = pair(updates(loaded(tiny_vq), tmp_path / "image.png"))
     assert original.size == restored.size and max(original.size) <= 1280 and not toasts
 
 

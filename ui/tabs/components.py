@@ -58,16 +58,14 @@ def image_grid(captioned: bool = False, **settings: Any) -> gr.Gallery:
     )
 
 
-def named_png(image: Image, prompt: str, seed: int, *more: str) -> str:
-    """The path of a PNG that the app serves, named as `studio generate` names it.
+def named_png(image: Image, *parts: str | int) -> str:
+    """The path of a PNG that the app serves, with a name as `studio generate` gives, under which it is downloaded.
 
     Args:
         image: finished; its metadata is kept.
-        prompt, seed: of the image.
-        more: what else tells it from others of this prompt and seed.
+        parts: of the name: what tells the image from others, such as prompt and seed.
     """
-    name = "-".join([slug(prompt), str(seed), *map(slug, more)])
-    return save_pil_to_cache(image, get_upload_folder(), name, "png")
+    return save_pil_to_cache(image, get_upload_folder(), "-".join(slug(str(part)) for part in parts), "png")
 
 
 def count_slider(most: int, **settings: Any) -> gr.Slider:

@@ -12,6 +12,7 @@ from studio.checkpoints.bundled import DEFAULT_TOKENIZER
 from studio.ui.jobs.tokenize_job import (
     CODECS,
     DetokenizeRequest,
+    Opened,
     Restoration,
     Rival,
     TokenizeRequest,
@@ -25,7 +26,7 @@ from studio.ui.render.token_grid import code_grids
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.models import bundled_models, tokenizer_length_control
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
-from studio.ui.tabs.components import duration, image_grid, short_name, status_line, uploaded
+from studio.ui.tabs.components import duration, image_grid, named_png, short_name, status_line, uploaded
 from studio.ui.tabs.examples import example
 
 OUTPUTS = ("pair", "opened", "codecs", "codes", "count", "download", "status")
@@ -190,9 +191,9 @@ async def show_restoring(tokenizer: Any, image: Any, count: Any, tile: Any = Fal
             if found.decoded is None:
                 yield _updates(status=LOADING)
                 continue
-            fresh = {} if found.decoded is shown else _restored(found, path)
+            fresh = {} if found.decoded is shown else _restored(found, path, tokenizer)
             shown = found.decoded
-            yield _updates(**fresh, codecs=_codecs(found, tokenizer), codes=_codes(found), status=_status(found))
+            yield _updates(**fresh, codecs=_codecs(found, path, tokenizer), codes=_codes(found), status=_status(found))
     except Exception as error:
         yield _refused(error)
 
@@ -206,7 +207,7 @@ async def show_opening(tokenizer: Any, file: Any) -> AsyncIterator[tuple[Any, ..
                 continue
             yield _updates(
                 pair=gr.update(visible=False),
-                opened=gr.update(value=readable(found.image), visible=True),
+                opened=gr.update(value=named_png(readable(found.image), *_opened_name(found, file)), visible=True),
                 codecs=gr.update(visible=False),
                 codes="",
                 download=gr.update(visible=False),
@@ -233,7 +234,8 @@ async def answer_restoring(image: Any, tokenizer: Any, count: Any, tile: Any) ->
     path = uploaded(image)
     async for found in restore(TokenizeRequest(tokenizer, path, count, tile)):
         if found.decoded is not None:
-            yield resized(found.decoded, found.size), _odp(found, path), _details(found, tokenizer)
+            image = named_png(resized(found.decoded, found.size), *_name(found, path, tokenizer))
+            yield image, _odp(found, path), _details(found, tokenizer)
 
 
 async def answer_opening(file: Any, tokenizer: Any) -> AsyncIterator[tuple[Any, dict[str, Any]]]:
@@ -250,7 +252,7 @@ async def answer_opening(file: Any, tokenizer: Any) -> AsyncIterator[tuple[Any, 
         if found.image is not None:
             size = {"width": found.image.width, "height": found.image.height}
             counts = {"tokenizer": found.tokenizer, "tokens": found.tokens, "bytes": found.bytes}
-            yield found.image, {**counts, **size}
+            yield named_png(found.image, *_opened_name(found, file)), {**counts, **size}
 
 
 def _updates(**changes: Any) -> tuple[Any, ...]:
@@ -262,12 +264,29 @@ def _refused(error: Exception) -> tuple[Any, ...]:
     return _updates(status=FAILED)
 
 
-def _restored(found: Restoration, path: str) -> dict[str, Any]:
+def _name(found: Restoration, path: str, tokenizer: Any) -> list[str]:
+    """What the names of files of a restored image are made of."""
+    tiles = ["tiles"] if found.tiles else []
+    return [Path(path).stem, short_name(tokenizer), f"{found.tokens} tokens", *tiles]
+
+
+def _opened_name(found: Opened, file: Any) -> list[str]:
+    return [Path(uploaded(file)).stem, short_name(found.tokenizer), f"{found.tokens} tokens"]
+
+
+def _restored(found: Restoration, path: str, tokenizer: Any) -> dict[str, Any]:
+    assert found.original is not None
     count = (
         gr.skip() if found.control is None else gr.update(**{**_control_settings(found.control), "value": found.count})
     )
     return {
-        "pair": gr.update(value=(found.original, found.restored), visible=True),
+        "pair": gr.update(
+            value=(
+                named_png(found.original, Path(path).stem, "original"),
+                named_png(found.restored, *_name(found, path, tokenizer)),
+            ),
+            visible=True,
+        ),
         "opened": gr.update(visible=False),
         "count": count,
         "download": gr.update(value=_odp(found, path), visible=found.file is not None),
@@ -281,14 +300,17 @@ def _odp(found: Restoration, path: str) -> str | None:
     return save_bytes_to_cache(found.file, f"{Path(path).stem}.odp", get_upload_folder())
 
 
-def _codecs(found: Restoration, tokenizer: str) -> Any:
+def _codecs(found: Restoration, path: str, tokenizer: str) -> Any:
     if found.bytes is None or found.original is None:
         return gr.update(visible=False)
-    images = [(found.restored, codec_caption(short_name(tokenizer), found.bytes, found.psnr))]
+    own = named_png(found.restored, *_name(found, path, tokenizer))
+    images = [(own, codec_caption(short_name(tokenizer), found.bytes, found.psnr))]
     for rival in found.rivals:
         if way := rival.best:
+            size = counted_bytes(way, found)
             restored = resized(way.restored, found.original.size)
-            images.append((restored, codec_caption(CODECS[rival.codec], counted_bytes(way, found), way.psnr)))
+            named = named_png(restored, Path(path).stem, rival.codec, f"{size} bytes")
+            images.append((named, codec_caption(CODECS[rival.codec], size, way.psnr)))
     return gr.update(value=images, visible=True, selected_index=None)
 
 
