@@ -61,7 +61,7 @@ def generate(
     top_p: Annotated[
         float | None, number(help="Sample from the likeliest tokens that make up this fraction (0-1).")
     ] = None,
-    length: Annotated[
+    num_tokens: Annotated[
         int | None,
         typer.Option(
             min=1, help="How many tokens to sample of a model whose first ones are an image.", show_default="all"
@@ -94,7 +94,7 @@ def generate(
             raise StudioError("With --prompts every process must sample alike: name the decoding, and leave out auto.")
         from studio.commands.generate_batch import generate_many
 
-        fields = {"num_images": num_images, "guidance": guidance, **sampling, "length": length}
+        fields = {"num_images": num_images, "guidance": guidance, **sampling, "num_tokens": num_tokens}
         fields |= {"decoding": decoding, **options}
         fields = {name: value for name, value in fields.items() if value is not None}
         generate_many(
@@ -115,7 +115,7 @@ def generate(
             'Say what to sample: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
     settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
-    settings |= {} if length is None else {"num_tokens": length}
+    settings |= {} if num_tokens is None else {"num_tokens": num_tokens}
     if dtype == "int8" and decoding not in (None, "ar"):
         raise StudioError("--dtype int8 goes with --decoding ar only.")
     chosen = given("ar" if dtype == "int8" else decoding, **options)

@@ -17,7 +17,7 @@ _SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
-    "length": "num_tokens",
+    "num_tokens": "num_tokens",
 }
 _OPTIONS = {name: next(iter(owners.values())) for name, owners in decoding_options().items()}
 _KINDS = {
@@ -30,11 +30,11 @@ _KINDS = {
     "temperature": float,
     "top_k": int,
     "top_p": float,
-    "length": int,
+    "num_tokens": int,
     "decoding": str,
     **{name: option.kind for name, option in _OPTIONS.items()},
 }
-_SMALLEST = {"num_images": 1, "length": 1, "cfg_interval": -1}
+_SMALLEST = {"num_images": 1, "num_tokens": 1, "cfg_interval": -1}
 _SMALLEST |= {name: option.least for name, option in _OPTIONS.items() if option.least is not None}
 _MOST_IMAGES = 1_000_000
 _LARGEST = {"num_images": _MOST_IMAGES, "seed": MAX_INTEGER - _MOST_IMAGES}

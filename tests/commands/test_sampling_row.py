@@ -1,4 +1,4 @@
-"""`studio generate --length` with a model over rows of tokens, and where it is refused."""
+"""`studio generate --num-tokens` with a model over rows of tokens, and where it is refused."""
 
 import json
 
@@ -16,7 +16,7 @@ from PIL import Image
     ids=str,
 )
 def test_a_length(run, tiny_row_folder, tmp_path, options, names):
-    call = ("generate", "a red apple", "--model", tiny_row_folder, "--seed", 1, "--length", 3, *options, "--json")
+    call = ("generate", "a red apple", "--model", tiny_row_folder, "--seed", 1, "--num-tokens", 3, *options, "--json")
     code, out, err = run(*call)
     assert code == 0, err
     document = json.loads(out)
@@ -35,19 +35,19 @@ def test_a_length(run, tiny_row_folder, tmp_path, options, names):
 )
 def test_a_length_that_does_not_fit_is_refused(run, request, tmp_path, model, length, words):
     folder = request.getfixturevalue(model)
-    code, out, err = run("generate", "a red apple", "--model", folder, "--length", length)
+    code, out, err = run("generate", "a red apple", "--model", folder, "--num-tokens", length)
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_prompts_has_lengths_of_its_own(run, tiny_row_folder, tmp_path):
-    lines = ('{"prompt": "a red apple"}', '{"prompt": "a pear", "length": 5}')
+    lines = ('{"prompt": "a red apple"}', '{"prompt": "a pear", "num_tokens": 5}')
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    call = ("generate", "--prompts", "prompts.jsonl", "--model", tiny_row_folder, "--out", "sampled", "--length", 2)
+    call = ("generate", "--prompts", "prompts.jsonl", "--model", tiny_row_folder, "--out", "sampled", "--num-tokens", 2)
     code, _, err = run(*call)
     assert code == 0, err
     manifest = (tmp_path / "sampled" / "manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["num_tokens"] for line in manifest] == [2, 5]
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red apple", "length": 0}')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red apple", "num_tokens": 0}')
     code, _, err = run(*call)
-    assert code == 2 and "line 1: length must be a whole number of at least 1" in err.splitlines()[-1]
+    assert code == 2 and "line 1: num_tokens must be a whole number of at least 1" in err.splitlines()[-1]
