@@ -64,7 +64,7 @@ def bench_pruning(
 
 
 def _layout(tokens: int, kept: int) -> Layout:
-    kept = check_integer("The number of kept tokens", kept, 1, MAX_TOKENS)
+    kept = check_integer("The number of kept tokens", kept, 0, MAX_TOKENS)
     crops, rest = divmod(check_integer("The number of tokens", tokens, 1, MAX_TOKENS), _SIDE**2)
     if rest or crops < 1 or not 0 < kept < tokens:
         raise StudioError(f"Give sizes as (a multiple of {_SIDE**2}, fewer to keep), not {(tokens, kept)}.")
