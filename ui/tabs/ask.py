@@ -120,9 +120,7 @@ def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: 
             image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled vision-language model, a Hugging Face id or a folder.
-            method: the pruning method: divprune, hired, globalcom2, scope, coverage, cdpruner, mmtok, random, uniform,
-                fastv, pyramiddrop or vscan; or, for several questions about one image, one of the KV cache:
-                kv-coverage, kv-snapkv, kv-h2o, kv-prefixkv, kv-kvcrush, kv-ems or kv-lookm.
+            method: a pruning method such as divprune, or one of the KV cache such as kv-coverage; the page lists all.
             keep: the fraction of visual tokens to keep, above 0 and at most 1.
             max_new_tokens: tokens of the answer, at most.
 
