@@ -33,6 +33,8 @@ int studio_lanes(void) { return 99; }
 void studio_blocks() {}
 void studio_product() {}
 void studio_denoise() {}
+void studio_decode() {}
+void studio_sums() {}
 """
 
 
