@@ -158,20 +158,13 @@ _FEW_DIFFUSION_STEPS = 12
 
 
 def _mar_rows(total: int) -> list[Settings]:
-    """Plain, plain with as few steps of either kind as all options together, each option alone, and together."""
-    few, short = max(4, total // 8), _FEW_DIFFUSION_STEPS
+    """Plain; plain with few steps of both kinds; each option added to these alone, and all together."""
+    few: Settings = {"steps": max(4, total // 8), "diffusion_steps": _FEW_DIFFUSION_STEPS}
     disa: Settings = {"annealing": "linear", "last_diffusion_steps": 5}
     lazy: Settings = {"cache": "lazy", "refresh_every": 6, "warm_steps": 0}
-    gtr: Settings = {"order": "gtr", "steps": few}
-    return [
-        {},
-        {"steps": total},
-        {"steps": few, "diffusion_steps": short},
-        disa,
-        lazy,
-        gtr,
-        {"diffusion_steps": short, **disa, **lazy, **gtr},
-    ]
+    gtr: Settings = {"order": "gtr"}
+    added: list[Settings] = [{}, disa, lazy, gtr, {**disa, **lazy, **gtr}]
+    return [{}, {"steps": total}, *({**few, **options} for options in added)]
 
 
 def _relaxed_rows(total: int) -> list[Settings]:
