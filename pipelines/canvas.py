@@ -6,9 +6,8 @@ outside the mask the result equals the input pixel by pixel, as with diffusers' 
 window that follows another takes its pixels as known, which makes images larger than the model's grid.
 
 Hidden pixels do not reach the encoder: they are filled from what surrounds them, by averages that grow coarser with the
-distance (the pull-push of Gortler et al., "The Lumigraph", 1996). A decoder does not restore known pixels exactly. What
-it misses by at the edge of the mask is continued inwards as a membrane (Perez et al., "Poisson Image Editing", 2003)
-and fades out over `soft_edge` pixels.
+distance (the pull-push of Gortler et al., "The Lumigraph", 1996). A decoder does not restore known pixels exactly, so
+that an edge would be seen. Redrawn pixels fade there, over `soft_edge` pixels, into a continuation of the known ones.
 """
 
 import warnings
@@ -27,7 +26,7 @@ from studio.images import check_pixels, check_shape, rgb_image
 
 SIDES = ("left", "top", "right", "bottom")
 MOST_WINDOWS = 256
-_STEPS_A_WINDOW, _SWEEPS = 4, 32
+_STEPS_A_WINDOW = 4
 
 
 class Window(NamedTuple):
@@ -56,8 +55,7 @@ class EditRequest:
         expand: pixels to add by side, such as {"left": 64, "right": 64}.
         padding_mask_crop: windows are squares around the mask with such a margin, in pixels. None: squares of the
             shorter side of the image.
-        soft_edge: pixels inside the mask over which a difference from what surrounds it fades out. None: as many as a
-            cell has.
+        soft_edge: pixels inside the mask over which it fades into what surrounds it. None: half as many as a cell has.
 
     Raises:
         StudioError: a value outside these.
@@ -247,18 +245,18 @@ def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def blended(sampled: torch.Tensor, original: torch.Tensor, hidden: torch.Tensor, soft_edge: int) -> torch.Tensor:
     """Sampled pixels (B, 3, H, W) under the mask `hidden` (H, W), the original ones elsewhere; see `soft_edge`."""
     if soft_edge and not bool(hidden.all()):
-        missed = _membrane(original - sampled, ~hidden[None, None])
-        sampled = (sampled + missed * _nearness(~hidden, soft_edge)).clamp(0, 1)
+        around = _continued(original, ~hidden[None, None], soft_edge)
+        sampled = torch.lerp(sampled, around, _nearness(~hidden, soft_edge))
     return torch.where(hidden, sampled, original)
 
 
-def _membrane(values, known):
-    """Values (B, C, H, W) continued from where they are known: where not, each is about the mean of its neighbours."""
-    filled, kernel = fill_hidden(values, known), torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]) / 4
-    kernel = kernel.expand(values.shape[1], 1, 3, 3)
-    for _ in range(_SWEEPS):
-        means = F.conv2d(F.pad(filled, (1, 1, 1, 1), mode="replicate"), kernel, groups=values.shape[1])
-        filled = torch.where(known, values, means)
+def _continued(values, known, reach):
+    """Values (B, C, H, W) continued from where they are known, pixel by pixel: each is the mean of those before it."""
+    filled, share = values * known, known.float()
+    for _ in range(reach):
+        weight = F.avg_pool2d(share, 3, stride=1, padding=1)
+        means = F.avg_pool2d(filled * share, 3, stride=1, padding=1) / weight.clamp(min=0.01)
+        filled, share = torch.where(share > 0, filled, means), (weight > 0).float()
     return filled
 
 

@@ -121,7 +121,9 @@ class EditingMixin:
             )
             prompts = out.prompts
             sampled = resized(out.images.float().cpu(), window.height, window.width)
-            edge = request.soft_edge if request.soft_edge is not None else -(-window.width // (grid or window.width))
+            edge = (
+                request.soft_edge if request.soft_edge is not None else -(-window.width // (2 * (grid or window.width)))
+            )
             before[:] = blended(sampled, before, hidden, edge)
             outputs.append(out)
             approximate |= not (self.edits_in_any_order or known.is_prefix)

@@ -45,7 +45,7 @@ def edit(
     ] = None,
     soft_edge: Annotated[
         int | None,
-        typer.Option(min=0, help="Pixels over which the edge of the mask fades.", show_default="a cell"),
+        typer.Option(min=0, help="Pixels over which the edge of the mask fades.", show_default="half a cell"),
     ] = None,
     model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-mar",
     class_label: Annotated[
