@@ -65,9 +65,9 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         if "__call__" in vars(cls):
             cls.__call__ = _with_known_arguments(with_editing(cls.__call__))  # type: ignore[method-assign]  # every call is checked
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; the vocabulary is saved with the pipeline."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.vocabulary is not None:
             write_known_words(save_directory, *self.vocabulary)
 

@@ -78,7 +78,7 @@ class EditRequest:
         pixels = read_pixels(self.image)
         expand = check_expand(self.expand or {})
         if self.mask_image is not None:
-            mask = read_mask(self.mask_image, pixels.shape[1:])
+            mask = read_mask(self.mask_image, (pixels.shape[1], pixels.shape[2]))
         else:
             mask = torch.full(pixels.shape[1:], not expand)
         if expand and self.strength < 1:

@@ -116,10 +116,10 @@ def encode_image(
         return len(file_of((0,) * count).to_bytes())
 
     def fits(count: int) -> bool:
-        return bytes_of(count) <= size
+        return size is not None and bytes_of(count) <= size
 
     def close_enough(count: int) -> bool:
-        return reached(count) >= psnr
+        return psnr is not None and reached(count) >= psnr
 
     @cache
     def reached(count: int) -> float:

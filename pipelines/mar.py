@@ -149,7 +149,9 @@ class MARPipeline(ConditionalPipeline):
         """As of the base class, for settings of `ContinuousSpeculative`."""
         if not isinstance(decoding, ContinuousSpeculative):
             return None
-        return self._filled(decoding).validation_warning(self.transformer.num_tokens)
+        filled = self._filled(decoding)
+        assert isinstance(filled, ContinuousSpeculative)
+        return filled.validation_warning(self.transformer.num_tokens)
 
     def _filled(self, settings: MaskedAutoregressive, num_inference_steps: int | None = None) -> MaskedAutoregressive:
         """The settings, with this pipeline's defaults where they are None."""
@@ -266,6 +268,7 @@ class MARPipeline(ConditionalPipeline):
     ) -> MaskedOutput:
         if not is_speculative:
             return masked_autoregressive(self.transformer, condition, on_step=on_step, **call)
+        assert self.drafter is not None
         return continuous_speculative(
             self.transformer,
             condition,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from studio import __version__
 from studio.errors import StudioError
@@ -123,7 +123,7 @@ def save_all(writers: dict[Path, Callable[[Path], object]]) -> list[Path]:
     return replaced
 
 
-def save_new(writers: dict[Path, Callable[[Path], None]], records: dict[Path, tuple[dict, int]]) -> list[Path]:
+def save_new(writers: dict[Path, Callable[[Path], object]], records: dict[Path, tuple[dict, int]]) -> list[Path]:
     """Write several PNGs, or none, and replace nothing: where a name is taken, `name-2.png`, `name-3.png`, ... follow.
 
     A name is claimed by creating its file, so two processes that write to one folder never take the same one.
@@ -200,7 +200,7 @@ def make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[Path], None]:
+def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[Path | IO[bytes]], None]:
     """Return `write(path)` for a PNG with the call, the seed and the versions in a text chunk.
 
     Args:

@@ -3,6 +3,8 @@
 Parameters carry the names of that code: levels `down` and `up`, both numbered from fine to coarse, and `mid`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,12 +28,14 @@ def level_widths(base: int, multipliers: tuple[int, ...], groups: int) -> list[i
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention where the level has it."""
 
-    def __init__(self, width_in: int, width_out: int, blocks: int, attention: type[nn.Module] | None, groups: int):
+    def __init__(
+        self, width_in: int, width_out: int, blocks: int, attention: Callable[[int, int], nn.Module] | None, groups: int
+    ):
         super().__init__()
         self.block = nn.ModuleList(
             ResBlock(width_in if index == 0 else width_out, width_out, groups) for index in range(blocks)
         )
-        self.attn = nn.ModuleList(attention(width_out, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(attention(width_out, groups) for _ in range(blocks) if attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.block):
@@ -93,7 +97,7 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)
             if hasattr(level, "downsample"):
-                x = level.downsample(x)
+                x = level.get_submodule("downsample")(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -133,5 +137,5 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             x = level(x)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)
+                x = level.get_submodule("upsample")(x)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -125,7 +125,7 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both
         self.latent_tokens = nn.Parameter(torch.randn(num_tokens, encoder_width) * encoder_width**-0.5)
         self.quantize = Codebook(codebook_size, code_dim)
         if not mixed:
-            self.pixel_decoder = PatchPixels(in_channels, patch_size, pixel_base_channels)
+            self.pixel_decoder: nn.Module = PatchPixels(in_channels, patch_size, pixel_base_channels)
             return
         if 2 ** (len(pixel_channel_multipliers) - 1) != patch_size:
             raise StudioError(f"{len(pixel_channel_multipliers)} levels make no patches of {patch_size} pixels.")
@@ -199,7 +199,9 @@ class OneDPieceTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both
         features = self.decode_features(vectors, length)
         if self.config.pixel_stage == "patches":
             return self.pixel_decoder(features) * 2 - 1
-        mixture = features.movedim(1, -1).softmax(dim=-1) @ self.pixel_quantize["embedding"].weight
+        codes = self.pixel_quantize["embedding"]
+        assert isinstance(codes, nn.Embedding)
+        mixture = features.movedim(1, -1).softmax(dim=-1) @ codes.weight
         return self.pixel_decoder(mixture.movedim(-1, 1)) * 2 - 1
 
     def decode(self, tokens: torch.Tensor, length: int | Sequence[int] | None = None) -> torch.Tensor:

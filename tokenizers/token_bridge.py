@@ -89,7 +89,8 @@ class TokenBridgeTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # bo
         if sorted(order) != list(range(self.dimensions)):
             raise StudioError(f"dimension_order must hold each of 0 to {self.dimensions - 1} once, not {order}.")
         self.register_to_config(reconstruction_values=values, dimension_order=order)
-        self.quantizer = ScalarQuantizer(values, tuple(value_range), std_range)
+        low, high = value_range
+        self.quantizer = ScalarQuantizer(values, (low, high), std_range)
 
     @classmethod
     def from_autoencoder(cls, autoencoder: KLTokenizer, **options: Any) -> "TokenBridgeTokenizer":

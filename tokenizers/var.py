@@ -132,7 +132,9 @@ class MultiScaleCodebook(nn.Module):
         share = 3 if len(layers) == 4 else 2
         edge = 1 / (share * len(layers))
         places = torch.linspace(edge, 1 - edge, len(layers), dtype=torch.float64)
-        return layers[int((places - step / max(1, steps - 1)).abs().argmin())]
+        nearest = layers[int((places - step / max(1, steps - 1)).abs().argmin())]
+        assert isinstance(nearest, Phi)
+        return nearest
 
 
 class SharedPhis(nn.Module):

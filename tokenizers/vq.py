@@ -235,7 +235,7 @@ class Encoder(nn.Module):
         for level in self.conv_blocks:
             x = level(x)
             if hasattr(level, "downsample"):
-                x = level.downsample(x)
+                x = level.get_submodule("downsample")(x)
         for block in self.mid:
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -265,5 +265,5 @@ class Decoder(nn.Module):
         for level in self.conv_blocks:
             x = level(x)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)
+                x = level.get_submodule("upsample")(x)
         return self.conv_out(F.silu(self.norm_out(x)))

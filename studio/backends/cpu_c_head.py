@@ -6,7 +6,7 @@ exceeds their work. Weights that are exact in bfloat16 are read as such, as in `
 
 import ctypes
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -60,6 +60,7 @@ class NativeHead:
     @torch.no_grad()
     def __init__(self, network: DenoisingNetwork):
         self._run = loaded_library().studio_denoise
+        blocks: Any
         blocks, ends = network.res_blocks, (network.input_proj, network.final_layer.linear)
         layers = [[block.mlp[0] for block in blocks], [block.mlp[2] for block in blocks]]
         norms = [block.in_ln for block in blocks]

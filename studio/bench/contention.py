@@ -63,6 +63,7 @@ def _busy_cores() -> Iterator[None]:
         for _ in range(cores):
             processes.append(subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE))
         for process in processes:
+            assert process.stdout is not None
             process.stdout.readline()
         yield
     finally:

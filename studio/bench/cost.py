@@ -150,7 +150,7 @@ def bench_cost(
             least = least_call_seconds(network, _GUIDED, positions, seconds)
             peak = peak_flops(network.device, network.dtype)
         for number in positions:
-            row = {"threads": count} if on_cpu else {}
+            row: dict[str, float | None] = {"threads": count} if on_cpu else {}
             row |= {"positions": number, "seconds": least[number]}
             row |= {"break_even_tokens": least[number] / least[1]}
             row |= {"peak_share": _GUIDED * number * _operations(network) / least[number] / peak}

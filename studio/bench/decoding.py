@@ -113,7 +113,9 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _row(model, guidance, images, name, top_k, repeats, bandwidth) -> dict:
+def _row(
+    model: LlamaGen, guidance: float, images: int, name: str, top_k: int, repeats: int, bandwidth: float
+) -> dict[str, Any]:
     precision = _DTYPES.get(name) or _PACKED[name]
     settings = Autoregressive(weights=_PACKED.get(name, "auto"))
     tested = model if precision != "bfloat16" else _copy(model, torch.bfloat16)
@@ -127,7 +129,8 @@ def _row(model, guidance, images, name, top_k, repeats, bandwidth) -> dict:
         }
         return loop(network, matched, generators=seeded, sampling=sampling, guidance_scale=guidance, **more)
 
-    ours, reference, fast, plain = [], [], None, None
+    ours, reference = [], []
+    fast = plain = torch.empty(0)
     gc.collect()
     sample(autoregressive, tested, settings=settings)
     for _ in range(repeats):

@@ -58,13 +58,15 @@ def bench_mar(
     batch, guidance_scale = check_integer("batch", batch, 1, MOST_IMAGES), check_number("guidance", guidance_scale)
     check_counts(repeats=repeats)
     sizes = {**SIZES, **parse_sizes(random, _MOST)}
-    device = pick_device(device)
-    check_fits("A model of these sizes", _bytes(sizes, batch), device)
-    model = _random_model(sizes).to(device)
+    place = pick_device(device)
+    check_fits("A model of these sizes", _bytes(sizes, batch), place)
+    model = _random_model(sizes)
+    torch.nn.Module.to(model, place)
     settings = MaskedAutoregressive(steps=sizes["steps"], diffusion_steps=sizes["diffusion_steps"])
     settings.plan(model.num_tokens)
-    condition = {"class_labels": torch.arange(batch, device=device) % _CLASSES}
-    best, reference_seconds = None, float("inf")
+    condition = {"class_labels": torch.arange(batch, device=place) % _CLASSES}
+    best: dict[str, float] = {}
+    reference_seconds = float("inf")
     for _ in range(repeats):
         sides = []
         for sample in (masked_autoregressive, textbook_masked):
@@ -74,7 +76,7 @@ def bench_mar(
             )
         ours, reference = (side.seconds for side in sides)
         reference_seconds = min(reference_seconds, sum(reference.values()))
-        if best is None or sum(ours.values()) < sum(best.values()):
+        if not best or sum(ours.values()) < sum(best.values()):
             best = ours
     seconds = sum(best.values())
     return {"seconds": seconds, "reference_seconds": reference_seconds, "head_share": best["head"] / seconds}

@@ -64,7 +64,7 @@ def bench_residual(
         tokens = _tokens(pipe, captions, decoding_named(name).settings(steps=number), seed, batch_size)
         seconds = (time.perf_counter() - began) / samples
         for depth in range(1, tokens.shape[2] + 1):
-            images = torch.cat([pipe.decode_tokens(part, "pt", depth).cpu() for part in tokens.split(batch_size)])
+            images = torch.cat([_images(pipe, part, depth) for part in tokens.split(batch_size)])
             verdict = verdicts(judge, images)
             rows.append(
                 {
@@ -89,6 +89,13 @@ def residual_table(rows: list[dict]) -> str:
         cells = [f"{100 * own[depth]['judge_top1']:.1f} ({own[depth]['frechet']:.1f})" for depth in depths]
         lines.append([name, str(number), f"{own[depths[0]]['seconds_per_image']:.3f}", *cells])
     return markdown_table(head, lines)
+
+
+def _images(pipe: ResGenPipeline, tokens: torch.Tensor, depth: int) -> torch.Tensor:
+    """Images (n, 3, H, W) in [0, 1] of the first levels, on the CPU."""
+    images = pipe.decode_tokens(tokens, "pt", depth)
+    assert isinstance(images, torch.Tensor)
+    return images.cpu()
 
 
 def _tokens(pipe, captions, decoding, seed, batch_size):

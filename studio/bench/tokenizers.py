@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 from studio.bench.sizes import MOST_IMAGES
 from studio.checkpoints.bundled import BUNDLED, read_checksums

@@ -63,7 +63,17 @@ def tradeoff_chart(rows: list[dict], batch: int = 1) -> str:
 
 def tradeoff_table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    head = ("Decoding", "Settings", "Batch", "s an image", "Speed-up", "Calls", "Accepted", "Top-1 %", "Fréchet")
+    head: tuple[str, ...] = (
+        "Decoding",
+        "Settings",
+        "Batch",
+        "s an image",
+        "Speed-up",
+        "Calls",
+        "Accepted",
+        "Top-1 %",
+        "Fréchet",
+    )
     extra = {name: label for name, label in _EXTRA.items() if any(name in row for row in rows)}
     head += tuple(extra.values())
     lines = []
@@ -224,7 +234,7 @@ class _Run:
 def _timed(pipe, field, batch, repeats, images) -> list[_Run]:
     prompts = [full_caption(*row) for row in sample_combinations(images, np.random.default_rng(0)).tolist()]
     _sample(pipe, field[-1].make(), prompts[:batch], 0)
-    runs = [[] for _ in field]
+    runs: list[list[tuple[list, int]]] = [[] for _ in field]
     for _ in tqdm(range(repeats), desc=f"timing, {batch} at a time", unit="round"):
         for number, contender in enumerate(field):
             settings, counted = contender.make(), None

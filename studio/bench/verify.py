@@ -61,8 +61,8 @@ def bench_verify(
         for tree, logits, numbers in sampled:
             verify(tree, logits, numbers, sampling, ours)
         middle = time.perf_counter()
-        for (_, logits, _), (paths, tokens, numbers) in zip(sampled, prepared):
-            textbook_verify(paths, tokens, logits[0], numbers, sampling, authors)
+        for (_, logits, _), (paths, tokens, uniform) in zip(sampled, prepared):
+            textbook_verify(paths, tokens, logits[0], uniform, sampling, authors)
         ended = time.perf_counter()
         times["ms"] = min(times["ms"], 1000 * (middle - began) / trees)
         times["reference_ms"] = min(times["reference_ms"], 1000 * (ended - middle) / trees)

@@ -196,8 +196,9 @@ def _text_parts(folder, transformer: LlamaGen):
 
     try:
         check_folder(Path(folder))
-        safely = {"local_files_only": True, "trust_remote_code": False}
-        encoder, info = T5EncoderModel.from_pretrained(folder, output_loading_info=True, **safely)
+        safely: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        read_whole: Any = T5EncoderModel.from_pretrained  # returns a pair with output_loading_info
+        encoder, info = read_whole(folder, output_loading_info=True, **safely)
         tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
     except StudioError:
         raise

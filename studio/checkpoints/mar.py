@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from studio.checkpoints.loading import load
 from studio.checkpoints.official import build, count_of, read_weights, renamed, save_new, shape_of

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from studio.checkpoints.foreign import check_weights
 from studio.errors import StudioError
@@ -116,10 +118,10 @@ def from_transformers_names(state: State, prefix: str = "") -> State:
         if part in ("self_attn.k_proj", "self_attn.v_proj"):
             continue
         if part == "self_attn.q_proj":
-            others = [state.get(name.replace("q_proj", other)) for other in ("k_proj", "v_proj")]
-            if any(other is None for other in others):
+            names = [name.replace("q_proj", other) for other in ("k_proj", "v_proj")]
+            if any(other not in state for other in names):
                 raise StudioError(f"{name} has no k_proj and v_proj beside it: the checkpoint is not whole.")
-            renamed[f"layers.{layer}.attention.wqkv.weight"] = torch.cat((weight, *others))
+            renamed[f"layers.{layer}.attention.wqkv.weight"] = torch.cat((weight, *(state[other] for other in names)))
         else:
             renamed[f"layers.{layer}.{_HF_LLAMA_NAMES.get(part, part)}.weight"] = weight
     return renamed
@@ -148,7 +150,7 @@ def build(model_class: type, config: dict, state: State, what: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def save_new(model: ModelMixin | DiffusionPipeline, out: str | Path) -> Path:
+def save_new(model: ModelMixin | AutoencoderKL | DiffusionPipeline, out: str | Path) -> Path:
     """Write a model or pipeline with `save_pretrained` as a new folder.
 
     Raises:

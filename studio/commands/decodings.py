@@ -59,7 +59,7 @@ def _owned(summary: str, owners: list[str]) -> str:
 
 
 def _parameter(name: str, kind: type, declared: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, declared]
+    annotation: Any = Annotated[kind | None, declared]  # type: ignore[valid-type]  # a type at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -85,7 +85,7 @@ def with_decoding(command: Callable) -> Callable:
             parameters += flags.values()
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-    wrapped.__signature__ = signature.replace(parameters=parameters)
+    vars(wrapped)["__signature__"] = signature.replace(parameters=parameters)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 

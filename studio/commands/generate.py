@@ -2,7 +2,7 @@
 
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,7 +83,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Sample images from words."""
-    sampling = {"cfg_interval": cfg_interval, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = options or {}
+    sampling: dict[str, Any] = {
+        "cfg_interval": cfg_interval,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if cfg_interval == -1:
         del sampling["cfg_interval"]
@@ -94,7 +100,7 @@ def generate(
             raise StudioError("With --prompts every process must sample alike: name the decoding, and leave out auto.")
         from studio.commands.generate_batch import generate_many
 
-        fields = {"num_images": num_images, "guidance": guidance, **sampling, "num_tokens": num_tokens}
+        fields: dict[str, Any] = {"num_images": num_images, "guidance": guidance, **sampling, "num_tokens": num_tokens}
         fields |= {"decoding": decoding, **options}
         fields = {name: value for name, value in fields.items() if value is not None}
         generate_many(

@@ -82,36 +82,37 @@ def read_prompts(file: str, base_seed: int = 0, options: dict | None = None) -> 
         StudioError: the file cannot be read, holds no prompt, or a line is not as above; it names the line. Or options
             of a decoding that no line has.
     """
-    file, requests, options = user_path(file), [], options or {}
+    path, options = user_path(file), options or {}
+    requests: list[Request] = []
     of_decoding = [name for name in _OPTIONS if name in options]
     check_given(options.get("decoding"), **{name: options[name] for name in of_decoding})
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise StudioError(f"{file} is no file: give a file with one JSON object a line.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StudioError(f"{path} is no file: give a file with one JSON object a line.")
     try:
-        with open(file, encoding="utf-8-sig", newline="\n") as opened:
+        with open(path, encoding="utf-8-sig", newline="\n") as opened:
             text = opened.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
-            raise StudioError(f"{file} has more than {_MOST_CHARACTERS >> 20} million characters: split it.")
+            raise StudioError(f"{path} has more than {_MOST_CHARACTERS >> 20} million characters: split it.")
         lines = text.split("\n")
     except StudioError:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise StudioError(f"{file} cannot be read ({reason}): give a file with one JSON object a line.") from error
+        raise StudioError(f"{path} cannot be read ({reason}): give a file with one JSON object a line.") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             requests.append(_request(number, _fields(line), base_seed, options))
         except StudioError as error:
-            raise StudioError(f"{file}, line {number}: {error}") from error
+            raise StudioError(f"{path}, line {number}: {error}") from error
     if (images := sum(request.num_images for request in requests)) > _MOST_IMAGES:
-        raise StudioError(f"{file} asks for {images} images: a run samples at most {_MOST_IMAGES}, so split the file.")
+        raise StudioError(f"{path} asks for {images} images: a run samples at most {_MOST_IMAGES}, so split the file.")
     if not requests:
-        raise StudioError(f'{file} holds no prompts: write lines such as {{"prompt": "a red apple"}}.')
+        raise StudioError(f'{path} holds no prompts: write lines such as {{"prompt": "a red apple"}}.')
     if of_decoding and all(request.decoding["name"] != options.get("decoding") for request in requests):
         flags = " and ".join(map(flag, of_decoding))
-        raise StudioError(f"Every line of {file} names another decoding, and none takes {flags}: leave {flags} out.")
+        raise StudioError(f"Every line of {path} names another decoding, and none takes {flags}: leave {flags} out.")
     return requests
 
 

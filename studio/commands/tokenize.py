@@ -101,12 +101,12 @@ def detokenize(
 
     from studio import OdpFile, decode_image
 
-    content = OdpFile.from_bytes(data, file)
+    content = OdpFile.from_bytes(data, str(file))
     if not (tokenizer or content.tokenizer):
         raise StudioError(f"{file} names no bundled tokenizer: give the folder of its tokenizer with --tokenizer.")
     chosen = tokenizer or content.tokenizer
     model, _ = _load(chosen, device)
-    image = decode_image(content, model, file)
+    image = decode_image(content, model, str(file))
     call = {"file": printable(file.name), "tokenizer": chosen, "length": len(content.tokens), "tiled": content.tiled}
     save({out: png_writer(image, call, None)})
     emit({"path": str(out), "width": image.width, "height": image.height, **call})

@@ -126,7 +126,7 @@ def evaluate(
     from studio.evaluation import evaluate as measure
 
     quiet_libraries()
-    chosen = given(decoding, **options)
+    chosen = given(decoding, **(options or {}))
     check_given(**chosen)
     is_plain = decoding is None and len(chosen) == 1
     how = None if is_plain else lambda pipe: decoding_of(**named(pipe=pipe, **chosen))

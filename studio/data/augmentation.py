@@ -37,7 +37,7 @@ def move(
     offset = torch.from_numpy(rng.uniform(-shift, shift, (n, 2))).float()
     rows = torch.stack((turn.cos(), -turn.sin()), 1), torch.stack((turn.sin(), turn.cos()), 1)
     matrix = torch.stack(rows, 1) * scale[:, None, None]
-    grid = F.affine_grid(torch.cat((matrix, offset[..., None]), dim=2), images.shape, align_corners=False)
+    grid = F.affine_grid(torch.cat((matrix, offset[..., None]), dim=2), list(images.shape), align_corners=False)
     warped = F.grid_sample(images - colours, grid, align_corners=False) + colours
     return torch.where(moved[:, None, None, None], warped, images)
 

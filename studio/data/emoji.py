@@ -67,11 +67,11 @@ class EmojiSource(Source):
         """Flipped, moved, zoomed, at times recoloured; 60 % on named backgrounds, the rest on any colour."""
         chosen = self.pixels[rng.integers(len(self.pixels), size=count)]
         named = PALETTE[rng.integers(len(PALETTE), size=count)]
-        colours = np.where(rng.random((count, 1)) < 0.6, named, rng.random((count, 3)))
-        images = torch.from_numpy(compose(chosen, colours))
+        behind = np.where(rng.random((count, 1)) < 0.6, named, rng.random((count, 3)))
+        images = torch.from_numpy(compose(chosen, behind))
         flip = torch.from_numpy(rng.random(count) < 0.5)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        colours = torch.from_numpy(colours).float()
+        colours = torch.from_numpy(behind).float()
         images = move(images, colours, rng, share=0.5, zoom=(0.8, 1.6), angle=0.3, shift=0.2)
         recoloured = torch.from_numpy(rng.random(count) < 0.15)
         order = torch.from_numpy(np.stack([rng.permutation(3) for _ in range(count)]))

@@ -6,10 +6,11 @@ import torch
 
 from studio import backends
 from studio.decoding.trees import trees_of
+from studio.models.llamagen import LlamaGen
 
 
 @torch.no_grad()
-def least_call_seconds(model: torch.nn.Module, rows: int, nodes: int, weights: str = "auto", repeats: int = 4) -> float:
+def least_call_seconds(model: LlamaGen, rows: int, nodes: int, weights: str = "auto", repeats: int = 4) -> float:
     """Least seconds of a few calls for a path of tokens in each of some sequences, logits included.
 
     Args:

@@ -69,7 +69,7 @@ class PositionNoise:
         """Uniform numbers that decide on acceptance, (n,); (t, n) for steps (t, 1)."""
         return _uniform(self._state(places, _TEST, step))
 
-    def trial(self, places: TokenIndex, number: int, step: Number = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def trial(self, places: TokenIndex, number: Number, step: Number = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Gaussian (n, D) and uniform (n,) of the number-th proposal after a rejection at a step, one or (n,)."""
         return (
             self._normal(self._state(places, _TRIAL, number, step)),

@@ -41,6 +41,7 @@ from studio.decoding.mar import (
 from studio.decoding.sampling import OnStep
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.errors import StudioError
+from studio.models.masked_autoencoder import MaskedAutoencoder
 
 
 @dataclass
@@ -234,10 +235,10 @@ class ContinuousOutput(MaskedOutput):
 
 @torch.no_grad()
 def continuous_speculative(
-    model: torch.nn.Module,
+    model: MaskedAutoencoder,
     condition: dict,
     *,
-    draft: torch.nn.Module,
+    draft: MaskedAutoencoder,
     generators: list[torch.Generator] | None = None,
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
@@ -274,7 +275,7 @@ def continuous_speculative(
 
 
 def check_pair(
-    model: torch.nn.Module, draft: torch.nn.Module, settings: ContinuousSpeculative, temperature: float
+    model: MaskedAutoencoder, draft: MaskedAutoencoder, settings: ContinuousSpeculative, temperature: float
 ) -> None:
     """Raises the `StudioError` that `continuous_speculative` would raise for these, with settings that are filled."""
     check_number("temperature", temperature)

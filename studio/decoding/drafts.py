@@ -15,7 +15,7 @@ probabilities that the candidates had then, as LANTERN++ wants them, and not onl
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -35,12 +35,12 @@ class DraftContext:
     is the target's for these rows, as of `LlamaGen.plan`.
     """
 
-    model: torch.nn.Module
+    model: Any
     valid: torch.Tensor | None
     batch: int
     sampling: Sampling
     guidance: Guidance
-    drafter: torch.nn.Module | None = None
+    drafter: Any = None
     weights: str = "plain"
     plan: torch.Tensor | None = None
 

@@ -22,6 +22,7 @@ from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
 from studio.files import cache_folder
+from studio.models.llamagen import LlamaGen
 
 _RUNS = 3
 _records: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Record]]" = weakref.WeakKeyDictionary()
@@ -48,7 +49,7 @@ class FastestExact:
 
 @torch.no_grad()
 def fastest_exact(
-    model: torch.nn.Module,
+    model: LlamaGen,
     condition: dict,
     *,
     generators: list[torch.Generator],

@@ -39,6 +39,7 @@ from studio.decoding.known import KnownTokens
 from studio.decoding.reporting import Reporter, SpeculativeOutput
 from studio.decoding.sampling import OnStep, Sampling, fill_exponential, sample_rows
 from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
 
 if TYPE_CHECKING:
     from studio.decoding.lantern import Relaxation
@@ -104,7 +105,7 @@ class JacobiSampled(SpeculativeOutput):
 
 @torch.no_grad()
 def jacobi(
-    model: torch.nn.Module,
+    model: LlamaGen,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -391,7 +392,7 @@ def _one_hot(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(*tokens.shape, like.shape[2]).scatter_(2, tokens[:, :, None], 1.0)
 
 
-def choose_window(model: torch.nn.Module, settings: Jacobi, batch: int, streams: int) -> int:
+def choose_window(model: LlamaGen, settings: Jacobi, batch: int, streams: int) -> int:
     """The window of settings, for a batch of images with `streams` sequences each; see `Jacobi`.
 
     The measurement starts from a window of 8 sequences' tokens on a CPU, and goes on to larger and smaller ones as long
@@ -409,7 +410,7 @@ def choose_window(model: torch.nn.Module, settings: Jacobi, batch: int, streams:
     return known[key]
 
 
-def _fastest_window(model: torch.nn.Module, rows: int, weights: str, first: float) -> int:
+def _fastest_window(model: LlamaGen, rows: int, weights: str, first: float) -> int:
     windows, speeds = list(TOKENS_A_CALL), {}
 
     def speed(place: int) -> float:

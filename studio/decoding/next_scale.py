@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 import torch
 
+from studio.models.var import VAR
+
 
 @torch.no_grad()
 def next_scale(
-    model: torch.nn.Module,
+    model: VAR,
     tokenizer: torch.nn.Module,
     class_labels: torch.Tensor,
     prefix: torch.Tensor,

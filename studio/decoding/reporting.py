@@ -51,8 +51,8 @@ class Reporter:
             before = run.tokens[:, index].clone() if self.editable else None
             if self.on_step(index, run.tokens[:, : index + 1]):
                 return True
-            if self.editable:
-                changed = (run.tokens[:, index] != before).tolist()
+            if before is not None:
+                changed = run.tokens[:, index].ne(before).tolist()
                 lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
                 if lengths != run.lengths:
                     run.rewind(lengths)

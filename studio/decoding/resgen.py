@@ -39,6 +39,7 @@ from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
 from studio.decoding.settings import Fillable
 from studio.errors import StudioError
+from studio.models.resgen import ResGen
 
 SCHEDULES = ("cosine", "circle", "arccos")
 _ROUNDING = 1e-9
@@ -323,7 +324,7 @@ class ResGenOutput(Sampled):
 
 @torch.no_grad()
 def resgen_decoding(
-    model: torch.nn.Module,
+    model: ResGen,
     quantizer: torch.nn.Module,
     condition: dict,
     *,

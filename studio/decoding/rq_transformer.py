@@ -16,6 +16,7 @@ from studio.decoding.autoregressive import guided_logits, is_guided
 from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
+from studio.models.rq_transformer import RQTransformer
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RQDecoding:
 
 @torch.no_grad()
 def rq_decoding(
-    model: torch.nn.Module,
+    model: RQTransformer,
     condition: torch.Tensor,
     codebooks: list[torch.Tensor] | None = None,
     *,

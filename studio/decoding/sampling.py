@@ -171,5 +171,6 @@ def sample_rows(
     rounding error.
     """
     if noise is None:
-        noise = exponential_noise(*probabilities.shape, generators, probabilities.device)
+        rows, vocab = probabilities.shape
+        noise = exponential_noise(rows, vocab, generators or [], probabilities.device)
     return (probabilities / noise).argmax(dim=-1)

@@ -42,6 +42,7 @@ from studio.decoding.reporting import Reporter, SpeculativeOutput
 from studio.decoding.sampling import OnStep, Sampling, sample_rows
 from studio.decoding.trees import Tree
 from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
 
 _TINY = 1e-12
 
@@ -288,7 +289,7 @@ class Speculative:
 
 @torch.no_grad()
 def speculative(
-    model: torch.nn.Module,
+    model: LlamaGen,
     condition: dict,
     *,
     generators: list[torch.Generator],

@@ -16,6 +16,7 @@ from studio.decoding.autoregressive import Sampled, condition_rows, guided_logit
 from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedSteps
 from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
+from studio.models.token_bridge import TokenBridge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class DimensionWiseOutput(Sampled):
 
 @torch.no_grad()
 def dimension_wise(
-    model: torch.nn.Module,
+    model: TokenBridge,
     level_values: torch.Tensor,
     condition: dict,
     *,
@@ -91,7 +92,7 @@ def dimension_wise(
 
 
 def sample_cells(
-    model: torch.nn.Module, states: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]
+    model: TokenBridge, states: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]
 ) -> torch.Tensor:
     """Tokens (B, k, D), in the order of sampling, of cells about which the transformer says states (B, k, C)."""
     head, (batch, count) = model.head, states.shape[:2]

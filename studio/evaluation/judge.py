@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ class Judge(ModelMixin, ConfigMixin):
         norm_groups: groups of every GroupNorm.
         sample_size: side in pixels at which images are read; others are resized to it.
     """
+
+    config: Any
 
     @register_to_config
     def __init__(
@@ -127,7 +130,7 @@ def load_judge(name: str | Path = "emoji-judge", device: str | torch.device | No
 def verdicts(judge: Judge, images: torch.Tensor, batch_size: int = 100) -> Verdict:
     """The verdict on any number of images (n, 3, H, W) in [0, 1], float32 on the CPU."""
     device, dtype = judge.device, judge.dtype
-    parts = [judge((chunk * 2 - 1).to(device, dtype)) for chunk in images.split(batch_size)]
+    parts = [judge.forward((chunk * 2 - 1).to(device, dtype)) for chunk in images.split(batch_size)]
     names = ("concepts", "styles", "backgrounds", "features")
     return Verdict(**{name: torch.cat([getattr(part, name).float().cpu() for part in parts]) for name in names})
 

@@ -48,10 +48,9 @@ def judge_predictions(judge: Judge, images: Sequence[Image.Image], prompt: str |
         StudioError: the judge knows other concepts than the bundled set has.
     """
     concepts = load_concepts()
-    if judge.config.num_concepts != len(concepts):
-        raise StudioError(
-            f"This judge knows {judge.config.num_concepts} concepts, the bundled set has {len(concepts)}."
-        )
+    known = judge.config["num_concepts"]
+    if known != len(concepts):
+        raise StudioError(f"This judge knows {known} concepts, the bundled set has {len(concepts)}.")
     wanted = named_concept(prompt)
     return [_opinion(judge, image, concepts, wanted) for image in images]
 

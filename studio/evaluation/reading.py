@@ -72,7 +72,8 @@ def packed_logits(
     embed = model.get_input_embeddings()
     batch, image = len(features), features.shape[1] + 1
     bos = torch.full((batch, 1), model.config.get_text_config().bos_token_id, device=features.device)
-    x = torch.cat((embed(bos), features.to(embed.weight.dtype), embed(packed.ids)), dim=1)
+    asked = embed(packed.ids)
+    x = torch.cat((embed(bos), features.to(asked.dtype), asked), dim=1)
     before = torch.cat((positions.new_zeros(1), positions)).expand(batch, -1)
     places = torch.cat((before, next_position + packed.place), dim=1)
     owner = torch.cat((packed.question.new_full((batch, image), -2), packed.question), dim=1)

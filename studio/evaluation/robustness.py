@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 from studio.checks import check_integer, check_number, set_fields
 from studio.errors import StudioError

@@ -1,6 +1,7 @@
 """Evaluation of a vision-language model on scenes, with all and with pruned tokens, every method at equal counts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,11 +160,12 @@ def evaluate_inside(
         inputs = processor(images=[image] * len(prompts), text=prompts, padding=True, return_tensors="pt")
         one = {name: value[:1] for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
         encoded = model.model.get_image_features(**one, return_dict=True)
+        generation: Any = model  # mypy takes the methods of a module for tensors
         ends = model.generation_config.eos_token_id
         for method, keep, after_layer in settings:
             again = type(encoded)(pooler_output=[*encoded.pooler_output] * len(prompts))
             with prune(model, method, keep, after_layer=after_layer):
-                out = model.generate(
+                out = generation.generate(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
                     mm_encoder_outputs={"image": again},

@@ -1,5 +1,7 @@
 """Evaluation of an image tokenizer on held-out images."""
 
+from typing import Any
+
 import torch
 
 from studio.data.emoji import EmojiSource
@@ -9,7 +11,7 @@ from studio.tokenizers.rvq import RVQTokenizer
 
 
 @torch.inference_mode()
-def evaluate_tokenizer(tokenizer: torch.nn.Module, source: Source | None = None, batch_size: int = 64) -> dict:
+def evaluate_tokenizer(tokenizer: Any, source: Source | None = None, batch_size: int = 64) -> dict:
     """Reconstruction of held-out images, at the tokenizer's own resolution.
 
     Args:

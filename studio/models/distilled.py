@@ -89,9 +89,11 @@ class DistilledStudent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both b
         check_layout(grid_size, row_length)
         if split is not None and not 0 <= split <= self.num_tokens:
             raise StudioError(f"split must be from 0 to {self.num_tokens} tokens, not {shown(split)}.")
+        self.cls_embedding: ClassEmbedder | CaptionEmbedder
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
+            assert caption_dim is not None and caption_length is not None
             self.cls_embedding = CaptionEmbedder(caption_dim, caption_length, dim)
         hidden = ffn_dim or default_ffn_dim(dim)
         self.tok_embeddings = nn.Linear(code_dim, dim)

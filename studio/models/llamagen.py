@@ -104,9 +104,11 @@ class LlamaGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases def
             raise StudioError(f'prefix_rope is "zero" or "identity", not {shown(prefix_rope)}.')
         check_layout(grid_size, row_length)
         check_region_conditioning(plan_size, grid_size, caption_length, row_length)
+        self.cls_embedding: ClassEmbedder | CaptionEmbedder
         if num_classes is not None:
             self.cls_embedding = ClassEmbedder(num_classes, dim)
         else:
+            assert caption_dim is not None and caption_length is not None
             self.cls_embedding = CaptionEmbedder(caption_dim, caption_length, dim)
         hidden = ffn_dim or default_ffn_dim(dim)
         self.tok_embeddings = nn.Embedding(vocab_size, dim)

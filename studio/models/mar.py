@@ -39,7 +39,7 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-class MAR(MaskedAutoencoder, ModelMixin):
+class MAR(MaskedAutoencoder, ModelMixin):  # type: ignore[misc]  # both bases define config_name
     """The network. (diffusers looks for the name `ModelMixin` in the module of a pipeline's component.)
 
     Args:

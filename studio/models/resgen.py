@@ -125,9 +125,11 @@ class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases defin
             raise StudioError(f"prediction is one of {', '.join(PREDICTIONS)}, not {shown(prediction)}.")
         grid_size = round(num_positions**0.5)
         check_region_conditioning(plan_size, grid_size if grid_size**2 == num_positions else None, caption_length)
+        self.condition: ClassEmbedder | CaptionEmbedder
         if num_classes is not None:
             self.condition = ClassEmbedder(num_classes, dim)
         else:
+            assert caption_dim is not None and caption_length is not None
             self.condition = CaptionEmbedder(caption_dim, caption_length, dim)
         self.input = nn.Linear(code_dim, dim)
         self.positions = nn.Parameter(torch.empty(1, num_positions, dim))
@@ -139,6 +141,7 @@ class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases defin
         if plan_size:
             self.plan_embeddings = RegionConditioning(plan_size, grid_size, dim)
             nn.init.zeros_(self.plan_embeddings.weight)
+        self.head: GaussianMixture | LevelSoftmax
         if prediction == "mixture":
             self.head = GaussianMixture(dim, code_dim, components, rank, sigma, learn_sigma)
         else:
@@ -213,8 +216,10 @@ class ResGen(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases defin
             costs = F.cross_entropy(prediction.logits.movedim(-1, 1), codes, reduction="none")
             return costs[is_hidden].mean()
         if form == "variational":
+            assert isinstance(self.head, GaussianMixture)
             costs = self.head.variational_loss(prediction, missing.sum(dim=2))
         else:
+            assert isinstance(self.head, GaussianMixture)
             costs = -self.head.log_likelihood(prediction, missing.sum(dim=2))
         return costs[hidden > 0].mean()
 

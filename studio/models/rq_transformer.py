@@ -203,10 +203,11 @@ class RQTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both base
         self.pos_emb_cond = nn.Parameter(torch.empty(1, self.prefix_length, dim))
         self.pos_emb_hw = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim))
         self.pos_emb_d = nn.Parameter(torch.empty(1, depth, dim))
-        if caption_dim is not None:
+        self.cond_emb: nn.Module
+        if caption_dim is not None and caption_length is not None:
             self.cond_emb = CaptionEmbedder(caption_dim, caption_length, dim)
         else:
-            self.cond_emb = nn.Embedding(num_classes or caption_words, dim)
+            self.cond_emb = nn.Embedding(num_classes or caption_words or 0, dim)
         if spatial_reads_codes:
             self.input_mlp = nn.Linear(code_dim, dim)
         if depth_reads_codes:
@@ -327,7 +328,8 @@ class RQTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both base
 
     def new_caches(self, rows: int) -> tuple[KVCache, KVCache]:
         """Empty caches for `rows` images: of the spatial transformer, and of the depth transformer for one cell."""
-        config, common = self.config, {"rows": rows, "dtype": self.dtype, "device": self.device}
+        config = self.config
+        common: dict[str, Any] = {"rows": rows, "dtype": self.dtype, "device": self.device}
         spatial, depth = (
             KVCache(num_layers=layers, num_kv_heads=heads, head_dim=config.dim // heads, max_length=length, **common)
             for layers, heads, length in (

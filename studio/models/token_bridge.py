@@ -199,7 +199,7 @@ class DimensionHead(nn.Module):
         return self.channel_final(self.channel_norm(x), modulation)
 
 
-class TokenBridge(MaskedAutoencoder, ModelMixin):
+class TokenBridge(MaskedAutoencoder, ModelMixin):  # type: ignore[misc]  # both bases define config_name
     """The network. (diffusers looks for the name `ModelMixin` in the module of a pipeline's component.)
 
     Args:

@@ -117,7 +117,8 @@ class Inside:
         Raises:
             StudioError: attention is needed and the model has no plain projection of queries.
         """
-        text, attention = self.family.model.config.get_text_config(), layers_of(self.family)[0].self_attn
+        text: Any = self.family.model.config.get_text_config()
+        attention: Any = layers_of(self.family)[0].self_attn
         width = getattr(getattr(attention, "q_proj", None), "out_features", None)
         if needed and width != text.num_attention_heads * attention.head_dim:
             raise StudioError(f"{self.method} cannot read the queries of {self.family.model.config.model_type} models.")
@@ -293,7 +294,7 @@ class CuttingCall(Call):
             query, keys = self._last_query(number, hidden, rotary), self._project(number, hidden, rotary, "k")
         groups = query.shape[1] // keys.shape[1]
         query = query.float().unflatten(1, (-1, groups)).squeeze(3)
-        attention = layers_of(self.inside.family)[number].self_attn
+        attention: Any = layers_of(self.inside.family)[number].self_attn
         logits = torch.einsum("bhgd,bhnd->bhgn", query * attention.scaling, keys.float())
         return logits.masked_fill(~valid[:, None, None], float("-inf")).softmax(dim=-1).mean(dim=(1, 2))
 
@@ -310,7 +311,7 @@ class CuttingCall(Call):
         return self._project(number, take(hidden), tuple(map(take, rotary)), "q")
 
     def _project(self, number: int, hidden, rotary, part: str) -> torch.Tensor:
-        layer = layers_of(self.inside.family)[number]
+        layer: Any = layers_of(self.inside.family)[number]
         return rotated(layer.self_attn, layer.input_layernorm(hidden), rotary, part)
 
     def finish(self) -> None:

@@ -93,7 +93,9 @@ class Compressing(Inside):
     def handles(self) -> Iterator[RemovableHandle]:
         yield from super().handles()
         for number, layer in enumerate(layers_of(self.family)):
-            yield layer.self_attn.register_forward_hook(with_keywords(self._read(number), 3), with_kwargs=True)
+            yield layer.get_submodule("self_attn").register_forward_hook(
+                with_keywords(self._read(number), 3), with_kwargs=True
+            )
 
     def _read(self, number: int):
         def hook(attention, arguments, keywords, output):
@@ -151,7 +153,7 @@ class CompressingCall(Call):
 
     def _received(self, number: int, hidden, rotary, keys, window: int) -> torch.Tensor:
         """(B, key heads, L) float32: attention from the last `window` queries of each row, mean over grouped heads."""
-        layer = layers_of(self.inside.family)[number]
+        attention: Any = layers_of(self.inside.family)[number].self_attn
         columns = torch.arange(hidden.shape[1], device=hidden.device)
         since = self.last[:, None] + 1 - window
         asks = self.valid & (columns > since - 1)
@@ -160,8 +162,8 @@ class CompressingCall(Call):
             if not asks[:, rows].any():
                 continue
             tables = tuple(table[:, rows] for table in rotary)
-            queries = rotated(layer.self_attn, hidden[:, rows], tables, "q").float().unflatten(1, (keys.shape[1], -1))
-            logits = torch.einsum("bhgqd,bhnd->bhgqn", queries * layer.self_attn.scaling, keys.float())
+            queries = rotated(attention, hidden[:, rows], tables, "q").float().unflatten(1, (keys.shape[1], -1))
+            logits = torch.einsum("bhgqd,bhnd->bhgqn", queries * attention.scaling, keys.float())
             seen = (columns <= rows[:, None]) & self.valid[:, None]
             weights = logits.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1).nan_to_num()
             received += (weights * asks[:, None, None, rows, None]).sum(dim=3).mean(dim=2)

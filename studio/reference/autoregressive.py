@@ -6,11 +6,13 @@ fast path but none of its caching or packing.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from studio.decoding.sampling import Sampling
+from studio.models.llamagen import LlamaGen
 
 
 def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -33,7 +35,7 @@ def _attend(attention, x, rope, past: tuple | None, mask: torch.Tensor):
     if past is not None:
         keys, values = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
     repeated = [part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys, values)]
-    out = F.scaled_dot_product_attention(queries, *repeated, attn_mask=mask)
+    out = F.scaled_dot_product_attention(queries, repeated[0], repeated[1], attn_mask=mask)
     return attention.wo(out.transpose(1, 2).reshape(rows, n, dim)), (keys, values)
 
 
@@ -51,7 +53,7 @@ def _mask(start: int, n: int, valid: torch.Tensor | None, device) -> torch.Tenso
 
 @torch.no_grad()
 def textbook(
-    model: torch.nn.Module,
+    model: LlamaGen,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -82,6 +84,7 @@ def textbook(
         rope, mask = model.rope()[start : start + n], _mask(start, n, valid, x.device)
         if plan is not None:
             x = x + plan[:, start : start + n]
+        layer: Any
         for number, layer in enumerate(model.layers):
             attended, pasts[number] = _attend(layer.attention, layer.attention_norm(x), rope, pasts[number], mask)
             x = x + attended

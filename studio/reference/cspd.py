@@ -60,4 +60,5 @@ class AuthorsContinuousSpeculative(ContinuousSpeculative):
     @property
     def acceptance(self) -> AuthorsAcceptance:
         """The authors' tests."""
+        assert self.inner_temperature is not None and self.max_rounds is not None
         return AuthorsAcceptance(self.inner_temperature, self.max_rounds)

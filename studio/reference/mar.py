@@ -11,11 +11,12 @@ import torch
 
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput
+from studio.models.mar import MAR
 
 
 @torch.no_grad()
 def textbook_masked(
-    model: torch.nn.Module,
+    model: MAR,
     condition: dict,
     *,
     generators: list[torch.Generator],

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from studio.checks import shown
 from studio.errors import StudioError
@@ -100,8 +101,8 @@ def train_family(
             continue
         share, size = minutes * preset["minutes"] / total, preset["batch_size"] * (4 if has_cuda() else 1)
         going_on = resume and has_run(folder / name)
-        given = {"minutes": share, "batch_size": size}
-        results[name] = train(preset=name, out=folder / name, resume=going_on, command=command, **given)
+        how_long: dict[str, Any] = {"minutes": share, "batch_size": size}
+        results[name] = train(preset=name, out=folder / name, resume=going_on, command=command, **how_long)
     return results
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from studio.errors import StudioError
 from studio.files import cache_folder
 
 
-def weights_of(tokenizer: torch.nn.Module) -> Path:
+def weights_of(tokenizer: Any) -> Path:
     """The weights file that an image tokenizer was loaded from."""
     return Path(tokenizer.config["_name_or_path"], "diffusion_pytorch_model.safetensors")
 
 
-def cached_tokens(tokenizer: torch.nn.Module, source: Source) -> torch.Tensor:
+def cached_tokens(tokenizer: Any, source: Source) -> torch.Tensor:
     """Tokens (n, N), int64, of a source's training examples.
 
     The checksum of the weights file that the tokenizer was loaded from names the cache, together with the data's.
@@ -30,19 +31,19 @@ def cached_tokens(tokenizer: torch.nn.Module, source: Source) -> torch.Tensor:
     return torch.from_numpy(np.asarray(tokens).astype(np.int64))
 
 
-def cached_latents(tokenizer: torch.nn.Module, source: Source) -> torch.Tensor:
+def cached_latents(tokenizer: Any, source: Source) -> torch.Tensor:
     """Means and standard deviations (n, 2, C, h, w), float16, of the latents of a source's training examples under a
     KL tokenizer, named as `cached_tokens`. They stay on disk and are read as they are needed."""
     latents = _cached(f"latents-{_key(source, tokenizer)}", lambda: latents_of(tokenizer, source.train))
     return torch.from_numpy(latents)
 
 
-def tokens_of(tokenizer: torch.nn.Module, examples: Examples, count: int | None = None) -> np.ndarray:
+def tokens_of(tokenizer: Any, examples: Examples, count: int | None = None) -> np.ndarray:
     """Tokens (n, N) of the first `count` examples, all when None."""
     return _encoded(lambda images: tokenizer.encode(images).flatten(1), tokenizer, examples, "tokens", count)
 
 
-def latents_of(tokenizer: torch.nn.Module, examples: Examples, count: int | None = None) -> np.ndarray:
+def latents_of(tokenizer: Any, examples: Examples, count: int | None = None) -> np.ndarray:
     """Means and standard deviations (n, 2, C, h, w) of latents, as `tokens_of`."""
 
     def gaussians(images):

@@ -1,5 +1,7 @@
 """What recipes share that train a companion of a finished pipeline: a drafter or a student."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -23,6 +25,7 @@ class CompanionRecipe(Recipe):
 
     component: str
     pipeline: type
+    pipe: Any
     takes = frozenset({"target"})
 
     def prepare(self, dtype: torch.dtype | None = torch.float32) -> None:
@@ -51,8 +54,8 @@ class CompanionRecipe(Recipe):
         """A pipeline's `prompt` or `class_labels` for examples."""
         examples = self.source.train if training else self.source.validation
         if self.pipe.takes_text:
-            return {"prompt": examples.captions(indices, rng)}
-        return {"class_labels": examples.labels(indices).tolist()}
+            return {"prompt": examples.captions(indices.tolist(), rng)}
+        return {"class_labels": examples.labels(indices.tolist()).tolist()}
 
     def condition(self, indices: np.ndarray, rng: np.random.Generator | None, training: bool = True) -> dict:
         """The states of captions with their mask, or the classes, of examples, on the CPU."""

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ class Conditioned(nn.Module):
         transformer: what is trained.
         text: of the captions; None for classes. Its encoder stays as it is unless it is new.
     """
+
+    transformer: Any
+    text_encoder: nn.Module | None
 
     def __init__(self, transformer: nn.Module, text: Text | None):
         super().__init__()

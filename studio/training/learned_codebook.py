@@ -1,5 +1,8 @@
 """A tokenizer whose codebooks are learned by averages while it trains, and stored with it."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -8,12 +11,12 @@ from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.export import save_bf16
 
 
-def load_with_codebook(module: nn.Module, folder) -> None:
+def load_with_codebook(module: nn.Module, folder: Path) -> None:
     """Start a module with a `tokenizer`, and a `quantizer` (vector-quantize-pytorch's, plain or residual) that learns
     its codes, from the exported tokenizer in a folder."""
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
-    tokenizer = module.tokenizer
+    tokenizer: Any = module.tokenizer
+    tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
     start_codebooks(module, tokenizer.codebooks if isinstance(tokenizer, RVQTokenizer) else [tokenizer.codebook])
 
 
@@ -34,7 +37,7 @@ def put_codebook(module: nn.Module) -> None:
         table.weight.copy_(codes.embed[0])
 
 
-def export_with_codebook(module: nn.Module, folder) -> None:
+def export_with_codebook(module: nn.Module, folder: Path) -> None:
     """Write the tokenizer of such a module with the codes that its quantizer has learned."""
     put_codebook(module)
     save_bf16(module.tokenizer, folder)

@@ -6,6 +6,7 @@ is learned through a linear map of their code vectors; Muon for the hidden matri
 """
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class TrainableLlamaGen(Conditioned):
     its code vector. The maps are learned from all codes at once, so that a model that knows about what belongs into a
     cell gives weight to every code that looks like that; `merged` adds them to the tables.
     """
+
+    codebook: torch.Tensor
 
     def __init__(self, transformer: LlamaGen, text: Text | None, codebook: torch.Tensor):
         super().__init__(transformer, text)
@@ -141,6 +144,7 @@ class _Merged(torch.nn.Module):
 def read_initial_regions(transformer: LlamaGen, side: int) -> None:
     """Lets each token of a row read the plan of the regions that it stood for when its tokenizer's training began
     (`pyramid_init`), in a grid of `side` a side."""
+    shares: Any
     shares, regions = transformer.plan_embeddings.shares, transformer.config.plan_size
     sizes = {"r": regions, "c": regions, "i": side // regions}
     stood_for = reduce(pyramid(side, len(shares)), "n (r i c j) -> n (r c)", "sum", **sizes)
@@ -150,14 +154,17 @@ def read_initial_regions(transformer: LlamaGen, side: int) -> None:
 def earlier_tokens(tokens: torch.Tensor, rng: np.random.Generator) -> dict[str, torch.Tensor]:
     """What is `fed` to a `TrainableLlamaGen` of tokens (B, n), and what of it is `seen`, both (B, n - 1)."""
     earlier = tokens[:, :-1]
-    return {"fed": misled(earlier, rng), "seen": ~torch.from_numpy(scattered(earlier.shape, HIDING, rng))}
+    return {
+        "fed": misled(earlier, rng),
+        "seen": ~torch.from_numpy(scattered((earlier.shape[0], earlier.shape[1]), HIDING, rng)),
+    }
 
 
 def misled(tokens: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Tokens (B, n) or stacks of codes (B, n, D), in some images partly those of the image before in the batch."""
-    shape = tokens.shape[:2]
-    foreign = scattered(shape, MISLEADING / 2, rng) | stretches(shape, MISLEADING / 2, rng)
-    foreign = torch.from_numpy(foreign).view(*shape, *[1] * (tokens.ndim - 2))
+    shape = tokens.shape[0], tokens.shape[1]
+    chosen = scattered(shape, MISLEADING / 2, rng) | stretches(shape, MISLEADING / 2, rng)
+    foreign = torch.from_numpy(chosen).view(*shape, *[1] * (tokens.ndim - 2))
     return torch.where(foreign, tokens.roll(1, dims=0), tokens)
 
 

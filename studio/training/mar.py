@@ -8,6 +8,8 @@ Deviations from the authors' recipe: denoising aims at no number beyond the larg
 for every step as theirs, but fewer noises a token; Muon for the hidden matrices.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -47,7 +49,8 @@ class MARRecipe(GeneratorRecipe):
     kind = "mar"
     purpose = "Samples a few continuous tokens of an image at a time, under a caption or a class."
     defaults = Defaults(steps=4000, batch_size=64, learning_rate=3e-3, cooldown=0.4)
-    pipeline, tokenizers = MARPipeline, (KLTokenizer,)
+    pipeline: type = MARPipeline
+    tokenizers = (KLTokenizer,)
     compiles = False
     model = {"encoder_layers": 1, "heads": None, "head_width": 160, "head_depth": 3, "buffer_size": None}
     sampling = {
@@ -110,7 +113,7 @@ def masked_share(rng: np.random.Generator) -> float:
 
 
 def mar_optimizers(
-    transformer: MaskedAutoencoder, module: nn.Module, learning_rate: float, further: list[nn.Parameter] = ()
+    transformer: MaskedAutoencoder, module: nn.Module, learning_rate: float, further: Sequence[nn.Parameter] = ()
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all blocks, and `further` ones; places and mask token, which start small, move at its
     full rate."""

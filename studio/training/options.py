@@ -121,7 +121,7 @@ def merge(*sources: dict) -> Options:
     Raises:
         StudioError: no kind, or a value that cannot be used, by name.
     """
-    merged = {}
+    merged: dict[str, Any] = {}
     for source in sources:
         if unknown := [key for key in source if key not in _FIELDS]:
             raise StudioError(f"There is no option {', '.join(unknown)}; there are {', '.join(_FIELDS)}.")
@@ -142,7 +142,7 @@ def merge(*sources: dict) -> Options:
 
 
 def _checked(key: str, value: Any) -> Any:
-    wanted = next(iter(get_args(_FIELDS[key].type)), _FIELDS[key].type)
+    wanted: Any = next(iter(get_args(_FIELDS[key].type)), _FIELDS[key].type)
     if wanted is int:
         return check_integer(key, value, *_INTEGERS[key])
     if wanted is float:

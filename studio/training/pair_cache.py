@@ -45,7 +45,8 @@ class Pairs:
     def inputs(self, number: int) -> tuple[str | int, np.ndarray]:
         """Caption or class, and noise (n, C), of a pair."""
         rng = np.random.default_rng((_SEED, number))
-        index = [rng.integers(len(self.source.train))]
+        index = [int(rng.integers(len(self.source.train)))]
+        subject: str | int
         if self.pipe.takes_text:
             subject = self.source.train.captions(index, rng)[0]
         else:

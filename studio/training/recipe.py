@@ -130,7 +130,7 @@ class TokenizerRecipe(Recipe):
         """Random images (size, 3, H, W) in [-1, 1] of a batch."""
         if training:
             return self.source.augmented(rng, size)
-        return self.source.unseen.images(rng.integers(len(self.source.unseen), size=size))
+        return self.source.unseen.images(rng.integers(len(self.source.unseen), size=size).tolist())
 
     def load(self, module, folder):
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")

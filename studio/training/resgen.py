@@ -6,11 +6,14 @@ for the hidden matrices. With `prediction = "levels"` in `[model]` a softmax for
 mixture: the paper's ablation.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
 from studio.decoding.resgen import hidden_slots, hide, shown
+from studio.models.gaussian_mixture import GaussianMixture
 from studio.models.region_conditioning import region_conditioning_layers
 from studio.models.resgen import ResGen
 from studio.pipelines.resgen import ResGenPipeline
@@ -27,6 +30,8 @@ MEASURED = 512
 
 class ConditionedOnCodes(Conditioned):
     """A network, the text encoder, and the quantiser of its codes."""
+
+    quantizer: Any
 
     def __init__(self, transformer: nn.Module, text: Text | None, quantizer: nn.Module):
         super().__init__(transformer, text)
@@ -101,7 +106,7 @@ class ResGenRecipe(CodesRecipe):
     def left_over(self) -> float:
         """The standard deviation of what all levels leave over, over training images."""
         tokenizer, train = self.image_tokenizer, self.source.train
-        images = train.images(np.arange(0, len(train), max(1, len(train) // MEASURED)))
+        images = train.images(range(0, len(train), max(1, len(train) // MEASURED)))
         vectors = torch.cat([tokenizer.encode_features(part.to(tokenizer.device)) for part in images.split(64)])
         quantizer = tokenizer.quantizer
         return float((vectors - quantizer.lookup(quantizer.encode(vectors)).sum(dim=-2)).std())
@@ -123,7 +128,7 @@ class ResGenRecipe(CodesRecipe):
 
 
 @torch.no_grad()
-def start_means(head: nn.Module, codes: torch.Tensor, quantizer: nn.Module) -> None:
+def start_means(head: GaussianMixture, codes: torch.Tensor, quantizer: Any) -> None:
     """Put the free part of every mean of a mixture at the sum of the deepest levels, any number of them, of some cell
     of codes (n, L, D)."""
     rng, cells = np.random.default_rng(0), codes.flatten(0, 1)

@@ -30,6 +30,8 @@ HELD_OUT_PAIRS = 128
 class TrainableStudent(nn.Module):
     """A student and the codebook of its tokens."""
 
+    codebook: torch.Tensor
+
     def __init__(self, student: DistilledStudent, codebook: torch.Tensor):
         super().__init__()
         self.student = student

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def new_text(source: Source, *, plan_size: int = PLAN_SIZE, dim: int | None = No
     tokenizer = train_text_tokenizer(corpus, _MOST_TOKENS + plan, plan)
     longest = max(map(len, tokenizer(corpus)["input_ids"])) - plan
     tokenizer.model_max_length = min(_MOST_TOKENS, max(_FEWEST_TOKENS, longest * 5 // 4)) + plan
-    sizes = {**TEXT, "d_model": dim or TEXT["d_model"], "num_layers": layers or TEXT["num_layers"]}
+    sizes: dict[str, Any] = {**TEXT, "d_model": dim or TEXT["d_model"], "num_layers": layers or TEXT["num_layers"]}
     if dim:
         sizes |= {"d_ff": 3 * dim, "num_heads": max(1, dim // TEXT["d_kv"])}
     config = T5Config(
@@ -68,7 +69,8 @@ def new_text(source: Source, *, plan_size: int = PLAN_SIZE, dim: int | None = No
         **sizes,
     )  # fmt: skip
     encoder = T5EncoderModel(config)
-    for block in encoder.encoder.block:
+    blocks: Any = encoder.encoder.block
+    for block in blocks:
         nn.init.zeros_(block.layer[0].SelfAttention.o.weight)
         nn.init.zeros_(block.layer[1].DenseReluDense.wo.weight)
     vocabulary = (known_words(corpus), source.concepts) if source.concepts else None

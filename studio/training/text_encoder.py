@@ -34,6 +34,8 @@ class PlanningTextEncoder(nn.Module):
         codebook: code vectors (V, code_dim).
     """
 
+    codebook: torch.Tensor
+
     def __init__(self, text_encoder, grid_size: int, plan_size: int, codebook: torch.Tensor):
         super().__init__()
         self.text_encoder, self.plan_size, self.cells = text_encoder, plan_size, grid_size // plan_size

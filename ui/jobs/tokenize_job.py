@@ -264,6 +264,7 @@ def _name_in_files(name: str) -> str:
 def _rival(codec: str, given: "Image", found: Restoration) -> Rival:
     from studio.bench.rate_distortion import best, ways
 
+    assert found.bytes is not None
     encoded = ways(given, codec)
     return Rival(codec, best(encoded, found.bytes, found.counted), min(way.size for way in encoded))
 

@@ -40,7 +40,7 @@ class Device:
 
     def enter(self) -> None:
         """Make it the default device of this thread."""
-        if (self.name or "").startswith("cuda"):
+        if self.name is not None and self.name.startswith("cuda"):
             import torch
 
             torch.cuda.set_device(torch.device(self.name).index or 0)
