@@ -13,7 +13,7 @@ Without a compiler `is_available` is false, and `studio.backends.packed` is the 
 import ctypes
 import weakref
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def can_run(model: LlamaGen | Drafter, *sizes: int) -> bool:
 
     This needs float32 weights on a CPU, sizes that are multiples of 8, and a working compiler.
     """
-    block = model.layers[0]
+    block: Any = model.layers[0]
     sizes = (*sizes, model.config.dim, block.attention.head_dim, block.feed_forward.w1.out_features)
     fits = not any(size % _LANES for size in sizes)
     return model.device.type == "cpu" and model.dtype == torch.float32 and fits and library() is not None
@@ -111,7 +111,8 @@ class NativeBlocks:
 
     @torch.no_grad()
     def __init__(self, model: LlamaGen | Drafter, norm: torch.Tensor | None):
-        layers, self._run = model.layers, loaded_library().studio_blocks
+        layers: Any = model.layers
+        self._run = loaded_library().studio_blocks
         attention, feed_forward = layers[0].attention, layers[0].feed_forward
         matrices = {
             "wqkv": [layer.attention.wqkv.weight for layer in layers],

@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,7 @@ class PackedLlamaGen:
         self.device = model.device
         self.embedding = model.tok_embeddings.weight.detach()
         self.rope = torch.view_as_complex(model.rope().contiguous())
+        layers: Any = model.layers
         self.layers = [
             (
                 make(_behind_norm(layer.attention_norm, layer.attention.wqkv.weight)),
@@ -134,7 +136,7 @@ class PackedLlamaGen:
                 make(_behind_norm(layer.ffn_norm, layer.feed_forward.w1.weight, layer.feed_forward.w3.weight)),
                 make(layer.feed_forward.w2.weight.detach()),
             )
-            for layer in model.layers
+            for layer in layers
         ]
         self.output = make(model.output.weight.detach())
         self.norm = model.norm.weight.detach() * model.config.dim**0.5

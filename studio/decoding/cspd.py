@@ -23,6 +23,7 @@ the target judges a token with the guidance of the step that drafted it, not wit
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,6 +67,7 @@ class FinalStep:
                 widths = widths + log_std
             else:
                 ended = cls(mean, temperature * log_std.exp(), widths + torch.zeros_like(mean))
+        assert ended is not None
         return ended
 
     def take(self, rows: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> "FinalStep":
@@ -188,6 +190,7 @@ class ContinuousSpeculative(MaskedAutoregressive):
     @property
     def acceptance(self) -> AlignedAcceptance:
         """The tests of "relaxed" mode."""
+        assert self.inner_temperature is not None and self.max_rounds is not None
         return AlignedAcceptance(self.inner_temperature, self.max_rounds)
 
     @property
@@ -205,7 +208,7 @@ class ContinuousSpeculative(MaskedAutoregressive):
         outside = []
         if self.steps is not None and self.steps < total:
             outside.append(f"{self.steps} steps for {total} tokens (validated: {total})")
-        if self.draft_steps > VALIDATED_DRAFT_STEPS:
+        if self.draft_steps is not None and self.draft_steps > VALIDATED_DRAFT_STEPS:
             outside.append(f"drafts of {self.draft_steps} steps (validated: at most {VALIDATED_DRAFT_STEPS})")
         return (
             f"Relaxed decoding was not validated with {' and '.join(outside)}: compare with exact." if outside else None
@@ -268,7 +271,7 @@ def continuous_speculative(
     """
     settings = (settings or ContinuousSpeculative()).filled()
     check_pair(model, draft, settings, temperature)
-    noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
+    noise = noise or PositionNoise.of(generators or [], model.config.token_dim, model.device)
     return _Run(
         model, draft, condition, noise, guidance_scale, temperature, settings, on_step, on_draft, known
     ).sample()
@@ -281,7 +284,7 @@ def check_pair(
     check_number("temperature", temperature)
     if temperature == 0:
         raise StudioError("A temperature of 0 leaves nothing to verify: sample with MaskedAutoregressive instead.")
-    if settings.diffusion_steps < 2:
+    if settings.diffusion_steps is not None and settings.diffusion_steps < 2:
         raise StudioError("A single denoising step leaves nothing to verify: take two diffusion_steps at least.")
     ours, theirs = ((m.num_tokens, m.config.token_dim, m.config.patch_size) for m in (model, draft))
     if ours != theirs:
@@ -383,7 +386,8 @@ class _Run:
         return places, denoise(kernels, self.noise.start(places), self._step_noise(places), self.temperature)
 
     def _kernels(self, stepper: MARStepper, step: Step, scales: torch.Tensor | None = None):
-        scale = self.settings.scale_at(step, self.guidance_scale) if scales is None else scales
+        scale: Any = self.settings.scale_at(step, self.guidance_scale) if scales is None else scales
+        assert self.settings.diffusion_steps is not None
         return stepper.kernels(self.tokens, self.order, step, scale, self.settings.diffusion_steps)
 
     def _step_noise(self, places: TokenIndex) -> torch.Tensor:
@@ -393,6 +397,7 @@ class _Run:
         return TokenIndex.of(self.order[:, step.first : step.last])
 
     def _count(self, places: TokenIndex, accepted: torch.Tensor) -> None:
+        assert self.sampled.from_draft is not None
         self.sampled.from_draft[places.images, places.positions] = accepted
         self.sampled.tested += len(accepted)
         self.sampled.accepted += int(accepted.sum())

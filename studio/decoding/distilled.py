@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ class Distilled:
                 f"{', '.join(of_teacher)} is of the teacher's steps: give teacher_steps, or leave it out."
             )
 
-    def times_for(self, student: torch.nn.Module, steps: int | None = None) -> tuple[int, ...]:
+    def times_for(self, student: Any, steps: int | None = None) -> tuple[int, ...]:
         """Known steps at each call: `times`, or evenly spread over the first part of the steps (`student.horizon`).
 
         `steps` as of `distilled`.
@@ -110,7 +111,7 @@ class Distilled:
             raise StudioError(f"The student samples {total} steps, too few for calls at {', '.join(map(str, times))}.")
         return times
 
-    def split_for(self, student: torch.nn.Module) -> int:
+    def split_for(self, student: Any) -> int:
         """Steps that take their code from the logits."""
         total = len(student.bounds) - 1
         split = student.config.split if self.split is None else self.split
@@ -118,7 +119,7 @@ class Distilled:
             raise StudioError(f"split must be at most {total}, the steps of the student, not {split}.")
         return total if split is None else split
 
-    def reports_for(self, student: torch.nn.Module, steps: int | None = None) -> int:
+    def reports_for(self, student: Any, steps: int | None = None) -> int:
         """How often `distilled` calls `on_step`; `steps` as there."""
         if self.teacher_steps is None:
             return len(self.times_for(student, steps))
@@ -128,6 +129,7 @@ class Distilled:
 
     def teacher_span(self, total: int) -> tuple[int, int]:
         """The teacher's steps of `total`, from the first to before the second, counted from 0."""
+        assert self.teacher_steps is not None
         begin, end = (step - 1 for step in self.teacher_steps)
         if end > total:
             raise StudioError(f"The teacher samples {total} steps: teacher_steps must end at {total + 1} or before.")
@@ -173,7 +175,7 @@ def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def mix(
-    student: torch.nn.Module,
+    student: Any,
     codebook: torch.Tensor,
     vectors: torch.Tensor,
     tokens: torch.Tensor,
@@ -195,7 +197,7 @@ def mix(
 
 
 def few_step(
-    student: torch.nn.Module,
+    student: Any,
     codebook: torch.Tensor,
     noise: torch.Tensor,
     condition: dict,
@@ -221,7 +223,7 @@ def few_step(
 
 
 def hybrid(
-    student: torch.nn.Module,
+    student: Any,
     codebook: torch.Tensor,
     noise: torch.Tensor,
     condition: dict,
@@ -250,7 +252,7 @@ def hybrid(
 
 @torch.no_grad()
 def teacher_tokens(
-    teacher: torch.nn.Module,
+    teacher: Any,
     condition: dict,
     prefix: torch.Tensor,
     end: int,
@@ -303,7 +305,7 @@ def map_sample(
 
 
 def sample_pairs(
-    teacher: torch.nn.Module,
+    teacher: Any,
     condition: dict,
     noise: torch.Tensor,
     noise_map: NoiseMap,
@@ -322,10 +324,10 @@ def sample_pairs(
 
 @torch.no_grad()
 def distilled(
-    model: torch.nn.Module | None,
+    model: Any,
     condition: dict,
     *,
-    student: torch.nn.Module,
+    student: Any,
     codebook: torch.Tensor,
     generators: list[torch.Generator],
     sampling: Sampling | None = None,
@@ -382,7 +384,7 @@ def distilled(
         begin, end = settings.teacher_span(total)
         if model is None:
             raise StudioError("teacher_steps needs the teacher: give the model that the student was distilled from.")
-        sample = partial(_sampled, sampling, generators)
+        sample: Any = partial(_sampled, sampling, generators)
         if settings.teacher_sample == "map":
             sample = map_sample(noise, noise_map or NoiseMap(codebook), sampling)
         of_teacher = Autoregressive(weights=settings.weights, guidance_schedule=settings.guidance_schedule)

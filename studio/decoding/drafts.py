@@ -96,7 +96,8 @@ class Drafts(Protocol):
     not greedy.
     """
 
-    sampled: bool
+    @property
+    def sampled(self) -> bool: ...
 
     def candidate_generator(self, context: DraftContext) -> CandidateGenerator:
         """Fresh state for a call.

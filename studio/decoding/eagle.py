@@ -12,6 +12,7 @@ ten; what is kept in the drafter's cache comes from the target's states alone, f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class DrafterDrafts:
         StudioError: for another tree.
     """
 
-    drafter: torch.nn.Module
+    drafter: Any
     tree: DynamicTree | StaticTree = DynamicTree()
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class DrafterCandidates:
 
     uses_states = True
 
-    def __init__(self, drafter: torch.nn.Module, shape: DynamicTree | StaticTree, context: DraftContext) -> None:
+    def __init__(self, drafter: Any, shape: DynamicTree | StaticTree, context: DraftContext) -> None:
         self.nodes = shape.nodes
         self.drafter, self.shape, self.context = backends.select(drafter, context.weights), shape, context
         self.before = context.model.prefix_length - 1
@@ -89,9 +90,10 @@ class DrafterCandidates:
         starts, ends = self.cache.lengths[:batch], [self.before + length for length in progress.lengths.tolist()]
         counts = [end - start for start, end in zip(starts, ends)]
         new = range(max(counts))
-        positions = [[min(start + step, end - 1) for step in new] for start, end in zip(starts, ends)]
-        positions = torch.tensor(positions, device=progress.tokens.device)
+        each = [[min(start + step, end - 1) for step in new] for start, end in zip(starts, ends)]
+        positions = torch.tensor(each, device=progress.tokens.device)
         rows = self.guidance.rows(positions)
+        assert progress.states is not None
         states = progress.states.gather(1, rows[:, :, None].expand(-1, -1, progress.states.shape[2]))
         visible = torch.ones(len(new), len(new), dtype=torch.bool, device=rows.device).tril().expand(len(rows), -1, -1)
         tokens = progress.tokens.gather(1, (positions - self.before).clamp(min=0))
@@ -122,7 +124,7 @@ class DrafterCandidates:
 
     def _dynamic(self, progress: Progress, root_states: torch.Tensor) -> Tree:
         seen = torch.zeros(len(progress.lengths), 1, 0, dtype=torch.bool, device=root_states.device)
-        level = {"states": root_states, "seen": seen, "depth": 0}
+        level: dict[str, Any] = {"states": root_states, "seen": seen, "depth": 0}
 
         def expand(tokens: torch.Tensor, came_from: torch.Tensor) -> torch.Tensor:
             level["depth"] += 1
@@ -136,14 +138,18 @@ class DrafterCandidates:
             return self._log_distributions(self._logits(level["states"], progress, level["depth"]))
 
         first = self._log_distributions(self._logits(root_states, progress, 0))[:, 0]
+        assert isinstance(self.shape, DynamicTree)
         return grow(self.shape, progress.roots, first, expand, progress.max_depth)
 
     def _static(self, progress: Progress, root_states: torch.Tensor) -> Tree:
+        assert isinstance(self.shape, StaticTree)
         shape, device, batch = self.shape, root_states.device, len(progress.lengths)
         tokens = torch.zeros(batch, shape.nodes, dtype=torch.long, device=device)
         tokens[:, 0] = progress.roots
         proposal_rows = torch.full((shape.nodes,), -1, dtype=torch.long, device=device)
-        distributions, states, fed, behind = [], root_states, [], {0: 0}
+        states, behind = root_states, {0: 0}
+        distributions: list[torch.Tensor] = []
+        fed: list[int] = []
         for depth in range(min(shape.levels, int(progress.max_depth.max()))):
             nodes = [node for node in shape.expanded if shape.depths[node] == depth]
             if depth:
@@ -180,6 +186,7 @@ class DrafterCandidates:
 
     def _ancestors(self, nodes: list[int], pending: list[int]) -> torch.Tensor:
         """Which of the pending nodes are above each of some nodes, or that node: (n, pending) bool."""
+        assert isinstance(self.shape, StaticTree)
         above = []
         for node in nodes:
             line = set()

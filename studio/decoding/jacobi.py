@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from studio import backends
-from studio.checks import shown
+from studio.checks import check_integer, set_fields, shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows
 from studio.decoding.call_cost import least_call_seconds
 from studio.decoding.known import KnownTokens
@@ -79,9 +79,8 @@ class Jacobi:
 
     def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights, self.guidance_schedule)
-        is_whole = isinstance(self.window, int) and not isinstance(self.window, bool)
-        if self.window != "auto" and (not is_whole or self.window < 1):
-            raise StudioError(f'window must be a whole number of at least 1, or "auto", not {shown(self.window)}.')
+        if self.window != "auto":
+            set_fields(self, window=check_integer('window, where it is not "auto",', self.window, 1))
         if self.coupling is not None and self.coupling not in COUPLINGS:
             raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {shown(self.coupling)}.")
 
@@ -239,13 +238,16 @@ class _Run:
         if self.races is not None:
             self.races.reach(self.numbers, [self.lengths[number] + index.shape[1] for number in self.numbers])
         if self.coupling == "seed":
+            assert self.races is not None
             outcomes = self.races.winners(distributions, self.images, index)
             return outcomes, leading(guesses == outcomes[:, :-1])
         chance = _Chance.of(
             [self.generators[number] for number in self.numbers], distributions.shape[1], distributions.device
         )
+        assert self.proposals is not None
         outcomes, right = decide(distributions, guesses, self.proposals, chance, self.coupling, self.relaxation)
         if self.coupling == "gumbel":
+            assert self.races is not None
             behind = self.steps > right[:, None]
             outcomes = torch.where(behind, self.races.winners(distributions, self.images, index), outcomes)
         self.proposals = next_proposals(distributions, outcomes, right)
@@ -341,8 +343,8 @@ class _Chance:
     @classmethod
     def of(cls, generators: list[torch.Generator], places: int, device: torch.device | str) -> "_Chance":
         """For windows of n places, of each image's generator alone."""
-        numbers = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-        numbers = torch.stack(numbers).to(device)
+        each = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
+        numbers = torch.stack(each).to(device)
         return cls(numbers[:, 1:places], numbers[:, places:])
 
     def test(self, share: torch.Tensor, *masses: torch.Tensor) -> list[torch.Tensor]:
@@ -398,7 +400,7 @@ def choose_window(model: LlamaGen, settings: Jacobi, batch: int, streams: int) -
     The measurement starts from a window of 8 sequences' tokens on a CPU, and goes on to larger and smaller ones as long
     as more tokens a second are to be expected. It is made once for a model, device and batch.
     """
-    if settings.window != "auto":
+    if not isinstance(settings.window, str):
         return settings.window
     on_cpu = model.device.type == "cpu"
     if settings.coupling not in (None, "seed"):

@@ -9,6 +9,7 @@ them without that mask, so that coarse scales see finer ones.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from studio.models.var import VAR
 @torch.no_grad()
 def next_scale(
     model: VAR,
-    tokenizer: torch.nn.Module,
+    tokenizer: Any,
     class_labels: torch.Tensor,
     prefix: torch.Tensor,
     end: int,
@@ -41,7 +42,8 @@ def next_scale(
     if guidance:
         everything = torch.ones(batch, dtype=torch.bool, device=context.device)
         context = torch.cat((context, model.embed_class(class_labels, everything)))
-    cache, tokens, fed = [[] for _ in model.blocks], prefix, 0
+    cache: list[list] = [[] for _ in model.blocks]
+    tokens, fed = prefix, 0
     for step in range(begin, end):
         inputs = tokenizer.inputs(tokenizer.codebook[tokens])[:, max(0, model.bounds[fed] - 1) :]
         logits = model.extend(inputs.repeat(len(context) // batch, 1, 1), context, fed, step + 1, cache)

@@ -75,12 +75,17 @@ class Flow:
             part = slice(start, start + self.block)
             logits = torch.addmm(self.log_probs[:, part], query, self._in[part].T)
             above = torch.maximum(best, logits.amax(dim=-1, keepdim=True))
-            if pick:
+            if token is not None:
                 token = torch.where(above > best, logits.argmax(dim=-1, keepdim=True) + start, token)
             weights = logits.sub_(above).clamp_(min=_SMALLEST_LOG_WEIGHT).exp_()
             sums = torch.addmm(sums * (best - above).exp(), weights, self._out[part])
             best = above
-        return Posterior(sums[:, :-1] / sums[:, -1:], token[:, 0] if pick else None, 1 / sums[:, -1])
+        return Posterior(sums[:, :-1] / sums[:, -1:], None if token is None else token[:, 0], 1 / sums[:, -1])
+
+
+def _picked(posterior: Posterior) -> torch.Tensor:
+    assert posterior.token is not None
+    return posterior.token
 
 
 def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch.Tensor]:
@@ -90,6 +95,7 @@ def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch
         t, following = step / steps, (step + 1) / steps
         found = flow.at_time(x, t, pick=step + 1 == steps)
         x = ((1 - following) / (1 - t)) * x + ((following - t) / (1 - t)) * found.mean
+    assert found is not None
     return found, x
 
 
@@ -110,6 +116,7 @@ def multistep(flow: Flow, noise: torch.Tensor, sigmas: list[float], floor: float
         z, before = ahead + (following / sigma) * (z - ahead), mean
     found = flow.at_sigma(z, sigmas[-1])
     unsettled = (found.weight < _SETTLED).nonzero()[:, 0]
+    assert found.token is not None and before is not None
     if len(unsettled) == 0:
         return found.token
     ratio = math.log(1 / _TAIL_FACTOR) / math.log(sigmas[-2] / sigmas[-1])
@@ -241,9 +248,9 @@ class NoiseMap:
         noise, probs = noise.to(self.dtype), probs.to(self.dtype)
         flow = Flow((probs / probs.sum(dim=-1, keepdim=True)).log(), self.codebook, self.block)
         if self.method == "euler":
-            return euler(flow, noise, self.steps)[0].token
+            return _picked(euler(flow, noise, self.steps)[0])
         if self.method == "rk4":
-            return rk4(flow, noise, self.sigmas)[0].token
+            return _picked(rk4(flow, noise, self.sigmas)[0])
         return multistep(flow, noise, self.sigmas, self.floor)
 
 

@@ -129,7 +129,7 @@ class ResidualDistribution(ABC):
 
     has_spread: bool
 
-    def __init__(self, head: torch.nn.Module, predicted: Any, quantizer: torch.nn.Module) -> None:
+    def __init__(self, head: Any, predicted: Any, quantizer: Any) -> None:
         self.head, self.predicted, self.quantizer = head, predicted, quantizer
 
     @classmethod
@@ -254,6 +254,7 @@ class ResidualSteps(Fillable, ABC):
         Raises:
             StudioError: for more steps than slots.
         """
+        assert self.steps is not None
         return hidden_after_calls(self.steps, slots, self.schedule)
 
     @abstractmethod
@@ -325,7 +326,7 @@ class ResGenOutput(Sampled):
 @torch.no_grad()
 def resgen_decoding(
     model: ResGen,
-    quantizer: torch.nn.Module,
+    quantizer: Any,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -352,6 +353,7 @@ def resgen_decoding(
         StudioError: for more steps than an image has codes, and for settings that would change nothing.
     """
     settings, sampling = (settings or ResGenDecoding()).filled(), sampling or Sampling()
+    assert settings.steps is not None
     kind = DISTRIBUTIONS[model.config.prediction]
     kind.check(settings.scatter)
     depth, positions = quantizer.depth, model.config.num_positions

@@ -27,7 +27,7 @@ end with the image, so that no round is wasted behind it; filters in the target'
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -168,7 +168,7 @@ def verify(
             _write_rows(distribution, walking, p)
             break
         q = None
-        if tree.proposals is not None:
+        if tree.proposals is not None and tree.proposal_rows is not None:
             q = _at(tree.proposals, walking, tree.proposal_rows[nodes].clamp(min=0).tolist())
         acceptance = rule.probs(p, tree.tokens_at(walking, children), q)
         ended, onward = [], []
@@ -279,7 +279,8 @@ class Speculative:
     @property
     def guesses(self) -> Jacobi:
         """The settings of Jacobi decoding that is tested by these settings, where `drafts` is that."""
-        shared = {name: getattr(self, name) for name in _SHARED}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
+        assert isinstance(self.drafts, Jacobi)
         return replace(self.drafts, coupling=self.drafts.coupling or "maximal", **shared)
 
     def rule(self, codebook: torch.Tensor | None) -> AcceptanceRule:
@@ -328,10 +329,11 @@ def speculative(
             "A relaxed test may replace tokens that are to be kept: edit with Speculative, Jacobi or plain."
         )
     if isinstance(settings.drafts, Jacobi):
+        relaxation: Any = None if isinstance(rule, Lossless) else rule  # a Relaxation, which knows what is likeliest
         return jacobi(
             model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
             cfg_interval=cfg_interval, settings=settings.guesses, num_tokens=num_tokens,
-            relaxation=None if isinstance(rule, Lossless) else rule, on_step=on_step, editable=editable,
+            relaxation=relaxation, on_step=on_step, editable=editable,
             known=known,
         )  # fmt: skip
     sampling = sampling or Sampling(order=settings.filter_order)
@@ -422,30 +424,36 @@ class _Run:
             return result, logits[list(range(len(logits))), result.last].argmax(dim=-1)
         uniforms = [torch.rand(self.candidates.nodes, generator=g, device=g.device) for g in generators]
         result = verify(tree, logits, torch.stack(uniforms), self.sampling, self.rule)
+        assert result.distribution is not None
         return result, sample_rows(result.distribution, generators)
 
     def _write(self, tree: Tree, kept: list[list[int]], following: list[int]) -> None:
         """Puts the accepted drafts and the tokens behind them in their places."""
-        images, places, tokens = [], [], []
+        images: list[int] = []
+        places: list[int] = []
+        tokens: list[int] = []
         for image, path, drafted, last in zip(self.images, kept, tree.token_lists, following):
             if path:
                 start, self.lengths[image] = self.lengths[image], self.lengths[image] + len(path)
                 images += [image] * len(path)
                 places += range(start, start + len(path))
                 tokens += [*(drafted[node] for node in path[1:]), last]
-        images, places, tokens = self._tensor([images, places, tokens])
-        self.tokens[images, places] = tokens
+        image_index, place, token = self._tensor([images, places, tokens])
+        self.tokens[image_index, place] = token
 
     def _keep_states(self, states: torch.Tensor, kept: list[list[int]], lengths: list[int]) -> None:
         """Stores the target's states at the roots and the accepted drafts."""
-        rows, nodes, places = [], [], []
+        rows: list[int] = []
+        nodes: list[int] = []
+        places: list[int] = []
         for row, (path, length) in enumerate(zip(kept * self.guidance.streams, lengths * self.guidance.streams)):
             start = self.before + length - 1
             rows += [row] * len(path)
             nodes += path
             places += range(start, start + len(path))
-        rows, nodes, places = self._tensor([rows, nodes, places])
-        self.states[rows, places] = states[rows, nodes]
+        row_index, node, place = self._tensor([rows, nodes, places])
+        assert self.states is not None
+        self.states[row_index, place] = states[row_index, node]
 
     def retire(self) -> None:
         """Goes on without the images that are complete."""

@@ -62,7 +62,7 @@ def dimension_wise(
         StudioError: for more steps than cells.
     """
     settings, sampling = (settings or DimensionWise()).filled(), sampling or Sampling()
-    plan = settings.plan(model.num_tokens, known and known.unknown)
+    plan = settings.plan(model.num_tokens, None if known is None else known.unknown)
     began = time.perf_counter()
     buffer, _ = condition_rows(model, condition, guided=guidance_scale != 1)
     order = _random_order(generators, model.num_tokens, model.device) if order is None else order
@@ -97,19 +97,18 @@ def sample_cells(
     """Tokens (B, k, D), in the order of sampling, of cells about which the transformer says states (B, k, C)."""
     head, (batch, count) = model.head, states.shape[:2]
     condition = head.condition_proj(states.flatten(0, 1))
-    cache, levels, first_step = (
-        head.new_cache(len(condition)),
-        [None],
-        model.config.sampling_first_input_adds_step_embedding,
-    )
+    cache, first_step = head.new_cache(len(condition)), model.config.sampling_first_input_adds_step_embedding
+    level: torch.Tensor | None = None
+    levels: list[torch.Tensor] = []
     for _ in range(head.dimensions):
-        logits = head.next_logits(condition, levels[-1], cache, first_step)
+        logits = head.next_logits(condition, level, cache, first_step)
         if sampling.greedy:
-            levels.append(logits.argmax(dim=-1))
+            level = logits.argmax(dim=-1)
         else:
             race = exponential_noise(batch, count * logits.shape[1], generators, logits.device)
-            levels.append(sample_rows(sampling.probabilities(logits), noise=race.view_as(logits)))
-    return torch.stack(levels[1:], dim=-1).unflatten(0, (batch, count))
+            level = sample_rows(sampling.probabilities(logits), noise=race.view_as(logits))
+        levels.append(level)
+    return torch.stack(levels, dim=-1).unflatten(0, (batch, count))
 
 
 def _random_order(generators, cells, device):

@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from studio.checkpoints.bundled import TRAINING_FILE, folder_of_model
@@ -40,7 +40,7 @@ def unseen_source(model: str | Path, data: str | Path, size: int) -> Source:
 
 @torch.no_grad()
 def evaluate_on_folder(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     source: Source,
     *,
     samples: int = 200,
@@ -75,14 +75,14 @@ def evaluate_on_folder(
         raise StudioError(f"{source.name} has {count} images to compare with; at least {FEWEST} are needed.")
     name = features or "image tokenizer"
     extract = feature_extractor(features, pipe.device) if features else tokenizer_features(pipe.image_tokenizer)
-    true, made = [], []
+    real, sampled = [], []
     for start in tqdm(range(0, count, 25), desc="sampling", unit="batch"):
         indices = range(start, min(start + 25, count))
         generators = [torch.Generator().manual_seed(seed + number) for number in indices]
         out = pipe(**_condition(pipe, examples, indices), generator=generators, decoding=decoding, output_type="pt")
-        made.append(extract(out.images.float()))
-        true.append(extract(examples.images(indices) / 2 + 0.5))
-    true, made = torch.cat(true), torch.cat(made)
+        sampled.append(extract(out.images.float()))
+        real.append(extract(examples.images(indices) / 2 + 0.5))
+    true, made = torch.cat(real), torch.cat(sampled)
     precision, recall = precision_recall(made, true)
     bits = {"bits_per_token": bits_per_token(pipe, examples, count)}
     return {
@@ -97,7 +97,7 @@ def evaluate_on_folder(
 
 
 @torch.no_grad()
-def bits_per_token(pipe: DiffusionPipeline, examples: Examples, count: int) -> float | None:
+def bits_per_token(pipe: Any, examples: Examples, count: int) -> float | None:
     """Mean cross-entropy in bits of the tokens of the first examples under their condition; None for generators
     without a likelihood of tokens."""
     model, tokenizer, total, tokens_seen = pipe.transformer, pipe.image_tokenizer, 0.0, 0

@@ -26,6 +26,7 @@ def textbook_masked(
 ) -> MaskedOutput:
     """Samples all tokens of B images. Arguments as of `masked_autoregressive`."""
     settings = (settings or MaskedAutoregressive()).filled()
+    assert settings.steps is not None and settings.diffusion_steps is not None
     began, transformer = time.perf_counter(), 0.0
     batch, total, size = len(generators), model.num_tokens, model.config.token_dim
     guided = guidance_scale != 1

@@ -5,6 +5,8 @@ from the device, and the distribution is renormalised after each failure. Determ
 lossless; the results are those of `studio.decoding.speculative.verify`.
 """
 
+from typing import Any
+
 import torch
 
 from studio.decoding.sampling import Sampling
@@ -57,18 +59,19 @@ def textbook_verify(
         distribution = sampling.probabilities(along[path, level - 1][None])[0]
         seen = set()
         for row in range(len(paths)):
-            x = candidates[row, level].item()
+            x = int(candidates[row, level])
             if not fits[row] or x in seen or x == -1:
                 continue
             seen.add(x)
-            near, count, ratio = None, 0, distribution[x]
+            near, count, ratio = torch.empty(0, dtype=torch.long), 0, distribution[x]
             if isinstance(rule, AuthorsRelaxation):
                 near = rule.neighbours[x].long()
                 sums = distribution[near[: rule.k]].cumsum(dim=0)
-                bound = rule.tv_budget
-                if bound is None:
-                    bound = (rule.ratio_budget - 1) * distribution[x]
-                count = int((sums <= bound).sum()) if bound != 1 else rule.k
+                most: Any = rule.tv_budget
+                if rule.tv_budget is None:
+                    assert rule.ratio_budget is not None
+                    most = (rule.ratio_budget - 1) * distribution[x]
+                count = int((sums <= most).sum()) if most != 1 else rule.k
                 if count:
                     ratio = ratio + sums[count - 1]
             number, used = uniforms[used], used + 1
@@ -77,7 +80,7 @@ def textbook_verify(
                 path = row
                 break
             distribution[x] = 0
-            if count:
+            if count and isinstance(rule, AuthorsRelaxation):
                 distribution[near[: rule.k + 1]] = 0
             if distribution.sum() == 0:
                 distribution = torch.ones_like(distribution)

@@ -33,10 +33,11 @@ class CompanionRecipe(Recipe):
         if self.options.target is None:
             raise StudioError(f"A {self.kind} is trained for a pipeline: name it with --target.")
         self.folder = self.find(self.options.target)
-        self.pipe = load(self.folder, device=self.device, dtype=dtype)
-        if not isinstance(self.pipe, self.pipeline):
-            found, wanted = type(self.pipe).__name__, self.pipeline.__name__
+        pipe: Any = load(self.folder, device=self.device, dtype=dtype)
+        if not issubclass(type(pipe), self.pipeline):
+            found, wanted = type(pipe).__name__, self.pipeline.__name__
             raise StudioError(f"A {self.kind} is for a {wanted}; {self.options.target} is a {found}.")
+        self.pipe = pipe
         self.pipe.set_progress_bar_config(disable=True)
         self.open(self.pipe.image_tokenizer.config.sample_size)
         if self.pipe.takes_text != self.source.has_captions:

@@ -18,7 +18,7 @@ VALIDATED = 512
 """Validation examples, the first ones, that the validation loss is taken from."""
 
 
-def grid_of(image_tokenizer: nn.Module) -> int | None:
+def grid_of(image_tokenizer: Any) -> int | None:
     """Tokens a side of an image tokenizer's grid; None where they are a row."""
     if getattr(image_tokenizer, "row_length", None):
         return None
@@ -35,7 +35,7 @@ class Conditioned(nn.Module):
     """
 
     transformer: Any
-    text_encoder: nn.Module | None
+    text_encoder: Any
 
     def __init__(self, transformer: nn.Module, text: Text | None):
         super().__init__()
@@ -83,8 +83,8 @@ class GeneratorRecipe(Recipe):
         if options.tokenizer is None:
             kinds = " or ".join(kind.__name__ for kind in self.tokenizers)
             raise StudioError(f"{self.kind} needs an image tokenizer ({kinds}): name one with --tokenizer.")
-        tokenizer = load(self.find(options.tokenizer), device=self.device, dtype=torch.float32)
-        if not isinstance(tokenizer, self.tokenizers):
+        tokenizer: Any = load(self.find(options.tokenizer), device=self.device, dtype=torch.float32)
+        if not issubclass(type(tokenizer), self.tokenizers):
             kinds = " or ".join(kind.__name__ for kind in self.tokenizers)
             found = type(tokenizer).__name__
             raise StudioError(f"{self.kind} is trained on the tokens of a {kinds}; {options.tokenizer} is a {found}.")
@@ -117,7 +117,7 @@ class GeneratorRecipe(Recipe):
     def condition_shape(self) -> dict:
         """What the configuration of the network says of its condition."""
         if self.text is None:
-            return {"num_classes": len(self.source.class_names)}
+            return {"num_classes": len(self.source.class_names or ())}
         plan = {"plan_size": self.text.plan_size} if self.uses_plan else {}
         return {"num_classes": None, "caption_dim": self.text.dim, "caption_length": self.text.length, **plan}
 
@@ -126,9 +126,10 @@ class GeneratorRecipe(Recipe):
         examples = self.source.train if training else self.source.validation
         count = len(examples) if training else min(VALIDATED, len(examples))
         indices = rng.integers(count, size=size)
+        listed = indices.tolist()
         if self.text is None:
-            return indices, {"class_labels": examples.labels(indices)}
-        return indices, self.text.encode(examples.captions(indices, rng))
+            return indices, {"class_labels": examples.labels(listed)}
+        return indices, self.text.encode(examples.captions(listed, rng))
 
     def text_matrices(self, module: Conditioned) -> list[nn.Parameter]:
         """Hidden matrices of a text encoder that is trained along."""
