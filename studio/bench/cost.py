@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -150,7 +151,7 @@ def bench_cost(
             least = least_call_seconds(network, _GUIDED, positions, seconds)
             peak = peak_flops(network.device, network.dtype)
         for number in positions:
-            row: dict[str, float | None] = {"threads": count} if on_cpu else {}
+            row: dict[str, Any] = {"threads": count} if on_cpu else {}
             row |= {"positions": number, "seconds": least[number]}
             row |= {"break_even_tokens": least[number] / least[1]}
             row |= {"peak_share": _GUIDED * number * _operations(network) / least[number] / peak}

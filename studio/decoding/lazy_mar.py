@@ -17,7 +17,7 @@ diffusion head is left out, as a step of the compiled head is one call.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,8 @@ class LazyMAR:
         positions = (self.order[:, step.last :], self._sampled_in(step), self._sampled_soon())
         visible, wanted, soon = (part.repeat(streams, 1) for part in positions)
         x = model.encoder_input(tokens.repeat(streams, 1, 1), visible, self.buffer)
-        self.encoder, self.decoder = [], []
+        self.encoder: list[Any] = []
+        self.decoder: list[Any] = []
         for block in model.encoder_blocks:
             x = self._kept(block, x, self.encoder)
         states = model.encoder_norm(x)

@@ -35,10 +35,11 @@ from studio.decoding.disa import ANNEALINGS, LATEST_TIME, annealed_steps
 from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
 from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
-from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR
+from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR, Sampling
 from studio.decoding.sampling import OnStep
 from studio.decoding.settings import Fillable
 from studio.errors import StudioError
+from studio.models.masked_autoencoder import MaskedAutoencoder
 
 _PREPARED_NUMBERS = 2**22
 
@@ -49,7 +50,7 @@ class TimedHead:
     `latest_time` is that of `GaussianDiffusion`.
     """
 
-    def __init__(self, head: torch.nn.Module, steps: int, latest_time: int | None = None) -> None:
+    def __init__(self, head: Any, steps: int, latest_time: int | None = None) -> None:
         self.network, self.loss = head.net, head
         network = self.network
         modulations = [layer.adaLN_modulation[1] for layer in (*network.res_blocks, network.final_layer)]
@@ -82,7 +83,8 @@ class ReverseTransitions:
         self.head, self.scale, self.steps = head, scale, head.diffusion.steps
         self.embedded = head.network.cond_embed(conditions)
         self.span = max(1, _PREPARED_NUMBERS // max(1, self.embedded[..., 0].numel() * head.numbers))
-        self.first, self.prepared = self.steps, []
+        self.first = self.steps
+        self.prepared: list[torch.Tensor] = []
 
     def at(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log of the standard deviation (m, D) of the state before x (m, D), of the first m tokens.
@@ -132,6 +134,7 @@ class ReverseTransitions:
     def _in_c(self, x: torch.Tensor, prepared: list[torch.Tensor], steps: slice):
         scale, n = self.scale, x.shape[1]
         scales = scale[:n, 0].to(x) if isinstance(scale, torch.Tensor) else torch.full((n,), float(scale))
+        assert self.head.native is not None
         return self.head.native(x, prepared, scales, self.head.table[steps], self.head.diffusion.limit)
 
     def _state(self, x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +209,7 @@ class MaskedSteps(Fillable):
 
         With only so many unknown, these are the last steps, which sample as many.
         """
+        assert self.steps is not None
         if self.steps > total:
             raise StudioError(f"An image has {total} tokens: sample them in at most as many steps, not {self.steps}.")
         plan, last = [], total
@@ -289,6 +293,7 @@ class MaskedAutoregressive(MaskedSteps):
         if self.order == "random":
             return plan
         sets = gtr_sets(math.isqrt(total))
+        assert self.steps is not None
         if self.steps < (least := len(sets.unique())):
             raise StudioError(
                 f"The order gtr takes at least {least} steps here, not {self.steps}: a step for each set."
@@ -323,7 +328,7 @@ class MaskedOutput(Sampled):
 class MARStepper:
     """A `MAR` at work on B images of one call: its conditions, its head, and the seconds of each."""
 
-    def __init__(self, model: torch.nn.Module, condition: dict, guided: bool) -> None:
+    def __init__(self, model: MaskedAutoencoder, condition: dict, guided: bool) -> None:
         self.model = model
         self.buffer, _ = condition_rows(model, condition, guided=guided)
         self.heads: dict[tuple[int, int | None], TimedHead] = {}
@@ -365,7 +370,7 @@ class MARStepper:
 
 
 def start_masked(
-    model: torch.nn.Module, noise: PositionNoise, known: KnownTokens | None, settings: MaskedAutoregressive
+    model: MaskedAutoencoder, noise: PositionNoise, known: KnownTokens | None, settings: MaskedAutoregressive
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The order (B, L) of positions, the tokens (B, L, D) at the start, 0 where unknown, and how many are unknown."""
     order = settings.ordered(noise.order(model.num_tokens))
@@ -383,7 +388,7 @@ def scatter_tokens(tokens: torch.Tensor, places: TokenIndex, values: torch.Tenso
 
 @torch.no_grad()
 def masked_autoregressive(
-    model: torch.nn.Module,
+    model: MaskedAutoencoder,
     condition: dict,
     *,
     generators: list[torch.Generator] | None = None,
@@ -414,13 +419,15 @@ def masked_autoregressive(
     check_number("temperature", temperature)
     began = time.perf_counter()
     stepper = MARStepper(model, condition, guidance_scale != 1)
-    noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
+    noise = noise or PositionNoise.of(generators or [], model.config.token_dim, model.device)
     order, tokens, unknown = start_masked(model, noise, known, settings)
     plan, denoising = settings.plan(model.num_tokens, unknown), settings.denoising_plan()
     latest_time = LATEST_TIME if model.diffloss.limit is None and len(set(denoising)) > 1 else None
     if settings.cache == "lazy":
+        assert settings.refresh_every is not None and settings.warm_steps is not None and settings.steps is not None
+        calls = [Sampling(step.first, step.last) for step in plan]
         stepper.lazy = LazyMAR(
-            model, stepper.buffer, order, plan, settings.refresh_every, settings.warm_steps, settings.steps
+            model, stepper.buffer, order, calls, settings.refresh_every, settings.warm_steps, settings.steps
         )
     for number, (step, steps) in enumerate(zip(plan, denoising[-len(plan) :])):
         scale = settings.scale_at(step, guidance_scale)

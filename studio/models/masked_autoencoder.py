@@ -228,6 +228,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both 
             if drop is not None:
                 vectors = torch.where(drop[:, None], null.to(vectors.dtype), vectors)
             return vectors[:, None].expand(-1, size, -1), None
+        assert captions is not None and caption_mask is not None
         text_last = caption_mask.bool().to(torch.uint8).argsort(dim=1, stable=True)[:, -size:]
         shown = caption_mask.bool().gather(1, text_last)
         if drop is not None:
