@@ -177,7 +177,6 @@ class LlamaGenPipeline(ConditionalPipeline):
         settings = Autoregressive() if decoding is None else decoding
         if isinstance(settings, Distilled):
             self.check_distilled(settings, [name for name, value in steering.items() if value is not None])
-            assert self.student is not None
             settings.reports_for(self.student, num_tokens)
         elif isinstance(settings, Speculative):
             settings.rule(self.image_tokenizer.quantize.embedding.weight)
@@ -303,7 +302,6 @@ class LlamaGenPipeline(ConditionalPipeline):
                 generators, condition, prompts = inputs
             total = num_tokens or self.transformer.num_tokens
             if isinstance(settings, Distilled):
-                assert self.student is not None
                 total = settings.reports_for(self.student, num_tokens)
             with self.progress_bar(total=total) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -353,7 +351,6 @@ class LlamaGenPipeline(ConditionalPipeline):
     def _images(self, sampled: Sampled, output_type: str) -> Images:
         """Images of complete or interrupted samples."""
         if isinstance(sampled, DistilledOutput):
-            assert sampled.latents is not None
             return self.decode_latents(sampled.latents, output_type)
         return self.decode_tokens(sampled.tokens, output_type)
 

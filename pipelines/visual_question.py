@@ -104,8 +104,7 @@ class VisualQuestionPipeline:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         check_template(getattr(processor, "chat_template", None))
-        self.model: Any = model
-        self.processor: Any = processor
+        self.model, self.processor = model, processor
 
     @property
     def device(self) -> torch.device:
@@ -163,9 +162,7 @@ class VisualQuestionPipeline:
             pruned, info = prune_inputs(self.model, inputs, "uniform", 1.0)
         else:
             pruned, info = prune_inputs(self.model, inputs, prune, share, **options)
-        block: Any = nullcontext()
-        if inside:
-            block = pruning(self.model, prune or "", share, after_layer=after_layer, **options)
+        block = pruning(self.model, prune, share, after_layer=after_layer, **options) if inside else nullcontext()
         chosen = self._without_text(info, image.size)
         if on_step is not None and on_step(chosen):
             return chosen
@@ -227,8 +224,8 @@ class VisualQuestionPipeline:
             ids=prompt["input_ids"],
             method=method,
             keep=keep,
-            visual_tokens=sum(info.tokens_before),
-            kept_tokens=sum(info.tokens_after),
+            visual_tokens=sum(record.info.tokens_before),
+            kept_tokens=sum(record.info.tokens_after),
             seconds={"remember": _now(self.device) - began},
             cache_bytes=_cache_bytes(cache),
             views=self._without_text(kept, image.size).views,
@@ -324,7 +321,7 @@ class _Steps(StoppingCriteria):
         self.began = _now(pipe.device)
         self.first: float | None = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         if self.first is None:
             self.first = _now(self.pipe.device)
         stop = self.on_step is not None and bool(self.on_step(self.answer(input_ids)))
@@ -347,5 +344,4 @@ def _now(device: torch.device) -> float:
 
 
 def _cache_bytes(cache: Cache) -> int:
-    layers: Any = cache.layers
-    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

@@ -98,14 +98,14 @@ def select(
         native = None if weights == "plain" else _native(model, can_run, NativeDrafter)
         return native or model
     if weights == "auto":
-        weights = _fastest(network)
+        weights = _fastest(model)
     if weights == "plain":
         return model
     if weights == "graphs":
         return _cached(model, weights, lambda: GraphedLlamaGen(model), addresses)
     if weights == "native":
-        return _cached(model, weights, lambda: NativeLlamaGen(network))
-    return _cached(model, weights, lambda: PackedLlamaGen(network, weights))
+        return _cached(model, weights, lambda: NativeLlamaGen(model))
+    return _cached(model, weights, lambda: PackedLlamaGen(model, weights))
 
 
 def select_head(network: DenoisingNetwork) -> NativeHead | None:

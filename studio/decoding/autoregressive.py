@@ -18,8 +18,6 @@ from studio.checks import check_choice
 from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
-from studio.models.llamagen import LlamaGen
-from studio.models.masked_autoencoder import MaskedAutoencoder
 
 
 @dataclass
@@ -130,9 +128,7 @@ def guided_logits(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Te
     return (conditional - unconditional).mul_(scale).add_(unconditional)
 
 
-def condition_rows(
-    model: LlamaGen | MaskedAutoencoder, condition: dict, guided: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The prefix (B or 2B, T, dim) and its valid positions; an unconditional row keeps the padding of its twin."""
     if not guided:
         return model.embed_condition(**condition)
@@ -144,7 +140,7 @@ def condition_rows(
 
 @torch.no_grad()
 def autoregressive(
-    model: LlamaGen,
+    model: torch.nn.Module,
     condition: dict,
     *,
     generators: list[torch.Generator],

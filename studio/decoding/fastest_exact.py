@@ -22,7 +22,6 @@ from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
 from studio.files import cache_folder
-from studio.models.llamagen import LlamaGen
 
 _RUNS = 3
 _records: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Record]]" = weakref.WeakKeyDictionary()
@@ -49,7 +48,7 @@ class FastestExact:
 
 @torch.no_grad()
 def fastest_exact(
-    model: LlamaGen,
+    model: torch.nn.Module,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -68,7 +67,7 @@ def fastest_exact(
     """
     settings, total = settings or FastestExact(), num_tokens or model.num_tokens
     sampling = sampling or Sampling(order=settings.filter_order)
-    call: dict[str, Any] = {"generators": generators, "sampling": sampling, "num_tokens": num_tokens}
+    call = {"generators": generators, "sampling": sampling, "num_tokens": num_tokens}
     call |= {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval}
     guided = is_guided(0, guidance_scale, cfg_interval)
     is_exact = model.dtype == torch.float32 and settings.weights not in ("float16", "int8") and known is None
@@ -79,20 +78,16 @@ def fastest_exact(
     def timed(index: int, tokens: torch.Tensor) -> bool | None:
         nonlocal outside
         began = time.perf_counter()
-        assert on_step is not None
         stopped = on_step(index, tokens)
         outside += time.perf_counter() - began
         return stopped
 
     call["on_step"] = None if on_step is None else timed
-    shared: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("filter_order", "weights", "guidance_schedule")
-    }
-    sampled: Sampled
-    if taken == "jacobi" and record is not None:
+    shared = {name: getattr(settings, name) for name in ("filter_order", "weights", "guidance_schedule")}
+    if taken == "jacobi":
         guesses = Jacobi(record.window or "auto", **shared, on_round=settings.on_round)
-        guessed = jacobi(model, condition, settings=guesses, editable=editable, **call)
-        sampled, record.window = guessed, guessed.window
+        sampled = jacobi(model, condition, settings=guesses, editable=editable, **call)
+        record.window = sampled.window
     else:
         sampled = autoregressive(model, condition, settings=Autoregressive(**shared), known=known, **call)
     if record and sampled.tokens.shape[1] == total:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
+from transformers.utils import ModelOutput
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention, QwenTap, TowerTap
@@ -28,7 +29,7 @@ _CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-def base_of(model: PreTrainedModel) -> Any:
+def base_of(model: PreTrainedModel) -> torch.nn.Module:
     """The part that holds vision tower and language model."""
     return model.base_model
 
@@ -46,7 +47,7 @@ class Family:
         """Why a method that needs attention cannot be used, as the end of a sentence; `None` where it can."""
         return "no scores are read off this family"
 
-    def features(self, encoded: Any, inputs: dict) -> list[torch.Tensor]:
+    def features(self, encoded: ModelOutput, inputs: dict) -> list[torch.Tensor]:
         """The features (T, D) of each image, in the order of the prompt."""
         return list(encoded.pooler_output)
 
@@ -232,7 +233,7 @@ class InternVL(Stacked):
     def refusal(self, method: str) -> str | None:
         return "the inputs do not tell the grid of its crops, and users found CLS scores worse than chance there"
 
-    def features(self, encoded: Any, inputs: dict) -> list[torch.Tensor]:
+    def features(self, encoded: ModelOutput, inputs: dict) -> list[torch.Tensor]:
         image = (inputs["input_ids"] == self.model.config.image_token_id).tolist()
         runs = [len([*run]) for row in image for is_image, run in groupby(row) if is_image]
         whole = encoded.pooler_output.flatten(0, 1)
@@ -301,7 +302,7 @@ FAMILIES: dict[str, type[Family]] = {
 """By `config.model_type`."""
 
 
-def family_of(model: Any, method: str) -> Family:
+def family_of(model: PreTrainedModel, method: str) -> Family:
     """The family of a model.
 
     Raises:

@@ -1,7 +1,6 @@
 """The network of `emoji-vlm` before training, and what makes its inputs."""
 
 import math
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -31,7 +30,7 @@ TOWER = {
     "num_attention_heads": 5,
     "hidden_act": "relu",
 }
-TEXT: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
+TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
 _ROW = 2 * TILE // PATCH + 1
 """Tokens of a row of two tiles, with its newline."""
 _PERIODS_BEFORE = 2
@@ -47,8 +46,7 @@ def tower_config() -> CLIPVisionConfig:
 
 def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
     """A LLaVA-NeXT of random weights for images of up to 4 x 4 tiles."""
-    make_config: Any = LlavaNextConfig  # which takes an image_token_id by its attribute map
-    config = make_config(
+    config = LlavaNextConfig(
         vision_config=tower_config(),
         text_config=LlamaConfig(
             vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0,

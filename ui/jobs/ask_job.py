@@ -179,7 +179,7 @@ def _reporter(job: Job, reading: Reading, name: str) -> "Callable[[Answer], bool
     """A callback that reports the answer so far, and stops the pipeline when nobody waits any more."""
 
     def on_step(answer: "Answer") -> bool:
-        job.report(_with_answer(reading, name, answer))
+        job.report(dataclasses.replace(reading, **{name: answer}))
         return job.stopped
 
     return on_step

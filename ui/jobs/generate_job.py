@@ -62,7 +62,7 @@ class Sampled:
         prompt_tokens: tokens of the prompt.
     """
 
-    images: "Sequence[Image]"
+    images: "list[Image]"
     stats: Any
     trace: DraftTrace | None = None
     warning: str | None = None
@@ -155,7 +155,7 @@ class Call:
 
 def as_files(
     images: "Sequence[Image]", request: GenerateRequest, record: dict[str, Any] | None = None
-) -> "Sequence[Image]":
+) -> "list[Image]":
     """Finished images of a request as PNGs with their settings as metadata, which the app serves unchanged.
 
     `record` takes the place of that of the request.
@@ -164,7 +164,7 @@ def as_files(
 
     from studio.saving import png_writer
 
-    originals = []
+    originals: list[Image] = []
     for image, seed in zip(images, request.seeds):
         file = BytesIO()
         png_writer(image, record or request.record, seed)(file)

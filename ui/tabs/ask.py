@@ -180,15 +180,13 @@ async def answer_reading(
 
 
 def _gallery(reading: Reading) -> Any:
-    image = reading.image
     views = reading.pruned.views if reading.pruned else ()
     rendered = [
         (
-            render_patches(image, view),
+            render_patches(reading.image, view),
             f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
         )
         for view in views
-        if image is not None
     ]
     return gr.update(value=rendered, columns=len(rendered) or 1, selected_index=None)
 
