@@ -6,7 +6,7 @@ import re
 import pytest
 
 ROW = re.compile(r"^\| (.+?) \| (\d{4}\.\d{5}) \| `(.+?)` \| `(.+?)` \|$", re.MULTILINE)
-PAPERS = 11
+PAPERS = 22
 
 
 def rows(repository):
