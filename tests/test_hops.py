@@ -6,11 +6,17 @@ import re
 import pytest
 
 ROW = re.compile(r"^\| (.+?) \| (\d{4}\.\d{5}) \| `(.+?)` \| `(.+?)` \|$", re.MULTILINE)
-PAPERS = 22
+HEAD = "| Paper | arXiv | File | Function |\n|---|---|---|---|\n"
+
+
+def table(repository):
+    """The lines of the table."""
+    text = (repository / "docs" / "README.md").read_text(encoding="utf-8")
+    return text.partition(HEAD)[2].partition("\n\n")[0].splitlines()
 
 
 def rows(repository):
-    return ROW.findall((repository / "docs" / "README.md").read_text(encoding="utf-8"))
+    return ROW.findall("\n".join(table(repository)))
 
 
 def functions(source):
@@ -37,7 +43,7 @@ def missing(repository, paper, number, file, function):
 
 def test_every_paper_has_its_file_and_function(repository):
     found = rows(repository)
-    assert len(found) == PAPERS
+    assert len(found) == len(table(repository)) >= 20  # none is written so that it is not checked
     assert [problem for row in found if (problem := missing(repository, *row))] == []
 
 

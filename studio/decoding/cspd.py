@@ -381,7 +381,7 @@ class _Run:
         return self._stopped(self.on_step, number, block)
 
     def _denoise(self, stepper: MARStepper, step: Step, scales: torch.Tensor | None = None):
-        """TokenIndex of a step and the denoising steps of its tokens, lazily."""
+        """The places of a step and the denoising steps of its tokens, lazily."""
         kernels, places = self._kernels(stepper, step, scales), self._places(step)
         return places, denoise(kernels, self.noise.start(places), self._step_noise(places), self.temperature)
 

@@ -25,7 +25,7 @@ from studio.training.recipe import Defaults
 DISTRIBUTION_WEIGHT = 0.1
 """Weight of the distributions' cross-entropy beside the states' distance."""
 UNCONDITIONAL_SHARE = 0.1
-"""BatchSpec of the images of which the target does not see the condition; drafts are made for that stream too."""
+"""Share of the images of which the target does not see the condition; drafts are made for that stream too."""
 NOISE = 0.2 * 512
 """Width of the uniform noise on the target's states, times the length of the sequence."""
 

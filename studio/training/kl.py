@@ -42,7 +42,7 @@ class KLRecipe(TokenizerRecipe):
     """An image tokenizer of continuous tokens."""
 
     kind = "kl"
-    purpose = "TurnScheduler an image into a grid of continuous tokens and back."
+    purpose = "Turns an image into a grid of continuous tokens and back."
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "dim", "layers"})

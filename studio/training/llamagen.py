@@ -28,7 +28,7 @@ from studio.training.text import Text
 HIDING, MISLEADING = 0.25, 0.5
 """Shares of the images of which some earlier tokens are hidden, or are those of another image: from none to all."""
 ELSEWHERE = 0.01
-"""BatchSpec of a region that a token of a row does not stand for, beside those that it does."""
+"""Share of a region that a token of a row does not stand for, beside those that it does."""
 
 
 class TrainableLlamaGen(Conditioned):

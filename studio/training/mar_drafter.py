@@ -23,7 +23,7 @@ from studio.training.mar import REPEATS, mar_optimizers, masked_share
 from studio.training.recipe import Defaults
 
 UNCONDITIONAL_SHARE = 0.1
-"""BatchSpec of the images without a condition; drafts are made for the unconditional stream too."""
+"""Share of the images without a condition; drafts are made for the unconditional stream too."""
 VARIANCE_WEIGHT = 0.1
 
 

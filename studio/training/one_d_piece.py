@@ -61,7 +61,7 @@ class OneDPieceRecipe(TokenizerRecipe):
     """An image tokenizer of a row of tokens."""
 
     kind = "one-d-piece"
-    purpose = "TurnScheduler an image into a row of tokens, coarse to fine, of which any first few are an image."
+    purpose = "Turns an image into a row of tokens, coarse to fine, of which any first few are an image."
     task = "image-tokenizer"
     origin = "a codec that linear algebra fits to images"
     defaults = Defaults(steps=6000, batch_size=32, learning_rate=2e-3)

@@ -26,7 +26,7 @@ MARK = -2
 """Which number of a vector marks tokens that stand for a cell once more; for all others it is zero."""
 
 COPIED = 0.7
-"""BatchSpec of what is attended to that a block adds."""
+"""Share of what is attended to that a block adds."""
 
 STRENGTH = 0.3
 """Standard deviation of the strongest component of a patch, beside places of about one."""
@@ -35,7 +35,7 @@ CONSTANT = 3.0
 """A number in every token beside components of variance one at most: unit vectors then keep how strong these are."""
 
 NOISE = 0.02
-"""BatchSpec of the random start that is kept, so that no two units are alike."""
+"""Share of the random start that is kept, so that no two units are alike."""
 
 RIDGE = 1e-3
 """Of the least squares, over the mean variance of what is read."""
@@ -94,7 +94,7 @@ def _level(cells, side):
 
 
 def _places(part, shares, read):
-    """TokenIndex in the second half of every position, of patches and, as means of those, of tokens; the last number is
+    """Places in the second half of every position, of patches and, as means of those, of tokens; the last number is
     positive for those that are to be read.
     """
     width = part.positional_embedding.shape[1]

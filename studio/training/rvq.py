@@ -69,7 +69,7 @@ class RVQRecipe(TokenizerRecipe):
 
     kind = "rvq"
     purpose = (
-        "TurnScheduler an image into a grid of stacks of discrete tokens and back; the first levels are an image too."
+        "Turns an image into a grid of stacks of discrete tokens and back; the first levels are an image too."
     )
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)

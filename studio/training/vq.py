@@ -58,7 +58,7 @@ class VQRecipe(TokenizerRecipe):
     """An image tokenizer of one code a cell."""
 
     kind = "vq"
-    purpose = "TurnScheduler an image into a grid of discrete tokens and back."
+    purpose = "Turns an image into a grid of discrete tokens and back."
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "codes", "dim", "layers"})

@@ -101,7 +101,7 @@ def test_replacements(path, name):
 
 
 def generated(io):
-    """TokenIndex and random numbers of our own for a case without recorded trials."""
+    """Places and random numbers of our own for a case without recorded trials."""
     from studio.decoding.counter_rng import PositionNoise
 
     places = TokenIndex.of(torch.arange(len(io["x"]))[None])

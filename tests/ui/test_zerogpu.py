@@ -65,7 +65,7 @@ def count(request, job):
         if job.stopped:
             return "stopped"
     if request == 0:
-        raise StudioError("GenerateRequest for something.")
+        raise StudioError("Asked for something.")
     return f"counted to {request}"
 
 
@@ -80,7 +80,7 @@ def test_what_a_lent_gpu_reports_and_returns_comes_back(durations):
 
 
 def test_a_mistake_keeps_its_sentence(durations):
-    with pytest.raises(StudioError, match="GenerateRequest for something"):
+    with pytest.raises(StudioError, match="Asked for something"):
         asyncio.run(collect(zerogpu.on_gpu(seconds=30)(count), 0))
 
 
