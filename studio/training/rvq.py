@@ -68,9 +68,7 @@ class RVQRecipe(TokenizerRecipe):
     """An image tokenizer of a stack of codes a cell."""
 
     kind = "rvq"
-    purpose = (
-        "Turns an image into a grid of stacks of discrete tokens and back; the first levels are an image too."
-    )
+    purpose = "Turns an image into a grid of stacks of discrete tokens and back; the first levels are an image too."
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "codes", "dim", "layers"})
