@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
 
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, visual_tokens
 from studio.pruning.blocks import with_keywords
@@ -50,10 +52,13 @@ def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[i
     if after_layer is None:
         quarters = tuple(layers * part // 4 for part in (1, 2, 3))
         after_layer = {"pyramiddrop": quarters, "vscan": max(layers // 2, 1)}.get(method, 2)
-    cuts = (after_layer,) if isinstance(after_layer, int) else tuple(after_layer)
-    whole = all(isinstance(cut, int) and not isinstance(cut, bool) and 0 < cut < layers for cut in cuts)
+    cuts = tuple(after_layer) if isinstance(after_layer, tuple | list) else (after_layer,)
+    whole = all(isinstance(cut, Integral) and not isinstance(cut, bool) and 0 < cut < layers for cut in cuts)
     if not cuts or not whole or list(cuts) != sorted(set(cuts)):
-        raise StudioError(f"after_layer is a layer from 1 to {layers - 1}, or several in ascending order, not {cuts}.")
+        raise StudioError(
+            f"after_layer is a layer from 1 to {layers - 1}, or several in ascending order, not {shown(after_layer)}."
+        )
+    cuts = tuple(int(cut) for cut in cuts)
     if len(cuts) > 1 and not is_fraction(keep):
         raise StudioError("Several cuts need a fraction to keep, not a number of tokens.")
     windowless(family)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -224,6 +225,9 @@ def test_families_that_cannot_be_cut_inside(family):
         (dict(method="fastv", after_layer=0), "from 1 to 1"),
         (dict(method="fastv", after_layer=2), "from 1 to 1"),
         (dict(method="fastv", after_layer=(1, 1)), "ascending"),
+        (dict(method="fastv", after_layer=1.5), "from 1 to 1"),
+        (dict(method="fastv", after_layer=True), "from 1 to 1"),
+        (dict(method="fastv", after_layer="1"), "from 1 to 1"),
         (dict(method="hired", after_layer=1), "vision tower"),
         (dict(method="other", after_layer=1), "fastv, pyramiddrop"),
         (dict(method="fastv", after_layer=1, keep=2.0), "fraction"),
@@ -234,6 +238,15 @@ def test_families_that_cannot_be_cut_inside(family):
 def test_refused_settings(settings, message):
     with pytest.raises(StudioError, match=message), prune(tiny("llava").model, **settings):
         pass
+
+
+@pytest.mark.parametrize("layer", [np.int64(1), [1], (np.int32(1),)], ids=repr)
+def test_numpy_numbers_and_lists_are_layers(layer):
+    made = tiny("llava")
+    with prune(made.model, "fastv", keep=0.3, after_layer=layer):
+        found = made.model.generate(**made.prompt(), max_new_tokens=2)
+    with prune(made.model, "fastv", keep=0.3, after_layer=1):
+        assert found.tolist() == made.model.generate(**made.prompt(), max_new_tokens=2).tolist()
 
 
 @pytest.mark.parametrize(
