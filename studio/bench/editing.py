@@ -10,7 +10,7 @@ from studio.data.archive import load_images
 from studio.data.backgrounds import render
 from studio.data.captions import full_caption
 from studio.errors import StudioError
-from studio.evaluation.judge import load_judge, sample_combinations, verdicts
+from studio.evaluation.judge import judge_scores, load_judge, sample_combinations
 
 MODELS = ("emoji-ar", "emoji-mar", "emoji-bridge", "emoji-resgen")
 TILE, SEAM_SIDE, _REACH = 64, 128, 8
@@ -42,10 +42,10 @@ def bench_editing(
         StudioError: a model that samples from classes, and more cases than there are combinations.
     """
     judge = load_judge(device=device)
-    drawn = sample_combinations(5 * cases, np.random.default_rng(seed))
-    wanted, shown = drawn[:cases], drawn[cases:]
+    sampled = sample_combinations(5 * cases, np.random.default_rng(seed))
+    wanted, shown = sampled[:cases], sampled[cases:]
     tiles = render(load_images(TILE), shown).unflatten(0, (cases, 4))
-    known = verdicts(judge, tiles.flatten(0, 1)).concepts.argmax(1).view(cases, 4)
+    known = judge_scores(judge, tiles.flatten(0, 1)).concepts.argmax(1).view(cases, 4)
     large = sample_combinations(seams, np.random.default_rng(seed + 1))
     originals = render(load_images(SEAM_SIDE), large)
     quarter, half = SEAM_SIDE // 2, torch.arange(SEAM_SIDE).expand(SEAM_SIDE, -1) >= SEAM_SIDE // 2
@@ -56,7 +56,7 @@ def bench_editing(
             raise StudioError(f"{model} does not edit from words: name a bundled pipeline or a folder of one.")
         pipe.set_progress_bar_config(disable=True)
         edited = torch.stack([_edited(pipe, tiles[case], case, wanted[case], seed) for case in _progress(cases, model)])
-        named = verdicts(judge, edited.flatten(0, 1)).concepts.argmax(1).view(cases, 4)
+        named = judge_scores(judge, edited.flatten(0, 1)).concepts.argmax(1).view(cases, 4)
         boxes = torch.arange(cases), torch.arange(cases) % 4
         others = torch.ones(cases, 4, dtype=torch.bool).index_put(boxes, torch.tensor(False))
         truth = torch.as_tensor(wanted[:, 0])

@@ -17,7 +17,7 @@ from studio.data.archive import STYLES, load_concepts, load_images
 from studio.data.backgrounds import NAMES, render
 from studio.data.captions import article, full_caption
 from studio.errors import StudioError
-from studio.evaluation.judge import load_judge, verdicts
+from studio.evaluation.judge import judge_scores, load_judge
 from studio.pipelines.base import ConditionalPipeline
 from studio.pipelines.item_states import isolated_items
 
@@ -117,7 +117,7 @@ def _sampled(pipe, cases, treatment, seed, batch_size):
 
 def _row(model, regions, treatment, judge, images, cases):
     families_ = np.array(families())
-    logits = verdicts(judge, images).concepts.numpy()
+    logits = judge_scores(judge, images).concepts.numpy()
     kinds, colours = zip(*(np.argwhere(families_ == concept)[0] for concept in cases[:, 0]))
     kinds, colours = np.array(kinds), np.array(colours)
     seen = np.take_along_axis(logits, families_[kinds], axis=1).argmax(axis=1)

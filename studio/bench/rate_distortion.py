@@ -24,7 +24,7 @@ from studio.data.archive import STYLES, load_images
 from studio.data.backgrounds import PALETTE, compose
 from studio.data.splits import concepts
 from studio.errors import StudioError
-from studio.evaluation.judge import load_judge, verdicts
+from studio.evaluation.judge import judge_scores, load_judge
 from studio.evaluation.metrics import frechet_distance
 from studio.pipelines.image_codec import image_psnr, token_bits
 from studio.pipelines.odp_file import OdpFile
@@ -203,7 +203,7 @@ def _row(codec, counted, limit, chosen, judge, truth) -> dict:
 
 
 def _features(judge, images):
-    return verdicts(judge, _pixels(images) / 255).features
+    return judge_scores(judge, _pixels(images) / 255).features
 
 
 def _pixels(images) -> torch.Tensor:

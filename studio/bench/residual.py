@@ -13,7 +13,7 @@ from studio.checks import check_integer
 from studio.data.captions import full_caption
 from studio.decoding.registry import decoding_named, decodings_for
 from studio.errors import StudioError
-from studio.evaluation.judge import held_out_features, load_judge, sample_combinations, scores, verdicts
+from studio.evaluation.judge import held_out_features, judge_scores, load_judge, sample_combinations, scores
 from studio.evaluation.metrics import frechet_distance
 from studio.pipelines.resgen import ResGenPipeline
 
@@ -65,14 +65,14 @@ def bench_residual(
         seconds = (time.perf_counter() - began) / samples
         for depth in range(1, tokens.shape[2] + 1):
             images = torch.cat([_images(pipe, part, depth) for part in tokens.split(batch_size)])
-            verdict = verdicts(judge, images)
+            scored = judge_scores(judge, images)
             rows.append(
                 {
                     "decoding": name,
                     "steps": number,
                     "depth": depth,
-                    "judge_top1": scores(verdict, sampled)["judge_top1"],
-                    "frechet": frechet_distance(verdict.features, truth),
+                    "judge_top1": scores(scored, sampled)["judge_top1"],
+                    "frechet": frechet_distance(scored.features, truth),
                     "seconds_per_image": seconds,
                 }
             )

@@ -22,7 +22,7 @@ from studio.data.archive import RESOLUTION, STYLES, load_images
 from studio.data.backgrounds import PALETTE, render
 from studio.data.splits import concepts
 from studio.errors import StudioError
-from studio.evaluation.judge import load_judge, verdicts
+from studio.evaluation.judge import judge_scores, load_judge
 from studio.evaluation.metrics import frechet_distance, psnr, ssim
 from studio.evaluation.robustness import GRID, Perturbation, is_perturbable, perturbed_frechet
 from studio.tokenizers.kl import KLTokenizer
@@ -69,7 +69,7 @@ def bench_tokenizers(
         if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
             raise StudioError(f"{name} is no tokenizer: {', '.join(bundled_tokenizers())} are.")
         images = _images(sampled, tokenizer.config.sample_size)
-        truth = verdicts(judge, images).features
+        truth = judge_scores(judge, images).features
         for each, settings in variants(tokenizer):
             tokens, seconds = _encoded(each, images, batch_size)
             for variant, how in settings:
@@ -78,7 +78,7 @@ def bench_tokenizers(
                 row |= size_of(each, tokens, how)
                 row["psnr"] = float(psnr(restored, images).mean())
                 row["ssim"] = float(ssim(restored, images).mean())
-                row["frechet"] = frechet_distance(verdicts(judge, restored).features, truth)
+                row["frechet"] = frechet_distance(judge_scores(judge, restored).features, truth)
                 wrong = {"frechet": None, "by_setting": None}
                 if is_perturbable(each):
                     wrong = perturbed_frechet(each, images, judge, grid, seed=seed, batch_size=batch_size, how=how)

@@ -14,7 +14,7 @@ from studio.data.backgrounds import render
 from studio.data.captions import full_caption
 from studio.data.source import EMOJI, Source
 from studio.errors import StudioError
-from studio.evaluation.judge import held_out_features, load_judge, sample_combinations, scores, verdicts
+from studio.evaluation.judge import held_out_features, judge_scores, load_judge, sample_combinations, scores
 from studio.evaluation.metrics import frechet_distance, psnr, sharpness, uniform_ssim
 from studio.pipelines.base import MAX_IMAGES
 from studio.processes import gather, process_count, process_index
@@ -119,8 +119,8 @@ def judge_samples(pipe: Any, samples: Samples) -> dict:
     true_features = held_out_features(judge)
 
     def measured(images):
-        verdict = verdicts(judge, images)
-        return {**scores(verdict, samples.combinations), "frechet": frechet_distance(verdict.features, true_features)}
+        scored = judge_scores(judge, images)
+        return {**scores(scored, samples.combinations), "frechet": frechet_distance(scored.features, true_features)}
 
     of_lengths = {length: measured(images) for length, images in samples.shorter.items()}
     return {

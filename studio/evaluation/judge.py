@@ -1,6 +1,6 @@
 """The judge: a small network that classifies concept, style and background of an image, for evaluation only.
 
-No generator or tokenizer is trained against it, so its verdict on their images stays honest. Its feature layer is
+No generator or tokenizer is trained against it, so what it says of their images stays honest. Its feature layer is
 narrow enough for a Frechet distance from a few hundred images.
 """
 
@@ -28,7 +28,7 @@ from studio.errors import StudioError
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgeScores:
     """Logits over concepts (B, C), styles (B, S) and backgrounds (B, G), and the features (B, D) behind them."""
 
     concepts: torch.Tensor
@@ -98,15 +98,17 @@ class Judge(ModelMixin, ConfigMixin):
         self.style_head = nn.Linear(feature_dim, num_styles)
         self.background_head = nn.Linear(feature_dim, num_backgrounds)
 
-    def forward(self, images: torch.Tensor) -> Verdict:
-        """The verdict on images (B, 3, H, W) in [-1, 1]."""
+    def forward(self, images: torch.Tensor) -> JudgeScores:
+        """The scores of images (B, 3, H, W) in [-1, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise StudioError(f"The judge reads images (B, 3, H, W); got {tuple(images.shape)}.")
         side = self.config.sample_size
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         features = self.feature_norm(self.features(self.body(images)))
-        return Verdict(self.concept_head(features), self.style_head(features), self.background_head(features), features)
+        return JudgeScores(
+            self.concept_head(features), self.style_head(features), self.background_head(features), features
+        )
 
 
 def is_judge(name: str | Path) -> bool:
@@ -127,27 +129,27 @@ def load_judge(name: str | Path = "emoji-judge", device: str | torch.device | No
 
 
 @torch.inference_mode()
-def verdicts(judge: Judge, images: torch.Tensor, batch_size: int = 100) -> Verdict:
-    """The verdict on any number of images (n, 3, H, W) in [0, 1], float32 on the CPU."""
+def judge_scores(judge: Judge, images: torch.Tensor, batch_size: int = 100) -> JudgeScores:
+    """The scores of any number of images (n, 3, H, W) in [0, 1], float32 on the CPU."""
     device, dtype = judge.device, judge.dtype
     parts = [judge.forward((chunk * 2 - 1).to(device, dtype)) for chunk in images.split(batch_size)]
     names = ("concepts", "styles", "backgrounds", "features")
-    return Verdict(**{name: torch.cat([getattr(part, name).float().cpu() for part in parts]) for name in names})
+    return JudgeScores(**{name: torch.cat([getattr(part, name).float().cpu() for part in parts]) for name in names})
 
 
-def scores(verdict: Verdict, truth: np.ndarray) -> dict[str, float]:
-    """Accuracies of a verdict, against (concept, style, background) rows (n, 3).
+def scores(scored: JudgeScores, truth: np.ndarray) -> dict[str, float]:
+    """Accuracies of predictions, against (concept, style, background) rows (n, 3).
 
     Returns:
         `{"judge_top1", "judge_top5", "style_accuracy", "background_accuracy"}`, fractions.
     """
     concepts, styles, backgrounds = torch.as_tensor(truth).unbind(1)
-    best = verdict.concepts.topk(5, dim=1).indices == concepts[:, None]
+    best = scored.concepts.topk(5, dim=1).indices == concepts[:, None]
     return {
         "judge_top1": float(best[:, 0].float().mean()),
         "judge_top5": float(best.any(dim=1).float().mean()),
-        "style_accuracy": float((verdict.styles.argmax(1) == styles).float().mean()),
-        "background_accuracy": float((verdict.backgrounds.argmax(1) == backgrounds).float().mean()),
+        "style_accuracy": float((scored.styles.argmax(1) == styles).float().mean()),
+        "background_accuracy": float((scored.backgrounds.argmax(1) == backgrounds).float().mean()),
     }
 
 
@@ -162,7 +164,7 @@ def evaluate_judge(judge: Judge, samples: int = 1000, seed: int = 0) -> dict:
     originals = load_images(judge.config.sample_size)
     images = distort(render(originals, sampled), PALETTE[sampled[:, 2]], rng)
     return {
-        **scores(verdicts(judge, images), sampled),
+        **scores(judge_scores(judge, images), sampled),
         "resolution": judge.config.sample_size,
         "samples": samples,
     }
@@ -179,7 +181,7 @@ def held_out_features(judge: Judge) -> torch.Tensor:
     key = str(judge.device), weights.hexdigest()
     if key not in _held_out_features:
         images = render(load_images(judge.config.sample_size), np.array(combinations(held_out=True)))
-        _held_out_features[key] = verdicts(judge, images).features
+        _held_out_features[key] = judge_scores(judge, images).features
     return _held_out_features[key]
 
 

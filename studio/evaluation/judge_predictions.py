@@ -11,7 +11,7 @@ from PIL import Image
 from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
 from studio.errors import StudioError
-from studio.evaluation.judge import Judge, verdicts
+from studio.evaluation.judge import Judge, judge_scores
 
 WHAT_IT_IS = (
     "The judge is a small network that names concept, style and background of an emoji. It only measures: nothing "
@@ -64,13 +64,13 @@ def named_concept(prompt: str | None) -> int | None:
 
 def _opinion(judge, image, concepts, wanted):
     pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0)[None].float() / 255
-    verdict = verdicts(judge, pixels)
-    chances = verdict.concepts[0].softmax(dim=0)
+    scored = judge_scores(judge, pixels)
+    chances = scored.concepts[0].softmax(dim=0)
     likeliest = int(chances.argmax())
     return JudgePrediction(
         concepts[likeliest].label,
-        STYLES[int(verdict.styles[0].argmax())],
-        NAMES[int(verdict.backgrounds[0].argmax())],
+        STYLES[int(scored.styles[0].argmax())],
+        NAMES[int(scored.backgrounds[0].argmax())],
         float(chances[likeliest]),
         None if wanted is None else float(chances[wanted]),
     )

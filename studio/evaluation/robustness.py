@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from studio.checks import check_integer, check_number, set_fields
 from studio.errors import StudioError
-from studio.evaluation.judge import Judge, verdicts
+from studio.evaluation.judge import Judge, judge_scores
 from studio.evaluation.metrics import frechet_distance
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -149,7 +149,7 @@ def perturbed_frechet(
     Returns:
         `{"frechet", "by_setting"}`: the mean, and `{"alpha", "delta", "frechet"}` of each setting.
     """
-    truth, found = verdicts(judge, images).features, []
+    truth, found = judge_scores(judge, images).features, []
     for perturbation in grid:
         generator = torch.Generator(tokenizer.device).manual_seed(seed)
         parts = []
@@ -158,6 +158,6 @@ def perturbed_frechet(
                 tokenizer, (part * 2 - 1).to(tokenizer.device, tokenizer.dtype), perturbation, generator
             )
             parts.append((tokenizer.decode(tokens, **(how or {})).float() / 2 + 0.5).clamp(0, 1).cpu())
-        distance = frechet_distance(verdicts(judge, torch.cat(parts)).features, truth)
+        distance = frechet_distance(judge_scores(judge, torch.cat(parts)).features, truth)
         found.append({**asdict(perturbation), "frechet": distance})
     return {"frechet": sum(each["frechet"] for each in found) / len(found), "by_setting": found}

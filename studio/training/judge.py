@@ -10,7 +10,7 @@ from studio.data.augmentation import distort
 from studio.data.backgrounds import PALETTE
 from studio.data.emoji import EmojiSource
 from studio.errors import StudioError
-from studio.evaluation.judge import Judge, Verdict
+from studio.evaluation.judge import Judge, JudgeScores
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
@@ -27,7 +27,7 @@ class TrainableJudge(nn.Module):
         self, images: torch.Tensor, concepts: torch.Tensor, styles: torch.Tensor, backgrounds: torch.Tensor
     ) -> torch.Tensor:
         """Sum of the heads' cross-entropies on images (B, 3, H, W) in [-1, 1]."""
-        prediction: Verdict = self.judge.forward(images)
+        prediction: JudgeScores = self.judge.forward(images)
         return (
             F.cross_entropy(prediction.concepts.float(), concepts, label_smoothing=0.1)
             + 0.5 * F.cross_entropy(prediction.styles.float(), styles)

@@ -11,14 +11,14 @@ from studio.data.backgrounds import NAMES
 
 
 class Told:
-    """A judge's verdict with the given concepts on top."""
+    """A judge's scores with the given concepts on top."""
 
     def __init__(self, concepts):
         self.concepts = torch.nn.functional.one_hot(torch.as_tensor(concepts), len(load_concepts())).float()
 
 
 def told(monkeypatch, concepts):
-    monkeypatch.setattr(bench, "verdicts", lambda judge, images: Told(concepts))
+    monkeypatch.setattr(bench, "judge_scores", lambda judge, images: Told(concepts))
     return bench._row("told", 4, "none", None, None, bench.leakage_cases())
 
 

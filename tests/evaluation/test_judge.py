@@ -7,7 +7,7 @@ import torch
 from studio.data.splits import combination_is_held_out, combinations
 from studio.errors import StudioError
 from studio.evaluation import evaluate
-from studio.evaluation.judge import Judge, Verdict, is_judge, load_judge, sample_combinations, scores, verdicts
+from studio.evaluation.judge import Judge, JudgeScores, is_judge, judge_scores, load_judge, sample_combinations, scores
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def tiny_judge():
 def test_scores_count_what_is_right():
     concepts = torch.eye(10)[[0, 1, 2, 3]]
     concepts[2], concepts[3] = -torch.arange(10.0), torch.arange(10.0)
-    verdict = Verdict(concepts, torch.eye(2)[[0, 0, 1, 1]], torch.eye(10)[[4, 4, 4, 5]], torch.zeros(4, 2))
+    scored = JudgeScores(concepts, torch.eye(2)[[0, 0, 1, 1]], torch.eye(10)[[4, 4, 4, 5]], torch.zeros(4, 2))
     truth = np.array([[0, 0, 4], [1, 1, 4], [5, 1, 4], [6, 1, 4]])
-    assert scores(verdict, truth) == {
+    assert scores(scored, truth) == {
         "judge_top1": 0.5,
         "judge_top5": 0.75,
         "style_accuracy": 0.75,
@@ -32,7 +32,9 @@ def test_scores_count_what_is_right():
 def test_other_sizes_are_resized(tiny_judge):
     images = torch.rand(2, 3, 64, 64)
     small = torch.nn.functional.interpolate(images, size=16, mode="bilinear", antialias=True)
-    assert torch.allclose(verdicts(tiny_judge, images).features, verdicts(tiny_judge, small).features, atol=1e-5)
+    assert torch.allclose(
+        judge_scores(tiny_judge, images).features, judge_scores(tiny_judge, small).features, atol=1e-5
+    )
     with pytest.raises(StudioError, match="images"):
         tiny_judge(torch.zeros(3, 16, 16))
 
@@ -55,7 +57,7 @@ def test_a_judge_is_told_from_other_folders(tiny_judge, tiny_folder, tmp_path):
     assert not any(is_judge(name) for name in ("emoji-vq", tiny_folder, tmp_path, "no such"))
     images = torch.rand(2, 3, 16, 16)
     stored = load_judge(tmp_path / "judge", "cpu").to(memory_format=torch.contiguous_format)  # the order of sums here
-    assert torch.equal(verdicts(stored, images).concepts, verdicts(tiny_judge, images).concepts)
+    assert torch.equal(judge_scores(stored, images).concepts, judge_scores(tiny_judge, images).concepts)
 
 
 def test_a_damaged_judge_is_one_sentence(tiny_judge, tmp_path):

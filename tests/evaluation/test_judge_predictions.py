@@ -6,7 +6,7 @@ from PIL import Image
 
 from studio.data.archive import load_concepts
 from studio.errors import StudioError
-from studio.evaluation.judge import Judge, verdicts
+from studio.evaluation.judge import Judge, judge_scores
 from studio.evaluation.judge_predictions import judge_predictions, named_concept
 
 LABELS = [concept.label for concept in load_concepts()]
@@ -21,10 +21,10 @@ def test_predictions_are_those_of_the_network():
     images = [Image.new("RGB", (16, 16), "teal"), Image.linear_gradient("L").resize((40, 40))]
     found = judge_predictions(judge(), images, "a red apple, flat style")
     pixels = torch.tensor([0, 128, 128]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 255
-    verdict = verdicts(judge(), pixels)
-    chances = verdict.concepts[0].softmax(0)
+    scored = judge_scores(judge(), pixels)
+    chances = scored.concepts[0].softmax(0)
     assert len(found) == 2 and found[0].concept == LABELS[int(chances.argmax())]
-    assert found[0].style == ("3d", "flat")[int(verdict.styles[0].argmax())]
+    assert found[0].style == ("3d", "flat")[int(scored.styles[0].argmax())]
     assert found[0].certainty == pytest.approx(float(chances.max()))
     assert found[0].agreement == pytest.approx(float(chances[LABELS.index("red apple")]))
     assert judge_predictions(judge(), images[:1], "a blorp")[0].agreement is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from studio import RVQTokenizer, StudioError, TokenBridgeTokenizer, VQTokenizer
-from studio.evaluation.judge import Judge, verdicts
+from studio.evaluation.judge import Judge, judge_scores
 from studio.evaluation.metrics import frechet_distance
 from studio.evaluation.robustness import Perturbation, perturbed_codes, perturbed_frechet, perturbed_tokens
 from studio.tokenizers.kl import KLTokenizer
@@ -81,7 +81,7 @@ def test_distance_of_what_is_restored():
     grid = (Perturbation(0.0, 3), Perturbation(1.0, 64))
     found = perturbed_frechet(tokenizer, images, judge, grid, batch_size=5)
     restored = (tokenizer.decode(tokenizer.encode(images * 2 - 1)) / 2 + 0.5).clamp(0, 1)
-    clean = frechet_distance(verdicts(judge, restored).features, verdicts(judge, images).features)
+    clean = frechet_distance(judge_scores(judge, restored).features, judge_scores(judge, images).features)
     first, second = found["by_setting"]
     assert first == {"alpha": 0.0, "delta": 3, "frechet": pytest.approx(clean, rel=1e-3)}
     assert second["frechet"] != pytest.approx(clean, rel=1e-3)
