@@ -85,13 +85,19 @@ def requirements() -> dict[str, str]:
     """
     try:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        pinned = dict(re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+        lines = re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     except FileNotFoundError as error:
         raise StudioError("A Space is built from a checkout of Studio: get one, and run the command there.") from error
-    names = [re.split(r"[^\w.-]", dependency, maxsplit=1)[0] for dependency in project["dependencies"]]
+    pinned = {_normalized(name): (name, version) for name, version in lines}
+    names = [_normalized(re.split(r"[^\w.-]", dependency, maxsplit=1)[0]) for dependency in project["dependencies"]]
     if missing := [name for name in names if name not in pinned]:
         raise StudioError(f"constraints.txt has no version of {', '.join(missing)}: run `make constraints`.")
-    return {name: pinned[name] for name in names}
+    return dict(pinned[name] for name in names)
+
+
+def _normalized(name: str) -> str:
+    """The name of a package as PEP 503 compares it: `pip freeze` writes underscores where others write hyphens."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def files_of(folder: Path) -> dict[str, int]:

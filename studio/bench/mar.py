@@ -57,7 +57,7 @@ def bench_mar(
     """
     batch, guidance_scale = check_integer("batch", batch, 1, MOST_IMAGES), check_number("guidance", guidance_scale)
     check_counts(repeats=repeats)
-    sizes = {**SIZES, **parse_sizes(random, _MOST)}
+    sizes = {**SIZES, **(parse_sizes(random, _MOST) if random else {})}
     place = pick_device(device)
     check_fits("A model of these sizes", _bytes(sizes, batch), place)
     model = _random_model(sizes)

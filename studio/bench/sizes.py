@@ -24,7 +24,7 @@ def parse_sizes(text: str, most: Mapping[str, int]) -> dict[str, int]:
         StudioError: another name, or a number that is none or out of range.
     """
     sizes = {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
         if name not in most or not value.isdecimal() or not value.isascii():
             known = f"{'=N,'.join(most)}=N"

@@ -1,5 +1,6 @@
 """The loop on a tiny recipe: decided by its seed, resumed to the same result whenever it was killed, nothing lost."""
 
+import contextlib
 import json
 import os
 import random
@@ -240,7 +241,8 @@ def test_killed_at_random_moments_it_comes_to_the_same_result(tmp_path):
             if kills < 8:
                 _wait_for_a_step(tmp_path / "run")
                 time.sleep(rng.uniform(0, 0.15))
-                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has finished meanwhile
+                    os.kill(child, signal.SIGKILL)
             outcome = program.stdout.readline().strip()
             kills += outcome == "killed"
             if outcome == "finished":

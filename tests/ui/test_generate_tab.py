@@ -159,7 +159,7 @@ def test_a_sampling_waiting_for_the_model_never_starts_when_cancelled(steps):
 
 def test_the_endpoint_is_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert list(endpoints) == ["/generate", "/tokenize", "/detokenize", "/ask", "/compare"]
+    assert list(endpoints) == ["/generate", "/edit", "/tokenize", "/detokenize", "/ask", "/compare"]
     names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
     assert names == ["prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p", "decoding", "options"]
     assert "previews" in endpoints["/generate"]["description"]
@@ -207,7 +207,7 @@ def test_building_the_app_loads_nothing_and_warns_of_nothing(monkeypatch):
     assert app.delete_cache == (3600, 3600)
     assert not app.analytics_enabled
     heavy = [fn for fn in app.fns.values() if fn.concurrency_id == "gpu"]
-    assert len(heavy) == 11 and all(fn.concurrency_limit == 1 for fn in heavy)
+    assert len(heavy) == 13 and all(fn.concurrency_limit == 1 for fn in heavy)
 
 
 def test_the_app_reaches_no_network(steps, monkeypatch):
