@@ -226,7 +226,10 @@ for line in sys.stdin:  # a child for every run, so that one start of Python doe
 
 def test_killed_at_random_moments_it_comes_to_the_same_result(tmp_path):
     """SIGKILL after random times (seed 0) until a run survives: the result of an unbroken run, at least four kills."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the program: other numbers of threads round otherwise
     train(tmp_path / "whole", steps=40, sample_every=15)
+    torch.set_num_threads(threads)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)], cwd=tmp_path, env=environment, text=True,
