@@ -126,5 +126,5 @@ def test_without_a_mouse(page):
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_function(
-        "() => document.querySelector('[role=tab][aria-selected=true]').textContent.trim() == 'Tokenize'"
+        "() => document.querySelector('[role=tab][aria-selected=true]').textContent.trim() == 'Edit'"
     )
