@@ -35,13 +35,20 @@ class EditingMixin:
         Raises:
             StudioError: this kind of model cannot be given tokens.
         """
-        raise StudioError(
-            f"{type(self).__name__} generates whole images only: edit with a MAR, TokenBridge, ResGen or LlamaGen."
-        )
+        raise self._whole_images_only()
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The tokens (B, L) or (B, L, D) of pixels (B, 3, side, side) in [-1, 1]."""
-        raise NotImplementedError
+        """The tokens (B, L) or (B, L, D) of pixels (B, 3, side, side) in [-1, 1].
+
+        Raises:
+            StudioError: as of `image_grid`.
+        """
+        raise self._whole_images_only()
+
+    def _whole_images_only(self) -> StudioError:
+        return StudioError(
+            f"{type(self).__name__} generates whole images only: edit with a MAR, TokenBridge, ResGen or LlamaGen."
+        )
 
     def variations(self, image: Any, strength: float = 0.5, **options: Any) -> ImageTokenPipelineOutput | tuple:
         """Images like one: redraws a share of its cells, or of a row the tokens at its end.

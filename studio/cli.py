@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from studio import __version__
-from studio.commands import bench, convert, data, space
+from studio.commands import bench, bench_quality, convert, data, space
 from studio.commands.analyze import analyze
 from studio.commands.ask import ask
 from studio.commands.edit import edit
@@ -131,15 +131,15 @@ for command in (
     bench.contention,
     bench.mar,
     bench.cspd,
-    bench.residual,
-    bench.editing,
-    bench.tokenizers,
-    bench.guidance,
-    bench.leakage,
+    bench_quality.residual,
+    bench_quality.editing,
+    bench_quality.tokenizers,
+    bench_quality.guidance,
+    bench_quality.leakage,
 ):
     bench_app.command()(command)
 bench_app.command("all")(bench.everything)
-bench_app.command("fourier-head")(bench.fourier_head)
+bench_app.command("fourier-head")(bench_quality.fourier_head)
 bench_app.command("rate-distortion")(rate_distortion)
 bench_app.command("serve")(bench_serve)
 for command in (

@@ -1,13 +1,12 @@
-"""`studio bench`: a function for each benchmark."""
+"""`studio bench`: a function for each benchmark of speed, and all tables of the documents."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from studio.checks import shown
 from studio.commands.figures import check_figure, save_figure
-from studio.commands.options import Device, Json, Seed, number
+from studio.commands.options import Device, Json, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
@@ -76,7 +75,7 @@ def decoding(
             device=device,
         )
         emit(result)
-        _say_rows(result["rows"])
+        say_rows(result["rows"])
         return
     if guidance is not None:
         raise StudioError("--guidance belongs to --random: a model is sampled with its default guidance scale.")
@@ -176,7 +175,7 @@ def pruning(
         given |= {name: value for name, value in numbers.items() if value is not None}
         result = bench_pruning_speed(model or "emoji-vlm", random=random, device=device, **chosen, **given)
         emit(result)
-        _say_rows([{**row, "layer_bytes": max(row["layer_bytes"])} for row in result["rows"]])
+        say_rows([{**row, "layer_bytes": max(row["layer_bytes"])} for row in result["rows"]])
         for name, reason in result["left_out"].items():
             say(f"Not timed: {name}, because {reason}")
         return
@@ -190,7 +189,7 @@ def pruning(
 
         result = measure(device=device or "cpu", **chosen)
         emit(result)
-        _say_rows(result["rows"])
+        say_rows(result["rows"])
         return
     check_figure(figure)
     from studio.bench.reading import bench_reading, reading_chart, reading_table
@@ -218,7 +217,7 @@ def verify(
 
     result = bench_verify(vocab=vocab, nodes=nodes, k=k)
     emit(result)
-    _say_rows([result])
+    say_rows([result])
 
 
 def cost(
@@ -243,7 +242,7 @@ def cost(
     quiet_libraries()
     result = bench_cost(model or "emoji-ar", preset=preset, device=device)
     emit(result)
-    _say_rows(result["rows"])
+    say_rows(result["rows"])
 
 
 def contention(
@@ -256,7 +255,7 @@ def contention(
     quiet_libraries()
     result = bench_contention(model)
     emit(result)
-    _say_rows([result])
+    say_rows([result])
 
 
 def mar(
@@ -277,7 +276,7 @@ def mar(
 
     result = measure(random=random, guidance_scale=guidance, batch=batch, device=device or "cpu")
     emit(result)
-    _say_rows([result])
+    say_rows([result])
 
 
 def cspd(
@@ -298,143 +297,7 @@ def cspd(
     quiet_libraries()
     result = bench_cspd(model, published=tuple(published or ()), device=device)
     emit(result)
-    _say_rows(result["rows"])
-
-
-def residual(
-    model: Annotated[str, typer.Option(help="A text-conditional ResGen: a bundled name or a folder.")] = "emoji-resgen",
-    steps: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Forward passes; repeat for more.", show_default="1, 2, 4, ..., 32"),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=65, help="Images for each number of steps.")] = 500,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Evaluate images of a ResGen over the number of steps and of decoded levels."""
-    from studio.bench.residual import STEPS, bench_residual, residual_table
-
-    result = bench_residual(model, steps=tuple(steps or STEPS), samples=samples, device=device)
-    emit(result)
-    say(residual_table(result["rows"]))
-
-
-def fourier_head(
-    model: Annotated[str, typer.Option(help="A TokenBridge: a bundled name or a folder.")] = "emoji-bridge",
-    frequencies: Annotated[
-        list[int] | None,
-        typer.Option(min=0, help="Of the Fourier heads, 0 for a linear one; repeat for more.", show_default="0, 12"),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1500,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Train the head of a TokenBridge anew with linear and with Fourier output layers, and compare them."""
-    from studio.bench.fourier_head import FREQUENCIES, bench_fourier_head
-
-    quiet_libraries()
-    chosen = tuple(frequencies or FREQUENCIES)
-    result = bench_fourier_head(model, frequencies=chosen, steps=steps, seed=seed, device=device)
-    emit(result)
-    _say_rows(result["rows"])
-
-
-def guidance(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
-    ] = None,
-    scale: Annotated[
-        list[float] | None,
-        typer.Option(help="Mean guidance scale; repeat for more.", show_default="2, 3"),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=65, help="Images for each setting.")] = 500,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Compare constant and rising guidance at the same mean scale."""
-    from studio.bench.guidance import SCALES, bench_guidance
-
-    quiet_libraries()
-    result = bench_guidance(model or None, scales=scale or SCALES, samples=samples, seed=seed, device=device)
-    emit(result)
-    _say_rows(result["rows"])
-
-
-def leakage(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
-    ] = None,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Count objects that take on the background's colour, with text states as they are and repaired."""
-    from studio.bench.leakage import bench_leakage, leakage_tables
-
-    quiet_libraries()
-    result = bench_leakage(model or None, seed=seed, device=device)
-    emit(result)
-    say(leakage_tables(result))
-
-
-def editing(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled ones with grids"),
-    ] = None,
-    cases: Annotated[int, typer.Option(min=1, help="Sheets of which one emoji is redrawn.")] = 200,
-    seams: Annotated[int, typer.Option(min=1, help="Images of which seams are measured.")] = 40,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Measure edits: what the classifier sees in redrawn boxes, what stays, and seams."""
-    from studio.bench.editing import MODELS, bench_editing, editing_table
-
-    quiet_libraries()
-    result = bench_editing(tuple(model or MODELS), cases=cases, seams=seams, seed=seed, device=device)
-    emit(result)
-    say(editing_table(result["rows"]))
-
-
-def tokenizers(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A bundled name or model folder; repeat for more.", show_default="bundled tokenizers"),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=65, help="Held-out images.")] = 200,
-    perturbation: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="ALPHA:DELTA: replace a fraction ALPHA of the tokens by one of DELTA nearest codes; repeat for more.",
-            show_default="0.1:2, 0.1:8, 0.5:2, 0.5:8",
-        ),
-    ] = None,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Compare tokenizers in size, reconstruction, speed and robustness to wrong tokens."""
-    from studio.bench.report import records_table
-    from studio.bench.tokenizers import bench_tokenizers
-    from studio.evaluation.robustness import GRID
-
-    quiet_libraries()
-    grid = tuple(_perturbation(text) for text in perturbation) if perturbation else GRID
-    result = bench_tokenizers(model or None, samples=samples, seed=seed, grid=grid, device=device)
-    emit(result)
-    settings = ", ".join(f"{each['alpha']}:{each['delta']}" for each in result["perturbations"])
-    say(f"{result['samples']} images; robustness is the mean Frechet distance with perturbed tokens at {settings}")
-    names = ("tokens", "bits", "psnr", "ssim", "frechet", "robustness", "encode_per_second", "decode_per_second")
-    rows = [
-        {"model": f"{row['model']} {row['variant']}".strip(), **{name: row[name] for name in names}}
-        for row in result["rows"]
-    ]
-    say(f"\n{records_table(rows)}")
+    say_rows(result["rows"])
 
 
 def everything(
@@ -457,18 +320,8 @@ def everything(
         say(command)
 
 
-def _say_rows(rows):
+def say_rows(rows: list[dict]) -> None:
+    """Prints records as a table."""
     from studio.bench.report import records_table
 
     say(records_table(rows))
-
-
-def _perturbation(text):
-    from studio.evaluation.robustness import Perturbation
-
-    alpha, _, delta = text.partition(":")
-    try:
-        numbers = float(alpha), int(delta)
-    except ValueError as error:
-        raise StudioError(f"Write a perturbation as ALPHA:DELTA, such as 0.5:8, not {shown(text)}.") from error
-    return Perturbation(*numbers)
