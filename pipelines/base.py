@@ -16,13 +16,14 @@ from PIL import Image
 
 from studio import backends
 from studio.checks import check_choice, check_integer, check_number, check_text, shown
+from studio.decoding.guidance import check_schedule
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.pipelines.chat_template import checked_tokenize
 from studio.pipelines.editing import EditingMixin, with_editing
 from studio.pipelines.known_words import write_known_words
 from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import fill_unspecified
+from studio.pipelines.prompt_completion import check_prompt_completion, fill_unspecified
 from studio.pipelines.streams import image_generators, listed, of_each_image
 from studio.pipelines.text_states import text_states
 
@@ -64,6 +65,16 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls):
             cls.__call__ = _with_known_arguments(with_editing(cls.__call__))  # type: ignore[method-assign]  # every call is checked
+
+    def register_defaults(self, **defaults: Any) -> None:
+        """Writes the defaults of a pipeline into its configuration.
+
+        Raises:
+            StudioError: an unknown guidance schedule, or phrases that complete no prompt.
+        """
+        self.register_to_config(**defaults)
+        check_schedule(defaults["default_guidance_schedule"])
+        check_prompt_completion(defaults["prompt_completion"])
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; the vocabulary is saved with the pipeline."""
@@ -108,6 +119,11 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
                 raise StudioError("This model is class-conditional: pass class_labels and no prompt.")
             for label in listed(class_labels) or [None]:
                 check_integer("Each of class_labels", label, 0, self.transformer.config.num_classes - 1)
+
+    def check_fit(self, incompatibility: str | None) -> None:
+        """Raises a `StudioError` for what does not fit between image tokenizer and transformer, a clause."""
+        if incompatibility is not None:
+            raise StudioError(f"The components of this pipeline do not fit together: {incompatibility}.")
 
     def checked_guidance(
         self,
@@ -257,6 +273,14 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         prompts = [fill_unspecified(text, choices, stream) for text, stream in zip(subjects, generators)]
         return generators, self.condition(prompts, device=device), prompts
 
+    def begin(
+        self, seconds: dict[str, float], *arguments: Any
+    ) -> tuple[list[torch.Generator], dict[str, torch.Tensor], list[str] | None]:
+        """`prepare_inputs` at the beginning of a call, which nothing has interrupted yet; stores `seconds["text"]`."""
+        self._interrupt = False
+        with timed(seconds, "text"):
+            return self.prepare_inputs(*arguments)
+
     def end_step(
         self,
         callback: Callable | None,
@@ -271,8 +295,8 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         Tokens that it returns are written into `tokens`.
         """
         if callback is not None:
-            shown = {"tokens": tokens, **tensors}
-            changed = callback(self, number, number, {name: shown[name] for name in names}) or {}
+            available = {"tokens": tokens, **tensors}
+            changed = callback(self, number, number, {name: available[name] for name in names}) or {}
             if changed.get("tokens", tokens) is not tokens:
                 tokens.copy_(changed["tokens"])
         return self._interrupt
@@ -296,6 +320,11 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         if not return_dict:
             return images, tokens, stats
         return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=stats, prompts=prompts)
+
+    def images_or_tokens(self, seconds: dict[str, float], tokens: torch.Tensor, output_type: str) -> Images:
+        """What a call returns as images: those of its tokens, or the tokens themselves; stores `seconds["pixels"]`."""
+        with timed(seconds, "pixels"):
+            return tokens if output_type == "tokens" else self.decode_tokens(tokens, output_type)
 
     def decoded_images(
         self, decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, output_type: str
@@ -344,6 +373,14 @@ def _with_known_arguments(call: Callable) -> Callable:
         return call(self, *args, **kwargs)
 
     return checked
+
+
+def first_difference(*compared: tuple[str, object, object]) -> str | None:
+    """Describes the first difference among (name, value of the tokenizer, value of the transformer), or None."""
+    for name, ours, sampled in compared:
+        if ours != sampled:
+            return f"the image tokenizer has {name} {ours}, the transformer {sampled}"
+    return None
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from studio.checks import check_integer
 from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive
 from studio.decoding.distilled import Distilled, DistilledOutput, distilled
 from studio.decoding.fastest_exact import FastestExact, fastest_exact
-from studio.decoding.guidance import check_schedule
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import Sampling
@@ -23,7 +22,6 @@ from studio.models.llamagen import LlamaGen
 from studio.pipelines.base import ConditionalPipeline, Images, timed
 from studio.pipelines.continuous import PipelineBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
 
@@ -89,7 +87,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             drafter=drafter,
             student=student,
         )
-        self.register_to_config(
+        self.register_defaults(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_top_k=default_top_k,
@@ -98,8 +96,6 @@ class LlamaGenPipeline(ConditionalPipeline):
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
-        check_schedule(default_guidance_schedule)
-        check_prompt_completion(prompt_completion)
         if drafter is not None:
             drafter.read_embeddings(transformer)
 
@@ -171,8 +167,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
+        self.check_fit(incompatibility(self.image_tokenizer, self.transformer.config))
         self.check_num_tokens(num_tokens)
         settings = Autoregressive() if decoding is None else decoding
         if isinstance(settings, Distilled):
@@ -294,12 +289,10 @@ class LlamaGenPipeline(ConditionalPipeline):
             output_type=output_type,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-        self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
-            with timed(seconds, "text"):
-                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
-                generators, condition, prompts = inputs
+            inputs = self.begin(seconds, prompt, class_labels, num_images_per_prompt, generator)
+            generators, condition, prompts = inputs
             total = num_tokens or self.transformer.num_tokens
             if isinstance(settings, Distilled):
                 total = settings.reports_for(self.student, num_tokens)

@@ -1,6 +1,6 @@
 """Text- and class-conditional MAR (arXiv:2406.11838): text encoder, masked autoencoder and KL autoencoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,17 +9,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
 from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
-from studio.decoding.guidance import check_schedule
 from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
-from studio.pipelines.base import ConditionalPipeline, Images, timed
+from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.kl import KLTokenizer
 
 logger = logging.get_logger(__name__)
+
+
+def incompatibility(tokenizer: KLTokenizer, transformer: Mapping[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
+    sampled = transformer["token_dim"] // transformer["patch_size"] ** 2
+    return first_difference(("latents of length", tokenizer.latent_channels, sampled))
 
 
 class MARPipeline(ConditionalPipeline):
@@ -69,7 +73,7 @@ class MARPipeline(ConditionalPipeline):
             tokenizer=tokenizer,
             drafter=drafter,
         )
-        self.register_to_config(
+        self.register_defaults(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_num_inference_steps=default_num_inference_steps,
@@ -78,8 +82,6 @@ class MARPipeline(ConditionalPipeline):
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
-        check_schedule(default_guidance_schedule)
-        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -126,11 +128,7 @@ class MARPipeline(ConditionalPipeline):
     def _check_components(self, settings: MaskedAutoregressive, temperature: float) -> None:
         """Raises a `StudioError` for components that do not fit together or do not fit the decoding."""
         ours = self.transformer.config
-        numbers, latents = ours.token_dim // ours.patch_size**2, self.image_tokenizer.latent_channels
-        if numbers != latents:
-            raise StudioError(
-                f"The transformer samples latents of {numbers} numbers, the image tokenizer has {latents}."
-            )
+        self.check_fit(incompatibility(self.image_tokenizer, ours))
         if not isinstance(settings, ContinuousSpeculative):
             return
         if self.drafter is None:
@@ -231,13 +229,11 @@ class MARPipeline(ConditionalPipeline):
         is_speculative = isinstance(settings, ContinuousSpeculative)
         if validation_warning := self.validation_warning(settings):
             logger.warning(validation_warning)
-        self._interrupt = False
         seconds: dict[str, float] = {}
         final = 0
         with timed(seconds, "total"):
-            with timed(seconds, "text"):
-                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
-                generators, condition, prompts = inputs
+            inputs = self.begin(seconds, prompt, class_labels, num_images_per_prompt, generator)
+            generators, condition, prompts = inputs
             call = {
                 "generators": generators,
                 "guidance_scale": guidance_scale,
@@ -258,8 +254,7 @@ class MARPipeline(ConditionalPipeline):
                     return stopped
 
                 sampled = self._sample(condition, on_step, is_speculative, call)
-            with timed(seconds, "pixels"):
-                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+            images = self.images_or_tokens(seconds, sampled.tokens, output_type)
         stats = _stats(sampled, final, seconds)
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
 

@@ -6,16 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.decoding.guidance import check_schedule
 from studio.decoding.known import KnownTokens
 from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
-from studio.pipelines.base import timed
+from studio.pipelines.base import first_difference, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import check_prompt_completion
-from studio.pipelines.residual import ResidualPipeline, first_difference
+from studio.pipelines.residual import ResidualPipeline
 from studio.tokenizers.rvq import RVQTokenizer
 
 
@@ -30,7 +28,7 @@ def incompatibility(tokenizer: RVQTokenizer, transformer: Mapping[str, Any]) -> 
     ]
     if transformer["prediction"] == "levels":
         compared += [("codes a level", len(table), transformer["vocab_size"]) for table in tables]
-    return first_difference(compared)
+    return first_difference(*compared)
 
 
 class ResGenPipeline(ResidualPipeline):
@@ -71,7 +69,7 @@ class ResGenPipeline(ResidualPipeline):
         self.register_modules(
             image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(
+        self.register_defaults(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_top_k=default_top_k,
@@ -81,8 +79,6 @@ class ResGenPipeline(ResidualPipeline):
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
-        check_schedule(default_guidance_schedule)
-        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -109,8 +105,7 @@ class ResGenPipeline(ResidualPipeline):
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
+        self.check_fit(incompatibility(self.image_tokenizer, self.transformer.config))
         if decoding is not None and not isinstance(decoding, ResidualSteps):
             raise StudioError(
                 "ResGen samples with ResGenDecoding (resgen) or FirstHitting (first-hitting) decoding, "
@@ -186,12 +181,10 @@ class ResGenPipeline(ResidualPipeline):
             output_type=output_type,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-        self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
-            with timed(seconds, "text"):
-                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
-                generators, condition, prompts = inputs
+            inputs = self.begin(seconds, prompt, class_labels, num_images_per_prompt, generator)
+            generators, condition, prompts = inputs
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 sampled = resgen_decoding(
@@ -205,8 +198,7 @@ class ResGenPipeline(ResidualPipeline):
                     on_step=on_step,
                     known=known_tokens,
                 )
-            with timed(seconds, "pixels"):
-                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+            images = self.images_or_tokens(seconds, sampled.tokens, output_type)
         stats = _stats(sampled, seconds)
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
 

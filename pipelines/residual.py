@@ -31,11 +31,3 @@ class ResidualPipeline(ConditionalPipeline):
         rows = config.sample_size // self.image_tokenizer.pixels_per_cell[0]
         decode = partial(backends.select_pixels(self.image_tokenizer).decode, depth=depth)
         return self.decoded_images(decode, tokens.unflatten(1, (rows, -1)), output_type)
-
-
-def first_difference(compared: list[tuple[str, object, object]]) -> str | None:
-    """Describes the first difference among (name, value of the tokenizer, value of the transformer), or None."""
-    for name, ours, sampled in compared:
-        if ours != sampled:
-            return f"the image tokenizer has {name} {ours}, the transformer {sampled}"
-    return None

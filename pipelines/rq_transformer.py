@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.decoding.guidance import check_schedule
 from studio.decoding.rq_transformer import RQDecoding, rq_decoding
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.rq_transformer import RQTransformer
-from studio.pipelines.base import timed
+from studio.pipelines.base import first_difference, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import check_prompt_completion
-from studio.pipelines.residual import ResidualPipeline, first_difference
+from studio.pipelines.residual import ResidualPipeline
 from studio.tokenizers.rvq import RVQTokenizer
 
 
@@ -29,7 +27,7 @@ def incompatibility(tokenizer: RVQTokenizer, transformer: Mapping[str, Any]) -> 
     ]
     if transformer["spatial_reads_codes"] or transformer["depth_reads_codes"]:
         compared.append(("code vectors of length", tokenizer.codebooks[0].shape[1], transformer["code_dim"]))
-    return first_difference(compared)
+    return first_difference(*compared)
 
 
 class RQTransformerPipeline(ResidualPipeline):
@@ -80,7 +78,7 @@ class RQTransformerPipeline(ResidualPipeline):
         self.register_modules(
             image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(
+        self.register_defaults(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_top_k=default_top_k,
@@ -89,8 +87,6 @@ class RQTransformerPipeline(ResidualPipeline):
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
-        check_schedule(default_guidance_schedule)
-        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -119,8 +115,7 @@ class RQTransformerPipeline(ResidualPipeline):
             raise StudioError(
                 "This model has no null class, so it cannot use guidance: leave out guidance_scale, or give 1."
             )
-        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
+        self.check_fit(incompatibility(self.image_tokenizer, self.transformer.config))
         if decoding is not None and not isinstance(decoding, RQDecoding):
             raise StudioError(f"RQ-Transformer samples with RQDecoding (rq) decoding, not {type(decoding).__name__}.")
         settings, depth = self.scheduled(decoding or RQDecoding(), guidance_scale), self.transformer.config.depth
@@ -186,12 +181,10 @@ class RQTransformerPipeline(ResidualPipeline):
             output_type=output_type,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-        self._interrupt = False
         seconds = {"prefill": 0.0}
         with timed(seconds, "total"):
-            with timed(seconds, "text"):
-                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
-                generators, condition, prompts = inputs
+            inputs = self.begin(seconds, prompt, class_labels, num_images_per_prompt, generator)
+            generators, condition, prompts = inputs
             with self.progress_bar(total=self.transformer.num_tokens) as progress, timed(seconds, "decode"):
                 tokens = rq_decoding(
                     self.transformer,
@@ -204,8 +197,7 @@ class RQTransformerPipeline(ResidualPipeline):
                     guidance_schedule=settings.guidance_schedule,
                     on_step=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
                 ).flatten(1, 2)
-            with timed(seconds, "pixels"):
-                images = tokens if output_type == "tokens" else self.decode_tokens(tokens, output_type)
+            images = self.images_or_tokens(seconds, tokens, output_type)
         shown, depth = int((tokens >= 0).sum()), self.transformer.config.depth
         stats = DecodingStats(
             target_calls=shown // len(tokens) // depth,

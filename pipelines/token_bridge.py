@@ -6,28 +6,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.decoding.guidance import check_schedule
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import Sampling
 from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
-from studio.pipelines.base import ConditionalPipeline, Images, timed
+from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
 
 def incompatibility(tokenizer: TokenBridgeTokenizer, transformer: Mapping[str, Any]) -> str | None:
     """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
-    for name, ours, sampled in (
+    return first_difference(
         ("tokens a cell", tokenizer.dimensions, transformer["token_dim"]),
         ("levels", tokenizer.config.levels, transformer["levels"]),
         ("as order of dimensions", list(tokenizer.config.dimension_order), list(transformer["dimension_order"])),
-    ):
-        if ours != sampled:
-            return f"the image tokenizer has {name} {ours}, the transformer {sampled}"
-    return None
+    )
 
 
 class TokenBridgePipeline(ConditionalPipeline):
@@ -67,7 +62,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         self.register_modules(
             image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(
+        self.register_defaults(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_num_inference_steps=default_num_inference_steps,
@@ -75,8 +70,6 @@ class TokenBridgePipeline(ConditionalPipeline):
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
-        check_schedule(default_guidance_schedule)
-        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -104,8 +97,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs
         )
-        if mismatch := incompatibility(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
+        self.check_fit(incompatibility(self.image_tokenizer, self.transformer.config))
         if decoding is not None and not isinstance(decoding, DimensionWise):
             raise StudioError(
                 f"TokenBridge samples with DimensionWise (bridge) decoding, not {type(decoding).__name__}."
@@ -192,12 +184,10 @@ class TokenBridgePipeline(ConditionalPipeline):
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
         plan = settings.plan(self.transformer.num_tokens)
-        self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
-            with timed(seconds, "text"):
-                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
-                generators, condition, prompts = inputs
+            inputs = self.begin(seconds, prompt, class_labels, num_images_per_prompt, generator)
+            generators, condition, prompts = inputs
             with self.progress_bar(total=settings.steps) as progress:
                 on_step = self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 sampled = dimension_wise(
@@ -211,8 +201,7 @@ class TokenBridgePipeline(ConditionalPipeline):
                     on_step=on_step,
                     known=known_tokens,
                 )
-            with timed(seconds, "pixels"):
-                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+            images = self.images_or_tokens(seconds, sampled.tokens, output_type)
         final = self.transformer.num_tokens - plan[sampled.target_calls - 1].first
         stats = DecodingStats(
             target_calls=sampled.target_calls,

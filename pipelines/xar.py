@@ -1,20 +1,23 @@
 """Text- and class-conditional xAR (arXiv:2502.20388): text encoder, transformer and KL autoencoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
-from studio.decoding.guidance import check_schedule
 from studio.decoding.xar import XARDecoding, xar_decoding
 from studio.errors import StudioError
 from studio.models.xar import XAR
-from studio.pipelines.base import ConditionalPipeline, Images, timed
+from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
-from studio.pipelines.prompt_completion import check_prompt_completion
 from studio.tokenizers.kl import KLTokenizer
+
+
+def incompatibility(tokenizer: KLTokenizer, transformer: Mapping[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a transformer of this configuration, as a clause; None where it fits."""
+    return first_difference(("latents of length", tokenizer.latent_channels, transformer["token_dim"]))
 
 
 class XARPipeline(ConditionalPipeline):
@@ -56,7 +59,7 @@ class XARPipeline(ConditionalPipeline):
         self.register_modules(
             image_tokenizer=image_tokenizer, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(
+        self.register_defaults(
             default_guidance_scale=default_guidance_scale,
             default_temperature=default_temperature,
             default_num_inference_steps=default_num_inference_steps,
@@ -64,8 +67,6 @@ class XARPipeline(ConditionalPipeline):
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
         )
-        check_schedule(default_guidance_schedule)
-        check_prompt_completion(prompt_completion)
 
     def check_call(
         self,
@@ -94,8 +95,7 @@ class XARPipeline(ConditionalPipeline):
         temperature = check_number("temperature", temperature)
         if decoding is not None and not isinstance(decoding, XARDecoding):
             raise StudioError(f"xAR samples with XARDecoding (xar) decoding, not {type(decoding).__name__}.")
-        if mismatch := incompatibility_of_latents(self.image_tokenizer, self.transformer.config):
-            raise StudioError(f"The components of this pipeline do not fit together: {mismatch}.")
+        self.check_fit(incompatibility(self.image_tokenizer, self.transformer.config))
         settings = self.scheduled(decoding or XARDecoding(), guidance_scale)
         return guidance_scale or 1.0, temperature, settings.filled(steps=self.config.default_num_inference_steps)
 
@@ -152,12 +152,10 @@ class XARPipeline(ConditionalPipeline):
             output_type=output_type,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-        self._interrupt = False
         seconds: dict[str, float] = {}
         with timed(seconds, "total"):
-            with timed(seconds, "text"):
-                inputs = self.prepare_inputs(prompt, class_labels, num_images_per_prompt, generator)
-                generators, condition, prompts = inputs
+            inputs = self.begin(seconds, prompt, class_labels, num_images_per_prompt, generator)
+            generators, condition, prompts = inputs
             with self.progress_bar(total=self.transformer.num_cells) as progress:
                 sampled = xar_decoding(
                     self.transformer,
@@ -168,8 +166,7 @@ class XARPipeline(ConditionalPipeline):
                     settings=settings,
                     on_step=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
                 )
-            with timed(seconds, "pixels"):
-                images = sampled.tokens if output_type == "tokens" else self.decode_tokens(sampled.tokens, output_type)
+            images = self.images_or_tokens(seconds, sampled.tokens, output_type)
         final = sampled.target_calls // settings.steps * self.transformer.cell_tokens
         stats = DecodingStats(
             target_calls=sampled.target_calls,
@@ -178,13 +175,3 @@ class XARPipeline(ConditionalPipeline):
             seconds={**seconds, **sampled.seconds},
         )
         return self.output(images, sampled.tokens, stats, prompts, return_dict)
-
-
-def incompatibility_of_latents(tokenizer: KLTokenizer, transformer: Any) -> str | None:
-    """What does not agree between an image tokenizer and the configuration of a transformer, in words; None if all."""
-    if transformer.token_dim != tokenizer.latent_channels:
-        return (
-            f"its transformer samples latents of {transformer.token_dim} numbers, its tokenizer has "
-            f"{tokenizer.latent_channels}"
-        )
-    return None

@@ -36,6 +36,7 @@ from studio.models.xar import XAR
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.llamagen import incompatibility as incompatibility_of_tokens
 from studio.pipelines.mar import MARPipeline
+from studio.pipelines.mar import incompatibility as incompatibility_of_patches
 from studio.pipelines.resgen import ResGenPipeline
 from studio.pipelines.resgen import incompatibility as incompatibility_of_sums
 from studio.pipelines.rq_transformer import RQTransformerPipeline
@@ -43,7 +44,8 @@ from studio.pipelines.rq_transformer import incompatibility as incompatibility_o
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.pipelines.token_bridge import incompatibility as incompatibility_of_levels
 from studio.pipelines.visual_question import VisualQuestionPipeline
-from studio.pipelines.xar import XARPipeline, incompatibility_of_latents
+from studio.pipelines.xar import XARPipeline
+from studio.pipelines.xar import incompatibility as incompatibility_of_latents
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -191,13 +193,6 @@ def _read_index(folder):
     return index
 
 
-def _mismatch_of_latents(tokenizer, transformer):
-    numbers, channels = transformer.token_dim // transformer.patch_size**2, tokenizer.latent_channels
-    if numbers != channels:
-        return f"its transformer samples latents of {numbers} numbers, its tokenizer has {channels}"
-    return None
-
-
 @dataclass(frozen=True)
 class _Kind:
     """A pipeline's class, and those of its components.
@@ -221,7 +216,7 @@ _LLAMAGEN = _Kind(
     {"drafter": Drafter, "student": DistilledStudent},
     incompatibility_of_tokens,
 )
-_MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, _mismatch_of_latents)
+_MAR = _Kind(MARPipeline, MAR, {KLTokenizer: "emoji-kl"}, {"drafter": MAR}, incompatibility_of_patches)
 _TOKEN_BRIDGE = _Kind(
     TokenBridgePipeline, TokenBridge, {TokenBridgeTokenizer: "emoji-kl"}, {}, incompatibility_of_levels
 )
