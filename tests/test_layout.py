@@ -41,7 +41,6 @@ MAY_ALSO = {
     ("bench", "data"),
     ("training", "data"),
     ("evaluation", "data"),
-    ("bench", "data"),
     ("training", "evaluation"),
 }
 FOUNDATIONS = {"checks", "errors", "files", "images"}
