@@ -11,7 +11,6 @@ Without a compiler `is_available` is false, and `studio.backends.packed` is the 
 """
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from studio.backends.model_backend import ModelBackend
 from studio.backends.native_library import library, loaded_library
 from studio.errors import StudioError
 from studio.models.drafter import Drafter
@@ -194,7 +194,7 @@ def is_available(model: LlamaGen) -> bool:
     return can_run(model, model.config.vocab_size)
 
 
-class NativeLlamaGen:
+class NativeLlamaGen(ModelBackend[LlamaGen]):
     """The cached-decoding calls of `LlamaGen`, for single tokens, several, and trees; results differ by rounding only.
 
     Raises:
@@ -208,19 +208,12 @@ class NativeLlamaGen:
                 "Native decoding needs a float32 model on the CPU with sizes divisible by 8, and a C compiler (cc) "
                 "on the path; leave out weights to use what works here."
             )
-        self._model = weakref.ref(model)
+        super().__init__(model)
         self.prefix_length, self.num_tokens, self.config = model.prefix_length, model.num_tokens, model.config
         self.device = model.device
         self._blocks = NativeBlocks(model, model.norm.weight)
         self.logits = NativeProduct(model.output.weight)
         self._embedding = model.tok_embeddings.weight.detach()
-
-    @property
-    def model(self) -> LlamaGen:
-        """The model that this backend was built from."""
-        model = self._model()
-        assert model is not None, "a backend is used while its model is alive"
-        return model
 
     @property
     def weight_bytes(self) -> int:
@@ -265,27 +258,21 @@ class NativeLlamaGen:
         return self._blocks(x, cache, torch.arange(cache.length, cache.length + n).expand(rows, n), visible)
 
 
-class NativeDrafter:
+class NativeDrafter(ModelBackend[Drafter]):
     """The cached calls of a `Drafter` for which `can_run` is true; results differ by rounding only."""
 
     @torch.no_grad()
     def __init__(self, drafter: Drafter):
-        self._drafter, self.config = weakref.ref(drafter), drafter.config
+        super().__init__(drafter)
+        self.config = drafter.config
         by_token, by_state = drafter.fc.weight.chunk(2, dim=1)
         self._tokens = F.linear(drafter.token_embeddings, by_token, drafter.fc.bias)
         self._states = NativeProduct(by_state)
         self._blocks = NativeBlocks(drafter, norm=None)
 
-    @property
-    def drafter(self) -> Drafter:
-        """The drafter that this backend was built from."""
-        drafter = self._drafter()
-        assert drafter is not None, "a backend is used while its drafter is alive"
-        return drafter
-
     def new_tree_cache(self, rows: int, pending: int) -> TreeCache:
         """As `Drafter.new_tree_cache`."""
-        return self.drafter.new_tree_cache(rows, pending)
+        return self.model.new_tree_cache(rows, pending)
 
     def extend_tree(
         self,

@@ -3,12 +3,12 @@
 Padding in front of all captions of a batch is left out. Results at a position depend neither on that nor on the batch.
 """
 
-import weakref
 from typing import Any
 
 import torch
 
 from studio.backends.cpu_c import NativeBlocks, NativeProduct, can_run
+from studio.backends.model_backend import ModelBackend
 from studio.models.distilled import DistilledStudent
 from studio.models.kv_cache import KVCache
 
@@ -18,30 +18,23 @@ def can_distil(student: DistilledStudent) -> bool:
     return can_run(student, student.config.vocab_size)
 
 
-class NativeStudent:
+class NativeStudent(ModelBackend[DistilledStudent]):
     """The calls of a `DistilledStudent` for which `can_distil` is true; results differ by rounding only."""
 
     @torch.no_grad()
     def __init__(self, student: DistilledStudent):
-        self._student = weakref.ref(student)
+        super().__init__(student)
         self._blocks = NativeBlocks(student, norm=None)
         self._output = NativeProduct(student.output.weight)
 
-    @property
-    def student(self) -> DistilledStudent:
-        """The student that this backend was built from."""
-        student = self._student()
-        assert student is not None, "a backend is used while its student is alive"
-        return student
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.student, name)
+        return getattr(self.model, name)
 
     def hidden_states(
         self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `DistilledStudent.hidden_states`."""
-        student = self.student
+        student = self.model
         x, valid, context = student.inputs(vectors, known, **condition)
         length, first, visible = x.shape[1], 0, None
         if valid is not None:
@@ -62,4 +55,4 @@ class NativeStudent:
 
     def classify(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """As `DistilledStudent.classify`."""
-        return self._output(self.student.norm(hidden))
+        return self._output(self.model.norm(hidden))

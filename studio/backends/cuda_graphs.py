@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from studio.backends.model_backend import ModelBackend
 from studio.models.distilled import DistilledStudent
 from studio.models.kv_cache import KVCache, TreeCache
 from studio.models.llamagen import LlamaGen
@@ -106,22 +107,15 @@ class _Writer:
         return stored.unbind(1)
 
 
-class GraphedLlamaGen:
+class GraphedLlamaGen(ModelBackend[LlamaGen]):
     """The cached-decoding calls of `LlamaGen`, for single tokens, several, and trees; results differ by rounding only.
 
     Memory of caches that are not used any more is used again, with the calls that were recorded for it.
     """
 
     def __init__(self, model: LlamaGen):
-        self._model = weakref.ref(model)
+        super().__init__(model)
         self._free: list[tuple[tuple, _Slot]] = []
-
-    @property
-    def model(self) -> LlamaGen:
-        """The model that this backend was built from."""
-        model = self._model()
-        assert model is not None, "a backend is used while its model is alive"
-        return model
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -201,22 +195,15 @@ class GraphedLlamaGen:
         return call
 
 
-class GraphedStudent:
+class GraphedStudent(ModelBackend[DistilledStudent]):
     """The calls of a `DistilledStudent`; a call for so many positions of so many images is recorded."""
 
     def __init__(self, student: DistilledStudent):
-        self._student = weakref.ref(student)
+        super().__init__(student)
         self._replays: dict[tuple, Replay] = {}
 
-    @property
-    def student(self) -> DistilledStudent:
-        """The student that this backend was built from."""
-        student = self._student()
-        assert student is not None, "a backend is used while its student is alive"
-        return student
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.student, name)
+        return getattr(self.model, name)
 
     def hidden_states(
         self, vectors: torch.Tensor, known: int | torch.Tensor, **condition: torch.Tensor
@@ -228,7 +215,7 @@ class GraphedStudent:
         key = (names, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
 
         def call(vectors: torch.Tensor, known: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.student.hidden_states(vectors, known, **dict(zip(names, values, strict=True)))
+            return self.model.hidden_states(vectors, known, **dict(zip(names, values, strict=True)))
 
         replay = self._replays.pop(key, None) or Replay(call)
         self._replays[key] = replay  # the one that was used last is the last

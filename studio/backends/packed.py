@@ -10,7 +10,6 @@ per output, activations quantised per call).
 """
 
 import warnings
-import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from studio.backends.model_backend import ModelBackend
 from studio.checks import shown
 from studio.errors import StudioError
 from studio.models.kv_cache import KVCache, TreeCache
@@ -103,7 +103,7 @@ def _behind_norm(norm: RMSNorm, *weights: torch.Tensor) -> torch.Tensor:
     return joined.detach() * (norm.weight.detach() * joined.shape[1] ** 0.5)
 
 
-class PackedLlamaGen:
+class PackedLlamaGen(ModelBackend[LlamaGen]):
     """The cached-decoding calls of `LlamaGen`, for single tokens, several, and trees, over prepacked weights.
 
     Results differ from the model's own by rounding only (float32), or by the weights' precision.
@@ -122,7 +122,7 @@ class PackedLlamaGen:
         if weights != "float32" and "fbgemm" not in torch.backends.quantized.supported_engines:
             raise StudioError(f"This build of torch has no {weights} weights for the CPU; use float32.")
         make = _PRODUCTS[weights]
-        self._model = weakref.ref(model)
+        super().__init__(model)
         self.heads, self.head_dim = model.config.num_heads, model.head_dim
         self.prefix_length, self.num_tokens, self.config = model.prefix_length, model.num_tokens, model.config
         self.device = model.device
@@ -141,13 +141,6 @@ class PackedLlamaGen:
         self.output = make(model.output.weight.detach())
         self.norm = model.norm.weight.detach() * model.config.dim**0.5
         self.floor = torch.tensor(model.config.dim * model.config.norm_eps)
-
-    @property
-    def model(self) -> LlamaGen:
-        """The model that this backend was built from."""
-        model = self._model()
-        assert model is not None, "a backend is used while its model is alive"
-        return model
 
     def new_cache(self, rows: int) -> KVCache:
         """As `LlamaGen.new_cache`."""
