@@ -31,8 +31,8 @@ class DraftContext:
     """What a call is about: the target, valid prefix positions (rows, T) or None, and how its tokens are sampled.
 
     `guidance` follows the loop: its number of streams drops when the unconditional rows leave. `drafter` is the
-    `Drafter` that belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`; `plan`
-    is the target's for these rows, as of `LlamaGen.plan`.
+    `Drafter` that belongs to the target, if any; `weights` says how the target is run, as of `Autoregressive`;
+    `region_conditioning` is the target's for these rows, as of `LlamaGen.region_conditioning`.
     """
 
     model: Any
@@ -42,7 +42,7 @@ class DraftContext:
     guidance: Guidance
     drafter: Any = None
     weights: str = "plain"
-    plan: torch.Tensor | None = None
+    region_conditioning: torch.Tensor | None = None
 
 
 @dataclass

@@ -64,7 +64,7 @@ class DrafterCandidates:
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)
         rows = context.batch * self.guidance.streams
         self.cache = self.drafter.new_tree_cache(rows, max(pending, shape.levels) + 2)
-        self.cache.region_conditioning = drafter.region_conditioning(context.plan)
+        self.cache.region_conditioning = drafter.region_conditioning(context.region_conditioning)
         if context.valid is not None:
             self.cache.mask_prefix(context.valid)
 
