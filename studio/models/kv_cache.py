@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from studio.errors import StudioError
 
@@ -250,7 +251,8 @@ class BatchCache(TreeCache):
         self._whole[:, start:end, :, :, :length] = other.store[:, :, :, :, :length]
         self._whole[:, start:end, :, :, length:] = 0  # what is hidden must be finite, too
         self.store = self._whole[:, :end]
-        self.bias = _appended(self.bias, other.bias, self.max_length, dim=3)
+        bias = None if other.bias is None else F.pad(other.bias, (0, self.max_length - other.max_length))
+        self.bias = _appended(self.bias, bias)
         self.region_conditioning = _appended(self.region_conditioning, other.region_conditioning)
         self._set_lengths([*self.lengths, *[length] * other.rows])
 
@@ -270,17 +272,8 @@ class BatchCache(TreeCache):
         self._set_lengths(self.lengths[:last])
 
 
-def _appended(
-    own: torch.Tensor | None, new: torch.Tensor | None, size: int | None = None, dim: int = 1
-) -> torch.Tensor | None:
-    """Both, one behind the other; new ones get zeros up to `size` in a dimension."""
+def _appended(own: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    """The rows of both, one behind the other; None where the model has none."""
     if new is None:
         return None
-    if size is not None and new.shape[dim] < size:
-        padding = [
-            number
-            for place in range(new.dim() - 1, -1, -1)
-            for number in (0, size - new.shape[dim] if place == dim else 0)
-        ]
-        new = torch.nn.functional.pad(new, padding)
     return new.clone() if own is None else torch.cat((own, new))
