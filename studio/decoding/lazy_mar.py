@@ -17,12 +17,15 @@ diffusion head is left out, as a step of the compiled head is one call.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from studio.models.masked_autoencoder import Block, MaskedAutoencoder, take_rows
+
+if TYPE_CHECKING:
+    from studio.decoding.mar import Step
 
 REFRESH_EVERY, WARM_STEPS = 9, 5
 _SCORED_BLOCK = 3
@@ -31,14 +34,7 @@ _KEPT = ((20, 1.0), (21, 0.6), (25, 0.5), (30, 0.4), (35, 0.15), (40, 0.12), (64
 """Of 64 calls: before which one what share of the places remains."""
 
 
-class Sampling(NamedTuple):
-    """A call samples the entries `first` to `last` - 1 of each order; those from `last` on are known."""
-
-    first: int
-    last: int
-
-
-def full_calls(plan: Sequence[Sampling], total: int, every: int, warm: int) -> list[bool]:
+def full_calls(plan: Sequence["Step"], total: int, every: int, warm: int) -> list[bool]:
     """Which calls of a plan over `total` tokens are full: the first `warm`, then every `every`-th, and wide ones."""
     wide = (step.last - step.first > total / 8 for step in plan)
     return [number < warm or (number - warm) % every == 0 or is_wide for number, is_wide in enumerate(wide)]
@@ -79,7 +75,7 @@ class LazyMAR:
         model: MaskedAutoencoder,
         buffer: torch.Tensor,
         order: torch.Tensor,
-        plan: Sequence[Sampling],
+        plan: Sequence["Step"],
         every: int = REFRESH_EVERY,
         warm: int = WARM_STEPS,
         steps: int | None = None,
@@ -109,7 +105,7 @@ class LazyMAR:
         wanted = self._sampled_in(step)
         return torch.stack([self.model.head_conditions(stream, wanted) for stream in x])
 
-    def _refresh(self, tokens: torch.Tensor, step: Sampling) -> torch.Tensor:
+    def _refresh(self, tokens: torch.Tensor, step: "Step") -> torch.Tensor:
         """The last block's output (S, B, k, dim), and everything that later calls reuse."""
         model, streams = self.model, len(self.buffer) // self.images
         positions = (self.order[:, step.last :], self._sampled_in(step), self._sampled_soon())
@@ -150,7 +146,7 @@ class LazyMAR:
     def _keep(self, kept: list[_KeysValues], keys: torch.Tensor, values: torch.Tensor) -> None:
         kept.append(_KeysValues(keys[: self.images].clone(), values[: self.images].clone()))
 
-    def _reuse(self, tokens: torch.Tensor, step: Sampling) -> torch.Tensor:
+    def _reuse(self, tokens: torch.Tensor, step: "Step") -> torch.Tensor:
         """The last block's output (S, B, k, dim), from what has changed since the last call."""
         model, new = self.model, self._sampled_in(self.plan[self.number - 1])
         x = model.encoder_input(tokens, new, self.buffer[: self.images])
@@ -208,7 +204,7 @@ class LazyMAR:
         rest = alike.topk(count - named.shape[1], largest=False).indices
         return torch.cat((named, rest), dim=1)
 
-    def _sampled_in(self, step: Sampling) -> torch.Tensor:
+    def _sampled_in(self, step: "Step") -> torch.Tensor:
         return self.order[:, step.first : step.last]
 
     def _sampled_soon(self) -> torch.Tensor:
@@ -217,7 +213,7 @@ class LazyMAR:
         first, last = (later[-1].first, later[0].last) if later else (0, 0)
         return self.order[:, first:last]
 
-    def _calls_of_reuse(self) -> Iterator[Sampling]:
+    def _calls_of_reuse(self) -> Iterator["Step"]:
         for step, is_full in zip(self.plan[self.number + 1 :], self.full[self.number + 1 :]):
             if is_full:
                 return

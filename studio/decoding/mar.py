@@ -35,7 +35,7 @@ from studio.decoding.disa import ANNEALINGS, LATEST_TIME, annealed_steps
 from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
 from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
-from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR, Sampling
+from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR
 from studio.decoding.sampling import OnStep
 from studio.decoding.settings import Fillable
 from studio.errors import StudioError
@@ -425,9 +425,8 @@ def masked_autoregressive(
     latest_time = LATEST_TIME if model.diffloss.limit is None and len(set(denoising)) > 1 else None
     if settings.cache == "lazy":
         assert settings.refresh_every is not None and settings.warm_steps is not None and settings.steps is not None
-        calls = [Sampling(step.first, step.last) for step in plan]
         stepper.lazy = LazyMAR(
-            model, stepper.buffer, order, calls, settings.refresh_every, settings.warm_steps, settings.steps
+            model, stepper.buffer, order, plan, settings.refresh_every, settings.warm_steps, settings.steps
         )
     for number, (step, steps) in enumerate(zip(plan, denoising[-len(plan) :])):
         scale = settings.scale_at(step, guidance_scale)
