@@ -233,7 +233,7 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
         )  # fmt: skip
         return self.output(hidden[:, before:])
 
-    def prefill(self, condition: Condition, rows: int | None = None) -> KVCache:
+    def prefill(self, condition: Condition) -> KVCache:
         """A cache that holds the prefix."""
         before = condition.prefix.shape[1]
         like = self.output.weight
