@@ -78,9 +78,9 @@ class Autoregressive:
 
     Args:
         filter_order: "llamagen" (top-k before top-p) or "lantern" (top-p before top-k).
-        weights: "auto" runs float32 models on a CPU in the fastest exact way that works there, and others as they are;
-            "plain" always runs the model as it is; "native" asks for the step compiled from C, "float32", "float16" and
-            "int8" for packed CPU weights.
+        weights: "auto" runs float32 models on a CPU in the fastest exact way that works there, models on a GPU as CUDA
+            graphs, and others as they are; "plain" always runs the model as it is; "native" asks for the step compiled
+            from C, "float32", "float16" and "int8" for packed CPU weights.
         guidance_schedule: "constant", or "linear" to let guidance rise over the tokens of an image; None leaves it to
             whoever samples, and is constant where nobody says.
     """

@@ -217,7 +217,7 @@ class Lantern(Speculative):
             most; 0 is lossless. None: no bound of this kind.
         ratio: LANTERN++'s lambda: no token becomes likelier than lambda times its probability, lambda >= 1. None: no
             bound of this kind; with both, both hold.
-        drafts, filter_order, weights: as of `Speculative`.
+        drafts, filter_order, weights, guidance_schedule: as of `Speculative`.
 
     Greedy decoding has no distribution; a draft then counts with all that it may borrow, each draft on its own.
 
@@ -259,7 +259,7 @@ class LanternPlusPlus(Lantern):
         k, ratio: as of `Lantern`; the defaults are a setting of the authors.
         drafts: `AutoDrafts(sampled=True)`, `TokenRecycling(sampled=True)`, which needs no training, or
             `DrafterDrafts(drafter, StaticTree(...))`, or `Jacobi()`.
-        delta, filter_order, weights: as of `Lantern`.
+        delta, filter_order, weights, guidance_schedule: as of `Lantern`.
 
     Raises:
         StudioError: for a value outside these ranges, without a ratio, and for drafts that are not sampled.

@@ -321,7 +321,7 @@ DECODINGS = {
     ),  # fmt: skip
     "first-hitting": DecodingChoice(
         "First hitting",
-        "As many codes for each call, in a random order; exact where there is a call for each code.",
+        "Codes in a random order, several for each call; exact where there is a call for each code.",
         "studio.decoding.resgen:FirstHitting",
         (*_CODE_STEPS, _GUIDANCE),
         pipeline="ResGenPipeline",
