@@ -98,10 +98,11 @@ class EditingMixin:
             **{name: value for name, value in options.items() if not name.startswith("callback")},
         )
         canvas, mask = request.canvas()
-        if grid is None and (request.mask_image is not None or request.expand):
+        placed = [request.mask_image, request.expand or None, request.padding_mask_crop, request.soft_edge]
+        if grid is None and any(value is not None for value in placed):
             raise StudioError(
-                "The tokens of this model are a row and have no places: leave out mask_image and expand, and give a "
-                "strength below 1, which keeps the first tokens."
+                "The tokens of this model are a row and have no places: leave out mask_image, expand, "
+                "padding_mask_crop and soft_edge, and give a strength below 1, which keeps the first tokens."
             )
         prompts, labels = (
             None if subjects is None else of_each_image(subjects, num_images_per_prompt)

@@ -109,5 +109,4 @@ def isolated_items(pipe: ConditionalPipeline, *items: str) -> Iterator[Condition
 
 
 def _tokens(pipe, text):
-    text = text.strip().lower() if pipe.config.lowercase_prompts else text.strip()
-    return pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return pipe.tokenizer(pipe._normalized(text), add_special_tokens=False)["input_ids"]

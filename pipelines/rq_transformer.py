@@ -107,6 +107,9 @@ class RQTransformerPipeline(ResidualPipeline):
         Returns:
             What the call would sample with, defaults filled in: guidance scale, sampling (one, or one for each
             level) and decoding.
+
+        Raises:
+            StudioError: arguments that the call cannot use, or components that do not fit together.
         """
         guidance_scale = self.checked_guidance(
             prompt, class_labels, num_images_per_prompt, guidance_scale, output_type, callback_inputs

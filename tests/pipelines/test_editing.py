@@ -125,8 +125,12 @@ def test_a_row_keeps_its_first_tokens(tiny_row_pipeline):
     known = encoded(tiny_row_pipeline, pixels)
     out = tiny_row_pipeline.variations(pixels, 0.5, prompt="a red apple", generator=streams(0))
     assert torch.equal(out.tokens[:, :3], known[:, :3]) and out.images[0].size == (30, 20) and not out.approximate
-    with pytest.raises(StudioError, match="are a row and have no places"):
-        tiny_row_pipeline("a red apple", image=pixels, mask_image=box((20, 30), 0, 0, 9, 9))
+    for placed in (
+        {"mask_image": box((20, 30), 0, 0, 9, 9)}, {"expand": {"left": 8}},
+        {"strength": 0.5, "padding_mask_crop": 4}, {"strength": 0.5, "soft_edge": 2},
+    ):  # fmt: skip
+        with pytest.raises(StudioError, match="are a row and have no places"):
+            tiny_row_pipeline("a red apple", image=pixels, **placed)
 
 
 def test_classes_and_interruption(tiny_mar_class_pipeline):

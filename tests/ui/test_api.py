@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from studio import VisualQuestionPipeline, decoding_named
+from studio.errors import StudioError
 from studio.ui.app import build_app, launch_settings
 from studio.ui.server import limits, models, worker
 from studio.ui.server.keys import Keys, read_keys
@@ -321,6 +322,9 @@ def test_minutes_pass(monkeypatch):
     now[0] = 61.0
     limiter.check("anna", 1)
     assert len(limiter._asked["anna"]) == 1
+    with pytest.raises(StudioError, match="4 images a minute, not 5 at once") as refused:
+        RateLimiter(Rates(images=4)).check("anna", 5)
+    assert not isinstance(refused.value, Overloaded), "no pause would help"
 
 
 def test_keys_are_read_from_options_and_a_file(tmp_path):

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from studio.errors import StudioError
 from studio.ui.server.scheduler import Overloaded
 
 _MINUTE = 60.0  # seconds
@@ -40,10 +41,13 @@ class RateLimiter:
 
         Raises:
             Overloaded: it has asked too much in the last minute.
+            StudioError: it asks for more images than a minute ever allows.
         """
         rates = self.rates
         if math.isinf(rates.requests) and math.isinf(rates.images):
             return
+        if images > rates.images:
+            raise StudioError(f"You may ask for {rates.images:g} images a minute, not {images} at once: ask for fewer.")
         now = time.monotonic()
         asked = self._recent(client, now)
         for most, used, new, what in (
