@@ -12,7 +12,8 @@ from PIL import Image
 from studio import StudioError
 from studio.checkpoints import published
 from studio.ui.jobs.edit_job import box_mask
-from studio.ui.server import limits, models
+from studio.ui.server import limits, models, worker
+from studio.ui.server.rate_limits import RateLimiter, Rates
 from studio.ui.tabs import edit
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -82,6 +83,15 @@ def test_mistakes_are_toasts(steps, files, toasts, value, fields, sentence):
         sentence = "leave it out where you expand"
     [(_, _, status), *_] = shown(value, *fields)[-1:]
     assert "did not work" in status and sentence in toasts[0], toasts
+
+
+def test_the_images_of_an_edit_count_for_the_rate_of_its_client(steps, files, toasts, monkeypatch):
+    value = {"background": files["image"], "layers": [files["paint"]]}
+    monkeypatch.setattr(worker, "_rates", RateLimiter(Rates(images=2)))
+    assert "2 images in" in shown(value, *FIELDS)[-1][2]
+    shown(value, *FIELDS)
+    shown(value, *FIELDS[:2], 3, *FIELDS[3:])
+    assert "have asked for 2" in toasts[0] and "not 3 at once" in toasts[1]
 
 
 def test_boxes():

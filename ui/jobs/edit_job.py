@@ -115,7 +115,7 @@ def redraw(request: RedrawRequest) -> AsyncIterator[Redrawing | Redrawn]:
     Raises:
         StudioError: the model cannot be loaded or refuses the request, or the queue is full.
     """
-    return follow(lambda job: _redraw(request, job))
+    return follow(lambda job: _redraw(request, job), images=request.sampling.count)
 
 
 @on_gpu(seconds=60)

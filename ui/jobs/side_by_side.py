@@ -73,7 +73,7 @@ def side_by_side(request: GenerateRequest) -> AsyncIterator[SideBySide]:
     if request.decoding == "exact":
         request = dataclasses.replace(request, decoding="jacobi")
     request = _with_other(request)
-    return follow(lambda job: _side_by_side(request, job))
+    return follow(lambda job: _side_by_side(request, job), images=2)
 
 
 def _with_other(request: GenerateRequest) -> GenerateRequest:

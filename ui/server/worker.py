@@ -106,6 +106,7 @@ class QueuedRequest:
     job: Job
     client: Hashable
     batch: BatchSpec | None
+    images: int = 1
     future: Future[Any] = dataclasses.field(default_factory=Future)
     context: Context = dataclasses.field(default_factory=copy_context)
 
@@ -115,7 +116,7 @@ class QueuedRequest:
 
     @property
     def size(self) -> int:
-        return self.batch.size if self.batch else 1
+        return self.batch.size if self.batch else self.images
 
 
 class DeviceWorker:
@@ -354,12 +355,13 @@ def _submit(request: QueuedRequest) -> DeviceWorker:
     raise refusals[0]
 
 
-async def follow(work: Callable[[Job], Any], batch: BatchSpec | None = None) -> AsyncIterator[Any]:
+async def follow(work: Callable[[Job], Any], batch: BatchSpec | None = None, *, images: int = 1) -> AsyncIterator[Any]:
     """Run `work(job)` in the thread of a device, with the caller's context variables, when its turn comes.
 
     Args:
         work: does the request alone.
         batch: how it is done together with others; `None`: only alone.
+        images: that are counted for a request without `batch`.
 
     Yields:
         The items it reports, the newest only, and at last what it returns.
@@ -371,7 +373,7 @@ async def follow(work: Callable[[Job], Any], batch: BatchSpec | None = None) -> 
     """
     is_heard = listening()
     job = Job(asyncio.get_running_loop())
-    request = QueuedRequest(work, job, session(), batch)
+    request = QueuedRequest(work, job, session(), batch, images)
     chosen = _submit(request)
     future = asyncio.wrap_future(request.future)
     future.add_done_callback(job._done)
