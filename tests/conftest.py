@@ -82,8 +82,6 @@ def together(tmp_path):
     They run in an empty folder, see the pipes of a test (`communicate()`), and are killed when it ends.
     """
     import socket
-    import subprocess
-    import sys
 
     started = []
 
