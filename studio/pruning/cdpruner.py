@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from studio.checks import check_number
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
-from studio.pruning.layout import Layout, check_newline, in_order
+from studio.pruning.layout import Layout, in_order
 
 
 def cdpruner(
@@ -51,7 +51,6 @@ def cdpruner(
     Raises:
         StudioError: no text, or a budget, layout, newline or theta that does not fit.
     """
-    check_newline(newline, compete=False)
     if theta is not None:
         theta = check_number("theta, the weight of relevance,", theta, 0, 0.999)
 

@@ -62,18 +62,22 @@ def divprune(
     Raises:
         StudioError: a budget, layout or newline that does not fit.
     """
-    check_newline(newline, compete=True)
     if reference:
+        check_newline(newline, compete=True)
         newline = "compete"
     if not check_flag("centred", centred):
-        return in_order(features, budget, layout, newline, lambda places, picks: diverse_order(features[places], picks))
+
+        def plain(places: torch.Tensor, picks: int) -> torch.Tensor:
+            return diverse_order(features[places], picks)
+
+        return in_order(features, budget, layout, newline, plain, compete=True)
     unmerged = None if attention is None else attention.unmerged
     rows = features if unmerged is None else unmerged.to(features.device)
 
     def order(places: torch.Tensor, picks: int) -> torch.Tensor:
         return centred_order(rows[places], picks, scaled=unmerged is not None)
 
-    return in_order(features, budget, layout, newline, order)
+    return in_order(features, budget, layout, newline, order, compete=True)
 
 
 def diverse_order(features: torch.Tensor, picks: int) -> torch.Tensor:

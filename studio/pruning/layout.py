@@ -228,6 +228,8 @@ def in_order(
     layout: Layout | None,
     newline: str,
     order: Callable[[torch.Tensor, int], torch.Tensor],
+    *,
+    compete: bool = False,
 ) -> torch.Tensor:
     """The first picks of a greedy order of the content tokens, with newlines, exactly `budget`.
 
@@ -235,13 +237,15 @@ def in_order(
         features, budget, layout, newline: as of a pruning method; "compete" makes newlines content.
         order: of places of content tokens, on the device of the features, and a number: which of them to pick, in
             order; the first picks must not depend on the number.
+        compete: whether newlines may be content.
 
     Returns:
         Kept places, long, sorted, on the device of the features; all of them for a fraction of 1.
 
     Raises:
-        StudioError: a budget or layout that does not fit.
+        StudioError: a budget, layout or newline that does not fit.
     """
+    check_newline(newline, compete=compete)
     layout = layout_for(features, layout)
     budget, device = count(budget, len(features)), features.device
     if budget == len(features):

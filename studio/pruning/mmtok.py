@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from studio.pruning.attention import Attention
 from studio.pruning.cdpruner import text_of
-from studio.pruning.layout import Layout, check_newline, in_order
+from studio.pruning.layout import Layout, in_order
 from studio.pruning.scope import greedy_coverage
 
 
@@ -50,7 +50,6 @@ def mmtok(
     Raises:
         StudioError: no text, or a budget, layout or newline that does not fit.
     """
-    check_newline(newline, compete=False)
 
     def order(places: torch.Tensor, picks: int) -> torch.Tensor:
         asked = F.normalize(text_of("mmtok", text).detach().float().to(features.device), dim=1, eps=1e-12)

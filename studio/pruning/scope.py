@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from studio.pruning.attention import Attention, scores_for
-from studio.pruning.layout import Layout, check_newline, in_order, layout_for
+from studio.pruning.layout import Layout, in_order, layout_for
 
 
 def coverage(
@@ -42,7 +42,6 @@ def coverage(
     Raises:
         StudioError: a budget, layout or newline that does not fit.
     """
-    check_newline(newline, compete=False)
     return in_order(features, budget, layout, newline, lambda places, picks: coverage_order(features[places], picks))
 
 
@@ -63,7 +62,6 @@ def scope(
         StudioError: missing attention, or a budget, layout or newline that does not fit.
     """
     layout = layout_for(features, layout)
-    check_newline(newline, compete=False)
 
     def order(places: torch.Tensor, picks: int) -> torch.Tensor:
         last = scores_for("SCOPE", "last", attention, layout)
