@@ -10,6 +10,11 @@ from studio.commands.options import Device, Json, Seed
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
+Generators = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
+]
+
 
 def residual(
     model: Annotated[str, typer.Option(help="A text-conditional ResGen: a bundled name or a folder.")] = "emoji-resgen",
@@ -51,10 +56,7 @@ def fourier_head(
 
 
 def guidance(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
-    ] = None,
+    model: Generators = None,
     scale: Annotated[
         list[float] | None,
         typer.Option(help="Mean guidance scale; repeat for more.", show_default="2, 3"),
@@ -74,10 +76,7 @@ def guidance(
 
 
 def leakage(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A text-conditional pipeline; repeat for more.", show_default="bundled generators"),
-    ] = None,
+    model: Generators = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,

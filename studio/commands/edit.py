@@ -8,7 +8,7 @@ import typer
 
 from studio.checks import check_integer, shown
 from studio.commands.decodings import check_given, decoding_of, given, named, with_decoding
-from studio.commands.options import Device, Dtype, Json, number
+from studio.commands.options import Device, Dtype, Guidance, ImageCount, Json, Model, Temperature, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path
@@ -47,21 +47,19 @@ def edit(
         int | None,
         typer.Option(min=0, help="Pixels over which the edge of the mask fades.", show_default="half a cell"),
     ] = None,
-    model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-mar",
+    model: Model = "emoji-mar",
     class_label: Annotated[
         int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many images.")] = 1,
+    num_images: ImageCount = 1,
     seed: Annotated[
         int | None,
         typer.Option(
             min=0, max=2**63 - 1, help="Seed of the first image; the next use seed+1, ...", show_default="sampled"
         ),
     ] = None,
-    guidance: Annotated[
-        float | None, number(help="How closely to follow the prompt (1 = off; the model's own default).")
-    ] = None,
-    temperature: Annotated[float | None, number(help="Randomness of each token (1 = as the model predicts).")] = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
     decoding: str | None = None,
     options: dict | None = None,
     device: Device = None,

@@ -17,7 +17,7 @@ from studio.commands.decodings import (
     shown_name,
     with_decoding,
 )
-from studio.commands.options import Device, Json, SamplingDtype, number
+from studio.commands.options import Device, Guidance, ImageCount, Json, Model, SamplingDtype, Temperature, number
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path
@@ -36,8 +36,8 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="A bundled name, a model folder or a Hub id (owner/name).")] = "emoji-ar",
-    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many images.")] = 1,
+    model: Model = "emoji-ar",
+    num_images: ImageCount = 1,
     class_label: Annotated[
         int | None, typer.Option(min=0, help="The class to sample, for class-conditional models.", show_default=False)
     ] = None,
@@ -50,11 +50,9 @@ def generate(
             show_default="sampled; 0 with --prompts",
         ),
     ] = None,
-    guidance: Annotated[
-        float | None, number(help="How closely to follow the prompt (1 = off; the model's own default).")
-    ] = None,
+    guidance: Guidance = None,
     cfg_interval: Annotated[int, typer.Option(min=-1, help="Last token that guidance steers (-1: all of them).")] = -1,
-    temperature: Annotated[float | None, number(help="Randomness of each token (1 = as the model predicts).")] = None,
+    temperature: Temperature = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="Sample from the k likeliest tokens (0: all).", show_default=False)
     ] = None,

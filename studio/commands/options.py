@@ -41,4 +41,12 @@ def _dtype(choices):
 
 Dtype = _dtype("float32, bfloat16 or float16.")
 SamplingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
+Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder or a Hub id (owner/name).")]
+ImageCount = Annotated[int, typer.Option("--num-images", min=1, max=10_000, help="How many images.")]
+Guidance = Annotated[
+    float | None, number("--guidance", help="How closely to follow the prompt (1 = off; the model's own default).")
+]
+Temperature = Annotated[
+    float | None, number("--temperature", help="Randomness of each token (1 = as the model predicts).")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Decides every random choice.")]
