@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from studio.bench.cost import wait
 from studio.checkpoints.loading import load, pick_device
 from studio.checks import shown
 from studio.decoding.autoregressive import condition_rows
@@ -101,16 +102,11 @@ def _condition(model: MAR) -> dict[str, torch.Tensor]:
 
 
 def _timed(part: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     began = time.perf_counter()
     part()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def speculation_at_best(target: PartCosts, draft: PartCosts, settings: ContinuousSpeculative) -> dict[str, float]:

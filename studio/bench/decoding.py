@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from studio import backends
+from studio.bench.cost import wait
 from studio.bench.sizes import MOST_IMAGES, check_counts, check_fits, parse_sizes
 from studio.checkpoints.loading import pick_device
 from studio.checks import check_choice, check_integer, check_number
@@ -182,13 +183,8 @@ def read_bandwidth(model: LlamaGen, repeats: int = 10) -> float:
 
 
 def _timed(device: torch.device, work: Callable) -> tuple[float, torch.Tensor]:
-    _wait(device)
+    wait(device)
     began = time.perf_counter()
     result = work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - began, result
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

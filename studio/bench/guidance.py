@@ -45,10 +45,7 @@ def bench_guidance(
         raise StudioError("A mean scale of 1 is no guidance: give numbers above 1.")
     rows = []
     for name in bundled_generators() if models is None else models:
-        pipe = load(name, device=device)
-        if not isinstance(pipe, ConditionalPipeline) or not pipe.takes_text:
-            raise StudioError(f"{name} does not sample from words: name a pipeline such as emoji-ar.")
-        pipe.set_progress_bar_config(disable=True)
+        pipe = quiet_generator(name, device)
         plain = decoding_named(decodings_for(type(pipe).__name__, ())[0])
         for mean, schedule in tqdm([*product(scales, SCHEDULES)], desc=str(name), unit="setting"):
             decoding = plain.settings(guidance_schedule=schedule)
@@ -64,6 +61,19 @@ def bundled_generators() -> list[str]:
     """Names of the bundled pipelines whose weights are in this copy."""
     there = read_checksums()
     return [name for name, about in BUNDLED.items() if about.kind == "pipeline" and name in there]
+
+
+def quiet_generator(name: str, device: str | None) -> ConditionalPipeline:
+    """A text-conditional pipeline without its progress bar.
+
+    Raises:
+        StudioError: another kind of model.
+    """
+    pipe = load(name, device=device)
+    if not isinstance(pipe, ConditionalPipeline) or not pipe.takes_text:
+        raise StudioError(f"{name} does not sample from words: name a pipeline such as emoji-ar.")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def scale_of_mean(pipe: ConditionalPipeline, decoding: Any, mean: float) -> float:

@@ -10,15 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from studio.bench.guidance import bundled_generators
+from studio.bench.guidance import bundled_generators, quiet_generator
 from studio.bench.report import records_table
-from studio.checkpoints.loading import load
 from studio.data.archive import STYLES, load_concepts, load_images
 from studio.data.backgrounds import NAMES, render
 from studio.data.captions import article, full_caption
-from studio.errors import StudioError
 from studio.evaluation.judge import judge_scores, load_judge
-from studio.pipelines.base import ConditionalPipeline
 from studio.pipelines.item_states import isolated_items
 
 KINDS = ("heart", "circle", "square")
@@ -52,10 +49,7 @@ def bench_leakage(
     size = judge.config.sample_size
     rows = [_row("true images", None, None, judge, render(load_images(size), cases), cases)]
     for name in bundled_generators() if models is None else models:
-        pipe = load(name, device=device)
-        if not isinstance(pipe, ConditionalPipeline) or not pipe.takes_text:
-            raise StudioError(f"{name} does not sample from words: name a pipeline such as emoji-ar.")
-        pipe.set_progress_bar_config(disable=True)
+        pipe = quiet_generator(name, device)
         for treatment in TREATMENTS:
             images = _sampled(pipe, cases, treatment, seed, batch_size)
             regions = pipe.transformer.config.get("plan_size", 0)

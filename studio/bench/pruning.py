@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio.bench.cost import wait
 from studio.bench.sizes import check_counts
 from studio.checkpoints.loading import pick_device
 from studio.checks import check_integer
@@ -113,7 +114,6 @@ def _fastest(run: Callable, repeats: int, device: torch.device) -> tuple[float, 
     for _ in range(repeats):
         start = time.perf_counter()
         result = run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return best, result

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from studio.bench.cost import wait
-from studio.bench.sizes import free_bytes
+from studio.bench.sizes import check_fits
 from studio.checkpoints.loading import load, pick_device
 from studio.checks import check_choice, check_integer, shown
 from studio.data.scenes import draw_scene
@@ -186,9 +186,7 @@ def _random(preset: str, device: torch.device) -> tuple[PreTrainedModel, Callabl
     kind = getattr(transformers, f"{chosen.name}ForConditionalGeneration")
     with torch.device("meta"):
         needed = dtype.itemsize * sum(weight.numel() for weight in kind(config).parameters())
-    if needed > (free := free_bytes(device)):
-        have = f"{free / 2**30:.1f} GB of memory are free"
-        raise StudioError(f"{preset} needs {needed / 2**30:.1f} GB where {have}: choose a smaller preset.")
+    check_fits(preset, needed, device)
     with torch.device(device):
         network = kind._from_config(config, dtype=dtype).eval()
 
