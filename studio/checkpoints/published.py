@@ -211,7 +211,8 @@ def _planned(repository, file):
         if file and file not in sizes:
             raise StudioError(f"{repository} has no file {file} any more: look at https://huggingface.co/{repository}.")
         wanted = {file: sizes[file]} if file else {each: size for each, size in sizes.items() if _is_needed(each)}
-        return {"repository": repository, "file": file, "revision": info.sha, "bytes": sum(wanted.values())}
+        size = sum(wanted.values())
+        return {"repository": repository, "file": file, "wanted": [*wanted], "revision": info.sha, "bytes": size}
 
     return _from_the_hub(repository, ask)
 
@@ -229,8 +230,7 @@ def _downloaded(part):
     def fetch():
         if part["file"]:
             return Path(hf_hub_download(repository, part["file"], revision=revision))
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=part["wanted"]))
 
     return _from_the_hub(repository, fetch)
 
