@@ -169,13 +169,13 @@ def misled(tokens: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def scattered(shape: tuple[int, int], share: float, rng: np.random.Generator) -> np.ndarray:
-    """TokenIndex (B, n) bool: in this share of the rows some, any part of them, wherever they are."""
+    """Places (B, n) bool: in this share of the rows some, any part of them, wherever they are."""
     parts = rng.random((shape[0], 1)) * (rng.random((shape[0], 1)) < share)
     return rng.random(shape) < parts
 
 
 def stretches(shape: tuple[int, int], share: float, rng: np.random.Generator) -> np.ndarray:
-    """TokenIndex (B, n) bool: in this share of the rows a stretch between any two."""
+    """Places (B, n) bool: in this share of the rows a stretch between any two."""
     ends = np.sort(rng.integers(0, shape[1] + 1, size=(shape[0], 2)), axis=1)
     ends[rng.random(shape[0]) >= share] = 0
     places = np.arange(shape[1])

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from studio import backends
 from studio.bench import self_check
@@ -78,7 +77,7 @@ def test_the_last_line_counts():
     assert summary([good, bad], "cuda", 5) == "1 of 2 checks failed on cuda, in 5 s."
 
 
-def test_numbers_that_are_none_are_refused():
+def test_an_error_that_is_not_a_number_is_refused():
     check = Check("m", "pixels", "float32", "plain", error=float("nan"))
     self_check._refuse_above(check, 1.0)
-    assert "nan" in check.problem and torch.isnan(torch.tensor(check.error))
+    assert "nan" in check.problem
