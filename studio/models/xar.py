@@ -146,6 +146,7 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
         self.places = nn.ParameterList(learned(1, grid_size**2, dim) for _ in range(2))
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(depth))
         self.output = nn.Linear(dim, token_dim)
+        self._table: tuple[tuple, torch.Tensor] | None = None
         if plan_size:
             self.plan_embeddings = RegionConditioning(plan_size, grid_size, dim)
             nn.init.zeros_(self.plan_embeddings.weight)
@@ -332,10 +333,14 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
         return _norm(x)
 
     def _rope(self, before, device):
-        table = rope_table(
-            self.config.grid_size, self.config.dim // self.config.num_heads, before, _ROPE_BASE, "identity"
-        ).to(device)
-        return torch.cat((table[:before], table[before:][self.cell_order()]))
+        """The rotary table of the prefix and all cells, in their order, made once for a prefix length and device."""
+        key = before, device
+        if self._table is None or self._table[0] != key:
+            head_dim = self.config.dim // self.config.num_heads
+            with torch.inference_mode(False), torch.no_grad():  # so that training can use the table of a sampling call
+                table = rope_table(self.config.grid_size, head_dim, before, _ROPE_BASE, "identity").to(device)
+                self._table = key, torch.cat((table[:before], table[before:][self.cell_order()]))
+        return self._table[1]
 
 
 def _norm(x):

@@ -8,6 +8,7 @@ import torch
 from studio import XAR, StudioError, XARDecoding, XARPipeline
 from studio.checkpoints.loading import load
 from studio.decoding.xar import flow_to_data, xar_decoding
+from studio.models import xar
 
 SIZES = {"grid_size": 4, "token_dim": 3, "cell_size": 2, "dim": 16, "depth": 4, "num_heads": 2, "dropout": 0.0}
 
@@ -200,3 +201,13 @@ def test_other_decodings_are_refused(pipe):
 
     with pytest.raises(StudioError, match="XARDecoding"):
         seeded(pipe, decoding=MaskedAutoregressive())
+
+
+def test_the_rotary_table_is_made_once_and_serves_training_behind_inference(monkeypatch):
+    made, build = [], xar.rope_table
+    monkeypatch.setattr(xar, "rope_table", lambda *given: (made.append(given), build(*given))[1])
+    model = tiny()
+    with torch.inference_mode():
+        xar_decoding(model, condition(False), generators=[torch.Generator().manual_seed(i) for i in range(2)])
+    model.train()(tokens(), **condition(False)).backward()
+    assert len(made) == 1 and model.blocks[0].qkv.weight.grad.any()
