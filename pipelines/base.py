@@ -389,3 +389,8 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - began
+
+
+def with_parts(seconds: dict[str, float], parts: dict[str, float]) -> dict[str, float]:
+    """Seconds by phase of a decoding without prefill, with the parts that make up its "decode"."""
+    return {**seconds, "prefill": 0.0, "decode": sum(parts.values()), **parts}

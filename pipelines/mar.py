@@ -13,7 +13,7 @@ from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
-from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed
+from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed, with_parts
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -275,11 +275,10 @@ class MARPipeline(ConditionalPipeline):
 
 
 def _stats(sampled: MaskedOutput, final: int, seconds: dict[str, float]) -> DecodingStats:
-    decode = sum(sampled.seconds.values())
     return DecodingStats(
         target_calls=sampled.target_calls,
         tokens=len(sampled.tokens) * final,
         mean_accepted_length=final / max(1, sampled.target_calls),
-        seconds={**seconds, "prefill": 0.0, "decode": decode, **sampled.seconds},
+        seconds=with_parts(seconds, sampled.seconds),
         acceptance=sampled.acceptance if isinstance(sampled, ContinuousOutput) else None,
     )

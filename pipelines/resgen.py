@@ -11,7 +11,7 @@ from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, 
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
-from studio.pipelines.base import first_difference, timed
+from studio.pipelines.base import first_difference, timed, with_parts
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.residual import ResidualPipeline
 from studio.tokenizers.rvq import RVQTokenizer
@@ -209,5 +209,5 @@ def _stats(sampled: ResGenOutput, seconds: dict[str, float]) -> DecodingStats:
         target_calls=sampled.target_calls,
         tokens=shown,
         mean_accepted_length=shown / len(sampled.tokens) / sampled.target_calls,
-        seconds={**seconds, "prefill": 0.0, "decode": sum(sampled.seconds.values()), **sampled.seconds},
+        seconds=with_parts(seconds, sampled.seconds),
     )

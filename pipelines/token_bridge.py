@@ -11,7 +11,7 @@ from studio.decoding.sampling import Sampling
 from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
-from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed
+from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed, with_parts
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
@@ -207,6 +207,6 @@ class TokenBridgePipeline(ConditionalPipeline):
             target_calls=sampled.target_calls,
             tokens=len(sampled.tokens) * final * self.transformer.config.token_dim,
             mean_accepted_length=final / sampled.target_calls,
-            seconds={**seconds, "prefill": 0.0, "decode": sum(sampled.seconds.values()), **sampled.seconds},
+            seconds=with_parts(seconds, sampled.seconds),
         )
         return self.output(images, sampled.tokens, stats, prompts, return_dict)

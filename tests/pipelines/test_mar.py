@@ -6,6 +6,7 @@ import torch
 
 import studio
 from studio import Autoregressive, ContinuousSpeculative, MARPipeline, MaskedAutoregressive, Speculative, StudioError
+from studio.tokenizers.kl import KLTokenizer
 
 STEPS = {"steps": 4, "diffusion_steps": 5}
 RELAXED = ContinuousSpeculative(mode="relaxed", draft_steps=2, prefill=0.0)
@@ -188,3 +189,9 @@ def test_captions_stand_at_the_end_of_the_buffer(pipe):
 
 def _defaults(pipe):
     return {name: value for name, value in pipe.config.items() if name.startswith("default_")}
+
+
+def test_an_image_tokenizer_of_other_latents_is_refused(tiny_mar_pipeline, monkeypatch):
+    monkeypatch.setattr(KLTokenizer, "latent_channels", 5)
+    with pytest.raises(StudioError, match="do not fit together: the image tokenizer has latents of length 5"):
+        tiny_mar_pipeline("a red apple")
