@@ -91,9 +91,15 @@ def is_perturbable(tokenizer: ModelMixin) -> bool:
 
 
 def perturbed_tokens(
-    tokenizer: ModelMixin, images: torch.Tensor, perturbation: Perturbation, generator: torch.Generator | None = None
+    tokenizer: ModelMixin,
+    images: torch.Tensor,
+    perturbation: Perturbation,
+    generator: torch.Generator | None = None,
+    beta: float = 1.0,
 ) -> torch.Tensor:
     """Tokens of images (B, 3, H, W) in [-1, 1] in the form of `tokenizer.encode`, perturbed.
+
+    `beta` is the share of the images that is perturbed, counted from the first.
 
     Raises:
         StudioError: a tokenizer of continuous tokens.
@@ -103,7 +109,7 @@ def perturbed_tokens(
             f"Tokens of a {type(tokenizer).__name__} are no codes: only discrete tokens can be perturbed."
         )
     levels = [
-        perturbed_codes(vectors.flatten(1, -2), codebook.float(), perturbation, generator=generator).view(
+        perturbed_codes(vectors.flatten(1, -2), codebook.float(), perturbation, beta=beta, generator=generator).view(
             vectors.shape[:-1]
         )
         for vectors, codebook in _compared(tokenizer, images)
@@ -114,8 +120,9 @@ def perturbed_tokens(
 def _compared(tokenizer, images):
     """What codes were chosen for: vectors (B, ..., C), float32, and codebook (K, C), of each level of codes."""
     if isinstance(tokenizer, RVQTokenizer):
-        rest, levels = tokenizer.encode_features(images).float(), []
-        for table, vectors in zip(tokenizer.codebooks, tokenizer.quantizer.lookup(tokenizer.encode(images)).unbind(-2)):
+        features, levels = tokenizer.encode_features(images), []
+        rest, codes = features.float(), tokenizer.quantizer.encode(features)
+        for table, vectors in zip(tokenizer.codebooks, tokenizer.quantizer.lookup(codes).unbind(-2)):
             levels.append((rest, table))
             rest = rest - vectors.float()
         return levels

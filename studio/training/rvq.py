@@ -12,10 +12,9 @@ from vector_quantize_pytorch import ResidualVQ
 
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.from_vq import is_vq, start_rvq
-from studio.training.learned_codebook import export_with_codebook, load_with_codebook, put_codebook
-from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.one_d_piece import random_lengths
-from studio.training.recipe import Defaults, TokenizerRecipe, downsampling
+from studio.training.recipe import Defaults, downsampling
+from studio.training.robust_decoder import TunableRecipe
 from studio.training.vq import reconstruction_loss
 
 WHOLE, CUT = 2, 2
@@ -64,7 +63,7 @@ class TrainableRVQ(nn.Module):
         return rests, torch.stack(commitments).mean()
 
 
-class RVQRecipe(TokenizerRecipe):
+class RVQRecipe(TunableRecipe):
     """An image tokenizer of a stack of codes a cell."""
 
     kind = "rvq"
@@ -72,14 +71,16 @@ class RVQRecipe(TokenizerRecipe):
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "codes", "dim", "layers"})
-    model = {"depth": 4, "feature_dim": 16, "z_channels": 192}
+    model = {**TunableRecipe.model, "depth": 4, "feature_dim": 16, "z_channels": 192}
+    tokenizer_class = RVQTokenizer
+    loss = staticmethod(reconstruction_loss)
 
-    def build(self):
+    def network(self):
         options = self.options
         size = options.size or 128
         folded, halvings = downsampling(size, options.grid or size // 8)
         self.open(size)
-        module = TrainableRVQ({
+        return TrainableRVQ({
             "base_channels": options.dim or 96,
             "channel_multipliers": (1,) * (halvings + 1),
             "res_blocks": options.layers or 2,
@@ -92,32 +93,23 @@ class RVQRecipe(TokenizerRecipe):
             "pixel_unshuffle": folded,
             "sample_size": size,
         })  # fmt: skip
-        return module.to(self.device, memory_format=torch.channels_last)
 
-    def optimizers(self, module, learning_rate):
-        matrices = hidden_matrices(module.tokenizer.encoder, module.tokenizer.decoder)
-        return muon_and_adamw(module, matrices, learning_rate)
-
-    def batch(self, rng, size, training=True):
+    def choices(self, rng, size, training):
         most = self.model["depth"]
         depths = [most] * WHOLE + (random_lengths(CUT, most, rng).tolist() if training else [most] * CUT)
-        images = self.images(rng, size, training).contiguous(memory_format=torch.channels_last)
-        return {"images": images, "depths": torch.tensor(depths)}
+        return {"depths": torch.tensor(depths)}
 
     def load(self, module, folder):
-        if is_vq(folder):
+        if not self.tunes_decoder and is_vq(folder):
             start_rvq(module.tokenizer, folder)
         else:
-            load_with_codebook(module, folder)
+            super().load(module, folder)
 
     def export(self, module, folder):
-        scaled = copy.deepcopy(module)
-        scale_vectors(scaled, 1 / self.spread(module.tokenizer))
-        export_with_codebook(scaled, folder)
-
-    def samples(self, module):
-        put_codebook(module)
-        return super().samples(module)
+        if not self.tunes_decoder:
+            module = copy.deepcopy(module)
+            scale_vectors(module, 1 / self.spread(module.tokenizer))
+        super().export(module, folder)
 
     @torch.no_grad()
     def spread(self, tokenizer: RVQTokenizer) -> float:

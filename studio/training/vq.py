@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
-from studio.checkpoints.loading import load_model
-from studio.checks import shown
-from studio.errors import StudioError
 from studio.tokenizers.vq import VQTokenizer
-from studio.training.learned_codebook import load_with_codebook, put_codebook
-from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.recipe import Defaults, TokenizerRecipe, downsampling
-from studio.training.robust_decoder import DecoderTuning, perturbation_at
+from studio.training.recipe import Defaults, downsampling
+from studio.training.robust_decoder import TunableRecipe
 
 CONTEXT_WEIGHT = 4
 
@@ -54,7 +49,18 @@ class TrainableVQ(nn.Module):
         return reconstruction_loss(restored, images) + commitment.sum() + CONTEXT_WEIGHT * context
 
 
-class VQRecipe(TokenizerRecipe):
+def reconstruction_loss(restored: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error, the same for differences of neighbours, and each image's root mean squared error.
+
+    The last term weighs every image about alike, as a mean of per-image PSNR does.
+    """
+    error = restored - images
+    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+    rmse = (error.square().mean(dim=(1, 2, 3)) + 1e-5).sqrt().mean()
+    return 0.5 * error.abs().mean() + 0.5 * edges + rmse
+
+
+class VQRecipe(TunableRecipe):
     """An image tokenizer of one code a cell."""
 
     kind = "vq"
@@ -62,20 +68,18 @@ class VQRecipe(TokenizerRecipe):
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "codes", "dim", "layers"})
-    model = {"code_dim": 8, "z_channels": 192, "decoder_layers": None, "train": "all", "perturbed_codes": 1}
+    model = {**TunableRecipe.model, "code_dim": 8, "z_channels": 192, "decoder_layers": None}
+    tokenizer_class = VQTokenizer
+    loss = staticmethod(reconstruction_loss)
 
-    def build(self):
+    def network(self):
         options = self.options
-        if self.model["train"] not in ("all", "decoder"):
-            raise StudioError(f'train in [model] is "all" or "decoder", not {shown(self.model["train"])}.')
-        if self.tunes_decoder:
-            return self._decoder()
         size = options.size or 128
         self.grid = options.grid or size // 8
         folded, halvings = downsampling(size, self.grid)
         layers = options.layers or 2
         self.open(size)
-        module = TrainableVQ({
+        return TrainableVQ({
             "base_channels": options.dim or 96,
             "channel_multipliers": (1,) * (halvings + 1),
             "encoder_res_blocks": layers,
@@ -86,58 +90,11 @@ class VQRecipe(TokenizerRecipe):
             "pixel_unshuffle": folded,
             "sample_size": size,
         })  # fmt: skip
-        return module.to(self.device, memory_format=torch.channels_last)
 
-    @property
-    def tunes_decoder(self) -> bool:
-        """Whether the decoder alone is trained, of the tokenizer to start from."""
-        return self.model["train"] == "decoder"
-
-    def _decoder(self):
-        if self.options.init_from is None:
-            raise StudioError("A decoder is tuned for the tokens of a trained tokenizer: name it with --init-from.")
-        tokenizer = load_model(VQTokenizer, self.find(self.options.init_from), torch.float32)
-        self.open(tokenizer.config.sample_size)
-        return DecoderTuning(tokenizer, reconstruction_loss).to(self.device, memory_format=torch.channels_last)
-
-    def optimizers(self, module, learning_rate):
-        trained = [module.tokenizer.decoder] if self.tunes_decoder else [
-            module.tokenizer.encoder, module.tokenizer.decoder,
-        ]  # fmt: skip
-        matrices = hidden_matrices(*trained)
-        return muon_and_adamw(module, matrices, learning_rate)
-
-    def batch(self, rng, size, training=True):
-        images = self.images(rng, size, training).contiguous(memory_format=torch.channels_last)
+    def choices(self, rng, size, training):
         if self.tunes_decoder:
-            alpha, delta = perturbation_at(self.share, self.model["perturbed_codes"] if training else 1)
-            return {"images": images, "alpha": torch.tensor(alpha), "delta": torch.tensor(delta)}
-        return {"images": images, "cells": torch.from_numpy(rectangles(rng, max(1, size // 2), self.grid))}
-
-    def load(self, module, folder):
-        if not self.tunes_decoder:  # which has been built from there
-            load_with_codebook(module, folder)
-
-    def export(self, module, folder):
-        if not self.tunes_decoder:
-            put_codebook(module)
-        super().export(module, folder)
-
-    def samples(self, module):
-        if not self.tunes_decoder:
-            put_codebook(module)
-        return super().samples(module)
-
-
-def reconstruction_loss(restored: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error, the same for differences of neighbours, and each image's root mean squared error.
-
-    The last term weighs every image about alike, as a mean of per-image PSNR does.
-    """
-    error = restored - images
-    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
-    rmse = (error.square().mean(dim=(1, 2, 3)) + 1e-5).sqrt().mean()
-    return 0.5 * error.abs().mean() + 0.5 * edges + rmse
+            return {}
+        return {"cells": torch.from_numpy(rectangles(rng, max(1, size // 2), self.grid))}
 
 
 def rectangles(rng: np.random.Generator, n: int, side: int) -> np.ndarray:

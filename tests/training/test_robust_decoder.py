@@ -1,5 +1,7 @@
 """Tuning a decoder: tokens stay what they are, and codes go wrong as they should."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,14 +12,10 @@ from studio.training import train
 from studio.training.robust_decoder import BETA, DecoderTuning, perturbation_at
 from studio.training.vq import reconstruction_loss
 
-VQ = {"kind": "vq", "batch_size": 4}
 
-
-@pytest.fixture
-def module(tiny_vq):
-    import copy
-
-    return DecoderTuning(copy.deepcopy(tiny_vq), reconstruction_loss)
+@pytest.fixture(params=["tiny_vq", "tiny_rvq"])
+def module(request):
+    return DecoderTuning(copy.deepcopy(request.getfixturevalue(request.param)), reconstruction_loss)
 
 
 def images(count):
@@ -32,7 +30,8 @@ def loss(module, batch, alpha, delta):
 def test_one_code_or_no_chance_is_the_plain_step_bit_for_bit(module):
     """Control: eight codes at full chance give another loss."""
     batch = images(40)
-    plain = reconstruction_loss(module.tokenizer(batch), batch)
+    tokenizer = module.tokenizer
+    plain = reconstruction_loss(tokenizer.decode(tokenizer.encode(batch)), batch)
     assert torch.equal(loss(module, batch, 1.0, 1), plain) and torch.equal(loss(module, batch, 0.0, 8), plain)
     assert not torch.equal(loss(module, batch, 1.0, 8), plain)
 
@@ -60,14 +59,26 @@ def test_the_perturbation_falls_over_the_run():
     assert perturbation_at(1.0, 1) == (0.5, 1)
 
 
-def test_a_tuned_decoder_keeps_the_tokens(few_images, tmp_path):
+def test_parts_of_a_batch_are_restored_from_their_first_levels(tiny_rvq):
+    """Control: other depths give another loss."""
+    module, batch = DecoderTuning(copy.deepcopy(tiny_rvq), lambda restored, images: restored), images(4)
+    plain, codes = torch.tensor(0.0), tiny_rvq.encode(batch)
+    restored = module(batch, plain, torch.tensor(1), torch.tensor([3, 1]))
+    expected = torch.cat((tiny_rvq.decode(codes[:2]), tiny_rvq.decode(codes[2:], depth=1)))
+    assert torch.allclose(restored, expected, atol=1e-5)
+    assert not torch.allclose(module(batch, plain, torch.tensor(1), torch.tensor([3, 2])), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vq", "rvq"])
+def test_a_tuned_decoder_keeps_the_tokens(kind, few_images, tmp_path):
     few_images(40)
-    tiny = {"size": 16, "grid": 4, "dim": 32, "codes": 64, "layers": 1, "steps": 1}
-    train(**VQ, **tiny, out=tmp_path / "first")
+    options = {"kind": kind, "batch_size": 4}
+    sizes = {"size": 16, "grid": 4, "dim": 32, "codes": 64, "layers": 1, "steps": 1}
+    train(**options, **sizes, out=tmp_path / "first")
     with pytest.raises(StudioError, match="name it with --init-from"):
-        train(**VQ, model={"train": "decoder"}, steps=1, out=tmp_path / "none")
+        train(**options, model={"train": "decoder"}, steps=1, out=tmp_path / "none")
     tuned = {"train": "decoder", "perturbed_codes": 8}
-    train(**VQ, model=tuned, init_from="first", steps=3, average=0.0, out=tmp_path / "tuned")
+    train(**options, model=tuned, init_from="first", steps=3, average=0.0, out=tmp_path / "tuned")
     before, after = (
         load_file(tmp_path / name / "model" / "diffusion_pytorch_model.safetensors") for name in ("first", "tuned")
     )
