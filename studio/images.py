@@ -63,7 +63,16 @@ def read_image(data: bytes, name: str = "The image", most_pixels: int = MOST_PIX
     return _read(BytesIO(data), name, most_pixels)
 
 
-def _read(file, name, most_pixels):
+def read_alpha(data: bytes, name: str = "The image", most_pixels: int = MOST_PIXELS) -> "Image.Image | None":
+    """Read how opaque the pixels of an image file are; arguments, size and errors as of `read_image`.
+
+    Returns:
+        A PIL image in mode L, 0 where the image is fully transparent; `None` for a file without transparency.
+    """
+    return _read(BytesIO(data), name, most_pixels, _alpha)
+
+
+def _read(file, name, most_pixels, converted=None):
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -79,7 +88,7 @@ def _read(file, name, most_pixels):
     with image:
         check_pixels(name, *image.size, most_pixels)
         check_shape(name, *image.size)
-        return rgb_image(image, name)
+        return _upright(image, name, converted or _rgb)
 
 
 def rgb_image(image: object, name: str = "The image") -> "Image.Image":
@@ -101,18 +110,7 @@ def rgb_image(image: object, name: str = "The image") -> "Image.Image":
         raise StudioError(f"An image is a PIL image, not a {type(image).__name__}: open it with PIL.Image.open.")
     if min(image.size) < 1:
         raise StudioError(f"{name} has no pixels.")
-    check_pixels(name, *image.size)
-    try:
-        turn = _turn(image)
-        _load(image)
-        check_pixels(name, *image.size)
-        read = _rgb(image if turn is None else image.transpose(turn))
-    except StudioError:
-        raise
-    except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
-        raise StudioError(_damaged(name, error)) from error
-    read.info = {}  # an orientation that was applied must not be applied again
-    return read
+    return _upright(image, name, _rgb)
 
 
 def check_pixels(name: str, width: int, height: int, most_pixels: int = MOST_PIXELS) -> None:
@@ -136,6 +134,23 @@ def check_shape(name: str, width: int, height: int) -> None:
         raise StudioError(f"{name} has {width} x {height} pixels: give an image of at least {SMALLEST_SIDE} a side.")
     if max(width, height) > LONGEST_RATIO * min(width, height):
         raise StudioError(f"{name} has {width} x {height} pixels: cut it so that no side is 100 times the other.")
+
+
+def _upright(image, name, converted):
+    """What `converted` makes of an image, turned as its orientation tag says."""
+    check_pixels(name, *image.size)
+    try:
+        turn = _turn(image)
+        _load(image)
+        check_pixels(name, *image.size)
+        read = converted(image if turn is None else image.transpose(turn))
+    except StudioError:
+        raise
+    except Exception as error:  # decoders of foreign bytes raise whatever they stumble over
+        raise StudioError(_damaged(name, error)) from error
+    if read is not None:
+        read.info = {}  # an orientation that was applied must not be applied again
+    return read
 
 
 def _why_unknown(file):
@@ -194,10 +209,20 @@ def _rgb(image):
         return _eight_bits(image)
     if image.mode in ("RGBa", "La"):
         image = image.convert(image.mode.upper())
-    if "A" in image.getbands() or "transparency" in image.info:
+    if _is_transparent(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _alpha(image):
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    return image.convert("RGBA").getchannel("A") if _is_transparent(image) else None
+
+
+def _is_transparent(image):
+    return "A" in image.getbands() or "transparency" in image.info
 
 
 def _eight_bits(image):

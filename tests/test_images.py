@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from studio.errors import StudioError
-from studio.images import open_image, rgb_image
+from studio.images import open_image, read_alpha, read_image, rgb_image
 
 
 def save(tmp_path, image, name="image.png", **settings):
@@ -22,6 +22,23 @@ def test_transparency_is_put_on_white(tmp_path):
     image.paste((255, 0, 0, 255), (0, 0, 8, 16))
     read = open_image(save(tmp_path, image))
     assert read.mode == "RGB" and read.getpixel((2, 2)) == (255, 0, 0) and read.getpixel((12, 2)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_opacity_is_read_as_upright_as_the_colours(mode):
+    image = Image.new("RGBA", (16, 24), (9, 9, 9, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 8, 24))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    image.convert(mode).save(file, "PNG", exif=exif)
+    alpha = read_alpha(file.getvalue())
+    if mode == "L":
+        assert alpha is None
+        return
+    assert alpha.mode == "L" and alpha.size == read_image(file.getvalue()).size == (24, 16)
+    assert np.array_equal(alpha, np.repeat([0, 255], 8)[:, None].repeat(24, 1))
+    with pytest.raises(StudioError, match="cannot be read|can be read"):
+        read_alpha(file.getvalue()[:60])
 
 
 def test_sixteen_bits_become_eight(tmp_path):

@@ -1,6 +1,7 @@
 """Shared by the tests of the app: it samples and reads with tiny random models."""
 
 import time
+from contextlib import ExitStack
 
 import gradio as gr
 import pytest
@@ -13,6 +14,7 @@ from studio.ui.app import build_app, launch_settings
 from studio.ui.server import limits, models, worker
 from studio.ui.server.limits import Limits
 from studio.ui.server.options import devices_of, prepare
+from studio.ui.server.rate_limits import RateLimiter
 from studio.ui.server.run import running
 from studio.ui.server.scheduler import QueueLimits
 
@@ -65,6 +67,27 @@ def address(tiny_pipeline, tiny_reader):
         blocks = build_app(how.pop("model"), how.pop("places"))
         with running(blocks, "127.0.0.1", 0, upload_bytes=100_000, **how, **launch_settings()) as url:
             yield url
+
+
+@pytest.fixture(scope="module")
+def serve_api(tiny_pipeline, tiny_reader, tmp_path_factory):
+    """`serve_api(keys, origins, **pipelines)` serves tiny models, "tiny" first, until the module ends: the address."""
+    with ExitStack() as stack:
+
+        def serve(keys=None, origins=(), **pipelines):
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(worker, "_workers", [])
+            patch.setattr(worker, "_rates", RateLimiter())
+            patch.setattr(limits, "_limits", Limits())
+            for name, pipe in {"tiny": tiny_pipeline, **pipelines}.items():
+                patch.setitem(models._pipelines, name, pipe)
+            patch.setitem(models._readers, "emoji-vlm", VisualQuestionPipeline(*tiny_reader))
+            how = prepare("tiny", devices_of(None, None), QueueLimits(8, 4, 8), Limits(3, 40, 5000, 64))
+            blocks = build_app(how.pop("model"), how.pop("places"))
+            settings = {"upload_bytes": 100_000, "folder": tmp_path_factory.mktemp("files"), **how, **launch_settings()}
+            return stack.enter_context(running(blocks, "127.0.0.1", 0, keys=keys, origins=origins, **settings))
+
+        yield serve
 
 
 def _counted(method, calls, seconds):

@@ -16,37 +16,20 @@ from PIL import Image
 
 from studio import VisualQuestionPipeline, decoding_named
 from studio.errors import StudioError
-from studio.ui.app import build_app, launch_settings
-from studio.ui.server import limits, models, worker
+from studio.ui.server import worker
 from studio.ui.server.keys import Keys, read_keys
-from studio.ui.server.limits import Limits
 from studio.ui.server.logs import use_json_lines
-from studio.ui.server.options import devices_of, prepare
 from studio.ui.server.rate_limits import RateLimiter, Rates
-from studio.ui.server.run import running
-from studio.ui.server.scheduler import Overloaded, QueueLimits
+from studio.ui.server.scheduler import Overloaded
 
 KEY, OTHER = "key-of-anna-1", "key-of-ben-22"
 SITE = "https://example.org"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_pipeline, tiny_reader, tmp_path_factory):
+def server(serve_api):
     """A server with keys: its address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_workers", [])
-        patch.setattr(worker, "_rates", RateLimiter())
-        patch.setattr(limits, "_limits", Limits())
-        patch.setitem(models._pipelines, "tiny", tiny_pipeline)
-        patch.setitem(models._readers, "emoji-vlm", VisualQuestionPipeline(*tiny_reader))
-        how = prepare("tiny", devices_of(None, None), QueueLimits(8, 4, 8), Limits(3, 40, 5000, 64))
-        blocks = build_app(how.pop("model"), how.pop("places"))
-        keys, folder = Keys([("anna", KEY), ("ben", OTHER)]), tmp_path_factory.mktemp("files")
-        with running(
-            blocks, "127.0.0.1", 0, upload_bytes=100_000, folder=folder, keys=keys, origins=[SITE], **how,
-            **launch_settings(),
-        ) as url:  # fmt: skip
-            yield url
+    return serve_api(Keys([("anna", KEY), ("ben", OTHER)]), [SITE])
 
 
 @pytest.fixture
@@ -160,8 +143,8 @@ def test_a_model_that_is_not_here_is_not_found(client, server):
         assert found.value.code == "model_not_found" and found.value.param == "model"
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("gpt-image-1")
-    with pytest.raises(openai.NotFoundError, match="There is no POST /v1/images/edits"):
-        client.images.edit(image=b"x", prompt="a pear")
+    with pytest.raises(openai.NotFoundError, match="There is no POST /v1/images/variations"):
+        client.images.create_variation(image=b"x")
 
 
 def test_models_are_listed(client):

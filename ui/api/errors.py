@@ -9,6 +9,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from studio.errors import StudioError
 from studio.ui.api.schemas import unservable
@@ -27,6 +28,8 @@ _SUBJECTS = {
     "The longest answer": "max_tokens",
     "The question": "messages",
     "The image": "messages",
+    "The strength": "strength",
+    "The padding": "padding_mask_crop",
     **{name: name for name in ("guidance_scale", "temperature", "top_k", "top_p")},
 }
 """The parameter that a message is about, by how it begins."""
@@ -74,6 +77,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and content of the answer to a request that failed, which is counted."""
     if isinstance(error, RequestValidationError):
         error = _of_validation(error.errors())
+    elif isinstance(error, HTTPException):
+        error = ApiError(f"{error.detail.rstrip('.')}: see /docs.", error.status_code, code="invalid_request")
     metrics.count_error("refused" if isinstance(error, StudioError) else type(error).__name__)
     message = sentence_of(error)
     status, param, code = 500, None, None

@@ -10,7 +10,9 @@ from fastapi.responses import JSONResponse
 
 from studio import __version__
 from studio.ui.api import chat
+from studio.ui.api.answers import files_router
 from studio.ui.api.asking import chosen_model, offered_models
+from studio.ui.api.edits import edits_router
 from studio.ui.api.errors import ApiError, ApiRoute, error_response
 from studio.ui.api.images import images_router
 from studio.ui.server import metrics, worker
@@ -26,12 +28,13 @@ def new_application(folder: Path | None, **settings: Any) -> FastAPI:
     """A FastAPI application with the routes of the API; the app is mounted on it.
 
     Args:
-        folder: of files, as of `images_router`.
+        folder: of files, as of `ImageAnswers`.
         settings: of `FastAPI`.
     """
     app = FastAPI(title="Studio", version=__version__, description=_DESCRIPTION, redoc_url=None, **settings)
     app.include_router(_router())
-    app.include_router(images_router(folder))
+    for router in (images_router, edits_router, files_router):
+        app.include_router(router(folder))
     app.include_router(chat.router)
     app.add_api_route("/v1/{path:path}", _unknown, methods=_METHODS, include_in_schema=False)
     app.add_exception_handler(RequestValidationError, _failed)

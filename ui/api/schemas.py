@@ -2,12 +2,15 @@
 
 from typing import Any, Literal
 
+from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from studio import decoding_options
 
 _NEVER = {
     "background": "images have the background that the prompt names",
+    "input_fidelity": "pixels outside the mask stay as they are",
+    "safety_identifier": "send user",
     "moderation": "nothing is moderated here",
     "quality": "the quality is that of the model",
     "style": "name the style in the prompt",
@@ -56,6 +59,24 @@ class _ImageFields(_Strict):
     num_inference_steps: int | None = Field(None, description="The option steps of decodings that have it.")
 
 
+class _EditFields(_ImageFields):
+    """An edit as a form, whose values are texts: OpenAI's parameters and ours."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+    prompt: str = Field(description="What the redrawn part shows.")
+    image: UploadFile | None = Field(None, description="PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF.")
+    images: list[UploadFile] | None = Field(None, alias="image[]", description="The same, as a list of one.")
+    mask: UploadFile | None = Field(
+        None,
+        description="As large as the image, fully transparent where to redraw; the image itself where none is given.",
+    )
+    size: str | None = Field(None, description='"auto", or the size of the image.')
+    strength: float | None = Field(None, description="Share of the cells to redraw; below 1 the rest stays.")
+    padding_mask_crop: int | None = Field(
+        None, description="Redraw a square around the mask with this margin, in pixels."
+    )
+
+
 def _option_fields() -> dict[str, Any]:
     """A field for every option of a decoding."""
     fields: dict[str, Any] = {}
@@ -67,6 +88,7 @@ def _option_fields() -> dict[str, Any]:
 
 
 ImageRequest: Any = create_model("ImageRequest", __base__=_ImageFields, **_option_fields())
+EditForm: Any = create_model("EditForm", __base__=_EditFields, **_option_fields())
 
 
 class _Text(_Strict):

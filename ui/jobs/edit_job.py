@@ -10,6 +10,7 @@ from studio.checks import as_integer, check_integer, check_number, set_fields, s
 from studio.errors import StudioError
 from studio.ui.jobs.generate_job import as_files
 from studio.ui.jobs.request import GenerateRequest
+from studio.ui.server import metrics
 from studio.ui.server.limits import check_model, limits
 from studio.ui.server.models import fitting_decodings, get_pipeline
 from studio.ui.server.worker import Job, follow
@@ -153,6 +154,9 @@ def _redraw(request: RedrawRequest, job: Job) -> Redrawn:
     edits = {name: value for name, value in request.settings.items() if name not in sampling.settings}
     record = {**sampling.record, "edit": {**edits, "mask": request.mask is not None}}
     images = [] if job.stopped else as_files(output.images, sampling, record)
+    if images:
+        metrics.count_images(sampling.model, len(images), output.stats.tokens)
+    metrics.count_seconds(output.stats.seconds)
     warning = prompt_warning(pipe, sampling.prompt)
     return Redrawn(_expanded(request), images, output.stats, output.approximate, warning)
 

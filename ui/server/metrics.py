@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from studio.ui.server import worker
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_ENDPOINTS = ("/v1/images/generations", "/v1/chat/completions", "/v1/models")
+_ENDPOINTS = ("/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/models")
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 

@@ -24,6 +24,7 @@ API = "/gradio_api"
 UPLOAD, TOOLS = f"{API}/upload", f"{API}/mcp"
 OPENAI = "/v1/"
 _CHAT, _FILES = f"{OPENAI}chat/completions", f"{OPENAI}images/"
+_EDITS = f"{_FILES}edits"
 _PROBES = ("/healthz", "/readyz")
 _MOST_BYTES = 1 << 20  # of a message
 _MOST_FILES = 8  # of an upload
@@ -76,7 +77,8 @@ class GuardMiddleware:
         self.app, self._listeners, self._open_requests = app, listeners, open_requests
         self._keys, self._origins = keys, origins
         most = upload_bytes + (1 << 16)  # with the names of the files and the boundaries between them
-        self._most = {UPLOAD: most, TOOLS: most * 4 // 3, _CHAT: most * 4 // 3}  # two are given files as base64
+        base64 = most * 4 // 3
+        self._most = {UPLOAD: most, _EDITS: most, TOOLS: base64, _CHAT: base64}
         self._secret = secrets.token_hex(16)
         self._asking: Counter[str | None] = Counter()
 
