@@ -25,7 +25,8 @@ class BatchedCall:
 
     def __init__(self, batch: "PipelineBatch", images: list[BatchImage], prompts: list[str] | None, seconds: dict):
         self._batch, self._images, self.prompts, self._seconds = batch, images, prompts, seconds
-        self._began, self._whole = time.perf_counter(), {}
+        self._began = time.perf_counter()
+        self._whole: dict[BatchImage, torch.Tensor] = {}
         self.largest_batch = len(images)
 
     @property

@@ -101,7 +101,7 @@ def isolated_items(pipe: ConditionalPipeline, *items: str) -> Iterator[Condition
                 states[row] = replaced_states(states[row], [span], alone[0], token_span(pipe, item, item)[0])
         return states, mask
 
-    pipe.encode_prompt = encode_prompt
+    pipe.encode_prompt = encode_prompt  # type: ignore[method-assign]  # of this pipeline alone
     try:
         yield pipe
     finally:

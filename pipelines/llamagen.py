@@ -344,6 +344,7 @@ class LlamaGenPipeline(ConditionalPipeline):
     def _images(self, sampled: Sampled, output_type: str) -> Images:
         """Images of complete or interrupted samples."""
         if isinstance(sampled, DistilledOutput):
+            assert sampled.latents is not None
             return self.decode_latents(sampled.latents, output_type)
         return self.decode_tokens(sampled.tokens, output_type)
 

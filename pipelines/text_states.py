@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def _groups(keys: list[tuple], alone: bool) -> list[list[tuple]]:
     return list(groups.values())
 
 
-def _encode(encoder: nn.Module, prompts: list[tuple], device: torch.device) -> torch.Tensor:
+def _encode(encoder: Any, prompts: list[tuple], device: torch.device) -> torch.Tensor:
     """States (B, n, dim) of prompts of one length."""
     if not prompts[0]:
         return torch.zeros(len(prompts), 0, encoder.config.hidden_size, device=device)

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from studio.pruning.api import prune_inputs
 from studio.pruning.kv_cache import compress
 from studio.pruning.layout import PatchView, patch_views
 from studio.pruning.registry import INSIDE
-from studio.pruning.shortening import PruneInfo
+from studio.pruning.shortening import PruneInfo, PruneRecord
 
 MAX_QUESTION_CHARACTERS = 2000
 MAX_NEW_TOKENS = 100_000
@@ -104,7 +104,8 @@ class VisualQuestionPipeline:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         check_template(getattr(processor, "chat_template", None))
-        self.model, self.processor = model, processor
+        self.model: Any = model  # its calls differ from family to family
+        self.processor: Any = processor
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +163,9 @@ class VisualQuestionPipeline:
             pruned, info = prune_inputs(self.model, inputs, "uniform", 1.0)
         else:
             pruned, info = prune_inputs(self.model, inputs, prune, share, **options)
-        block = pruning(self.model, prune, share, after_layer=after_layer, **options) if inside else nullcontext()
+        block: AbstractContextManager[PruneRecord] = nullcontext(PruneRecord())
+        if inside:
+            block = pruning(self.model, prune or "", share, after_layer=after_layer, **options)
         chosen = self._without_text(info, image.size)
         if on_step is not None and on_step(chosen):
             return chosen
@@ -176,10 +179,11 @@ class VisualQuestionPipeline:
                 stopping_criteria=StoppingCriteriaList([steps]),
             )
         if inside:
-            chosen = self._without_text(replace(record.info, layouts=record.info.layouts or info.layouts), image.size)
+            later = record.latest
+            chosen = self._without_text(replace(later, layouts=later.layouts or info.layouts), image.size)
             encode = chosen.seconds["encode"] or info.seconds["encode"]
             steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": encode})
-            steps.began += sum(record.info.seconds.values()) if prune == "vscan" else 0.0
+            steps.began += sum(later.seconds.values()) if prune == "vscan" else 0.0
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
 
     @torch.no_grad()
@@ -218,14 +222,14 @@ class VisualQuestionPipeline:
         prompt, whole = prune_inputs(self.model, prompt, "uniform", 1.0)
         with compress(self.model, method, keep) as record:
             cache = self.model(**prompt, use_cache=True).past_key_values
-        kept = replace(record.info, layouts=whole.layouts)
+        kept = replace(record.latest, layouts=whole.layouts)
         return ImageMemory(
             cache=cache,
             ids=prompt["input_ids"],
             method=method,
             keep=keep,
-            visual_tokens=sum(record.info.tokens_before),
-            kept_tokens=sum(record.info.tokens_after),
+            visual_tokens=sum(kept.tokens_before),
+            kept_tokens=sum(kept.tokens_after),
             seconds={"remember": _now(self.device) - began},
             cache_bytes=_cache_bytes(cache),
             views=self._without_text(kept, image.size).views,
@@ -325,7 +329,7 @@ class _Steps(StoppingCriteria):
         if self.first is None:
             self.first = _now(self.pipe.device)
         stop = self.on_step is not None and bool(self.on_step(self.answer(input_ids)))
-        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+        return torch.full_like(input_ids[:, 0], stop, dtype=torch.bool)  # type: ignore[return-value]  # untyped dtype
 
     def answer(self, sequences: torch.Tensor) -> Answer:
         """The answer at the end of the first sequence, with the seconds so far."""
@@ -333,8 +337,13 @@ class _Steps(StoppingCriteria):
         first = now if self.first is None else self.first
         seconds = {"prefill": first - self.began, "decode": now - first}
         text = self.pipe.processor.decode(sequences[0, self.prompt_length :], skip_special_tokens=True).strip()
-        counts = {"prompt_tokens": self.prompt_length, "answer_tokens": sequences.shape[1] - self.prompt_length}
-        return replace(self.chosen, answer=text, seconds={**self.chosen.seconds, **seconds}, **counts)
+        return replace(
+            self.chosen,
+            answer=text,
+            seconds={**self.chosen.seconds, **seconds},
+            prompt_tokens=self.prompt_length,
+            answer_tokens=sequences.shape[1] - self.prompt_length,
+        )
 
 
 def _now(device: torch.device) -> float:
@@ -343,5 +352,5 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _cache_bytes(cache: Cache) -> int:
+def _cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

@@ -167,6 +167,7 @@ class XARPipeline(ConditionalPipeline):
                     on_step=self.step_reporter(progress, callback_on_step_end, callback_on_step_end_tensor_inputs),
                 )
             images = self.images_or_tokens(seconds, sampled.tokens, output_type)
+        assert settings.steps is not None
         final = sampled.target_calls // settings.steps * self.transformer.cell_tokens
         stats = DecodingStats(
             target_calls=sampled.target_calls,

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, overload
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -33,6 +33,7 @@ __all__ = [
     "forced",
     "has_hooks",
     "select",
+    "select_drafter",
     "select_head",
     "select_pixels",
     "select_student",
@@ -72,31 +73,18 @@ def _runs_c() -> bool:
     return _forced.get() in (None, "native")
 
 
-@overload
-def select(model: LlamaGen, weights: str = "auto") -> LlamaGen | NativeLlamaGen | PackedLlamaGen | GraphedLlamaGen: ...
-@overload
-def select(model: Drafter, weights: str = "auto") -> Drafter | NativeDrafter: ...
-
-
-def select(
-    model: LlamaGen | Drafter, weights: str = "auto"
-) -> LlamaGen | NativeLlamaGen | PackedLlamaGen | GraphedLlamaGen | Drafter | NativeDrafter:
+def select(model: LlamaGen, weights: str = "auto") -> LlamaGen | NativeLlamaGen | PackedLlamaGen | GraphedLlamaGen:
     """The network that a decoding loop calls: the model itself, or a faster backend with the same calls.
 
     Args:
-        model: a `LlamaGen`, or its `Drafter`, which runs in C where that works unless `weights` is "plain".
+        model: a `LlamaGen`.
         weights: "plain" is the model itself; "native", "float32", "float16", "int8" and "graphs" are backends;
             "auto" is the fastest of full precision on this machine. On a CPU "auto" keeps models above 4 GiB as they
             are, because a backend may hold a second copy of the weights.
 
     Raises:
-        StudioError: the model, the processor or the machine cannot have this backend, or the drafter has no token
-            embeddings yet.
+        StudioError: the model, the processor or the machine cannot have this backend.
     """
-    if isinstance(model, Drafter):
-        model.check_embeddings()
-        native = None if weights == "plain" else _native(model, can_run, NativeDrafter)
-        return native or model
     if weights == "auto":
         weights = _fastest(model)
     if weights == "plain":
@@ -106,6 +94,17 @@ def select(
     if weights == "native":
         return _cached(model, weights, lambda: NativeLlamaGen(model))
     return _cached(model, weights, lambda: PackedLlamaGen(model, weights))
+
+
+def select_drafter(drafter: Drafter, weights: str = "auto") -> Drafter | NativeDrafter:
+    """A drafter as it is, or its calls in C where that works, unless `weights` is "plain".
+
+    Raises:
+        StudioError: the drafter has no token embeddings yet.
+    """
+    drafter.check_embeddings()
+    native = None if weights == "plain" else _native(drafter, can_run, NativeDrafter)
+    return native or drafter
 
 
 def select_head(network: DenoisingNetwork) -> NativeHead | None:
@@ -127,7 +126,10 @@ def select_text(encoder: nn.Module) -> NativeT5 | None:
     return None if encoder.training or has_hooks(encoder) else _native(encoder, _any, _native_text)
 
 
-def select_pixels(tokenizer: nn.Module) -> nn.Module:
+Tokenizer = TypeVar("Tokenizer", bound=nn.Module)
+
+
+def select_pixels(tokenizer: Tokenizer) -> Tokenizer:
     """An image tokenizer as it is, or, for decoding alone, a twin with the same weights whose decoder runs in C."""
     decoder = getattr(tokenizer, "decoder", None)
     native = None if decoder is None or has_hooks(tokenizer) else _native(decoder, _any, _native_decoder)

@@ -21,6 +21,7 @@ from torch import nn
 from studio.backends.model_backend import ModelBackend
 from studio.backends.native_library import library, loaded_library
 from studio.errors import StudioError
+from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.kv_cache import KVCache, TreeCache
 from studio.models.llamagen import LlamaGen
@@ -49,7 +50,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def can_run(model: LlamaGen | Drafter, *sizes: int) -> bool:
+def can_run(model: LlamaGen | Drafter | DistilledStudent, *sizes: int) -> bool:
     """Whether a model's blocks, and more products of these `sizes`, run in C on this machine.
 
     This needs float32 weights on a CPU, sizes that are multiples of 8, and a working compiler.
@@ -105,12 +106,12 @@ class NativeBlocks:
     """A packed copy of a model's blocks and of the norm behind them.
 
     Args:
-        model: a `LlamaGen` or `Drafter` for which `can_run` is true.
+        model: a `LlamaGen`, `Drafter` or `DistilledStudent` for which `can_run` is true.
         norm: the weight (dim,) of the norm behind the blocks, or None.
     """
 
     @torch.no_grad()
-    def __init__(self, model: LlamaGen | Drafter, norm: torch.Tensor | None):
+    def __init__(self, model: LlamaGen | Drafter | DistilledStudent, norm: torch.Tensor | None):
         layers: Any = model.layers
         self._run = loaded_library().studio_blocks
         attention, feed_forward = layers[0].attention, layers[0].feed_forward

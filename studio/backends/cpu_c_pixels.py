@@ -6,7 +6,7 @@ float32, because in bfloat16 some pixels are off by more than half a grey level.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,10 +39,10 @@ class _Image(ctypes.Structure):
     """The struct `Image` of native_pixels.h."""
 
     _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
-        [("layers", ctypes.c_void_p)]
-        + [(name, ctypes.c_int32) for name in ("count", "height", "width", "threads")]
-        + [("buffers", ctypes.c_void_p * _BUFFERS), ("measures", ctypes.c_void_p), ("scratch", ctypes.c_void_p)]
-        + [("own", ctypes.c_int64)]
+        ("layers", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("count", "height", "width", "threads")),
+        *(("buffers", ctypes.c_void_p * _BUFFERS), ("measures", ctypes.c_void_p), ("scratch", ctypes.c_void_p)),
+        ("own", ctypes.c_int64),
     )
 
 
@@ -74,9 +74,10 @@ class NativeDecoder(nn.Module):
         self._inputs, self._outputs = decoder.conv_in.in_channels, decoder.conv_out.out_channels
         self._append(_SPREAD, _MAIN, _BORDERED, self._inputs, factor=1)
         self._convolve(decoder.conv_in, _BORDERED, _MAIN)
-        if isinstance(decoder, MaskGITDecoder):
+        kind = type(decoder)
+        if kind is MaskGITDecoder:
             self._maskgit(decoder)
-        elif isinstance(decoder, vq.Decoder):
+        elif kind is vq.Decoder:
             self._parts(decoder.mid)
             for level in decoder.conv_blocks:
                 self._level(level.res, level.attn, level)
@@ -126,7 +127,7 @@ class NativeDecoder(nn.Module):
             _NORMALISE, source, target, norm.num_channels, groups=norm.num_groups, eps=norm.eps, gain=gain, bias=bias
         )
 
-    def _parts(self, blocks: Sequence[Any]) -> None:
+    def _parts(self, blocks: Iterable[Any]) -> None:
         for block in blocks:
             if isinstance(block, vq.AttentionBlock):
                 self._attention(block)
@@ -139,7 +140,7 @@ class NativeDecoder(nn.Module):
         if hasattr(level, "upsample"):
             self._upsample(level.upsample.conv)
 
-    def _maskgit(self, decoder: MaskGITDecoder) -> None:
+    def _maskgit(self, decoder: Any) -> None:
         self._parts(decoder.mid)
         for level in reversed(decoder.up):
             self._parts(level.block)

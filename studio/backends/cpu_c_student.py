@@ -42,7 +42,7 @@ class NativeStudent(ModelBackend[DistilledStudent]):
             mask = student.prefix_mask(valid, length)
             visible = None if mask is None else mask[:, 0, first:, first:]
         x = x[:, first:]
-        attention = student.layers[0].attention
+        attention: Any = student.layers[0].attention
         cache = KVCache(
             num_layers=len(student.layers),
             rows=len(x),

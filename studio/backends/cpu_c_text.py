@@ -51,8 +51,8 @@ class NativeT5:
         self._gated = config.is_gated_act
         self._norm = encoder.encoder.final_layer_norm.weight.detach().clone()
         self._blocks = [self._packed(*block.layer) for block in encoder.encoder.block]
-        first = weakref.ref(encoder.encoder.block[0].layer[0].SelfAttention)
-        self._bias = lru_cache(maxsize=64)(lambda n: first().compute_bias(n, n))
+        first: Any = weakref.proxy(encoder.encoder.block[0].layer[0].SelfAttention)
+        self._bias = lru_cache(maxsize=64)(lambda n: first.compute_bias(n, n))
 
     def _packed(self, attention: Any, feed_forward: Any) -> tuple:
         heads, dense = attention.SelfAttention, feed_forward.DenseReluDense

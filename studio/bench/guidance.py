@@ -94,7 +94,7 @@ def mean_share(pipe: ConditionalPipeline, decoding: Any) -> float:
         total *= pipe.transformer.config.depth
         left = [total, *settings.plan(total)]
         shown = [before - after for before, after in zip(left, left[1:])]
-        return sum(count * step for step, count in enumerate(shown)) / max(1, settings.steps - 1) / total
+        return sum(count * step for step, count in enumerate(shown)) / max(1, len(shown) - 1) / total
     return (total + 1) / (2 * total)
 
 

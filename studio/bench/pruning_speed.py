@@ -164,7 +164,8 @@ def bench_pruning_speed(
     where = pick_device(device)
     network, prompt = _random(random, where) if random else _loaded(model, device)
     network.generation_config.eos_token_id = None
-    rows, left_out = [], {}
+    rows: list[dict] = []
+    left_out: dict[str, str] = {}
     settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
     for attention in attentions:
         _use(network, attention)
@@ -231,7 +232,7 @@ class _Clock(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         if len(self.ticks) == 1:
             self.ticks.append(_now(self.device))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # type: ignore[return-value]  # untyped dtype
 
 
 def _now(device: torch.device) -> float:
@@ -247,7 +248,8 @@ def _measured(model, inputs, settings, after_layer, new_tokens, repeats) -> tupl
             if setting[0] in reasons:
                 continue
             try:
-                run = _run(model, inputs, *setting, after_layer, new_tokens)
+                method, keep = setting
+                run = _run(model, inputs, method, keep, after_layer, new_tokens)
             except StudioError as error:
                 reasons[setting[0]] = str(error)
                 continue

@@ -5,6 +5,7 @@ The rows of `bench_reading` for people: a chart and a table.
 
 import statistics
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -118,7 +119,7 @@ def bench_reading(
     cached = tuple(method for method in methods if method.startswith(CACHE))
     inside = tuple(m for m in methods if m not in cached and (after_layer is not None or m in INSIDE))
     before = tuple(method for method in methods if method not in (*cached, *inside))
-    where = {"scenes": scenes, "tiles": tiles}
+    where: dict[str, Any] = {"scenes": scenes, "tiles": tiles}
     measured = evaluate_reader(pipe.model, pipe.processor, methods=before, keeps=keeps, **where)
     shares: dict[tuple[str, float], float] = {}
     if inside:

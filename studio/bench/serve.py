@@ -31,7 +31,7 @@ from studio.checks import check_integer
 from studio.errors import StudioError
 
 _SUBJECTS = ("a red apple", "a fox", "a rocket", "a rainbow", "an octopus", "a hot beverage", "a green book")
-_MIXED = (
+_MIXED: tuple[dict[str, Any], ...] = (
     {},
     {"guidance_scale": 2.0},
     {"temperature": 0.9, "top_k": 100},
@@ -292,9 +292,8 @@ def _alone(model: str | Path, device: Any, requests: Sequence[Request]) -> list[
 
 def _batches(http: httpx.Client) -> tuple[float, float]:
     """Images in all calls so far, and the number of calls."""
-    text = http.get("metrics").text
-    found = [re.search(rf"^studio_batch_images_{name} (\S+)$", text, re.M) for name in ("sum", "count")]
-    return tuple(float(each[1]) for each in found)
+    found = dict(re.findall(r"^studio_batch_images_(\w+) (\S+)$", http.get("metrics").text, re.M))
+    return float(found["sum"]), float(found["count"])
 
 
 def _memory(process: subprocess.Popen) -> int:

@@ -9,7 +9,7 @@ see `guidance`. `Guidance` is the same for loops in which the tokens of one call
 
 import time
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from studio.checks import check_choice
 from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
+from studio.models.llamagen import LlamaGen
 
 
 @dataclass
@@ -33,10 +34,10 @@ class Guidance:
     by_token: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, scale: float, interval: int, settings: "Autoregressive", model: torch.nn.Module) -> "Guidance":
-        """The guidance of a call with settings that have a `guidance_schedule`."""
+    def of(cls, scale: float, interval: int, schedule: str | None, model: LlamaGen) -> "Guidance":
+        """The guidance of a call, by a `guidance_schedule`."""
         guidance = cls(scale, interval, 2 if is_guided(0, scale, interval) else 1)
-        if guidance.streams == 2 and settings.guidance_schedule == "linear":
+        if guidance.streams == 2 and schedule == "linear":
             total = model.num_tokens
             scales = [scheduled_scale("linear", scale, (index + 1) / total) for index in range(total)]
             guidance.by_token = torch.tensor(scales, device=model.device)
@@ -128,8 +129,27 @@ def guided_logits(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Te
     return (conditional - unconditional).mul_(scale).add_(unconditional)
 
 
-def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The prefix (B or 2B, T, dim) and its valid positions; an unconditional row keeps the padding of its twin."""
+Embedded = TypeVar("Embedded", covariant=True)
+
+
+class Conditional(Protocol[Embedded]):
+    """A model with a condition: its device, and how it embeds classes or captions."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        ...
+
+    def embed_condition(self, *args: Any, **condition: Any) -> Embedded:
+        """As of `LlamaGen`."""
+        ...
+
+
+def condition_rows(model: Conditional[Embedded], condition: dict, guided: bool) -> Embedded:
+    """What a model makes of B conditions, followed by B unconditional ones with the same padding where `guided`.
+
+    Of a `LlamaGen` this is the prefix (B or 2B, T, dim) and its valid positions.
+    """
     if not guided:
         return model.embed_condition(**condition)
     doubled = {name: torch.cat((value, value)) for name, value in condition.items() if value is not None}
@@ -140,7 +160,7 @@ def condition_rows(model: torch.nn.Module, condition: dict, guided: bool) -> tup
 
 @torch.no_grad()
 def autoregressive(
-    model: torch.nn.Module,
+    model: LlamaGen,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -167,7 +187,7 @@ def autoregressive(
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
     network = backends.select(model, settings.weights)
-    guidance = Guidance.of(guidance_scale, cfg_interval, settings, model)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings.guidance_schedule, model)
     prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
     batch, total = len(generators), num_tokens or model.num_tokens
     tokens = torch.zeros(batch, total, dtype=torch.long, device=prefix.device)

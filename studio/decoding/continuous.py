@@ -20,10 +20,12 @@ import torch
 
 from studio import backends
 from studio.checks import check_integer
-from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, guided_logits
+from studio.decoding.autoregressive import Guidance, condition_rows, guided_logits
+from studio.decoding.guidance import check_schedule
 from studio.decoding.jacobi import CPU_ROWS, TOKENS_A_CALL, PositionRaces, leading
 from studio.decoding.sampling import Sampling, filter_logits
 from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
 
 _LONGEST_WINDOW = 16
 _OTHER_ROWS = 256  # positions of a call, elsewhere than on a CPU, that take about as long as one
@@ -63,9 +65,7 @@ class ContinuousBatch:
         StudioError: a number outside its range.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, *, max_images: int, weights: str = "auto", window: int | None = None
-    ) -> None:
+    def __init__(self, model: LlamaGen, *, max_images: int, weights: str = "auto", window: int | None = None) -> None:
         self.max_images = check_integer("max_images", max_images, 1)
         self._window = None if window is None else check_integer("window", window, 1, _LONGEST_WINDOW)
         self._model, self._network = model, backends.select(model, weights)
@@ -116,8 +116,8 @@ class ContinuousBatch:
         count = len(generators)
         if count > self.room:
             raise StudioError(f"The batch has room for {self.room} images, not {count}: wait until others are done.")
-        settings = Autoregressive(guidance_schedule=guidance_schedule)
-        guidance = Guidance.of(guidance_scale, -1, settings, self._model)
+        check_schedule(guidance_schedule)
+        guidance = Guidance.of(guidance_scale, -1, guidance_schedule, self._model)
         prefix, valid = condition_rows(self._model, condition, guided=guidance.streams == 2)
         cache = self._model.new_prefix_cache(len(prefix))
         logits = self._network.logits(self._network.prefill_states(prefix, valid, cache)[:, -1:])
@@ -305,6 +305,6 @@ class _Plan:
         logits = logits / self.temperatures
         for shared, group in self.filters:
             kept = logits[group]
-            order = {"top_k": shared.top_k, "top_p": shared.top_p, "order": shared.order}
-            logits[group] = filter_logits(kept.flatten(0, 1), **order).view_as(kept)
+            filtered = filter_logits(kept.flatten(0, 1), top_k=shared.top_k, top_p=shared.top_p, order=shared.order)
+            logits[group] = filtered.view_as(kept)
         return logits.softmax(dim=-1)

@@ -275,7 +275,7 @@ def teacher_tokens(
     batch, begin = prefix.shape
     settings = settings or Autoregressive()
     network = backends.select(teacher, settings.weights)
-    guidance = Guidance.of(guidance_scale, cfg_interval, settings, teacher)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings.guidance_schedule, teacher)
     rows, valid = condition_rows(teacher, condition, guided=is_guided(begin, guidance_scale, cfg_interval))
     tokens = torch.cat((prefix, prefix.new_zeros(batch, end - begin)), dim=1)
     cache = network.new_cache(len(rows))

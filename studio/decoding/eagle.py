@@ -58,7 +58,7 @@ class DrafterCandidates:
 
     def __init__(self, drafter: Any, shape: DynamicTree | StaticTree, context: DraftContext) -> None:
         self.nodes = shape.nodes
-        self.drafter, self.shape, self.context = backends.select(drafter, context.weights), shape, context
+        self.drafter, self.shape, self.context = backends.select_drafter(drafter, context.weights), shape, context
         self.before = context.model.prefix_length - 1
         self.guidance = context.guidance
         pending = shape.levels * shape.width if isinstance(shape, DynamicTree) else len(shape.expanded)

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,7 @@ from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.known import KnownTokens
 from studio.decoding.sampling import OnStep, Sampling
 from studio.files import cache_folder
+from studio.models.llamagen import LlamaGen
 
 _RUNS = 3
 _records: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Record]]" = weakref.WeakKeyDictionary()
@@ -48,7 +49,7 @@ class FastestExact:
 
 @torch.no_grad()
 def fastest_exact(
-    model: torch.nn.Module,
+    model: LlamaGen,
     condition: dict,
     *,
     generators: list[torch.Generator],
@@ -67,27 +68,29 @@ def fastest_exact(
     """
     settings, total = settings or FastestExact(), num_tokens or model.num_tokens
     sampling = sampling or Sampling(order=settings.filter_order)
-    call = {"generators": generators, "sampling": sampling, "num_tokens": num_tokens}
+    call: dict[str, Any] = {"generators": generators, "sampling": sampling, "num_tokens": num_tokens}
     call |= {"guidance_scale": guidance_scale, "cfg_interval": cfg_interval}
     guided = is_guided(0, guidance_scale, cfg_interval)
     is_exact = model.dtype == torch.float32 and settings.weights not in ("float16", "int8") and known is None
     record = _record_of(model, len(generators), guided, cfg_interval, total, settings) if is_exact else None
     taken = record.choice() if record else "ar"
     outside = 0.0
+    if on_step is not None:
 
-    def timed(index: int, tokens: torch.Tensor) -> bool | None:
-        nonlocal outside
-        began = time.perf_counter()
-        stopped = on_step(index, tokens)
-        outside += time.perf_counter() - began
-        return stopped
+        def timed(index: int, tokens: torch.Tensor) -> bool | None:
+            nonlocal outside
+            began = time.perf_counter()
+            stopped = on_step(index, tokens)
+            outside += time.perf_counter() - began
+            return stopped
 
-    call["on_step"] = None if on_step is None else timed
+        call["on_step"] = timed
     shared = {name: getattr(settings, name) for name in ("filter_order", "weights", "guidance_schedule")}
-    if taken == "jacobi":
+    sampled: Sampled
+    if record and taken == "jacobi":
         guesses = Jacobi(record.window or "auto", **shared, on_round=settings.on_round)
-        sampled = jacobi(model, condition, settings=guesses, editable=editable, **call)
-        record.window = sampled.window
+        sampled = guessed = jacobi(model, condition, settings=guesses, editable=editable, **call)
+        record.window = guessed.window
     else:
         sampled = autoregressive(model, condition, settings=Autoregressive(**shared), known=known, **call)
     if record and sampled.tokens.shape[1] == total:

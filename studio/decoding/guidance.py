@@ -17,11 +17,11 @@ def check_schedule(schedule: str | None) -> None:
         check_choice("guidance_schedule", schedule, SCHEDULES)
 
 
-def scheduled_scale(schedule: str, scale: float, share: float) -> float:
+def scheduled_scale(schedule: str | None, scale: float, share: float) -> float:
     """The guidance scale where this share of an image is sampled.
 
     Args:
-        schedule: one of `SCHEDULES`.
+        schedule: one of `SCHEDULES`; None is constant.
         scale: at its greatest.
         share: in [0, 1].
     """

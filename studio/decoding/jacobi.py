@@ -131,7 +131,7 @@ def jacobi(
     settings = settings or Jacobi()
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    guidance = Guidance.of(guidance_scale, cfg_interval, settings, model)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings.guidance_schedule, model)
     window = choose_window(model, settings, len(generators), guidance.streams)
     total = num_tokens or model.num_tokens
     run = _Run(

@@ -53,7 +53,7 @@ def rq_decoding(
     valid: torch.Tensor | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     guidance_scale: float = 1.0,
-    guidance_schedule: str = "constant",
+    guidance_schedule: str | None = None,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Samples B images: codes (B, h, w, D), int64; those of cells that were not reached are -1.

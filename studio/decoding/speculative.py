@@ -338,7 +338,7 @@ def speculative(
         )  # fmt: skip
     sampling = sampling or Sampling(order=settings.filter_order)
     began = time.perf_counter()
-    guidance = Guidance.of(guidance_scale, cfg_interval, settings, model)
+    guidance = Guidance.of(guidance_scale, cfg_interval, settings.guidance_schedule, model)
     total = num_tokens or model.num_tokens
     run = _Run(model, condition, generators, sampling, guidance, settings, rule, drafter, total, known)
     run.sampled.seconds["prefill"] = time.perf_counter() - began

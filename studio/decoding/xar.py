@@ -20,6 +20,7 @@ from studio.decoding.autoregressive import Sampled, condition_rows, guided_logit
 from studio.decoding.guidance import check_schedule, scheduled_scale
 from studio.decoding.sampling import OnStep
 from studio.decoding.settings import Fillable
+from studio.models.xar import XAR
 
 LAST_TIME = 0.04
 """The time from which the last step goes to 0."""
@@ -86,7 +87,7 @@ def flow_to_data(
 
 @torch.no_grad()
 def xar_decoding(
-    model: torch.nn.Module,
+    model: XAR,
     condition: dict,
     *,
     generators: list[torch.Generator],

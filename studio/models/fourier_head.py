@@ -46,8 +46,8 @@ class FourierHead(nn.Linear):
         """The weights of a new layer."""
         super().reset_parameters()
         with torch.no_grad():
-            self.weight /= INITIAL_SCALE
-            self.bias /= INITIAL_SCALE
+            self.weight.div_(INITIAL_SCALE)
+            self.bias.div_(INITIAL_SCALE)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (..., bins) of states (..., in_features), float32."""
@@ -62,7 +62,8 @@ class FourierHead(nn.Linear):
 
     def coefficients(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Real and imaginary parts (..., N + 1), float32, of the numbers a."""
-        return super().forward(states).float().chunk(2, dim=-1)
+        real, imaginary = super().forward(states).float().chunk(2, dim=-1)
+        return real, imaginary
 
     def roughness(self, states: torch.Tensor) -> torch.Tensor:
         """The regulariser (scalar): `4 pi^2` times the mean over states of `sum_k k^2 |c_k / c_0|^2`."""

@@ -58,7 +58,10 @@ class Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
         self.mlp = FeedForward(dim, 8 * dim // 3, dropout)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(modulation.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(
         self,
@@ -136,9 +139,9 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
         if (num_classes is None) == (caption_dim is None):
             raise StudioError("A model is conditioned on classes or on text: give num_classes or caption_dim.")
         check_region_conditioning(plan_size, grid_size, caption_length if caption_dim else None)
-        if num_classes is None:
+        if caption_dim is not None:
             self.caption_proj = nn.Linear(caption_dim, dim)
-        else:
+        if num_classes is not None:
             self.class_emb = nn.Embedding(num_classes, dim)
         self.null = learned(1, dim)
         self.time_embed = TimeEmbedder(dim)
@@ -150,9 +153,6 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
         if plan_size:
             self.plan_embeddings = RegionConditioning(plan_size, grid_size, dim)
             nn.init.zeros_(self.plan_embeddings.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.modulation[1].weight)
-            nn.init.zeros_(block.modulation[1].bias)
 
     @property
     def num_tokens(self) -> int:
@@ -199,6 +199,7 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
             prefix = vector.new_zeros(rows, 0, vector.shape[1])
             valid = torch.zeros(rows, 0, dtype=torch.bool, device=vector.device)
         else:
+            assert captions is not None and caption_mask is not None
             captions, valid = left_pad(captions, caption_mask)
             prefix = self.caption_proj(captions)
             shares = valid[:, :, None].to(prefix) / valid.sum(dim=1).clamp_min(1)[:, None, None]
@@ -259,6 +260,7 @@ class XAR(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define c
         before, places = condition.prefix.shape[1], self._places(cell)
         times = torch.full((len(tokens), 1), float(time), device=tokens.device)
         inputs = self._placed(self.inputs[0](tokens), 0, condition, places)
+        assert cache.bias is not None, "prefill masks the prefix"
         mask = cache.bias[..., : cache.length + tokens.shape[1]]
         span = slice(before + places.start, before + places.stop)
         return self.output(self._run(inputs, self._modulation(condition, times), span, before, mask, cache, condition))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
-from transformers.utils import ModelOutput
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention, QwenTap, TowerTap
@@ -41,13 +40,14 @@ class Family:
     videos = False
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.base = model, base_of(model)
+        self.model = model
+        self.base: Any = base_of(model)  # its parts differ from family to family
 
     def refusal(self, method: str) -> str | None:
         """Why a method that needs attention cannot be used, as the end of a sentence; `None` where it can."""
         return "no scores are read off this family"
 
-    def features(self, encoded: ModelOutput, inputs: dict) -> list[torch.Tensor]:
+    def features(self, encoded: Any, inputs: dict) -> list[torch.Tensor]:
         """The features (T, D) of each image, in the order of the prompt."""
         return list(encoded.pooler_output)
 
@@ -233,7 +233,7 @@ class InternVL(Stacked):
     def refusal(self, method: str) -> str | None:
         return "the inputs do not tell the grid of its crops, and users found CLS scores worse than chance there"
 
-    def features(self, encoded: ModelOutput, inputs: dict) -> list[torch.Tensor]:
+    def features(self, encoded: Any, inputs: dict) -> list[torch.Tensor]:
         image = (inputs["input_ids"] == self.model.config.image_token_id).tolist()
         runs = [len([*run]) for row in image for is_image, run in groupby(row) if is_image]
         whole = encoded.pooler_output.flatten(0, 1)
@@ -330,7 +330,7 @@ def visual_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return torch.isin(ids, torch.tensor([mark for mark in marks if mark is not None], device=ids.device))
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model inside `torch.compile`, PEFT and distributed wrappers; any other as it is."""
     while True:
         if getattr(model, "_orig_mod", None) is not None:

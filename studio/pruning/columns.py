@@ -110,6 +110,7 @@ class ShortLayer(DynamicLayer):
 
     def _biased(self, mask: torch.Tensor) -> torch.Tensor:
         """(B, query heads, Q, n + new), added to the logits."""
+        assert self.bias is not None and self.keys is not None
         bias = F.pad(self.bias, (0, mask.shape[-1] - self.bias.shape[-1]))[:, :, None].to(self.keys.dtype)
         if mask.dtype == torch.bool:
             return bias.expand(-1, -1, mask.shape[2], -1).masked_fill(~mask, torch.finfo(bias.dtype).min)

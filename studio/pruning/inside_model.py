@@ -51,7 +51,7 @@ def cuts_of(family: Family, method: str, keep: float, after_layer: int | tuple[i
     layers = len(layers_of(family))
     if after_layer is None:
         quarters = tuple(layers * part // 4 for part in (1, 2, 3))
-        after_layer = {"pyramiddrop": quarters, "vscan": max(layers // 2, 1)}.get(method, 2)
+        after_layer = {"pyramiddrop": quarters, "vscan": (max(layers // 2, 1),)}.get(method, (2,))
     cuts = tuple(after_layer) if isinstance(after_layer, tuple | list) else (after_layer,)
     whole = all(isinstance(cut, Integral) and not isinstance(cut, bool) and 0 < cut < layers for cut in cuts)
     if not cuts or not whole or list(cuts) != sorted(set(cuts)):
@@ -235,7 +235,7 @@ class CuttingCall(Call):
         self.seconds = 0.0
         first = inside.first
         self.earlier = first.info if first is not None and self.image is not None else None
-        if self.earlier is not None:
+        if first is not None and self.earlier is not None:
             first.info = None
             self.prompts = by_prompt(self.earlier, self.total)
             self.whole = [tokens for _, tokens in self.prompts]

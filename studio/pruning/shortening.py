@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
 
 from studio.checks import shown
 from studio.errors import StudioError
@@ -108,6 +108,12 @@ class PruneRecord:
 
     info: PruneInfo | None = None
 
+    @property
+    def latest(self) -> PruneInfo:
+        """`info`, where a call with images was made."""
+        assert self.info is not None
+        return self.info
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -189,7 +195,7 @@ class _Read:
 
     modality: _Modality
     mask: torch.Tensor
-    encoded: ModelOutput
+    encoded: Any
     features: list[torch.Tensor]
     layouts: list[Layout]
     kept: list[torch.Tensor]
@@ -379,7 +385,7 @@ def _set_rope_deltas(family: Family, out: dict) -> None:
     family.base.rope_deltas = out["position_ids"].amax(dim=(0, 2))[:, None] + 1 - tokens
 
 
-def _encoder_output(family: Family, part: _Read, keep: torch.Tensor) -> ModelOutput:
+def _encoder_output(family: Family, part: _Read, keep: torch.Tensor) -> Any:
     def take(parts):
         return [each[places.to(each.device)] for each, places in zip(parts, part.kept)]
 

@@ -1,6 +1,7 @@
 """The network of `emoji-vlm` before training, and what makes its inputs."""
 
 import math
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -23,14 +24,14 @@ PRUNING = {"globalcom2": {"scores": "feature"}, "hired": {"alpha": "proportional
 """Options of pruning methods that suit this tower: CLS of its last layer, which the reader never sees, attends to plain
 background, and half the tokens are too many for the thumbnail."""
 
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 160,
     "intermediate_size": 640,
     "num_hidden_layers": 5,
     "num_attention_heads": 5,
     "hidden_act": "relu",
 }
-TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
+TEXT: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6}
 _ROW = 2 * TILE // PATCH + 1
 """Tokens of a row of two tiles, with its newline."""
 _PERIODS_BEFORE = 2
@@ -53,8 +54,8 @@ def build_model(vocabulary: int) -> LlavaNextForConditionalGeneration:
             bos_token_id=1, eos_token_id=2,
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE}, **TEXT,
         ),
-        image_token_id=4,
-        pruning=PRUNING,
+        image_token_index=4,
+        pruning=PRUNING,  # type: ignore[call-arg]  # transformers keeps what it does not know
         image_grid_pinpoints=_pinpoints(),
         tie_word_embeddings=True,
     )  # fmt: skip

@@ -26,8 +26,8 @@ def drafter_of(layers=1, halves=False, **sizes):
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
     drafter = drafter_of(layers, halves, num_kv_heads=kv_heads)
-    backend = backends.select(drafter)
-    assert isinstance(backend, NativeDrafter) and backends.select(drafter) is backend
+    backend = backends.select_drafter(drafter)
+    assert isinstance(backend, NativeDrafter) and backends.select_drafter(drafter) is backend
     rows, valid = 2, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
     ours, own = backend.new_tree_cache(rows, 8), drafter.new_tree_cache(rows, 8)
     for cache in (ours, own):
@@ -48,6 +48,6 @@ def test_guesses_are_the_drafters_own(layers, halves, kv_heads):
 
 def test_the_drafter_itself_runs_where_it_must(monkeypatch):
     drafter = drafter_of()
-    assert backends.select(drafter, "plain") is drafter
+    assert backends.select_drafter(drafter, "plain") is drafter
     monkeypatch.setattr(cpu_c, "library", lambda: None)
-    assert backends.select(drafter) is drafter
+    assert backends.select_drafter(drafter) is drafter

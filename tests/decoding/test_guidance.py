@@ -84,7 +84,7 @@ def test_the_first_tokens_do_not_depend_on_how_many_are_asked_for():
 
 
 def test_scales_past_the_end_are_the_last():
-    guidance = Guidance.of(3.0, -1, Autoregressive(guidance_schedule="linear"), tiny())
+    guidance = Guidance.of(3.0, -1, "linear", tiny())
     scales = guidance.scale_at(torch.tensor([[0, 15, 20]])).flatten().tolist()
     assert scales == pytest.approx([1 + 2 / 16, 3, 3]) and scales[1] == float(guidance.scale_at(15))
 

@@ -27,7 +27,7 @@ def test_the_copy_is_not_stored_and_read_again(target, tmp_path):
     again = loaded(drafter, tmp_path)
     assert not any("tokens" in name for name in load_file(next(tmp_path.glob("*.safetensors"))))
     with pytest.raises(StudioError, match="read_embeddings"):
-        backends.select(again)
+        backends.select_drafter(again)
     again.read_embeddings(target)
     assert torch.equal(again.token_embeddings, target.tok_embeddings.weight)
     tokens, states = torch.randint(64, (2, 5)), torch.randn(2, 5, 32)
@@ -52,9 +52,9 @@ def test_a_backend_is_rebuilt_when_other_embeddings_are_read(target):
         tokens, states = torch.tensor([[3], [4]]), torch.ones(2, 1, 32)
         return network.extend_tree(tokens, states, network.new_tree_cache(2, 1), **places)
 
-    before = guess(backends.select(drafter))
+    before = guess(backends.select_drafter(drafter))
     drafter.read_embeddings(other)
-    after = guess(backends.select(drafter))
+    after = guess(backends.select_drafter(drafter))
     torch.testing.assert_close(after, guess(drafter), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
 
@@ -65,7 +65,7 @@ def test_a_table_of_its_own_is_stored_and_kept(target, tmp_path):
     before = drafter.token_embeddings.clone()
     drafter.read_embeddings(target)
     assert torch.equal(drafter.token_embeddings, before) and "embed_tokens.weight" in drafter.state_dict()
-    assert backends.select(drafter, "plain") is drafter
+    assert backends.select_drafter(drafter, "plain") is drafter
 
 
 def test_a_model_of_other_sizes_is_refused(target):

@@ -106,6 +106,11 @@ class Reading:
     whole: "Answer | None" = None
     answered: tuple[str, ...] = ()
 
+    def with_answer(self, run: str, answer: "Answer") -> "Reading":
+        """With the answer of a run."""
+        changes: dict[str, Any] = {run: answer}
+        return dataclasses.replace(self, **changes)
+
 
 def read(request: AskRequest) -> AsyncIterator[Reading]:
     """Follow a request.
@@ -134,7 +139,7 @@ def _read(request: AskRequest, job: Job) -> Reading:
     for name in request.runs:
         if not job.stopped:
             answer = _answer(pipe, image, request, name, _reporter(job, reading, name))
-            reading = dataclasses.replace(reading, **{name: answer}, answered=(*reading.answered, name))
+            reading = dataclasses.replace(reading.with_answer(name, answer), answered=(*reading.answered, name))
     return reading
 
 
@@ -142,11 +147,11 @@ def _answer(
     pipe: "VisualQuestionPipeline", image: "Image", request: AskRequest, name: str, on_step: "Callable[[Answer], bool]"
 ) -> "Answer":
     longest: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "on_step": on_step}
-    if name == "whole":
+    if name == "whole" or request.method is None:
         return pipe(image, request.question, **longest)
     if not request.method.startswith(_CACHE):
         return pipe(image, request.question, prune=request.method, keep=request.keep, **longest)
-    memory, spent = _remembered(pipe, image, request)
+    memory, spent = _remembered(pipe, image, request.method.removeprefix(_CACHE), request.keep)
     answer = pipe.ask(memory, request.question, **longest)
     return dataclasses.replace(answer, seconds={**answer.seconds, "encode": spent})
 
@@ -155,17 +160,19 @@ _memories: "WeakKeyDictionary[VisualQuestionPipeline, dict[tuple, ImageMemory]]"
 _MOST_MEMORIES, _MOST_BYTES = 8, 2**30
 
 
-def _remembered(pipe: "VisualQuestionPipeline", image: "Image", request: AskRequest) -> "tuple[ImageMemory, float]":
+def _remembered(
+    pipe: "VisualQuestionPipeline", image: "Image", method: str, keep: float
+) -> "tuple[ImageMemory, float]":
     """The compressed cache of an image, and the seconds that it took now: 0 where an earlier question made it.
 
     The latest eight stay, of at most 1 GiB together. They depend on the image alone, so sessions share them.
     """
     memories = _memories.setdefault(pipe, {})
     pixels = blake2b(image.tobytes(), digest_size=16).hexdigest()
-    key = (pixels, image.mode, image.size, request.method, request.keep)
+    key = (pixels, image.mode, image.size, method, keep)
     spent = 0.0
     if key not in memories:
-        memories[key] = pipe.remember(image, method=request.method.removeprefix(_CACHE), keep=request.keep)
+        memories[key] = pipe.remember(image, method=method, keep=keep)
         spent = memories[key].seconds["remember"]
     memory = memories[key] = memories.pop(key)
     while len(memories) > 1 and (
@@ -179,7 +186,7 @@ def _reporter(job: Job, reading: Reading, name: str) -> "Callable[[Answer], bool
     """A callback that reports the answer so far, and stops the pipeline when nobody waits any more."""
 
     def on_step(answer: "Answer") -> bool:
-        job.report(dataclasses.replace(reading, **{name: answer}))
+        job.report(reading.with_answer(name, answer))
         return job.stopped
 
     return on_step

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,7 @@ def as_files(
 
     `record` takes the place of that of the request.
     """
-    from PIL import Image
+    import PIL.Image
 
     from studio.saving import png_writer
 
@@ -168,7 +169,7 @@ def as_files(
     for image, seed in zip(images, request.seeds):
         file = BytesIO()
         png_writer(image, record or request.record, seed)(file)
-        originals.append(Image.open(file))
+        originals.append(PIL.Image.open(file))
     return originals
 
 
@@ -310,9 +311,9 @@ def _sampled(pipe: Any, samples: Sequence[RequestProgress]) -> list[Sampled]:
                 sampling.show(
                     pipe,
                     sketch.sampled,
-                    lambda rows=rows: sketch.of(rows),
+                    partial(sketch.of, rows),
                     paced,
-                    lambda place=place: call.trace(sketch, place),
+                    partial(call.trace, sketch, place),
                 )
                 for place, (sampling, rows) in enumerate(zip(samples, call.rows))
             ]

@@ -176,24 +176,26 @@ async def answer_reading(
     request = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
     async for reading in read(request):
         if (answer := reading.pruned) is not None:
-            yield answer.answer, {"place": place_of(request.method), **_details(answer)}
+            yield answer.answer, {"place": place_of(method), **_details(answer)}
 
 
 def _gallery(reading: Reading) -> Any:
-    views = reading.pruned.views if reading.pruned else ()
+    image, answer = reading.image, reading.pruned
+    assert image is not None, "an answer has an image"
     rendered = [
         (
-            render_patches(reading.image, view),
+            render_patches(image, view),
             f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
         )
-        for view in views
+        for view in (answer.views if answer else ())
     ]
     return gr.update(value=rendered, columns=len(rendered) or 1, selected_index=None)
 
 
 def _cards(reading: Reading, request: AskRequest) -> str:
-    chosen = f"{request.method} ({place_of(request.method)}), {request.keep:.0%} of the tokens"
-    titles = {"pruned": chosen, "whole": "All tokens"}
+    titles = {"whole": "All tokens"}
+    if request.method is not None:
+        titles["pruned"] = f"{request.method} ({place_of(request.method)}), {request.keep:.0%} of the tokens"
     names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
     return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
