@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
@@ -93,7 +94,7 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
 
         diffusers searches several times, which is noticeable beside the short call of a student.
         """
-        parts = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        parts = [part for part in vars(self).values() if isinstance(part, torch.nn.Module)]
         if any(backends.has_hooks(part) for part in parts):
             return super()._execution_device
         return next(self.transformer.parameters()).device
@@ -220,15 +221,15 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         """
         texts = [self._normalized(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         length = self.transformer.config.caption_length
-        full = checked_tokenize(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
-        if (longest := max(map(len, full))) > length:
+        prompts = checked_tokenize(lambda: self.tokenizer(texts, truncation=False))["input_ids"]
+        if (longest := max(map(len, prompts))) > length:
             logger.warning(
                 "The prompt is truncated: it has %d text tokens, of which the model reads %d.", longest, length
             )
+            prompts = self.tokenizer(texts, max_length=length, truncation=True)["input_ids"]
         device = device or self._execution_device
-        prompts = self.tokenizer(texts, max_length=length, truncation=True)["input_ids"]
         states = text_states(self.text_encoder, prompts, device)
-        captions = states[0].new_zeros(len(states), length, states[0].shape[-1], dtype=self.transformer.dtype)
+        captions = states[0].new_zeros(len(states), length, states[0].shape[-1], dtype=dtype_of(self.transformer))
         for row, found in zip(captions, states):
             row[: len(found)] = found
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -389,6 +390,11 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - began
+
+
+def dtype_of(model: ModelMixin) -> torch.dtype:
+    """A model's `dtype`, looked up in diffusers' slow way only where hooks may cast its weights."""
+    return model.dtype if backends.has_hooks(model) else next(model.parameters()).dtype
 
 
 def with_parts(seconds: dict[str, float], parts: dict[str, float]) -> dict[str, float]:

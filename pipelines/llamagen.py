@@ -19,7 +19,7 @@ from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
-from studio.pipelines.base import ConditionalPipeline, Images, timed
+from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, timed
 from studio.pipelines.continuous import PipelineBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -216,7 +216,7 @@ class LlamaGenPipeline(ConditionalPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes the first code vectors (B, n, code_dim) of images, as `decode_tokens`."""
-        vectors = self._to_layout(latents.to(self.image_tokenizer.dtype))
+        vectors = self._to_layout(latents.to(dtype_of(self.image_tokenizer)))
         return self.decoded_images(backends.select_pixels(self.image_tokenizer).decode_vectors, vectors, output_type)
 
     def _to_layout(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR
-from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed, with_parts
+from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, first_difference, timed, with_parts
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -169,7 +169,7 @@ class MARPipeline(ConditionalPipeline):
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes tokens (B, L, D); "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
-        latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
+        latents = self.transformer.unpatchify(tokens).to(dtype_of(self.image_tokenizer))
         return self.decoded_images(self.image_tokenizer.decode, latents, output_type)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from studio.checks import check_number
 from studio.decoding.xar import XARDecoding, xar_decoding
 from studio.errors import StudioError
 from studio.models.xar import XAR
-from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed
+from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, first_difference, timed
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -102,7 +102,7 @@ class XARPipeline(ConditionalPipeline):
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:
         """Decodes tokens (B, L, D); "pil" truncates 127.5 x + 128 to bytes, "np" and "pt" are in [0, 1]."""
-        latents = self.transformer.unpatchify(tokens).to(self.image_tokenizer.dtype)
+        latents = self.transformer.unpatchify(tokens).to(dtype_of(self.image_tokenizer))
         return self.decoded_images(self.image_tokenizer.decode, latents, output_type)
 
     @torch.no_grad()
