@@ -109,7 +109,7 @@ def bench_reading(
     for name in methods:
         if name.startswith(CACHE):
             check_choice("The method of the cache", name, [CACHE + method for method in IN_CACHE])
-        elif name not in ("fastv", "pyramiddrop"):
+        elif name not in INSIDE:
             method_named(name)
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
