@@ -21,6 +21,7 @@ from studio.decoding.guidance import check_schedule
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.pipelines.chat_template import checked_tokenize
+from studio.pipelines.class_labels import ClassLabels, checked_labels, class_index
 from studio.pipelines.editing import EditingMixin, with_editing
 from studio.pipelines.known_words import write_known_words
 from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOutput
@@ -60,6 +61,8 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
     _callback_tensor_inputs: list[str]
     vocabulary: tuple[list[str], list[str]] | None = None
     """The words and the concepts that the model was trained with; None for an open vocabulary."""
+    id2label: dict[int, str]
+    """The names of classes by number, as `studio.pipelines.class_labels` says; empty where there are none."""
     _interrupt = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,11 +74,12 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         """Writes the defaults of a pipeline into its configuration.
 
         Raises:
-            StudioError: an unknown guidance schedule, or phrases that complete no prompt.
+            StudioError: an unknown guidance schedule, phrases that complete no prompt, or labels of no classes.
         """
         self.register_to_config(**defaults)
         check_schedule(defaults["default_guidance_schedule"])
         check_prompt_completion(defaults["prompt_completion"])
+        self.id2label = checked_labels(defaults["id2label"], self.transformer.config.num_classes)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; the vocabulary is saved with the pipeline."""
@@ -104,7 +108,17 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         """Whether the transformer is conditioned on text."""
         return self.transformer.config.caption_dim is not None
 
-    def check_condition(self, prompt: str | list[str] | None, class_labels: int | list[int] | None) -> None:
+    def class_index(self, label: int | str) -> int:
+        """The number of a class, given by number or by name.
+
+        Raises:
+            StudioError: no such class, a name of several, or a text-conditional model.
+        """
+        if self.takes_text:
+            raise StudioError("This model is text-conditional: pass a prompt and no class_labels.")
+        return class_index(label, self.id2label, self.transformer.config.num_classes)
+
+    def check_condition(self, prompt: str | list[str] | None, class_labels: ClassLabels) -> None:
         """Raises a `StudioError` for a prompt or classes that the transformer cannot be conditioned on."""
         if self.takes_text:
             if class_labels is not None:
@@ -119,7 +133,7 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
             if prompt is not None:
                 raise StudioError("This model is class-conditional: pass class_labels and no prompt.")
             for label in listed(class_labels) or [None]:
-                check_integer("Each of class_labels", label, 0, self.transformer.config.num_classes - 1)
+                self.class_index(label)
 
     def check_fit(self, incompatibility: str | None) -> None:
         """Raises a `StudioError` for what does not fit between image tokenizer and transformer, a clause."""
@@ -129,7 +143,7 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
     def checked_guidance(
         self,
         prompt: str | list[str] | None,
-        class_labels: int | list[int] | None,
+        class_labels: ClassLabels,
         num_images_per_prompt: int,
         guidance_scale: float | None,
         output_type: str,
@@ -238,7 +252,7 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
     def condition(
         self,
         prompt: str | list[str] | None = None,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         device: torch.device | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -250,13 +264,14 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
             places = torch.tensor([different.index(text) for text in texts], device=captions.device)
             condition = {"captions": captions[places], "caption_mask": mask[places]}
         else:
-            condition = {"class_labels": torch.tensor(listed(class_labels), device=device or self._execution_device)}
+            numbers = [self.class_index(label) for label in listed(class_labels)]
+            condition = {"class_labels": torch.tensor(numbers, device=device or self._execution_device)}
         return {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
 
     def prepare_inputs(
         self,
         prompt: str | list[str] | None,
-        class_labels: int | list[int] | None,
+        class_labels: ClassLabels,
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> tuple[list[torch.Generator], dict[str, torch.Tensor], list[str] | None]:

@@ -85,12 +85,18 @@ class PipelineBatch:
 
     @torch.no_grad()
     def join(
-        self, prompt: str, *, generators: Sequence[torch.Generator], decoding: Any, **settings: Any
+        self,
+        prompt: str | None = None,
+        *,
+        class_labels: int | str | None = None,
+        generators: Sequence[torch.Generator],
+        decoding: Any,
+        **settings: Any,
     ) -> BatchedCall:
         """A call joins, with an image for each generator.
 
         Args:
-            prompt: as of a call of the pipeline.
+            prompt, class_labels: as of a call of the pipeline, for one prompt or class.
             generators: one for each image.
             decoding: settings whose tokens are those of plain decoding: `Autoregressive`, `FastestExact`, or `Jacobi`
                 with the coupling "seed".
@@ -99,11 +105,14 @@ class PipelineBatch:
         Raises:
             StudioError: arguments that the pipeline or the batch cannot use.
         """
-        scale, sampling, decoding = self.pipe.check_call(prompt, decoding=decoding, **settings)
+        scale, sampling, decoding = self.pipe.check_call(
+            prompt, class_labels=class_labels, decoding=decoding, **settings
+        )
         if not getattr(decoding, "plain_tokens", False):
             raise StudioError(f"{type(decoding).__name__} decoding joins no running batch: call the pipeline.")
         began = time.perf_counter()
-        streams, condition, prompts = self.pipe.prepare_inputs(prompt, None, len(generators), list(generators))
+        subjects = (prompt, class_labels)
+        streams, condition, prompts = self.pipe.prepare_inputs(*subjects, len(generators), list(generators))
         encoded = time.perf_counter()
         guesses = isinstance(decoding, Jacobi)
         images = self.running.join(

@@ -17,6 +17,7 @@ from PIL import Image
 from studio.decoding.known import KnownTokens
 from studio.errors import StudioError
 from studio.pipelines.canvas import EDIT_DEFAULTS, EditRequest, Window, blended, fill_hidden, hidden_cells, resized
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOutput
 from studio.pipelines.streams import image_generators, listed, of_each_image
 
@@ -66,7 +67,7 @@ class EditingMixin:
         call: Callable,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",

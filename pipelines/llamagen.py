@@ -20,6 +20,7 @@ from studio.models.distilled import DistilledStudent
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, timed
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.continuous import PipelineBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
@@ -53,6 +54,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
+        id2label: names of classes by number, of a class-conditional model: `{207: "golden retriever"}`.
     """
 
     drafter: Drafter | None
@@ -77,6 +79,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         default_guidance_schedule: str = "constant",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -95,6 +98,7 @@ class LlamaGenPipeline(ConditionalPipeline):
             default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
+            id2label=id2label,
         )
         if drafter is not None:
             drafter.read_embeddings(transformer)
@@ -141,7 +145,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -232,7 +236,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -252,7 +256,7 @@ class LlamaGenPipeline(ConditionalPipeline):
 
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class indices, for a class-conditional model.
+            class_labels: classes by number or by name, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
             temperature: at least 0; 0 takes the likeliest token each time.
             top_k, top_p: keep the k likeliest tokens (0: all), or the nucleus of probability p (1: all).

@@ -14,6 +14,7 @@ from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autor
 from studio.errors import StudioError
 from studio.models.mar import MAR
 from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, first_difference, timed, with_parts
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -42,6 +43,7 @@ class MARPipeline(ConditionalPipeline):
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
+        id2label: names of classes by number, of a class-conditional model: `{207: "golden retriever"}`.
     """
 
     drafter: MAR | None
@@ -64,6 +66,7 @@ class MARPipeline(ConditionalPipeline):
         default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -81,13 +84,14 @@ class MARPipeline(ConditionalPipeline):
             default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
+            id2label=id2label,
         )
 
     def check_call(
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -177,7 +181,7 @@ class MARPipeline(ConditionalPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -194,7 +198,7 @@ class MARPipeline(ConditionalPipeline):
 
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class indices, for a class-conditional model.
+            class_labels: classes by number or by name, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 (or 0) turns it off.
             temperature: factor on the standard deviation of every denoising step; 0 adds no noise.
             num_inference_steps: calls of the transformer, 1 to the number of tokens; more give better images.

@@ -12,6 +12,7 @@ from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
 from studio.pipelines.base import first_difference, timed, with_parts
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.residual import ResidualPipeline
 from studio.tokenizers.rvq import RVQTokenizer
@@ -46,6 +47,7 @@ class ResGenPipeline(ResidualPipeline):
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
+        id2label: names of classes by number, of a class-conditional model: `{207: "golden retriever"}`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"  # type: ignore[assignment]  # None in diffusers
@@ -64,6 +66,7 @@ class ResGenPipeline(ResidualPipeline):
         default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -78,13 +81,14 @@ class ResGenPipeline(ResidualPipeline):
             default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
+            id2label=id2label,
         )
 
     def check_call(
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -131,7 +135,7 @@ class ResGenPipeline(ResidualPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -149,7 +153,7 @@ class ResGenPipeline(ResidualPipeline):
 
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class indices, for a class-conditional model.
+            class_labels: classes by number or by name, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 (or 0) turns it off.
             temperature: of the choice of a component, and a factor on the spread around its mean; 0 takes the likeliest
                 mean.

@@ -11,6 +11,7 @@ from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.rq_transformer import RQTransformer
 from studio.pipelines.base import first_difference, timed
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.residual import ResidualPipeline
 from studio.tokenizers.rvq import RVQTokenizer
@@ -47,6 +48,7 @@ class RQTransformerPipeline(ResidualPipeline):
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
+        id2label: names of classes by number, of a class-conditional model: `{207: "golden retriever"}`.
 
     Raises:
         StudioError: a transformer with word embeddings of its own (`caption_words`), for which there is no tokenizer.
@@ -68,6 +70,7 @@ class RQTransformerPipeline(ResidualPipeline):
         default_guidance_schedule: str = "constant",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         if transformer.config.caption_words is not None:
@@ -86,13 +89,14 @@ class RQTransformerPipeline(ResidualPipeline):
             default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
+            id2label=id2label,
         )
 
     def check_call(
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -137,7 +141,7 @@ class RQTransformerPipeline(ResidualPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -154,7 +158,7 @@ class RQTransformerPipeline(ResidualPipeline):
 
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class indices, for a class-conditional model; 0 for an unconditional one.
+            class_labels: classes by number or by name, for a class-conditional model; 0 for an unconditional one.
             guidance_scale: classifier-free guidance (arXiv:2207.12598), for text only; 1 (or 0) turns it off.
             temperature: 0 takes the likeliest code each time.
             top_k, top_p: keep the k likeliest codes (0: all), or the nucleus of probability p (1: all).

@@ -12,6 +12,7 @@ from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed, with_parts
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
@@ -39,6 +40,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
+        id2label: names of classes by number, of a class-conditional model: `{207: "golden retriever"}`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"  # type: ignore[assignment]  # None in diffusers
@@ -57,6 +59,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -69,13 +72,14 @@ class TokenBridgePipeline(ConditionalPipeline):
             default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
+            id2label=id2label,
         )
 
     def check_call(
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -135,7 +139,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -153,7 +157,7 @@ class TokenBridgePipeline(ConditionalPipeline):
 
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class indices, for a class-conditional model.
+            class_labels: classes by number or by name, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598) at its maximum; 1 (or 0) turns it off.
             temperature: 0 takes the likeliest level each time.
             top_k, top_p: keep the k likeliest levels (0: all), or the nucleus of probability p (1: all).

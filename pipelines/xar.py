@@ -11,6 +11,7 @@ from studio.decoding.xar import XARDecoding, xar_decoding
 from studio.errors import StudioError
 from studio.models.xar import XAR
 from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, first_difference, timed
+from studio.pipelines.class_labels import ClassLabels
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -35,6 +36,7 @@ class XARPipeline(ConditionalPipeline):
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.
+        id2label: names of classes by number, of a class-conditional model: `{207: "golden retriever"}`.
     """
 
     model_cpu_offload_seq = "text_encoder"  # type: ignore[assignment]  # None in diffusers
@@ -54,6 +56,7 @@ class XARPipeline(ConditionalPipeline):
         default_guidance_schedule: str = "linear",
         lowercase_prompts: bool = False,
         prompt_completion: list[dict] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -66,13 +69,14 @@ class XARPipeline(ConditionalPipeline):
             default_guidance_schedule=default_guidance_schedule,
             lowercase_prompts=lowercase_prompts,
             prompt_completion=prompt_completion,
+            id2label=id2label,
         )
 
     def check_call(
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -110,7 +114,7 @@ class XARPipeline(ConditionalPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -125,7 +129,7 @@ class XARPipeline(ConditionalPipeline):
 
         Args:
             prompt: text, at most 2,000 characters each, for a text-conditional model.
-            class_labels: class indices, for a class-conditional model.
+            class_labels: classes by number or by name, for a class-conditional model.
             guidance_scale: classifier-free guidance (arXiv:2207.12598) at its greatest; 1 (or 0) turns it off.
             temperature: factor on the noise of the steps of the flow; 0 adds none.
             generator: one per image, or one from which a random stream for each image is derived.

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+CLASSES = ["tench, Tinca tinca", "goldfish", "crane", "golden retriever", "Cardigan, Cardigan Welsh corgi", "cardigan"]
+CLASSES += ["crane", "toilet tissue, toilet paper", "7", "tabby, tabby cat"]
 WORDS = "a red apple green pear blue sky on flat 3d style background".split()
 
 
@@ -96,7 +98,7 @@ def tiny_pipeline(tiny_vq, tiny_text_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_class_pipeline(tiny_vq):
-    """A random class-conditional pipeline of ten classes."""
+    """A random class-conditional pipeline of ten classes, called as `CLASSES` says."""
     import torch
 
     from studio import LlamaGen, LlamaGenPipeline
@@ -104,7 +106,7 @@ def tiny_class_pipeline(tiny_vq):
     torch.manual_seed(0)
     transformer = LlamaGen(vocab_size=64, dim=32, num_layers=2, num_heads=2, grid_size=4, num_classes=10)
     torch.nn.init.normal_(transformer.output.weight, std=0.3)
-    return LlamaGenPipeline(tiny_vq, transformer.eval())
+    return LlamaGenPipeline(tiny_vq, transformer.eval(), id2label=dict(enumerate(CLASSES)))
 
 
 @pytest.fixture(scope="session")

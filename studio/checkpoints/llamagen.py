@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from studio.checkpoints.class_names import imagenet_labels
 from studio.checkpoints.distilled import read_student_state_dict, student_from_state_dict
 from studio.checkpoints.drafter import read_drafter
 from studio.checkpoints.foreign import check_folder, check_weights
@@ -163,6 +164,7 @@ def convert_llamagen(
         default_guidance_scale=_PUBLISHED_GUIDANCE[kind],
         default_top_k=_PUBLISHED_TOP_K[kind],
         lowercase_prompts=kind == "t2i",
+        id2label=imagenet_labels(transformer.config.num_classes) if kind == "c2i" else None,
     )
     if student is not None:
         pipe.check_distilled(Distilled(), given=[])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from studio.checkpoints.class_names import imagenet_labels
 from studio.checkpoints.loading import load
 from studio.checkpoints.official import build, count_of, read_weights, renamed, save_new, shape_of
 from studio.errors import StudioError
@@ -67,6 +68,7 @@ def convert_mar(path: str | Path, out: str | Path, *, tokenizer: str | Path, dra
         drafter=small,
         default_guidance_scale=_PUBLISHED_GUIDANCE.get(ours.encoder_dim, 3.0),
         default_num_inference_steps=transformer.num_tokens,
+        id2label=imagenet_labels(ours.num_classes),
     )
     return save_new(pipe, out)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from studio.checkpoints.class_names import imagenet_labels
 from studio.checkpoints.loading import load_model
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
 from studio.errors import StudioError
@@ -98,7 +99,8 @@ def convert_rq_transformer(path: str | Path, out: str | Path, tokenizer: str | P
     if mismatch := incompatibility(image_tokenizer, transformer.config):
         raise StudioError(f"{path} and {tokenizer} do not belong together: {mismatch}.")
     sampling = _PUBLISHED_SAMPLING.get(transformer.config.spatial_layers, {})
-    return save_new(RQTransformerPipeline(image_tokenizer, transformer, **sampling), out)
+    labels = imagenet_labels(transformer.config.num_classes)
+    return save_new(RQTransformerPipeline(image_tokenizer, transformer, id2label=labels, **sampling), out)
 
 
 def _read_tokenizer(source, rows: int) -> RVQTokenizer:

@@ -7,6 +7,7 @@ them, as for all published numbers.
 from pathlib import Path
 from typing import Any
 
+from studio.checkpoints.class_names import imagenet_labels
 from studio.checkpoints.mar import half_sizes, read_kl_tokenizer
 from studio.checkpoints.official import State, build, count_of, read_weights, save_new, shape_of
 from studio.errors import StudioError
@@ -66,6 +67,7 @@ def convert_token_bridge(path: str | Path, out: str | Path, tokenizer: str | Pat
         image_tokenizer,
         transformer,
         default_num_inference_steps=transformer.num_tokens,
+        id2label=imagenet_labels(transformer.config.num_classes),
         **_PUBLISHED_SAMPLING.get(transformer.config.encoder_dim, {}),
     )
     return save_new(pipe, out)

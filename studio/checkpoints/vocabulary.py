@@ -3,15 +3,13 @@
 import json
 import re
 from collections.abc import Collection, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
 from studio.errors import StudioError
-from studio.pipelines.known_words import CONCEPTS_FILE
+from studio.pipelines.known_words import CONCEPTS_FILE, nearest_labels
 
-_NEAREST = 3
 _MOST_NAMED = 5
 _LONGEST_NAMED = 32
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -47,7 +45,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def unknown_words(prompt: str, words: Collection[str], concepts: Sequence[str]) -> list[tuple[str, str | None]]:
+def unknown_words(prompt: str, words: Collection[str], concepts: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Name the words of a prompt that a model was not trained with.
 
     Args:
@@ -60,7 +58,7 @@ def unknown_words(prompt: str, words: Collection[str], concepts: Sequence[str]) 
     """
     known = {word.lower() for word in words}
     unknown = dict.fromkeys(word for word in words_of(prompt) if word not in known)
-    return [(word, _nearest(word, concepts)) for word in unknown]
+    return [(word, nearest_labels(word, concepts)) for word in unknown]
 
 
 def prompt_warning(pipe: DiffusionPipeline, prompt: str) -> str | None:
@@ -86,10 +84,3 @@ def prompt_warning(pipe: DiffusionPipeline, prompt: str) -> str | None:
 def _named(word, nearest):
     short = word if len(word) <= _LONGEST_NAMED else f"{word[: _LONGEST_NAMED - 1]}…"
     return f"{short!r} (nearest: {', '.join(nearest)})" if nearest else repr(short)
-
-
-def _nearest(word, concepts):
-    containing = sorted((label for label in concepts if word in label.lower()), key=len)
-    by_word = {part: label for label in reversed(concepts) for part in label.lower().split()}
-    similar = [by_word[part] for part in get_close_matches(word, by_word, n=_NEAREST, cutoff=0.6)]
-    return list(dict.fromkeys([*containing, *similar]))[:_NEAREST]

@@ -49,7 +49,11 @@ def edit(
     ] = None,
     model: Model = "emoji-mar",
     class_label: Annotated[
-        int | None, typer.Option(min=0, help="The class to draw, for class-conditional models.", show_default=False)
+        str | None,
+        typer.Option(
+            help='The class to draw, for class-conditional models: its number, or a name such as "golden retriever".',
+            show_default=False,
+        ),
     ] = None,
     num_images: ImageCount = 1,
     seed: Annotated[
@@ -165,6 +169,7 @@ def _edit(original, prompt, class_label, model, num_images, seed, settings, chos
     if not callable(pipe) or not hasattr(pipe, "edit"):
         raise StudioError(f"{model} cannot edit: use a pipeline such as emoji-mar.")
     decoding = named(pipe=pipe, **chosen)
+    class_label = call["class_label"] = None if class_label is None else pipe.class_index(class_label)
     if warning := prompt_warning(pipe, prompt):
         warn(warning)
     output = pipe(

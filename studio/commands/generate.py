@@ -39,7 +39,11 @@ def generate(
     model: Model = "emoji-ar",
     num_images: ImageCount = 1,
     class_label: Annotated[
-        int | None, typer.Option(min=0, help="The class to sample, for class-conditional models.", show_default=False)
+        str | None,
+        typer.Option(
+            help='The class to sample, for class-conditional models: its number, or a name such as "golden retriever".',
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -150,6 +154,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     decoding = picked(model, pipe, num_images, tolerance) if is_auto else named(pipe=pipe, **decoding)
     how = Autoregressive(weights="int8") if packed else decoding_of(**decoding)
     pipe.check_arguments(settings)
+    class_label = None if class_label is None else pipe.class_index(class_label)
     pipe.check_call(prompt, class_labels=class_label, num_images_per_prompt=num_images, decoding=how, **settings)
     if validation_warning := pipe.validation_warning(how):
         warn(validation_warning)

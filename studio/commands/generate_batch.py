@@ -171,7 +171,9 @@ def _prepare(file, out, model, seed, options, device, dtype):
     for number, request in enumerate(requests):
         try:
             asked = {**request.decoding, "name": "ar"} if packed else request.decoding
-            request = replace(request, decoding=named(pipe=pipe, **asked))
+            label = request.class_label
+            label = pipe.class_index(label) if isinstance(label, str) else label
+            request = replace(request, class_label=label, decoding=named(pipe=pipe, **asked))
             how = _decoding(request, packed)
             pipe.check_arguments(request.settings)
             pipe.check_call(request.prompt, class_labels=request.class_label, decoding=how, **request.settings)

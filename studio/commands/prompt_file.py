@@ -48,7 +48,7 @@ class Request:
 
     Args:
         line: its number in the file, from 1.
-        prompt, class_label: what to sample; one of them is `None`.
+        prompt, class_label: what to sample; one of them is `None`. A class has a number or a name.
         seed: of its first image; the next use seed + 1, ...
         num_images: how many images.
         settings: arguments of the pipeline that differ from its own.
@@ -58,7 +58,7 @@ class Request:
 
     line: int
     prompt: str | None
-    class_label: int | None
+    class_label: int | str | None
     seed: int
     num_images: int
     settings: dict
@@ -139,7 +139,7 @@ def _fields(line):
 
 
 def _check(name, value):
-    kind = _KINDS[name]
+    kind = str if name == "class_label" and isinstance(value, str) else _KINDS[name]
     if kind is int:
         check_integer(name, value, _SMALLEST.get(name, 0), _LARGEST.get(name, MAX_INTEGER))
     elif kind is float:

@@ -146,7 +146,8 @@ class GeneratorRecipe(Recipe):
     def pipeline_of(self, module: Conditioned, image_tokenizer: nn.Module | None = None):
         """The whole pipeline around the trained parts, with what prompts may leave open."""
         text = (module.text_encoder, self.text.tokenizer) if self.text else ()
-        settings = self.source.prompt_settings() if self.text else {}
+        names = self.source.class_names or ()
+        settings = self.source.prompt_settings() if self.text else {"id2label": dict(enumerate(names))}
         parts = (image_tokenizer or self.image_tokenizer, module.transformer, *text)
         pipe = self.pipeline(*parts, **settings, **self.sampling)
         pipe.vocabulary = self.text and self.text.vocabulary

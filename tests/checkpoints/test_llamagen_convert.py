@@ -56,6 +56,16 @@ def test_c2i(files):
     assert sorted(path.name for path in (files / "deep").iterdir()) == ["out"]
 
 
+def test_a_checkpoint_of_a_thousand_classes_knows_their_names(files):
+    torch.save({"model": gpt(num_classes=1000).state_dict()}, files / "imagenet.pt")
+    convert_llamagen(files / "imagenet.pt", files / "out", "c2i", tokenizer=files / "vq.pt", grid_size=4)
+    pipe = studio.load(files / "out", device="cpu")
+    assert len(pipe.id2label) == 1000 and pipe.class_index("tench") == 0 and pipe.class_index("toilet paper") == 999
+    assert pipe.class_index("Golden Retriever") == 207
+    convert_llamagen(files / "c2i.pt", files / "ten", "c2i", tokenizer=files / "vq.pt", grid_size=4)
+    assert studio.load(files / "ten", device="cpu").id2label == {}
+
+
 def helpers(files, **drafter):
     """Files of a drafter in LANTERN's layout and of a student in the authors', both for the transformer in c2i.pt."""
     generator = torch.Generator().manual_seed(0)

@@ -295,6 +295,31 @@ def test_a_call_that_is_refused_warns_of_nothing_else(run, tiny_folder, tmp_path
     assert code == 2 and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("name", "number"), [("Golden Retriever", 3), ("toilet paper", 7), ("7", 8), ("cardigan", 5)])
+def test_a_class_is_given_by_name(run, tiny_class_folder, tmp_path, name, number):
+    code, _, err = run(
+        "generate", "--class-label", name, "--model", tiny_class_folder, "--seed", 1, "--out", "named.png"
+    )
+    assert code == 0, err
+    assert json.loads(Image.open(tmp_path / "named.png").info["studio"])["call"]["class_label"] == number
+    run("generate", "--class-label", "golden retriever", "--model", tiny_class_folder, "--seed", 1)
+    assert files(tmp_path / "out") == ["class-golden-retriever-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("goldn retriever", "did you mean golden retriever"),
+        ("crane", "2 or 6"),
+        ("unicorn", "0 to 9"),
+        ("-1", "0 to 9"),
+    ],
+)
+def test_a_class_that_is_not_there_or_named_twice_is_refused(run, tiny_class_folder, tmp_path, name, words):
+    refused(run("generate", f"--class-label={name}", "--model", tiny_class_folder), *words.split(" or "))
+    assert not (tmp_path / "out").exists()
+
+
 def test_class_label_out_of_range_is_refused(run, tiny_class_folder, tmp_path):
     refused(run("generate", "--class-label", 10, "--model", tiny_class_folder), "10")
     assert files(tmp_path) == []

@@ -167,7 +167,8 @@ def test_classes_of_a_folder(kind, small, image_folder, tmp_path):
     result = run(kind, tmp_path / kind, data=folder)
     pipe = load(result["folder"], device="cpu")
     assert pipe.transformer.config.num_classes == 3 and not pipe.takes_text
-    assert pipe(class_labels=2, output_type="pt").images.shape == (1, 3, 16, 16)
+    assert pipe.id2label == {0: "cat", 1: "dog", 2: "fox"}
+    assert pipe(class_labels="Fox", output_type="pt").images.shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
