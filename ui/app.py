@@ -7,7 +7,7 @@ import gradio as gr
 
 from studio.ui.server.deep_link import connect_link
 from studio.ui.server.failures import Page
-from studio.ui.server.send_to import connect_send_to
+from studio.ui.server.send_to import connect_pair, connect_send_to
 from studio.ui.tabs import ask, compare, edit, generate, tokenize
 from studio.ui.tabs.actions import ON_THE_MODEL
 from studio.ui.tabs.components import header
@@ -31,19 +31,22 @@ def build_app(model: str = "emoji-ar", places: int | None = None) -> gr.Blocks:
         The page; launch it with `launch_settings()`, or use `launch`.
     """
     with Page(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as demo:
-        header(model)
+        header()
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                send_to, form = generate.build_tab(model)
+                send_to, form, history = generate.build_tab(model)
             with gr.Tab("Edit", id="edit"):
-                editor = edit.build_tab(model)
+                editor, edited = edit.build_tab(model, history)
             with gr.Tab("Tokenize", id="tokenize"):
-                image = tokenize.build_tab()
+                image, button, pair = tokenize.build_tab()
             with gr.Tab("Ask", id="ask"):
                 asked, question = ask.build_tab()
             with gr.Tab("Compare", id="compare"):
-                compared = compare.build_tab(model)
-        connect_send_to(send_to, tabs, {"edit": editor, "tokenize": image, "ask": asked})
+                compared, sides = compare.build_tab(model, history)
+        fields = {"edit": editor, "tokenize": image, "ask": asked}
+        for buttons in (send_to, history.send_to, edited, sides):
+            connect_send_to(buttons, tabs, fields)
+        connect_pair(button, pair, tabs, editor)
         connect_link(demo, tabs, form, question, compared)
     if places is not None:
         for handler in demo.fns.values():

@@ -36,7 +36,7 @@ def shown(value, *values):
     return asyncio.run(collect())
 
 
-FIELDS = ["tiny", "a red apple", 2, "5", "", 1.0, "", "", "", "", ""]
+FIELDS = ["tiny", "a red apple", None, 2, "5", "", 1.0, "", "", "", "", ""]
 
 
 def test_paint_is_redrawn_and_the_rest_stays(steps, files, toasts):
@@ -55,10 +55,10 @@ def test_paint_is_redrawn_and_the_rest_stays(steps, files, toasts):
 
 
 def test_sides_and_variations(steps, files):
-    fields = [*FIELDS[:5], 1.0, "", "10", "", "", "4"]
+    fields = [*FIELDS[:6], 1.0, "", "10", "", "", "4"]
     pair, _, _ = shown({"background": files["image"], "layers": [files["clear"]]}, *fields)[-1]
     assert pair[1].width * 28 == pair[1].height * 42
-    *_, last = shown({"background": files["image"], "layers": []}, *FIELDS[:5], 0.5, *FIELDS[6:])
+    *_, last = shown({"background": files["image"], "layers": []}, *FIELDS[:6], 0.5, *FIELDS[7:])
     assert "2 images in" in last[2]
 
 
@@ -68,9 +68,9 @@ def test_sides_and_variations(steps, files):
         (None, FIELDS, "Give an image first"),
         ({"background": None, "layers": []}, FIELDS, "Give an image first"),
         ("image", FIELDS, "Nothing is to be redrawn"),
-        ("image", [*FIELDS[:7], "ten", *FIELDS[8:]], "Expand left must be a whole number"),
-        ("image", [*FIELDS[:7], "-3", *FIELDS[8:]], "The pixels to add at the left"),
-        ("image", [*FIELDS[:7], "4", *FIELDS[8:-4], *FIELDS[-3:]], "strength"),
+        ("image", [*FIELDS[:8], "ten", *FIELDS[9:]], "Expand left must be a whole number"),
+        ("image", [*FIELDS[:8], "-3", *FIELDS[9:]], "The pixels to add at the left"),
+        ("image", [*FIELDS[:8], "4", *FIELDS[9:-4], *FIELDS[-3:]], "strength"),
         ("paint", [*FIELDS[:1], " ", *FIELDS[2:]], "prompt is empty"),
     ],
 )  # fmt: skip
@@ -79,7 +79,7 @@ def test_mistakes_are_toasts(steps, files, toasts, value, fields, sentence):
         layers = [files["paint"]] if value == "paint" else []
         value = {"background": files["image"], "layers": layers}
     if sentence == "strength":
-        fields = [*FIELDS[:5], 0.5, "", "4", "", "", ""]
+        fields = [*FIELDS[:6], 0.5, "", "4", "", "", ""]
         sentence = "leave it out where you expand"
     [(_, _, status), *_] = shown(value, *fields)[-1:]
     assert "did not work" in status and sentence in toasts[0], toasts
@@ -90,7 +90,7 @@ def test_the_images_of_an_edit_count_for_the_rate_of_its_client(steps, files, to
     monkeypatch.setattr(worker, "_rates", RateLimiter(Rates(images=2)))
     assert "2 images in" in shown(value, *FIELDS)[-1][2]
     shown(value, *FIELDS)
-    shown(value, *FIELDS[:2], 3, *FIELDS[3:])
+    shown(value, *FIELDS[:3], 3, *FIELDS[4:])
     assert "have asked for 2" in toasts[0] and "not 3 at once" in toasts[1]
 
 
@@ -109,12 +109,24 @@ def test_the_endpoint(client, files):
     assert np.array_equal(np.asarray(Image.open(found["image"]).convert("RGB"))[12:], PIXELS[12:])
 
 
+def test_a_class_is_drawn_where_the_model_has_classes(steps, files, toasts, tiny_class_pipeline, monkeypatch):
+    monkeypatch.setitem(models._pipelines, "classes", tiny_class_pipeline)
+    value = {"background": files["image"], "layers": [files["paint"]]}
+    _, results, status = shown(value, "classes", "left from before", 3, 1, *FIELDS[4:])[-1]
+    record = json.loads(Image.open(results["value"][0][0]).text["studio"])
+    assert record["call"]["class_label"] == 3 and record["call"]["prompt"] is None and "1 image in" in status
+    shown(value, "classes", "left from before", None, 1, *FIELDS[4:])
+    assert "choose a class" in toasts[0]
+
+
 def test_models_to_choose_from(monkeypatch, tmp_path, tiny_folder):
     monkeypatch.setenv("STUDIO_CACHE", str(tmp_path))
     assert models.offered_pipelines("tiny")[0] == "tiny" and "emoji-mar" in models.offered_pipelines("tiny")
     folder = published.pulled_folder("llamagen-b-256")
     assert "llamagen-b-256" not in models.offered_pipelines("tiny")
     shutil.copytree(tiny_folder, folder)
+    assert "llamagen-b-256" not in models.offered_pipelines("tiny")  # a pull that was cut off
+    (folder / published.PULLED_FILE).write_text("{}")
     assert "llamagen-b-256" in models.offered_pipelines("tiny")
     monkeypatch.setattr(limits, "_limits", limits.Limits(models={"tiny": "tiny"}))
     assert models.offered_pipelines("tiny") == ["tiny"]

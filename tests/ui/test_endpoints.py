@@ -16,8 +16,8 @@ ODD += [{"path": "\0"}, {"path": "\ud83c"}, -1, 0, 0.5, 1e300, 10**30, 10**400, 
 ODD += [{"delta": "0.1"}, {"\ud83c": 1}, {"steps": 10**9}, ["tiny: ar", "\ud83c"], ["tiny: ar", "tiny: \ud83c=1"]]
 ODD += [[None, None]]
 BASE = {
-    "generate": ["a red apple", 1, 7, None, None, None, None, "ar", {}],
-    "edit": ["FILE", "a red apple", None, [0, 0, 8, 8], {}, 1, 1, 7, "tiny", None],
+    "generate": ["a red apple", 1, 7, None, None, None, None, "ar", {}, "tiny", None],
+    "edit": ["FILE", "a red apple", None, [0, 0, 8, 8], {}, 1, 1, 7, "tiny", None, None],
     "tokenize": ["FILE", "tiny", None, False],
     "detokenize": ["FILE", "tiny"],
     "ask": ["FILE", "what", "tiny", "divprune", 0.2, 4],

@@ -161,7 +161,8 @@ def test_the_endpoint_is_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert list(endpoints) == ["/generate", "/edit", "/tokenize", "/detokenize", "/ask", "/compare"]
     names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
-    assert names == ["prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p", "decoding", "options"]
+    assert names[:7] == ["prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p"]
+    assert names[7:] == ["decoding", "options", "model", "class_label"]
     assert "previews" in endpoints["/generate"]["description"]
 
 

@@ -18,17 +18,21 @@ from studio.ui.server.png_metadata import from_image, from_link, link_to
 from studio.ui.tabs import generate
 
 LANTERN = {"prompt": "a fox", "count": 3, "seed": 7, "guidance_scale": 2.5, "top_k": 40, "decoding": "lantern"}
-NAMES = ("prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p")
+NAMES = ("prompt", "count", "seed", "guidance", "temperature", "top_k", "top_p", "class_label")
 
 
 @pytest.fixture(scope="module")
 def form():
     """That of the page for the bundled model."""
+    return form_of("emoji-ar")
+
+
+def form_of(model):
     found = []
     build_tab = generate.build_tab
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "build_tab", lambda model: found.append(build_tab(model)) or found[-1])
-        build_app("emoji-ar")
+        build_app(model)
     return found[0][1]
 
 
@@ -42,12 +46,13 @@ def saved(tmp_path, record, seed):
 
 
 def held(form, updates):
-    """What the fields hold behind updates, of those that change."""
+    """What the fields hold behind updates, of those whose values change."""
     options = [f"{owner}.{name}" for owner, name in form.options]
-    skipped = gr.skip()
-    return {
-        name: value for name, value in zip((*NAMES, "decoding", *options), updates, strict=True) if value != skipped
+    values = {
+        field: update.get("value", gr) if isinstance(update, dict) else update for field, update in updates.items()
     }
+    names = zip(("model", *NAMES, "decoding", *options), form.fields, strict=True)
+    return {name: values[field] for name, field in names if values.get(field, gr) is not gr}
 
 
 def test_an_image_brings_its_call_back(form, tmp_path, toasts):
@@ -55,7 +60,7 @@ def test_an_image_brings_its_call_back(form, tmp_path, toasts):
     assert updates.pop("lantern.delta") == "0.3"
     others = {name: value for name, value in updates.items() if name.startswith("lantern.")}
     assert others and "2" not in others.values()
-    assert {name: updates[name] for name in (*NAMES, "decoding")} == {
+    assert {name: updates[name] for name in (*NAMES[:-1], "decoding")} == {
         "prompt": "a fox", "count": 1, "seed": "9", "guidance": "2.5", "temperature": "", "top_k": "40", "top_p": "",
         "decoding": "lantern",
     }  # fmt: skip
@@ -67,7 +72,7 @@ def test_a_sheet_brings_all_of_its_images_back(tmp_path):
 
 
 def test_a_link_brings_the_same_back(form):
-    recalled = from_link(parse_qsl(link_to(request())[1:]))
+    recalled = from_link(parse_qsl(link_to(request(), "emoji-ar")[1:]))
     again = GenerateRequest.from_fields("emoji-ar", **recalled.basic | dict.fromkeys(["temperature", "top_p"], ""),
                              decoding=recalled.decoding, options=recalled.options)  # fmt: skip
     assert again == request()
@@ -77,15 +82,50 @@ def test_an_image_of_a_class_comes_back_without_words(tmp_path):
     assert from_image(saved(tmp_path, {"prompt": None, "class_label": 3}, 1)).basic["prompt"] == ""
 
 
-def test_another_models_image_comes_back_with_a_note(form, tmp_path, toasts):
-    record = {
-        "model": "emoji-mar",
-        "prompt": "a fox",
-        "decoding": {"name": "cspd", "mode": "relaxed", "approximate": True},
+CSPD = {"model": "emoji-mar", "prompt": "a fox", "decoding": {"name": "cspd", "mode": "relaxed", "approximate": True}}
+
+
+def test_an_image_brings_its_model_back(form, tmp_path, toasts):
+    record = CSPD | {"decoding": {"name": "mar", "steps": 8}}
+    updates = form.filled(from_image(saved(tmp_path, record, 1)))
+    found = held(form, updates)
+    assert (found["model"], found["prompt"], found["decoding"], found["mar.steps"]) == (
+        "emoji-mar",
+        "a fox",
+        "mar",
+        "8",
+    )
+    assert [name for _, name in updates[form.decoding]["choices"]] == ["mar", "cspd"] and not toasts
+    back = held(form, form.filled(from_image(saved(tmp_path, request().record, 9)), "emoji-mar"))
+    assert (back["model"], back["decoding"], back["lantern.delta"]) == ("emoji-ar", "lantern", "0.3")
+    stays = held(form, form.filled(from_link({"prompt": "a pear"}), "emoji-mar"))
+    assert stays == {"prompt": "a pear"} and not toasts
+
+
+@pytest.mark.parametrize("model", ["/home/else/model", "owner/repository", "llamagen-b-256"])
+def test_the_model_of_an_image_that_is_not_here_is_named(form, tmp_path, toasts, model):
+    updates = held(form, form.filled(from_image(saved(tmp_path, CSPD | {"model": model}, 1))))
+    assert updates["prompt"] == "a fox" and updates["decoding"] == "exact" and "model" not in updates
+    assert f"{model} sampled this" in toasts[0] and "no decoding cspd" in toasts[0]
+
+
+def test_a_class_comes_back_where_the_model_has_it(tiny_class_folder, tmp_path, toasts):
+    name = str(tiny_class_folder)
+    form = form_of(name)
+    record = {"model": name, "prompt": None, "class_label": 3}
+    assert held(form, form.filled(from_image(saved(tmp_path, record, 1))))["class_label"] == 3
+    assert held(form, form.filled(from_link({"class_label": "golden retriever", "seed": "1"})))["class_label"] == 3
+    assert not toasts
+    assert "class_label" not in held(form, form.filled(from_link({"class_label": "12"})))
+    assert "no field for class_label 12" in toasts[0]
+    asked = GenerateRequest(name, "", 2, 7, decoding="ar", class_label=3)
+    assert dict(parse_qsl(link_to(asked, name)[1:])) == {
+        "class_label": "3",
+        "count": "2",
+        "seed": "7",
+        "decoding": "ar",
     }
-    updates = held(form, form.filled(from_image(saved(tmp_path, record, 1))))
-    assert updates["prompt"] == "a fox" and updates["decoding"] == "exact"
-    assert "emoji-mar sampled this" in toasts[0] and "no decoding cspd" in toasts[0]
+    assert dict(parse_qsl(link_to(asked, "emoji-ar")[1:]))["model"] == name
 
 
 def test_an_option_without_a_field_is_named(form, toasts):
@@ -153,23 +193,22 @@ def test_an_image_without_settings_is_refused(tmp_path, text):
 def test_what_is_no_image_is_refused_and_the_form_stays(form, tmp_path, toasts):
     file = tmp_path / "notes.png"
     file.write_text("no image")
-    cleared, *updates = generate.recall(form, {"path": str(file)})
-    assert cleared is None and held(form, updates) == {} and "carries no settings" in toasts[0]
+    assert generate.recall(form, {"path": str(file)}) == {} and "carries no settings" in toasts[0]
 
 
 def test_an_image_with_wrong_settings_is_refused(form, tmp_path, toasts):
-    _, *updates = generate.recall(
+    updates = generate.recall(
         form, {"path": str(saved(tmp_path, {"prompt": "a fox", "decoding": {"name": "lantern", "delta": 7}}, 1))}
     )
     assert held(form, updates) == {} and "delta" in toasts[0].lower()
 
 
 def test_a_link_opens_a_tab_and_fills_its_words(form):
-    tabs, question, prompt, *updates = followed({"tab": "ask", "question": "what is it"}, form)
+    tabs, question, prompt, updates = followed({"tab": "ask", "question": "what is it"}, form)
     assert tabs == gr.update(selected="ask") and question == "what is it" and held(form, updates) == {}
     assert followed({"tab": "compare", "prompt": "a fox"}, form)[2] == "a fox"
-    assert held(form, followed({"prompt": "a fox", "__theme": "dark"}, form)[3:]) == {"prompt": "a fox"}
-    assert held(form, followed({"utm_source": "mail"}, form)[3:]) == {}
+    assert held(form, followed({"prompt": "a fox", "__theme": "dark"}, form)[3]) == {"prompt": "a fox"}
+    assert held(form, followed({"utm_source": "mail"}, form)[3]) == {}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +230,7 @@ def test_a_wrong_link_says_what_is_wrong(form, parameters, message):
 
 
 def test_what_was_sampled_tells_its_link():
-    assert json.dumps(dict(parse_qsl(link_to(request())[1:]))) == json.dumps(
+    assert json.dumps(dict(parse_qsl(link_to(request(), "emoji-ar")[1:]))) == json.dumps(
         {
             "prompt": "a fox",
             "count": "3",

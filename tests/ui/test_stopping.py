@@ -167,7 +167,7 @@ def test_a_signal_ends_the_server_and_everybody_is_told(number, tmp_path, tiny_f
                 found = httpx.post(f"{address}v1/images/generations", json=body, timeout=60)
                 answers.append(f"{found.text} {found.status_code} {found.headers['retry-after']}")
                 return
-            data = {"data": ["a red apple", 1, seed, 1 + seed, None, None, None, "ar", {}]}
+            data = {"data": ["a red apple", 1, seed, 1 + seed, None, None, None, "ar", {}, None, None]}
             with httpx.Client(base_url=address, timeout=60) as http:
                 event = http.post("gradio_api/call/generate", json=data).json()["event_id"]
                 with http.stream("GET", f"gradio_api/call/generate/{event}") as found:

@@ -114,7 +114,7 @@ def test_a_soak_of_requests_leaves_a_bounded_number_of_files_bytes_and_sessions(
 
 def one_round(http, number):
     for seed in range(10):
-        values = ["a red apple", 1, 100 * number + seed, None, None, None, None, "ar", {}]
+        values = ["a red apple", 1, 100 * number + seed, None, None, None, None, "ar", {}, None, None]
         event = http.post("gradio_api/call/generate", json={"data": values}).json()["event_id"]
         if seed % 2:
             http.get(f"gradio_api/call/generate/{event}").raise_for_status()

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from studio.errors import StudioError
-from studio.ui.jobs.generate_job import Call, Progress, RequestProgress
+from studio.ui.jobs.generate_job import Call, Progress, RequestProgress, subject_of
 from studio.ui.render.preview import Pace, Sketch
 from studio.ui.server import metrics
 from studio.ui.server.models import get_pipeline
@@ -69,7 +69,8 @@ def _join(pipe: Any, batch: Any, request: QueuedRequest, intake: Intake) -> _Run
         call.check()
         progress = RequestProgress(0, request.job, call)
         generators = [torch.Generator().manual_seed(seed) for seed in asked.seeds]
-        joined = batch.join(asked.prompt, generators=generators, decoding=call.decoding, **asked.settings)
+        name, subject = subject_of(pipe, asked)
+        joined = batch.join(**{name: subject}, generators=generators, decoding=call.decoding, **asked.settings)
     except Exception as error:
         intake.finish(request, error)
         return None

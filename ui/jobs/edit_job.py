@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from studio import decoding_named
 from studio.checks import as_integer, check_integer, check_number, set_fields, shown
 from studio.errors import StudioError
-from studio.ui.jobs.generate_job import as_files
+from studio.ui.jobs.generate_job import as_files, subject_of
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server import metrics
 from studio.ui.server.limits import check_model, limits
@@ -74,7 +74,7 @@ class RedrawRequest:
 
 def redraw_request(
     image: "Image", mask: "Image | None", model: Any, prompt: Any, count: Any = 1, seed: Any = None,
-    guidance: Any = None, strength: Any = 1.0, expand: Any = None, padding: Any = None,
+    guidance: Any = None, strength: Any = 1.0, expand: Any = None, padding: Any = None, class_label: Any = None,
 ) -> RedrawRequest:  # fmt: skip
     """A request from the values of fields; empty ones are left to the model.
 
@@ -82,7 +82,7 @@ def redraw_request(
         StudioError: a value that cannot be used.
     """
     decoding = fitting_decodings(check_model(model).strip())[0]
-    sampling = GenerateRequest(model.strip(), prompt, count, seed, guidance, decoding=decoding)
+    sampling = GenerateRequest(model.strip(), prompt, count, seed, guidance, decoding=decoding, class_label=class_label)
     return RedrawRequest(image, mask, sampling, strength, expand or {}, padding)
 
 
@@ -141,8 +141,9 @@ def _redraw(request: RedrawRequest, job: Job) -> Redrawn:
             pipe._interrupt = True
         return {}
 
+    name, subject = subject_of(pipe, sampling)
     output = pipe(
-        sampling.prompt,
+        **{name: subject},
         image=request.image,
         mask_image=request.mask,
         num_images_per_prompt=sampling.count,

@@ -106,7 +106,8 @@ class Call:
         import torch
 
         shown = [name for name in ("tokens", "positions") if name in self.pipe._callback_tensor_inputs]
-        prompts = [request.prompt for request in self.requests for _ in request.seeds]
+        name, _ = subject_of(self.pipe, self.request)
+        subjects = [subject_of(self.pipe, request)[1] for request in self.requests for _ in request.seeds]
         seeds = [seed for request in self.requests for seed in request.seeds]
         known = torch.zeros(len(seeds), self.total, dtype=torch.bool)
 
@@ -122,7 +123,7 @@ class Call:
             return tensors
 
         return self.pipe(
-            prompts,
+            **{name: subjects},
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             decoding=self.decoding,
             callback_on_step_end=after_step,
@@ -136,7 +137,8 @@ class Call:
         Raises:
             StudioError: a call would refuse it.
         """
-        self.pipe.check_call(self.request.prompt, decoding=self.decoding, **self.request.settings)
+        name, subject = subject_of(self.pipe, self.request)
+        self.pipe.check_call(**{name: subject}, decoding=self.decoding, **self.request.settings)
         side = self.pipe.image_tokenizer.config.sample_size
         if self.request.size not in (None, f"{side}x{side}"):
             raise StudioError(f"The size of this model's images is {side}x{side}: leave size out, or ask for that.")
@@ -152,6 +154,21 @@ class Call:
         if self.rounds is None or (not self.rounds[number] and sketch.sampled > 1):
             return None
         return trace_drafts(self.rounds[number], sketch.tokens[self.rows[number].start].tolist(), self.total)
+
+
+def subject_of(pipe: Any, request: GenerateRequest) -> tuple[str, Any]:
+    """What a pipeline is asked for: the name of its argument, and the prompt or the number of a class.
+
+    Where a request for a class-conditional model has a prompt only, that names the class.
+
+    Raises:
+        StudioError: no such class, none at all, or one for a text-conditional model.
+    """
+    if request.class_label is None and pipe.takes_text:
+        return "prompt", request.prompt
+    if request.class_label is None and not request.prompt.strip():
+        raise StudioError("This model is class-conditional: choose a class, by its name or its number.")
+    return "class_labels", pipe.class_index(request.prompt if request.class_label is None else request.class_label)
 
 
 def as_files(
@@ -240,7 +257,8 @@ class RequestProgress:
 
     def __init__(self, number: int, job: Job, call: Call) -> None:
         self.number, self.job, self.request, self.warning = number, job, call.request, call.warning
-        self.prompt_tokens, self._began = call.pipe.count_prompt_tokens(call.request.prompt), 0.0
+        self.prompt_tokens = call.pipe.count_prompt_tokens(call.request.prompt) if call.pipe.takes_text else 0
+        self._began = 0.0
         self._reported = 0.0
         self.latest = Progress(total=call.total, warning=self.warning)
         wanted = call.request.partial_images or 0

@@ -19,6 +19,7 @@ from studio.checks import (
 )
 from studio.errors import StudioError
 from studio.ui.server.limits import MAX_IMAGES, check_user_text, limits
+from studio.ui.server.models import class_names
 
 MAX_SEED = 2**53 - 1 - MAX_IMAGES  # a browser counts no further
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
@@ -38,6 +39,7 @@ class GenerateRequest:
         options: its options by name; missing ones have their default.
         partial_images: previews that are wanted of each image; `None`: as many as the app shows.
         size: of the images, as in "256x256"; `None`: the model's own.
+        class_label: a class by number or name, for a class-conditional model; `None`: the prompt says it.
 
     Raises:
         StudioError: a value of another type or outside its range.
@@ -55,6 +57,7 @@ class GenerateRequest:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     partial_images: int | None = None
     size: str | None = None
+    class_label: int | str | None = None
 
     def __post_init__(self) -> None:
         check_user_text("The prompt", self.prompt)
@@ -66,6 +69,12 @@ class GenerateRequest:
             seed=check_integer("The seed", as_integer(seed), 0, MAX_SEED),
             options=check_options(self.options, {option.name: option.kind for option in choice.options}),
         )
+        if self.class_label in ("", None):
+            set_fields(self, class_label=None)
+        elif isinstance(self.class_label, str):
+            check_user_text("The class", self.class_label)
+        else:
+            set_fields(self, class_label=check_integer("The class", as_integer(self.class_label)))
         for name in _SAMPLING:
             if (value := getattr(self, name)) is not None:
                 set_fields(self, **{name: check_number(name, as_integer(value), -MAX_NUMBER)})
@@ -84,8 +93,12 @@ class GenerateRequest:
         top_p: str = "",
         decoding: str = "ar",
         options: Mapping[str, str] | None = None,
+        class_label: int | str | None = None,
     ) -> "GenerateRequest":
         """The request of a form, whose numbers are texts; an empty text takes the default.
+
+        A page has fields for a prompt and for a class, and shows that which the model reads. The other is not taken.
+        Without a field for a class (`None`), the prompt may name it.
 
         Raises:
             StudioError: a text is no number, or a value is outside its range.
@@ -100,7 +113,9 @@ class GenerateRequest:
         kinds = {option.name: option.kind for option in decoding_named(decoding).options}
         chosen = {name: number_of(name, text, kinds.get(name, str)) for name, text in (options or {}).items()}
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        return cls(model, prompt, count, **numbers, decoding=decoding, options=chosen)
+        has_classes = class_label is not None and class_names(model) is not None
+        subject = {"prompt": "", "class_label": class_label} if has_classes else {"prompt": prompt}
+        return cls(model, **subject, count=count, **numbers, decoding=decoding, options=chosen)
 
     @property
     def title(self) -> str:
@@ -119,6 +134,15 @@ class GenerateRequest:
         settings = decoding_named(self.decoding).settings(**self.options)
         note = {"approximate": True} if getattr(settings, "approximate", False) else {}
         return {"name": self.decoding, **self.options, **note}
+
+    @property
+    def subject(self) -> str:
+        """What the images show, for people: the prompt, or the first name of the class."""
+        if self.class_label is None:
+            return self.prompt
+        names = class_names(self.model) or {}
+        label = names.get(self.class_label, f"class {self.class_label}") if isinstance(self.class_label, int) else None
+        return (label or str(self.class_label)).split(",")[0]
 
     @property
     def seeds(self) -> list[int]:
@@ -144,8 +168,10 @@ class GenerateRequest:
     @property
     def record(self) -> dict[str, Any]:
         """The call, as the metadata of an image records it."""
-        call = {"model": self.model, "prompt": self.prompt, "num_images": self.count}
-        return {**call, **self.settings, "decoding": self.how}
+        what = (
+            {"prompt": self.prompt} if self.class_label is None else {"prompt": None, "class_label": self.class_label}
+        )
+        return {"model": self.model, **what, "num_images": self.count, **self.settings, "decoding": self.how}
 
 
 def sample_seed() -> int:

@@ -25,19 +25,20 @@ def connect_link(demo: gr.Blocks, tabs: gr.Tabs, form: Form, question: gr.Textbo
         question: of the tab "ask", filled by the parameter `question`.
         prompt: of the tab "compare", filled by the parameter `prompt` if the link opens that tab.
     """
-    outputs = [tabs, question, prompt, *form.fields]
+    outputs = [tabs, question, prompt, *form.outputs]
 
-    def follow(request: gr.Request) -> list[Any]:
+    def follow(request: gr.Request) -> dict[Any, Any]:
         try:
-            return followed(dict(request.query_params), form)
+            selected, asked, compared, fields = followed(dict(request.query_params), form)
         except Exception as error:
             toast(sentence_of(error), title="The link is wrong")
-            return [gr.skip()] * len(outputs)
+            return {}
+        return {tabs: selected, question: asked, prompt: compared, **fields}
 
     demo.load(follow, None, outputs, **PRIVATE)
 
 
-def followed(parameters: Mapping[str, str], form: Form) -> list[Any]:
+def followed(parameters: Mapping[str, str], form: Form) -> tuple[Any, Any, Any, dict[gr.Component, Any]]:
     """Updates of the tabs, the question, the prompt to compare, and the fields of the form.
 
     Raises:
@@ -51,6 +52,7 @@ def followed(parameters: Mapping[str, str], form: Form) -> list[Any]:
     for name, text in (("The question", question), ("The prompt", compared)):
         if text is not None:
             check_user_text(name, text)
-    fields = form.filled(from_link(own)) if own.keys() & KNOWN else [gr.skip()] * len(form.fields)
+    fields = form.filled(from_link(own)) if own.keys() & KNOWN else {}
     selected = gr.skip() if tab is None else gr.update(selected=tab)
-    return [selected, *(gr.skip() if text is None else text for text in (question, compared)), *fields]
+    asked, compared = (gr.skip() if text is None else text for text in (question, compared))
+    return selected, asked, compared, fields

@@ -1,12 +1,17 @@
 """The models that this process has loaded: once for each device, on first use, shared by all sessions."""
 
 import json
+import os
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.checkpoints.bundled import BUNDLED, ROOT, folder_of_model, read_checksums
+from studio.checkpoints.class_names import class_names_of, read_class_names
+from studio.checkpoints.published import PUBLISHED, is_pulled, pulled_folder
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.ui.render.length_control import LengthControl, length_control
 from studio.ui.server.limits import check_model, is_offered, source_of
@@ -23,6 +28,7 @@ _elsewhere: defaultdict[tuple[str, "Device"], dict[str, Any]] = defaultdict(
     dict
 )  # by kind and device, if not the default
 _MOST_PIPELINES = 8
+_MOST_MEMORY = 0.5  # of a device's memory that the pipelines on it may fill
 _lock = threading.Lock()
 
 
@@ -59,24 +65,63 @@ DEFAULT_DEVICE = Device()
 def get_pipeline(name: str, device: Device = DEFAULT_DEVICE) -> Any:
     """The pipeline called `name` (whatever `studio.load` takes), loaded on first use.
 
-    Sessions may name any, so only the eight used last stay loaded.
+    Sessions may name any, so only those used last stay loaded: eight at most, that fill half of the device's memory at
+    most. One that is dropped lives on until the work with it is done.
 
     Raises:
-        StudioError: it cannot be loaded, it cannot sample, or it is not offered here.
+        StudioError: it cannot be loaded, it cannot sample, it is too large, or it is not offered here.
     """
     check_model(name)
     with _lock:
         pipelines = _pipelines if device == DEFAULT_DEVICE else _elsewhere["pipelines", device]
         if name not in pipelines:
+            _make_room(pipelines, name, device)
             loaded = device.load(source_of(name), **({} if device.dtype is None else {"dtype": device.dtype}))
             if not hasattr(loaded, "image_tokenizer"):
                 raise StudioError(f"{name} turns images into tokens and cannot sample: choose one such as emoji-ar.")
             loaded.set_progress_bar_config(disable=True)
-            if len(pipelines) >= _MOST_PIPELINES:
-                del pipelines[next(iter(pipelines))]
             pipelines[name] = loaded
+            _drop_oldest(pipelines, _memory(device))
         pipelines[name] = pipelines.pop(name)
         return pipelines[name]
+
+
+def _make_room(pipelines: dict[str, Any], name: str, device: Device) -> None:
+    """Drop pipelines before one is loaded, whose files are at most as large as what it takes.
+
+    Raises:
+        StudioError: it is larger than all that may be loaded.
+    """
+    folder, most = folder_of(name), _memory(device)
+    size = sum(file.stat().st_size for deep in ("", "*/") for file in folder.glob(f"{deep}*.safetensors"))
+    if size > most:
+        raise StudioError(
+            f"{name} does not fit: its weights are {size / 1e9:.1f} GB, and this app keeps at most {most / 1e9:.1f} GB "
+            "of models there. Choose a smaller one."
+        )
+    _drop_oldest(pipelines, most - size, _MOST_PIPELINES - 1, keep=0)
+
+
+def _drop_oldest(pipelines: dict[str, Any], most: float, count: int = _MOST_PIPELINES, keep: int = 1) -> None:
+    """Drop the pipelines that were not used for longest, until `count` of them fill at most so many bytes."""
+    while len(pipelines) > keep and (len(pipelines) > count or sum(map(_size_of, pipelines.values())) > most):
+        del pipelines[next(iter(pipelines))]
+
+
+def _size_of(pipe: Any) -> int:
+    """Bytes of the weights of a pipeline."""
+    parts = [part for part in getattr(pipe, "components", {}).values() if hasattr(part, "parameters")]
+    return sum(weight.nbytes for part in parts for weight in part.parameters())
+
+
+def _memory(device: Device) -> float:
+    """Bytes that the pipelines of a device may fill."""
+    import torch
+
+    kind = torch.device(device.name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if kind.type == "cuda":
+        return _MOST_MEMORY * torch.cuda.get_device_properties(kind).total_memory
+    return _MOST_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def get_reader(name: str, device: Device = DEFAULT_DEVICE) -> Any:
@@ -150,11 +195,72 @@ def bundled_models(kind: str) -> list[str]:
 
 def offered_pipelines(model: str) -> list[str]:
     """The names of pipelines to choose from: the app's own, the bundled and the pulled ones that requests may use."""
-    from studio.checkpoints.published import PUBLISHED, pulled_folder
-
-    pulled = (name for name in PUBLISHED if (pulled_folder(name) / "model_index.json").is_file())
-    names = [*bundled_models("pipeline"), *pulled]
+    names = [*bundled_models("pipeline"), *pulled_pipelines()]
     return list(dict.fromkeys([model, *filter(is_offered, names)]))
+
+
+def pulled_pipelines() -> list[str]:
+    """The names of the published pipelines in the cache."""
+    return [name for name in PUBLISHED if is_pulled(name) and (pulled_folder(name) / "model_index.json").is_file()]
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model on this machine, which need not be there, as `studio.load` finds it."""
+    if name in BUNDLED:
+        return ROOT / name
+    source = source_of(name)
+    folder = folder_of_model(source)
+    return pulled_folder(source) if source in PUBLISHED and not folder.is_dir() else folder
+
+
+def check_choice_of_model(name: Any) -> str:
+    """The name of a model that a page may choose: one that is offered, and a pipeline unless it has to be fetched.
+
+    Raises:
+        StudioError: it is not offered, there is none, or it cannot sample.
+    """
+    from studio.checkpoints.bundled import unknown_name
+
+    name = check_model(name).strip()
+    if not name:
+        raise StudioError("Choose a model first: a name of the list, a folder or a Hugging Face id.")
+    if not folder_of(name).is_dir():
+        is_away = name in PUBLISHED or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
+        if _loaded(name) is None and not is_away:
+            raise StudioError(unknown_name(name))
+    elif not _read_index(name):
+        raise StudioError(f"{shown(name)} is no pipeline and cannot sample: choose one such as emoji-ar.")
+    return name
+
+
+def about_model(name: str) -> str:
+    """What a model is, in a line."""
+    if name in BUNDLED:
+        return f"{BUNDLED[name].summary[:1].upper()}{BUNDLED[name].summary[1:]}."
+    if name in PUBLISHED:
+        about = PUBLISHED[name]
+        return f"{about.summary}. Licence: {about.licence}."
+    kind = str(_read_index(name).get("_class_name", "")).removesuffix("Pipeline")
+    classes = class_names(name)
+    if not kind:
+        return "It is loaded by the first image."
+    return f"A {kind} of {len(classes)} classes." if classes else f"A {kind} that reads prompts."
+
+
+def class_names(name: str) -> dict[int, str] | None:
+    """The names of the classes of a pipeline by number, read without loading it.
+
+    `None` for a text-conditional one, and for one that is neither loaded nor on this machine.
+    """
+    if (pipe := _loaded(name)) is not None:
+        return class_names_of(pipe)
+    return read_class_names(folder_of(name)) if is_offered(name) else None
+
+
+def known_concepts(name: str) -> list[str]:
+    """The names of all that a pipeline can show, read without loading it; empty where that may be anything."""
+    concepts = _read_json(name, "concepts.json").get("concepts")
+    return [concept for concept in concepts if isinstance(concept, str)] if isinstance(concepts, list) else []
 
 
 def _blank_image() -> "Image":
@@ -190,10 +296,15 @@ def fitting_decodings(name: str) -> list[str]:
 
 def runs_as(name: str) -> dict[str, str]:
     """The "device" and the "dtype" of a loaded pipeline, as its images record them; `{}` if it is not loaded."""
-    loaded = [_pipelines, *(models for (kind, _), models in _elsewhere.items() if kind == "pipelines")]
-    for pipe in (pipelines[name] for pipelines in loaded if name in pipelines):
-        return {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
-    return {}
+    if (pipe := _loaded(name)) is None:
+        return {}
+    return {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+
+
+def _loaded(name: str) -> Any:
+    """A pipeline of this name that some device has loaded, or `None`."""
+    loaded = [_pipelines, *(models for (kind, _), models in list(_elsewhere.items()) if kind == "pipelines")]
+    return next((pipe for pipelines in loaded if (pipe := pipelines.get(name)) is not None), None)
 
 
 def tokenizer_length_control(name: str) -> LengthControl | None:
@@ -211,8 +322,8 @@ def _read_index(name: str) -> dict[str, Any]:
 def _read_json(name: str, file: str) -> dict[str, Any]:
     if not is_offered(name):
         return {}
-    folder = ROOT / name if name in BUNDLED else folder_of_model(source_of(name))
     try:
-        return json.loads((folder / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((folder_of(name) / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from studio.checkpoints.bundled import BUNDLED
+from studio.checkpoints.published import pulled_folder
 from studio.errors import StudioError
 from studio.ui.app import launch
 from studio.ui.server.limits import Limits, set_limits
-from studio.ui.server.models import Device, bundled_models, get_pipeline
+from studio.ui.server.models import Device, bundled_models, get_pipeline, pulled_pipelines
 from studio.ui.server.rate_limits import RateLimiter, Rates
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker, use_workers
@@ -46,8 +47,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Set the limits of this process, and load the model onto every device.
 
-    Requests may use the model and the bundled ones, and no other: they cannot name a folder or a repository. A model
-    folder is called by its last part in requests, messages and images.
+    Requests may use the model, the bundled and the pulled ones, and no other: they cannot name a folder or a
+    repository. A model folder is called by its last part in requests, messages and images.
 
     Args:
         model: what `studio.load` takes; the Generate tab samples with it.
@@ -65,6 +66,7 @@ def prepare(
     if len(set(devices)) < len(devices):
         raise StudioError("One of the devices is named twice: leave one of them out.")
     offered = {name: name for kind in ("pipeline", "tokenizer", "reader") for name in bundled_models(kind)}
+    offered |= {name: str(pulled_folder(name)) for name in pulled_pipelines()}
     name = model if model in BUNDLED else short_name(model)
     name = f"own-{name}" if name in BUNDLED and name != model else name
     set_limits(replace(limits, models={name: str(model)} | offered))

@@ -9,6 +9,9 @@ import gradio as gr
 from studio.ui.server.failures import toast
 from studio.ui.tabs.actions import PRIVATE
 
+SEND_TO = {"edit": "Edit this", "tokenize": "Tokenize this", "ask": "Ask about this image"}
+"""The labels of buttons, by the id of the tab that each opens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SendTo:
@@ -25,17 +28,18 @@ class SendTo:
     buttons: dict[str, gr.Button]
 
 
-def build_send_to(gallery: gr.Gallery, titles: Mapping[str, str], renewals: Sequence[Any]) -> SendTo:
+def build_send_to(gallery: gr.Gallery, titles: Mapping[str, str], renewals: Sequence[Any], prefix: str = "") -> SendTo:
     """Lay out the buttons below a gallery; the style sheet hides them while there is no image.
 
     Args:
         gallery: the images.
         titles: the label of each button, by the id of the tab that it opens.
         renewals: events after which no image is chosen.
+        prefix: of the ids of the buttons.
     """
     chosen = gr.State()
     with gr.Row(elem_classes="studio-send-to"):
-        buttons = {tab: gr.Button(title, elem_id=f"to-{tab}", size="sm") for tab, title in titles.items()}
+        buttons = {tab: gr.Button(title, elem_id=f"{prefix}to-{tab}", size="sm") for tab, title in titles.items()}
     gallery.select(_number, None, chosen, queue=False, **PRIVATE)
     gr.on([gallery.preview_close, *renewals], lambda: None, None, chosen, queue=False, **PRIVATE)
     return SendTo(gallery, chosen, buttons)
@@ -53,6 +57,18 @@ def connect_send_to(send_to: SendTo, tabs: gr.Tabs, fields: Mapping[str, gr.Comp
         button.click(
             _send(tab), [send_to.gallery, send_to.chosen], [fields[tab], tabs], **PRIVATE
         )  # toasts need a queue
+
+
+def connect_pair(button: gr.Button, pair: gr.ImageSlider, tabs: gr.Tabs, editor: gr.ImageEditor) -> None:
+    """Let a button put the second image of a pair into the editor, and open its tab."""
+
+    def sent(images: Any) -> tuple[Any, Any]:
+        if not images or images[1] is None:
+            toast("There is no image yet: tokenize one first.")
+            return gr.skip(), gr.skip()
+        return images[1], gr.update(selected="edit")
+
+    button.click(sent, pair, [editor, tabs], **PRIVATE)
 
 
 def _number(event: gr.SelectData) -> int:

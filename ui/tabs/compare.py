@@ -20,23 +20,26 @@ from studio.ui.render.render_sides import comparison_verdict, render_sides
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
 from studio.ui.server.models import bundled_models
+from studio.ui.server.send_to import SEND_TO, SendTo, build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import count_slider, duration, image_grid, named_png, status_line
 from studio.ui.tabs.fields import number_field
+from studio.ui.tabs.history import History
 
 EXAMPLES = ["a red apple, 3d style, on a blue background", "a fox, flat style", "a rocket"]
 IDLE = status_line("Write a prompt and choose at least two models or decodings.")
 _MOST_COLUMNS = 3
 
 
-def build_tab(model: str) -> gr.Textbox:
+def build_tab(model: str, history: History) -> tuple[gr.Textbox, SendTo]:
     """Build the tab inside the current Blocks; models are loaded by the first comparison.
 
     Args:
         model: offered first.
+        history: takes what is sampled.
 
     Returns:
-        The field of the prompt.
+        The field of the prompt, and the buttons that send images to other tabs.
     """
     offered = offered_sides(dict.fromkeys([model, *bundled_models("pipeline")]))
     with gr.Row(elem_id="studio-compare", elem_classes="studio-stage"):
@@ -63,6 +66,7 @@ def build_tab(model: str) -> gr.Textbox:
         with gr.Column(elem_classes="area-show"):
             gallery = image_grid(label="Images", show_label=False, columns=2, elem_id="compare-images", captioned=True)
             status = gr.HTML(IDLE, elem_id="compare-status", elem_classes="studio-line")
+            send_to = build_send_to(gallery, SEND_TO, [start.click, prompt.submit], prefix="compare-")
             cards = gr.HTML("", elem_id="sides", elem_classes="studio-line")
         with gr.Column(elem_classes="area-tune"):
             sides = gr.Dropdown(
@@ -81,8 +85,9 @@ def build_tab(model: str) -> gr.Textbox:
                 seed = number_field("Seed", "The same for all.", "compare-seed", "a new one each time")
                 dice = gr.Button("Roll", elem_id="compare-dice", size="sm", scale=0, min_width=0)
 
+    inputs, outputs = [history.past, prompt, sides, count, seed], [gallery, cards, status, *history.outputs]
     connect_actions(
-        [([start.click, prompt.submit], show_comparison, [prompt, sides, count, seed], [gallery, cards, status])],
+        [([start.click, prompt.submit], history.recorded(show_comparison), inputs, outputs)],
         status,
         starts=[start],
         cancel=cancel,
@@ -90,7 +95,7 @@ def build_tab(model: str) -> gr.Textbox:
     dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
     examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
     _endpoint(prompt, sides, count)
-    return prompt
+    return prompt, send_to
 
 
 def _endpoint(prompt: gr.Textbox, sides: gr.Dropdown, count: gr.Slider) -> None:

@@ -30,12 +30,10 @@ def _mark() -> str:
     return f'<svg viewBox="0 0 24 24" width="26" height="26" aria-hidden="true" class="studio-mark">{squares}</svg>'
 
 
-def header(model: str) -> gr.HTML:
-    """The header of the page: name, tagline and model."""
+def header() -> gr.HTML:
+    """The header of the page: name and tagline."""
     return gr.HTML(
-        f'<div class="studio-header">{_mark()}<h1>Studio</h1>'
-        "<p>Images from text, one token at a time</p>"
-        f'<span class="studio-model">{escape(short_name(model))}</span></div>',
+        f'<div class="studio-header">{_mark()}<h1>Studio</h1><p>Images from text, one token at a time</p></div>',
         elem_id="studio-header",
     )
 

@@ -16,7 +16,8 @@ from studio.ui.jobs.request import number_of, sample_seed
 from studio.ui.render.sizes import readable
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
-from studio.ui.server.models import offered_pipelines
+from studio.ui.server.models import about_model, check_choice_of_model, class_names, offered_pipelines
+from studio.ui.server.send_to import SEND_TO, SendTo, build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import (
     columns_for,
@@ -29,22 +30,26 @@ from studio.ui.tabs.components import (
     uploaded,
 )
 from studio.ui.tabs.fields import number_field
+from studio.ui.tabs.history import History
+from studio.ui.tabs.model_fields import class_field, model_field, subject_updates
 
 DEFAULT_MODEL = "emoji-mar"
 IDLE = status_line("Give an image, paint over what should change, and say what to draw there.")
 _CANVAS, _BRUSH = (512, 512), 12  # pixels
 _MOST_LAYERS = 8
+_HINT = "What the redrawn part shows."
 _PAINT = "rgba(255, 64, 96, 0.6)"
 
 
-def build_tab(model: str) -> gr.ImageEditor:
+def build_tab(model: str, history: History) -> tuple[gr.ImageEditor, SendTo]:
     """Build the tab inside the current Blocks; a model is loaded by the first edit.
 
     Args:
         model: what is chosen where `emoji-mar` is not offered.
+        history: takes the results.
 
     Returns:
-        The editor.
+        The editor, and the buttons that send results to other tabs, or to the editor again.
     """
     names = offered_pipelines(model)
     default = DEFAULT_MODEL if DEFAULT_MODEL in names else model
@@ -64,11 +69,13 @@ def build_tab(model: str) -> gr.ImageEditor:
             )
             prompt = gr.Textbox(
                 label="Prompt",
-                info="What the redrawn part shows.",
+                info=_HINT,
                 placeholder="a green pear",
                 lines=2,
+                visible=class_names(default) is None,
                 elem_id="edit-prompt",
             )
+            class_label = class_field(default, "edit-class-label")
             with gr.Row(elem_classes="studio-actions"):
                 start = gr.Button("Redraw", variant="primary", elem_id="redraw", scale=2)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="redraw-cancel", visible=False, scale=2)
@@ -82,15 +89,9 @@ def build_tab(model: str) -> gr.ImageEditor:
             )
             status = gr.HTML(IDLE, elem_id="edit-status", elem_classes="studio-line")
             results = image_grid(label="Results", show_label=False, columns=4, visible=False, elem_id="edit-results")
+            send_to = build_send_to(results, SEND_TO, [start.click, prompt.submit], prefix="edit-")
         with gr.Column(elem_classes="area-tune"):
-            chosen = gr.Dropdown(
-                names,
-                value=default,
-                label="Model",
-                info="Bundled, pulled, a folder or a Hugging Face id. MAR, TokenBridge and ResGen edit exactly.",
-                allow_custom_value=True,
-                elem_id="edit-model",
-            )
+            chosen = model_field(model, default, "edit-model")
             strength = gr.Slider(
                 0.05, 1, value=1, step=0.05, label="Strength", buttons=[], elem_id="strength",
                 info="Share of the painted cells to redraw; with no paint, of all: a variation.",
@@ -112,24 +113,45 @@ def build_tab(model: str) -> gr.ImageEditor:
                 "Guidance", "Classifier-free guidance scale; 1 is off.", "edit-guidance", "model's own"
             )
 
-    inputs = [editor, chosen, prompt, count, seed, guidance, strength, padding, *expand]
+    outputs = [pair, results, status, *history.outputs]
+    inputs = [history.past, editor, chosen, prompt, class_label, count, seed, guidance, strength, padding, *expand]
     connect_actions(
-        [([start.click, prompt.submit], show_redrawing, inputs, [pair, results, status])],
+        [([start.click, prompt.submit], history.recorded(show_redrawing, gallery=1), inputs, outputs)],
         status,
         starts=[start],
         cancel=cancel,
     )
     dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
+    chosen.input(
+        lambda name: choose_model(name, chosen, prompt, class_label),
+        chosen,
+        [chosen, prompt, class_label],
+        preprocess=False,
+        **PRIVATE,
+    )
     _endpoint(default)
-    return editor
+    return editor, send_to
+
+
+def choose_model(
+    name: Any, chosen: gr.Dropdown, prompt: gr.Textbox, class_label: gr.Dropdown
+) -> dict[gr.Component, Any]:
+    """Updates of these fields after a choice of a model; an error becomes a toast, and they stay as they are."""
+    try:
+        model = check_choice_of_model(name)
+        return {chosen: gr.update(info=about_model(model)), **subject_updates(model, prompt, class_label, _HINT)}
+    except Exception as error:
+        toast(sentence_of(error))
+        return {}
 
 
 def _endpoint(default: str) -> None:
     """The endpoint for programs."""
 
     async def edit(
-        image, prompt, mask=None, box=None, expand=None, strength=1, count=1, seed=None, model=None, padding=None
-    ):
+        image, prompt, mask=None, box=None, expand=None, strength=1, count=1, seed=None, model=None, padding=None,
+        class_label=None,
+    ):  # fmt: skip
         """Redraw a part of an image, expand it, or make variations of it; pixels outside the mask stay as they are.
 
         Args:
@@ -143,13 +165,14 @@ def _endpoint(default: str) -> None:
             seed: seed of the first image, the next use seed + 1 and so on; sampled when empty.
             model: a pipeline such as "emoji-mar", its name, folder or Hugging Face id.
             padding: redraw a square around the mask with this margin in pixels; empty: the shorter side of the image.
+            class_label: number or name of a class, for a class-conditional model; when empty, the prompt is its name.
 
         Returns:
             The images as PNG files of the image's size, expanded, and details: seeds, target calls, seconds, and
             whether the model knew of what stands behind the redrawn part.
         """
         async for update in answer_redrawing(
-            image, prompt, mask, box, expand, strength, count, seed, model or default, padding
+            image, prompt, mask, box, expand, strength, count, seed, model or default, padding, class_label
         ):
             yield update
 
@@ -159,9 +182,10 @@ def _endpoint(default: str) -> None:
         box, expand = gr.JSON(label="Box"), gr.JSON(label="Expand")
         strength, count = gr.Number(1, label="Strength"), gr.Number(1, label="Count")
         seed, padding = gr.Number(label="Seed"), gr.Number(label="Padding")
+        class_label = gr.Textbox(label="Class")
         found, details = image_grid(label="Images"), gr.JSON(label="Details")
         start = gr.Button("Edit")
-    inputs = [image, prompt, mask, box, expand, strength, count, seed, model, padding]
+    inputs = [image, prompt, mask, box, expand, strength, count, seed, model, padding, class_label]
     start.click(edit, inputs, [found, details], api_name="edit", **ON_THE_MODEL)
 
 
@@ -172,16 +196,18 @@ async def show_redrawing(value: Any, *values: Any) -> AsyncIterator[tuple[Any, A
 
     Args:
         value: what the browser sends of the editor.
-        values: those of the other fields: model, prompt, count, seed, guidance, strength, padding and the sides.
+        values: those of the other fields: model, prompt, class, count, seed, guidance, strength, padding and the sides.
     """
     try:
         image, mask = painted(value)
-        model, prompt, count, seed, guidance, strength, padding, *sides = values
+        model, prompt, class_label, count, seed, guidance, strength, padding, *sides = values
+        model = check_choice_of_model(model)
+        prompt, label = (prompt, None) if class_names(model) is None else ("", class_label)
         expand = {side: number_of(f"Expand {side}", text, int) for side, text in zip(SIDES, sides)}
         numbers = number_of("The seed", seed, int), number_of("Guidance", guidance, float)
         request = request_of(
-            check_size(image), mask, model or "", prompt, count, *numbers, strength,
-            {side: pixels for side, pixels in expand.items() if pixels}, number_of("The margin", padding, int),
+            check_size(image), mask, model, prompt, count, *numbers, strength,
+            {side: pixels for side, pixels in expand.items() if pixels}, number_of("The margin", padding, int), label,
         )  # fmt: skip
         async for news in redraw(request):
             if isinstance(news, Redrawing):
@@ -215,25 +241,26 @@ def _shown(news: Redrawn, request: RedrawRequest) -> tuple[Any, Any, Any]:
 
 def _files(news: Redrawn, request: RedrawRequest) -> list[str]:
     sampling = request.sampling
-    return [named_png(image, sampling.prompt, seed, "edit") for image, seed in zip(news.images, sampling.seeds)]
+    return [named_png(image, sampling.subject, seed, "edit") for image, seed in zip(news.images, sampling.seeds)]
 
 
 async def answer_redrawing(
     image: Any, prompt: Any, mask: Any, box: Any, expand: Any, strength: Any, count: Any, seed: Any, model: Any,
-    padding: Any,
+    padding: Any, class_label: Any,
 ) -> AsyncIterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """Redraw for a program: yields (images, details).
 
     Args:
         image, mask: what an upload answers.
-        prompt, box, expand, strength, count, seed, model, padding: as of the endpoint.
+        prompt, box, expand, strength, count, seed, model, padding, class_label: as of the endpoint.
 
     Raises:
         StudioError: a mistake, with the sentence that the page shows.
     """
     original = _opened(image, "Give an image first: upload a file.")
     white = box_mask(box, original.size) if mask in (None, "") else _opened(mask, "")
-    request = request_of(original, white, model, prompt, count, seed, None, strength, expand, padding)
+    numbers = (count, seed, None, strength, expand, padding)
+    request = request_of(original, white, model, prompt, *numbers, class_label)
     async for news in redraw(request):
         if isinstance(news, Redrawing):
             yield gr.skip(), {"steps": news.steps, "seeds": request.sampling.seeds}
@@ -244,6 +271,7 @@ async def answer_redrawing(
             {
                 "model": request.sampling.model,
                 "prompt": request.sampling.prompt,
+                "class_label": request.sampling.class_label,
                 "seeds": request.sampling.seeds,
                 "size": list(news.before.size),
                 "approximate": news.approximate,

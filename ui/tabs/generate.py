@@ -1,5 +1,6 @@
 """The Generate tab: images sampled from a prompt, with live previews."""
 
+import dataclasses
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import gradio as gr
 from PIL.Image import Image
 
 from studio import DECODINGS, decoding_named
+from studio.checkpoints.class_names import class_number
 from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Progress, Sampled, sample
 from studio.ui.jobs.request import GenerateRequest, sample_seed
@@ -16,9 +18,15 @@ from studio.ui.render.render_side_by_side import render_side_by_side, side_by_si
 from studio.ui.render.token_grid import token_grid
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
-from studio.ui.server.models import fitting_decodings, own_settings
+from studio.ui.server.models import (
+    about_model,
+    check_choice_of_model,
+    class_names,
+    fitting_decodings,
+    own_settings,
+)
 from studio.ui.server.png_metadata import Form, from_image, link_to
-from studio.ui.server.send_to import SendTo, build_send_to
+from studio.ui.server.send_to import SEND_TO, SendTo, build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import (
     columns_for,
@@ -31,47 +39,52 @@ from studio.ui.tabs.components import (
     uploaded,
 )
 from studio.ui.tabs.fields import number_field, options_field
+from studio.ui.tabs.history import History, build_history, connect_history
+from studio.ui.tabs.model_fields import (
+    class_field,
+    examples_of,
+    model_field,
+    own_setting,
+    prompt_hint,
+    settings_updates,
+    subject_updates,
+)
 
-EXAMPLES = [
-    "a red apple",
-    "a rocket, flat style, on a blue background",
-    "an octopus, 3d style, on a pink background",
-    "a hot beverage, 3d style",
-    "a rainbow, on a purple background",
-    "a fox, flat style",
-]
 _TEMPERATURE = "Randomness of each token; 0 takes the likeliest."
-IDLE = status_line("Write a prompt and press Generate.")
+IDLE = status_line("Say what to sample, and press Generate.")
 LOADING = status_line("Loading the model …", state="running", fraction=0)
 
 
-def build_tab(model: str) -> tuple[SendTo, Form]:
+def build_tab(model: str) -> tuple[SendTo, Form, History]:
     """Build the tab inside the current Blocks; the model is loaded by the first request.
 
     Args:
-        model: what samples.
+        model: the app's own, which is chosen at first.
 
     Returns:
-        The buttons that send images to the tabs "edit", "tokenize" and "ask", and the form that saved settings fill.
+        The buttons that send images to the tabs "edit", "tokenize" and "ask", the form that saved settings fill, and
+        the strip of what the session has made.
     """
     with gr.Row(elem_id="studio-generate", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             prompt = gr.Textbox(
                 label="Prompt",
-                info="A thing; a style, 3d or flat; a background colour.",
+                info=prompt_hint(model),
                 placeholder="a red apple",
                 lines=2,
                 max_lines=6,
                 autofocus=True,
+                visible=class_names(model) is None,
                 elem_id="prompt",
             )
+            class_label = class_field(model, "class-label")
             with gr.Row(elem_classes="studio-actions"):
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
                 side_by_side_button = gr.Button("Side by side", elem_id="side-by-side", scale=1, min_width=96)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", visible=False, scale=2)
             examples = gr.Dataset(
                 components=[prompt],
-                samples=[[text] for text in EXAMPLES],
+                samples=[[text] for text in examples_of(model)],
                 label="Try",
                 elem_id="examples",
                 elem_classes="studio-examples",
@@ -80,15 +93,13 @@ def build_tab(model: str) -> tuple[SendTo, Form]:
         with gr.Column(elem_classes="area-show"):
             gallery = image_grid(label="Images", show_label=False, columns=2, elem_id="images")
             status = gr.HTML(IDLE, elem_id="status", elem_classes="studio-line")
-            send_to = build_send_to(
-                gallery,
-                {"edit": "Edit this", "tokenize": "Tokenize this", "ask": "Ask about this image"},
-                [generate.click, prompt.submit, side_by_side_button.click],
-            )
+            begins = [generate.click, prompt.submit, side_by_side_button.click]
+            send_to = build_send_to(gallery, SEND_TO, begins)
             tokens = gr.HTML("", elem_id="tokens", elem_classes="studio-line")
+            history = build_history(begins)
         with gr.Column(elem_classes="area-tune"):
-            fitting = fitting_decodings(model)
-            decoding, options = _decoding_fields(fitting)
+            chosen = model_field(model, model, "model")
+            decoding, options = _decoding_fields(fitting_decodings(model))
             most = limits().images
             count = count_slider(most, value=min(4, most), label="Images", elem_id="count")
             with gr.Row(elem_classes="studio-seed"):
@@ -100,7 +111,7 @@ def build_tab(model: str) -> tuple[SendTo, Form]:
                 with gr.Row():
                     guidance = _setting("Guidance", "Classifier-free guidance scale; 1 is off.", own)
                     temperature = _setting("Temperature", _TEMPERATURE, own)
-                with gr.Row(visible=not own or "top-k" in own):
+                with gr.Row(visible=_has_filters(own)) as filters:
                     top_k = _setting("Top-k", "Sample from the k likeliest tokens; 0 is all.", own)
                     top_p = _setting(
                         "Top-p", "Sample from the likeliest tokens of this total probability, 0 to 1.", own
@@ -113,58 +124,102 @@ def build_tab(model: str) -> tuple[SendTo, Form]:
                 elem_id="recall",
             )
 
-    form = Form(model, [prompt, count, seed, guidance, temperature, top_k, top_p], decoding, options, fitting)
+    settings: dict[str, gr.Component] = {
+        "guidance": guidance, "temperature": temperature, "top-k": top_k, "top-p": top_p,
+    }  # fmt: skip
+
+    def follow(name: str) -> dict[gr.Component, Any]:
+        """What follows from a model."""
+        fitting = fitting_decodings(name)
+        return {
+            chosen: gr.update(info=about_model(name)),
+            decoding: gr.update(choices=_titles(fitting), value=fitting[0]),
+            examples: gr.update(samples=[[text] for text in examples_of(name)]),
+            filters: gr.update(visible=_has_filters(own_settings(name))),
+            **subject_updates(name, prompt, class_label, prompt_hint(name)),
+            **settings_updates(name, settings),
+        }
+
+    form = Form(model, chosen, [prompt, count, seed, *settings.values(), class_label], decoding, options, follow)
 
     async def show(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
-        async for update in show_sampling(model, *_with_options(values, options)):
+        async for update in show_sampling(*_with_options(values, options), default=model):
             yield update
 
     async def show_both(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
-        async for update in show_side_by_side(model, *_with_options(values, options)):
+        async for update in show_side_by_side(*_with_options(values, options)):
             yield update
 
+    inputs, outputs = [history.past, *form.fields], [gallery, tokens, status, *history.outputs]
     connect_actions(
         [
-            ([generate.click, prompt.submit], show, form.fields, [gallery, tokens, status]),
-            ([side_by_side_button.click], show_both, form.fields, [gallery, tokens, status]),
+            ([generate.click, prompt.submit], history.recorded(show), inputs, outputs),
+            ([side_by_side_button.click], history.recorded(show_both), inputs, outputs),
         ],
         status,
         starts=[generate, side_by_side_button],
         cancel=cancel,
     )
     dice.click(sample_seed, None, seed, queue=False, **PRIVATE)
-    sampled.upload(lambda file: recall(form, file), sampled, [sampled, *form.fields], preprocess=False, **PRIVATE)
-    examples.click(lambda sample: sample[0], examples, prompt, queue=False, **PRIVATE)
-    _endpoint(model, prompt, count, fitting[0])
-    return send_to, form
+    chosen.input(
+        lambda name, now: choose_model(form, name, now), [chosen, decoding], form.outputs, preprocess=False, **PRIVATE
+    )
+    sampled.upload(
+        lambda file, name: {sampled: None, **recall(form, file, name)},
+        [sampled, chosen],
+        [sampled, *form.outputs],
+        preprocess=False,
+        **PRIVATE,
+    )
+    examples.click(_example, [examples, chosen], [prompt, class_label], queue=False, **PRIVATE)
+    connect_history(history, form)
+    _endpoint(model, prompt, count)
+    return send_to, form, history
 
 
-def recall(form: Form, file: Any) -> tuple[Any, ...]:
-    """Fill the form with the settings of an uploaded image; an error becomes a toast, and the form stays as it is.
+def _example(sample: list[str], model: str) -> tuple[Any, Any]:
+    """Updates of the prompt and of the class."""
+    classes = class_names(model)
+    if classes is None:
+        return sample[0], gr.skip()
+    return gr.skip(), class_number(sample[0], classes)
+
+
+def choose_model(form: Form, model: Any, decoding: Any) -> dict[gr.Component, Any]:
+    """Updates of the form after a choice of a model; an error becomes a toast, and the form stays as it is."""
+    try:
+        return form.choose(model, decoding)
+    except Exception as error:
+        toast(sentence_of(error))
+        return {}
+
+
+def recall(form: Form, file: Any, model: Any = None) -> dict[gr.Component, Any]:
+    """Updates of the form from the settings of an image; an error becomes a toast, and the form stays as it is.
 
     Args:
         form: to fill.
         file: what an upload answers.
-
-    Returns:
-        Updates of the field of the file, which is cleared, and of the fields of the form.
+        model: the name of the model that is chosen.
     """
     try:
-        return None, *form.filled(from_image(uploaded(file)))
+        return form.filled(from_image(uploaded(file)), model)
     except Exception as error:
         toast(sentence_of(error))
-        return None, *[gr.skip()] * len(form.fields)
+        return {}
 
 
 def _decoding_fields(fitting: Sequence[str]) -> tuple[gr.Radio, dict[tuple[str, str], gr.Component]]:
-    """The field of the decoding, and by (decoding, option) the fields of options, shown when it is chosen."""
-    choices = {name: DECODINGS[name] for name in fitting}
+    """The field of the decoding, and by (decoding, option) the fields of options, shown when it is chosen.
+
+    There are fields for the decodings of all models; those of `fitting` can be chosen at first.
+    """
     plain = fitting[0]
-    names = [(choice.title, name) for name, choice in choices.items()]
-    decoding = gr.Radio(names, value=plain, label="Decoding", info=choices[plain].summary, elem_id="decoding")
+    summary = DECODINGS[plain].summary
+    decoding = gr.Radio(_titles(fitting), value=plain, label="Decoding", info=summary, elem_id="decoding")
     fields: dict[tuple[str, str], gr.Component] = {}
     rows: dict[str, gr.Row] = {}
-    for name, choice in choices.items():
+    for name, choice in DECODINGS.items():
         is_shown = name == plain and bool(choice.options)
         with gr.Row(visible=is_shown, elem_classes="studio-options") as rows[name]:
             for option in choice.options:
@@ -176,6 +231,15 @@ def _decoding_fields(fitting: Sequence[str]) -> tuple[gr.Radio, dict[tuple[str, 
 
     decoding.change(choose, decoding, [decoding, *rows.values()], queue=False, **PRIVATE)
     return decoding, fields
+
+
+def _titles(decodings: Sequence[str]) -> list[tuple[str, str]]:
+    return [(DECODINGS[name].title, name) for name in decodings]
+
+
+def _has_filters(own: Mapping[str, str]) -> bool:
+    """Whether a model of these own settings samples from codes, which filters leave some of."""
+    return not own or "top-k" in own
 
 
 def _option_field(option: Any, elem_id: str) -> gr.Component:
@@ -190,12 +254,13 @@ def _option_field(option: Any, elem_id: str) -> gr.Component:
 
 def _with_options(values: Sequence[Any], fields: Mapping[tuple[str, str], Any]) -> tuple[Any, ...]:
     """The values of a form, whose last ones are of options, as `GenerateRequest.from_fields` takes them."""
-    *basic, decoding = values[: len(values) - len(fields)]
+    model, prompt, *settings, class_label, decoding = values[: len(values) - len(fields)]
     texts = zip(fields, values[len(values) - len(fields) :])
-    return *basic, decoding, {option: text for (owner, option), text in texts if owner == decoding}
+    named = {option: text for (owner, option), text in texts if owner == decoding}
+    return model, prompt, *settings, decoding, named, "" if class_label is None else class_label
 
 
-def _endpoint(model: str, prompt: gr.Textbox, count: gr.Slider, default: str) -> None:
+def _endpoint(default: str, prompt: gr.Textbox, count: gr.Slider) -> None:
     """The endpoint for programs."""
 
     async def generate(
@@ -206,8 +271,10 @@ def _endpoint(model: str, prompt: gr.Textbox, count: gr.Slider, default: str) ->
         temperature=None,
         top_k=None,
         top_p=None,
-        decoding=default,
+        decoding=None,
         options=None,
+        model=None,
+        class_label=None,
     ):
         """Sample images from a prompt; streams previews, then the finished images.
 
@@ -219,26 +286,30 @@ def _endpoint(model: str, prompt: gr.Textbox, count: gr.Slider, default: str) ->
             temperature: randomness of each token (0 takes the likeliest); the model's default when empty.
             top_k: sample from the k likeliest tokens (0 is all); the model's default when empty.
             top_p: sample from the likeliest tokens of this total probability, 0 to 1; the model's default when empty.
-            decoding: how tokens are generated, such as "jacobi"; "cspd" with the mode "relaxed" is approximate.
+            decoding: how tokens are generated, such as "jacobi" ("cspd" may be approximate); its default when empty.
             options: those of the decoding, such as {"delta": 0.1}; its defaults when empty.
+            model: what samples, such as "emoji-mar"; the app's own model when empty.
+            class_label: number or name of a class, for a class-conditional model; when empty, the prompt is its name.
 
         Returns:
             The images as PNG files, and details: seeds, tokens, target calls and seconds, or the progress so far.
         """
-        values = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding, options or {})
-        async for update in answer_sampling(model, *values):
+        name = check_choice_of_model(model or default)
+        values = (prompt, count, seed, guidance, temperature, top_k, top_p, decoding or fitting_decodings(name)[0])
+        async for update in answer_sampling(name, *values, options or {}, class_label=class_label):
             yield update
 
     with gr.Group(visible=False):
         numbers = [gr.Number(label=name) for name in ("Seed", "Guidance", "Temperature", "Top-k", "Top-p")]
-        decoding, options = gr.Textbox(default, label="Decoding"), options_field("Options")
+        decoding, options = gr.Textbox(label="Decoding"), options_field("Options")
+        model, class_label = gr.Textbox(label="Model"), gr.Textbox(label="Class")
         found, details = image_grid(label="Images"), gr.JSON(label="Details")
         endpoint = gr.Button("Generate")
-    inputs = [prompt, count, *numbers, decoding, options]
+    inputs = [prompt, count, *numbers, decoding, options, model, class_label]
     endpoint.click(generate, inputs, [found, details], api_name="generate", **ON_THE_MODEL)
 
 
-async def show_sampling(model: str, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+async def show_sampling(model: str, *values: Any, default: str | None = None) -> AsyncIterator[tuple[Any, Any, Any]]:
     """Sample for the page: yields updates of (gallery, tokens, status).
 
     An error becomes a toast that says what to do; images and fields stay as they are.
@@ -246,17 +317,22 @@ async def show_sampling(model: str, *values: Any) -> AsyncIterator[tuple[Any, An
     Args:
         model: what samples.
         values: the other arguments of `GenerateRequest.from_fields`.
+        default: the app's own model, which links need not name; `model` when `None`.
     """
     shown: Any = None
     warned = False
     try:
-        request = GenerateRequest.from_fields(model, *values)
+        request = GenerateRequest.from_fields(check_choice_of_model(model), *values)
         async for news in sample(request):
             if news.warning and not warned:
                 toast(news.warning, title="Please note", duration=12)
                 warned = True
             if isinstance(news, Sampled):
-                yield _gallery(_files(news.images, request), request), _tokens(news.trace), summary(news, request)
+                yield (
+                    _gallery(_files(news.images, request), request),
+                    _tokens(news.trace),
+                    summary(news, request, default or model),
+                )
             elif news.images is not shown:
                 shown = news.images
                 yield _gallery(shown, request), _tokens(news.trace), progress(news, request)
@@ -272,7 +348,7 @@ async def show_side_by_side(model: str, *values: Any) -> AsyncIterator[tuple[Any
     shown: Any = None
     warned = False
     try:
-        request = GenerateRequest.from_fields(model, *values)
+        request = GenerateRequest.from_fields(check_choice_of_model(model), *values)
         async for news in side_by_side(request):
             if news.warning and not warned:
                 toast(news.warning, title="Please note", duration=12)
@@ -293,17 +369,20 @@ async def show_side_by_side(model: str, *values: Any) -> AsyncIterator[tuple[Any
         yield gr.skip(), gr.skip(), FAILED
 
 
-async def answer_sampling(model: str, *values: Any) -> AsyncIterator[tuple[Any, dict[str, Any]]]:
+async def answer_sampling(
+    model: str, *values: Any, class_label: Any = None
+) -> AsyncIterator[tuple[Any, dict[str, Any]]]:
     """Sample for a program: yields (images, details).
 
     Args:
         model: what samples.
         values: the other arguments of `GenerateRequest`, in its order.
+        class_label: as of `GenerateRequest`.
 
     Raises:
         StudioError: a mistake, with the sentence that the page shows.
     """
-    request = GenerateRequest(model, *values)
+    request = dataclasses.replace(GenerateRequest(model, *values), class_label=class_label)
     async for news in sample(request):
         if isinstance(news, Sampled):
             yield _captioned(_files(news.images, request), request), _details(news, request)
@@ -334,8 +413,8 @@ def waiting(ahead: int) -> str:
     return "Waiting: you are next." if ahead == 1 else f"Waiting: at most {ahead} turns before yours."
 
 
-def summary(sampled: Sampled, request: GenerateRequest) -> str:
-    """The status line of a finished request."""
+def summary(sampled: Sampled, request: GenerateRequest, default: str) -> str:
+    """The status line of a finished request; `default` is the app's own model."""
     stats = sampled.stats
     seeds = f"{request.seeds[0]}" if request.count == 1 else f"{request.seeds[0]} to {request.seeds[-1]}"
     accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
@@ -354,7 +433,7 @@ def summary(sampled: Sampled, request: GenerateRequest) -> str:
             *taken,
             ("seed" if request.count == 1 else "seeds", seeds),
         ],
-        link=("Link to these settings", link_to(request)),
+        link=("Link to these settings", link_to(request, default)),
     )
 
 
@@ -370,7 +449,7 @@ def side_by_side_status(news: SideBySide, request: GenerateRequest) -> str:
 
 def _setting(label: str, info: str, own: Mapping[str, str]) -> gr.Textbox:
     name = label.lower()
-    return number_field(label, info, name, own.get(name, "model's own"))
+    return number_field(label, info, name, own_setting(own, name))
 
 
 def _gallery(sampled: Sequence[Any], request: GenerateRequest) -> Any:
@@ -384,7 +463,7 @@ def _sides(news: SideBySide, request: GenerateRequest) -> Any:
 
 def _image_or_file(run: Run, request: GenerateRequest) -> Any:
     """A preview, or the finished image as a file whose name says what it is."""
-    return named_png(run.image, request.prompt, request.seeds[0], run.title) if run.image and run.stats else run.image
+    return named_png(run.image, request.subject, request.seeds[0], run.title) if run.image and run.stats else run.image
 
 
 def _tokens(trace: DraftTrace | None) -> str:
@@ -393,11 +472,11 @@ def _tokens(trace: DraftTrace | None) -> str:
 
 def _files(sampled: Sequence[Image], request: GenerateRequest) -> list[str]:
     """Finished images as files whose names say what they are."""
-    return [named_png(image, request.prompt, seed) for image, seed in zip(sampled, request.seeds)]
+    return [named_png(image, request.subject, seed) for image, seed in zip(sampled, request.seeds)]
 
 
 def _captioned(sampled: Sequence[Any], request: GenerateRequest) -> list[tuple[Any, str]]:
-    prompt = " ".join(request.prompt.split())
+    prompt = " ".join(request.subject.split())
     return [(image, f"seed {seed} · {prompt}") for image, seed in zip(sampled, request.seeds)]
 
 
@@ -406,6 +485,7 @@ def _details(sampled: Sampled, request: GenerateRequest) -> dict[str, Any]:
     return {
         "model": str(request.model),
         "prompt": request.prompt,
+        "class_label": request.class_label,
         "seeds": request.seeds,
         "settings": request.settings,
         "decoding": request.how,

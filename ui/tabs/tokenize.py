@@ -39,11 +39,11 @@ _CONTROLS = {
 }
 
 
-def build_tab() -> gr.Image:
+def build_tab() -> tuple[gr.Image, gr.Button, gr.ImageSlider]:
     """Build the tab inside the current Blocks; the tokenizer is loaded by the first image.
 
     Returns:
-        The field of the image.
+        The field of the image, the button that sends the restored one to be edited, and the pair that holds it.
     """
     names = bundled_models("tokenizer")
     first = DEFAULT_TOKENIZER if DEFAULT_TOKENIZER in names else next(iter(names), None)
@@ -77,6 +77,8 @@ def build_tab() -> gr.Image:
                 elem_id="opened",
             )
             status = gr.HTML(IDLE, elem_id="tokenize-status", elem_classes="studio-line")
+            with gr.Row(elem_classes="studio-send-to"):
+                edit = gr.Button("Edit the restored image", elem_id="restored-to-edit", size="sm")
             codecs = image_grid(
                 label="The same bytes", show_label=False, columns=3, visible=False, elem_id="codecs", captioned=True
             )
@@ -123,7 +125,7 @@ def build_tab() -> gr.Image:
         **PRIVATE,
     )
     _endpoints(image)
-    return image
+    return image, edit, pair
 
 
 def _control_settings(control: LengthControl | None) -> dict[str, Any]:
