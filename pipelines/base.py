@@ -17,7 +17,7 @@ from PIL import Image
 
 from studio import backends
 from studio.checks import check_choice, check_integer, check_number, check_text, shown
-from studio.decoding.guidance import check_schedule
+from studio.decoding.autoregressive import check_schedule
 from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.pipelines.chat_template import checked_tokenize

@@ -1,9 +1,10 @@
 """In- and outpainting and variations, with any pipeline whose model can be given tokens.
 
-Cells outside the mask are known to the model before sampling begins (`studio.decoding.known`). For masked models (MAR,
-TokenBridge, ResGen) that is exact conditioning. A LlamaGen samples in raster order, given the tokens before a position
-only: the part of an image below its top is continued exactly, and `approximate` says where known tokens came too late
-to matter. Of a row of tokens, coarse to fine, the first ones are kept, which hold the coarse look.
+Cells outside the mask are known to the model before sampling begins (`studio.decoding.sampling.KnownTokens`). For
+masked models (MAR, TokenBridge, ResGen) that is exact conditioning. A LlamaGen samples in raster order, given the
+tokens before a position only: the part of an image below its top is continued exactly, and `approximate` says where
+known tokens came too late to matter. Of a row of tokens, coarse to fine, the first ones are kept, which hold the coarse
+look.
 """
 
 import inspect
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from studio.decoding.known import KnownTokens
+from studio.decoding.sampling import KnownTokens
 from studio.errors import StudioError
 from studio.pipelines.canvas import EDIT_DEFAULTS, EditRequest, Window, blended, fill_hidden, hidden_cells, resized
 from studio.pipelines.class_labels import ClassLabels

@@ -8,12 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio import backends
 from studio.checks import check_integer
-from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive
+from studio.decoding.autoregressive import Autoregressive, autoregressive
 from studio.decoding.distilled import Distilled, DistilledOutput, distilled
 from studio.decoding.fastest_exact import FastestExact, fastest_exact
 from studio.decoding.jacobi import Jacobi, jacobi
-from studio.decoding.known import KnownTokens
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import KnownTokens, Sampled, Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.errors import StudioError
 from studio.models.distilled import DistilledStudent
@@ -50,7 +49,7 @@ class LlamaGenPipeline(ConditionalPipeline):
         student: a student distilled from the transformer, for `Distilled` decoding.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
-            `studio.decoding.guidance`.
+            `studio.decoding.autoregressive`.
         lowercase_prompts: whether prompts are lowercased first, as for the published text-conditional weights.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.

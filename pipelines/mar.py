@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
 from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
-from studio.decoding.known import KnownTokens
 from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
+from studio.decoding.sampling import KnownTokens
 from studio.errors import StudioError
 from studio.models.mar import MAR
 from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, first_difference, timed, with_parts
@@ -39,7 +39,7 @@ class MARPipeline(ConditionalPipeline):
         default_guidance_scale, default_temperature, default_num_inference_steps, default_diffusion_steps: used where a
             call leaves them out. Inference steps are calls of the transformer, diffusion steps denoise a token.
         default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
-            `studio.decoding.guidance`.
+            `studio.decoding.autoregressive`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.

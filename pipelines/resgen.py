@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.decoding.known import KnownTokens
 from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import KnownTokens, Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
 from studio.pipelines.base import first_difference, timed, with_parts
@@ -43,7 +42,7 @@ class ResGenPipeline(ResidualPipeline):
         default_guidance_scale, default_temperature, default_top_k, default_top_p, default_num_inference_steps: used
             where a call leaves them out.
         default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
-            `studio.decoding.guidance`.
+            `studio.decoding.autoregressive`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.

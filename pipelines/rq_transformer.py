@@ -44,7 +44,7 @@ class RQTransformerPipeline(ResidualPipeline):
         tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_top_k, default_top_p: used where a call leaves them out.
         default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
-            `studio.decoding.guidance`.
+            `studio.decoding.autoregressive`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.

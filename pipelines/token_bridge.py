@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.decoding.known import KnownTokens
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import KnownTokens, Sampling
 from studio.decoding.token_bridge import DimensionWise, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
@@ -36,7 +35,7 @@ class TokenBridgePipeline(ConditionalPipeline):
         tokenizer: the text tokenizer of that encoder.
         default_guidance_scale, default_temperature, default_num_inference_steps: used where a call leaves them out.
         default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
-            `studio.decoding.guidance`.
+            `studio.decoding.autoregressive`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.

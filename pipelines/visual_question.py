@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from studio import backends
 from studio.checks import check_integer, check_number, check_text, first_line
 from studio.errors import StudioError
 from studio.images import rgb_image
@@ -347,8 +348,7 @@ class _Steps(StoppingCriteria):
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    backends.wait(device)
     return time.perf_counter()
 
 

@@ -32,7 +32,7 @@ class XARPipeline(ConditionalPipeline):
         default_guidance_scale, default_temperature, default_num_inference_steps: used where a call leaves them out.
             Inference steps are those of the flow of a cell.
         default_guidance_schedule: "constant" or "linear", where a decoding's settings leave it open; see
-            `studio.decoding.guidance`.
+            `studio.decoding.autoregressive`.
         lowercase_prompts: whether prompts are lowercased first.
         prompt_completion: phrases sampled for what a prompt leaves unspecified; see `fill_unspecified`. The completed
             prompts are in the output.

@@ -6,12 +6,14 @@ backend is built once per model and reused until one of the model's weights chan
 """
 
 import copy
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from studio.backends.cpu_c import NativeDrafter, NativeLlamaGen, can_run, is_available
@@ -39,7 +41,9 @@ __all__ = [
     "select_student",
     "select_text",
     "signature",
+    "timed",
     "using",
+    "wait",
     "weight_sums",
 ]
 
@@ -138,6 +142,21 @@ def select_pixels(tokenizer: Tokenizer) -> Tokenizer:
     twin = copy.copy(tokenizer)
     twin.__dict__["_modules"] = {**tokenizer._modules, "decoder": native}
     return twin
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call, with what a GPU is still to do, and what it returns."""
+    wait(device)
+    began = time.perf_counter()
+    result = work()
+    wait(device)
+    return time.perf_counter() - began, result
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _takes_graphs(model: nn.Module) -> bool:

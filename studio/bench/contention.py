@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from studio.checkpoints.loading import load
+from studio.bench.models import load_generator
 from studio.errors import StudioError
+from studio.pipelines.base import ConditionalPipeline
 
 _PROMPT = "a red apple"
 _BUSY = "print(flush=True)\nwhile True: pass"
@@ -31,10 +32,7 @@ def bench_contention(model: str = "emoji-ar", *, rounds: int = 5, images: int = 
     """
     if min(rounds, images) < 1:
         raise StudioError(f"Measure at least one round of one image, not {rounds} of {images}.")
-    pipe = load(model, device="cpu")
-    if not getattr(pipe, "takes_text", False):
-        raise StudioError(f"{model} does not sample from words: name emoji-ar or another pipeline that does.")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_generator(model, "cpu", ConditionalPipeline)
     idle, busy = [], []
 
     def sample():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.bench.cost import wait
+from studio import backends
 from studio.checkpoints.loading import load, pick_device
 from studio.checks import shown
 from studio.decoding.autoregressive import condition_rows
@@ -61,7 +61,7 @@ def part_costs(model: MAR, tokens: int, block: int, seconds: float = 1.0) -> Par
         part()
         began = time.perf_counter()
         while least[name] == float("inf") or time.perf_counter() - began < seconds:
-            least[name] = min(least[name], _timed(part, model.device))
+            least[name] = min(least[name], backends.timed(part, model.device)[0])
     return PartCosts(least["call"], *(least[name] / _TIMED_STEPS for name in ("step", "block_step", "path_step")))
 
 
@@ -99,14 +99,6 @@ def _condition(model: MAR) -> dict[str, torch.Tensor]:
         return {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
     states = torch.zeros(1, config.caption_length, config.caption_dim, device=device)
     return {"captions": states, "caption_mask": torch.ones(states.shape[:2], dtype=torch.bool, device=device)}
-
-
-def _timed(part: Callable[[], object], device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    part()
-    wait(device)
-    return time.perf_counter() - began
 
 
 def speculation_at_best(target: PartCosts, draft: PartCosts, settings: ContinuousSpeculative) -> dict[str, float]:

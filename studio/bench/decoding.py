@@ -5,15 +5,13 @@ weights for each token of an image can pass it.
 """
 
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from studio import backends
-from studio.bench.cost import wait
-from studio.bench.sizes import MOST_IMAGES, check_counts, check_fits, parse_sizes
+from studio.bench.models import MOST_IMAGES, check_counts, check_fits, parse_sizes
 from studio.checkpoints.loading import pick_device
 from studio.checks import check_choice, check_integer, check_number
 from studio.decoding.autoregressive import Autoregressive, autoregressive
@@ -135,9 +133,9 @@ def _row(
     gc.collect()
     sample(autoregressive, tested, settings=settings)
     for _ in range(repeats):
-        seconds, fast = _timed(model.device, lambda: sample(autoregressive, tested, settings=settings).tokens)
+        seconds, fast = backends.timed(lambda: sample(autoregressive, tested, settings=settings).tokens, model.device)
         ours.append(seconds)
-        seconds, plain = _timed(model.device, lambda: sample(textbook, model))
+        seconds, plain = backends.timed(lambda: sample(textbook, model), model.device)
         reference.append(seconds)
     sampled = images * model.num_tokens
     view = backends.select(tested, settings.weights)
@@ -179,12 +177,4 @@ def read_bandwidth(model: LlamaGen, repeats: int = 10) -> float:
     """Bytes a second at which a plain sum reads a buffer of the size of the model's step weights, at best."""
     buffer = torch.ones(step_weights(model), device=model.device)
     buffer.sum()
-    return buffer.nbytes / min(_timed(model.device, buffer.sum)[0] for _ in range(repeats))
-
-
-def _timed(device: torch.device, work: Callable) -> tuple[float, torch.Tensor]:
-    wait(device)
-    began = time.perf_counter()
-    result = work()
-    wait(device)
-    return time.perf_counter() - began, result
+    return buffer.nbytes / min(backends.timed(buffer.sum, model.device)[0] for _ in range(repeats))

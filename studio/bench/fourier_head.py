@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from studio.checkpoints.loading import load
+from studio.bench.models import load_generator
 from studio.data.source import EMOJI, Examples, open_source
-from studio.errors import StudioError
 from studio.models.fourier_head import GAMMA, FourierHead
 from studio.models.masked_autoencoder import take_rows
 from studio.models.token_bridge import DimensionHead, TokenBridge
@@ -57,11 +56,7 @@ def bench_fourier_head(
     Raises:
         StudioError: for another kind of model.
     """
-    pipe = load(model, device=device, dtype=torch.float32)
-    if not isinstance(pipe, TokenBridgePipeline) or not pipe.takes_text:
-        raise StudioError(
-            f"{model} is no TokenBridge that samples from words: name emoji-bridge or a folder of its kind."
-        )
+    pipe = load_generator(model, device, TokenBridgePipeline, "emoji-bridge", dtype=torch.float32)
     source = open_source(EMOJI, pipe.image_tokenizer.config.sample_size)
     rng = np.random.default_rng(seed)
     train = frozen_states(pipe, source.train, images, rng)

@@ -6,9 +6,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from studio.checkpoints.bundled import BUNDLED, read_checksums
-from studio.checkpoints.loading import load
-from studio.decoding.guidance import SCHEDULES
+from studio.bench.models import load_generator
+from studio.checkpoints.bundled import bundled_names
+from studio.decoding.autoregressive import SCHEDULES
 from studio.decoding.mar import MaskedSteps
 from studio.decoding.registry import decoding_named, decodings_for
 from studio.decoding.resgen import ResidualSteps
@@ -44,8 +44,8 @@ def bench_guidance(
     if not all(scale > 1 for scale in scales):
         raise StudioError("A mean scale of 1 is no guidance: give numbers above 1.")
     rows = []
-    for name in bundled_generators() if models is None else models:
-        pipe = quiet_generator(name, device)
+    for name in bundled_names("pipeline") if models is None else models:
+        pipe = load_generator(name, device, ConditionalPipeline)
         plain = decoding_named(decodings_for(type(pipe).__name__, ())[0])
         for mean, schedule in tqdm([*product(scales, SCHEDULES)], desc=str(name), unit="setting"):
             decoding = plain.settings(guidance_schedule=schedule)
@@ -55,25 +55,6 @@ def bench_guidance(
             row = {"model": str(name), "mean_scale": mean, "schedule": schedule, "scale": scale}
             rows.append(row | {key: measured[key] for key in kept})
     return {"samples": samples, "seed": seed, "rows": rows}
-
-
-def bundled_generators() -> list[str]:
-    """Names of the bundled pipelines whose weights are in this copy."""
-    there = read_checksums()
-    return [name for name, about in BUNDLED.items() if about.kind == "pipeline" and name in there]
-
-
-def quiet_generator(name: str, device: str | None) -> ConditionalPipeline:
-    """A text-conditional pipeline without its progress bar.
-
-    Raises:
-        StudioError: another kind of model.
-    """
-    pipe = load(name, device=device)
-    if not isinstance(pipe, ConditionalPipeline) or not pipe.takes_text:
-        raise StudioError(f"{name} does not sample from words: name a pipeline such as emoji-ar.")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def scale_of_mean(pipe: ConditionalPipeline, decoding: Any, mean: float) -> float:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from studio.bench.guidance import bundled_generators, quiet_generator
+from studio.bench.models import load_generator
 from studio.bench.report import records_table
+from studio.checkpoints.bundled import bundled_names
 from studio.data.archive import STYLES, load_concepts, load_images
 from studio.data.backgrounds import NAMES, render
 from studio.data.captions import article, full_caption
 from studio.evaluation.judge import judge_scores, load_judge
+from studio.pipelines.base import ConditionalPipeline
 from studio.pipelines.item_states import isolated_items
 
 KINDS = ("heart", "circle", "square")
@@ -48,8 +50,8 @@ def bench_leakage(
     cases = leakage_cases()
     size = judge.config.sample_size
     rows = [_row("true images", None, None, judge, render(load_images(size), cases), cases)]
-    for name in bundled_generators() if models is None else models:
-        pipe = quiet_generator(name, device)
+    for name in bundled_names("pipeline") if models is None else models:
+        pipe = load_generator(name, device, ConditionalPipeline)
         for treatment in TREATMENTS:
             images = _sampled(pipe, cases, treatment, seed, batch_size)
             regions = pipe.transformer.config.get("plan_size", 0)

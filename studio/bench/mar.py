@@ -2,7 +2,7 @@
 
 import torch
 
-from studio.bench.sizes import MOST_IMAGES, check_counts, check_fits, parse_sizes
+from studio.bench.models import MOST_IMAGES, check_counts, check_fits, parse_sizes
 from studio.checkpoints.loading import pick_device
 from studio.checks import check_integer, check_number
 from studio.decoding.mar import MaskedAutoregressive, masked_autoregressive

@@ -1,12 +1,11 @@
 """How long it takes to choose tokens, for every pruning method, beside the plain textbook."""
 
-import time
 from collections.abc import Callable
 
 import torch
 
-from studio.bench.cost import wait
-from studio.bench.sizes import check_counts
+from studio import backends
+from studio.bench.models import check_counts
 from studio.checkpoints.loading import pick_device
 from studio.checks import check_integer
 from studio.errors import StudioError
@@ -110,10 +109,4 @@ def _row(name, features, kept, attention, layout, repeats) -> dict:
 
 
 def _fastest(run: Callable, repeats: int, device: torch.device) -> tuple[float, torch.Tensor]:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return best, result
+    return min((backends.timed(run, device) for _ in range(repeats)), key=lambda timed: timed[0])

@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from studio.bench.cost import wait
-from studio.bench.sizes import check_fits
+from studio.backends import wait
+from studio.bench.models import check_fits
 from studio.checkpoints.loading import load, pick_device
 from studio.checks import check_choice, check_integer, shown
 from studio.data.scenes import draw_scene

@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from studio.bench.chart import Series, chart
+from studio.bench.models import check_counts
 from studio.bench.report import markdown_table
-from studio.bench.sizes import check_counts
 from studio.checkpoints.loading import load
 from studio.checks import check_choice, check_integer, check_number
 from studio.data.scenes import draw_scene

@@ -6,13 +6,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from studio.bench.models import MOST_IMAGES, load_generator
 from studio.bench.report import markdown_table
-from studio.bench.sizes import MOST_IMAGES
-from studio.checkpoints.loading import load
 from studio.checks import check_integer
 from studio.data.captions import full_caption
 from studio.decoding.registry import decoding_named, decodings_for
-from studio.errors import StudioError
 from studio.evaluation.judge import held_out_features, judge_scores, load_judge, sample_combinations, scores
 from studio.evaluation.metrics import frechet_distance
 from studio.pipelines.resgen import ResGenPipeline
@@ -46,12 +44,7 @@ def bench_residual(
         StudioError: for another kind of model, and for more calls than an image has codes.
     """
     batch_size = check_integer("batch_size", batch_size, 1, MOST_IMAGES)
-    pipe = load(model, device=device)
-    if not isinstance(pipe, ResGenPipeline) or not pipe.takes_text:
-        raise StudioError(
-            f"{model} is no ResGen that samples from words: name emoji-resgen or a folder of its training."
-        )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_generator(model, device, ResGenPipeline, "emoji-resgen")
     sampled = sample_combinations(samples, np.random.default_rng(seed))
     captions = [full_caption(*row) for row in sampled.tolist()]
     for number in steps:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
 
-from studio.bench.sizes import MOST_IMAGES
-from studio.checkpoints.bundled import BUNDLED, read_checksums
+from studio.bench.models import MOST_IMAGES
+from studio.checkpoints.bundled import bundled_names
 from studio.checkpoints.loading import load
 from studio.checks import check_integer
 from studio.data.archive import RESOLUTION, STYLES, load_images
@@ -64,10 +64,10 @@ def bench_tokenizers(
         raise StudioError("Say how tokens go wrong at least once, as Perturbation(alpha, delta).")
     batch_size = check_integer("batch_size", batch_size, 1, MOST_IMAGES)
     sampled, judge, rows = _sample(samples, seed), load_judge(device=device), []
-    for name in bundled_tokenizers() if models is None else models:
+    for name in bundled_names("tokenizer") if models is None else models:
         tokenizer = load(name, device=device)
         if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
-            raise StudioError(f"{name} is no tokenizer: {', '.join(bundled_tokenizers())} are.")
+            raise StudioError(f"{name} is no tokenizer: {', '.join(bundled_names('tokenizer'))} are.")
         images = _images(sampled, tokenizer.config.sample_size)
         truth = judge_scores(judge, images).features
         for each, settings in variants(tokenizer):
@@ -87,12 +87,6 @@ def bench_tokenizers(
                 rows.append(row)
     perturbations = [asdict(perturbation) for perturbation in grid]
     return {"rows": rows, "samples": samples, "seed": seed, "perturbations": perturbations}
-
-
-def bundled_tokenizers() -> list[str]:
-    """Names of the bundled tokenizers whose weights are in this copy."""
-    there = read_checksums()
-    return [name for name, entry in BUNDLED.items() if entry.kind == "tokenizer" and name in there]
 
 
 def variants(tokenizer: ModelMixin) -> list[tuple]:

@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from studio.bench.chart import Series, chart
 from studio.bench.cost import call_seconds, peak_flops
 from studio.bench.decoding import read_bandwidth, step_weights
+from studio.bench.models import check_counts, load_generator
 from studio.bench.report import markdown_table
-from studio.bench.sizes import check_counts
-from studio.checkpoints.loading import load
 from studio.checkpoints.measured import fingerprint, save_measured
 from studio.checks import check_integer, shown
 from studio.data.captions import full_caption
@@ -31,10 +30,6 @@ from studio.evaluation.metrics import sliced_distance
 from studio.pipelines.base import ConditionalPipeline
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
-from studio.pipelines.resgen import ResGenPipeline
-from studio.pipelines.rq_transformer import RQTransformerPipeline
-from studio.pipelines.token_bridge import TokenBridgePipeline
-from studio.pipelines.xar import XARPipeline
 
 _EXTRA = {
     "verify_ratio": "Verify",
@@ -173,13 +168,7 @@ def bench_tradeoff(
     committed = _committed_quality(model, mark) if quick else None
     rows = []
     for dtype in dtypes:
-        pipe = load(model, device=device, dtype=dtype)
-        kinds = (
-            LlamaGenPipeline, MARPipeline, ResGenPipeline, RQTransformerPipeline, TokenBridgePipeline, XARPipeline,
-        )  # fmt: skip
-        if not isinstance(pipe, kinds) or not pipe.takes_text:
-            raise StudioError(f"{model} does not sample tokens from words: name a pipeline such as emoji-ar.")
-        pipe.set_progress_bar_config(disable=True)
+        pipe = load_generator(model, device, ConditionalPipeline, dtype=dtype)
         field = _chosen(contenders(pipe), only)
         name = str(pipe.transformer.dtype).removeprefix("torch.")
         quality = []
@@ -200,7 +189,13 @@ def bench_tradeoff(
             base = timed[0]
             for contender, run, judged in zip(field, timed, quality):
                 rows.append(_row(contender, batch, name, run, base, judged, machine))
-    result = {"model": model, "fingerprint": mark, "device": pipe.device.type, "left_out": {}, "rows": rows}
+    result: dict[str, Any] = {
+        "model": model,
+        "fingerprint": mark,
+        "device": pipe.device.type,
+        "left_out": {},
+        "rows": rows,
+    }
     for decoding, choice in DECODINGS.items():
         is_asked_for = choice.pipeline == type(pipe).__name__ and (not only or decoding in only)
         if choice.needs and is_asked_for and getattr(pipe, choice.needs) is None:

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from studio.bench.sizes import check_counts, check_fits
+from studio.bench.models import check_counts, check_fits
 from studio.checks import check_integer
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling

@@ -117,6 +117,12 @@ def read_checksums() -> dict[str, dict[str, str]]:
         raise StudioError(f"{CHECKSUMS} is damaged: install Studio again.") from error
 
 
+def bundled_names(kind: str) -> list[str]:
+    """Names of the bundled models of a kind, such as "pipeline", whose weights are in this copy."""
+    there = read_checksums()
+    return [name for name, about in BUNDLED.items() if about.kind == kind and there.get(name)]
+
+
 def write_checksums() -> None:
     """Write the checksums of the bundled files of this checkout; part of a release (`make checksums`)."""
     checksums = {name: files for name in sorted(BUNDLED) if (files := _files(ROOT / name))}

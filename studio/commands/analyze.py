@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json
+from studio.commands.outputs import check_figure, save_figure
 from studio.console import emit, quiet_libraries, say
 
 _SHOWN = (
@@ -54,14 +54,15 @@ def analyze(
     """
     from studio.bench.chart import Series, chart
     from studio.bench.report import records_table
-    from studio.evaluation.token_grids import bundled_tokenizers, rank_frequencies, token_grids
+    from studio.checkpoints.bundled import bundled_names
+    from studio.evaluation.token_grids import rank_frequencies, token_grids
     from studio.evaluation.token_statistics import analyze_tokens
 
     quiet_libraries()
     check_figure(figure)
     grids = [
         grid
-        for name in models or bundled_tokenizers()
+        for name in models or bundled_names("tokenizer")
         for grid in token_grids(name, data=data, images=images, seed=seed, device=device)
     ]
     rows = [row for grid in grids for row in analyze_tokens(grid, seed=seed, grammar=grammar)]

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, number
+from studio.commands.outputs import check_figure, save_figure
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 

@@ -38,7 +38,7 @@ def scene(
     import numpy as np
     from PIL import Image
 
-    from studio.commands.saved import save
+    from studio.commands.outputs import save
     from studio.data.scenes import draw_scene
     from studio.saving import check_writable
 

@@ -152,7 +152,7 @@ def _mask(file, box, size):
 
 
 def _edit(original, prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, call):
-    from studio.commands.saved import save
+    from studio.commands.outputs import save
     from studio.saving import plan_paths, png_writer, save_new
 
     out = user_path(out)

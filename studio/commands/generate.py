@@ -134,7 +134,7 @@ def generate(
 
 
 def _generate(prompt, class_label, model, num_images, seed, settings, decoding, tolerance, device, dtype, out, sheet):
-    from studio.commands.saved import save
+    from studio.commands.outputs import save
     from studio.saving import make_sheet, plan_paths, png_writer, save_new
 
     seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]

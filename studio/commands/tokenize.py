@@ -8,8 +8,8 @@ import typer
 
 from studio.checkpoints.bundled import BUNDLED, DEFAULT_TOKENIZER
 from studio.checks import printable, shown
-from studio.commands.figures import check_figure, save_figure
 from studio.commands.options import Device, Json, Seed, number
+from studio.commands.outputs import check_figure, save_figure
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
@@ -47,7 +47,7 @@ def tokenize(
     if sum(given is not None for given in (length, psnr, size)) > 1:
         raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
 
-    from studio.commands.saved import save
+    from studio.commands.outputs import save
     from studio.images import open_image
     from studio.saving import check_writable
 
@@ -91,7 +91,7 @@ def detokenize(
     as_json: Json = False,
 ) -> None:
     """Decode a file of tokens to an image."""
-    from studio.commands.saved import save
+    from studio.commands.outputs import save
     from studio.saving import check_writable, png_writer
 
     if out.suffix.lower() != ".png":

@@ -3,22 +3,43 @@
 With classifier-free guidance (arXiv:2207.12598) the conditional rows and their unconditional twins run as one batch,
 both fed the same token: `logits = unconditional + scale * (conditional - unconditional)`. Inside the guidance interval
 only (LlamaGen, arXiv:2406.06525): token t is guided when t = 0 or t - 1 <= interval; after the last guided token the
-unconditional rows leave the batch and the cache, and a step costs half. The scale may rise over the tokens of an image,
-see `guidance`. `Guidance` is the same for loops in which the tokens of one call have different positions in the image.
+unconditional rows leave the batch and the cache, and a step costs half. `Guidance` is the same for loops in which the
+tokens of one call have different positions in the image.
+
+The scale may rise over an image ("ELM: Elucidating the design space of language models for image generation",
+arXiv:2410.16257): `s_t = 1 + (s - 1)(t + 1) / n` for token t of n, so that the first ones stay varied and the last ones
+follow the prompt. In loops that sample several tokens a call, the share of the image takes the place of (t + 1) / n.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
 from studio import backends
 from studio.checks import check_choice
-from studio.decoding.guidance import check_schedule, scheduled_scale
-from studio.decoding.known import KnownTokens
-from studio.decoding.sampling import OnStep, Sampling
+from studio.decoding.sampling import KnownTokens, OnStep, Sampled, Sampling
 from studio.models.llamagen import LlamaGen
+
+SCHEDULES = ("constant", "linear")
+
+
+def check_schedule(schedule: str | None) -> None:
+    """Raises a `StudioError` for what is neither a schedule nor None."""
+    if schedule is not None:
+        check_choice("guidance_schedule", schedule, SCHEDULES)
+
+
+def scheduled_scale(schedule: str | None, scale: float, share: float) -> float:
+    """The guidance scale where this share of an image is sampled.
+
+    Args:
+        schedule: one of `SCHEDULES`; None is constant.
+        scale: at its greatest.
+        share: in [0, 1].
+    """
+    return 1 + (scale - 1) * share if schedule == "linear" else scale
 
 
 @dataclass
@@ -95,26 +116,6 @@ class Autoregressive:
         Sampling(order=self.filter_order)
         check_choice("weights", self.weights, WEIGHTS)
         check_schedule(self.guidance_schedule)
-
-
-@dataclass
-class Sampled:
-    """Tokens (B, n) int64, with n below the number asked for only when the loop was stopped, and what they cost.
-
-    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode"; `decoding` is the
-    name of the one that was taken, where the settings left that open.
-    """
-
-    tokens: torch.Tensor
-    target_calls: int = 0
-    row_calls: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    decoding: str | None = None
-
-    @property
-    def mean_accepted_length(self) -> float:
-        """Tokens of an image per call of the model."""
-        return self.tokens.shape[1] / self.target_calls
 
 
 def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:

@@ -20,8 +20,7 @@ import torch
 
 from studio import backends
 from studio.checks import check_integer
-from studio.decoding.autoregressive import Guidance, condition_rows, guided_logits
-from studio.decoding.guidance import check_schedule
+from studio.decoding.autoregressive import Guidance, check_schedule, condition_rows, guided_logits
 from studio.decoding.jacobi import CPU_ROWS, TOKENS_A_CALL, PositionRaces, leading
 from studio.decoding.sampling import Sampling, filter_logits
 from studio.errors import StudioError

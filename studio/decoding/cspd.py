@@ -29,7 +29,6 @@ import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.known import KnownTokens
 from studio.decoding.mar import (
     MARStepper,
     MaskedAutoregressive,
@@ -39,7 +38,7 @@ from studio.decoding.mar import (
     scatter_tokens,
     start_masked,
 )
-from studio.decoding.sampling import OnStep
+from studio.decoding.sampling import KnownTokens, OnStep
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.errors import StudioError
 from studio.models.masked_autoencoder import MaskedAutoencoder

@@ -25,16 +25,9 @@ import torch
 
 from studio import backends
 from studio.checks import check_choice, check_integer, set_fields, shown
-from studio.decoding.autoregressive import (
-    Autoregressive,
-    Guidance,
-    Sampled,
-    condition_rows,
-    guided_logits,
-    is_guided,
-)
+from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows, guided_logits, is_guided
 from studio.decoding.noise_map import NoiseMap
-from studio.decoding.sampling import OnStep, Sampling
+from studio.decoding.sampling import OnStep, Sampled, Sampling
 from studio.errors import StudioError
 
 SNAPS = ("none", "nearest")

@@ -17,10 +17,9 @@ from typing import Any, ClassVar
 import torch
 
 from studio import backends
-from studio.decoding.autoregressive import Autoregressive, Sampled, autoregressive, is_guided
+from studio.decoding.autoregressive import Autoregressive, autoregressive, is_guided
 from studio.decoding.jacobi import Jacobi, jacobi
-from studio.decoding.known import KnownTokens
-from studio.decoding.sampling import OnStep, Sampling
+from studio.decoding.sampling import KnownTokens, OnStep, Sampled, Sampling
 from studio.files import cache_folder
 from studio.models.llamagen import LlamaGen
 

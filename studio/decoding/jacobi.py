@@ -34,10 +34,16 @@ import torch
 from studio import backends
 from studio.checks import check_integer, set_fields, shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows
-from studio.decoding.call_cost import least_call_seconds
-from studio.decoding.known import KnownTokens
-from studio.decoding.reporting import Reporter, SpeculativeOutput
-from studio.decoding.sampling import OnStep, Sampling, fill_exponential, sample_rows
+from studio.decoding.sampling import (
+    KnownTokens,
+    OnStep,
+    Reporter,
+    Sampling,
+    SpeculativeOutput,
+    fill_exponential,
+    sample_rows,
+)
+from studio.decoding.trees import path_call
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 
@@ -412,6 +418,12 @@ def choose_window(model: LlamaGen, settings: Jacobi, batch: int, streams: int) -
     return known[key]
 
 
+def _call_seconds(model: LlamaGen, rows: int, window: int, weights: str) -> float:
+    """Least seconds of four calls behind a first one."""
+    call = path_call(model, rows, window, weights)
+    return min([backends.timed(call, model.device)[0] for _ in range(5)][1:])
+
+
 def _fastest_window(model: LlamaGen, rows: int, weights: str, first: float) -> int:
     windows, speeds = list(TOKENS_A_CALL), {}
 
@@ -419,8 +431,7 @@ def _fastest_window(model: LlamaGen, rows: int, weights: str, first: float) -> i
         if not 0 <= place < len(windows):
             return 0.0
         if place not in speeds:
-            seconds = least_call_seconds(model, rows, windows[place], weights)
-            speeds[place] = TOKENS_A_CALL[windows[place]] / seconds
+            speeds[place] = TOKENS_A_CALL[windows[place]] / _call_seconds(model, rows, windows[place], weights)
         return speeds[place]
 
     best = min(range(len(windows)), key=lambda place: abs(windows[place] - first))

@@ -29,15 +29,12 @@ import torch
 
 from studio import backends
 from studio.checks import check_choice, check_integer, check_number, set_fields
-from studio.decoding.autoregressive import Sampled, condition_rows
+from studio.decoding.autoregressive import check_schedule, condition_rows, scheduled_scale
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.disa import ANNEALINGS, LATEST_TIME, annealed_steps
 from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
-from studio.decoding.guidance import check_schedule, scheduled_scale
-from studio.decoding.known import KnownTokens
 from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR
-from studio.decoding.sampling import OnStep
-from studio.decoding.settings import Fillable
+from studio.decoding.sampling import Fillable, KnownTokens, OnStep, Sampled
 from studio.errors import StudioError
 from studio.models.masked_autoencoder import MaskedAutoencoder
 

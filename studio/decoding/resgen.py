@@ -33,11 +33,8 @@ from typing import Any, ClassVar
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
-from studio.decoding.autoregressive import Sampled, guided_logits
-from studio.decoding.guidance import check_schedule, scheduled_scale
-from studio.decoding.known import KnownTokens
-from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
-from studio.decoding.settings import Fillable
+from studio.decoding.autoregressive import check_schedule, guided_logits, scheduled_scale
+from studio.decoding.sampling import Fillable, KnownTokens, OnStep, Sampled, Sampling, exponential_noise, sample_rows
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
 

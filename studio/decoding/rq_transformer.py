@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from studio.checks import shown
-from studio.decoding.autoregressive import guided_logits, is_guided
-from studio.decoding.guidance import check_schedule, scheduled_scale
+from studio.decoding.autoregressive import check_schedule, guided_logits, is_guided, scheduled_scale
 from studio.decoding.sampling import OnStep, Sampling
 from studio.errors import StudioError
 from studio.models.rq_transformer import RQTransformer

@@ -1,13 +1,16 @@
-"""From logits to tokens: temperature, top-k, top-p, and one random stream per row.
+"""What decoding loops share. From logits to tokens: temperature, top-k, top-p, and one random stream per row.
 
 Two filter orders exist in the field. LlamaGen (arXiv:2406.06525, its sampling code): temperature, top-k, top-p, where a
 token stays while the probability before it does not exceed p. LANTERN (arXiv:2410.03355, through transformers):
 temperature, top-p, top-k, where a token goes when the probability up to it, counted from the least likely, is at most 1
 - p.
+
+Further what a loop returns and reports (`Sampled`, `Reporter`), and tokens that are known beforehand (`KnownTokens`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -174,3 +177,136 @@ def sample_rows(
         rows, vocab = probabilities.shape
         noise = exponential_noise(rows, vocab, generators or [], probabilities.device)
     return (probabilities / noise).argmax(dim=-1)
+
+
+@dataclass
+class Sampled:
+    """Tokens (B, n) int64, with n below the number asked for only when the loop was stopped, and what they cost.
+
+    `row_calls` counts sequences over all calls of the model; `seconds` holds "prefill" and "decode"; `decoding` is the
+    name of the one that was taken, where the settings left that open.
+    """
+
+    tokens: torch.Tensor
+    target_calls: int = 0
+    row_calls: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    decoding: str | None = None
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens of an image per call of the model."""
+        return self.tokens.shape[1] / self.target_calls
+
+
+@dataclass
+class SpeculativeOutput(Sampled):
+    """As of `Sampled`; `image_calls` counts images over all calls of the model, `image_tokens` the tokens of those."""
+
+    image_calls: int = 0
+    image_tokens: int = 0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        return self.image_tokens / self.image_calls
+
+
+class Run(Protocol):
+    """The images of one call: `tokens` (B, at least N), of which the first `lengths` of each image are final."""
+
+    tokens: torch.Tensor
+    lengths: list[int]
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Goes back to the first `lengths` tokens of each image, of which the last may have changed."""
+
+
+class Reporter:
+    """Tells `on_step` of tokens that all images have reached, and acts on what it changes.
+
+    Args:
+        on_step: called as (index, tokens (B, index + 1)); True stops the loop. None: nothing is reported.
+        editable: whether it may write to the last of those tokens.
+    """
+
+    def __init__(self, run: Run, on_step: OnStep | None, editable: bool) -> None:
+        self.run, self.on_step, self.reported = run, on_step, 0
+        self.editable = editable and on_step is not None
+
+    def stopped(self) -> bool:
+        """Reports what is new; whether to stop."""
+        run = self.run
+        while self.on_step is not None and self.reported < min(run.lengths):
+            index, self.reported = self.reported, self.reported + 1
+            before = run.tokens[:, index].clone() if self.editable else None
+            if self.on_step(index, run.tokens[:, : index + 1]):
+                return True
+            if before is not None:
+                changed = run.tokens[:, index].ne(before).tolist()
+                lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
+                if lengths != run.lengths:
+                    run.rewind(lengths)
+        return False
+
+
+@dataclass(frozen=True)
+class KnownTokens:
+    """Tokens that B images have before sampling begins, as in in- and outpainting.
+
+    A masked model predicts any positions from any others: sampling begins after the known tokens, in an order that has
+    them first, which is exact conditioning. A raster-order model conditions on the tokens before a position only: known
+    tokens are fed where they stand, and what stands before them does not know of them.
+
+    Args:
+        tokens: (B, L), or (B, L, D) of stacks and vectors; at positions that are not known their values do not matter.
+        mask: (B, L) bool, true at known positions; as many in each row, and not all.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def unknown(self) -> int:
+        """Positions of each image that are to be sampled."""
+        return self.mask.shape[1] - int(self.mask[0].sum())
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether no known position comes after an unknown one in raster order."""
+        return not bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any())
+
+    def known_last(self, order: torch.Tensor) -> torch.Tensor:
+        """An order (B, L) whose last entries are sampled first, with the known positions moved to its end."""
+        return order.gather(1, self.mask.gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
+
+    def write(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) or (B, L, D) with the known ones in their places."""
+        mask = self.mask if tokens.ndim == 2 else self.mask[..., None]
+        return torch.where(mask, self.tokens, tokens)
+
+    def fill(self, tokens: torch.Tensor, positions: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Tokens (b, n) of positions (b, n) of some images (b,), with the known ones among them."""
+        mask, known = self._at(positions, images)
+        return torch.where(mask, known, tokens)
+
+    def pin(self, logits: torch.Tensor, positions: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Logits (b, n, V) of the tokens at positions (b, n) of some images (b,); known ones get probability 1."""
+        mask, known = self._at(positions, images)
+        certain = torch.full_like(logits, float("-inf")).scatter_(2, known[:, :, None], 0.0)
+        return torch.where(mask[:, :, None], certain, logits)
+
+    def _at(self, positions, images):
+        positions = positions.clamp(0, self.mask.shape[1] - 1)
+        return self.mask[images[:, None], positions], self.tokens[images[:, None], positions]
+
+
+class Fillable:
+    """Base of a frozen dataclass some of whose fields may be None."""
+
+    DEFAULTS: ClassVar[dict[str, Any]]
+    """What takes the place of None."""
+
+    def filled(self, **defaults: Any) -> Self:
+        """These settings with a value for every None: one of `defaults`, such as a pipeline's, else of `DEFAULTS`."""
+        missing = [name for name in self.DEFAULTS if getattr(self, name) is None]
+        return replace(self, **{name: defaults.get(name, self.DEFAULTS[name]) for name in missing})  # type: ignore[type-var]

@@ -37,9 +37,7 @@ from studio.decoding.autoregressive import Autoregressive, Guidance, condition_r
 from studio.decoding.drafts import DraftContext, Drafts, Progress
 from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
-from studio.decoding.known import KnownTokens
-from studio.decoding.reporting import Reporter, SpeculativeOutput
-from studio.decoding.sampling import OnStep, Sampling, sample_rows
+from studio.decoding.sampling import KnownTokens, OnStep, Reporter, Sampling, SpeculativeOutput, sample_rows
 from studio.decoding.trees import Tree
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen

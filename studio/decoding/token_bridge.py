@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from studio.decoding.autoregressive import Sampled, condition_rows, guided_logits
-from studio.decoding.known import KnownTokens
+from studio.decoding.autoregressive import condition_rows, guided_logits
 from studio.decoding.mar import MaskedSteps
-from studio.decoding.sampling import OnStep, Sampling, exponential_noise, sample_rows
+from studio.decoding.sampling import KnownTokens, OnStep, Sampled, Sampling, exponential_noise, sample_rows
 from studio.models.token_bridge import TokenBridge
 
 

@@ -16,8 +16,10 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from studio import backends
 from studio.checks import check_integer, set_fields, shown
 from studio.errors import StudioError
+from studio.models.llamagen import LlamaGen
 
 MAX_NODES = 4096
 
@@ -298,3 +300,27 @@ def _likeliest_paths(acceptance: Sequence[float], count: int, levels: int) -> li
         if len(path) < levels:
             heapq.heappush(waiting, (probability * acceptance[0], (*path, 0), -probability))
     return found
+
+
+def path_call(model: LlamaGen, rows: int, nodes: int, weights: str = "auto") -> Callable[[], None]:
+    """A call for a path of `nodes` tokens in each of some sequences, half generated; it leaves the cache as it was.
+
+    Args:
+        rows: sequences, unconditional ones included.
+        weights: how the model is run, as of `Autoregressive`.
+    """
+    view = backends.select(model, weights)
+    last = len(model.rope()) - 1
+    length = last + 1 - model.num_tokens // 2
+    cache = view.new_tree_cache(rows, nodes)
+    cache.advance(length)
+    cache.keep_all()
+    tree = trees_of([([0] * nodes, list(range(-1, nodes - 1)))] * rows, model.device)
+    positions = (length + tree.depths).clamp(max=last)
+
+    @torch.no_grad()
+    def call() -> None:
+        view.logits(view.extend_tree(tree.tokens, cache, positions, tree.ancestors))
+        cache.forget()
+
+    return call

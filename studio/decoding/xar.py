@@ -16,10 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 from studio.checks import check_integer, set_fields
-from studio.decoding.autoregressive import Sampled, condition_rows, guided_logits
-from studio.decoding.guidance import check_schedule, scheduled_scale
-from studio.decoding.sampling import OnStep
-from studio.decoding.settings import Fillable
+from studio.decoding.autoregressive import check_schedule, condition_rows, guided_logits, scheduled_scale
+from studio.decoding.sampling import Fillable, OnStep, Sampled
 from studio.models.xar import XAR
 
 LAST_TIME = 0.04

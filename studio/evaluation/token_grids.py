@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from studio.checkpoints.bundled import BUNDLED
 from studio.checkpoints.loading import load
 from studio.checks import check_integer
 from studio.data.source import EMOJI, open_source
@@ -17,11 +16,6 @@ BATCH = 50
 LEVELS = 32
 """Levels of a number of a continuous tokenizer."""
 MAX_IMAGES = 100_000
-
-
-def bundled_tokenizers() -> list[str]:
-    """Names of the bundled image tokenizers."""
-    return [name for name, about in BUNDLED.items() if about.kind == "tokenizer"]
 
 
 @torch.no_grad()

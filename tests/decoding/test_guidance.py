@@ -21,9 +21,8 @@ from studio import (
     StudioError,
 )
 from studio.bench.guidance import mean_share, scale_of_mean
-from studio.decoding.autoregressive import Guidance, autoregressive
+from studio.decoding.autoregressive import Guidance, autoregressive, scheduled_scale
 from studio.decoding.fastest_exact import fastest_exact
-from studio.decoding.guidance import scheduled_scale
 from studio.decoding.jacobi import jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative

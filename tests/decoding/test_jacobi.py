@@ -13,8 +13,7 @@ from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
 from studio.backends.cpu_c import NativeLlamaGen
 from studio.decoding import jacobi as loop
 from studio.decoding.autoregressive import autoregressive
-from studio.decoding.call_cost import least_call_seconds
-from studio.decoding.jacobi import choose_window, jacobi
+from studio.decoding.jacobi import _call_seconds, choose_window, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.models.kv_cache import TreeCache
@@ -281,7 +280,7 @@ def test_the_window_follows_measured_costs(monkeypatch):
         return seconds
 
     for per_row, least, most in ((0.0, 32, 32), (0.01, 16, 32), (1.0, 2, 4)):
-        monkeypatch.setattr(loop, "least_call_seconds", costs(per_row))
+        monkeypatch.setattr(loop, "_call_seconds", costs(per_row))
         assert least <= choose_window(tiny(), Jacobi(), 1, 2) <= most
     model, count = tiny(), len(asked)
     first = choose_window(model, Jacobi(), 2, 2)
@@ -313,5 +312,5 @@ def test_settings_are_checked():
 def test_a_call_is_measured_without_a_trace(weights):
     model = tiny()
     for nodes in (1, 40):
-        assert 0 < least_call_seconds(model, 2, nodes, weights) < 60
+        assert 0 < _call_seconds(model, 2, nodes, weights) < 60
     assert choose_window(model, Jacobi(weights=weights), 1, 2) in range(2, 33)

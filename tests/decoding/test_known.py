@@ -28,9 +28,9 @@ from studio.decoding.autoregressive import autoregressive
 from studio.decoding.cspd import continuous_speculative
 from studio.decoding.drafts import TokenRecycling
 from studio.decoding.jacobi import jacobi
-from studio.decoding.known import KnownTokens
 from studio.decoding.mar import masked_autoregressive
 from studio.decoding.resgen import resgen_decoding
+from studio.decoding.sampling import KnownTokens
 from studio.decoding.speculative import speculative
 from studio.decoding.token_bridge import dimension_wise
 from studio.models.resgen import ResGen

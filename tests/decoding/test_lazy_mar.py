@@ -12,9 +12,9 @@ from tiny_mar import generators, tiny_mar
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding import lazy_mar
 from studio.decoding.autoregressive import condition_rows
-from studio.decoding.known import KnownTokens
 from studio.decoding.lazy_mar import LazyMAR, full_calls, kept_share
 from studio.decoding.mar import masked_autoregressive
+from studio.decoding.sampling import KnownTokens
 
 MODEL = tiny_mar(grid_size=8, depth=4)
 PRECISE = tiny_mar(grid_size=8, depth=4).double()

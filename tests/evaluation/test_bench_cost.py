@@ -11,7 +11,7 @@ import torch
 from studio import StudioError
 from studio.bench import contention as bench_contention
 from studio.bench import cost as bench_cost
-from studio.bench import sizes
+from studio.bench import models
 from studio.models import llamagen
 
 TINY = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "grid_size": 4}
@@ -63,7 +63,7 @@ def test_random_weights_of_a_published_size(name, monkeypatch):
 
 
 def test_a_size_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(sizes, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(models, "free_bytes", lambda device: 2**30)
     with pytest.raises(StudioError, match="llamagen-3b needs 2[0-9].[0-9] GB where 1.0 GB"):
         measured(preset="llamagen-3b")
 

@@ -4,7 +4,7 @@ import pytest
 
 from studio import StudioError
 from studio.bench.decoding import _MOST, bench_decoding, bench_random_decoding
-from studio.bench.sizes import parse_sizes
+from studio.bench.models import parse_sizes
 
 TINY = "dim=32,layers=1,heads=2,vocab=32,tokens=16"
 

@@ -6,7 +6,7 @@ import pytest
 
 from studio import StudioError, cli
 from studio.bench.mar import _MOST, bench_mar
-from studio.bench.sizes import parse_sizes
+from studio.bench.models import parse_sizes
 
 TINY = "dim=16,depth=1,heads=2,head_width=16,head_depth=1,tokens=4,steps=2,diffusion_steps=3"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from studio.bench import pruning_speed, sizes
+from studio.bench import models, pruning_speed
 from studio.bench.pruning_speed import Preset, bench_pruning_speed
 from studio.errors import StudioError
 
@@ -61,7 +61,7 @@ def test_random_weights_of_a_size(monkeypatch):
     monkeypatch.setitem(pruning_speed.PRESETS, "tiny", Preset("Llava", shape, 36, pixels))
     result = bench_pruning_speed(random="tiny", methods=("divprune", "kv-h2o"), new_tokens=3, repeats=1, device="cpu")
     assert [row["kept_tokens"] for row in result["rows"]] == [36, 7, 7] and result["dtype"] == "float32"
-    monkeypatch.setattr(sizes, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(models, "free_bytes", lambda device: 1000)
     with pytest.raises(StudioError, match="tiny needs .* GB where"):
         bench_pruning_speed(random="tiny", device="cpu")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from studio import OneDPieceTokenizer, StudioError, TokenBridgeTokenizer, cli
-from studio.bench.tokenizers import bench_tokenizers, bundled_tokenizers, variants
+from studio.bench.tokenizers import bench_tokenizers, variants
+from studio.checkpoints.bundled import bundled_names
 from studio.evaluation.robustness import Perturbation
 from studio.tokenizers.kl import KLTokenizer
 
@@ -62,7 +63,7 @@ def test_what_is_measured_of_each_kind(tiny_vq, tiny_one_d):
     assert [how["length"] for _, how in settings] == [1, 3, 6]
     bridge = TokenBridgeTokenizer({"autoencoder": wrong_tokens.AUTOENCODER}, levels=10, sample_size=16)
     assert [name for _, [(name, _)] in variants(bridge)] == [f"{n} levels" for n in (8, 10, 16, 32, 64)]
-    assert "emoji-vq" in bundled_tokenizers() and "emoji-ar" not in bundled_tokenizers()
+    assert "emoji-vq" in bundled_names("tokenizer") and "emoji-ar" not in bundled_names("tokenizer")
 
 
 def test_refused(tiny_folder):

@@ -22,10 +22,10 @@ from vector_quantize_pytorch import VectorQuantize
 
 from studio.errors import StudioError
 from studio.training import loop
+from studio.training.loop import learning_rate_factor
 from studio.training.options import merge
 from studio.training.recipe import Defaults, Recipe
 from studio.training.report import read_metrics
-from studio.training.schedule import learning_rate_factor
 from studio.training.state import load_state
 
 DATA = SimpleNamespace(name="numbers", description="random numbers", checksum="0", skipped=[])

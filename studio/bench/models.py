@@ -1,16 +1,38 @@
-"""Sizes of the random models that benchmarks time: read from a text, and refused where memory cannot hold them."""
+"""What benchmarks measure: generators that are loaded, and sizes of random models, refused where they do not fit."""
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 
+from studio.checkpoints.loading import load
 from studio.checks import check_integer, shown
 from studio.errors import StudioError
+from studio.pipelines.base import ConditionalPipeline
+
+Generator = TypeVar("Generator", bound=ConditionalPipeline)
 
 MOST_RUNS = 1000
 """Runs of a side, of which the fastest or the median counts."""
 MOST_IMAGES = 1024
 """Images at a time."""
+
+
+def load_generator(
+    name: str, device: str | None, kind: type[Generator], example: str = "emoji-ar", **more: Any
+) -> Generator:
+    """A text-conditional pipeline without its progress bar; arguments as of `studio.load`.
+
+    Raises:
+        StudioError: another kind of model; the message names the example.
+    """
+    pipe = load(name, device=device, **more)
+    if not isinstance(pipe, kind) or not pipe.takes_text:
+        label = kind.__name__.removesuffix("Pipeline").removeprefix("Conditional")
+        sort = f"is no {label} that samples from words" if label else "does not sample from words"
+        raise StudioError(f"{name} {sort}: name {example} or a folder of that kind.")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def parse_sizes(text: str, most: Mapping[str, int]) -> dict[str, int]:

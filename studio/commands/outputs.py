@@ -1,9 +1,18 @@
-"""SVG charts that commands write."""
+"""Files that commands write."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+from studio.console import warn
 from studio.errors import StudioError
+
+
+def save(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """`save_all`, and a line for each file of other content that was replaced."""
+    from studio.saving import save_all
+
+    for path in save_all(writers):
+        warn(f"{path} was there before and is replaced.")
 
 
 def check_figure(figure: Path | None) -> None:
@@ -23,8 +32,6 @@ def check_figure(figure: Path | None) -> None:
 
 def save_figure(figure: Path | None, chart: Callable[[], str]) -> None:
     """Write the SVG text that `chart()` returns, if there is a path."""
-    from studio.commands.saved import save
-
     if figure is not None:
         text = chart()
         save({figure: lambda path: path.write_text(text, encoding="utf-8")})
