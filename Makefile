@@ -1,6 +1,7 @@
 # make demo           one sheet of images for "a red apple" in out/
 # make test           the test suite
 # make test-browser   the app in a headless Chromium
+# make test-ray       a replica of Ray Serve killed under load (after pip install -e ".[ray]")
 # make ui             the app on http://127.0.0.1:7860
 # make lint           ruff check, ruff format, mypy
 # make types          mypy alone
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-browser ui lint types install checksums constraints
+.PHONY: demo test test-browser test-ray ui lint types install checksums constraints
 
 install: $(STAMP)
 
@@ -33,11 +34,14 @@ demo: $(STAMP)
 	$(STUDIO) generate "a red apple" --num-images 4 --sheet --out out/
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not browser and not alone"
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not browser and not ray and not alone"
 	$(PYTEST) -m alone
 
 test-browser: $(STAMP)
 	$(PYTEST) -m browser
+
+test-ray: $(STAMP)
+	$(PYTEST) -m ray
 
 ui: $(STAMP)
 	$(STUDIO) ui
@@ -58,5 +62,7 @@ checksums: $(STAMP)
 
 constraints: $(STAMP)
 	{ sed -n '/^#/p' constraints.txt; \
-	  $(VENV)/bin/python -m pip freeze --all --exclude-editable | sed -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > constraints.txt.part
+	  { grep '^ray==' constraints.txt; \
+	    $(VENV)/bin/python -m pip freeze --all --exclude-editable | sed -e '/^pip==/d' -e '/^ray==/d' -e 's/+[a-z0-9.]*$$//'; } | \
+	  LC_ALL=C sort -f; } > constraints.txt.part
 	mv constraints.txt.part constraints.txt

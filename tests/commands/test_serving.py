@@ -1,8 +1,13 @@
 """`studio serve`: what its options become, and which are refused."""
 
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from command_results import refused
 
 from studio.ui.server import limits, logs, models, storage, worker
 from studio.ui.server import options as serving
@@ -56,6 +61,12 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
     assert list(models._elsewhere["pipelines", device_worker.device]) == [how["model"]] == [tiny_folder.name]
 
 
+def test_ray_that_is_not_installed_is_named(run, monkeypatch):
+    monkeypatch.setattr("studio.commands.serve.find_spec", lambda name: None)
+    for options in (["serve", "--ray"], ["serve", "--ray", "--replicas", "auto", "--devices", "cpu"]):
+        refused(run(*options), 'pip install "token-studio[ray]"')
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -73,6 +84,10 @@ def test_options_become_queues_and_limits(run, launched, tiny_folder):
         (["--api-key", "short"], "8 to 200"),
         (["--api-keys", "no-such-file"], "no-such-file"),
         (["--allow-origin", "example.org"], "a scheme and a host"),
+        (["--replicas", 2], "--replicas is for --ray"),
+        (["--ray", "--replicas", 0], "from 1 to 1000, or auto"),
+        (["--ray", "--replicas", "many"], "from 1 to 1000, or auto"),
+        (["--ray", "--devices", "cuda:0,cuda:1"], "Ray chooses the device"),
         (["--max-images-per-minute", 0], "--max-images-per-minute"),
     ],
 )

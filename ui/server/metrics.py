@@ -19,6 +19,7 @@ _tokens = Counter("studio_image_tokens", "Tokens of finished images.", ["model"]
 _batch = Histogram("studio_batch_images", "Images in a call of a model.", buckets=_SIZES, registry=_registry)
 _phases = Counter("studio_phase_seconds", "Seconds of devices by phase.", ["phase"], registry=_registry)
 _errors = Counter("studio_errors", "Requests that failed, by kind.", ["kind"], registry=_registry)
+_retries = Counter("studio_retries", "Requests asked again after their replica was lost.", registry=_registry)
 _waiting = Gauge("studio_waiting_images", "Images that wait for a device.", registry=_registry)
 _running = Gauge("studio_running_images", "Images that are being sampled.", registry=_registry)
 _waiting.set_function(lambda: sum(each.waiting for each in worker.workers()))
@@ -40,6 +41,11 @@ def count_request(path: str, status: int, seconds: float) -> None:
 def count_error(kind: str) -> None:
     """Count a request that failed: the type of its error, or "refused"."""
     _errors.labels(kind).inc()
+
+
+def count_retry() -> None:
+    """Count a request that is asked again because its replica was lost."""
+    _retries.inc()
 
 
 def count_images(model: str, images: int, tokens: int) -> None:

@@ -6,16 +6,17 @@ from typing import Any
 
 from studio.checkpoints.bundled import BUNDLED
 from studio.checkpoints.published import pulled_folder
+from studio.checks import shown
 from studio.errors import StudioError
 from studio.ui.app import launch
 from studio.ui.server.limits import Limits, set_limits
-from studio.ui.server.models import Device, bundled_models, get_pipeline, pulled_pipelines
+from studio.ui.server.models import Device, bundled_models, get_pipeline, get_reader, pulled_pipelines
 from studio.ui.server.rate_limits import RateLimiter, Rates
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker, use_workers
 from studio.ui.tabs.components import short_name
 
-_CONNECTIONS = 64  # of one client for each request that may wait; a page has two, and a program about three
+CONNECTIONS = 64  # of one client for each request that may wait; a page has two, and a program about three
 
 
 def serve(
@@ -67,17 +68,50 @@ def prepare(
         raise StudioError("One of the devices is named twice: leave one of them out.")
     offered = {name: name for kind in ("pipeline", "tokenizer", "reader") for name in bundled_models(kind)}
     offered |= {name: str(pulled_folder(name)) for name in pulled_pipelines()}
-    name = model if model in BUNDLED else short_name(model)
-    name = f"own-{name}" if name in BUNDLED and name != model else name
-    set_limits(replace(limits, models={name: str(model)} | offered))
+    own = named_sources([model])
+    [name] = own
+    set_limits(replace(limits, models=own | offered))
     for device in devices:
         get_pipeline(name, device)
     use_workers([DeviceWorker(device, queue_limits) for device in devices], RateLimiter(rates))
     return {
         "model": name,
         "places": len(devices) * (queue_limits.max_waiting + queue_limits.max_batch),
-        "open_requests": _CONNECTIONS * queue_limits.max_per_client,
+        "open_requests": CONNECTIONS * queue_limits.max_per_client,
     }
+
+
+def prepare_replica(name: str, source: str, device: Device, queue_limits: QueueLimits, limits: Limits) -> None:
+    """Load one model, a pipeline or a bundled reader, and let this process do requests for it and for no other.
+
+    Args:
+        name, source: of the model, as of `named_sources`.
+        device: where it runs.
+        queue_limits, limits: as of `prepare`.
+
+    Raises:
+        StudioError: the model cannot be loaded.
+    """
+    set_limits(replace(limits, models={name: source}))
+    load = get_reader if name in bundled_models("reader") else get_pipeline
+    load(name, device)
+    use_workers([DeviceWorker(device, queue_limits)])
+
+
+def named_sources(models: Sequence[str]) -> dict[str, str]:
+    """What `studio.load` takes for each model, by what requests call it: the last part of a folder.
+
+    Raises:
+        StudioError: two have the same name.
+    """
+    sources: dict[str, str] = {}
+    for model in (str(model).strip() for model in models):
+        name = model if model in BUNDLED else short_name(model)
+        name = f"own-{name}" if name in BUNDLED and name != model else name
+        if name in sources or not model:
+            raise StudioError(f"Give each model once, and each folder a name of its own: {shown(model)}.")
+        sources[name] = model
+    return sources
 
 
 def devices_of(text: str | None, dtype: str | None) -> list[Device]:

@@ -86,7 +86,7 @@ def running(
         StudioError: nothing can listen there.
     """
     listeners = Listeners()
-    listening = _socket(host, port)
+    listening = open_socket(host, port)
     app = new_application(folder, lifespan=lambda _: kept_clean(folder, blocks, listeners) if folder else nullcontext())
     blocks.state_session_capacity, blocks.has_launched = _SESSIONS, True
     port = listening.getsockname()[1]
@@ -111,7 +111,7 @@ def running(
         _wait(lambda: server.started or not thread.is_alive(), _LONGEST_START)
         if not server.started:
             raise StudioError("The app does not start; the lines above say why.")
-        yield _address(host, port)
+        yield address_of(host, port)
     finally:
         blocks.is_running = False
         blocks._queue.close()
@@ -135,6 +135,26 @@ def run(blocks: gr.Blocks, host: str, port: int, *, drain_seconds: float = 0, **
     Raises:
         StudioError: nothing can listen there.
     """
+    with until_stopped() as wait:
+        with running(blocks, host, port, **settings) as address:
+            announce(f"The app is at {address}")
+            wait()
+            announce(f"Stopping: work under way has {drain_seconds:g} seconds. Press Ctrl+C to stop at once.")
+            drained = drain(drain_seconds)
+            _wait(lambda: not blocks._queue.event_ids_to_events, _LONGEST_ANSWER)
+        announce("Stopped." if drained else "Stopped; work that took longer was refused.")
+    if not _wait(is_idle, _LONGEST_END):
+        shutil.rmtree(settings.get("folder") or "", ignore_errors=True)
+        os._exit(0)  # or the process would wait for work that does not stop
+
+
+@contextmanager
+def until_stopped() -> Iterator[Callable[[], None]]:
+    """While this is entered, SIGINT and SIGTERM stop nothing by themselves, and a second one ends the process at once.
+
+    Yields:
+        A function that waits for the first of them.
+    """
     stopped: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -142,29 +162,29 @@ def run(blocks: gr.Blocks, host: str, port: int, *, drain_seconds: float = 0, **
             os._exit(128 + number)
         stopped.append(number)
 
+    def wait() -> None:
+        while not stopped:
+            time.sleep(0.1)
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with running(blocks, host, port, **settings) as address:
-            _announce(f"The app is at {address}")
-            while not stopped:
-                time.sleep(0.1)
-            _announce(f"Stopping: work under way has {drain_seconds:g} seconds. Press Ctrl+C to stop at once.")
-            drained = drain(drain_seconds)
-            _wait(lambda: not blocks._queue.event_ids_to_events, _LONGEST_ANSWER)
-        _announce("Stopped." if drained else "Stopped; work that took longer was refused.")
+        yield wait
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if not _wait(is_idle, _LONGEST_END):
-        shutil.rmtree(settings.get("folder") or "", ignore_errors=True)
-        os._exit(0)  # or the process would wait for work that does not stop
 
 
-def _announce(line: str) -> None:
+def announce(line: str) -> None:
+    """Print a line at once."""
     print(line, flush=True)
 
 
-def _socket(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes any that is free.
+
+    Raises:
+        StudioError: nothing can listen there.
+    """
     host = host.removeprefix("[").removesuffix("]")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -172,7 +192,8 @@ def _socket(host: str, port: int) -> socket.socket:
         raise StudioError(f"The app cannot listen on {host}:{port}: choose another with --host or --port.") from error
 
 
-def _address(host: str, port: int) -> str:
+def address_of(host: str, port: int) -> str:
+    """The address of a server on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host).removeprefix("[").removesuffix("]")
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
