@@ -115,10 +115,16 @@ def _size_of(pipe: Any) -> int:
 
 
 def _memory(device: Device) -> float:
-    """Bytes that the pipelines of a device may fill."""
+    """Bytes that the pipelines of a device may fill.
+
+    Raises:
+        StudioError: the device is not there.
+    """
     import torch
 
-    kind = torch.device(device.name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from studio.checkpoints.loading import pick_device
+
+    kind = pick_device(device.name)
     if kind.type == "cuda":
         return _MOST_MEMORY * torch.cuda.get_device_properties(kind).total_memory
     return _MOST_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
