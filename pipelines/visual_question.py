@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,8 +24,8 @@ from studio.errors import StudioError
 from studio.images import rgb_image
 from studio.pipelines.chat_template import check_template, checked_tokenize, render_template
 from studio.pruning.adapters import family_of
+from studio.pruning.api import merge_tokens, prune_inputs
 from studio.pruning.api import prune as pruning
-from studio.pruning.api import prune_inputs
 from studio.pruning.kv_cache import compress
 from studio.pruning.layout import PatchView, patch_views
 from studio.pruning.registry import INSIDE
@@ -127,6 +127,7 @@ class VisualQuestionPipeline:
         prune: str | None = None,
         keep: float = 0.2,
         after_layer: int | tuple[int, ...] | None = None,
+        merge: int | Sequence[int] = 0,
         max_new_tokens: int = 64,
         on_step: OnStep | None = None,
         **options: Any,
@@ -140,6 +141,7 @@ class VisualQuestionPipeline:
             keep: the fraction of the image's tokens to keep, in (0, 1].
             after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
                 known after the first token of the answer.
+            merge: tokens that the vision tower merges before its second layer, the third, ... (`studio.merge_tokens`).
             max_new_tokens: maximum length of the answer, 1 to 100,000.
             on_step: called with the partial answer when the tokens are chosen, and after each token of the answer;
                 True stops.
@@ -156,6 +158,21 @@ class VisualQuestionPipeline:
         if prune is None and (after_layer is not None or options):
             given = [*options, *(["after_layer"] if after_layer is not None else [])]
             raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
+        with merge_tokens(self.model, merge) if merge else nullcontext():
+            return self._answer(image, inputs, prune, share, after_layer, max_new_tokens, on_step, options)
+
+    def _answer(
+        self,
+        image: Image.Image,
+        inputs: BatchFeature,
+        prune: str | None,
+        share: float,
+        after_layer: int | tuple[int, ...] | None,
+        max_new_tokens: int,
+        on_step: OnStep | None,
+        options: dict[str, Any],
+    ) -> Answer:
+        """A call, its arguments checked."""
         inside = after_layer is not None or prune in INSIDE
         pruned: Any
         if prune == "vscan":

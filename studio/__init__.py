@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from studio.pipelines.token_bridge import TokenBridgePipeline
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.pipelines.xar import XARPipeline
-    from studio.pruning.api import prune, prune_inputs
+    from studio.pruning.api import merge_tokens, prune, prune_inputs
     from studio.pruning.kv_cache import compress
     from studio.pruning.registry import compression_methods, pruning_methods, pruning_place
     from studio.tokenizers.kl import KLTokenizer
@@ -118,6 +118,7 @@ _EXPORTS: dict[str, str] = {
     "encode_image": "studio.pipelines.image_codec",
     "isolated_items": "studio.pipelines.item_states",
     "load": "studio.checkpoints.loading",
+    "merge_tokens": "studio.pruning.api",
     "prune": "studio.pruning.api",
     "prune_inputs": "studio.pruning.api",
     "pruning_methods": "studio.pruning.registry",
@@ -174,6 +175,7 @@ __all__ = [
     "encode_image",
     "isolated_items",
     "load",
+    "merge_tokens",
     "prune",
     "prune_inputs",
     "pruning_methods",

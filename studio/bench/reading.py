@@ -20,6 +20,7 @@ from studio.data.scenes import draw_scene
 from studio.errors import StudioError
 from studio.evaluation.scenes import KEEPS, MAX_SCENES, evaluate_inside, evaluate_memory, evaluate_reader, interval
 from studio.pipelines.visual_question import VisualQuestionPipeline
+from studio.pruning.api import merge_tokens
 from studio.pruning.registry import IN_CACHE, INSIDE, METHODS, method_named
 
 
@@ -60,6 +61,7 @@ def _note(row):
 
 PHASES = ("encode", "select", "prefill", "decode")
 CACHE = "kv-"
+_MERGED = "tome "
 _STREAM = 1_000_000_009
 """First number of the seeds of the images that are timed."""
 
@@ -70,6 +72,7 @@ def bench_reading(
     methods: tuple[str, ...] | None = None,
     keeps: tuple[float, ...] = KEEPS,
     after_layer: int | None = None,
+    merges: tuple[int | tuple[int, ...], ...] = (),
     scenes: int = 100,
     images: int = 8,
     repeats: int = 3,
@@ -80,12 +83,13 @@ def bench_reading(
 
     Args:
         model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
-        methods: names out of `METHODS`, "fastv" and "pyramiddrop", or "kv-" before a method of `studio.compress`, whose
+        methods: names out of `METHODS` and `INSIDE`, or "kv-" before a method of `studio.compress`, whose
             image is read before the questions are known. `None` is all of `METHODS`, and "fastv", "divprune", "random"
             and "uniform" behind a layer.
         keeps: shares of the image's tokens, newlines included.
         after_layer: prune behind this layer of the language model (see `studio.prune`) instead of before it. Every
             question is then read on its own, twelve times the work. Methods of the cache do not heed it.
+        merges: tokens that the vision tower merges (`studio.merge_tokens`), without pruning: a row "tome ..." for each.
         scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
         images: scenes that are timed, one question each; all settings get the same.
         repeats: runs of each image and setting, in turn with the others.
@@ -114,14 +118,20 @@ def bench_reading(
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
-    settings = [("none", 1.0), *((method, keep) for method in methods for keep in keeps)]
-    answers = _answers(pipe, settings, after_layer, images, repeats, tiles)
+    merged = {_MERGED + ",".join(map(str, count if isinstance(count, tuple) else (count,))): count for count in merges}
+    settings = [("none", 1.0), *((name, 1.0) for name in merged)]
+    settings += [(method, keep) for method in methods for keep in keeps]
+    answers = _answers(pipe, settings, {"after_layer": after_layer}, merged, images, repeats, tiles)
     cached = tuple(method for method in methods if method.startswith(CACHE))
     inside = tuple(m for m in methods if m not in cached and (after_layer is not None or m in INSIDE))
     before = tuple(method for method in methods if method not in (*cached, *inside))
     where: dict[str, Any] = {"scenes": scenes, "tiles": tiles}
     measured = evaluate_reader(pipe.model, pipe.processor, methods=before, keeps=keeps, **where)
     shares: dict[tuple[str, float], float] = {}
+    for name, counts in merged.items():
+        with merge_tokens(pipe.model, counts):
+            whole = evaluate_reader(pipe.model, pipe.processor, methods=(), keeps=(), **where)
+        shares[name, 1.0] = whole["accuracy"]["none"]["1.0"]
     if inside:
         cuts = [(method, keep, after_layer) for method in inside for keep in keeps]
         found = evaluate_inside(pipe.model, pipe.processor, cuts, **where)
@@ -145,24 +155,28 @@ def bench_reading(
     return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
 
 
-def _answers(pipe, settings, after_layer, images, repeats, tiles):
+def _answers(pipe, settings, cut, merged, images, repeats, tiles):
     answers = {setting: [] for setting in settings}
     asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(images)]
-    _ask(pipe, asked[0], *settings[-1], after_layer)
+    _ask(pipe, asked[0], *settings[-1], cut, merged)
     for _ in tqdm(range(repeats), desc="timing", unit="round"):
         for scene in asked:
             for setting in settings:
-                answers[setting].append(_ask(pipe, scene, *setting, after_layer))
+                answers[setting].append(_ask(pipe, scene, *setting, cut, merged))
     return answers
 
 
-def _ask(pipe, scene, method, keep, after_layer):
+def _ask(pipe, scene, method, keep, cut, merged):
     if method.startswith(CACHE):
         memory = pipe.remember(Image.fromarray(scene.image), method=method.removeprefix(CACHE), keep=keep)
         answer = pipe.ask(memory, scene.questions[0].text, max_new_tokens=4)
         spent = {**answer.seconds, "encode": memory.seconds["remember"]}
         return replace(answer, seconds=spent, cache_bytes=memory.cache_bytes)
-    chosen = {} if method == "none" else {"prune": method, "keep": keep, "after_layer": after_layer}
+    chosen = {"prune": method, "keep": keep, **cut}
+    if method in merged:
+        chosen = {"merge": merged[method]}
+    elif method == "none":
+        chosen = {}
     return pipe(Image.fromarray(scene.image), scene.questions[0].text, **chosen, max_new_tokens=4)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.options import Device, Dtype, Json, number
+from studio.commands.options import Device, Dtype, Json, number, parsed_counts
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
@@ -32,6 +32,13 @@ def ask(
         int | None,
         number(min=1, help="Prune after this layer of the language model.", show_default="the method's"),
     ] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens that the vision tower merges before its second layer, the third, ..., such as 56,28,14.",
+            show_default="none",
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="A bundled reader, or a vision-language model of transformers: a folder or Hub id.")
     ] = "emoji-vlm",
@@ -50,6 +57,9 @@ def ask(
         raise StudioError("Several questions share one cache: leave --prune out, or ask them one by one.")
     if after_layer is not None and prune is None:
         raise StudioError("--after-layer needs a method: add --prune fastv, or leave it out.")
+    if merge is not None and len(questions) > 1:
+        raise StudioError("Several questions share one cache: leave --merge out, or ask them one by one.")
+    merged = 0 if merge is None else parsed_counts(merge)
     original = open_image(image)
     quiet_libraries()
     pipe = load(model, device=device, dtype=dtype)
@@ -60,8 +70,9 @@ def ask(
         return
     share = 0.2 if keep is None else keep
     answer = pipe(
-        original, questions[0], prune=prune, keep=share, after_layer=after_layer, max_new_tokens=max_new_tokens
-    )
+        original, questions[0], prune=prune, keep=share, after_layer=after_layer, merge=merged,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
     emit(
         {
             "answer": answer.answer,

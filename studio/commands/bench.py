@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from studio.commands.options import Device, Json, number
+from studio.commands.options import Device, Json, number, parsed_counts
 from studio.commands.outputs import check_figure, save_figure
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
@@ -122,6 +122,14 @@ def pruning(
             help="With --model: fraction of the tokens to keep; repeat for more.", show_default="0.5 0.2 0.1 0.05"
         ),
     ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --model: tokens that the vision tower merges before its second layer, the third, ..., such as "
+            "56,28,14; repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
     scenes: Annotated[
         int | None, typer.Option(min=1, help="With --model: number of scenes.", show_default="100")
     ] = None,
@@ -162,7 +170,8 @@ def pruning(
     timed = {"--batch": batch, "--attention": attention, "--random": random}
     more = {"--new-tokens": new_tokens, "--repeats": repeats}
     if any(value for value in timed.values()):
-        if wrong := [flag for flag, value in {"--scenes": scenes, "--figure": figure}.items() if value is not None]:
+        answered = {"--scenes": scenes, "--merge": merge or None, "--figure": figure}
+        if wrong := [flag for flag, value in answered.items() if value is not None]:
             raise StudioError(f"{' and '.join(wrong)} measures answers, which {', '.join(timed)} do not: leave it out.")
         if model is not None and random is not None:
             raise StudioError("--model and --random exclude each other: leave one of them out.")
@@ -182,7 +191,8 @@ def pruning(
     if wrong := [flag for flag, value in more.items() if value is not None]:
         raise StudioError(f"{' and '.join(wrong)} belongs to whole answers: add --batch 1, or leave it out.")
     if model is None:
-        with_model = {"--after-layer": after_layer, "--keep": keep or None, "--scenes": scenes, "--figure": figure}
+        with_model = {"--after-layer": after_layer, "--keep": keep or None, "--merge": merge or None}
+        with_model |= {"--scenes": scenes, "--figure": figure}
         if wrong := [flag for flag, value in with_model.items() if value is not None]:
             raise StudioError(f"{' and '.join(wrong)} belongs to --model: add --model emoji-vlm, or leave it out.")
         from studio.bench.pruning import bench_pruning as measure
@@ -200,6 +210,8 @@ def pruning(
         asked["keeps"] = tuple(keep)
     if after_layer is not None:
         asked["after_layer"] = after_layer
+    if merge:
+        asked["merges"] = tuple(parsed_counts(text) for text in merge)
     result = bench_reading(model, device=device, **chosen, **asked)
     save_figure(figure, lambda: reading_chart(result["rows"]))
     emit(result)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from studio.checks import shown
 from studio.errors import StudioError
 
 
@@ -19,6 +20,18 @@ def finite(value: float | None) -> float | None:
 def number(*names: str, help: str, show_default: bool = False, **limits: Any) -> Any:
     """A typer option that takes a finite number."""
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
+
+
+def parsed_counts(text: str) -> int | tuple[int, ...]:
+    """One number of tokens, or several, from "56,28,14".
+
+    Raises:
+        StudioError: another form.
+    """
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() and len(number) < 9 for number in numbers):
+        raise StudioError(f"--merge is numbers of tokens, such as 56,28,14, not {shown(text)}.")
+    return int(text) if len(numbers) == 1 else tuple(map(int, numbers))
 
 
 def parsed_tiles(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ static caches work.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from studio.errors import StudioError
-from studio.pruning.adapters import Family, family_of
+from studio.pruning.adapters import Family, Llava, family_of
 from studio.pruning.blocks import block
 from studio.pruning.inside_model import Inside
 from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, method_named
 from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_images, shorten
+from studio.pruning.tome import Merging
 
 
 def prune_inputs(
@@ -149,6 +150,30 @@ def prune(
         methods["generate"] = _generate(family, settings, record, restore_prompt)
     with block(family.model, methods):
         yield record
+
+
+@contextmanager
+def merge_tokens(model: PreTrainedModel, merged: int | Sequence[int]) -> Iterator[None]:
+    """Within the block, the vision tower merges tokens that resemble one another (ToMe, arXiv:2210.09461).
+
+    The language model gets as many tokens as before: combine it with a block of `prune` for fewer. A block affects
+    only the thread or task that opened it.
+
+    Args:
+        model: of the LLaVA families, with a CLIP or SigLIP tower.
+        merged: tokens of an image or crop that are merged away before the second layer of the tower, the third, and so
+            on; one number is that of each of these layers.
+
+    Raises:
+        StudioError: a model of another family, more tokens than there are, or flash attention.
+    """
+    family = family_of(model, "tome")
+    if not isinstance(family, Llava) or (reason := family.refusal("tome")):
+        reason = reason if isinstance(family, Llava) else "its tower is not one of CLIP or SigLIP as LLaVA has it"
+        raise StudioError(f"Tokens inside the tower of this {model.config.model_type} model stay: {reason}.")
+    tower = family.base.vision_tower
+    with Merging(tower, merged, has_cls=tower.config.model_type == "clip_vision_model").hooks():
+        yield
 
 
 def _first_share(keep: float) -> float:

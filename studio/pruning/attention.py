@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from studio.errors import StudioError
 from studio.pruning.blocks import with_keywords
 from studio.pruning.layout import Layout
+from studio.pruning.tome import expanded
 
 _BLOCK = 256
 _SHALLOW = 5
@@ -188,7 +189,7 @@ class TowerTap(_Tap):
 
         def hook(module, arguments, output):
             if self.entered():
-                self.seen[layer, part] = (output[:, :1] if only_first else output).detach()
+                self.seen[layer, part] = (output[:, :1] if only_first else expanded(output, layer)).detach()
 
         return hook
 

@@ -47,6 +47,20 @@ def test_rows_behind_a_layer(tiny_reader, tmp_path):
     assert 0.4 * whole["cache_bytes"] < tenth["cache_bytes"] < whole["cache_bytes"]
 
 
+def test_rows_of_a_merging_tower(tiny_reader, tmp_path):
+    for part in tiny_reader:
+        part.save_pretrained(tmp_path)
+    result = bench_reading(
+        str(tmp_path), methods=("divprune",), keeps=(0.5,), merges=(1, (2,)), scenes=1, images=1, repeats=1,
+        tiles=(1, 1),
+    )  # fmt: skip
+    rows = {(row["method"], row["keep"]): row for row in result["rows"]}
+    assert list(rows) == [("none", 1.0), ("tome 1", 1.0), ("tome 2", 1.0), ("divprune", 0.5)]
+    for name in ("tome 1", "tome 2"):
+        assert rows[name, 1.0]["kept_tokens"] == rows["none", 1.0]["visual_tokens"]
+        assert rows[name, 1.0]["better_than_random"] is None
+
+
 def test_rows_of_every_place(tiny_reader, tmp_path):
     for part in tiny_reader:
         part.save_pretrained(tmp_path)
