@@ -118,7 +118,7 @@ def bench_reading(
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
-    merged = {_MERGED + ",".join(map(str, count if isinstance(count, tuple) else (count,))): count for count in merges}
+    merged = {_MERGED + ",".join(map(str, np.atleast_1d(each))): each for each in merges}
     settings = [("none", 1.0), *((name, 1.0) for name in merged)]
     settings += [(method, keep) for method in methods for keep in keeps]
     answers = _answers(pipe, settings, {"after_layer": after_layer}, merged, images, repeats, tiles)
@@ -128,8 +128,8 @@ def bench_reading(
     where: dict[str, Any] = {"scenes": scenes, "tiles": tiles}
     measured = evaluate_reader(pipe.model, pipe.processor, methods=before, keeps=keeps, **where)
     shares: dict[tuple[str, float], float] = {}
-    for name, counts in merged.items():
-        with merge_tokens(pipe.model, counts):
+    for name, count in merged.items():
+        with merge_tokens(pipe.model, count):
             whole = evaluate_reader(pipe.model, pipe.processor, methods=(), keeps=(), **where)
         shares[name, 1.0] = whole["accuracy"]["none"]["1.0"]
     if inside:

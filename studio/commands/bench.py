@@ -191,7 +191,7 @@ def pruning(
     if wrong := [flag for flag, value in more.items() if value is not None]:
         raise StudioError(f"{' and '.join(wrong)} belongs to whole answers: add --batch 1, or leave it out.")
     if model is None:
-        with_model = {"--after-layer": after_layer, "--keep": keep or None, "--merge": merge or None}
+        with_model: dict[str, Any] = {"--after-layer": after_layer, "--keep": keep or None, "--merge": merge or None}
         with_model |= {"--scenes": scenes, "--figure": figure}
         if wrong := [flag for flag, value in with_model.items() if value is not None]:
             raise StudioError(f"{' and '.join(wrong)} belongs to --model: add --model emoji-vlm, or leave it out.")

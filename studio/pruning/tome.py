@@ -138,10 +138,6 @@ class Merging:
             handles.callback(lambda: _OPEN.set(tuple(other for other in _OPEN.get() if other is not self)))
             yield
 
-    def _current(self) -> _Run | None:
-        run = _RUN.get()
-        return run if run is not None and run.merging is self else None
-
     def _begin(self, tower, arguments):
         if self in _OPEN.get():
             _RUN.set(_Run(self))
