@@ -1,13 +1,16 @@
 """A model is chosen on the page: what follows from it, classes, memory, and that requests of others stay apart."""
 
 import asyncio
+import base64
 import json
 import shutil
 import threading
+from io import BytesIO
 from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
+import openai
 import pytest
 import torch
 from gradio.context import LocalContext
@@ -231,3 +234,16 @@ def test_a_server_offers_what_was_pulled_and_fetches_nothing(tiny_folder, tiny_p
     shutil.rmtree(folder)
     with pytest.raises(StudioError, match="no model or folder|no folder here"):
         models.get_pipeline("llamagen-b-256")
+
+
+def test_a_prompt_of_the_api_names_a_class(serve_api, tiny_class_pipeline):
+    url = serve_api(**{"emoji-mar": tiny_class_pipeline})
+    with openai.OpenAI(base_url=f"{url}v1", api_key="none", max_retries=0) as client:
+        own = {"seed": 7, "decoding": "ar"}
+        for prompt in ("golden retriever", "3"):
+            found = client.images.generate(prompt=prompt, model="emoji-mar", extra_body=own)
+            image = Image.open(BytesIO(base64.b64decode(found.data[0].b64_json)))
+            assert np.array_equal(np.asarray(image), pixels(tiny_class_pipeline, 3)[0])
+            assert found.usage.input_tokens == 0
+        with pytest.raises(openai.BadRequestError, match="did you mean golden retriever"):
+            client.images.generate(prompt="goldn retriever", model="emoji-mar", extra_body=own)

@@ -115,6 +115,8 @@ def test_a_class_comes_back_where_the_model_has_it(tiny_class_folder, tmp_path, 
     record = {"model": name, "prompt": None, "class_label": 3}
     assert held(form, form.filled(from_image(saved(tmp_path, record, 1))))["class_label"] == 3
     assert held(form, form.filled(from_link({"class_label": "golden retriever", "seed": "1"})))["class_label"] == 3
+    prompted = {"model": name, "prompt": "Golden Retriever"}
+    assert held(form, form.filled(from_image(saved(tmp_path, prompted, 1))))["class_label"] == 3
     assert not toasts
     assert "class_label" not in held(form, form.filled(from_link({"class_label": "12"})))
     assert "no field for class_label 12" in toasts[0]

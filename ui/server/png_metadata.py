@@ -181,7 +181,7 @@ class Form:
         here = _WHERE | runs_as(model)
         basic: dict[str, Any] = {"prompt": "", "count": 1, "seed": ""} | dict.fromkeys(_SAMPLING, "") | recalled.basic
         given = basic.pop("class_label", None)
-        label = _class_number(model, given)
+        label = _class_number(model, basic["prompt"] if given in (None, "") else given)
         others |= {"class_label": given} if label is None and given not in (None, "") else {}
         left = [f"{_cut(name)} {_cut(value)}" for name, value in (others | unknown).items() if here.get(name) != value]
         if left:

@@ -19,7 +19,7 @@ from studio.ui.jobs.request import number_of, sample_seed
 from studio.ui.render.render_sides import comparison_verdict, render_sides
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
-from studio.ui.server.models import bundled_models
+from studio.ui.server.models import offered_pipelines
 from studio.ui.server.send_to import SEND_TO, SendTo, build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import count_slider, duration, image_grid, named_png, status_line
@@ -41,7 +41,7 @@ def build_tab(model: str, history: History) -> tuple[gr.Textbox, SendTo]:
     Returns:
         The field of the prompt, and the buttons that send images to other tabs.
     """
-    offered = offered_sides(dict.fromkeys([model, *bundled_models("pipeline")]))
+    offered = offered_sides(offered_pipelines(model))
     with gr.Row(elem_id="studio-compare", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             prompt = gr.Textbox(
