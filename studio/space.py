@@ -113,11 +113,6 @@ def _kind(model):
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
             raise StudioError(f"{model} is no pipeline: it holds no model_index.json.")
-        index = json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8"))
-        if (index.get("text_encoder") or [None])[0] is None:
-            raise StudioError(
-                f"{model} samples from class numbers, the app from words: choose one with a text encoder."
-            )
         return "folder"
     if _HUB_ID.fullmatch(model):
         return "hub"

@@ -119,12 +119,10 @@ def test_what_cannot_draw_is_refused(tmp_path, model):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_words_is_refused(tmp_path):
-    (tmp_path / "classes").mkdir()
-    (tmp_path / "classes/model_index.json").write_text('{"text_encoder": [null, null]}')
-    with pytest.raises(StudioError, match="text encoder"):
-        space.build_space(tmp_path / "space", model=str(tmp_path / "classes"))
-    assert [path.name for path in tmp_path.iterdir()] == ["classes"]
+def test_a_model_of_classes_keeps_their_names(tmp_path, tiny_class_folder):
+    space.build_space(tmp_path / "space", model=str(tiny_class_folder))
+    labels = json.loads((tmp_path / "space/model/model_index.json").read_text())["id2label"]
+    assert labels["3"] == "golden retriever"
 
 
 def test_without_constraints_a_space_is_refused(tmp_path, monkeypatch):

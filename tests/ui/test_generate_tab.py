@@ -14,7 +14,7 @@ from PIL import Image
 from studio import DECODINGS, StudioError
 from studio.ui.app import build_app, launch, launch_settings
 from studio.ui.jobs.request import GenerateRequest
-from studio.ui.server import models
+from studio.ui.server import limits, models
 from studio.ui.tabs import generate
 
 FIELDS = ["a red apple", 2, "7", "", "", "", ""]
@@ -237,6 +237,16 @@ def test_a_port_in_use_is_named():
 def test_the_space_entry_builds_the_app(repository):
     entry = runpy.run_path(str(repository / "app.py"))
     assert isinstance(entry["demo"], gr.Blocks)
+
+
+def test_a_space_lets_nobody_name_a_folder(repository, monkeypatch):
+    monkeypatch.setattr(limits, "_limits", limits.Limits())
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    entry = runpy.run_path(str(repository / "app.py"))
+    fields = {c["props"].get("elem_id"): c["props"] for c in entry["demo"].config["components"]}
+    assert fields["model"]["value"] == "emoji-ar" and not fields["model"]["allow_custom_value"]
+    with pytest.raises(StudioError, match="This server offers emoji-ar"):
+        limits.check_model("/etc")
 
 
 def test_a_tokenizer_cannot_sample(tiny_vq, monkeypatch):

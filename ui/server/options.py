@@ -66,11 +66,7 @@ def prepare(
     """
     if len(set(devices)) < len(devices):
         raise StudioError("One of the devices is named twice: leave one of them out.")
-    offered = {name: name for kind in ("pipeline", "tokenizer", "reader") for name in bundled_models(kind)}
-    offered |= {name: str(pulled_folder(name)) for name in pulled_pipelines()}
-    own = named_sources([model])
-    [name] = own
-    set_limits(replace(limits, models=own | offered))
+    name = offer(model, limits)
     for device in devices:
         get_pipeline(name, device)
     use_workers([DeviceWorker(device, queue_limits) for device in devices], RateLimiter(rates))
@@ -112,6 +108,23 @@ def named_sources(models: Sequence[str]) -> dict[str, str]:
             raise StudioError(f"Give each model once, and each folder a name of its own: {shown(model)}.")
         sources[name] = model
     return sources
+
+
+def offer(model: str, limits: Limits) -> str:
+    """Set the limits of this process: requests may use a model, the bundled and the pulled ones, and no other.
+
+    Args:
+        model: what `studio.load` takes.
+        limits: of a request; its `models` are replaced.
+
+    Returns:
+        What the model is called in requests: a folder and a repository by their last part.
+    """
+    offered = {name: name for kind in ("pipeline", "tokenizer", "reader") for name in bundled_models(kind)}
+    offered |= {name: str(pulled_folder(name)) for name in pulled_pipelines()}
+    own = named_sources([model])
+    set_limits(replace(limits, models=own | offered))
+    return next(iter(own))
 
 
 def devices_of(text: str | None, dtype: str | None) -> list[Device]:
