@@ -2,13 +2,10 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from command_results import files, refused
+from tests.command_results import files, refused
 
 
 def test_errors_under_json_are_one_document_too(run, tiny_folder):

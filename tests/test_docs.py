@@ -1,13 +1,12 @@
 """The documents tell no lies: their Python runs, their commands parse, their links and files are there."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from documents import (
+from studio.bench.report import printed_by
+from tests.documents import (
     DOCUMENTS,
     ROOT,
     blocks,
@@ -19,8 +18,6 @@ from documents import (
     parse,
     tables,
 )
-
-from studio.bench.report import printed_by
 
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in DOCUMENTS}
 PAGES = {Path(name).name: text for name, text in TEXTS.items() if name.startswith("docs/")}

@@ -1,13 +1,10 @@
 """The README is short, its Python runs, its make targets exist, and its numbers are those of the benchmarks."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from documents import ROOT, blocks, is_number, tables
+from tests.documents import ROOT, blocks, is_number, tables
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

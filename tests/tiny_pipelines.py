@@ -1,8 +1,5 @@
 """Fixtures: tiny random pipelines, tokenizers and a reader of real classes, once for all tests of a run."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 CLASSES = ["tench, Tinca tinca", "goldfish", "crane", "golden retriever", "Cardigan, Cardigan Welsh corgi", "cardigan"]
@@ -190,10 +187,8 @@ def tiny_mar_folder(tiny_mar_pipeline, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_bridge_pipeline(tiny_pipeline):
     """A random text-to-image pipeline of TokenBridge: 3x3 cells of four numbers."""
-    sys.path.insert(0, str(Path(__file__).parent / "decoding"))
-    from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
-
     from studio import TokenBridgePipeline
+    from tests.decoding.tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
 
     transformer = tiny_token_bridge(num_classes=None, caption_dim=16, caption_length=8)
     words = (tiny_pipeline.text_encoder, tiny_pipeline.tokenizer)
@@ -323,12 +318,9 @@ def _tiny_resgen(**config):
 
 
 def _tiny_mar(seed, **config):
-    import importlib.util
+    from tests.decoding.tiny_mar import tiny_mar
 
-    spec = importlib.util.spec_from_file_location("tiny_mar", Path(__file__).parent / "decoding" / "tiny_mar.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.tiny_mar(seed, token_dim=3, **config)
+    return tiny_mar(seed, token_dim=3, **config)
 
 
 def _tiny_kl():

@@ -4,14 +4,11 @@ Loops as the papers state them, one token at a time, with nothing carried from p
 of the fast path and none of its selection. Newlines are left out: every function returns content tokens alone.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from studio.errors import StudioError
 from studio.pruning.attention import Attention, scores_for
-from studio.pruning.globalcom2 import crop_ratios, crop_scores
+from studio.pruning.globalcom2 import crop_ratios
 from studio.pruning.layout import Layout, apportion
 
 
@@ -72,44 +69,6 @@ def globalcom2(attention: Attention, layout: Layout, budget: int, tau: float = 1
             shared_norm = sum(value**2 for value in shared.values()) ** 0.5
             scores.update({c: scores[c] / own_norm + shared[c] / shared_norm for c in region})
     return _best(regions, scores, apportion(budget, [cap * r for cap, r in zip(caps, ratios)], caps))
-
-
-class ReferenceSequence(NamedTuple):
-    """What the authors' code feeds the language model: thumbnail tokens, then crops."""
-
-    thumbnail: torch.Tensor
-    crops: torch.Tensor
-
-
-def reference_sequence(logits: torch.Tensor, layout: Layout, ratio: float, tau: float = 10.0) -> ReferenceSequence:
-    """The authors' order and places, faults included; the selection itself is that of `reference=True`.
-
-    Args:
-        logits: z (P, N).
-        layout: with a grid; its newlines do not matter.
-        ratio: r, in (0, 1].
-        tau: temperature of the softmax over crops, above 0.
-
-    Returns:
-        `thumbnail`: tokens by descending score. `crops`: partition * N + token, -1 after each row of the canvas,
-        padding rows included, in the order of the canvas if every crop had its valid tokens first, its padding last.
-
-    Raises:
-        StudioError: a layout without crops.
-    """
-    if layout.grid is None:
-        raise StudioError("The reference sequence needs crops: give a layout with a grid.")
-    (height, width), (rows, columns) = layout.size, layout.grid
-    tokens = height * width
-    thumbnail = logits[0].topk(int(tokens * ratio)).indices
-    ids = torch.full((layout.partitions, tokens), -2)
-    shares = crop_ratios(logits[0], layout.size, layout.grid, ratio, tau)
-    for crop, (scores, share) in enumerate(zip(crop_scores(logits, layout), shares.tolist()), start=1):
-        chosen = scores.topk(int(len(scores) * share)).indices
-        ids[crop, chosen] = layout.ids[layout.region(crop)][chosen]
-    canvas = ids[1:].view(rows, columns, height, width).permute(0, 2, 1, 3).reshape(rows * height, columns * width)
-    sequence = F.pad(canvas, (0, 1), value=-1).flatten()
-    return ReferenceSequence(thumbnail, sequence[sequence != -2])
 
 
 def _tokens(layout: Layout):

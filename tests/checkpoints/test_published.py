@@ -6,18 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_stand_in import StandIn
 
 from studio.checkpoints import published
 from studio.checkpoints.published import PUBLISHED, pull
 from studio.errors import StudioError
 from studio.tokenizers.vq import VQTokenizer
+from tests.checkpoints.hub_stand_in import StandIn
 
 DRIVER = """
 import sys

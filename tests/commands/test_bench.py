@@ -1,13 +1,10 @@
 """`studio bench`: what it prints, and how it refuses."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from command_results import refused
+from tests.command_results import refused
 
 
 def test_bench_prints_one_row_a_batch_size(run):

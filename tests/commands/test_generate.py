@@ -3,16 +3,12 @@
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from studio import LlamaGenPipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from command_results import files, refused
+from tests.command_results import files, refused
 
 
 def test_generate_writes_one_image_a_seed(run, tiny_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 import torch
 
+from studio.decoding.sampling import filter_logits
+
 
 def distribution_of_node(acceptance, tokens):
     """The distribution (V,) of the token that comes out at one node, in float64."""
@@ -32,3 +34,9 @@ def without_replacement(q, count):
                     longer.append(((*sampled, token), probability * float(q[token]) / left))
         samples = longer
     return samples
+
+
+def scale_probabilities(logits, top_k=0, top_p=1.0):
+    """The distributions (..., V) of VAR's sampler (arXiv:2404.02905): top-k, then top-p from the least likely token."""
+    kept = filter_logits(filter_logits(logits, top_k=top_k), top_p=top_p, order="lantern")
+    return kept.softmax(dim=-1)

@@ -1,19 +1,14 @@
 """The distribution of a token by enumeration: lossless is exact, the strict rule keeps budgets, the authors' rule does
 not."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributions import distance, distribution_of_node, without_replacement
 
 from studio import StudioError
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.speculative import Acceptance, Lossless
 from studio.reference.lantern import AuthorsRelaxation
+from tests.decoding.distributions import distance, distribution_of_node, without_replacement
 
 ROUNDING = 1e-6
 LOSSLESS = Lossless()

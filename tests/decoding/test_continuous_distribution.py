@@ -8,21 +8,25 @@ another.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distribution_tests import LEVEL, cell_excess, energy_excess, ks_excess, mmd_excess, moments_fit, normal_cdf
-from tiny_mar import tiny_mar
 
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.cspd import AlignedAcceptance, ContinuousSpeculative, FinalStep, continuous_speculative
 from studio.decoding.mar import MaskedAutoregressive, denoise, masked_autoregressive
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.reference.cspd import AuthorsAcceptance
+from tests.decoding.distribution_tests import (
+    LEVEL,
+    cell_excess,
+    energy_excess,
+    ks_excess,
+    mmd_excess,
+    moments_fit,
+    normal_cdf,
+)
+from tests.decoding.tiny_mar import tiny_mar
 
 COUNT = 20000
 

@@ -1,17 +1,12 @@
 """DiSA: how many denoising steps each call gets, equal bounds, and the cut of models without a limit."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding.disa import LATEST_TIME, annealed_steps
 from studio.decoding.mar import TimedHead, masked_autoregressive
+from tests.decoding.tiny_mar import generators, tiny_mar
 
 MODEL = tiny_mar()
 LABELS = {"class_labels": torch.tensor([0, 1])}

@@ -1,19 +1,15 @@
 """Plain or Jacobi decoding by their seconds: the same tokens, what is timed, and what is kept."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_speculative import conditions, streams, tiny
 
 from studio import FastestExact, StudioError
 from studio.decoding import fastest_exact as choice
 from studio.decoding.autoregressive import autoregressive
 from studio.decoding.fastest_exact import fastest_exact
+from tests.decoding.test_speculative import conditions, streams, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,14 @@
 """Generation then reconstruction: the sets of its order, how calls are shared out, and that random stays random."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding.counter_rng import PositionNoise
 from studio.decoding.cspd import continuous_speculative
 from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
 from studio.decoding.mar import masked_autoregressive
+from tests.decoding.tiny_mar import generators, tiny_mar
 
 MODEL = tiny_mar().double()
 LABELS = {"class_labels": torch.tensor([0, 1, 2])}

@@ -1,13 +1,7 @@
 """Rising guidance: the formula, every loop against the textbook, and pipelines' defaults."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_autoregressive import conditions, streams, tiny
 
 from studio import (
     Autoregressive,
@@ -27,6 +21,7 @@ from studio.decoding.jacobi import jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.reference.autoregressive import textbook
+from tests.decoding.test_autoregressive import conditions, streams, tiny
 
 CALL = {"guidance_scale": 4.0, "sampling": Sampling(temperature=0)}
 

@@ -1,13 +1,7 @@
 """The loop of Jacobi decoding on a real tiny model: the tokens of plain decoding, edits, batches, settings."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_speculative import FLAT, GUIDANCE, conditions, exact_distribution, p_value, streams, tiny
 
 from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
 from studio.backends.cpu_c import NativeLlamaGen
@@ -18,6 +12,7 @@ from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.models.kv_cache import TreeCache
 from studio.reference.lantern import AuthorsLantern
+from tests.decoding.test_speculative import FLAT, GUIDANCE, conditions, exact_distribution, p_value, streams, tiny
 
 SETTINGS = {
     "plain": {},

@@ -4,21 +4,17 @@
 probability. Distances are zero up to the rounding of float64.
 """
 
-import sys
 from collections import defaultdict
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributions import distance
 
 from studio.decoding import jacobi as loop
 from studio.decoding.jacobi import decide, next_proposals
 from studio.decoding.lantern import Relaxation
 from studio.decoding.sampling import sample_rows
+from tests.decoding.distributions import distance
 
 ROUNDING = 1e-12
 GRID = 4

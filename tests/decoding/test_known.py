@@ -1,18 +1,9 @@
 """Known tokens: they are kept, what is sampled follows the models' conditional distributions, and loops agree."""
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_jacobi import SETTINGS, states, strong
-from test_speculative import FLAT, GUIDANCE, conditions, exact_distribution, p_value, streams
-from test_speculative import tiny as tiny_llamagen
-from tiny_mar import tiny_mar
-from tiny_token_bridge import tiny_token_bridge
 
 from studio import (
     ContinuousSpeculative,
@@ -35,6 +26,11 @@ from studio.decoding.speculative import speculative
 from studio.decoding.token_bridge import dimension_wise
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
+from tests.decoding.test_jacobi import SETTINGS, states, strong
+from tests.decoding.test_speculative import FLAT, GUIDANCE, conditions, exact_distribution, p_value, streams
+from tests.decoding.test_speculative import tiny as tiny_llamagen
+from tests.decoding.tiny_mar import tiny_mar
+from tests.decoding.tiny_token_bridge import tiny_token_bridge
 
 LEVEL, IMAGES = 1e-3, 20_000
 

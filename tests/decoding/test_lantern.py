@@ -1,13 +1,7 @@
 """LANTERN++: what its drafts must be, and the distribution of a token by enumeration over all drafts of its tree."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributions import distance, distribution_of_node, without_replacement
 
 from studio import LanternPlusPlus, LlamaGen, StudioError
 from studio.decoding.drafts import NGram, TokenRecycling
@@ -16,6 +10,7 @@ from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
 from studio.reference.lantern import AuthorsLantern
+from tests.decoding.distributions import distance, distribution_of_node, without_replacement
 
 ROUNDING = 1e-6
 VOCAB = 6

@@ -1,13 +1,7 @@
 """LazyMAR: which calls are full, that those are plain bit by bit, and how far the others may be off."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding import lazy_mar
@@ -15,6 +9,7 @@ from studio.decoding.autoregressive import condition_rows
 from studio.decoding.lazy_mar import LazyMAR, full_calls, kept_share
 from studio.decoding.mar import masked_autoregressive
 from studio.decoding.sampling import KnownTokens
+from tests.decoding.tiny_mar import generators, tiny_mar
 
 MODEL = tiny_mar(grid_size=8, depth=4)
 PRECISE = tiny_mar(grid_size=8, depth=4).double()

@@ -7,8 +7,8 @@ from studio.decoding.distilled import few_step, hybrid
 from studio.decoding.next_scale import next_scale
 from studio.models.distilled_var import DistilledVAR
 from studio.models.var import VAR
-from studio.reference.next_scale import scale_probabilities
 from studio.tokenizers.var import VARTokenizer
+from tests.decoding.distributions import scale_probabilities
 
 SCALES, LABELS = (1, 2, 3, 4), torch.tensor([1, 5])
 NOTHING = torch.zeros(2, 0, dtype=torch.long)

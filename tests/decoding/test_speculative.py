@@ -1,15 +1,10 @@
 """The loop on a real tiny model: greedy equals plain, batches equal singles, 200,000 images have the exact
 distribution."""
 
-import sys
 from itertools import permutations, product
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributions import distance
 
 from studio import LlamaGen, StudioError
 from studio.decoding import drafts as recycling
@@ -23,6 +18,7 @@ from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
 from studio.models.drafter import Drafter
 from studio.reference.lantern import AuthorsLantern
+from tests.decoding.distributions import distance
 
 GREEDY = Sampling(temperature=0)
 STATIC = StaticTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))

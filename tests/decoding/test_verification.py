@@ -1,14 +1,9 @@
 """Walks down a tree: joint distributions of two and three tokens by enumeration, the plain reference, greedy paths."""
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributions import distance, without_replacement
 
 from studio import StudioError
 from studio.bench.verify import bench_verify
@@ -18,6 +13,7 @@ from studio.decoding.speculative import Lossless, verify, verify_greedy
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, grow, trees_of
 from studio.reference.lantern import AuthorsRelaxation
 from studio.reference.verification import leaf_paths, textbook_verify
+from tests.decoding.distributions import distance, without_replacement
 
 V, LENGTH = 4, 3
 PASS, FAIL = -1.0, 2.0

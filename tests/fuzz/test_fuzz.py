@@ -7,20 +7,16 @@ Every case has a generator of its own, seeded by its kind and number, so that on
 import io
 import random
 import struct
-import sys
 import time
 import zlib
 from collections import Counter
 from copy import deepcopy
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mutations import ODD_JSON, image_files, mutated, odd_line, odd_values
-
 from studio.errors import StudioError
+from tests.fuzz.mutations import ODD_JSON, image_files, mutated, odd_line, odd_values
 
 FULL = {"image": 10_000, "odp": 5_000, "recalled": 3_000, "prompts": 4_000, "value": 1_000}
 SHORT = {"image": 300, "odp": 200, "recalled": 150, "prompts": 200, "value": 150}

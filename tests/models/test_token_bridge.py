@@ -1,16 +1,11 @@
 """TokenBridge at toy size: sizes, causality of the head, its cache, training, saving."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import SIZES
-from tiny_token_bridge import tiny_token_bridge as tiny
-
 from studio import StudioError, TokenBridge
+from tests.decoding.tiny_token_bridge import SIZES
+from tests.decoding.tiny_token_bridge import tiny_token_bridge as tiny
 
 
 @torch.no_grad()

@@ -1,22 +1,18 @@
 """The authors' continuous speculative decoding, recorded: acceptance, what replaces rejected tokens, and whole runs."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from arrays import Arrays, mar_sizes
-from noises import RecordedNoise
-from recordings import find
 
 from studio.checkpoints.mar import mar_from_state_dict
 from studio.decoding.counter_rng import TokenIndex
 from studio.decoding.cspd import AlignedAcceptance, FinalStep, continuous_speculative
 from studio.models.mar import unpatchify
 from studio.reference.cspd import AuthorsAcceptance, AuthorsContinuousSpeculative
+from tests.parity.arrays import Arrays, mar_sizes
+from tests.parity.noises import RecordedNoise
+from tests.parity.recordings import find
 
 MARGIN = 1e-4
 

@@ -2,15 +2,10 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem
 
 from studio.checkpoints.distilled import _student_config, student_from_state_dict
 from studio.checkpoints.llamagen import gpt_from_state_dict
@@ -18,6 +13,7 @@ from studio.decoding.distilled import few_step, hybrid, nearest, teacher_tokens,
 from studio.decoding.noise_map import noise_to_token
 from studio.decoding.sampling import Sampling
 from studio.models.distilled import DistilledStudent
+from tests.parity.recordings import find, stem
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 CLEAR = 1e-3

@@ -1,17 +1,13 @@
 """The noise-to-token map against a dense float64 oracle: tokens, Euler end points, the field, points on the way."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find
-
 from studio.decoding.noise_map import Flow, codebook_scales, euler, log_spaced, noise_to_token, rk4
+from tests.parity.recordings import find
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 

@@ -1,15 +1,10 @@
 """VAR, its tokenizer and the authors' student of it, recorded: from images to tokens, steps, the teacher's scales."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem
 
 from studio.checkpoints.distilled import (
     _learned,
@@ -24,8 +19,9 @@ from studio.decoding.next_scale import next_scale
 from studio.decoding.noise_map import noise_to_token
 from studio.models.distilled_var import DistilledVAR
 from studio.models.var import VAR
-from studio.reference.next_scale import scale_probabilities
 from studio.tokenizers.var import VARTokenizer
+from tests.decoding.distributions import scale_probabilities
+from tests.parity.recordings import find, stem
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-4}
 CLEAR = 1e-3

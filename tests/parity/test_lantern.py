@@ -1,16 +1,11 @@
 """The authors' acceptance rules, exact distributions, drafter and whole greedy runs, recorded."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem
 
 from studio.checkpoints.drafter import drafter_from_state_dict
 from studio.checkpoints.llamagen import gpt_from_state_dict
@@ -23,6 +18,7 @@ from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Lossless, Speculative, speculative, verify, verify_greedy
 from studio.decoding.trees import DynamicTree, StaticTree, Tree
 from studio.reference.lantern import AuthorsLantern, AuthorsRelaxation
+from tests.parity.recordings import Recording, find, stem
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 DYNAMIC, STATIC, DISTRIBUTIONS = (

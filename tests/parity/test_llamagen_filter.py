@@ -1,15 +1,10 @@
 """The authors' sampling filter, recorded."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem
-
 from studio.decoding.sampling import filter_logits
+from tests.parity.recordings import Recording, find, stem
 
 
 @pytest.mark.parametrize("path", find("llamagen_filter"), ids=stem)

@@ -2,21 +2,17 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem
 
 from studio import backends
 from studio.checkpoints.llamagen import gpt_from_state_dict
 from studio.decoding.autoregressive import autoregressive, guided_logits, is_guided
 from studio.decoding.sampling import Sampling, sample_rows
 from studio.reference.autoregressive import textbook
+from tests.parity.recordings import Recording, find, stem
 
 TOLERANCE = 1e-4
 C2I, T2I = find("llamagen_gpt_c2i"), find("llamagen_gpt_t2i")

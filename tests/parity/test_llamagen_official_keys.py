@@ -1,18 +1,14 @@
 """Names and shapes of every published file, against our classes at full size on the meta device."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find
-
 from studio.checkpoints.llamagen import _gpt_config, _vq_config
 from studio.models.llamagen import LlamaGen
 from studio.tokenizers.vq import VQTokenizer
+from tests.parity.recordings import find
 
 MODELS = [
     (path, name, entry)

@@ -1,15 +1,10 @@
 """The authors' VQ tokenizer, recorded."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import Recording, find, stem
-
 from studio.checkpoints.llamagen import vq_from_state_dict
+from tests.parity.recordings import Recording, find, stem
 
 TOLERANCE = 1e-4
 

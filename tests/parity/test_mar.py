@@ -2,24 +2,20 @@
 
 import json
 import math
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from arrays import Arrays, mar_sizes
-from noises import RecordedNoise
-from recordings import find, stem
 
 from studio.checkpoints.mar import _kl_config, _mar_config, kl_from_state_dict, mar_from_state_dict
 from studio.decoding.counter_rng import TokenIndex
 from studio.decoding.mar import MaskedAutoregressive, ReverseTransitions, TimedHead, denoise, masked_autoregressive
 from studio.models.diffusion_head import DiffusionLoss, GaussianDiffusion, time_waves
 from studio.models.mar import MAR, patchify, take_rows, unpatchify
+from tests.parity.arrays import Arrays, mar_sizes
+from tests.parity.noises import RecordedNoise
+from tests.parity.recordings import find, stem
 
 Z = {"atol": 2e-5, "rtol": 1e-4}
 HEAD = 1e-3

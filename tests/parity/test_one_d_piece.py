@@ -1,19 +1,15 @@
 """The authors' One-D-Piece, recorded; names and shapes of the published files."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem
-
 from studio.checkpoints.one_d_piece import _config, one_d_piece_from_state_dict
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer, sizes
+from tests.parity.recordings import find, stem
 
 KEYS = find("one_d_piece_official_keys")
 recordings = pytest.mark.parametrize("path", [path for path in find("one_d_piece") if path not in KEYS], ids=stem)

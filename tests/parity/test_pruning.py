@@ -1,23 +1,18 @@
 """The authors' token pruners, recorded: picks, budgets, masks, ratios, scores, packed order; attention of CLS."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find
-
 from studio.pruning import globalcom2 as gc2
 from studio.pruning import hired as hi
 from studio.pruning.attention import Attention, cls_logits, cls_probabilities
 from studio.pruning.divprune import diverse_order, divprune
 from studio.pruning.layout import Layout
-from studio.reference.pruning import reference_sequence
+from tests.parity.recordings import find
 
 TOLERANCE = 2e-5
 
@@ -29,6 +24,23 @@ def cases(form):
         for path in find(form)
         for case in json.loads(path.read_text())["cases"]
     ]
+
+
+def reference_sequence(logits, layout, ratio, tau):
+    """The authors' order and places, faults included: thumbnail tokens by descending score; then partition * N + token
+    of the crops, -1 after each row of the canvas, padding rows included, in the order of the canvas if every crop had
+    its valid tokens first, its padding last."""
+    (height, width), (rows, columns) = layout.size, layout.grid
+    tokens = height * width
+    thumbnail = logits[0].topk(int(tokens * ratio)).indices
+    ids = torch.full((layout.partitions, tokens), -2)
+    shares = gc2.crop_ratios(logits[0], layout.size, layout.grid, ratio, tau)
+    for crop, (scores, share) in enumerate(zip(gc2.crop_scores(logits, layout), shares.tolist()), start=1):
+        chosen = scores.topk(int(len(scores) * share)).indices
+        ids[crop, chosen] = layout.ids[layout.region(crop)][chosen]
+    canvas = ids[1:].view(rows, columns, height, width).permute(0, 2, 1, 3).reshape(rows * height, columns * width)
+    sequence = F.pad(canvas, (0, 1), value=-1).flatten()
+    return thumbnail, sequence[sequence != -2]
 
 
 def arrays(path, case):
@@ -107,9 +119,9 @@ def test_globalcom2(path, case):
     ]
     assert torch.equal(torch.cat(picks), io["crop_topk_flat"])
 
-    sequence = reference_sequence(logits, layout, ratio, tau)
-    assert torch.equal(sequence.thumbnail, io["thumb_idx_desc"])
-    assert torch.equal(sequence.crops, io["packed_ids_reference"])
+    thumbnail, packed = reference_sequence(logits, layout, ratio, tau)
+    assert torch.equal(thumbnail, io["thumb_idx_desc"])
+    assert torch.equal(packed, io["packed_ids_reference"])
 
     chosen = gc2.globalcom2(
         features_of(layout), float(ratio), attention=Attention(logits=logits), layout=layout, reference=True, tau=tau

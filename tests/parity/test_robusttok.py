@@ -1,18 +1,14 @@
 """The authors' latent perturbation, recorded."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find
-
 from studio.evaluation.robustness import Perturbation, perturbed_codes
+from tests.parity.recordings import find
 
 CASES = [
     pytest.param(path, number, id=f"{path.stem}-{number}")

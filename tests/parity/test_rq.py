@@ -2,18 +2,11 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tokenizers"))
-from recordings import find, stem
-from rq_vae_training import CodebookAverages, learn_codebooks, soft_codes
 
 from studio.checkpoints.residual import (
     _rvq_config,
@@ -27,6 +20,8 @@ from studio.decoding.sampling import Sampling
 from studio.models.rq_transformer import RQTransformer
 from studio.tokenizers.residual_quantizer import ResidualQuantizer, distances
 from studio.tokenizers.rvq import RVQTokenizer, depth_to_space, space_to_depth
+from tests.parity.recordings import find, stem
+from tests.tokenizers.rq_vae_training import CodebookAverages, learn_codebooks, soft_codes
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 QUANTIZERS, AUTOENCODERS, TRANSFORMERS = find("rq_quantizer"), find("rqvae"), find("rqtransformer")
@@ -106,7 +101,7 @@ class QuantizerCase(Case):
             close(found.gather(1, code[:, None])[:, 0], found.min(dim=1).values)
             return code
 
-        monkeypatch.setattr("rq_vae_training.nearest", recorded_code)
+        monkeypatch.setattr("tests.tokenizers.rq_vae_training.nearest", recorded_code)
         orders = iter(self.arrays.get(f"{form}_perms", ()))
         pool = (lambda rest, count: rest[next(orders)[:count]]) if f"{form}_perms" in self.arrays else None
         quantized = learn_codebooks(self.quantizer, averages, self.vectors, pool)

@@ -2,15 +2,10 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from recordings import find, stem
 
 from studio.checkpoints.token_bridge import _BUFFERS, _token_bridge_config, token_bridge_from_state_dict
 from studio.decoding.sampling import Sampling
@@ -18,6 +13,7 @@ from studio.decoding.token_bridge import DimensionWise, dimension_wise, sample_c
 from studio.models.masked_autoencoder import take_rows
 from studio.models.token_bridge import PRESETS, TokenBridge
 from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
+from tests.parity.recordings import find, stem
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

@@ -1,19 +1,14 @@
 """TokenBridge's pipeline with tiny real parts: calls, saving, what is refused; and the converter that makes one."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import AUTOENCODER, tiny_bridge_tokenizer
-from tiny_token_bridge import tiny_token_bridge as tiny_network
 
 import studio
 from studio import Autoregressive, DimensionWise, StudioError, TokenBridgePipeline
 from studio.checkpoints.token_bridge import convert_token_bridge
 from studio.tokenizers.kl import KLTokenizer
+from tests.decoding.tiny_token_bridge import AUTOENCODER, tiny_bridge_tokenizer
+from tests.decoding.tiny_token_bridge import tiny_token_bridge as tiny_network
 
 
 def pipeline(**more):

@@ -2,7 +2,22 @@
 
 import torch
 import transformers
-from tiny_models import CLIP, END, IMAGE, PINPOINTS, START, TEXT, VIDEO, LlavaNext, Qwen3, Qwen25, SmolVLM, Tiny, ready
+
+from tests.pruning.tiny_models import (
+    CLIP,
+    END,
+    IMAGE,
+    PINPOINTS,
+    START,
+    TEXT,
+    VIDEO,
+    LlavaNext,
+    Qwen3,
+    Qwen25,
+    SmolVLM,
+    Tiny,
+    ready,
+)
 
 INDICATORS = [91, 92, 93, 94, 95]
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=512)

@@ -1,21 +1,18 @@
 """What families know: layouts, scores as the tower's own attention has them, and pairs that are refused."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models
-from tiny_families import tiny
-
 from studio.errors import StudioError
 from studio.pruning.adapters import FAMILIES, family_of
 from studio.pruning.api import prune, prune_inputs
 from studio.pruning.layout import Layout
+from tests.pruning import tiny_models
+from tests.pruning.tiny_families import tiny
 
 TOLERANCE = dict(atol=1e-6, rtol=1e-5)
 

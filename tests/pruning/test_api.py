@@ -1,19 +1,16 @@
 """Pruning on real transformers classes at tiny size, every family."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models
-from tiny_families import FAMILIES, ROWS, answer, every_family, rare, reads_attention, three_axes, tiny
-
 from studio.pruning.api import prune, prune_inputs
 from studio.pruning.registry import METHODS
+from tests.pruning import tiny_models
+from tests.pruning.tiny_families import FAMILIES, ROWS, answer, every_family, rare, reads_attention, three_axes, tiny
 
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 one_axis = rare([family for family in FAMILIES if family not in three_axes])

@@ -1,20 +1,16 @@
 """A cache that forgets: what is said later is what a whole cache says whose forgotten keys are masked, head by head."""
 
-import sys
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, layers, tiny
-
 from studio.errors import StudioError
 from studio.pruning.kv_cache import MERGING, compress, equal_shares
 from studio.pruning.registry import IN_CACHE
 from studio.pruning.scope import coverage_order
+from tests.pruning.tiny_families import FAMILIES, ROWS, answer, layers, tiny
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 NEW = 5

@@ -1,19 +1,14 @@
 """EMS and LOOK-M: what is merged, beside loops over single tokens, and what a model does with it."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import ROWS, answer, layers, tiny
 
 from studio.errors import StudioError
 from studio.pruning import kv_cache
 from studio.pruning.cache_merging import MERGES, ems, lookm
 from studio.pruning.kv_cache import MERGING, compress
+from tests.pruning.tiny_families import ROWS, answer, layers, tiny
 
 NEW = 4
 methods = pytest.mark.parametrize("method", MERGING)

@@ -1,24 +1,20 @@
 """Pruning behind a layer of the language model: what later layers see is what they see of a prompt whose dropped tokens
 are masked from there on."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, layers, tiny
-from tiny_models import LlavaNext
 
 from studio.errors import StudioError
 from studio.pruning.adapters import family_of
 from studio.pruning.api import prune, prune_inputs
 from studio.pruning.columns import ShortLayer
 from studio.pruning.shortening import Settings, shorten
+from tests.pruning.tiny_families import FAMILIES, ROWS, answer, layers, tiny
+from tests.pruning.tiny_models import LlavaNext
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
@@ -163,7 +159,7 @@ def test_scores_are_the_last_row_of_attention():
 
 def deep(attention="sdpa"):
     """LLaVA-NeXT with five layers."""
-    import tiny_models
+    from tests.pruning import tiny_models
 
     return LlavaNext(attention, text={**tiny_models.TEXT, "num_hidden_layers": 5})
 

@@ -2,16 +2,12 @@
 
 import functools
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny
-
 from studio.pruning.api import prune, prune_inputs
+from tests.pruning.tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny
 
 
 def hooks_of(model):

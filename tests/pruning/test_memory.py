@@ -1,18 +1,13 @@
 """The memory of an image in models with positions on three axes: answers are those of the whole prompt."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
 from transformers import BatchFeature
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import answer, tiny
-from tiny_models import IMAGE
-
 from studio.pipelines.visual_question import VisualQuestionPipeline
+from tests.pruning.tiny_families import answer, tiny
+from tests.pruning.tiny_models import IMAGE
 
 TAILS = {"one": [20, 21, 22], "two": [30, 31, 32, 33], "?": [40]}
 

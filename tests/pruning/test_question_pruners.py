@@ -1,16 +1,10 @@
 """Cen-Prune, CDPruner, MMTok and SCOPE: against loops and brute force, and what they read off a model."""
 
-import sys
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import answer, tiny
-from tiny_models import IMAGE
 
 from studio.errors import StudioError
 from studio.pruning.adapters import family_of
@@ -22,6 +16,8 @@ from studio.pruning.globalcom2 import globalcom2
 from studio.pruning.layout import Layout
 from studio.pruning.mmtok import mmtok
 from studio.pruning.scope import coverage, coverage_order, greedy_coverage, scope
+from tests.pruning.tiny_families import answer, tiny
+from tests.pruning.tiny_models import IMAGE
 
 BOUND = 1 - 1 / 2.718281828
 

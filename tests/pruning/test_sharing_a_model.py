@@ -3,19 +3,15 @@
 import asyncio
 import contextvars
 import copy
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models
-from tiny_families import ROWS, answer, tiny
-
 from studio.pruning.api import prune, prune_inputs
+from tests.pruning import tiny_models
+from tests.pruning.tiny_families import ROWS, answer, tiny
 
 
 def logits_when_pruned(model, inputs, keep):

@@ -1,17 +1,11 @@
 """EVS and VidCom2: which tokens stay, and videos in real classes of transformers at tiny size."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_families import answer, tiny
-from tiny_models import END, IMAGE, PAD, START, VIDEO
 
 from studio.data.clips import draw_clip
 from studio.data.scenes import CELL
@@ -21,6 +15,8 @@ from studio.pruning.evs import evs
 from studio.pruning.kv_cache import compress
 from studio.pruning.registry import VIDEO as METHODS
 from studio.pruning.vidcom2 import frame_shares, vidcom2
+from tests.pruning.tiny_families import answer, tiny
+from tests.pruning.tiny_models import END, IMAGE, PAD, START, VIDEO
 
 FRAMES, HEIGHT, WIDTH = 4, 8, 12
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")

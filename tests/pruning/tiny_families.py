@@ -3,8 +3,9 @@
 import functools
 
 import pytest
-from more_tiny_models import MORE_FAMILIES
-from tiny_models import InternVL, Llava15, LlavaNext, LlavaOnevision, Qwen3, Qwen25, SmolVLM
+
+from tests.pruning.more_tiny_models import MORE_FAMILIES
+from tests.pruning.tiny_models import InternVL, Llava15, LlavaNext, LlavaOnevision, Qwen3, Qwen25, SmolVLM
 
 FAMILIES = {
     "llava": Llava15,

@@ -1,19 +1,14 @@
 """Residual quantisation and its tokenizer: sums, prefixes, starts at any level, gradients, moving averages."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-from rq_vae_training import CodebookAverages, learn_codebooks, restart_candidates, soft_codes
 
 from studio import StudioError
 from studio.tokenizers import residual_quantizer
 from studio.tokenizers.residual_quantizer import ResidualQuantizer, nearest
 from studio.tokenizers.rvq import RVQTokenizer, depth_to_space, space_to_depth
+from tests.tokenizers.rq_vae_training import CodebookAverages, learn_codebooks, restart_candidates, soft_codes
 
 SIZES = {
     "base_channels": 8,

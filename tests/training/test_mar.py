@@ -1,7 +1,6 @@
 """The recipes of MAR at a tiny size: what batches are made of, and what a drafter learns."""
 
 import copy
-import importlib.util
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from studio.training.mar import MARRecipe, masked_share
 from studio.training.mar_drafter import MARDrafterRecipe, TrainableMARDrafter
+from tests.decoding.tiny_mar import tiny_mar
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +43,13 @@ def test_shares_of_masked_tokens():
     assert np.mean(shares) == pytest.approx(0.867, abs=0.01)
 
 
-def test_a_drafter_learns_what_its_target_predicts(drafter_recipe, repository):
-    spec = importlib.util.spec_from_file_location("tiny_mar", repository / "tests" / "decoding" / "tiny_mar.py")
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
+def test_a_drafter_learns_what_its_target_predicts(drafter_recipe):
     built = drafter_recipe.build()
     batch = drafter_recipe.batch(np.random.default_rng(0), 16)
     same = TrainableMARDrafter(copy.deepcopy(built.target), built.target)
     assert float(same(**batch)) == 0
     text = {"num_classes": None, "caption_dim": 16, "caption_length": 8}
-    module = TrainableMARDrafter(tiny.tiny_mar(3, token_dim=3, **text), built.target).train()
+    module = TrainableMARDrafter(tiny_mar(3, token_dim=3, **text), built.target).train()
     optimizer = torch.optim.AdamW(module.drafter.parameters(), lr=1e-3)
     losses = []
     for step in range(60):

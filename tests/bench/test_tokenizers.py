@@ -1,8 +1,6 @@
 """The table of tokenizers, with tiny real ones."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,8 @@ from studio.bench.tokenizers import bench_tokenizers, variants
 from studio.checkpoints.bundled import bundled_names
 from studio.evaluation.robustness import Perturbation
 from studio.tokenizers.kl import KLTokenizer
+from tests.evaluation import test_robustness as wrong_tokens
 
-spec = importlib.util.spec_from_file_location("wrong_tokens", Path(__file__).with_name("test_robustness.py"))
-wrong_tokens = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(wrong_tokens)
 GRID = (Perturbation(0.0, 1), Perturbation(1.0, 8))
 
 

@@ -1,13 +1,8 @@
 """`studio bench decoding --model` of a TokenBridge: its own settings, and several numbers of calls."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
-from tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
-
 from studio import TokenBridgePipeline
 from studio.bench import tradeoff as bench
+from tests.decoding.tiny_token_bridge import tiny_bridge_tokenizer, tiny_token_bridge
 
 
 def test_rows(tiny_pipeline, monkeypatch, tmp_path):

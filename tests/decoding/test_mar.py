@@ -1,18 +1,13 @@
 """Masked autoregressive decoding at toy size: the plain sampler's images, rows of their own, and what is refused."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar
 
 from studio import MaskedAutoregressive, StudioError
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.mar import ReverseTransitions, TimedHead, masked_autoregressive
 from studio.reference.mar import textbook_masked
+from tests.decoding.tiny_mar import generators, tiny_mar
 
 MODEL = tiny_mar()
 PRECISE = tiny_mar().double()

@@ -1,17 +1,12 @@
 """TokenBridge's decoding at toy size: beside a plain loop without a cache, rows of their own, and what is refused."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_token_bridge import tiny_token_bridge as tiny
 
 from studio import DimensionWise, StudioError
 from studio.decoding.sampling import Sampling, exponential_noise
 from studio.decoding.token_bridge import dimension_wise, sample_cells
+from tests.decoding.tiny_token_bridge import tiny_token_bridge as tiny
 
 MODEL, VALUES = tiny(), torch.linspace(-2, 2, 5)
 FOUR_STEPS = DimensionWise(steps=4)

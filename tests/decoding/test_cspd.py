@@ -1,13 +1,7 @@
 """Continuous speculative decoding at toy size: equal models, rows of their own, relaxed blocks, and what is refused."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_mar import generators, tiny_mar
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
@@ -15,6 +9,7 @@ from studio.decoding.cspd import AlignedAcceptance, FinalStep, continuous_specul
 from studio.decoding.mar import masked_autoregressive
 from studio.decoding.speculative_diffusion import sample_residual
 from studio.reference.cspd import AuthorsAcceptance, AuthorsContinuousSpeculative
+from tests.decoding.tiny_mar import generators, tiny_mar
 
 TARGET, DRAFT = tiny_mar(0).double(), tiny_mar(1, depth=1).double()
 """Heads in float64 say the same to a float32 state whatever else is in the batch."""
