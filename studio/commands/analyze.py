@@ -47,7 +47,7 @@ def analyze(
     ] = None,
     device: Device = None,
     as_json: Json = False,
-):
+) -> None:
     """Statistics of image tokens as of a language, beside shuffled and uniform ones.
 
     A pipeline has the tokens of images that it samples, as many as asked for, beside those of its tokenizer.

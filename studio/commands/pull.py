@@ -19,7 +19,7 @@ def pull(
         bool, typer.Option("--delete-downloads", help="Delete the authors' files once they are converted.")
     ] = False,
     as_json: Json = False,
-):
+) -> None:
     """Download a published model and convert it: it is then a name like those of the bundled ones."""
     from studio.checkpoints.published import is_pulled
     from studio.checkpoints.published import pull as fetch

@@ -371,7 +371,9 @@ class PositionRaces:
         total: positions of an image; the first one has had its noise already.
     """
 
-    def __init__(self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device) -> None:
+    def __init__(
+        self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device: torch.device | str
+    ) -> None:
         self.generators, self.slots, self.total = generators, slots, total
         self.noise, self.taken = torch.ones(len(generators) * slots, vocab, device=device), [1] * len(generators)
 

@@ -14,7 +14,7 @@ or turned; the codebook is centred for precision.
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -256,7 +256,7 @@ class NoiseMap:
 
 @torch.no_grad()
 def noise_to_token(
-    noise: torch.Tensor, probs: torch.Tensor, codebook: torch.Tensor, steps: int = 24, **settings
+    noise: torch.Tensor, probs: torch.Tensor, codebook: torch.Tensor, steps: int = 24, **settings: Any
 ) -> torch.Tensor:
     """Tokens (B,) with the distribution `probs` (B, V), as a deterministic function of Gaussian noise (B, C).
 

@@ -31,7 +31,7 @@ KINDS = {
 
 def train(
     *, preset: str | None = None, config: str | Path | None = None, out: str | Path | None = None,
-    resume: bool = False, command: str = "", **options,
+    resume: bool = False, command: str = "", **options: Any,
 ) -> dict:  # fmt: skip
     """Train a model.
 
@@ -69,7 +69,7 @@ def train(
 
 
 def train_family(
-    *, minutes: float, out: str | Path | None = None, resume: bool = False, command: str = "", **options
+    *, minutes: float, out: str | Path | None = None, resume: bool = False, command: str = "", **options: Any
 ) -> dict:
     """Train the bundled models one after the other, each on those before it, in a given time.
 

@@ -5,6 +5,8 @@ some heads of one layer are told ("Supervising Neural Attention Models", arXiv:1
 arXiv:1702.05624). Only training does this; the trained model is a plain one.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -16,7 +18,7 @@ _SHARE = 0.5
 """Of the heads, those that are told."""
 
 
-def cells_of_patches(tiles, patch) -> torch.Tensor:
+def cells_of_patches(tiles: tuple[int, int], patch: int) -> torch.Tensor:
     """Number of the scene's cell (T,) in each token that LLaVA-NeXT makes of an image; -1 for thumbnail and newlines.
 
     Args:
@@ -29,7 +31,7 @@ def cells_of_patches(tiles, patch) -> torch.Tensor:
     return F.pad(crops.flatten(), ((TILE // patch) ** 2, 0), value=-1)
 
 
-def what_shows(questions, cells) -> tuple[torch.Tensor, torch.Tensor]:
+def what_shows(questions: Any, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where to look for the answers to the questions about B images, Q about each.
 
     Args:
@@ -59,7 +61,7 @@ class AttentionLoss:
         language_model: a Llama of transformers.
     """
 
-    def __init__(self, language_model):
+    def __init__(self, language_model: Any):
         self.attention = language_model.layers[min(_LAYER, len(language_model.layers) - 1)].self_attn
 
     def __enter__(self):

@@ -3,6 +3,7 @@
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ Quality of these weights, as `studio evaluate` measures it:
 """
 
 
-def write_card(recipe, options, name: str, result: dict, command: str, accelerator) -> None:
+def write_card(recipe: Any, options: Any, name: str, result: dict, command: str, accelerator: Any) -> None:
     """Write `README.md`, and what the model was trained on, into the exported folder."""
     quality = "\n".join(
         f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"

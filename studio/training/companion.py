@@ -1,5 +1,6 @@
 """What recipes share that train a companion of a finished pipeline: a drafter or a student."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,13 @@ class CompanionRecipe(Recipe):
         given = self.pipe.condition(**self.arguments(indices, rng, training))
         return {name: value.cpu() for name, value in given.items()}
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         load_component(self.component_of(module), folder, self.component)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         copy_with_component(self.pipe.name_or_path, folder, self.component, self.component_of(module))
 
-    def measured(self, pipe, **settings):
+    def measured(self, pipe: Any, **settings: Any) -> Any:
         """What a pipeline's call returns for the first validation examples, with their own seeds."""
         count = min(MEASURED, len(self.source.validation))
         generators = [torch.Generator().manual_seed(seed) for seed in range(count)]

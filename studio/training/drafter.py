@@ -7,6 +7,10 @@ Deviations from LANTERN's code: the first draft behind the prefix is learned too
 no file of states is kept, the target computes them as they are needed.
 """
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,24 +79,24 @@ class DrafterRecipe(CompanionRecipe):
     defaults = Defaults(steps=1500, batch_size=32, learning_rate=2e-3)
     component, pipeline = "drafter", LlamaGenPipeline
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         tokenizer, target = self.pipe.image_tokenizer, self.pipe.transformer
         self.tokens = cached_tokens(tokenizer, self.source)
         self.unseen = torch.from_numpy(tokens_of(tokenizer, self.source.validation, VALIDATED))
         return TrainableDrafter(Drafter.for_target(target), target).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         matrices = hidden_matrices(module.drafter.fc, module.drafter.layers)
         return muon_and_adamw(module, matrices, learning_rate)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         tokens = self.tokens if training else self.unseen
         indices = rng.integers(len(tokens), size=size)
         drop = torch.from_numpy(rng.random(size) < UNCONDITIONAL_SHARE)
         return {"tokens": tokens[torch.from_numpy(indices)], "drop": drop, **self.condition(indices, rng, training)}
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         """How many tokens a call of the target brings, over validation captions sampled with their own seeds."""
         pipe = load(folder, device=self.device)
         pipe.set_progress_bar_config(disable=True)

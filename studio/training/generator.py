@@ -137,13 +137,13 @@ class GeneratorRecipe(Recipe):
             return []
         return [p for p in module.text_encoder.encoder.block.parameters() if p.ndim == 2 and min(p.shape) > 32]
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         weights = load_model(type(module.transformer), folder / "transformer", torch.float32)
         module.transformer.load_state_dict(weights.state_dict())
         if module.text_encoder is not None and not module.is_frozen and (folder / "text_encoder").is_dir():
             module.text_encoder.load_state_dict(load_text(folder, self.source).encoder.state_dict())
 
-    def pipeline_of(self, module: Conditioned, image_tokenizer: nn.Module | None = None):
+    def pipeline_of(self, module: Any, image_tokenizer: torch.nn.Module | None = None) -> Any:
         """The whole pipeline around the trained parts, with what prompts may leave open."""
         text = (module.text_encoder, self.text.tokenizer) if self.text else ()
         names = self.source.class_names or ()
@@ -154,13 +154,13 @@ class GeneratorRecipe(Recipe):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def save_pipeline(self, folder: Path, module: Conditioned, image_tokenizer: nn.Module | None = None) -> None:
+    def save_pipeline(self, folder: Path, module: Any, image_tokenizer: nn.Module | None = None) -> None:
         """Writes the whole pipeline in bfloat16."""
         copied = copy.deepcopy(module).to(torch.bfloat16).eval()
         tokenizer = copy.deepcopy(image_tokenizer or self.image_tokenizer).to(torch.bfloat16)
         self.pipeline_of(copied, tokenizer).save_pretrained(folder)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         self.save_pipeline(folder, module)
 
     def conditions(self, count: int) -> dict:
@@ -170,11 +170,11 @@ class GeneratorRecipe(Recipe):
             return {"class_labels": self.source.validation.labels(indices).tolist()}
         return {"prompt": self.source.validation.captions(indices)}
 
-    def samples(self, module):
+    def samples(self, module: Any) -> torch.Tensor | None:
         """True images of validation examples, and what the model makes of their captions or classes."""
         return self.sampled(self.pipeline_of(module))
 
-    def sampled(self, pipe, **settings) -> torch.Tensor:
+    def sampled(self, pipe: Any, **settings: Any) -> torch.Tensor:
         """Rows of images for `samples`, by a pipeline."""
         count = min(SHOWN, len(self.source.validation))
         truth = self.source.validation.images(range(count)) / 2 + 0.5
@@ -182,7 +182,7 @@ class GeneratorRecipe(Recipe):
         made = pipe(**self.conditions(count), generator=generators, output_type="pt", **settings)
         return torch.stack((truth, made.images.float().cpu()))
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         from studio.evaluation.generators import evaluate_generator
 
         pipe = load(folder, device=self.device)

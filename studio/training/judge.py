@@ -1,5 +1,9 @@
 """The judge: a classifier of the emoji set that evaluations read and nothing is trained against."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -44,22 +48,22 @@ class JudgeRecipe(Recipe):
     defaults = Defaults(steps=3000, batch_size=64, learning_rate=4e-3)
     takes = frozenset({"size", "dim"})
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         size, dim = self.options.size or 128, self.options.dim or 32
         if not isinstance(self.open(size), EmojiSource):
             raise StudioError("A judge names the concepts, styles and backgrounds of the emoji set: leave out --data.")
         widths = (dim, 2 * dim, 4 * dim)
         judge = Judge(len(load_concepts()), len(STYLES), len(PALETTE), widths=widths, sample_size=size)
-        return TrainableJudge(judge).to(self.device, memory_format=torch.channels_last)
+        return TrainableJudge(judge).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out of its types
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         return muon_and_adamw(module, hidden_matrices(module.judge.body), learning_rate)
 
-    def batch(self, rng, size, training=True):
-        examples = self.source.train if training else self.source.validation
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
+        examples: Any = self.source.train if training else self.source.validation
         indices = rng.integers(len(examples), size=size)
         rows = examples.rows[indices]
-        images = distort(examples.images(indices) / 2 + 0.5, PALETTE[rows[:, 2]], rng) * 2 - 1
+        images = distort(examples.images(indices.tolist()) / 2 + 0.5, PALETTE[rows[:, 2]], rng) * 2 - 1
         concepts, styles, backgrounds = torch.from_numpy(rows).unbind(1)
         return {
             "images": images.contiguous(memory_format=torch.channels_last),
@@ -68,14 +72,14 @@ class JudgeRecipe(Recipe):
             "backgrounds": backgrounds,
         }
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")
         module.judge.load_state_dict({key: value.float() for key, value in weights.items()})
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         save_bf16(module.judge, folder)
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         from studio.evaluation.judge import evaluate_judge, load_judge
 
         return evaluate_judge(load_judge(folder))

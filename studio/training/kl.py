@@ -4,6 +4,8 @@ Where the options name a trained VQ tokenizer (`--init-from` of the kind vq), en
 """
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ class KLRecipe(TokenizerRecipe):
     takes = frozenset({"size", "grid", "dim", "layers"})
     model = {"latent_channels": 16}
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         options = self.options
         size = options.size or 128
         folded, halvings = downsampling(size, options.grid or size // 8)
@@ -65,22 +67,22 @@ class KLRecipe(TokenizerRecipe):
             "sample_size": size // folded,
         }
         tokenizer = KLTokenizer(autoencoder, folded, scaling_factor=1.0, sample_size=size)
-        return TrainableKL(tokenizer).to(self.device, memory_format=torch.channels_last)
+        return TrainableKL(tokenizer).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out of its types
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         network = module.tokenizer.network
         return muon_and_adamw(module, hidden_matrices(network.encoder, network.decoder), learning_rate)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         return {"images": self.images(rng, size, training).contiguous(memory_format=torch.channels_last)}
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         if is_vq(folder):
             start_kl(module.tokenizer.network, folder)
         else:
             super().load(module, folder)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         tokenizer = copy.deepcopy(module.tokenizer)
         tokenizer.register_to_config(scaling_factor=1 / self.spread(tokenizer))
         save_bf16(tokenizer, folder)

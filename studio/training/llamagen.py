@@ -6,6 +6,7 @@ is learned through a linear map of their code vectors; Muon for the hidden matri
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class LlamaGenRecipe(GeneratorRecipe):
         "default_guidance_scale": 3.0, "default_temperature": 0.7, "default_top_k": 0, "default_top_p": 1.0,
     }  # fmt: skip
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         tokenizer = self.image_tokenizer
         self.tokens = cached_tokens(tokenizer, self.source)
@@ -110,12 +111,12 @@ class LlamaGenRecipe(GeneratorRecipe):
             read_initial_regions(transformer, tokenizer.encoder.side)
         return TrainableLlamaGen(transformer, self.text, tokenizer.codebook).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         model, maps = module.transformer, [module.code_embedding, module.code_output]
         matrices = [*hidden_matrices(model.layers, *region_conditioning_layers(model)), *self.text_matrices(module)]
         return muon_and_adamw(module, matrices, learning_rate, tables=maps, tables_share=1.0)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         indices, condition = self.chosen(rng, size, training)
         tokens = (self.tokens if training else self.unseen)[torch.from_numpy(indices)]
         if training:
@@ -123,12 +124,12 @@ class LlamaGenRecipe(GeneratorRecipe):
         earlier = tokens[:, :-1]
         return {"tokens": tokens, "fed": earlier, "seen": torch.ones_like(earlier, dtype=torch.bool), **condition}
 
-    def pipeline_of(self, module, image_tokenizer=None):
+    def pipeline_of(self, module: Any, image_tokenizer: torch.nn.Module | None = None) -> Any:
         if isinstance(module, TrainableLlamaGen):
             module = _Merged(module)
         return super().pipeline_of(module, image_tokenizer)
 
-    def save_pipeline(self, folder, module, image_tokenizer=None):
+    def save_pipeline(self, folder: Path, module: Any, image_tokenizer: torch.nn.Module | None = None) -> None:
         super().save_pipeline(folder, _Merged(module), image_tokenizer)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -39,7 +40,14 @@ def mixed_precision() -> str:
 
 
 def train(
-    make_recipe, options: Options, out: Path, *, find, resume: bool = False, name: str = "", command: str = ""
+    make_recipe: type[Recipe],
+    options: Options,
+    out: Path,
+    *,
+    find: Callable[[str], Path],
+    resume: bool = False,
+    name: str = "",
+    command: str = "",
 ) -> dict:
     """Train to the last step or minute and export.
 

@@ -9,6 +9,7 @@ for every step as theirs, but fewer noises a token; Muon for the hidden matrices
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class MARRecipe(GeneratorRecipe):
         "default_diffusion_steps": 50,
     }  # fmt: skip
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         self.latents = cached_latents(self.image_tokenizer, self.source)
         self.unseen = torch.from_numpy(latents_of(self.image_tokenizer, self.source.validation, VALIDATED))
@@ -90,10 +91,10 @@ class MARRecipe(GeneratorRecipe):
         head = {name: self.model[name] for name in ("head_width", "head_depth")}
         return MAR(latent_scale=scale, token_limit=limit, **head, **sizes)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         return mar_optimizers(module.transformer, module, learning_rate, self.text_matrices(module))
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         """Latents sampled from their Gaussians, a condition, and an order of positions with the number masked."""
         indices, condition = self.chosen(rng, size, training)
         means, widths = (self.latents if training else self.unseen)[torch.from_numpy(indices)].float().unbind(1)

@@ -6,6 +6,9 @@ steps and not only the data: at the same tokens, time and noise, the noise that 
 Deviation from the authors, who take a smaller model of the same family as it is: the target teaches.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,7 +81,7 @@ class MARDrafterRecipe(CompanionRecipe):
     component, pipeline = "drafter", MARPipeline
     compiles = False
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         tokenizer, target = self.pipe.image_tokenizer, self.pipe.transformer
         self.latents = cached_latents(tokenizer, self.source)
@@ -88,10 +91,10 @@ class MARDrafterRecipe(CompanionRecipe):
         config = {name: value for name, value in target.config.items() if not name.startswith("_")}
         return TrainableMARDrafter(MAR(**{**config, **sizes, **self.model}), target).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         return mar_optimizers(module.drafter, module, learning_rate)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         latents = self.latents if training else self.unseen
         indices = rng.integers(len(latents), size=size)
         means, widths = latents[torch.from_numpy(indices)].float().unbind(1)
@@ -104,7 +107,7 @@ class MARDrafterRecipe(CompanionRecipe):
             **self.condition(indices, rng, training),
         }
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         """What share of its drafts the target accepts, over validation examples sampled with their own seeds."""
         pipe = load(folder, device=self.device)
         pipe.set_progress_bar_config(disable=True)

@@ -5,6 +5,9 @@ torch.optim.Muon iterates in bfloat16, which processors without bf16 arithmetic 
 iterates in the precision it is given.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 
@@ -29,11 +32,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled decay.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -49,7 +52,15 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
 
 
-def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_decay=0.05, tables=(), tables_share=10.0):
+def muon_and_adamw(
+    module: torch.nn.Module,
+    matrices: Sequence[torch.Tensor],
+    learning_rate: float,
+    adamw_share: float = 0.3,
+    weight_decay: float = 0.05,
+    tables: Sequence[torch.Tensor] = (),
+    tables_share: float = 10.0,
+) -> list[torch.optim.Optimizer]:
     """Muon for the given hidden matrices of a module, and AdamW at a share of its rate for all other parameters.
 
     Args:
@@ -79,7 +90,7 @@ def muon_and_adamw(module, matrices, learning_rate, adamw_share=0.3, weight_deca
     ]
 
 
-def hidden_matrices(*modules):
+def hidden_matrices(*modules: torch.nn.Module) -> list[torch.Tensor]:
     """Weights of every linear layer and convolution inside the modules."""
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     return [part.weight for module in modules for part in module.modules() if isinstance(part, layers)]

@@ -4,6 +4,9 @@ Deviations from the authors' recipe: it starts as a codec that linear algebra fi
 exponential averages; no adversarial or perceptual term.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -69,7 +72,7 @@ class OneDPieceRecipe(TokenizerRecipe):
     model = {"patch_size": None, "code_dim": 12}
     compiles = False
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         options = self.options
         size, width, layers = options.size or 128, options.dim or 192, options.layers or 4
         patch = self.model["patch_size"] or max(1, size // 16)
@@ -91,23 +94,23 @@ class OneDPieceRecipe(TokenizerRecipe):
             module.start(self.source.augmented(np.random.default_rng(0), FITTED_TO))
         return module.to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         blocks = (module.tokenizer.encoder.transformer, module.tokenizer.decoder.transformer)
         matrices = [weight for part in blocks for weight in part.parameters() if weight.ndim == 2]
         return muon_and_adamw(module, matrices, learning_rate)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         most = self.options.tokens or 256
         lengths = [*random_lengths(min(GROUPS, size) - 1, most, rng), most]
         return {"images": self.images(rng, size, training), "lengths": torch.tensor(lengths)}
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         load_with_codebook(module, folder)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         export_with_codebook(module, folder)
 
-    def samples(self, module):
+    def samples(self, module: Any) -> torch.Tensor | None:
         """Images, and what all, a quarter and a sixteenth of their tokens restore."""
         put_codebook(module)
         images = self.source.unseen.images(range(min(self.shown, len(self.source.unseen)))).to(self.device)

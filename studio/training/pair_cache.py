@@ -6,6 +6,7 @@ stopped.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Pairs:
         source: where captions or classes come from.
     """
 
-    def __init__(self, pipe, source: Source):
+    def __init__(self, pipe: Any, source: Source):
         self.pipe, self.source = pipe, source
         self.codebook = pipe.image_tokenizer.codebook.detach().float()
         config = pipe.config

@@ -9,6 +9,7 @@ cell as one before them turn to the next components.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def pyramid(side: int, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def init_as_pyramid(tokenizer, images: torch.Tensor) -> None:
+def init_as_pyramid(tokenizer: Any, images: torch.Tensor) -> None:
     """Writes that start into a `OneDPieceTokenizer` with the pixel stage "patches", codes from the images too.
 
     Args:

@@ -5,6 +5,9 @@ The tokens of an image are nearly all the cost. So many questions are asked abou
 part of its tokens at their places (as of patches: "FLIP", arXiv:2212.00794), which also prepares for pruned images.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,12 +38,20 @@ have taught is to stay."""
 class TrainableReader(nn.Module):
     """A vision-language model with its loss on packed questions."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
         model.model.vision_tower.requires_grad_(False)
 
-    def forward(self, pixel_values, image_sizes, read, shown, on_first, **packed):
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        read: torch.Tensor,
+        shown: torch.Tensor,
+        on_first: torch.Tensor,
+        **packed: torch.Tensor,
+    ) -> torch.Tensor:
         """Mean cross-entropy of the answers' tokens, and of the attention on what shows them.
 
         Args:
@@ -53,11 +64,11 @@ class TrainableReader(nn.Module):
             pixel_values=pixel_values, image_sizes=image_sizes, return_dict=True
         )
         features = torch.stack(list(encoded.pooler_output))
-        packed = PackedQuestions(**packed)
+        questions = PackedQuestions(**packed)
         with AttentionLoss(self.model.model.language_model) as looking:
-            logits = packed_logits(self.model, features[:, read], 1 + read, 1 + features.shape[1], packed)
-        answers = F.cross_entropy(logits.float().flatten(0, 1), packed.targets.flatten(), ignore_index=IGNORED)
-        last_words = len(read) + packed.ends(shown.shape[1])
+            logits = packed_logits(self.model, features[:, read], 1 + read, 1 + features.shape[1], questions)
+        answers = F.cross_entropy(logits.float().flatten(0, 1), questions.targets.flatten(), ignore_index=IGNORED)
+        last_words = len(read) + questions.ends(shown.shape[1])
         return answers + _LOOK * looking(last_words, shown, on_first)
 
 
@@ -70,18 +81,18 @@ class ReaderRecipe(Recipe):
     defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
     compiles = False
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         open_scenes(self)
         self.processor = build_processor()
         return TrainableReader(build_model(len(self.processor.tokenizer))).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         inner = module.model.model
         words = [inner.get_input_embeddings().weight]
         matrices = hidden_matrices(inner.language_model.layers)
         return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=_WORDS_SHARE)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         tiles = TILES[rng.integers(len(TILES))]
         scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(size)]
         pixels = self.processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
@@ -99,7 +110,7 @@ class ReaderRecipe(Recipe):
             **packed,
         }
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         """From a whole reader, or what a tower has learned."""
         if (folder / PROCESSOR_FILE).is_file():
             whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -107,11 +118,11 @@ class ReaderRecipe(Recipe):
         else:
             load_aligned(module.model, folder)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         save_bf16(module.model, folder)
         self.processor.save_pretrained(folder)
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         from studio.checkpoints.loading import load
         from studio.evaluation.scenes import evaluate_reader
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ class TokenizerRecipe(Recipe):
 
     shown = 8
 
-    def samples(self, module):
+    def samples(self, module: Any) -> torch.Tensor | None:
         images = self.source.unseen.images(range(min(self.shown, len(self.source.unseen)))).to(self.device)
         restored = module.tokenizer.decode(module.tokenizer.encode(images))
         return (torch.stack((images, restored.float())) / 2 + 0.5).clamp(0, 1)
@@ -132,14 +133,14 @@ class TokenizerRecipe(Recipe):
             return self.source.augmented(rng, size)
         return self.source.unseen.images(rng.integers(len(self.source.unseen), size=size).tolist())
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")
         module.tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         save_bf16(module.tokenizer, folder)
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         from studio.checkpoints.loading import load
         from studio.evaluation.tokenizers import evaluate_tokenizer
 

@@ -55,7 +55,7 @@ class CodesRecipe(GeneratorRecipe):
 
     tokenizers = (RVQTokenizer,)
 
-    def prepare(self):
+    def prepare(self) -> None:
         super().prepare()
         depth = self.image_tokenizer.config.depth
         codes = cached_tokens(self.image_tokenizer, self.source)
@@ -82,7 +82,7 @@ class ResGenRecipe(CodesRecipe):
         "default_num_inference_steps": 16,
     }  # fmt: skip
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         dim = self.options.dim or 128
         head = {"prediction": self.model["prediction"]}
@@ -111,7 +111,7 @@ class ResGenRecipe(CodesRecipe):
         quantizer = tokenizer.quantizer
         return float((vectors - quantizer.lookup(quantizer.encode(vectors)).sum(dim=-2)).std())
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         model = module.transformer
         matrices = [*hidden_matrices(model.blocks, *region_conditioning_layers(model)), *self.text_matrices(module)]
         tables = [model.positions, model.hidden_levels.weight]
@@ -119,7 +119,7 @@ class ResGenRecipe(CodesRecipe):
             tables.append(model.head.offsets)
         return muon_and_adamw(module, matrices, learning_rate, tables=tables, tables_share=1.0)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         """Codes, a condition, and how many levels of each cell are hidden, after a random time of the noising."""
         indices, condition = self.chosen(rng, size, training)
         codes = (self.codes if training else self.unseen)[torch.from_numpy(indices)]

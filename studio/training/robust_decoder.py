@@ -11,6 +11,8 @@ goes wrong on its own.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ class DecoderTuning(nn.Module):
         loss: of restored and true images (B, 3, H, W).
     """
 
-    def __init__(self, tokenizer: VQTokenizer | RVQTokenizer, loss):
+    def __init__(self, tokenizer: VQTokenizer | RVQTokenizer, loss: Any):
         super().__init__()
         self.tokenizer, self.loss = tokenizer, loss
         tokenizer.requires_grad_(False)
@@ -89,11 +91,11 @@ class TunableRecipe(TokenizerRecipe):
         """Whether the decoder alone is trained."""
         return self.model["train"] == "decoder"
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         if self.model["train"] not in ("all", "decoder"):
             raise StudioError(f'train in [model] is "all" or "decoder", not {shown(self.model["train"])}.')
         module = self._decoder() if self.tunes_decoder else self.network()
-        return module.to(self.device, memory_format=torch.channels_last)
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out of its types
 
     def _decoder(self):
         if self.options.init_from is None:
@@ -102,11 +104,11 @@ class TunableRecipe(TokenizerRecipe):
         self.open(tokenizer.config.sample_size)
         return DecoderTuning(tokenizer, self.loss)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         encoder = [] if self.tunes_decoder else [module.tokenizer.encoder]
         return muon_and_adamw(module, hidden_matrices(*encoder, module.tokenizer.decoder), learning_rate)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         images = self.images(rng, size, training).contiguous(memory_format=torch.channels_last)
         batch = {"images": images, **self.choices(rng, size, training)}
         if self.tunes_decoder:
@@ -118,17 +120,17 @@ class TunableRecipe(TokenizerRecipe):
         """What a step reads beside the images."""
         return {}
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         if not self.tunes_decoder:  # which has been built from there
             load_with_codebook(module, folder)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         if self.tunes_decoder:
             super().export(module, folder)
         else:
             export_with_codebook(module, folder)
 
-    def samples(self, module):
+    def samples(self, module: Any) -> torch.Tensor | None:
         if not self.tunes_decoder:
             put_codebook(module)
         return super().samples(module)

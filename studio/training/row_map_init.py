@@ -5,6 +5,7 @@ GELU is for numbers well above and below zero; what they add is fitted by least 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ READ = 0.5
 
 
 @torch.no_grad()
-def add_map_of_marked(block, change: torch.Tensor, mark: int, rows: torch.Tensor, run: Callable[[], object]) -> None:
+def add_map_of_marked(
+    block: Any, change: torch.Tensor, mark: int, rows: torch.Tensor, run: Callable[[], object]
+) -> None:
     """Lets a `Block` add `change` x to every marked row x; as many of its hidden units as needed are given up for that.
 
     Args:

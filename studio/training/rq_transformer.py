@@ -5,6 +5,9 @@ classifier for each level, since each has a codebook of its own; some of the ear
 Muon for the hidden matrices.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -46,7 +49,7 @@ class RQTransformerRecipe(CodesRecipe):
         "default_guidance_scale": 3.0, "default_temperature": 0.7, "default_top_k": 0, "default_top_p": 1.0,
     }  # fmt: skip
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         tokenizer, dim = self.image_tokenizer, self.options.dim or 256
         if self.text is None:
@@ -66,13 +69,13 @@ class RQTransformerRecipe(CodesRecipe):
         )
         return TrainableRQ(transformer, self.text, tokenizer.quantizer).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         model = module.transformer
         matrices = [*hidden_matrices(model.body_transformer, model.head_transformer), *self.text_matrices(module)]
         places = [model.pos_emb_cond, model.pos_emb_hw, model.pos_emb_d]
         return muon_and_adamw(module, matrices, learning_rate, tables=places, tables_share=1.0)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         indices, condition = self.chosen(rng, size, training)
         codes = (self.codes if training else self.unseen)[torch.from_numpy(indices)]
         return {"codes": codes, "fed": misled(codes, rng) if training else codes, **condition}

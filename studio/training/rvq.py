@@ -4,6 +4,8 @@ Where the options name a trained VQ tokenizer (`--init-from` of the kind vq), en
 """
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +77,7 @@ class RVQRecipe(TunableRecipe):
     tokenizer_class = RVQTokenizer
     loss = staticmethod(reconstruction_loss)
 
-    def network(self):
+    def network(self) -> torch.nn.Module:
         options = self.options
         size = options.size or 128
         folded, halvings = downsampling(size, options.grid or size // 8)
@@ -94,18 +96,18 @@ class RVQRecipe(TunableRecipe):
             "sample_size": size,
         })  # fmt: skip
 
-    def choices(self, rng, size, training):
+    def choices(self, rng: np.random.Generator, size: int, training: bool) -> dict[str, torch.Tensor]:
         most = self.model["depth"]
         depths = [most] * WHOLE + (random_lengths(CUT, most, rng).tolist() if training else [most] * CUT)
         return {"depths": torch.tensor(depths)}
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         if not self.tunes_decoder and is_vq(folder):
             start_rvq(module.tokenizer, folder)
         else:
             super().load(module, folder)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         if not self.tunes_decoder:
             module = copy.deepcopy(module)
             scale_vectors(module, 1 / self.spread(module.tokenizer))

@@ -8,6 +8,9 @@ positions, so that the split between them can be chosen by measuring afterwards;
 distance between code vectors, since a perceptual loss would need the weights of another network.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -66,7 +69,7 @@ class StudentRecipe(CompanionRecipe):
     model = {"pairs": 16_384}
     component, pipeline = "student", LlamaGenPipeline
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         self.prepare()
         self.pairs = Pairs(self.pipe, self.source)
         every = self.pairs.tokens(self.model["pairs"] + HELD_OUT_PAIRS)
@@ -76,10 +79,10 @@ class StudentRecipe(CompanionRecipe):
         student = DistilledStudent.from_teacher(self.pipe.transformer, codebook, num_layers=layers)
         return TrainableStudent(student, codebook).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         return muon_and_adamw(module, hidden_matrices(module.student.layers), learning_rate)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         tokens, first = (self.tokens, 0) if training else (self.unseen, len(self.tokens))
         chosen, n = rng.integers(len(tokens), size=size), tokens.shape[1]
         times = torch.tensor(spread_times(CALLS, n, DistilledStudent.horizon))
@@ -91,7 +94,7 @@ class StudentRecipe(CompanionRecipe):
         condition = {name: value.cpu() for name, value in self.pairs.condition(subjects).items()}
         return {"noise": torch.from_numpy(np.stack(noise)), **condition}
 
-    def samples(self, module):
+    def samples(self, module: Any) -> torch.Tensor | None:
         """Validation images of the data, and those of one call."""
         count = min(8, len(self.source.validation))
         truth = self.source.validation.images(range(count)) / 2 + 0.5
@@ -99,7 +102,7 @@ class StudentRecipe(CompanionRecipe):
         made = self.measured(self.pipe, decoding=Distilled(steps=1), output_type="pt").images[:count]
         return torch.stack((truth, made.float().cpu()))
 
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         """What `evaluate_generator` says of images sampled in one call, and how well it agrees with unseen pairs."""
         from studio.evaluation.generators import evaluate_generator
 

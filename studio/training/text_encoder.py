@@ -6,6 +6,9 @@ time. The prediction of a region is linear in the state of one plan token, so th
 a cell with one look at one state. (Tokens that only hold states are the registers of arXiv:2309.16588.)
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -36,7 +39,7 @@ class PlanningTextEncoder(nn.Module):
 
     codebook: torch.Tensor
 
-    def __init__(self, text_encoder, grid_size: int, plan_size: int, codebook: torch.Tensor):
+    def __init__(self, text_encoder: Any, grid_size: int, plan_size: int, codebook: torch.Tensor):
         super().__init__()
         self.text_encoder, self.plan_size, self.cells = text_encoder, plan_size, grid_size // plan_size
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
@@ -70,7 +73,7 @@ class TextEncoderRecipe(Recipe):
     takes = frozenset({"size", "dim", "layers", "tokenizer"})
     model = {"plan_size": PLAN_SIZE}
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         if self.options.tokenizer is None:
             raise StudioError("text-encoder predicts the codes of an image tokenizer: name a VQ with --tokenizer.")
         folder = self.find(self.options.tokenizer)
@@ -98,22 +101,22 @@ class TextEncoderRecipe(Recipe):
         codebook = self.image_tokenizer.codebook
         return PlanningTextEncoder(encoder, self.grid_size, self.model["plan_size"], codebook).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         matrices = hidden_matrices(module.text_encoder.encoder)
         return muon_and_adamw(module, matrices, learning_rate, tables=[module.text_encoder.shared.weight])
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         examples, tokens = (
             (self.source.train, self.tokens) if training else (self.source.validation, self.unseen)
         )  # fmt: skip
         indices = rng.integers(len(tokens), size=size)
-        return {"tokens": tokens[torch.from_numpy(indices)], **self._encoded(examples.captions(indices, rng))}
+        return {"tokens": tokens[torch.from_numpy(indices)], **self._encoded(examples.captions(indices.tolist(), rng))}
 
     def _encoded(self, captions):
         """On a CPU padding costs time; on CUDA shapes that stay the same are worth more."""
         return self.text.encode(captions, shorten=self.device.type == "cpu")
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         """A text encoder with fewer layers starts the first ones; a head of other sizes is left at random."""
         weights = load_text(folder, self.source).encoder.state_dict()
         module.text_encoder.load_state_dict(module.text_encoder.state_dict() | weights)
@@ -122,12 +125,12 @@ class TextEncoderRecipe(Recipe):
             if all(head[key].shape == value.shape for key, value in module.head.state_dict().items()):
                 module.head.load_state_dict(head)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         save_bf16(module.text_encoder, folder / "text_encoder")
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
         save_file({name: part.contiguous() for name, part in module.head.state_dict().items()}, folder / HEAD_FILE)
 
-    def samples(self, module):
+    def samples(self, module: Any) -> torch.Tensor | None:
         """True images of validation examples, and what the tokenizer decodes of the predicted codes."""
         examples, count = self.source.validation, 8
         indices = range(min(count, len(examples)))
@@ -138,12 +141,12 @@ class TextEncoderRecipe(Recipe):
         return (rows / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         """Of validation examples: mean squared distance from the true codes, and the share of variance explained."""
         module = self._planning(load_text(folder, self.source).encoder).eval()
         module.head.load_state_dict(load_file(folder / HEAD_FILE))
         indices = np.arange(len(self.unseen))
-        text = self.text.encode(self.source.validation.captions(indices))
+        text = self.text.encode(self.source.validation.captions(indices.tolist()))
         codes = module.codebook[self.unseen[torch.from_numpy(indices)].to(self.device)]
         distance = (module.predict(**{k: v.to(self.device) for k, v in text.items()}) - codes).square().sum(-1).mean()
         variance = (codes - codes.mean((0, 1))).square().sum(-1).mean()

@@ -6,6 +6,7 @@ mean. Merges stop at punctuation and at function words, so that phrases combine 
 """
 
 import re
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -84,6 +85,6 @@ def train_text_tokenizer(texts: list[str], max_length: int, plan_length: int = 0
     )
 
 
-def plan_length_of(tokenizer) -> int:
+def plan_length_of(tokenizer: Any) -> int:
     """How many plan tokens end each text of a tokenizer."""
     return sum(bool(_PLAN.fullmatch(token)) for token in tokenizer.get_vocab())

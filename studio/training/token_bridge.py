@@ -7,6 +7,9 @@ Deviations from the authors' recipe: sampling gives the head's first input what 
 from some masked cells of each image, which are chosen at random, as the order is.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from studio.checkpoints.loading import load_model
@@ -56,10 +59,10 @@ class TokenBridgeRecipe(MARRecipe):
     }  # fmt: skip
     sampling = {"default_guidance_scale": 1.0, "default_temperature": 0.7, "default_num_inference_steps": 16}
 
-    def trainable(self, transformer):
+    def trainable(self, transformer: Any) -> Conditioned:
         return TrainableBridge(transformer, self.text, self.bridge)
 
-    def network(self, sizes):
+    def network(self, sizes: dict) -> Any:
         some = self.latents[:: max(1, len(self.latents) // MEASURED), 0].float()
         self.bridge = TokenBridgeTokenizer.from_autoencoder(
             self.image_tokenizer, levels=self.model["levels"], dimension_order=low_frequency_order(some)
@@ -72,7 +75,7 @@ class TokenBridgeRecipe(MARRecipe):
             **sizes,
         )
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         weights = load_model(TokenBridge, folder / "transformer", torch.float32)
         ours = module.transformer.config
         for name in ("levels", "dimension_order"):
@@ -80,8 +83,8 @@ class TokenBridgeRecipe(MARRecipe):
                 raise StudioError(f"{folder} was trained with {name} {weights.config[name]}, not {ours[name]}.")
         module.transformer.load_state_dict(weights.state_dict())
 
-    def pipeline_of(self, module, image_tokenizer=None):
+    def pipeline_of(self, module: Any, image_tokenizer: torch.nn.Module | None = None) -> Any:
         return super().pipeline_of(module, image_tokenizer or self.bridge)
 
-    def save_pipeline(self, folder, module, image_tokenizer=None):
+    def save_pipeline(self, folder: Path, module: Any, image_tokenizer: torch.nn.Module | None = None) -> None:
         super().save_pipeline(folder, module, image_tokenizer or self.bridge)

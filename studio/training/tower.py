@@ -8,6 +8,7 @@ pick it up. CLS is contrasted with the words of the whole tile (CLIP, arXiv:2103
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class TrainableTower(nn.Module):
         reader: a LLaVA-NeXT, of which the tower, the projector and the words are trained.
     """
 
-    def __init__(self, reader):
+    def __init__(self, reader: Any):
         super().__init__()
         inner = reader.model
         self.tower, self.projector = inner.vision_tower, inner.multi_modal_projector
@@ -55,7 +56,7 @@ class TrainableTower(nn.Module):
         self.from_tile = nn.Linear(self.tower.config.hidden_size, self.words.embedding_dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
-    def forward(self, pixel_values, cells, read):
+    def forward(self, pixel_values: torch.Tensor, cells: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of both words of each cell (B, 4, 2), and the contrast of tiles (B, 3, 96, 96) with theirs.
 
         `read` (n,) are the numbers of a cell's patches that are read.
@@ -65,7 +66,7 @@ class TrainableTower(nn.Module):
         by_cell = F.cross_entropy(logits[:, :, None].expand(-1, -1, 2, -1).flatten(0, 2), cells.flatten())
         return by_cell + self.contrast(self.from_tile(seen.pooler_output), cells.flatten(1))
 
-    def read_cells(self, patches, read):
+    def read_cells(self, patches: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Logits (B, 4, V) of the words of each cell, in raster order, from some of its patches; of all (B, 144, D)."""
         sizes = {"r": _ACROSS, "c": _ACROSS, "i": _SIDE, "j": _SIDE}
         by_cell = rearrange(patches, "b (r i c j) d -> b (r c) (i j) d", **sizes)[:, :, read]
@@ -73,7 +74,7 @@ class TrainableTower(nn.Module):
         means = F.rms_norm(tokens, tokens.shape[-1:]).mean(dim=2)
         return F.linear(self.norm(means), self.words.weight)
 
-    def contrast(self, tiles, words):
+    def contrast(self, tiles: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Symmetric cross-entropy of vectors (B, D) of tiles against their words (B, T)."""
         texts = F.normalize(self.words(words).mean(dim=1), dim=-1)
         logits = self.log_scale.clamp(max=4.6).exp() * F.normalize(tiles, dim=-1) @ texts.T
@@ -94,16 +95,17 @@ class TowerRecipe(Recipe):
     defaults = Defaults(steps=3000, batch_size=32, learning_rate=4e-3, warmup=50)
     compiles = False
 
-    def build(self):
+    def build(self) -> torch.nn.Module:
         open_scenes(self)
-        self.processor, self.reader = build_processor(), None
+        self.processor = build_processor()
+        self.reader: Any = None  # the whole one, where a run starts from it
         return TrainableTower(build_model(len(self.processor.tokenizer))).to(self.device)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         matrices = hidden_matrices(module.tower.encoder, module.projector)
         return muon_and_adamw(module, matrices, learning_rate, tables=[module.words.weight], tables_share=1.0)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         """Tiles, and the words for each of their cells: what is there, and the colour behind it."""
         fillings = [{"emoji": 1, "words": 3} if rng.random() < _MOSTLY_WORDS else {} for _ in range(size)]
         scenes = [draw_scene(rng, (1, 1), questions=0, **filling) for filling in fillings]
@@ -121,7 +123,7 @@ class TowerRecipe(Recipe):
             "cells": torch.tensor(cells),
         }
 
-    def load(self, module, folder):
+    def load(self, module: Any, folder: Path) -> None:
         """From a tower, or a whole reader, of which all but the tower then stays as it is."""
         if not (folder / PROCESSOR_FILE).is_file():
             tower, projector, words = read_aligned(folder)
@@ -137,7 +139,7 @@ class TowerRecipe(Recipe):
             part.load_state_dict(getattr(theirs, name).state_dict())
             part.requires_grad_(False)
 
-    def export(self, module, folder):
+    def export(self, module: Any, folder: Path) -> None:
         if self.reader is not None:
             self.reader.model.vision_tower.load_state_dict(module.tower.state_dict())
             save_bf16(self.reader, folder)
@@ -149,7 +151,7 @@ class TowerRecipe(Recipe):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WORDS_FILE)
 
     @torch.no_grad()
-    def quality(self, folder):
+    def quality(self, folder: Path) -> dict:
         """Of cells of unseen tiles, the shares whose emoji, word or emptiness, and whose colour, few patches name."""
         module = TrainableTower(build_model(len(self.processor.tokenizer))).eval()
         self.load(module, folder)
@@ -170,7 +172,7 @@ class TowerRecipe(Recipe):
         }
 
 
-def read_aligned(folder):
+def read_aligned(folder: Path) -> Any:
     """State dicts of tower, projector and words that a run left in its folder."""
     tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).state_dict()
     tensors = load_file(folder / WORDS_FILE)

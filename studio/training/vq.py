@@ -72,7 +72,7 @@ class VQRecipe(TunableRecipe):
     tokenizer_class = VQTokenizer
     loss = staticmethod(reconstruction_loss)
 
-    def network(self):
+    def network(self) -> torch.nn.Module:
         options = self.options
         size = options.size or 128
         self.grid = options.grid or size // 8
@@ -91,7 +91,7 @@ class VQRecipe(TunableRecipe):
             "sample_size": size,
         })  # fmt: skip
 
-    def choices(self, rng, size, training):
+    def choices(self, rng: np.random.Generator, size: int, training: bool) -> dict[str, torch.Tensor]:
         if self.tunes_decoder:
             return {}
         return {"cells": torch.from_numpy(rectangles(rng, max(1, size // 2), self.grid))}

@@ -4,6 +4,9 @@ What is predicted from is as in `mar`; all cells of an image are predicted in on
 recipe: Muon for the hidden matrices.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from studio.models.xar import XAR
@@ -35,12 +38,12 @@ class XARRecipe(MARRecipe):
     model = {"heads": None, "cell_size": None, "noisy_context": True}
     sampling = {"default_guidance_scale": 1.5, "default_temperature": 1.0, "default_num_inference_steps": 20}
 
-    def trainable(self, transformer):
+    def trainable(self, transformer: Any) -> Conditioned:
         module = TrainableXAR(transformer, self.text)
         module.noisy_context = self.model["noisy_context"]
         return module
 
-    def sizes(self):
+    def sizes(self) -> dict:
         dim, grid = self.options.dim or 128, self.latents.shape[-1]
         return {
             "dim": dim,
@@ -54,14 +57,14 @@ class XARRecipe(MARRecipe):
             **self.condition_shape(),
         }
 
-    def network(self, sizes):
+    def network(self, sizes: dict) -> Any:
         return XAR(**sizes)
 
-    def optimizers(self, module, learning_rate):
+    def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         model = module.transformer
         matrices = [*hidden_matrices(model.blocks), *self.text_matrices(module)]
         return muon_and_adamw(module, matrices, learning_rate, tables=[*model.places, model.null], tables_share=1.0)
 
-    def batch(self, rng, size, training=True):
+    def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         batch = super().batch(rng, size, training)
         return {name: value for name, value in batch.items() if name not in ("order", "masked")}
