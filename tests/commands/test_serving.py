@@ -1,19 +1,15 @@
 """`studio serve`: what its options become, and which are refused."""
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from command_results import refused
 
 from studio.ui.server import limits, logs, models, storage, worker
 from studio.ui.server import options as serving
 from studio.ui.server.limits import Limits
 from studio.ui.server.models import Device
 from studio.ui.server.rate_limits import RateLimiter, Rates
+from tests.command_results import refused
 
 
 @pytest.fixture

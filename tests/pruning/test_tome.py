@@ -1,19 +1,15 @@
 """Merging of tokens inside the tower: exact where tokens are equal, and a mean where they are not."""
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_models
-from tiny_families import ROWS, answer, tiny
-
 from studio import StudioError, merge_tokens
 from studio.pruning import tome
 from studio.pruning.api import prune
+from tests.pruning import tiny_models
+from tests.pruning.tiny_families import ROWS, answer, tiny
 
 FAMILIES = pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
 
