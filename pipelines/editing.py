@@ -186,7 +186,6 @@ def _sum_of(parts: list[DecodingStats]) -> DecodingStats:
 
 def with_editing(call: Callable) -> Callable:
     """Wraps a pipeline's `__call__` so that it takes the fields of an `EditRequest` as keywords, too."""
-
     signature = inspect.signature(call)
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
         return call  # of a subclass, which passes what it does not know on to its base

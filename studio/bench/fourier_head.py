@@ -83,7 +83,8 @@ def frozen_states(
     pipe: TokenBridgePipeline, examples: Examples, images: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States (n, C) of masked cells of random images, as the head meets them in training, and their levels (n, D) in
-    the order of sampling."""
+    the order of sampling.
+    """
     model, tokenizer = pipe.transformer, pipe.image_tokenizer
     chosen, total = rng.choice(len(examples), min(images, len(examples)), replace=False), model.num_tokens
     states, levels = [], []

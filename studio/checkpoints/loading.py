@@ -343,7 +343,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def compiled_step() -> str:
-    """ "ok" where models on this CPU are decoded by compiled C, otherwise the reason why not."""
+    """Whether models on this CPU are decoded by compiled C: "ok", otherwise the reason why not."""
     return native_library.state()
 
 

@@ -174,7 +174,8 @@ class DrafterCandidates:
 
     def _ranked(self, distribution: torch.Tensor, progress: Progress, depth: int) -> torch.Tensor:
         """Children (B, n, width) of n nodes: the likeliest, or sampled without replacement from distributions (B, n,
-        V)."""
+        V).
+        """
         if self.context.sampling.greedy:
             return distribution.topk(self.shape.width, dim=-1).indices
         nodes, vocab = distribution.shape[1:]

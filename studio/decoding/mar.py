@@ -343,7 +343,8 @@ class MARStepper:
         latest_time: int | None = None,
     ) -> ReverseTransitions:
         """What the model makes of the known tokens: the kernels of the entries that the step samples, in their
-        order."""
+        order.
+        """
         began = time.perf_counter()
         tokens = tokens.to(self.buffer.dtype)
         if self.lazy is None:

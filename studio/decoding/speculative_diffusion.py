@@ -25,7 +25,8 @@ Gaussian = tuple[torch.Tensor, torch.Tensor]
 
 class Path(NamedTuple):
     """How n tokens were denoised, by step: the states (T, n, D) that steps 0 to T - 1 began from, the means of the
-    draft's kernels there and the logs of their standard deviations, without temperature."""
+    draft's kernels there and the logs of their standard deviations, without temperature.
+    """
 
     states: torch.Tensor
     means: torch.Tensor
@@ -34,7 +35,8 @@ class Path(NamedTuple):
 
 class VerifiedPath(NamedTuple):
     """Tokens (n, D) of the target's distribution, which of them (n,) kept the draft's whole path, and trials for the
-    others."""
+    others.
+    """
 
     tokens: torch.Tensor
     accepted: torch.Tensor

@@ -27,7 +27,8 @@ FEWEST = 8
 
 def unseen_source(model: str | Path, data: str | Path, size: int) -> Source:
     """A source of which a model has not seen the validation examples: of a folder that it was not trained on, these are
-    all images."""
+    all images.
+    """
     source = open_source(data, size)
     try:
         trained_on = json.loads((folder_of_model(model) / TRAINING_FILE).read_text(encoding="utf-8"))["data_checksum"]
@@ -99,7 +100,8 @@ def evaluate_on_folder(
 @torch.no_grad()
 def bits_per_token(pipe: Any, examples: Examples, count: int) -> float | None:
     """Mean cross-entropy in bits of the tokens of the first examples under their condition; None for generators
-    without a likelihood of tokens."""
+    without a likelihood of tokens.
+    """
     model, tokenizer, total, tokens_seen = pipe.transformer, pipe.image_tokenizer, 0.0, 0
     if not isinstance(model, LlamaGen | RQTransformer):
         return None

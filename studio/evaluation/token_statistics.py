@@ -119,7 +119,8 @@ def heaps_exponent(tokens: np.ndarray) -> float:
 
 def mutual_information(left: np.ndarray, right: np.ndarray, size: int, rng: np.random.Generator) -> float | None:
     """Bits that tokens tell of their partners: the plug-in estimate minus that of shuffled pairs, which a sample of any
-    finite size has too."""
+    finite size has too.
+    """
     if not left.size:
         return None
     left, right = left.reshape(-1), right.reshape(-1)
@@ -133,7 +134,8 @@ def mutual_information(left: np.ndarray, right: np.ndarray, size: int, rng: np.r
 
 def held_out_bits(tokens: np.ndarray, size: int) -> tuple[float, float]:
     """Bits a token of the last half of the images, under the frequencies of the first: of single tokens (with half a
-    count for each code), and of tokens after their neighbour, mixed with those by the best of a few weights."""
+    count for each code), and of tokens after their neighbour, mixed with those by the best of a few weights.
+    """
     cut = max(1, round(len(tokens) * (1 - HELD_OUT)))
     seen, unseen = tokens[:cut], tokens[cut:]
     unigram = (np.bincount(seen.reshape(-1), minlength=size) + 0.5) / (seen.size + 0.5 * size)
@@ -155,7 +157,8 @@ def held_out_bits(tokens: np.ndarray, size: int) -> tuple[float, float]:
 
 def grammar_size(rows: np.ndarray, size: int) -> float:
     """Rules and what is left over tokens, of a re-pair grammar (Larsson and Moffat, 1999): the commonest pair of
-    neighbours becomes a symbol, again and again, while a pair occurs twice."""
+    neighbours becomes a symbol, again and again, while a pair occurs twice.
+    """
     text = np.concatenate([np.append(row, -1) for row in rows]).astype(np.int64)  # -1 ends an image
     total, rules, width = rows.size, 0, size + rows.size
     while True:

@@ -62,7 +62,8 @@ def evaluate_tokenizer(tokenizer: Any, source: Source | None = None, batch_size:
 
 def _shorter_lengths(tokenizer):
     """The lengths or levels below the full ones at which a tokenizer is measured; none unless its first tokens are a
-    image."""
+    image.
+    """
     if isinstance(tokenizer, RVQTokenizer):
         return range(1, tokenizer.config.depth)
     return list(getattr(tokenizer, "lengths", ()))[:-1]

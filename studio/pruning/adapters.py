@@ -365,6 +365,7 @@ def _unfit(model) -> str | None:
 
 
 def mismatch(ids: int, features: int, kind: str = "image") -> str:
+    """The message that a prompt has another number of tokens than its images or videos have features."""
     return (
         f"The prompt has {ids} {kind} tokens, but the vision tower gives {features}: process text and {kind}s together "
         "with the model's own processor."

@@ -285,6 +285,7 @@ def _with_rows(pick, budget: int, layout: Layout) -> torch.Tensor:
 
 
 def is_fraction(budget: object) -> bool:
+    """Whether a budget is a share of the tokens, not a number of them."""
     return isinstance(budget, Real) and not isinstance(budget, Integral)
 
 

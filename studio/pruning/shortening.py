@@ -365,7 +365,8 @@ def _positions(family: Family, inputs: dict) -> torch.Tensor:
 
 def _shorter(family: Family, inputs: dict, keep, positions, kind: str) -> dict:
     """The inputs without the tokens that go. The mask is always there: without one, transformers takes a gap in the
-    positions for the start of another sequence."""
+    positions for the start of another sequence.
+    """
     pad = family.model.config.get_text_config().pad_token_id
     mask, image = attention_mask_of(inputs), visual_tokens(family.model, inputs["input_ids"])
     keep = keep & (mask.bool() | image)

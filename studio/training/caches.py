@@ -33,7 +33,8 @@ def cached_tokens(tokenizer: Any, source: Source) -> torch.Tensor:
 
 def cached_latents(tokenizer: Any, source: Source) -> torch.Tensor:
     """Means and standard deviations (n, 2, C, h, w), float16, of the latents of a source's training examples under a
-    KL tokenizer, named as `cached_tokens`. They stay on disk and are read as they are needed."""
+    KL tokenizer, named as `cached_tokens`. They stay on disk and are read as they are needed.
+    """
     latents = _cached(f"latents-{_key(source, tokenizer)}", lambda: latents_of(tokenizer, source.train))
     return torch.from_numpy(latents)
 

@@ -13,7 +13,8 @@ from studio.training.export import save_bf16
 
 def load_with_codebook(module: nn.Module, folder: Path) -> None:
     """Start a module with a `tokenizer`, and a `quantizer` (vector-quantize-pytorch's, plain or residual) that learns
-    its codes, from the exported tokenizer in a folder."""
+    its codes, from the exported tokenizer in a folder.
+    """
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     tokenizer: Any = module.tokenizer
     tokenizer.load_state_dict({key: value.float() for key, value in weights.items()})

@@ -144,7 +144,8 @@ class _Merged(torch.nn.Module):
 @torch.no_grad()
 def read_initial_regions(transformer: LlamaGen, side: int) -> None:
     """Lets each token of a row read the plan of the regions that it stood for when its tokenizer's training began
-    (`pyramid_init`), in a grid of `side` a side."""
+    (`pyramid_init`), in a grid of `side` a side.
+    """
     shares: Any
     shares, regions = transformer.plan_embeddings.shares, transformer.config.plan_size
     sizes = {"r": regions, "c": regions, "i": side // regions}

@@ -117,7 +117,8 @@ def mar_optimizers(
     transformer: MaskedAutoencoder, module: nn.Module, learning_rate: float, further: Sequence[nn.Parameter] = ()
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all blocks, and `further` ones; places and mask token, which start small, move at its
-    full rate."""
+    full rate.
+    """
     of_the_head = (
         transformer.diffloss.net.res_blocks if isinstance(transformer, MAR) else transformer.head.channel_blocks
     )

@@ -130,7 +130,8 @@ class ResGenRecipe(CodesRecipe):
 @torch.no_grad()
 def start_means(head: GaussianMixture, codes: torch.Tensor, quantizer: Any) -> None:
     """Put the free part of every mean of a mixture at the sum of the deepest levels, any number of them, of some cell
-    of codes (n, L, D)."""
+    of codes (n, L, D).
+    """
     rng, cells = np.random.default_rng(0), codes.flatten(0, 1)
     chosen = torch.from_numpy(rng.integers(len(cells), size=head.components))
     depth = cells.shape[1]
