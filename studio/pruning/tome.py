@@ -65,19 +65,19 @@ def merge(
     Returns:
         Tokens (B, n - count, C) in their order, their sizes, and the new place (B, n) of each token that there was.
     """
-    even, odd = torch.arange(first, x.shape[1], 2, device=x.device), torch.arange(1, x.shape[1], 2, device=x.device)
+    rows, n, _ = x.shape
     directions = F.normalize(keys.float(), dim=-1)
-    alike, nearest = (directions[:, even] @ directions[:, odd].transpose(1, 2)).max(dim=2)
+    alike, nearest = (directions[:, first::2] @ directions[:, 1::2].transpose(1, 2)).max(dim=2)
     chosen = alike.topk(count, dim=1).indices
-    source, target = even[chosen], odd[nearest.gather(1, chosen)]
+    source, target = first + 2 * chosen, 1 + 2 * nearest.gather(1, chosen)
     weighted = x * sizes[..., None]
-    weighted = weighted.scatter_add(1, _wide(target, x), weighted.gather(1, _wide(source, x)))
+    weighted = weighted.scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), _rows(weighted, source))
     sizes = sizes.scatter_add(1, target, sizes.gather(1, source))
     stays = torch.ones_like(sizes, dtype=torch.long).scatter_(1, source, 0)
-    kept = stays.argsort(dim=1, descending=True, stable=True)[:, : x.shape[1] - count]
-    places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1).scatter(1, source, target)
-    sizes, tokens = sizes.gather(1, kept), weighted.gather(1, _wide(kept, x))
-    return tokens / sizes[..., None], sizes, (stays.cumsum(dim=1) - 1).gather(1, places)
+    kept = stays.argsort(dim=1, descending=True, stable=True)[:, : n - count]
+    places = torch.arange(n, device=x.device).expand(rows, -1).scatter(1, source, target)
+    sizes = sizes.gather(1, kept)
+    return _rows(weighted, kept) / sizes[..., None], sizes, (stays.cumsum(dim=1) - 1).gather(1, places)
 
 
 def expanded(rows: torch.Tensor, attention: torch.nn.Module) -> torch.Tensor:
@@ -88,11 +88,13 @@ def expanded(rows: torch.Tensor, attention: torch.nn.Module) -> torch.Tensor:
 
 
 def _for_patches(rows: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-    return rows if slots is None else rows.gather(1, _wide(slots, rows))
+    return rows if slots is None else _rows(rows, slots)
 
 
-def _wide(places: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return places[..., None].expand(-1, -1, like.shape[-1])
+def _rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The tokens of x (B, n, C) at places (B, k): whole rows, which is faster than `gather`."""
+    among_all = places + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, among_all.flatten()).view(*places.shape, -1)
 
 
 class Merging:

@@ -16,6 +16,15 @@ def save_bf16(model: Any, folder: Path) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
 
 
+def remove_paths(folder: Path) -> None:
+    """Takes the folders that parts were loaded from out of the configurations below a folder: they say nothing to
+    anybody else."""
+    for file in folder.rglob("*config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def copy_with_component(pipeline: Path, folder: Path, name: str, module: torch.nn.Module) -> None:
     """Writes a copy of a pipeline's folder in which the component of that name is a trained module, in bfloat16."""
     shutil.copytree(pipeline, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", name))

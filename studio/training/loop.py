@@ -20,6 +20,7 @@ from studio.checks import shown
 from studio.errors import StudioError
 from studio.processes import join
 from studio.training.card import write_card
+from studio.training.export import remove_paths
 from studio.training.options import Options
 from studio.training.recipe import Recipe
 from studio.training.report import Report
@@ -339,6 +340,7 @@ def _export(recipe, module, folder):
     with writing("The model", folder, partial):
         partial.mkdir(parents=True)
         recipe.export(module, partial)
+        remove_paths(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

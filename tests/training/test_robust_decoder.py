@@ -1,6 +1,7 @@
 """Tuning a decoder: tokens stay what they are, and codes go wrong as they should."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -84,5 +85,6 @@ def test_a_tuned_decoder_keeps_the_tokens(kind, few_images, tmp_path):
     )
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed <= {"post_quant_conv", "decoder"} and "decoder" in changed
+    assert "_name_or_path" not in json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
     first, again = (load(tmp_path / name, device="cpu") for name in ("first", "tuned"))
     assert torch.equal(first.encode(images(4)), again.encode(images(4)))
