@@ -18,7 +18,8 @@ def save_bf16(model: Any, folder: Path) -> None:
 
 def remove_paths(folder: Path) -> None:
     """Takes the folders that parts were loaded from out of the configurations below a folder: they say nothing to
-    anybody else."""
+    anybody else.
+    """
     for file in folder.rglob("*config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
