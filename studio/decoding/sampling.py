@@ -309,4 +309,5 @@ class Fillable:
     def filled(self, **defaults: Any) -> Self:
         """These settings with a value for every None: one of `defaults`, such as a pipeline's, else of `DEFAULTS`."""
         missing = [name for name in self.DEFAULTS if getattr(self, name) is None]
-        return replace(self, **{name: defaults.get(name, self.DEFAULTS[name]) for name in missing})  # type: ignore[type-var]
+        values = {name: defaults.get(name, self.DEFAULTS[name]) for name in missing}
+        return replace(self, **values)  # type: ignore[type-var]  # subclasses are dataclasses
