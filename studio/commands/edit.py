@@ -8,7 +8,17 @@ import typer
 
 from studio.checks import check_integer, shown
 from studio.commands.decodings import check_given, decoding_of, given, named, with_decoding
-from studio.commands.options import Device, Dtype, Guidance, ImageCount, Json, Model, Temperature, number
+from studio.commands.options import (
+    Device,
+    Dtype,
+    Guidance,
+    ImageCount,
+    Json,
+    Model,
+    Temperature,
+    check_condition,
+    number,
+)
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path
@@ -75,10 +85,7 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Redraw a part of an image, expand it, or make variations of it."""
-    if (prompt is None) == (class_label is None):
-        raise StudioError(
-            'Say what to draw: a prompt such as "a red apple", or --class-label for a class-conditional model.'
-        )
+    check_condition(prompt, class_label)
     if mask is not None and box is not None:
         raise StudioError("Give --mask or --box, not both.")
     chosen = given(decoding, **(options or {}))

@@ -17,7 +17,17 @@ from studio.commands.decodings import (
     shown_name,
     with_decoding,
 )
-from studio.commands.options import Device, Guidance, ImageCount, Json, Model, SamplingDtype, Temperature, number
+from studio.commands.options import (
+    Device,
+    Guidance,
+    ImageCount,
+    Json,
+    Model,
+    SamplingDtype,
+    Temperature,
+    check_condition,
+    number,
+)
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.files import user_path
@@ -118,10 +128,7 @@ def generate(
         return
     if batch_size is not None:
         raise StudioError("--batch-size goes with --prompts: the images of one prompt are sampled together.")
-    if (prompt is None) == (class_label is None):
-        raise StudioError(
-            'Say what to sample: a prompt such as "a red apple", or --class-label for a class-conditional model.'
-        )
+    check_condition(prompt, class_label)
     settings = sampling if guidance is None else {"guidance_scale": guidance, **sampling}
     settings |= {} if num_tokens is None else {"num_tokens": num_tokens}
     if dtype == "int8" and decoding not in (None, "ar"):

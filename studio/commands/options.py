@@ -22,6 +22,20 @@ def number(*names: str, help: str, show_default: bool = False, **limits: Any) ->
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
 
 
+def check_condition(prompt: str | None, class_label: str | None) -> None:
+    """Refuse a call that has neither a prompt nor a class, or both.
+
+    Raises:
+        StudioError: it does.
+    """
+    if prompt is not None and class_label is not None:
+        raise StudioError("A model takes a prompt or a class: leave the prompt or --class-label out.")
+    if prompt is None and class_label is None:
+        raise StudioError(
+            'Say what to sample: a prompt such as "a red apple", or --class-label for a class-conditional model.'
+        )
+
+
 def parsed_counts(text: str) -> int | tuple[int, ...]:
     """One number of tokens, or several, from "56,28,14".
 

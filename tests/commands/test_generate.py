@@ -277,9 +277,18 @@ def test_wrong_options_are_refused(run, tiny_folder, tmp_path, arguments, word):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("prompt", [[""], ["   "], ["x" * 2001], [], ["a pear", "--class-label", "1"]])
-def test_wrong_prompts_are_refused(run, tiny_folder, tmp_path, prompt):
-    refused(run("generate", *prompt, "--model", tiny_folder))
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ([""], "empty"),
+        (["   "], "empty"),
+        (["x" * 2001], "2000"),
+        ([], "Say what to sample"),
+        (["a pear", "--class-label", "1"], "a prompt or a class"),
+    ],
+)
+def test_wrong_prompts_are_refused(run, tiny_folder, tmp_path, prompt, word):
+    refused(run("generate", *prompt, "--model", tiny_folder), word)
     assert files(tmp_path) == []
 
 
