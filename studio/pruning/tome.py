@@ -113,7 +113,7 @@ class Merging:
         self.tower, self.first = tower, 2 if has_cls else 0
         self.layers = [part for part in tower.modules() if hasattr(getattr(part, "self_attn", None), "k_proj")]
         after = len(self.layers) - 1
-        counts = [merged] * after if isinstance(merged, int) else list(merged)
+        counts = list(merged) if isinstance(merged, Sequence) else [merged] * after
         if len(counts) > after:
             raise StudioError(f"Tokens are merged before the second to the last of {after + 1} layers: give {after}.")
         self.counts = [check_integer("The number of merged tokens", count, 0) for count in counts]

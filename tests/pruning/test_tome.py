@@ -137,6 +137,7 @@ def test_refusals():
         ([1] * layers, f"of {layers} layers"),
         ([-1], "number of merged tokens"),
         ([0.5], "number of merged tokens"),
+        (0.5, "number of merged tokens"),
     ):
         with pytest.raises(StudioError, match=message), merge_tokens(model, merged):
             pass
