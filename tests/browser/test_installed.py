@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from studio.ui.tabs import ask, compare, generate, tokenize
+from studio.ui.tabs import ask, compare, model_fields, tokenize
 
 pytestmark = pytest.mark.browser
 
@@ -51,7 +51,7 @@ def await_image(page, field, before):
 
 def test_every_example_fills_its_tab(page):
     for tab, field, table, texts in (
-        ("Generate", "prompt", "examples", generate.EXAMPLES),
+        ("Generate", "prompt", "examples", model_fields.EXAMPLES),
         ("Compare", "compare-prompt", "compare-examples", compare.EXAMPLES),
     ):
         open_tab(page, tab)
