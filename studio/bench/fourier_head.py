@@ -21,6 +21,8 @@ from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.training.mar import LEAST_MASKED, masked_share
 
 FREQUENCIES = (0, 12)
+States = tuple[torch.Tensor, torch.Tensor]
+"""States (n, C) and levels (n, D)."""
 ASKED = 8
 """Masked cells of an image whose states are kept."""
 _BATCH = 50
@@ -49,9 +51,9 @@ def bench_fourier_head(
         seed: of masks, weights and batches.
 
     Returns:
-        `{"model", "steps", "seed", "rows"}`. A row has "frequencies", "parameters" (of the output layers), "nats" (mean
-        cross-entropy of a level, held out), "train_nats" and "roughness" (distance of a distribution from itself
-        smoothed, as in the paper; lower is smoother).
+        `{"model", "steps", "seed", "rows"}`. A row has "frequencies" ("own" for the head that the model has),
+        "parameters" (of the output layers), "nats" (mean cross-entropy of a level, held out), "train_nats" and
+        "roughness" (distance of a distribution from itself smoothed, as in the paper; lower is smoother).
 
     Raises:
         StudioError: for another kind of model.
@@ -61,21 +63,23 @@ def bench_fourier_head(
     rng = np.random.default_rng(seed)
     train = frozen_states(pipe, source.train, images, rng)
     test = frozen_states(pipe, source.validation, held_out, rng)
-    rows = []
+    rows = [_row("own", pipe.transformer.head, train, test)]
     for number in frequencies:
         head = _new_head(pipe.transformer, number, seed)
         _train(head, *train, steps, batch_size, learning_rate, seed)
-        nats, roughness = _measured(head, *test)
-        rows.append(
-            {
-                "frequencies": number,
-                "parameters": sum(weight.numel() for weight in head.channel_heads.parameters()),
-                "nats": nats,
-                "train_nats": _measured(head, *(part[: len(test[0])] for part in train))[0],
-                "roughness": roughness,
-            }
-        )
+        rows.append(_row(number, head, train, test))
     return {"model": str(model), "steps": steps, "seed": seed, "rows": rows}
+
+
+def _row(frequencies: int | str, head: DimensionHead, train: States, test: States) -> dict:
+    nats, roughness = _measured(head, *test)
+    return {
+        "frequencies": frequencies,
+        "parameters": sum(weight.numel() for weight in head.channel_heads.parameters()),
+        "nats": nats,
+        "train_nats": _measured(head, *(part[: len(test[0])] for part in train))[0],
+        "roughness": roughness,
+    }
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ def test_both_heads_learn_from_the_same_states(tiny_bridge_pipeline):
         nats[frequencies], roughness = bench._measured(head, states, levels)
         assert nats[frequencies] < untrained - 0.05 and roughness > 0
     assert nats[0] != nats[2]
+    own = bench._row("own", pipe.transformer.head, (states, levels), (states, levels))
+    assert own["nats"] == own["train_nats"] > nats[0]
     assert all(torch.equal(*pair) for pair in zip(before, pipe.transformer.parameters(), strict=True))
 
 
