@@ -6,16 +6,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
-from PIL.Image import Image
 
 from studio import DECODINGS, decoding_named
 from studio.checkpoints.class_names import class_number
-from studio.ui.jobs.draft_trace import DraftTrace
-from studio.ui.jobs.generate_job import Progress, Sampled, sample
+from studio.ui.jobs.generate_job import Sampled, sample
 from studio.ui.jobs.request import GenerateRequest, sample_seed
-from studio.ui.jobs.side_by_side import Run, SideBySide, side_by_side
-from studio.ui.render.render_side_by_side import render_side_by_side, side_by_side_verdict
-from studio.ui.render.token_grid import token_grid
+from studio.ui.jobs.side_by_side import side_by_side
+from studio.ui.render import render_sampling
+from studio.ui.render.render_side_by_side import render_side_by_side
 from studio.ui.server.failures import sentence_of, toast
 from studio.ui.server.limits import limits
 from studio.ui.server.models import (
@@ -25,16 +23,12 @@ from studio.ui.server.models import (
     fitting_decodings,
     own_settings,
 )
-from studio.ui.server.png_metadata import Form, from_image, link_to
+from studio.ui.server.png_metadata import Form, from_image
 from studio.ui.server.send_to import SEND_TO, SendTo, build_send_to
 from studio.ui.tabs.actions import FAILED, ON_THE_MODEL, PRIVATE, connect_actions
 from studio.ui.tabs.components import (
-    columns_for,
     count_slider,
-    duration,
     image_grid,
-    images,
-    named_png,
     status_line,
     uploaded,
 )
@@ -52,7 +46,6 @@ from studio.ui.tabs.model_fields import (
 
 _TEMPERATURE = "Randomness of each token; 0 takes the likeliest."
 IDLE = status_line("Say what to sample, and press Generate.")
-LOADING = status_line("Loading the model …", state="running", fraction=0)
 
 
 def build_tab(model: str) -> tuple[SendTo, Form, History]:
@@ -329,15 +322,19 @@ async def show_sampling(model: str, *values: Any, default: str | None = None) ->
                 warned = True
             if isinstance(news, Sampled):
                 yield (
-                    _gallery(_files(news.images, request), request),
-                    _tokens(news.trace),
-                    summary(news, request, default or model),
+                    render_sampling.gallery(render_sampling.image_files(news.images, request), request),
+                    render_sampling.draft_tokens(news.trace),
+                    render_sampling.summary(news, request, default or model),
                 )
             elif news.images is not shown:
                 shown = news.images
-                yield _gallery(shown, request), _tokens(news.trace), progress(news, request)
+                yield (
+                    render_sampling.gallery(shown, request),
+                    render_sampling.draft_tokens(news.trace),
+                    render_sampling.progress(news, request),
+                )
             else:
-                yield gr.skip(), gr.skip() if news.sampled != 1 else "", progress(news, request)
+                yield gr.skip(), gr.skip() if news.sampled != 1 else "", render_sampling.progress(news, request)
     except Exception as error:
         toast(sentence_of(error))
         yield gr.skip(), gr.skip(), FAILED
@@ -354,15 +351,15 @@ async def show_side_by_side(model: str, *values: Any) -> AsyncIterator[tuple[Any
                 toast(news.warning, title="Please note", duration=12)
                 warned = True
             if not news.runs:
-                yield gr.skip(), gr.skip(), LOADING
+                yield gr.skip(), gr.skip(), render_sampling.LOADING
                 continue
             found = [run.image for run in news.runs]
             fresh = found != shown and all(found)
             shown = found if fresh else shown
             yield (
-                _sides(news, request) if fresh else gr.skip(),
+                render_sampling.sides(news, request) if fresh else gr.skip(),
                 render_side_by_side(news),
-                side_by_side_status(news, request),
+                render_sampling.side_by_side_status(news, request),
             )
     except Exception as error:
         toast(sentence_of(error))
@@ -385,121 +382,19 @@ async def answer_sampling(
     request = dataclasses.replace(GenerateRequest(model, *values), class_label=class_label)
     async for news in sample(request):
         if isinstance(news, Sampled):
-            yield _captioned(_files(news.images, request), request), _details(news, request)
+            yield (
+                render_sampling.captioned(render_sampling.image_files(news.images, request), request),
+                render_sampling.details(news, request),
+            )
         elif news.ahead is not None:
             yield gr.skip(), {"waiting": news.ahead, "seeds": request.seeds}
         elif news.total:
             yield (
-                _captioned(news.images, request) if news.images else gr.skip(),
+                render_sampling.captioned(news.images, request) if news.images else gr.skip(),
                 {"sampled": news.sampled, "total": news.total, "seeds": request.seeds},
             )
-
-
-def progress(news: Progress, request: GenerateRequest) -> str:
-    """The status line of a request under way."""
-    if news.ahead is not None:
-        return status_line(waiting(news.ahead), state="running", fraction=0)
-    if not news.total:
-        return LOADING
-    text = f"Sampling {images(request.count)}: {news.sampled} of {news.total} tokens"
-    if news.seconds > 0.3:
-        rate = (news.sampled - 1) / news.seconds
-        text += f", {rate * request.count:.0f} tokens/s, {duration((news.total - news.sampled) / max(rate, 1e-6))} left"
-    return status_line(text, state="running", fraction=news.sampled / news.total)
-
-
-def waiting(ahead: int) -> str:
-    """The status of a request that waits for at most so many turns of others."""
-    return "Waiting: you are next." if ahead == 1 else f"Waiting: at most {ahead} turns before yours."
-
-
-def summary(sampled: Sampled, request: GenerateRequest, default: str) -> str:
-    """The status line of a finished request; `default` is the app's own model."""
-    stats = sampled.stats
-    seeds = f"{request.seeds[0]}" if request.count == 1 else f"{request.seeds[0]} to {request.seeds[-1]}"
-    accepted = [] if stats.acceptance is None else [("drafts accepted", f"{stats.acceptance:.0%}")]
-    approximate = [("images", "approximate")] if "approximate" in request.how else []
-    taken = [] if stats.decoding is None else [("decoding", decoding_named(stats.decoding).title.lower())]
-    return status_line(
-        f"{images(request.count).capitalize()} in {duration(stats.seconds['total'])}.",
-        state="done",
-        details=[
-            ("tokens/s", f"{_rate(stats):.0f}"),
-            ("tokens", f"{stats.tokens}"),
-            ("target calls", f"{stats.target_calls}"),
-            ("tokens per call", f"{stats.mean_accepted_length:.2f}"),
-            *accepted,
-            *approximate,
-            *taken,
-            ("seed" if request.count == 1 else "seeds", seeds),
-        ],
-        link=("Link to these settings", link_to(request, default)),
-    )
-
-
-def side_by_side_status(news: SideBySide, request: GenerateRequest) -> str:
-    """The status line of two decodings side by side."""
-    if news.finished:
-        return status_line(side_by_side_verdict(news), state="done", details=[("seed", f"{request.seed}")])
-    fraction = sum(run.sampled for run in news.runs) / sum(run.total for run in news.runs)
-    far = ", ".join(f"{run.title} {run.sampled}" for run in news.runs)
-    text = f"Sampling in turns: {far} of {news.runs[0].total} tokens"
-    return status_line(text, state="running", fraction=fraction)
 
 
 def _setting(label: str, info: str, own: Mapping[str, str]) -> gr.Textbox:
     name = label.lower()
     return number_field(label, info, name, own_setting(own, name))
-
-
-def _gallery(sampled: Sequence[Any], request: GenerateRequest) -> Any:
-    return gr.update(value=_captioned(sampled, request), columns=columns_for(request.count), selected_index=None)
-
-
-def _sides(news: SideBySide, request: GenerateRequest) -> Any:
-    found = [(_image_or_file(run, request), f"{run.title} · seed {request.seed}") for run in news.runs]
-    return gr.update(value=found, columns=2, selected_index=None)
-
-
-def _image_or_file(run: Run, request: GenerateRequest) -> Any:
-    """A preview, or the finished image as a file whose name says what it is."""
-    return named_png(run.image, request.subject, request.seeds[0], run.title) if run.image and run.stats else run.image
-
-
-def _tokens(trace: DraftTrace | None) -> str:
-    return token_grid(trace, "Tokens of the first image") if trace else ""
-
-
-def _files(sampled: Sequence[Image], request: GenerateRequest) -> list[str]:
-    """Finished images as files whose names say what they are."""
-    return [named_png(image, request.subject, seed) for image, seed in zip(sampled, request.seeds)]
-
-
-def _captioned(sampled: Sequence[Any], request: GenerateRequest) -> list[tuple[Any, str]]:
-    prompt = " ".join(request.subject.split())
-    return [(image, f"seed {seed} · {prompt}") for image, seed in zip(sampled, request.seeds)]
-
-
-def _details(sampled: Sampled, request: GenerateRequest) -> dict[str, Any]:
-    stats = sampled.stats
-    return {
-        "model": str(request.model),
-        "prompt": request.prompt,
-        "class_label": request.class_label,
-        "seeds": request.seeds,
-        "settings": request.settings,
-        "decoding": request.how,
-        "tokens": stats.tokens,
-        "target_calls": stats.target_calls,
-        "mean_accepted_length": stats.mean_accepted_length,
-        "taken": stats.decoding,
-        "window": stats.window,
-        "tokens_per_second": round(_rate(stats), 1),
-        "seconds": dict(stats.seconds),
-        "sampled_together": sampled.batch_size,
-        "warning": sampled.warning,
-    }
-
-
-def _rate(stats: Any) -> float:
-    return stats.tokens / max(stats.seconds["decode"], 1e-9)
