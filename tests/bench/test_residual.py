@@ -3,21 +3,14 @@
 import json
 
 import pytest
-import torch
 
 from studio import StudioError, cli
 from studio.bench import residual as bench
-from studio.evaluation import judge as judging
-from studio.evaluation.judge import Judge
 
 
 @pytest.fixture
-def judge(monkeypatch):
-    torch.manual_seed(0)
-    judge = Judge(num_concepts=2000, widths=(8, 8, 8), feature_dim=8, sample_size=16).eval()
-    monkeypatch.setattr(bench, "load_judge", lambda device=None: judge)
-    few = judging.combinations(held_out=True)[:40]
-    monkeypatch.setattr(judging, "combinations", lambda held_out: few)
+def judge(judge_for):
+    judge_for(bench)
 
 
 def test_every_depth_of_every_number_of_calls(judge, tiny_resgen_folder):
