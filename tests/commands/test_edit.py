@@ -50,7 +50,7 @@ def test_masks_sides_and_variations(run, tiny_folder, tiny_row_folder, photo, tm
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["photo.png"], "Say what to draw"),
+        (["photo.png"], "Say what to sample"),
         (["nowhere.png", "a red apple", "--box", "0,0,9,9"], "There is no image nowhere.png"),
         (["photo.png", "a red apple"], "white everywhere"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--mask", "photo.png"], "--mask or --box, not both"),
@@ -63,7 +63,7 @@ def test_masks_sides_and_variations(run, tiny_folder, tiny_row_folder, photo, tm
         (["photo.png", "a red apple", "--strength", "0"], "strength must be"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--decoding", "auto"], "Name the decoding"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--decoding", "lantern"], "not Lantern"),
-        (["photo.png", "a red apple", "--box", "0,0,9,9", "--class-label", "3"], "Say what to draw"),
+        (["photo.png", "a red apple", "--box", "0,0,9,9", "--class-label", "3"], "a prompt or a class"),
         (["black.png", "a red apple", "--mask", "black.png"], "no white"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--model", "emoji-vq"], "cannot edit"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--padding", "-1"], "--padding"),
