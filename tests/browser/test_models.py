@@ -15,7 +15,8 @@ def sample(page, seed="7"):
     page.fill("#seed input, #seed textarea", seed)
     page.click("#generate")
     page.wait_for_selector("#status .running, #cancel", timeout=LIMIT)
-    page.wait_for_selector("#status .done", timeout=LIMIT)
+    page.wait_for_selector("#status .done, #status .stopped", timeout=LIMIT)
+    assert page.is_visible("#status .done"), [page.inner_text("#status"), *page.locator(TOAST).all_inner_texts()]
     page.wait_for_function(f"document.querySelector('#status .done').innerText.includes('{seed}')")
 
 
@@ -57,9 +58,11 @@ def test_a_class_is_searched_by_name_and_sampled(page, tiny_class_folder):
     page.wait_for_selector("#class-label", state="visible")
     assert not page.is_visible("#prompt")
     page.click("#class-label input")
-    page.keyboard.type("retriev")
+    page.keyboard.type("retriev", delay=50)  # at the pace of a person: each letter filters the list
     assert page.get_by_role("option").all_inner_texts() == ["golden retriever · 3"]
-    page.keyboard.press("Enter")
+    page.wait_for_selector("#class-label input[aria-activedescendant]")
+    page.keyboard.press("Enter", delay=50)
+    page.wait_for_function("document.querySelector('#class-label input').value == 'golden retriever · 3'")
     sample(page)
     assert captions(page)[0].startswith("seed 7 · golden retriever")
     page.click("#examples .gallery-item >> nth=1")
