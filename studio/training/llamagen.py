@@ -84,6 +84,7 @@ class LlamaGenRecipe(GeneratorRecipe):
     purpose = "Samples the tokens of an image one after the other, under a caption or a class."
     defaults = Defaults(steps=4000, batch_size=64, learning_rate=4e-3, cooldown=0.4)
     pipeline, tokenizers = LlamaGenPipeline, (VQTokenizer, OneDPieceTokenizer)
+    compiles_on_cpu = True
     model = {"num_heads": None, "ffn_dim": None}
     sampling = {
         "default_guidance_scale": 3.0, "default_temperature": 0.7, "default_top_k": 0, "default_top_p": 1.0,

@@ -22,6 +22,7 @@ from studio.processes import join
 from studio.training.card import write_card
 from studio.training.export import remove_paths
 from studio.training.options import Options
+from studio.training.precision import has_native_bf16, is_compiled
 from studio.training.recipe import Recipe
 from studio.training.report import Report
 from studio.training.state import has_state, load_state, save_state, writing
@@ -31,13 +32,6 @@ REPORT_EVERY = 20
 VALIDATION_BATCHES = 4
 FREE_ON_RESUME = ("steps", "minutes", "sample_every", "tracker")
 """Options that may change when a run goes on."""
-
-
-def mixed_precision() -> str:
-    """bf16 where the hardware multiplies it natively, else float32: emulated bf16 is far slower than float32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
 def train(
@@ -73,7 +67,9 @@ def train(
     join()
     _check_tracker(options.tracker)
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(), log_with=options.tracker, project_dir=out if options.tracker else None
+        mixed_precision="bf16" if has_native_bf16() else "no",
+        log_with=options.tracker,
+        project_dir=out if options.tracker else None,
     )
     size = options.batch_size or make_recipe.defaults.batch_size
     if size % accelerator.num_processes:
@@ -100,7 +96,7 @@ def train(
     if state is not None:
         _restore(state, module, trained, optimizers, average, progress)
     wrapped, *prepared = accelerator.prepare(module, *optimizers)
-    if accelerator.device.type == "cuda" and recipe.compiles:
+    if is_compiled(recipe, accelerator.device):
         module.compile()
     rates = Rates(optimizers)
     if options.tracker:

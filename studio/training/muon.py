@@ -2,13 +2,15 @@
 arXiv:2502.16982, section 2; the iteration is from Keller Jordan's description of Muon, 2024).
 
 torch.optim.Muon iterates in bfloat16, which processors without bf16 arithmetic emulate a hundred times slower; this one
-iterates in the precision it is given.
+iterates in bfloat16 only where the hardware multiplies it.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from studio.training.precision import has_native_bf16
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -47,7 +49,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 direction = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                update = orthogonalize(direction).view(p.shape)
+                if has_native_bf16():
+                    direction = direction.bfloat16()
+                update = orthogonalize(direction).to(p).view(p.shape)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
 

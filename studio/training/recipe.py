@@ -43,6 +43,7 @@ class Recipe(ABC):
         takes: the options beyond those of the loop that change something.
         model, sampling: the settings that a `[model]` and a `[sampling]` table may give, with their defaults.
         compiles: whether a step has the same shapes each time, so that torch.compile pays on CUDA.
+        compiles_on_cpu: whether it was measured to pay on a CPU with bfloat16 units too.
         library, task: what the Hub calls the library that loads the model, and what the model is for.
         source: the training data, once `build` was called.
         origin: in words, what a run starts from without `init_from`.
@@ -61,6 +62,7 @@ class Recipe(ABC):
     model: dict = {}
     sampling: dict = {}
     compiles: bool = True
+    compiles_on_cpu: bool = False
     library: str = "diffusers"
     task: str = "token-based-image-generation"
     origin: str = "random weights"

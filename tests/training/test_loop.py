@@ -114,7 +114,7 @@ def saved_often(monkeypatch):
 def in_float32(monkeypatch):
     """Whatever precision other trainings of this process had, which accelerate keeps."""
     AcceleratorState._reset_state()
-    monkeypatch.setattr(loop, "mixed_precision", lambda: "no")
+    monkeypatch.setattr(loop, "has_native_bf16", lambda: False)
     yield
     AcceleratorState._reset_state()
 

@@ -76,7 +76,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_two_processes
 
-test_two_processes.loop.mixed_precision = lambda: "no"
+test_two_processes.loop.has_native_bf16 = lambda: False
 try:
     test_two_processes.train(Path("odd"), batch_size=3)
 except test_two_processes.StudioError as error:
@@ -90,7 +90,7 @@ test_two_processes.train(Path("two"))
 def in_float32(monkeypatch):
     """Whatever precision other trainings of this process had, which accelerate keeps."""
     AcceleratorState._reset_state()
-    monkeypatch.setattr(loop, "mixed_precision", lambda: "no")
+    monkeypatch.setattr(loop, "has_native_bf16", lambda: False)
     yield
     AcceleratorState._reset_state()
 
