@@ -46,4 +46,5 @@ def test_generates_with_the_bundled_model_from_another_folder(installed, tmp_pat
     document = json.loads(run(installed, tmp_path, "-m", "studio", *call))
     [image] = document["images"]
     assert document["model"] == "emoji-ar" and image["seed"] == 1
-    assert Image.open(tmp_path / image["path"]).size == (64, 64)
+    side = json.loads((installed / "studio/checkpoints/bundled/emoji-vq/config.json").read_text())["sample_size"]
+    assert Image.open(tmp_path / image["path"]).size == (side, side)
