@@ -1,87 +1,95 @@
-"""Calls of a `LlamaGenPipeline` in a running batch: they join it and leave it between two calls of the transformer."""
+"""Calls of a pipeline in a running batch: they join it and leave it between two calls of the transformer."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from studio.checks import check_integer
 from studio.decoding.continuous import BatchImage, ContinuousBatch
 from studio.decoding.jacobi import Jacobi
 from studio.errors import StudioError
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 
 if TYPE_CHECKING:
-    from studio.pipelines.llamagen import LlamaGenPipeline
+    from studio.pipelines.base import ConditionalPipeline
 
 
-class BatchedCall:
+class BatchedCall(ABC):
     """A call in a `PipelineBatch`: the images of one prompt.
 
-    Attributes:
+    Args:
+        pipe: samples.
         prompts: the completed prompt of each image; None for classes.
+        size: its images.
+        seconds: by phase, those before the first step.
+
+    Attributes:
         largest_batch: images that were in a call of the transformer with it, its own included, at most.
     """
 
-    def __init__(self, batch: "PipelineBatch", images: list[BatchImage], prompts: list[str] | None, seconds: dict):
-        self._batch, self._images, self.prompts, self._seconds = batch, images, prompts, seconds
+    def __init__(self, pipe: "ConditionalPipeline", prompts: list[str] | None, size: int, seconds: dict) -> None:
+        self.pipe, self.prompts, self.largest_batch, self.seconds = pipe, prompts, size, seconds
         self._began = time.perf_counter()
-        self._whole: dict[BatchImage, torch.Tensor] = {}
-        self.largest_batch = len(images)
 
     @property
+    @abstractmethod
     def sampled(self) -> int:
-        """Tokens that all its images have."""
-        return min(image.length for image in self._images)
+        """Tokens that all its images have; of tokens of D codes, those that all sampled codes would fill."""
 
     @property
+    @abstractmethod
     def tokens(self) -> torch.Tensor:
-        """The first tokens (B, n) of its images, as many as all of them have."""
-        count, batch = self.sampled, self._batch.running
-        kept = [self._whole[image] if image in self._whole else batch.tokens(image) for image in self._images]
-        return torch.stack([tokens[:count] for tokens in kept])
+        """The tokens of its images so far: the first (B, n), or all (B, L, D) of masked models."""
 
-    def finish(self, image: BatchImage) -> bool:
-        """Keeps the tokens of a whole image; whether all its images are whole now."""
-        self._whole[image] = self._batch.running.tokens(image)
-        if done := len(self._whole) == len(self._images):
-            self._seconds["decode"] = time.perf_counter() - self._began
-        return done
+    @property
+    def known(self) -> torch.Tensor | None:
+        """Which of the tokens of masked models are sampled (B, L) bool, at least in part."""
+        return None
 
-    def under_way(self) -> list[BatchImage]:
-        """Its images that are not whole."""
-        return [image for image in self._images if image not in self._whole]
+    def end(self) -> None:
+        """Its images are whole."""
+        self.seconds["decode"] = time.perf_counter() - self._began
 
     def output(self) -> ImageTokenPipelineOutput:
         """What the pipeline would return for this call alone, with PIL images; the call must be whole."""
         began, tokens = time.perf_counter(), self.tokens
-        images = self._batch.pipe.decode_tokens(tokens)
-        self._seconds["pixels"] = time.perf_counter() - began
+        images = self.pipe.decode_tokens(tokens)
+        self.seconds["pixels"] = time.perf_counter() - began
         return ImageTokenPipelineOutput(images=images, tokens=tokens, stats=self.cost(), prompts=self.prompts)
 
+    @abstractmethod
     def cost(self) -> DecodingStats:
         """What the call has cost so far."""
-        calls, tokens = [image.calls for image in self._images], sum(image.length for image in self._images)
-        seconds = {**self._seconds, "total": sum(self._seconds.values())}
-        return DecodingStats(max(calls), tokens, tokens / sum(calls), seconds)
+
+    def _cost(self, calls: int, tokens: int, accepted_length: float, decoding: str | None = None) -> DecodingStats:
+        seconds = {**self.seconds, "total": sum(self.seconds.values())}
+        return DecodingStats(calls, tokens, accepted_length, seconds, decoding=decoding)
 
 
-class PipelineBatch:
-    """A running batch; `LlamaGenPipeline.new_batch` makes one.
+class PipelineBatch(ABC):
+    """A running batch; `new_batch` of a pipeline makes one.
 
     Args:
         pipe: samples.
         max_images: images at a time, at most.
     """
 
-    def __init__(self, pipe: "LlamaGenPipeline", max_images: int) -> None:
-        self.pipe, self.running = pipe, ContinuousBatch(pipe.transformer, max_images=max_images)
-        self._calls: list[BatchedCall] = []
+    def __init__(self, pipe: "ConditionalPipeline", max_images: int) -> None:
+        self.pipe, self.max_images = pipe, check_integer("max_images", max_images, 1)
+        self._calls: list[Any] = []
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Images that are in it."""
 
     @property
     def room(self) -> int:
         """Images that may join."""
-        return self.running.room
+        return self.max_images - self.size
 
     @torch.no_grad()
     def join(
@@ -92,54 +100,138 @@ class PipelineBatch:
         generators: Sequence[torch.Generator],
         decoding: Any,
         **settings: Any,
-    ) -> BatchedCall:
+    ) -> Any:
         """A call joins, with an image for each generator.
 
         Args:
             prompt, class_labels: as of a call of the pipeline, for one prompt or class.
             generators: one for each image.
-            decoding: settings whose tokens are those of plain decoding: `Autoregressive`, `FastestExact`, or `Jacobi`
-                with the coupling "seed".
+            decoding: settings that may join: of LlamaGen those whose tokens are those of plain decoding
+                (`Autoregressive`, `FastestExact`, or `Jacobi` with the coupling "seed"), of masked models all but
+                those of MAR with a drafter or a cache.
             settings: "guidance_scale", "temperature", "top_k" and "top_p" of a call of the pipeline.
 
+        Returns:
+            The `BatchedCall`.
+
         Raises:
-            StudioError: arguments that the pipeline or the batch cannot use.
+            StudioError: arguments that the pipeline or the batch cannot use, or no room.
         """
         scale, sampling, decoding = self.pipe.check_call(
             prompt, class_labels=class_labels, decoding=decoding, **settings
         )
-        if not getattr(decoding, "plain_tokens", False):
-            raise StudioError(f"{type(decoding).__name__} decoding joins no running batch: call the pipeline.")
+        if not getattr(decoding, "joins", False):
+            raise StudioError(
+                f"{type(decoding).__name__} decoding joins no running batch with these settings: call the pipeline."
+            )
+        if len(generators) > self.room:
+            raise StudioError(
+                f"The batch has room for {self.room} images, not {len(generators)}: wait until others are done."
+            )
         began = time.perf_counter()
-        subjects = (prompt, class_labels)
-        streams, condition, prompts = self.pipe.prepare_inputs(*subjects, len(generators), list(generators))
-        encoded = time.perf_counter()
-        guesses = isinstance(decoding, Jacobi)
-        images = self.running.join(
-            condition,
-            generators=streams,
-            sampling=sampling,
-            guidance_scale=scale,
-            guidance_schedule=decoding.guidance_schedule,
-            guesses=guesses,
-        )
-        seconds = {"text": encoded - began, "prefill": time.perf_counter() - encoded}
-        self._calls.append(BatchedCall(self, images, prompts, seconds))
+        streams, condition, prompts = self.pipe.prepare_inputs(prompt, class_labels, len(generators), list(generators))
+        seconds = {"text": time.perf_counter() - began}
+        call = {"generators": streams, "sampling": sampling, "guidance_scale": scale, "settings": decoding}
+        self._calls.append(self.start(condition, prompts, seconds, **call))
         return self._calls[-1]
 
-    def leave(self, call: BatchedCall) -> None:
+    @abstractmethod
+    def start(
+        self, condition: dict[str, torch.Tensor], prompts: list[str] | None, seconds: dict[str, float], **call: Any
+    ) -> BatchedCall:
+        """The images of a call join."""
+
+    @abstractmethod
+    def leave(self, call: Any) -> None:
         """A call leaves before it is whole."""
+
+    @abstractmethod
+    def advance(self) -> list[Any]:
+        """One call of the transformer; the calls that are whole now."""
+
+    def step(self) -> list[Any]:
+        """One call of the transformer; the calls that are whole now have left, and are returned."""
+        for call in self._calls:
+            call.largest_batch = max(call.largest_batch, self.size)
+        whole = self.advance()
+        for call in whole:
+            call.end()
+            self._calls.remove(call)
+        return whole
+
+
+class LlamaGenCall(BatchedCall):
+    """A call in a `LlamaGenBatch`."""
+
+    def __init__(
+        self,
+        pipe: "ConditionalPipeline",
+        prompts: list[str] | None,
+        seconds: dict,
+        running: ContinuousBatch,
+        images: list[BatchImage],
+    ) -> None:
+        super().__init__(pipe, prompts, len(images), seconds)
+        self._running, self._images = running, images
+        self._whole: dict[BatchImage, torch.Tensor] = {}
+
+    @property
+    def sampled(self) -> int:
+        """As of `BatchedCall`."""
+        return min(image.length for image in self._images)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The first tokens (B, n) of its images, as many as all of them have."""
+        count, batch = self.sampled, self._running
+        kept = [self._whole[image] if image in self._whole else batch.tokens(image) for image in self._images]
+        return torch.stack([tokens[:count] for tokens in kept])
+
+    def keep(self, finished: Sequence[BatchImage]) -> bool:
+        """Keeps the tokens of its images among those that are whole now; whether all its images are."""
+        self._whole |= {image: self._running.tokens(image) for image in self.under_way() if image in finished}
+        return len(self._whole) == len(self._images)
+
+    def under_way(self) -> list[BatchImage]:
+        """Its images that are not whole."""
+        return [image for image in self._images if image not in self._whole]
+
+    def cost(self) -> DecodingStats:
+        """As of `BatchedCall`; `decoding` says whether calls read guesses."""
+        calls, tokens = [image.calls for image in self._images], sum(image.length for image in self._images)
+        taken = "jacobi" if any(image.guessed for image in self._images) else "ar"
+        return self._cost(max(calls), tokens, tokens / sum(calls), taken)
+
+
+class LlamaGenBatch(PipelineBatch):
+    """A running batch of a `LlamaGenPipeline`."""
+
+    def __init__(self, pipe: "ConditionalPipeline", max_images: int) -> None:
+        super().__init__(pipe, max_images)
+        self.running = ContinuousBatch(pipe.transformer, max_images=max_images)
+
+    @property
+    def size(self) -> int:
+        """As of `PipelineBatch`."""
+        return len(self.running.images)
+
+    def start(
+        self, condition: dict[str, torch.Tensor], prompts: list[str] | None, seconds: dict[str, float], **call: Any
+    ) -> LlamaGenCall:
+        """As of `PipelineBatch`."""
+        began, settings = time.perf_counter(), call.pop("settings")
+        schedule, guesses = settings.guidance_schedule, isinstance(settings, Jacobi)
+        images = self.running.join(condition, **call, guidance_schedule=schedule, guesses=guesses)
+        seconds["prefill"] = time.perf_counter() - began
+        return LlamaGenCall(self.pipe, prompts, seconds, self.running, images)
+
+    def leave(self, call: LlamaGenCall) -> None:
+        """As of `PipelineBatch`."""
         for image in call.under_way():
             self.running.leave(image)
         self._calls.remove(call)
 
-    def step(self) -> list[BatchedCall]:
-        """One call of the transformer; the calls that are whole now have left, and are returned."""
-        size, whole = len(self.running.images), []
-        finished = set(self.running.step())
-        for call in list(self._calls):
-            call.largest_batch = max(call.largest_batch, size)
-            if any([call.finish(image) for image in call.under_way() if image in finished]):
-                self._calls.remove(call)
-                whole.append(call)
-        return whole
+    def advance(self) -> list[LlamaGenCall]:
+        """As of `PipelineBatch`."""
+        finished = self.running.step()
+        return [call for call in self._calls if call.keep(finished)]

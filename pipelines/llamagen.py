@@ -20,7 +20,7 @@ from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, timed
 from studio.pipelines.class_labels import ClassLabels
-from studio.pipelines.continuous import PipelineBatch
+from studio.pipelines.continuous import LlamaGenBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.vq import VQTokenizer
@@ -201,9 +201,9 @@ class LlamaGenPipeline(ConditionalPipeline):
         """Tokens (B, L) of pixels (B, 3, side, side) in [-1, 1]."""
         return self.image_tokenizer.encode(pixels).flatten(1)
 
-    def new_batch(self, max_images: int = 8) -> PipelineBatch:
+    def new_batch(self, max_images: int = 8) -> LlamaGenBatch:
         """A running batch that calls join and leave, whatever their prompts, settings and progress."""
-        return PipelineBatch(self, max_images)
+        return LlamaGenBatch(self, max_images)
 
     @torch.no_grad()
     def decode_tokens(self, tokens: torch.Tensor, output_type: str = "pil") -> Images:

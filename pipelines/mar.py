@@ -9,12 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.checks import check_number
 from studio.decoding.cspd import ContinuousOutput, ContinuousSpeculative, check_pair, continuous_speculative
-from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, masked_autoregressive
+from studio.decoding.mar import MARSampler, MaskedAutoregressive, MaskedOutput, masked_autoregressive
 from studio.decoding.sampling import KnownTokens
 from studio.errors import StudioError
 from studio.models.mar import MAR
 from studio.pipelines.base import ConditionalPipeline, Images, dtype_of, first_difference, timed, with_parts
 from studio.pipelines.class_labels import ClassLabels
+from studio.pipelines.continuous_masked import MaskedBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.kl import KLTokenizer
 
@@ -165,6 +166,10 @@ class MARPipeline(ConditionalPipeline):
         """Pixels a side of an image, and tokens a side of its grid."""
         config = self.transformer.config
         return config.grid_size * config.patch_size * self.image_tokenizer.downsample_factor, config.grid_size
+
+    def new_batch(self, max_images: int = 8) -> MaskedBatch:
+        """A running batch that calls join and leave, whatever their prompts, settings and progress."""
+        return MaskedBatch(self, MARSampler(self.transformer), max_images)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L, D), float32, of pixels (B, 3, side, side) in [-1, 1]."""

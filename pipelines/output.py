@@ -22,7 +22,8 @@ class DecodingStats(BaseOutput):
         seconds: wall-clock seconds by phase: "text", "prefill", "decode", "pixels", "total"; with some decodings also
             the parts of "decode": "transformer" and "head", or "target" and "draft".
         acceptance: fraction of the drafted tokens that were accepted, with decodings that draft.
-        decoding: name of the decoding, where the settings leave it to `FastestExact`.
+        decoding: name of the decoding that was taken, where the settings leave it to `FastestExact` or a running batch
+            takes plain or Jacobi decoding as it goes.
         window: tokens that a call reads for each image, in Jacobi decoding.
     """
 

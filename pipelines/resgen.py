@@ -6,12 +6,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studio.decoding.resgen import DISTRIBUTIONS, ResGenDecoding, ResGenOutput, ResidualSteps, resgen_decoding
+from studio.decoding.resgen import (
+    DISTRIBUTIONS,
+    ResGenDecoding,
+    ResGenOutput,
+    ResGenSampler,
+    ResidualSteps,
+    resgen_decoding,
+)
 from studio.decoding.sampling import KnownTokens, Sampling
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
 from studio.pipelines.base import first_difference, timed, with_parts
 from studio.pipelines.class_labels import ClassLabels
+from studio.pipelines.continuous_masked import MaskedBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.pipelines.residual import ResidualPipeline
 from studio.tokenizers.rvq import RVQTokenizer
@@ -124,6 +132,10 @@ class ResGenPipeline(ResidualPipeline):
     def image_grid(self) -> tuple[int, int | None]:
         """Pixels a side of an image, and cells a side of its grid."""
         return self.image_tokenizer.config.sample_size, round(self.transformer.config.num_positions**0.5)
+
+    def new_batch(self, max_images: int = 8) -> MaskedBatch:
+        """A running batch that calls join and leave, whatever their prompts, settings and progress."""
+        return MaskedBatch(self, ResGenSampler(self.transformer, self.image_tokenizer.quantizer), max_images)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Codes (B, L, D) of pixels (B, 3, side, side) in [-1, 1]."""

@@ -7,11 +7,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.decoding.sampling import KnownTokens, Sampling
-from studio.decoding.token_bridge import DimensionWise, dimension_wise
+from studio.decoding.token_bridge import DimensionWise, DimensionWiseSampler, dimension_wise
 from studio.errors import StudioError
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.base import ConditionalPipeline, Images, first_difference, timed, with_parts
 from studio.pipelines.class_labels import ClassLabels
+from studio.pipelines.continuous_masked import MaskedBatch
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer
 
@@ -115,6 +116,10 @@ class TokenBridgePipeline(ConditionalPipeline):
         """Pixels a side of an image, and cells a side of its grid."""
         side = self.transformer.config.grid_size
         return side * self.image_tokenizer.downsample_factor, side
+
+    def new_batch(self, max_images: int = 8) -> MaskedBatch:
+        """A running batch that calls join and leave, whatever their prompts, settings and progress."""
+        return MaskedBatch(self, DimensionWiseSampler(self.transformer, self.image_tokenizer.level_values), max_images)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L, D) of pixels (B, 3, side, side) in [-1, 1]."""

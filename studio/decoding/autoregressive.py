@@ -110,7 +110,7 @@ class Autoregressive:
     filter_order: str = "llamagen"
     weights: str = "auto"
     guidance_schedule: str | None = None
-    plain_tokens: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Sampling(order=self.filter_order)

@@ -41,6 +41,7 @@ class BatchImage:
         rows: its sequences in the cache, the conditional one first.
         length: tokens that are final.
         calls: of the model since it joined, the first included.
+        guessed: whether a call has read guesses behind its last token.
     """
 
     place: int
@@ -49,6 +50,7 @@ class BatchImage:
     guesses: bool
     length: int = 1
     calls: int = 1
+    guessed: bool = False
 
 
 class ContinuousBatch:
@@ -189,7 +191,7 @@ class ContinuousBatch:
         counts = new.tolist()  # the only wait for the device
         kept: list[range] = [range(0)] * self._cache.rows
         for image, count in zip(self.images, counts):
-            image.length, image.calls = image.length + count, image.calls + 1
+            image.length, image.calls, image.guessed = image.length + count, image.calls + 1, image.guessed or width > 1
             for row in image.rows:
                 kept[row] = range(count)
         self._cache.keep(kept)

@@ -28,12 +28,14 @@ from typing import Any
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
+from studio.decoding.autoregressive import condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.mar import (
-    MARStepper,
     MaskedAutoregressive,
     MaskedOutput,
+    ReverseTransitions,
     Step,
+    TimedHeads,
     denoise,
     scatter_tokens,
     start_masked,
@@ -187,6 +189,11 @@ class ContinuousSpeculative(MaskedAutoregressive):
         )
 
     @property
+    def joins(self) -> bool:
+        """As of `MaskedSteps`; drafts are verified with those of the same call."""
+        return False
+
+    @property
     def acceptance(self) -> AlignedAcceptance:
         """The tests of "relaxed" mode."""
         assert self.inner_temperature is not None and self.max_rounds is not None
@@ -293,6 +300,27 @@ def check_pair(
         )
 
 
+class _Stepper:
+    """A `MAR` at work on the images of one call: its conditions, its heads, and what it costs."""
+
+    def __init__(self, model: MaskedAutoencoder, condition: dict, guided: bool) -> None:
+        self.model, self.heads = model, TimedHeads(model)
+        self.buffer, _ = condition_rows(model, condition, guided=guided)
+        self.calls = self.rows = 0
+
+    def kernels(
+        self, tokens: torch.Tensor, order: torch.Tensor, step: Step, scale: float | torch.Tensor, diffusion_steps: int
+    ) -> ReverseTransitions:
+        """What the model makes of the known tokens: the kernels of the entries that the step samples, in their
+        order.
+        """
+        visible, wanted = order[:, step.last :], order[:, step.first : step.last]
+        conditions = self.model.conditions(tokens.to(self.buffer.dtype), visible, wanted, self.buffer)
+        self.calls += 1
+        self.rows += len(self.buffer)
+        return ReverseTransitions(self.heads.of(diffusion_steps), conditions.flatten(1, 2), scale)
+
+
 class _Run:
     """The images of one call: order, tokens, both models, and in "relaxed" the ends of drafts not yet verified."""
 
@@ -303,7 +331,7 @@ class _Run:
         self.noise, self.on_step, self.on_draft = noise, on_step, on_draft
         self.began = time.perf_counter()
         guided = guidance_scale != 1
-        self.target, self.draft = (MARStepper(m, condition, guided) for m in (model, draft))
+        self.target, self.draft = (_Stepper(m, condition, guided) for m in (model, draft))
         self.order, self.tokens, self.verified = start_masked(model, noise, known, settings)
         self.plan = settings.plan(model.num_tokens, self.verified)
         self.ends = FinalStep(*(torch.zeros_like(self.tokens) for _ in range(3)))
@@ -379,12 +407,12 @@ class _Run:
         self.verified = block.first
         return self._stopped(self.on_step, number, block)
 
-    def _denoise(self, stepper: MARStepper, step: Step, scales: torch.Tensor | None = None):
+    def _denoise(self, stepper: _Stepper, step: Step, scales: torch.Tensor | None = None):
         """The places of a step and the denoising steps of its tokens, lazily."""
         kernels, places = self._kernels(stepper, step, scales), self._places(step)
         return places, denoise(kernels, self.noise.start(places), self._step_noise(places), self.temperature)
 
-    def _kernels(self, stepper: MARStepper, step: Step, scales: torch.Tensor | None = None):
+    def _kernels(self, stepper: _Stepper, step: Step, scales: torch.Tensor | None = None):
         scale: Any = self.settings.scale_at(step, self.guidance_scale) if scales is None else scales
         assert self.settings.diffusion_steps is not None
         return stepper.kernels(self.tokens, self.order, step, scale, self.settings.diffusion_steps)

@@ -40,7 +40,7 @@ class FastestExact:
     weights: str = "auto"
     guidance_schedule: str | None = None
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
-    plain_tokens: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights, self.guidance_schedule)

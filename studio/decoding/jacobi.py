@@ -91,8 +91,8 @@ class Jacobi:
             raise StudioError(f"coupling is one of {', '.join(COUPLINGS)}, not {shown(self.coupling)}.")
 
     @property
-    def plain_tokens(self) -> bool:
-        """Whether the tokens are those of plain decoding for the same generators."""
+    def joins(self) -> bool:
+        """Whether requests may join a running batch: whether tokens are those of plain decoding."""
         return self.coupling in (None, "seed")
 
     @property

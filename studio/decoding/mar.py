@@ -19,10 +19,10 @@ Options that are papers of their own stand in files of their own: `disa` (fewer 
 """
 
 import math
-import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,9 +34,10 @@ from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.disa import ANNEALINGS, LATEST_TIME, annealed_steps
 from studio.decoding.gtr import gtr_counts, gtr_order, gtr_sets
 from studio.decoding.lazy_mar import REFRESH_EVERY, WARM_STEPS, LazyMAR
+from studio.decoding.masked_runs import MaskedRun, MaskedSampler
 from studio.decoding.sampling import Fillable, KnownTokens, OnStep, Sampled
 from studio.errors import StudioError
-from studio.models.masked_autoencoder import MaskedAutoencoder
+from studio.models.masked_autoencoder import Masked, MaskedAutoencoder
 
 _PREPARED_NUMBERS = 2**22
 
@@ -147,12 +148,12 @@ class ReverseTransitions:
 
 
 def denoise(
-    kernels: ReverseTransitions, x: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0
+    kernels: ReverseTransitions, x: torch.Tensor, noise: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The reverse steps from x_T (n, D): `(step, state, mean, log_std)` for steps T - 1 to 0.
 
-    The last mean is the token. The standard deviation of a step is multiplied by the temperature; `log_std` is without
-    it. `noise` (T, n, D) is indexed by the step.
+    The last mean is the token. The standard deviation of a step is multiplied by the temperature, a number or (n, 1);
+    `log_std` is without it. `noise` (T, n, D) is indexed by the step.
     """
     for step in reversed(range(kernels.steps)):
         mean, log_std = kernels.at(x, step)
@@ -195,6 +196,11 @@ class MaskedSteps(Fillable):
     guidance_schedule: str | None = None
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"steps": 64, "guidance_schedule": "linear"}
+
+    @property
+    def joins(self) -> bool:
+        """Whether requests with these settings may share calls with others that are not equally far."""
+        return True
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -280,6 +286,11 @@ class MaskedAutoregressive(MaskedSteps):
         return [text for name, text in named.items() if getattr(self, name) != "none"]
 
     @property
+    def joins(self) -> bool:
+        """As of `MaskedSteps`; what a cache holds is of one call."""
+        return self.cache == "none"
+
+    @property
     def approximate(self) -> bool:
         """Whether images do not follow the distribution that the model has with these steps in this order."""
         return bool(self.mar_only)
@@ -322,49 +333,20 @@ class MaskedOutput(Sampled):
     """As of `Sampled`, but `tokens` (B, L, D) are float32, and `seconds` holds "transformer" and "head"."""
 
 
-class MARStepper:
-    """A `MAR` at work on B images of one call: its conditions, its head, and the seconds of each."""
+class TimedHeads:
+    """The heads of a `MAR` by their schedules, each embedded once."""
 
-    def __init__(self, model: MaskedAutoencoder, condition: dict, guided: bool) -> None:
-        self.model = model
-        self.buffer, _ = condition_rows(model, condition, guided=guided)
-        self.heads: dict[tuple[int, int | None], TimedHead] = {}
-        self.lazy: LazyMAR | None = None
-        self.calls = self.rows = 0
-        self.seconds = 0.0
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        self.loss = model.diffloss
+        self.known: dict[tuple[int, int | None], TimedHead] = {}
 
-    def kernels(
-        self,
-        tokens: torch.Tensor,
-        order: torch.Tensor,
-        step: Step,
-        scale: float | torch.Tensor,
-        diffusion_steps: int,
-        latest_time: int | None = None,
-    ) -> ReverseTransitions:
-        """What the model makes of the known tokens: the kernels of the entries that the step samples, in their
-        order.
-        """
-        began = time.perf_counter()
-        tokens = tokens.to(self.buffer.dtype)
-        if self.lazy is None:
-            visible, wanted = order[:, step.last :], order[:, step.first : step.last]
-            conditions, rows = self.model.conditions(tokens, visible, wanted, self.buffer), len(self.buffer)
-        else:
-            rows = self.lazy.next_rows
-            conditions = self.lazy.conditions(tokens)
-        self.calls += 1
-        self.rows += rows
-        self.seconds += time.perf_counter() - began
-        return ReverseTransitions(self.head(diffusion_steps, latest_time), conditions.flatten(1, 2), scale)
-
-    def head(self, steps: int, latest_time: int | None = None) -> TimedHead:
-        """The head with a schedule of so many steps, embedded once."""
+    def of(self, steps: int, latest_time: int | None = None) -> TimedHead:
+        """That of so many denoising steps; `latest_time` as of `GaussianDiffusion`."""
         schedule = steps, latest_time
-        if schedule not in self.heads:
-            first = next(iter(self.heads.values()), None)
-            self.heads[schedule] = first.respaced(*schedule) if first else TimedHead(self.model.diffloss, *schedule)
-        return self.heads[schedule]
+        if schedule not in self.known:
+            first = next(iter(self.known.values()), None)
+            self.known[schedule] = first.respaced(*schedule) if first else TimedHead(self.loss, *schedule)
+        return self.known[schedule]
 
 
 def start_masked(
@@ -382,6 +364,146 @@ def start_masked(
 def scatter_tokens(tokens: torch.Tensor, places: TokenIndex, values: torch.Tensor) -> None:
     """Writes values (n, D) into tokens (B, L, D)."""
     tokens[places.images, places.positions] = values
+
+
+@dataclass(eq=False, kw_only=True)
+class MARRun(MaskedRun):
+    """As of `MaskedRun`.
+
+    Attributes:
+        order: of positions (B, L).
+        buffer: of the transformer.
+        denoising: steps of the tokens of each step.
+        latest_time: of their schedules.
+        lazy: what remembers earlier calls of the transformer; it goes with a run that is alone.
+        written: the version of `tokens` after the last step.
+    """
+
+    settings: MaskedAutoregressive
+    plan: list[Step]
+    temperature: float
+    noise: PositionNoise
+    order: torch.Tensor
+    buffer: torch.Tensor
+    denoising: list[int]
+    latest_time: int | None = None
+    lazy: LazyMAR | None = None
+    written: int = field(default=0, init=False)
+
+    @property
+    def next_places(self) -> TokenIndex:
+        """What the next step samples."""
+        step = self.plan[self.number]
+        return TokenIndex.of(self.order[:, step.first : step.last])
+
+    @property
+    def reported(self) -> tuple[torch.Tensor, ...]:
+        """Tokens, and the positions that the last step sampled."""
+        step = self.plan[self.number - 1]
+        return self.tokens, self.order[:, step.first : step.last]
+
+    @property
+    def known(self) -> torch.Tensor:
+        """As of `MaskedRun`."""
+        none = torch.zeros(self.order.shape, dtype=torch.bool, device=self.order.device)
+        return none.scatter_(1, self.order[:, self.order.shape[1] - self.final :], True)
+
+    @property
+    def final(self) -> int:
+        """As of `MaskedRun`."""
+        return self.order.shape[1] - (self.plan[self.number - 1].first if self.number else self.plan[0].last)
+
+
+class MARSampler(MaskedSampler[MARRun]):
+    """A `MAR` at work. Runs share the calls of the head, too, where they denoise in the same steps."""
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model, self.heads = model, TimedHeads(model)
+
+    @torch.no_grad()
+    def start(
+        self,
+        condition: dict,
+        *,
+        generators: list[torch.Generator],
+        sampling: float,
+        guidance_scale: float,
+        settings: MaskedAutoregressive,
+        noise: PositionNoise | None = None,
+        known: KnownTokens | None = None,
+    ) -> MARRun:
+        """As of `MaskedSampler`; `sampling` is the temperature, the rest as of `masked_autoregressive`."""
+        model = self.model
+        noise = noise or PositionNoise.of(generators, model.config.token_dim, model.device)
+        order, tokens, unknown = start_masked(model, noise, known, settings)
+        plan, denoising = settings.plan(model.num_tokens, unknown), settings.denoising_plan()
+        run = MARRun(
+            tokens=tokens,
+            guidance_scale=guidance_scale,
+            settings=settings,
+            plan=plan,
+            temperature=check_number("temperature", sampling),
+            noise=noise,
+            order=order,
+            buffer=condition_rows(model, condition, guided=guidance_scale != 1)[0],
+            denoising=denoising[-len(plan) :],
+            latest_time=LATEST_TIME if model.diffloss.limit is None and len(set(denoising)) > 1 else None,
+        )
+        if settings.cache == "lazy":
+            assert settings.refresh_every is not None and settings.warm_steps is not None
+            run.lazy = LazyMAR(
+                model, run.buffer, order, plan, settings.refresh_every, settings.warm_steps, settings.steps
+            )
+        return run
+
+    def predict(self, runs: Sequence[MARRun]) -> list[torch.Tensor]:
+        """Conditions (S, n, C) of the tokens that each run samples next."""
+        if lazy := runs[0].lazy:
+            return [self._remembered(runs[0], lazy).flatten(1, 2)]
+        parts = []
+        for run in runs:
+            step, tokens = run.plan[run.number], run.tokens.to(run.buffer.dtype)
+            parts.append(Masked(tokens, run.order[:, step.last :], run.order[:, step.first : step.last], run.buffer))
+        self.rows += sum(len(run.buffer) for run in runs)
+        return [each.flatten(1, 2) for each in self.model.conditions_together(parts)]
+
+    def _remembered(self, run: MARRun, lazy: LazyMAR) -> torch.Tensor:
+        if run.number and run.tokens._version != run.written:
+            lazy.forget()
+        self.rows += lazy.next_rows
+        return lazy.conditions(run.tokens.to(run.buffer.dtype))
+
+    def sample(self, runs: Sequence[MARRun], predicted: list[torch.Tensor]) -> None:
+        """As of `MaskedSampler`."""
+        groups = defaultdict(list)
+        for run, conditions in zip(runs, predicted):
+            groups[run.denoising[run.number], run.latest_time, len(conditions)].append((run, conditions))
+        for (steps, latest_time, _), group in groups.items():
+            self._denoise(self.heads.of(steps, latest_time), [run for run, _ in group], [each for _, each in group])
+
+    def _denoise(self, head: TimedHead, runs: Sequence[MARRun], conditions: list[torch.Tensor]) -> None:
+        """The tokens of runs that denoise in the same steps, in as many calls of the head."""
+        places = [run.next_places for run in runs]
+        counts = [len(each.images) for each in places]
+        scales = [run.settings.scale_at(run.plan[run.number], run.guidance_scale) for run in runs]
+        kernels = ReverseTransitions(head, torch.cat(conditions, dim=1), _of_tokens(scales, counts, self.model))
+        start = torch.cat([run.noise.start(each) for run, each in zip(runs, places)])
+        noise = torch.cat([run.noise.steps(each, kernels.steps) for run, each in zip(runs, places)], dim=1)
+        temperature = _of_tokens([run.temperature for run in runs], counts, self.model)
+        for _, _, mean, _ in denoise(kernels, start, noise, temperature):
+            tokens = mean
+        for run, each, values in zip(runs, places, tokens.split(counts)):
+            scatter_tokens(run.tokens, each, values)
+            run.written = run.tokens._version
+
+
+def _of_tokens(values: list[float], counts: list[int], model: MaskedAutoencoder) -> float | torch.Tensor:
+    """A number of each run for all its tokens (n, 1), or one number where it is the same for all."""
+    if len(set(values)) == 1:
+        return values[0]
+    each = torch.tensor(values, device=model.device)
+    return each.repeat_interleave(torch.tensor(counts, device=model.device))[:, None]
 
 
 @torch.no_grad()
@@ -413,31 +535,15 @@ def masked_autoregressive(
     Raises:
         StudioError: for more steps than tokens and for a temperature that is none.
     """
-    settings = (settings or MaskedAutoregressive()).filled()
-    check_number("temperature", temperature)
-    began = time.perf_counter()
-    stepper = MARStepper(model, condition, guidance_scale != 1)
-    noise = noise or PositionNoise.of(generators or [], model.config.token_dim, model.device)
-    order, tokens, unknown = start_masked(model, noise, known, settings)
-    plan, denoising = settings.plan(model.num_tokens, unknown), settings.denoising_plan()
-    latest_time = LATEST_TIME if model.diffloss.limit is None and len(set(denoising)) > 1 else None
-    if settings.cache == "lazy":
-        assert settings.refresh_every is not None and settings.warm_steps is not None and settings.steps is not None
-        stepper.lazy = LazyMAR(
-            model, stepper.buffer, order, plan, settings.refresh_every, settings.warm_steps, settings.steps
-        )
-    for number, (step, steps) in enumerate(zip(plan, denoising[-len(plan) :])):
-        scale = settings.scale_at(step, guidance_scale)
-        kernels = stepper.kernels(tokens, order, step, scale, steps, latest_time)
-        sampled = order[:, step.first : step.last]
-        places = TokenIndex.of(sampled)
-        for _, _, mean, _ in denoise(kernels, noise.start(places), noise.steps(places, kernels.steps), temperature):
-            token = mean
-        scatter_tokens(tokens, places, token)
-        written = tokens._version
-        if on_step is not None and on_step(number, tokens, sampled):
-            break
-        if stepper.lazy is not None and tokens._version != written:
-            stepper.lazy.forget()
-    head = time.perf_counter() - began - stepper.seconds
-    return MaskedOutput(tokens, stepper.calls, stepper.rows, {"transformer": stepper.seconds, "head": head})
+    settings, sampler = (settings or MaskedAutoregressive()).filled(), MARSampler(model)
+    run = sampler.start(
+        condition,
+        generators=generators or [],
+        sampling=temperature,
+        guidance_scale=guidance_scale,
+        settings=settings,
+        noise=noise,
+        known=known,
+    )
+    sampler.finish(run, on_step)
+    return MaskedOutput(run.tokens, run.number, sampler.rows, sampler.seconds)

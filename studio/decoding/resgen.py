@@ -25,15 +25,16 @@ distribution may). Which schedule the paper uses is not known, so three are here
 """
 
 import math
-import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import check_schedule, guided_logits, scheduled_scale
+from studio.decoding.masked_runs import MaskedRun, MaskedSampler
 from studio.decoding.sampling import Fillable, KnownTokens, OnStep, Sampled, Sampling, exponential_noise, sample_rows
 from studio.errors import StudioError
 from studio.models.resgen import ResGen
@@ -237,6 +238,7 @@ class ResidualSteps(Fillable, ABC):
     guidance_schedule: str | None = None
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"steps": 16, "guidance_schedule": "linear"}
+    joins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -349,44 +351,136 @@ def resgen_decoding(
     Raises:
         StudioError: for more steps than an image has codes, and for settings that would change nothing.
     """
-    settings, sampling = (settings or ResGenDecoding()).filled(), sampling or Sampling()
-    assert settings.steps is not None
-    kind = DISTRIBUTIONS[model.config.prediction]
-    kind.check(settings.scatter)
-    depth, positions = quantizer.depth, model.config.num_positions
-    codes = torch.full((len(generators), positions, depth), -1, device=next(iter(condition.values())).device)
-    unknown = positions
-    if known is not None:
-        codes, unknown = known.write(codes), known.unknown
-    sampled = ResGenOutput(codes, seconds={"transformer": 0.0, "head": 0.0})
-    for step, left in enumerate(settings.plan(positions * depth)):
-        if left >= unknown * depth:
-            continue
-        began = time.perf_counter()
-        share = step / (settings.steps - 1) if settings.steps > 1 else 1.0
-        scale = scheduled_scale(settings.guidance_schedule, guidance_scale, share)
-        visible, hidden = quantizer.lookup(codes).sum(dim=-2), (codes < 0).sum(dim=-1)
-        predicted = _predict(model, visible, hidden, condition, scale)
-        sampled.target_calls += 1
-        sampled.row_calls += len(codes) * (1 if scale == 1 else 2)
-        answered = time.perf_counter()
-        distribution = kind(model.head, predicted, quantizer)
-        proposed = distribution.sample(hidden, sampling, settings.scatter, generators)
-        preference = settings.preference(distribution, proposed, 1 - (step + 1) / settings.steps, generators)
-        remains = shown(reveal(hidden, preference, left), depth)
-        sampled.tokens = codes = torch.where(remains, torch.where(codes < 0, proposed, codes), -1)
-        sampled.seconds["transformer"] += answered - began
-        sampled.seconds["head"] += time.perf_counter() - answered
-        if on_step is not None and on_step(sampled.target_calls - 1, codes):
-            break
-    return sampled
+    sampler = ResGenSampler(model, quantizer)
+    run = sampler.start(
+        condition,
+        generators=generators,
+        sampling=sampling or Sampling(),
+        guidance_scale=guidance_scale,
+        settings=(settings or ResGenDecoding()).filled(),
+        known=known,
+    )
+    sampler.finish(run, on_step)
+    return ResGenOutput(run.tokens, run.number, sampler.rows, sampler.seconds)
 
 
-def _predict(model, visible, hidden, condition, scale):
-    """What the head gives for each cell, guided."""
-    if scale == 1:
-        return model(visible, hidden, **condition)
-    twice = {name: torch.cat((value, value)) for name, value in condition.items() if value is not None}
-    drop = torch.arange(2 * len(visible), device=visible.device) >= len(visible)
-    predicted = model(torch.cat((visible, visible)), torch.cat((hidden, hidden)), **twice, drop=drop)
-    return type(predicted)(*(guided_logits(part, scale) for part in predicted))
+class ResGenStep(NamedTuple):
+    """A call: its number among those of a whole image, and how many slots of an image are hidden after it."""
+
+    number: int
+    left: int
+
+
+@dataclass(eq=False, kw_only=True)
+class ResGenRun(MaskedRun):
+    """As of `MaskedRun`.
+
+    Attributes:
+        condition, generators, sampling: as of `resgen_decoding`.
+        hidden: slots of an image that are hidden at the start.
+    """
+
+    settings: ResidualSteps
+    plan: list[ResGenStep]
+    condition: dict[str, torch.Tensor]
+    generators: list[torch.Generator]
+    sampling: Sampling
+    hidden: int
+
+    @property
+    def final(self) -> int:
+        """As of `MaskedRun`."""
+        left = self.plan[self.number - 1].left if self.number else self.hidden
+        return self.tokens[0].numel() - left
+
+    @property
+    def sampled(self) -> int:
+        """As of `MaskedRun`."""
+        return -(-self.final // self.tokens.shape[2])
+
+    @property
+    def scale(self) -> float:
+        """Guidance of the next call."""
+        steps = self.settings.steps
+        assert steps is not None
+        share = self.plan[self.number].number / (steps - 1) if steps > 1 else 1.0
+        return scheduled_scale(self.settings.guidance_schedule, self.guidance_scale, share)
+
+    @property
+    def fading(self) -> float:
+        """As of `ResidualSteps.preference`, in the next call."""
+        assert self.settings.steps is not None
+        return 1 - (self.plan[self.number].number + 1) / self.settings.steps
+
+
+class ResGenSampler(MaskedSampler[ResGenRun]):
+    """A `ResGen` at work, with the `ResidualQuantizer` of its tokenizer."""
+
+    def __init__(self, model: ResGen, quantizer: Any) -> None:
+        super().__init__()
+        self.model, self.quantizer, self.kind = model, quantizer, DISTRIBUTIONS[model.config.prediction]
+
+    @torch.no_grad()
+    def start(
+        self,
+        condition: dict,
+        *,
+        generators: list[torch.Generator],
+        sampling: Sampling,
+        guidance_scale: float,
+        settings: ResidualSteps,
+        known: KnownTokens | None = None,
+    ) -> ResGenRun:
+        """As of `MaskedSampler`; `known` as of `resgen_decoding`."""
+        self.kind.check(settings.scatter)
+        condition = {name: value for name, value in condition.items() if value is not None}
+        depth, unknown = self.quantizer.depth, self.model.config.num_positions
+        device = next(iter(condition.values())).device
+        codes = torch.full((len(generators), unknown, depth), -1, device=device)
+        plan = [ResGenStep(number, left) for number, left in enumerate(settings.plan(unknown * depth))]
+        if known is not None:
+            codes, unknown = known.write(codes), known.unknown
+        return ResGenRun(
+            tokens=codes,
+            guidance_scale=guidance_scale,
+            settings=settings,
+            plan=[step for step in plan if step.left < unknown * depth],
+            condition=condition,
+            generators=generators,
+            sampling=sampling,
+            hidden=unknown * depth,
+        )
+
+    def predict(self, runs: Sequence[ResGenRun]) -> list[Any]:
+        """What the head gives for each cell of each run, guided."""
+        guided = [run.scale != 1 for run in runs]
+        sizes = [len(run.tokens) * (1 + each) for run, each in zip(runs, guided)]
+
+        def rows(of_images: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([part for each, twice in zip(of_images, guided) for part in [each] * (1 + twice)])
+
+        codes = [run.tokens for run in runs]
+        visible = rows([self.quantizer.lookup(each).sum(dim=-2) for each in codes])
+        hidden = rows([(each < 0).sum(dim=-1) for each in codes])
+        condition = {name: rows([run.condition[name] for run in runs]) for name in runs[0].condition}
+        if any(guided):
+            dropped = [torch.arange(size, device=hidden.device) >= len(each) for each, size in zip(codes, sizes)]
+            condition["drop"] = torch.cat(dropped)
+        predicted = self.model(visible, hidden, **condition)
+        self.rows += len(visible)
+        split = zip(*(part.split(sizes) for part in predicted))
+        return [
+            type(predicted)(*(guided_logits(part, run.scale) if twice else part for part in parts))
+            for run, twice, parts in zip(runs, guided, split)
+        ]
+
+    def sample(self, runs: Sequence[ResGenRun], predicted: list[Any]) -> None:
+        """As of `MaskedSampler`."""
+        for run, found in zip(runs, predicted):
+            codes, settings = run.tokens, run.settings
+            hidden = (codes < 0).sum(dim=-1)
+            distribution = self.kind(self.model.head, found, self.quantizer)
+            proposed = distribution.sample(hidden, run.sampling, settings.scatter, run.generators)
+            preference = settings.preference(distribution, proposed, run.fading, run.generators)
+            remains = shown(reveal(hidden, preference, run.plan[run.number].left), self.quantizer.depth)
+            run.tokens = torch.where(remains, torch.where(codes < 0, proposed, codes), -1)

@@ -14,7 +14,8 @@ Deviations from the authors' code: visible tokens are given by their positions, 
 last decoder block can compute the wanted positions only.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, queried: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of x (B, n, dim) to x, or of the vectors `queried` (B, k, dim) of x to x."""
-        return self.attend(*self.project(x, queried))
+    def forward(
+        self, x: torch.Tensor, queried: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention of x (B, n, dim) to x, or of the vectors `queried` (B, k, dim) of x to x; mask as of `attend`."""
+        return self.attend(*self.project(x, queried), mask)
 
     def project(
         self, x: torch.Tensor, queried: torch.Tensor | None = None
@@ -79,10 +82,15 @@ class Attention(nn.Module):
         keys, values = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
         return self._heads(keys), self._heads(values)
 
-    def attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What the queries read from keys and values, all as of `project`: (B, k, dim)."""
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the queries read from keys and values, all as of `project`: (B, k, dim).
+
+        `mask` (B, 1, 1, n) is true where a key may be read; None: everywhere.
+        """
         dropout = self.dropout_rate if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,17 +120,53 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=_EPS)
         self.mlp = FeedForward(dim, hidden, dropout)
 
-    def forward(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """The block's output for x (B, n, dim), or for its positions `wanted` (B, k) only: (B, k, dim)."""
+    def forward(
+        self, x: torch.Tensor, wanted: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The block's output for x (B, n, dim), or for its positions `wanted` (B, k) only: (B, k, dim).
+
+        `mask` is that of `Attention.attend`, for all positions.
+        """
         normed = self.norm1(x)
         if wanted is None:
-            return self.finish(x, self.attn(normed))
+            return self.finish(x, self.attn(normed, mask=mask))
         return self.finish(take_rows(x, wanted), self.attn(normed, take_rows(normed, wanted)))
 
     def finish(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """The block's output for positions x (B, k, dim) whose attention read `read` (B, k, dim)."""
         x = x + read
         return x + self.mlp(self.norm2(x))
+
+
+class Masked(NamedTuple):
+    """B images that are equally far, under S conditions, in a call of a `MaskedAutoencoder`.
+
+    Args:
+        tokens: (B, L, D), of which the visible ones are read.
+        visible: positions (B, v), int64.
+        wanted: positions (B, k), int64, whose conditions are computed.
+        buffer: (S*B, buffer_size, encoder_dim), the B buffers of the first condition, then those of the next.
+    """
+
+    tokens: torch.Tensor
+    visible: torch.Tensor
+    wanted: torch.Tensor
+    buffer: torch.Tensor
+
+    @property
+    def streams(self) -> int:
+        """S."""
+        return len(self.buffer) // len(self.tokens)
+
+    def rows(self, of_images: torch.Tensor) -> torch.Tensor:
+        """What belongs to images (B, ...), for all rows (S*B, ...)."""
+        return of_images.repeat(self.streams, *[1] * (of_images.ndim - 1))
+
+
+def _padded(positions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Positions (B_i, n_i), one below the other, with zeros behind shorter ones: (B, n)."""
+    longest = max(each.shape[1] for each in positions)
+    return torch.cat([F.pad(each, (0, longest - each.shape[1])) for each in positions])
 
 
 class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
@@ -237,17 +281,22 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both 
         before = null.expand(len(vectors), size - vectors.shape[1], -1)
         return torch.cat((before, vectors), dim=1), None
 
-    def encode(self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """States (B, buffer_size + v, encoder_dim) of the buffer and the visible tokens.
 
         Args:
             tokens: (B, L, D), of which the visible ones are read.
             visible: positions (B, v), int64.
             buffer: (B, buffer_size, encoder_dim).
+            seen: which of `visible` are meant (B, v) bool, where images have different numbers of them; None: all.
         """
-        x = self.encoder_input(tokens, visible, buffer)
+        x, mask = self.encoder_input(tokens, visible, buffer), None
+        if seen is not None:
+            mask = F.pad(seen, (self.config.buffer_size, 0), value=True)[:, None, None]
         for block in self.encoder_blocks:
-            x = block(x)
+            x = block(x, mask=mask)
         return self.encoder_norm(x)
 
     def encoder_input(self, tokens: torch.Tensor, visible: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -256,27 +305,38 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both 
         shown = self.z_proj(take_rows(tokens, visible)) + places[before + visible]
         return self.z_proj_ln(torch.cat((buffer + places[:before], shown), dim=1))
 
-    def decode(self, states: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(
+        self,
+        states: torch.Tensor,
+        visible: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Conditions (B, k, decoder_dim) of the head.
 
         Args:
             states: what `encode` returned.
-            visible: positions (B, v) that it was given.
+            visible, seen: that it was given.
             wanted: positions (B, k) to compute; all L when None.
         """
         if wanted is None:
             wanted = torch.arange(self.num_tokens, device=states.device).expand(len(states), -1)
-        x = self.with_regions(self.decoder_input(states, visible), states)
+        x = self.with_regions(self.decoder_input(states, visible, seen), states)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         return self.head_conditions(self.decoder_blocks[-1](x, self.config.buffer_size + wanted), wanted)
 
-    def decoder_input(self, states: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def decoder_input(
+        self, states: torch.Tensor, visible: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """All places (B, buffer_size + L, decoder_dim), mask tokens at unknown ones; arguments as of `decode`."""
         places = self.decoder_pos_embed_learned[0]
         known, embedded = self.places_of(visible), self.decoder_embed(states)
-        x = (self.mask_token + places).repeat(len(states), 1, 1)
-        return x.scatter(1, known[:, :, None].expand_as(embedded), embedded + places[known])
+        embedded, x = embedded + places[known], (self.mask_token + places).repeat(len(states), 1, 1)
+        if seen is None:
+            return x.scatter(1, known[:, :, None].expand_as(embedded), embedded)
+        known[:, self.config.buffer_size :].masked_fill_(~seen, len(places))  # one place more, for what is not meant
+        return F.pad(x, (0, 0, 0, 1)).scatter(1, known[:, :, None].expand_as(embedded), embedded)[:, :-1]
 
     def places_of(self, visible: torch.Tensor) -> torch.Tensor:
         """Places (B, buffer_size + v) of the buffer and of positions (B, v)."""
@@ -298,13 +358,17 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both 
     def conditions(
         self, tokens: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor, buffer: torch.Tensor
     ) -> torch.Tensor:
-        """Conditions (S, B, k, decoder_dim) of the head under S conditions of the same B images.
+        """Conditions (S, B, k, decoder_dim) of the head under S conditions of the same B images, as of `Masked`."""
+        [found] = self.conditions_together([Masked(tokens, visible, wanted, buffer)])
+        return found
 
-        Args:
-            tokens, visible: as of `encode`.
-            wanted: positions (B, k).
-            buffer: (S*B, buffer_size, encoder_dim), the B buffers of the first condition, then those of the next.
-        """
-        streams = len(buffer) // len(tokens)
-        tokens, visible, wanted = (part.repeat(streams, *[1] * (part.ndim - 1)) for part in (tokens, visible, wanted))
-        return self.decode(self.encode(tokens, visible, buffer), visible, wanted).unflatten(0, (streams, -1))
+    def conditions_together(self, parts: Sequence[Masked]) -> list[torch.Tensor]:
+        """`conditions` of images that are not equally far, in one call."""
+        tokens = torch.cat([part.rows(part.tokens) for part in parts])
+        visible, wanted = ([part.rows(getattr(part, name)) for part in parts] for name in ("visible", "wanted"))
+        buffer, counts = torch.cat([part.buffer for part in parts]), {each.shape[1] for each in visible}
+        seen = _padded([torch.ones_like(each, dtype=torch.bool) for each in visible]) if len(counts) > 1 else None
+        shown, asked = _padded(visible), _padded(wanted)
+        found = self.decode(self.encode(tokens, shown, buffer, seen), shown, asked, seen)
+        split = found.split([len(part.buffer) for part in parts])
+        return [rows[:, : part.wanted.shape[1]].unflatten(0, (part.streams, -1)) for part, rows in zip(parts, split)]

@@ -126,6 +126,7 @@ def test_a_call_reads_all_rows_and_guesses_save_calls(tiny_pipeline, monkeypatch
         while batch.images:
             batch.step()
         assert rows[0] == (3 * len(images) // 2, window)
+        assert {image.guessed for image in images} == {window > 1}
         calls.append(len(rows))
     assert calls[0] == 15 > calls[1]
 

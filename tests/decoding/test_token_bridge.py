@@ -5,7 +5,7 @@ import torch
 
 from studio import DimensionWise, StudioError
 from studio.decoding.sampling import Sampling, exponential_noise
-from studio.decoding.token_bridge import dimension_wise, sample_cells
+from studio.decoding.token_bridge import Cells, dimension_wise, sample_cells
 from tests.decoding.tiny_token_bridge import tiny_token_bridge as tiny
 
 MODEL, VALUES = tiny(), torch.linspace(-2, 2, 5)
@@ -70,7 +70,7 @@ def test_levels_follow_the_distributions_of_the_head():
     """20,000 cells of one state (seed 0): shares of pairs of levels within 5 standard errors; another distribution's
     are not."""
     count, states = 20_000, torch.randn(1, 1, 24, generator=torch.Generator().manual_seed(0))
-    sampled = sample_cells(MODEL, states.expand(-1, count, -1), Sampling(), generators(0))[0]
+    sampled = sample_cells(MODEL, [Cells(states.expand(-1, count, -1), Sampling(), generators(0))])[0][0]
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
     contexts = torch.nn.functional.pad(pairs, (0, 2))
     log_distributions = MODEL.head(states[0].expand(25, -1), contexts, first_step=True).log_softmax(dim=-1)

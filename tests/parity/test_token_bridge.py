@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from studio.checkpoints.token_bridge import _BUFFERS, _token_bridge_config, token_bridge_from_state_dict
 from studio.decoding.sampling import Sampling
-from studio.decoding.token_bridge import DimensionWise, dimension_wise, sample_cells
+from studio.decoding.token_bridge import Cells, DimensionWise, dimension_wise, sample_cells
 from studio.models.masked_autoencoder import take_rows
 from studio.models.token_bridge import PRESETS, TokenBridge
 from studio.tokenizers.scalar_quantizer import ScalarQuantizer, normal_levels
@@ -98,7 +98,7 @@ def test_head_samples_as_recorded(path):
     close(head(features, greedy), case["head_logits_trainpath_on_greedy_tokens"])
     close(head(features, greedy, first_step=True), case["head_logits_samplingpath"])
     assert not torch.allclose(head(features, greedy), case["head_logits_samplingpath"], atol=0.1)
-    cells = sample_cells(case.model, features[None], Sampling(temperature=0), [torch.Generator()])
+    cells = sample_cells(case.model, [Cells(features[None], Sampling(temperature=0), [torch.Generator()])])[0]
     assert torch.equal(cells[0], greedy)
     said, cache = head.condition_proj(features), head.new_cache(len(features))
     before = [None, *greedy.unbind(1)]

@@ -22,7 +22,7 @@ class _Running:
 
     def sketch(self) -> Sketch:
         """Its images."""
-        return Sketch(self.call.tokens)
+        return Sketch(self.call.tokens, self.call.known)
 
 
 def sample_continuously(intake: Intake) -> None:
@@ -50,7 +50,7 @@ def sample_continuously(intake: Intake) -> None:
         if not running:
             return
         began = time.perf_counter()
-        metrics.count_call(len(batch.running.images))
+        metrics.count_call(batch.size)
         whole = batch.step()
         metrics.count_seconds({"decode": time.perf_counter() - began})
         for each in [each for each in running if each.call in whole]:

@@ -157,8 +157,8 @@ class GenerateRequest:
 
     @property
     def joins(self) -> bool:
-        """Whether it may join a running batch: whether its tokens are those of plain decoding."""
-        return getattr(decoding_named(self.decoding).settings(**self.options), "plain_tokens", False)
+        """Whether it may join a running batch."""
+        return getattr(decoding_named(self.decoding).settings(**self.options), "joins", False)
 
     @property
     def batch_key(self) -> str:

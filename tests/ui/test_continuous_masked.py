@@ -1,0 +1,152 @@
+"""Requests of masked models that join and leave a running batch of a tiny pipeline."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from studio import StudioError, decoding_named
+from studio.pipelines.continuous import PipelineBatch
+from studio.ui.jobs.generate_job import Sampled
+from studio.ui.jobs.request import GenerateRequest
+from studio.ui.server import limits, models, worker
+from studio.ui.server.limits import Limits
+from studio.ui.server.models import Device
+from studio.ui.server.scheduler import QueueLimits
+from studio.ui.server.worker import DeviceWorker
+from tests.ui.test_continuous import LIMIT, WORDS, is_idle, news_of, sampled
+
+STEPS = (2, 4, 6, 9)
+
+
+@pytest.fixture(params=["mar", "bridge", "resgen"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(kind, request, monkeypatch):
+    """The app samples with a tiny masked pipeline, in running batches of up to eight images."""
+    pipe = request.getfixturevalue(f"tiny_{kind}_pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8, continuous=True))])
+    monkeypatch.setattr(limits, "_limits", Limits())
+    monkeypatch.setitem(models._pipelines, "tiny", pipe)
+    return pipe
+
+
+@pytest.fixture
+def steps(pipe, monkeypatch):
+    """The number of images of each step."""
+    sizes, step = [], PipelineBatch.step
+
+    def counted(self):
+        sizes.append(self.size)
+        return step(self)
+
+    monkeypatch.setattr(PipelineBatch, "step", counted)
+    return sizes
+
+
+def mixed(kind, count):
+    """Requests that differ in everything."""
+    return [
+        GenerateRequest("tiny", f"a {WORDS[number % 3]} apple", 1 + number % 3, 10 * number,
+                        guidance_scale=(1.0, 2.0, 4.0)[number % 3], temperature=(1.0, 0.5)[number % 2], decoding=kind,
+                        options={"steps": STEPS[number % len(STEPS)]})
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def check(pipe, request, news):
+    """The result is what a call alone samples; of continuous tokens, up to rounding."""
+    assert isinstance(news, list), news
+    found, plain = news[-1], decoding_named(request.decoding).settings(**request.options)
+    assert isinstance(found, Sampled) and len(found.images) == request.count
+    assert found.stats.target_calls == request.options["steps"] and found.prompt_tokens == 3
+    for seed, image in zip(request.seeds, found.images):
+        generator = torch.Generator().manual_seed(seed)
+        expected = pipe(request.prompt, generator=generator, decoding=plain, **request.settings).images[0]
+        apart = np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max()
+        assert apart <= (1 if request.decoding == "mar" else 0)
+
+
+def test_requests_that_differ_in_everything_share_steps(pipe, kind, steps):
+    requests = mixed(kind, 12)
+    for request, news in zip(requests, sampled(requests)):
+        check(pipe, request, news)
+    images, alone = sum(request.count for request in requests), sum(request.options["steps"] for request in requests)
+    assert max(steps) in (7, 8) and len(steps) < alone / 2 and images == 24 and is_idle()
+
+
+def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, kind, steps, monkeypatch):
+    step = PipelineBatch.step
+    monkeypatch.setattr(PipelineBatch, "step", lambda self: time.sleep(0.03) or step(self))
+    options = {"steps": 9}
+    requests = [GenerateRequest("tiny", "a red apple", 2, seed, decoding=kind, options=options) for seed in (5, 50, 90)]
+
+    async def scenario():
+        tasks = [asyncio.create_task(news_of(request, number)) for number, request in enumerate(requests)]
+        while len(steps) < 3:
+            await asyncio.sleep(0.005)
+        tasks[1].cancel()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
+
+    first, gone, third = asyncio.run(scenario())
+    assert isinstance(gone, asyncio.CancelledError) and is_idle()
+    check(pipe, requests[0], first)
+    check(pipe, requests[2], third)
+    assert max(steps) == 6 and 4 in steps[:8]
+
+
+def test_a_request_that_fails_fails_alone(pipe, kind, steps):
+    good, empty, many, foreign, small = (
+        GenerateRequest("tiny", prompt, 1, 3, decoding=decoding, options=options, size=size)
+        for prompt, decoding, options, size in (
+            ("a red apple", kind, {"steps": 4}, None),
+            (" ", kind, {}, None),
+            ("a red apple", kind, {"steps": 1000}, None),
+            ("a red apple", "ar", {}, None),
+            ("a red apple", kind, {}, "9x9"),
+        )
+    )
+    found = sampled([good, empty, many, foreign, small])
+    check(pipe, good, found[0])
+    assert isinstance(found[1], StudioError) and "prompt is empty" in str(found[1])
+    assert (
+        "steps, not 1000" in str(found[2])
+        and "not Autoregressive" in str(found[3])
+        and "leave size out" in str(found[4])
+    )
+    assert len(steps) == 4 and is_idle()
+
+
+def test_partial_images_come_as_often_as_asked(pipe, kind):
+    request = GenerateRequest("tiny", "a red apple", 2, 4, decoding=kind, options={"steps": 9}, partial_images=3)
+    [news] = sampled([request])
+    check(pipe, request, news)
+    assert len(news[-1].partials) == 3 and all(len(images) == 2 for images in news[-1].partials)
+    shares = [np.asarray(images[0].getchannel("A")).mean() / 255 for images in news[-1].partials]
+    assert shares == sorted(shares) and 0 < shares[0] < 1
+
+
+@pytest.mark.parametrize(
+    ("decoding", "options", "joins"),
+    [
+        ("mar", {}, True),
+        ("mar", {"order": "gtr", "annealing": "linear"}, True),
+        ("mar", {"cache": "lazy"}, False),
+        ("cspd", {}, False),
+        ("bridge", {}, True),
+        ("resgen", {}, True),
+        ("first-hitting", {}, True),
+        ("xar", {}, False),
+        ("rq", {}, False),
+        ("exact", {}, True),
+        ("jacobi", {"coupling": "gumbel"}, False),
+    ],
+)
+def test_which_requests_may_join(decoding, options, joins):
+    assert GenerateRequest("tiny", "x", decoding=decoding, options=options).joins == joins
