@@ -294,7 +294,8 @@ def map_sample(
     noise: torch.Tensor, noise_map: NoiseMap, sampling: Sampling
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """A `sample` of `teacher_tokens` by noise (B, n, C): token i is a function of its distribution and its noise."""
-    return lambda index, logits: noise_map(noise[:, index], sampling.probabilities(logits))
+    support = sampling.top_k or None
+    return lambda index, logits: noise_map(noise[:, index], sampling.probabilities(logits), support)
 
 
 def sample_pairs(

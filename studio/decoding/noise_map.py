@@ -29,6 +29,8 @@ _TAIL_FACTOR = 0.75
 _TAIL_CANDIDATES = 256
 _FLOOR = 1e-4
 _MEASURED_CODES = 2048
+_SPARSE = 4
+"""How many times more codes there must be than possible ones, for a table of its own for each row to pay."""
 _SMALLEST_LOG_WEIGHT = -80.0
 """Far below any rounding, and above the subnormal numbers that processors treat slowly."""
 
@@ -50,8 +52,29 @@ class Flow:
     def __init__(self, log_probs: torch.Tensor, codebook: torch.Tensor, block: int = BLOCK) -> None:
         self.log_probs, self.codebook, self.block = log_probs, codebook, block
         self.half_norms = codebook.square().sum(dim=-1) / 2
-        self._in = torch.cat((codebook, -self.half_norms[:, None]), dim=1)
-        self._out = torch.cat((codebook, torch.ones_like(self.half_norms[:, None])), dim=1)
+        if codebook.ndim == 2:
+            self._in = torch.cat((codebook, -self.half_norms[:, None]), dim=1)
+            self._out = torch.cat((codebook, torch.ones_like(self.half_norms[:, None])), dim=1)
+
+    def of_rows(self, rows: torch.Tensor) -> "Flow":
+        """The flow of these rows alone."""
+        return Flow(self.log_probs[rows], self.codebook, self.block)
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Inner products (B, V) of x (B, C) with the codes."""
+        return x @ self.codebook.T
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums (B, C) of the codes by weights (B, V)."""
+        return weights @ self.codebook
+
+    def codes(self, indices: torch.Tensor) -> torch.Tensor:
+        """The codes (B, k, C) of indices (B, k)."""
+        return self.codebook[indices]
+
+    def tokens(self, indices: torch.Tensor) -> torch.Tensor:
+        """The tokens of indices (B, 1), as (B,)."""
+        return indices[:, 0]
 
     def at_time(self, x: torch.Tensor, t: float, pick: bool = True) -> Posterior:
         """At x (B, C) and time t in [0, 1); `pick` asks for the token too."""
@@ -83,6 +106,34 @@ class Flow:
         return Posterior(sums[:, :-1] / sums[:, -1:], None if token is None else token[:, 0], 1 / sums[:, -1])
 
 
+class SupportFlow(Flow):
+    """The posterior where few codes are possible: each row has its own codes (B, k, C), by their tokens (B, k)."""
+
+    def __init__(self, log_probs: torch.Tensor, codes: torch.Tensor, support: torch.Tensor) -> None:
+        super().__init__(log_probs, codes)
+        self.support = support
+
+    def of_rows(self, rows: torch.Tensor) -> "SupportFlow":
+        return SupportFlow(self.log_probs[rows], self.codebook[rows], self.support[rows])
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.codebook @ x[:, :, None])[:, :, 0]
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        return (weights[:, None] @ self.codebook)[:, 0]
+
+    def codes(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.codebook.gather(1, indices[:, :, None].expand(-1, -1, self.codebook.shape[2]))
+
+    def tokens(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.support.gather(1, indices)[:, 0]
+
+    def _posterior(self, query: torch.Tensor, precision: float, pick: bool) -> Posterior:
+        weights = (self.log_probs + self.scores(query) - precision * self.half_norms).softmax(dim=-1)
+        weight, index = weights.max(dim=-1, keepdim=True)
+        return Posterior(self.mix(weights), self.tokens(index) if pick else None, weight[:, 0])
+
+
 def _picked(posterior: Posterior) -> torch.Tensor:
     assert posterior.token is not None
     return posterior.token
@@ -102,8 +153,8 @@ def euler(flow: Flow, noise: torch.Tensor, steps: int) -> tuple[Posterior, torch
 def start(flow: Flow, noise: torch.Tensor, sigma: float) -> torch.Tensor:
     """z (B, C) at a large sigma, from the expansion of the flow up to terms of order sigma^-2."""
     probs = flow.log_probs.exp()
-    mean = probs @ flow.codebook
-    spread = (probs * (noise @ flow.codebook.T)) @ flow.codebook - mean * (mean * noise).sum(dim=-1, keepdim=True)
+    mean = flow.mix(probs)
+    spread = flow.mix(probs * flow.scores(noise)) - mean * (mean * noise).sum(dim=-1, keepdim=True)
     return sigma * noise + mean + spread / (2 * sigma)
 
 
@@ -121,25 +172,24 @@ def multistep(flow: Flow, noise: torch.Tensor, sigmas: list[float], floor: float
         return found.token
     ratio = math.log(1 / _TAIL_FACTOR) / math.log(sigmas[-2] / sigmas[-1])
     tokens = found.token.clone()
-    tokens[unsettled] = _tail(flow, unsettled, z[unsettled], before[unsettled], ratio, sigmas[-1], floor)
+    tokens[unsettled] = _tail(flow.of_rows(unsettled), z[unsettled], before[unsettled], ratio, sigmas[-1], floor)
     return tokens
 
 
-def _tail(flow: Flow, rows, z, before, ratio: float, sigma: float, floor: float) -> torch.Tensor:
-    """Tokens of the rows that were still between codes: smaller and smaller steps among their likeliest codes.
+def _tail(flow: Flow, z, before, ratio: float, sigma: float, floor: float) -> torch.Tensor:
+    """Tokens of rows that were still between codes: smaller and smaller steps among their likeliest codes.
 
     Differences to the codes are taken directly, so that near-duplicates are told apart in float32. Exact duplicates
     never settle; the floor ends them, and either token has the same code.
     """
-    log_probs = flow.log_probs[rows]
-    logits = log_probs + (z @ flow.codebook.T - flow.half_norms) / sigma**2
+    logits = flow.log_probs + (flow.scores(z) - flow.half_norms) / sigma**2
     candidates = logits.topk(min(_TAIL_CANDIDATES, logits.shape[-1]), dim=-1).indices.sort(dim=-1).values
-    codes, log_probs = flow.codebook[candidates], log_probs.gather(-1, candidates)
+    codes, log_probs = flow.codes(candidates), flow.log_probs.gather(-1, candidates)
     while True:
         weights = (log_probs - (z[:, None] - codes).square().sum(dim=-1) / (2 * sigma**2)).softmax(dim=-1)
         weight, index = weights.max(dim=-1)
         if sigma < floor or bool((weight >= _SETTLED).all()):
-            return candidates.gather(-1, index[:, None])[:, 0]
+            return flow.tokens(candidates.gather(-1, index[:, None]))
         mean = (weights[:, :, None] * codes).sum(dim=1)
         ahead = mean + (ratio / 2) * (mean - before)
         z, before, ratio = ahead + _TAIL_FACTOR * (z - ahead), mean, 1.0
@@ -233,8 +283,11 @@ class NoiseMap:
             raise StudioError(f"sigma must fall from sigma_max to sigma_min above 0, not from {first} to {last}.")
         self.sigmas, self.floor = log_spaced(first, last, steps), _FLOOR * spacing
 
-    def __call__(self, noise: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, noise: torch.Tensor, probs: torch.Tensor, support: int | None = None) -> torch.Tensor:
         """Tokens (B,), int64, for standard Gaussian noise (B, C) and probabilities (B, V).
+
+        With `support`, at most so many codes of a row are possible (top-k), and only these are looked at; others that
+        were possible all the same never come out.
 
         Rows of probabilities are scaled to sum 1; that none is negative or empty is not checked. A token of probability
         0 never comes out. A row's token does not depend on the other rows.
@@ -246,7 +299,12 @@ class NoiseMap:
                 f"not {tuple(noise.shape)} and {tuple(probs.shape)}."
             )
         noise, probs = noise.to(self.dtype), probs.to(self.dtype)
-        flow = Flow((probs / probs.sum(dim=-1, keepdim=True)).log(), self.codebook, self.block)
+        if support is not None and support * _SPARSE <= codes:
+            probs, indices = probs.topk(support, dim=-1)
+            log_probs = (probs / probs.sum(dim=-1, keepdim=True)).log()
+            flow: Flow = SupportFlow(log_probs, self.codebook[indices], indices)
+        else:
+            flow = Flow((probs / probs.sum(dim=-1, keepdim=True)).log(), self.codebook, self.block)
         if self.method == "euler":
             return _picked(euler(flow, noise, self.steps)[0])
         if self.method == "rk4":

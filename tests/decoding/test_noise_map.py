@@ -150,6 +150,22 @@ def test_a_row_does_not_depend_on_the_others_or_on_the_block():
     assert torch.equal(together, NoiseMap(codebook, block=7)(noise, probs))
 
 
+def test_few_possible_codes_are_looked_at_alone():
+    """The tokens of 400 rows are those of the whole codebook, alone too; the control leaves possible codes out."""
+    codebook, probs, noise = case(240, 4, 400)
+    probs = probs * (probs >= probs.topk(20).values[:, -1:])
+    mapped = NoiseMap(codebook)
+    whole = mapped(noise, probs)
+    for support in (20, 60):
+        assert torch.equal(mapped(noise, probs, support), whole)
+    mapped = NoiseMap(codebook.float())
+    noise, probs = noise.float(), probs.float()
+    together = mapped(noise, probs, 20)
+    alone = [mapped(noise[i : i + 1], probs[i : i + 1], 20) for i in range(50)]
+    assert torch.equal(together[:50], torch.cat(alone)) and (together == whole).float().mean() > 0.99
+    assert (mapped(noise, probs, 5) == whole).float().mean() < 0.9
+
+
 def test_field_equals_its_definition():
     codebook, probs, x = case(20, 3, 10)
     for t in (0.0, 0.4, 1 - 1e-4):
