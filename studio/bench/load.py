@@ -1,6 +1,7 @@
 """Clients of `studio serve`, which runs in a process of its own and is asked over the loopback as any client asks."""
 
 import base64
+import inspect
 import io
 import json
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -93,14 +94,31 @@ Outcome = Answer | Refusal | None
 """What came of a request; `None`: nothing, or something else than an answer or a clear error."""
 
 
-def round_of(number: int, clients: int, mixed: bool) -> list[Request]:
-    """What every client asks for in a round; no two requests of a run are equal."""
+def settings_of(model: str | Path, device: Any) -> Collection[str]:
+    """The arguments that a call of the model's pipeline takes."""
+    return inspect.signature(type(load(model, device=device)).__call__).parameters
+
+
+def round_of(number: int, clients: int, mixed: bool, known: Collection[str] | None = None) -> list[Request]:
+    """What every client asks for in a round; no two requests of a run are equal.
+
+    Args:
+        number: of the round.
+        clients: how many requests.
+        mixed: whether guidance, temperature, filters and numbers of images differ.
+        known: settings that the model takes, others are left out; None: all.
+    """
+
+    def settings(client: int) -> dict[str, Any]:
+        chosen = _MIXED[(client + number) % len(_MIXED)] if mixed else {}
+        return {name: value for name, value in chosen.items() if known is None or name in known}
+
     return [
         Request(
             _SUBJECTS[client % len(_SUBJECTS)],
             2 * (number * clients + client),
             1 + (client % 5 == 2 if mixed else 0),
-            dict(_MIXED[(client + number) % len(_MIXED)]) if mixed else {},
+            settings(client),
         )
         for client in range(clients)
     ]

@@ -24,6 +24,7 @@ from studio.bench.load import (
     round_of,
     running_server,
     sampled_alone,
+    settings_of,
 )
 from studio.checks import check_integer
 
@@ -64,7 +65,8 @@ def bench_replicas(
     """
     replicas = check_integer("replicas", replicas, 2, 64)
     clients, requests = check_integer("clients", clients, 1, 1000), check_integer("requests", requests, 1, 1000)
-    rounds = [round_of(number, clients, True) for number in range(requests + 1)]
+    known = settings_of(model, device)
+    rounds = [round_of(number, clients, True, known) for number in range(requests + 1)]
     command = ["--ray", "--replicas", str(replicas), "--model", str(model), "--dtype", "float32"]
     command += ["--max-batch", str(max_batch), "--max-images", "2", "--max-waiting", str(max(64, 2 * clients))]
     command += ["--max-per-user", str(2 * clients), *(["--devices", str(device)] if device else [])]

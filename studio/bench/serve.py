@@ -26,6 +26,7 @@ from studio.bench.load import (
     round_of,
     running_server,
     sampled_alone,
+    settings_of,
 )
 from studio.checks import check_integer
 
@@ -72,7 +73,8 @@ def bench_serve(
     clients, requests = check_integer("clients", clients, 1, 1000), check_integer("requests", requests, 1)
     check_integer("clients times requests", clients * requests, 1, MAX_REQUESTS)
     check_integer("max_batch", max_batch, 1, 1024)
-    rounds = [round_of(number, clients, mixed) for number in range(requests + 1)]
+    known = settings_of(model, device)
+    rounds = [round_of(number, clients, mixed, known) for number in range(requests + 1)]
     command = ["--model", str(model), "--dtype", "float32", "--max-batch", str(max_batch)]
     command += ["--max-images", str(min(2, max_batch)), "--max-waiting", str(max(64, 2 * clients))]
     command += ["--max-per-user", str(2 * clients)]  # all come from one address

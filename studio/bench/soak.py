@@ -34,6 +34,7 @@ from studio.bench.load import (
     running_server,
     sampled_alone,
     says,
+    settings_of,
 )
 from studio.checkpoints.loading import load
 from studio.checks import check_integer, check_number
@@ -127,7 +128,7 @@ def bench_soak(
 
 def expected_answers(model: str | Path, device: Any) -> list[Expected]:
     """The different requests of a soak, with the answers of single calls."""
-    requests = round_of(0, _GENERATIONS, True)
+    requests = round_of(0, _GENERATIONS, True, settings_of(model, device))
     alone = sampled_alone(model, device, requests)
     found = [Expected("generation", request, images) for request, images in zip(requests, alone)]
     pipe, reader = load(model, device=device, dtype="float32"), load(_READER, device=device)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from studio import StudioError
-from studio.bench.load import Answer, Refusal, Request, compared, round_of
+from studio.bench.load import Answer, Refusal, Request, compared, round_of, settings_of
 from studio.bench.replicas import bench_replicas
 from studio.bench.serve import bench_serve
 from studio.bench.soak import Expected, bench_soak, judged_answer, judged_images
@@ -64,6 +64,15 @@ def test_requests_of_a_run_differ_in_all_that_may_differ():
     assert len({*seeds}) == len(seeds) and {request.count for request in requests} == {1, 2}
     assert len({json.dumps(request.settings) for request in rounds[0]}) == 7
     assert {(request.count, len(request.settings)) for request in round_of(0, 16, False)} == {(1, 0)}
+
+
+def test_requests_have_settings_that_the_model_takes(tiny_mar_folder, tiny_folder):
+    for folder, expected in ((tiny_mar_folder, set()), (tiny_folder, {"top_k", "top_p"})):
+        requests = round_of(0, 16, True, settings_of(folder, "cpu"))
+        assert {name for request in requests for name in request.settings} == {
+            "guidance_scale",
+            "temperature",
+        } | expected
 
 
 POOL = [Expected("generation", request, images) for request, images in zip(ASKED, ALONE)]
