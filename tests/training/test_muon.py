@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from studio.training import muon
 from studio.training.muon import Muon, hidden_matrices, muon_and_adamw, orthogonalize
 
 
@@ -42,3 +43,23 @@ def test_every_parameter_is_trained_once_at_its_own_rate():
     assert count == len(rates) == len(list(module.parameters()))
     assert rates[id(hidden[0])] == 1e-2 and rates[id(table)] == 1e-1
     assert rates[id(module[2].weight)] == rates[id(module[1].bias)] == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_iterates_in_bfloat16_where_that_is_native(monkeypatch, native):
+    """Both take nearly the same step; weights and momentum stay in float32."""
+    seen = []
+    orthogonalize = muon.orthogonalize
+    monkeypatch.setattr(muon, "orthogonalize", lambda matrix: seen.append(matrix.dtype) or orthogonalize(matrix))
+    monkeypatch.setattr(muon, "has_native_bf16", lambda: native)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(24, 16))
+    start, weight.grad = weight.detach().clone(), torch.randn(24, 16)
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    assert seen == [torch.bfloat16 if native else torch.float32]
+    assert weight.dtype == optimizer.state[weight]["momentum"].dtype == torch.float32
+    step = (start - weight.detach()) / (0.1 * 0.2 * 24**0.5)
+    expected = orthogonalize(weight.grad)
+    assert torch.nn.functional.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.999
+    assert torch.nn.functional.cosine_similarity(step.flatten(), weight.grad.flatten(), dim=0) < 0.99  # the control
