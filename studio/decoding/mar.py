@@ -40,6 +40,7 @@ from studio.errors import StudioError
 from studio.models.masked_autoencoder import Masked, MaskedAutoencoder
 
 _PREPARED_NUMBERS = 2**22
+_MOST_SCHEDULES = 32
 
 
 class TimedHead:
@@ -334,7 +335,7 @@ class MaskedOutput(Sampled):
 
 
 class TimedHeads:
-    """The heads of a `MAR` by their schedules, each embedded once."""
+    """The heads of a `MAR` by their schedules, the latest ones of which are kept."""
 
     def __init__(self, model: MaskedAutoencoder) -> None:
         self.loss = model.diffloss
@@ -345,6 +346,8 @@ class TimedHeads:
         schedule = steps, latest_time
         if schedule not in self.known:
             first = next(iter(self.known.values()), None)
+            if len(self.known) == _MOST_SCHEDULES:
+                del self.known[next(iter(self.known))]
             self.known[schedule] = first.respaced(*schedule) if first else TimedHead(self.loss, *schedule)
         return self.known[schedule]
 

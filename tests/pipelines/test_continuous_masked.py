@@ -215,3 +215,12 @@ def test_what_cannot_join_is_refused(tiny_mar_pipeline):
     with pytest.raises(StudioError, match="max_images"):
         tiny_mar_pipeline.new_batch(0)
     assert batch.size == 0 and batch.step() == []
+
+
+def test_schedules_of_many_requests_are_not_kept(tiny_mar_pipeline):
+    batch = tiny_mar_pipeline.new_batch(1)
+    for steps in range(1, 41):
+        decoding = decoding_named("mar").settings(steps=1, diffusion_steps=steps)
+        batch.join("a red apple", generators=[torch.Generator().manual_seed(1)], decoding=decoding)
+        assert len(batch.step()) == 1
+    assert len(batch.sampler.heads.known) == 32 and batch.size == 0
