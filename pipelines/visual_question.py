@@ -28,6 +28,7 @@ from studio.pruning.api import merge_tokens, prune_inputs
 from studio.pruning.api import prune as pruning
 from studio.pruning.kv_cache import compress
 from studio.pruning.layout import PatchView, patch_views
+from studio.pruning.quecc import Compressor, compress_inputs
 from studio.pruning.registry import INSIDE
 from studio.pruning.shortening import PruneInfo, PruneRecord
 
@@ -101,12 +102,14 @@ class VisualQuestionPipeline:
     Args:
         model: a vision-language model of transformers that `studio.prune` supports.
         processor: its processor.
+        compressor: makes a few tokens of an image for a question (`studio train quecc`).
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, compressor: Compressor | None = None):
         check_template(getattr(processor, "chat_template", None))
         self.model: Any = model  # its calls differ from family to family
         self.processor: Any = processor
+        self.compressor: Any = compressor  # mypy does not see through the wrapper of its `to`
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +119,17 @@ class VisualQuestionPipeline:
     def to(self, device: torch.device | str) -> "VisualQuestionPipeline":
         """Moves the model and returns the pipeline."""
         self.model.to(device)
+        if self.compressor is not None:
+            self.compressor.to(device)
         return self
+
+    def compressor_of(self) -> Compressor:
+        """The compressor; raises a `StudioError` where there is none."""
+        if self.compressor is None:
+            raise StudioError(
+                "This reader has no compressor: load the folder of a run of `studio train quecc --target emoji-vlm`."
+            )
+        return self.compressor
 
     @torch.no_grad()
     def __call__(
@@ -128,6 +141,7 @@ class VisualQuestionPipeline:
         keep: float = 0.2,
         after_layer: int | tuple[int, ...] | None = None,
         merge: int | Sequence[int] = 0,
+        tokens: int | None = None,
         max_new_tokens: int = 64,
         on_step: OnStep | None = None,
         **options: Any,
@@ -142,6 +156,8 @@ class VisualQuestionPipeline:
             after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
                 known after the first token of the answer.
             merge: tokens that the vision tower merges before its second layer, the third, ... (`studio.merge_tokens`).
+            tokens: read the image as that many tokens, made for the question (`studio.pruning.quecc`); without a
+                method, on a reader with a compressor. It is scaled to a square.
             max_new_tokens: maximum length of the answer, 1 to 100,000.
             on_step: called with the partial answer when the tokens are chosen, and after each token of the answer;
                 True stops.
@@ -154,12 +170,16 @@ class VisualQuestionPipeline:
         max_new_tokens = self._checked(question, max_new_tokens)
         share = float(check_number("keep", keep, 0, 1, above=True))
         image = rgb_image(image)
+        if tokens is not None:
+            if prune is not None:
+                raise StudioError("tokens and prune exclude each other: leave one of them out.")
+            image = self.compressor_of().square(self.model, image)
         inputs = self._inputs(image, question)
         if prune is None and (after_layer is not None or options):
             given = [*options, *(["after_layer"] if after_layer is not None else [])]
             raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
         with merge_tokens(self.model, merge) if merge else nullcontext():
-            return self._answer(image, inputs, prune, share, after_layer, max_new_tokens, on_step, options)
+            return self._answer(image, inputs, prune, share, after_layer, tokens, max_new_tokens, on_step, options)
 
     def _answer(
         self,
@@ -168,6 +188,7 @@ class VisualQuestionPipeline:
         prune: str | None,
         share: float,
         after_layer: int | tuple[int, ...] | None,
+        tokens: int | None,
         max_new_tokens: int,
         on_step: OnStep | None,
         options: dict[str, Any],
@@ -175,7 +196,9 @@ class VisualQuestionPipeline:
         """A call, its arguments checked."""
         inside = after_layer is not None or prune in INSIDE
         pruned: Any
-        if prune == "vscan":
+        if tokens is not None:
+            pruned, info = self._compressed(inputs, tokens)
+        elif prune == "vscan":
             pruned, info = inputs, PruneInfo(prune, share)
         elif prune is None or inside:
             pruned, info = prune_inputs(self.model, inputs, "uniform", 1.0)
@@ -203,6 +226,13 @@ class VisualQuestionPipeline:
             steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": encode})
             steps.began += sum(later.seconds.values()) if prune == "vscan" else 0.0
         return replace(steps.answer(out.sequences), cache_bytes=_cache_bytes(out.past_key_values))
+
+    def _compressed(self, inputs: BatchFeature, tokens: int) -> tuple[dict, PruneInfo]:
+        """A prompt whose image is compressed for the question in it."""
+        ids = inputs["input_ids"]
+        return compress_inputs(
+            self.model, self.compressor_of(), inputs, ids[ids != self.model.config.image_token_id][None], tokens
+        )
 
     @torch.no_grad()
     def remember(self, image: Image.Image, *, method: str = "coverage", keep: float = 0.05) -> ImageMemory:

@@ -18,7 +18,15 @@ from studio.checkpoints.loading import load
 from studio.checks import check_choice, check_integer, check_number
 from studio.data.scenes import draw_scene
 from studio.errors import StudioError
-from studio.evaluation.scenes import KEEPS, MAX_SCENES, evaluate_inside, evaluate_memory, evaluate_reader, interval
+from studio.evaluation.scenes import (
+    KEEPS,
+    MAX_SCENES,
+    evaluate_compressed,
+    evaluate_inside,
+    evaluate_memory,
+    evaluate_reader,
+    interval,
+)
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.api import merge_tokens
 from studio.pruning.registry import IN_CACHE, INSIDE, METHODS, method_named
@@ -41,7 +49,7 @@ def reading_table(rows: list[dict]) -> str:
     head += ("Cache KiB", "Exact %", "95 %", "Note")
     lines = []
     for row in rows:
-        cells = [row["method"], f"{row['keep']:g}", f"{row['kept_tokens']} of {row['visual_tokens']}"]
+        cells = [row["method"], f"{row['keep']:.3g}", f"{row['kept_tokens']} of {row['visual_tokens']}"]
         cells += [f"{1000 * row[phase]:.1f}" for phase in PHASES]
         cells += [f"{1000 * row['further']:.1f}", f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1024:.0f}"]
         cells += [f"{100 * row['accuracy']:.1f}", f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"]
@@ -61,7 +69,7 @@ def _note(row):
 
 PHASES = ("encode", "select", "prefill", "decode")
 CACHE = "kv-"
-_MERGED = "tome "
+_MERGED, _MADE = "tome ", "quecc"
 _STREAM = 1_000_000_009
 """First number of the seeds of the images that are timed."""
 
@@ -82,7 +90,8 @@ def bench_reading(
     """Time every method at every budget, and count exact answers.
 
     Args:
-        model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made.
+        model: `emoji-vlm`, or a folder that `studio train --preset emoji-vlm` made; for one of
+            `studio train quecc` there are rows "quecc", one for each number of tokens.
         methods: names out of `METHODS` and `INSIDE`, or "kv-" before a method of `studio.compress`, whose
             image is read before the questions are known. `None` is all of `METHODS`, and "fastv", "divprune", "random"
             and "uniform" behind a layer.
@@ -118,20 +127,28 @@ def bench_reading(
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
-    merged = {_MERGED + ",".join(map(str, np.atleast_1d(each))): each for each in merges}
-    settings = [("none", 1.0), *((name, 1.0) for name in merged)]
+    own: dict[tuple[str, float], dict] = {
+        (_MERGED + ",".join(map(str, np.atleast_1d(each))), 1.0): {"merge": each} for each in merges
+    }
+    if (compressor := pipe.compressor) is not None:
+        own |= {(_MADE, count / compressor.prompt_tokens): {"tokens": count} for count in compressor.config.tokens}
+    settings = [("none", 1.0), *own]
     settings += [(method, keep) for method in methods for keep in keeps]
-    answers = _answers(pipe, settings, {"after_layer": after_layer}, merged, images, repeats, tiles)
+    answers = _answers(pipe, settings, {"after_layer": after_layer}, own, images, repeats, tiles)
     cached = tuple(method for method in methods if method.startswith(CACHE))
     inside = tuple(m for m in methods if m not in cached and (after_layer is not None or m in INSIDE))
     before = tuple(method for method in methods if method not in (*cached, *inside))
     where: dict[str, Any] = {"scenes": scenes, "tiles": tiles}
     measured = evaluate_reader(pipe.model, pipe.processor, methods=before, keeps=keeps, **where)
     shares: dict[tuple[str, float], float] = {}
-    for name, count in merged.items():
-        with merge_tokens(pipe.model, count):
+    made = evaluate_compressed(pipe, **where)["accuracy"] if compressor is not None else {}
+    for setting, call in own.items():
+        if "tokens" in call:
+            shares[setting] = made[str(call["tokens"])]
+            continue
+        with merge_tokens(pipe.model, call["merge"]):
             whole = evaluate_reader(pipe.model, pipe.processor, methods=(), keeps=(), **where)
-        shares[name, 1.0] = whole["accuracy"]["none"]["1.0"]
+        shares[setting] = whole["accuracy"]["none"]["1.0"]
     if inside:
         cuts = [(method, keep, after_layer) for method in inside for keep in keeps]
         found = evaluate_inside(pipe.model, pipe.processor, cuts, **where)
@@ -155,26 +172,26 @@ def bench_reading(
     return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
 
 
-def _answers(pipe, settings, cut, merged, images, repeats, tiles):
+def _answers(pipe, settings, cut, own, images, repeats, tiles):
     answers = {setting: [] for setting in settings}
     asked = [draw_scene(np.random.default_rng((_STREAM, number)), tiles, questions=1) for number in range(images)]
-    _ask(pipe, asked[0], *settings[-1], cut, merged)
+    _ask(pipe, asked[0], *settings[-1], cut, own)
     for _ in tqdm(range(repeats), desc="timing", unit="round"):
         for scene in asked:
             for setting in settings:
-                answers[setting].append(_ask(pipe, scene, *setting, cut, merged))
+                answers[setting].append(_ask(pipe, scene, *setting, cut, own))
     return answers
 
 
-def _ask(pipe, scene, method, keep, cut, merged):
+def _ask(pipe, scene, method, keep, cut, own):
     if method.startswith(CACHE):
         memory = pipe.remember(Image.fromarray(scene.image), method=method.removeprefix(CACHE), keep=keep)
         answer = pipe.ask(memory, scene.questions[0].text, max_new_tokens=4)
         spent = {**answer.seconds, "encode": memory.seconds["remember"]}
         return replace(answer, seconds=spent, cache_bytes=memory.cache_bytes)
     chosen = {"prune": method, "keep": keep, **cut}
-    if method in merged:
-        chosen = {"merge": merged[method]}
+    if (method, keep) in own:
+        chosen = own[method, keep]
     elif method == "none":
         chosen = {}
     return pipe(Image.fromarray(scene.image), scene.questions[0].text, **chosen, max_new_tokens=4)

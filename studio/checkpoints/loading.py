@@ -46,6 +46,7 @@ from studio.pipelines.token_bridge import incompatibility as incompatibility_of_
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pipelines.xar import XARPipeline
 from studio.pipelines.xar import incompatibility as incompatibility_of_latents
+from studio.pruning.quecc import FOLDER, Compressor
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.one_d_piece import OneDPieceTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
@@ -235,7 +236,10 @@ def _load_visual_question(folder, dtype):
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise StudioError(f"The processor in {folder} cannot be read: {first_line(error)}") from error
-    return VisualQuestionPipeline(model, processor)
+    compressor = load_model(Compressor, folder / FOLDER, dtype) if (folder / FOLDER).is_dir() else None
+    if compressor is not None:
+        compressor.check_fits(model)
+    return VisualQuestionPipeline(model, processor, compressor)
 
 
 def _load_image_tokenizer(index, tokenizers, folder, dtype):

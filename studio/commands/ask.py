@@ -39,6 +39,14 @@ def ask(
             show_default="none",
         ),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        number(
+            min=1,
+            help="Read the image as this many tokens, made for the question; for a folder of `studio train quecc`.",
+            show_default="off",
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="A bundled reader, or a vision-language model of transformers: a folder or Hub id.")
     ] = "emoji-vlm",
@@ -59,6 +67,8 @@ def ask(
         raise StudioError("--after-layer needs a method: add --prune fastv, or leave it out.")
     if merge is not None and len(questions) > 1:
         raise StudioError("Several questions share one cache: leave --merge out, or ask them one by one.")
+    if tokens is not None and len(questions) > 1:
+        raise StudioError("--tokens makes them for one question: ask one by one, or leave it out.")
     merged = 0 if merge is None else parsed_counts(merge)
     original = open_image(image)
     quiet_libraries()
@@ -70,7 +80,7 @@ def ask(
         return
     share = 0.2 if keep is None else keep
     answer = pipe(
-        original, questions[0], prune=prune, keep=share, after_layer=after_layer, merge=merged,
+        original, questions[0], prune=prune, keep=share, after_layer=after_layer, merge=merged, tokens=tokens,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     emit(

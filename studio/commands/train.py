@@ -38,7 +38,9 @@ def train(
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror training images at random.")] = False,
     grid: Annotated[int | None, _count("Tokens a side of a tokenizer.")] = None,
-    tokens: Annotated[int | None, _count("Tokens of a one-dimensional tokenizer.")] = None,
+    tokens: Annotated[
+        int | None, _count("Tokens of a one-dimensional tokenizer, or of an image behind a quecc.")
+    ] = None,
     codes: Annotated[int | None, _count("Entries of a codebook.", 2)] = None,
     dim: Annotated[int | None, _count("Width of the network.", 8)] = None,
     layers: Annotated[int | None, _count("Depth of the network.")] = None,
@@ -54,7 +56,10 @@ def train(
     tokenizer: Folder = None,
     text_encoder: Folder = None,
     target: Annotated[
-        str | None, typer.Option(help="The pipeline that a drafter or student is for.", show_default=False)
+        str | None,
+        typer.Option(
+            help="The pipeline that a drafter or student is for, or the reader of a quecc.", show_default=False
+        ),
     ] = None,
     sample_every: Annotated[int | None, _count("Steps between validations with samples.")] = None,
     tracker: Annotated[

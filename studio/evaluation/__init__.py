@@ -39,7 +39,8 @@ def evaluate(
             own device, and all return the same.
 
     Returns:
-        What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns.
+        What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns; for a
+        reader with a compressor also "compressed", the accuracy by number of tokens.
 
     Raises:
         StudioError: an option that would have no effect, or a pipeline without text conditioning.
@@ -49,7 +50,7 @@ def evaluate(
     from studio.evaluation.folders import evaluate_on_folder, unseen_source
     from studio.evaluation.generators import evaluate_generator
     from studio.evaluation.judge import evaluate_judge, is_judge, load_judge
-    from studio.evaluation.scenes import evaluate_reader
+    from studio.evaluation.scenes import evaluate_compressed, evaluate_reader
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.processes import join
@@ -86,7 +87,10 @@ def evaluate(
         _refuse_data(data)
         asked: dict[str, Any] = {"scenes": samples, "seed": seed, "tiles": tiles}
         asked = {name: value for name, value in asked.items() if value is not None}
-        return evaluate_reader(loaded.model, loaded.processor, **asked)
+        measured = evaluate_reader(loaded.model, loaded.processor, **asked)
+        if loaded.compressor is not None:
+            measured["compressed"] = evaluate_compressed(loaded, **asked)["accuracy"]
+        return measured
     loaded.set_progress_bar_config(disable=True)
     how = decoding(loaded) if callable(decoding) else decoding
     if data is not None and data != EMOJI:

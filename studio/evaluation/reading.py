@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.pruning.quecc import Compressor
+
 IGNORED = -100
 
 
@@ -38,6 +40,9 @@ class PackedQuestions:
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self.__dict__)
 
+    def to(self, device: torch.device) -> "PackedQuestions":
+        return PackedQuestions(**{name: part.to(device) for name, part in self.tensors().items()})
+
 
 def pack_questions(tokenizer: PreTrainedTokenizerBase, images: Sequence[Sequence[tuple[str, str]]]) -> PackedQuestions:
     """Pack lists of (question, answer) texts, one list for each image; answers end with the tokenizer's eos."""
@@ -60,7 +65,14 @@ def pack_questions(tokenizer: PreTrainedTokenizerBase, images: Sequence[Sequence
 def packed_logits(
     model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, next_position: int, packed: PackedQuestions
 ) -> torch.Tensor:
-    """Logits (B, L, V) of all text tokens.
+    """Logits (B, L, V) of all text tokens; the arguments are those of `packed_states`."""
+    return model.lm_head(packed_states(model, features, positions, next_position, packed))
+
+
+def packed_states(
+    model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, next_position: int, packed: PackedQuestions
+) -> torch.Tensor:
+    """States (B, L, D) of all text tokens, behind the language model's last norm.
 
     Args:
         model: a LLaVA-like model of transformers whose prompt is bos, image, question.
@@ -82,7 +94,34 @@ def packed_logits(
     hidden = model.model.language_model(
         inputs_embeds=x, attention_mask=mask[:, None], position_ids=places, use_cache=False
     ).last_hidden_state
-    return model.lm_head(hidden[:, image:])
+    return hidden[:, image:]
+
+
+def question_states(model: PreTrainedModel, packed: PackedQuestions, questions: int) -> torch.Tensor:
+    """(B, questions, D) the last state of each question, as text alone behind bos."""
+    nothing = torch.zeros(len(packed.ids), 0, model.config.get_text_config().hidden_size, device=packed.ids.device)
+    states = packed_states(model, nothing, packed.ids.new_zeros(0), 1, packed)
+    ends = packed.ends(questions)
+    return states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def compressed_logits(
+    model: PreTrainedModel, compressor: Compressor, patches: torch.Tensor, tokens: int, packed: PackedQuestions
+) -> torch.Tensor:
+    """Logits (B * Q, L, V) of Q questions about each of B images, each read as a few tokens made for that question.
+
+    Args:
+        model: the LLaVA-NeXT that the compressor was made for.
+        compressor: of the images.
+        patches: (B, N, C), from `Compressor.read`.
+        tokens: that an image becomes.
+        packed: B * Q rows of one question each, an image's one after the other.
+    """
+    with torch.no_grad():
+        asked = question_states(model, packed, 1).unflatten(0, (len(patches), -1))[:, :, 0]
+    features = compressor(patches, asked, tokens).flatten(0, 1)
+    positions = 1 + compressor.places(tokens).to(features.device)
+    return packed_logits(model, features, positions, 1 + compressor.prompt_tokens, packed)
 
 
 def exact_answers(logits: torch.Tensor, packed: PackedQuestions) -> list[torch.Tensor]:

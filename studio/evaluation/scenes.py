@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from studio.checks import check_integer
 from studio.data.scenes import draw_scene
-from studio.evaluation.reading import exact_answers, pack_questions, packed_logits
+from studio.evaluation.reading import compressed_logits, exact_answers, pack_questions, packed_logits
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.api import prune, prune_inputs
 from studio.pruning.registry import METHODS, READS_TEXT
@@ -122,6 +122,36 @@ def evaluate_memory(
                 for question in scene.questions
             ]
     return {setting: float(np.mean(right)) for setting, right in hits.items()}
+
+
+@torch.inference_mode()
+def evaluate_compressed(
+    pipe: VisualQuestionPipeline, scenes: int = 100, seed: int = 0, tiles: tuple[int, int] = (2, 2)
+) -> dict[str, Any]:
+    """Accuracy of exact answers from tokens that are made for each question (QueCC).
+
+    Args:
+        pipe: a pipeline with a compressor.
+        scenes, seed, tiles: as in `evaluate_reader`; the scenes are the same, scaled to the compressor's square.
+
+    Returns:
+        `{"accuracy": {tokens: fraction}, "scenes", "questions"}`.
+    """
+    scenes = check_integer("The number of scenes", scenes, 1, MAX_SCENES)
+    compressor = pipe.compressor_of()
+    hits: dict[str, list[bool]] = {str(tokens): [] for tokens in compressor.config.tokens}
+    for number in tqdm(range(scenes), desc="scenes", unit="scene"):
+        scene = draw_scene(np.random.default_rng((_STREAM, seed, number)), tiles)
+        texts = [[(question.text, question.answer)] for question in scene.questions]
+        packed = pack_questions(pipe.processor.tokenizer, texts).to(pipe.device)
+        image = compressor.square(pipe.model, Image.fromarray(scene.image))
+        pixels = pipe.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        patches = compressor.read(pipe.model, pixels.to(pipe.device, pipe.model.dtype))
+        for tokens, right in hits.items():
+            logits = compressed_logits(pipe.model, compressor, patches, int(tokens), packed)
+            right += torch.cat(exact_answers(logits, packed)).tolist()
+    accuracy = {tokens: float(np.mean(right)) for tokens, right in hits.items()}
+    return {"accuracy": accuracy, "scenes": scenes, "questions": 12 * scenes}
 
 
 def interval(share: float, number: int) -> tuple[float, float]:

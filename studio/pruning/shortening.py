@@ -256,14 +256,14 @@ def _read(family: Family, modality: _Modality, inputs: dict, settings: Settings)
     ids, encode = inputs["input_ids"], getattr(family.base, f"get_{modality.name}_features")
     given = _encoder_inputs(encode, inputs)
     images = modality is _IMAGES
-    started = _now(ids.device)
+    started = now(ids.device)
     with family.tap(settings.needs(family), inputs) if images else nullcontext() as tap:
         encoded = encode(**given, return_dict=True)
     features = family.features(encoded, inputs) if images else list(encoded.pooler_output)
     mask = ids == getattr(family.model.config, f"{modality.name}_token_id")
     if int(mask.sum()) != sum(map(len, features)):
         raise StudioError(mismatch(int(mask.sum()), sum(map(len, features)), modality.name))
-    encoded_at = _now(ids.device)
+    encoded_at = now(ids.device)
     layouts = family.layouts(features, inputs) if images and settings.method not in VIDEO else []
     if settings.method in VIDEO:
         kept = _choose_frames(family, inputs, features, settings, whole=images)
@@ -271,7 +271,7 @@ def _read(family: Family, modality: _Modality, inputs: dict, settings: Settings)
         kept = _choose(family, tap, inputs, features, layouts, settings)
     if settings.method == "vscan":
         features = [merged(*part) for part in zip(features, kept, layouts)]
-    seconds = {"encode": encoded_at - started, "select": _now(ids.device) - encoded_at}
+    seconds = {"encode": encoded_at - started, "select": now(ids.device) - encoded_at}
     return _Read(modality, mask, encoded, features, layouts, kept, [*given], seconds)
 
 
@@ -304,7 +304,8 @@ def _check_inputs(inputs: dict, settings: Settings) -> None:
         raise StudioError("Give all images with the first prompt: new ones cannot be pruned after a filled cache.")
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

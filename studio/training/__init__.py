@@ -24,6 +24,7 @@ KINDS = {
     "student": "studio.training.student:StudentRecipe",
     "reader": "studio.training.reader:ReaderRecipe",
     "tower": "studio.training.tower:TowerRecipe",
+    "quecc": "studio.training.quecc:QueCCRecipe",
     "judge": "studio.training.judge:JudgeRecipe",
 }
 """The recipe of every kind."""

@@ -28,7 +28,7 @@ class Options:
         size: side of the images in pixels.
         crop, flip: as of `studio.data.source.open_source`.
         grid: tokens a side of a tokenizer's grid.
-        tokens: tokens of a one-dimensional tokenizer's row.
+        tokens: tokens of a one-dimensional tokenizer's row, or of an image behind a quecc.
         codes: entries of a codebook.
         dim, layers: width and depth of the network.
         steps: optimiser steps; instead, `minutes` of training.
@@ -40,7 +40,7 @@ class Options:
         seed: decides everything random.
         init_from: weights to start from: a bundled name, a folder, or a run beside this one.
         tokenizer, text_encoder: what a generator is built on, named in the same way.
-        target: the pipeline that a drafter or a student is made for.
+        target: the pipeline that a drafter or a student, or the reader that a quecc is made for.
         sample_every: steps between validations, each with a sheet of samples.
         tracker: a tracker of accelerate, such as `"tensorboard"`, beside `metrics.csv`.
         model: further settings of the network, by the names of its configuration.

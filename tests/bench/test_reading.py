@@ -7,6 +7,7 @@ import pytest
 from studio.bench.reading import PHASES, bench_reading, reading_chart, reading_table
 from studio.errors import StudioError
 from studio.evaluation.scenes import evaluate_reader, interval
+from studio.pruning.quecc import FOLDER, Compressor
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,18 @@ def test_rows_of_a_merging_tower(tiny_reader, tmp_path):
     for name in ("tome 1", "tome 2"):
         assert rows[name, 1.0]["kept_tokens"] == rows["none", 1.0]["visual_tokens"]
         assert rows[name, 1.0]["better_than_random"] is None
+
+
+def test_rows_of_a_compressor(tiny_reader, tmp_path):
+    for part in tiny_reader:
+        part.save_pretrained(tmp_path)
+    Compressor.for_reader(tiny_reader[0], tokens=(1, 16)).save_pretrained(tmp_path / FOLDER)
+    result = bench_reading(str(tmp_path), methods=("random",), keeps=(0.5,), merges=(1,), scenes=1, images=1, repeats=1)
+    rows = result["rows"]
+    assert [row["method"] for row in rows] == ["none", "tome 1", "quecc", "quecc", "random"]
+    assert [row["kept_tokens"] for row in rows[2:4]] == [1, 16] and rows[2]["visual_tokens"] == 744
+    assert rows[2]["cache_bytes"] < rows[3]["cache_bytes"] < 0.1 * rows[0]["cache_bytes"]
+    assert "| quecc | 0.0215 | 16 of 744 |" in reading_table(rows)
 
 
 def test_rows_of_every_place(tiny_reader, tmp_path):

@@ -27,6 +27,7 @@ from studio.training import (
     llamagen,
     loop,
     one_d_piece,
+    quecc,
     reader,
     reader_network,
     resgen,
@@ -54,6 +55,7 @@ TINY = {
     "student": {"model": {"pairs": 6}},
     "reader": {},
     "tower": {},
+    "quecc": {},
     "judge": {"size": 32, "dim": 8},
 }
 RECIPES = {"vq": vq.VQRecipe, "rvq": rvq.RVQRecipe}
@@ -74,9 +76,10 @@ LOADED = {
     "student": LlamaGenPipeline,
     "reader": VisualQuestionPipeline,
     "tower": CLIPVisionModel,
+    "quecc": VisualQuestionPipeline,
     "judge": Judge,
 }
-NEEDS = {"drafter": "llamagen", "mar-drafter": "mar", "student": "llamagen"}
+NEEDS = {"drafter": "llamagen", "mar-drafter": "mar", "student": "llamagen", "quecc": "reader"}
 TOKENIZER = {"mar": "kl", "token-bridge": "kl", "xar": "kl", "resgen": "rvq", "rq-transformer": "rvq"}
 GENERATORS = ("llamagen", "mar", "token-bridge", "xar", "resgen", "rq-transformer")
 BUILT = {}
@@ -94,6 +97,7 @@ def small(monkeypatch, few_images):
     monkeypatch.setattr("studio.training.text.TEXT", text)
     monkeypatch.setattr(reader, "TILES", ((1, 1),))
     monkeypatch.setattr(reader, "QUESTIONS", 4)
+    monkeypatch.setattr(quecc, "QUESTIONS", 4)
     monkeypatch.setattr(loop, "VALIDATION_BATCHES", 1)
     monkeypatch.setattr("studio.training.pair_cache.CHUNK", 4)
     monkeypatch.setattr("studio.training.student.HELD_OUT_PAIRS", 4)
@@ -140,7 +144,7 @@ def read(kind, folder):
 
 def network(model):
     """The part that was trained."""
-    parts = (getattr(model, name, None) for name in ("student", "drafter", "transformer", "model"))
+    parts = (getattr(model, name, None) for name in ("student", "drafter", "compressor", "transformer", "model"))
     return next((part for part in parts if part is not None), model)
 
 
@@ -153,7 +157,7 @@ def test_trains_exports_and_goes_on(kind, small, tmp_path):
     if kind in GENERATORS:
         assert model.config.prompt_completion == prompt_completion() and "red apple" in model.vocabulary[1]
     sheet = tmp_path / kind / "samples" / "000002.png"
-    assert sheet.is_file() == (kind not in ("drafter", "mar-drafter", "judge", "tower", "reader"))
+    assert sheet.is_file() == (kind not in ("drafter", "mar-drafter", "judge", "tower", "reader", "quecc"))
     start = {"init_from": kind, "learning_rate": 1e-12}
     further = run(kind, tmp_path / "further", steps=1, **start)
     before, after = (network(part).state_dict() for part in (model, read(kind, further["folder"])))
@@ -254,10 +258,13 @@ def test_a_generator_over_rows_samples_any_length(small, tmp_path):
         ("mar", {"tokenizer": None}, "needs an image tokenizer"),
         ("drafter", {"target": None}, "name it with --target"),
         ("student", {"target": "vq"}, "is for a LlamaGenPipeline"),
+        ("quecc", {"target": None}, "name it with --target"),
+        ("quecc", {"target": "vq"}, "for a reader such as emoji-vlm"),
+        ("quecc", {"target": "reader", "tokens": 25}, "become 1, 4, 9, 16, 36, 64, 144, 576 tokens, not 25"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(kind, options, words, small, tmp_path):
-    for name in ("vq", "kl"):
+    for name in ("vq", "kl", "reader"):
         if name in options.values():
             _build(name, tmp_path / name)
     with pytest.raises(StudioError, match=words):
