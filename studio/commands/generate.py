@@ -106,7 +106,7 @@ def generate(
     if cfg_interval == -1:
         del sampling["cfg_interval"]
     if prompts is not None:
-        if prompt is not None or class_label is not None or sheet or out.suffix.lower() == ".png":
+        if prompt is not None or class_label is not None or out.suffix.lower() == ".png":
             raise StudioError("With --prompts the lines say what to sample, and --out is a folder: leave out the rest.")
         if decoding == "auto" or tolerance is not None:
             raise StudioError("With --prompts every process must sample alike: name the decoding, and leave out auto.")
@@ -124,6 +124,7 @@ def generate(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
+            sheet=sheet,
         )
         return
     if batch_size is not None:

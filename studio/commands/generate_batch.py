@@ -22,10 +22,12 @@ from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
 from studio.processes import agreed, gather, join, process_count, process_index
 from studio.records import Records, read_records, sync
-from studio.saving import check_writable, holds, png_writer, save_all, slug
+from studio.saving import check_writable, holds, make_sheet, png_writer, save_all, slug
 
 MANIFEST = "manifest.jsonl"
+SHEET = "sheet.png"
 _RECORDS = "records"
+_LARGEST_SHEET = 400
 _LARGEST_BATCH = 8
 _BATCHES = 64  # as many there should be before they grow: work for so many processes
 _WARNINGS = 5
@@ -69,6 +71,7 @@ def generate_many(
     batch_size: int | None,
     device: str | None,
     dtype: str | None,
+    sheet: bool = False,
 ) -> None:
     """Sample every line of a file of prompts.
 
@@ -77,9 +80,10 @@ def generate_many(
         out: the folder for images, records and manifest.
         model, device, dtype: as of `studio.load`; "int8" for packed weights.
         batch_size: images sampled at a time; when `None`, one for few images and up to eight for many.
+        sheet: also write all images as one.
     """
     start = time.monotonic()
-    requests, pipe, device, weights = agreed(lambda: _prepare(file, out, model, seed, options, device, dtype))
+    requests, pipe, device, weights = agreed(lambda: _prepare(file, out, model, seed, options, device, dtype, sheet))
     call = {"model": model, "dtype": weights}
     plan = plan_images(requests)
     done = set(gather(agreed(lambda: _sampled_before(out, plan, call, device))))
@@ -91,11 +95,14 @@ def generate_many(
     if process_index() == 0:
         lines = [json_text(image.record(call)) for image in plan]
         save_all({out / MANIFEST: lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")})
+        if sheet:
+            _save_sheet(out, plan)
     emit(
         {
             "model": model,
             "out": str(out),
             "manifest": str(out / MANIFEST),
+            **({"sheet": str(out / SHEET)} if sheet else {}),
             "prompts": len(requests),
             "images": len(plan),
             "sampled": len(sampled),
@@ -105,7 +112,22 @@ def generate_many(
         }
     )
     say(f"{out / MANIFEST}  {len(plan)} images of {len(requests)} prompts, {len(done)} of them sampled before")
+    if sheet:
+        say(f"{out / SHEET}  all {len(plan)}")
     say(f"{time.monotonic() - start:.1f} seconds, {process_count()} processes")
+
+
+def _save_sheet(out, plan):
+    from PIL import Image
+
+    images = []
+    for planned in plan:
+        try:
+            with Image.open(out / planned.path) as image:
+                images.append(image.copy())
+        except OSError as error:
+            raise StudioError(f"{out / planned.path} cannot be read here, so there is no sheet: {error}.") from error
+    save_all({out / SHEET: lambda path: make_sheet(images).save(path, format="PNG")})
 
 
 def plan_images(requests: list[Request]) -> list[PlannedImage]:
@@ -151,14 +173,17 @@ def _title(request):
     return request.prompt or f"class {request.class_label}"
 
 
-def _prepare(file, out, model, seed, options, device, dtype):
+def _prepare(file, out, model, seed, options, device, dtype, sheet):
     """Everything that can be refused before an image is sampled."""
     requests = read_prompts(file, seed, options)
+    if sheet and (images := sum(request.num_images for request in requests)) > _LARGEST_SHEET:
+        raise StudioError(f"A sheet holds {_LARGEST_SHEET} images at most, and {file} asks for {images}: leave it out.")
     packed = dtype == "int8"
     for request in requests:
         if packed and request.decoding["name"] not in (None, "ar"):
             raise StudioError(f"{file}, line {request.line}: --dtype int8 goes with decoding ar only.")
-    check_writable(out / MANIFEST)
+    for name in (MANIFEST, SHEET)[: 1 + sheet]:
+        check_writable(out / name)
 
     from studio import load
 

@@ -8,6 +8,7 @@ from PIL import Image
 from studio import cli
 from studio.commands import generate_batch as many
 from studio.commands.prompt_file import Request
+from studio.saving import make_sheet
 
 LINES = [
     {"prompt": "a red apple", "num_images": 2},
@@ -64,6 +65,21 @@ def test_images_are_those_of_single_calls_whatever_is_sampled_together(run, tmp_
     assert single.tobytes() == sampled.tobytes()
     record = json.loads(sampled.text["studio"])
     assert record["seed"] == 7 and record["call"]["prompt"] == "a green pear" and record["call"]["guidance_scale"] == 2
+
+
+def test_a_sheet_holds_all_images_in_order(run, tmp_path):
+    code, document, err = run(LINES, "out", "--sheet")
+    assert code == 0 and document["sheet"] == "out/sheet.png", err
+    paths = [tmp_path / "out" / row["path"] for row in manifest(tmp_path / "out")]
+    expected = make_sheet([Image.open(path) for path in paths])
+    assert Image.open(tmp_path / "out/sheet.png").tobytes() == expected.tobytes()
+    (tmp_path / "out/sheet.png").unlink()
+    assert run(LINES, "out", "--sheet")[1]["sampled"] == 0 and (tmp_path / "out/sheet.png").is_file()
+
+
+def test_a_sheet_of_too_many_images_is_refused_at_once(run, tmp_path):
+    code, _, err = run([{"prompt": "a red apple", "num_images": 401}], "out", "--sheet")
+    assert code == 2 and "A sheet holds 400 images at most" in err and not (tmp_path / "out").exists()
 
 
 def test_a_base_seed_changes_unset_seeds_only(run, tmp_path):
@@ -159,7 +175,6 @@ def test_a_folder_that_another_run_writes_to_is_refused(run, tmp_path):
         ([*LINES, {"prompt": "a", "decoding": "distilled"}], [], ["line 5", "student"]),
         ([*LINES, {"class_label": 3}], [], ["line 5", "text-conditional"]),
         (LINES, ["--dtype", "int8"], ["line 3", "int8"]),
-        (LINES, ["--sheet"], ["--prompts"]),
         (LINES, ["a pear"], ["--prompts"]),
         (LINES, ["--decoding", "auto"], ["auto"]),
         (LINES, ["--batch-size", 0], ["--batch-size"]),
