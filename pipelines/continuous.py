@@ -3,13 +3,16 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from studio.checks import check_integer
 from studio.decoding.continuous import BatchImage, ContinuousBatch
+from studio.decoding.continuous_speculative import SpeculativeBatch
 from studio.decoding.jacobi import Jacobi
+from studio.decoding.speculative import Speculative, SpeculativeRun
 from studio.errors import StudioError
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 
@@ -91,6 +94,15 @@ class PipelineBatch(ABC):
         """Images that may join."""
         return self.max_images - self.size
 
+    @property
+    def sizes(self) -> list[int]:
+        """Images in each call of the transformer that a step makes."""
+        return [self.size]
+
+    def company(self, call: Any) -> int:
+        """Images in the next call of the transformer for this call, its own included."""
+        return self.size
+
     @torch.no_grad()
     def join(
         self,
@@ -107,8 +119,9 @@ class PipelineBatch(ABC):
             prompt, class_labels: as of a call of the pipeline, for one prompt or class.
             generators: one for each image.
             decoding: settings that may join: of LlamaGen those whose tokens are those of plain decoding
-                (`Autoregressive`, `FastestExact`, or `Jacobi` with the coupling "seed"), of masked models all but
-                those of MAR with a drafter or a cache.
+                (`Autoregressive`, `FastestExact`, or `Jacobi` with the coupling "seed") and those with drafts in trees
+                (`Speculative`, `Lantern`, `LanternPlusPlus`), of masked models all but those of MAR with a drafter or a
+                cache.
             settings: "guidance_scale", "temperature", "top_k" and "top_p" of a call of the pipeline.
 
         Returns:
@@ -152,7 +165,7 @@ class PipelineBatch(ABC):
     def step(self) -> list[Any]:
         """One call of the transformer; the calls that are whole now have left, and are returned."""
         for call in self._calls:
-            call.largest_batch = max(call.largest_batch, self.size)
+            call.largest_batch = max(call.largest_batch, self.company(call))
         whole = self.advance()
         for call in whole:
             call.end()
@@ -196,6 +209,11 @@ class LlamaGenCall(BatchedCall):
         """Its images that are not whole."""
         return [image for image in self._images if image not in self._whole]
 
+    def leave(self) -> None:
+        """Its images leave that are not whole."""
+        for image in self.under_way():
+            self._running.leave(image)
+
     def cost(self) -> DecodingStats:
         """As of `BatchedCall`; `decoding` says whether calls read guesses."""
         calls, tokens = [image.calls for image in self._images], sum(image.length for image in self._images)
@@ -203,35 +221,102 @@ class LlamaGenCall(BatchedCall):
         return self._cost(max(calls), tokens, tokens / sum(calls), taken)
 
 
-class LlamaGenBatch(PipelineBatch):
-    """A running batch of a `LlamaGenPipeline`."""
+class SpeculativeCall(BatchedCall):
+    """A call with drafts in a `LlamaGenBatch`."""
 
-    def __init__(self, pipe: "ConditionalPipeline", max_images: int) -> None:
-        super().__init__(pipe, max_images)
-        self.running = ContinuousBatch(pipe.transformer, max_images=max_images)
+    def __init__(
+        self,
+        pipe: "ConditionalPipeline",
+        prompts: list[str] | None,
+        seconds: dict,
+        running: SpeculativeBatch,
+        run: SpeculativeRun,
+    ) -> None:
+        super().__init__(pipe, prompts, len(run.lengths), seconds)
+        self._running, self.run = running, run
+
+    @property
+    def sampled(self) -> int:
+        """As of `BatchedCall`."""
+        return min(self.run.lengths)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The first tokens (B, n) of its images, as many as all of them have."""
+        return self.run.tokens[:, : self.sampled].clone()
+
+    def keep(self, finished: Sequence[BatchImage]) -> bool:
+        """Whether all its images are whole."""
+        return self.run.is_whole
+
+    def leave(self) -> None:
+        """Its images leave."""
+        self._running.leave(self.run)
+
+    def cost(self) -> DecodingStats:
+        """As of `BatchedCall`."""
+        sampled = self.run.sampled
+        return self._cost(sampled.target_calls, sum(self.run.lengths), sampled.mean_accepted_length)
+
+
+class LlamaGenBatch(PipelineBatch):
+    """A running batch of a `LlamaGenPipeline`.
+
+    A step is a call of the transformer for plain tokens and one for trees of drafts, each where there are such.
+    """
+
+    @cached_property
+    def plain(self) -> ContinuousBatch:
+        """The images without drafts."""
+        return ContinuousBatch(self.pipe.transformer, max_images=self.max_images)
+
+    @cached_property
+    def drafting(self) -> SpeculativeBatch:
+        """The runs with drafts."""
+        pipe: Any = self.pipe
+        codebook = pipe.image_tokenizer.quantize.embedding.weight
+        return SpeculativeBatch(pipe.transformer, max_images=self.max_images, codebook=codebook, drafter=pipe.drafter)
 
     @property
     def size(self) -> int:
         """As of `PipelineBatch`."""
-        return len(self.running.images)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """As of `PipelineBatch`."""
+        made = vars(self)  # a batch that nobody has joined is not made
+        sizes = [len(self.plain.images) if "plain" in made else 0, self.drafting.size if "drafting" in made else 0]
+        return [size for size in sizes if size]
+
+    def company(self, call: LlamaGenCall | SpeculativeCall) -> int:
+        """As of `PipelineBatch`."""
+        return self.drafting.size if isinstance(call, SpeculativeCall) else len(self.plain.images)
 
     def start(
         self, condition: dict[str, torch.Tensor], prompts: list[str] | None, seconds: dict[str, float], **call: Any
-    ) -> LlamaGenCall:
+    ) -> LlamaGenCall | SpeculativeCall:
         """As of `PipelineBatch`."""
-        began, settings = time.perf_counter(), call.pop("settings")
+        began = time.perf_counter()
+        if isinstance(call["settings"], Speculative):
+            run = self.drafting.join(condition, **call)
+            seconds["prefill"] = time.perf_counter() - began
+            return SpeculativeCall(self.pipe, prompts, seconds, self.drafting, run)
+        settings = call.pop("settings")
         schedule, guesses = settings.guidance_schedule, isinstance(settings, Jacobi)
-        images = self.running.join(condition, **call, guidance_schedule=schedule, guesses=guesses)
+        images = self.plain.join(condition, **call, guidance_schedule=schedule, guesses=guesses)
         seconds["prefill"] = time.perf_counter() - began
-        return LlamaGenCall(self.pipe, prompts, seconds, self.running, images)
+        return LlamaGenCall(self.pipe, prompts, seconds, self.plain, images)
 
-    def leave(self, call: LlamaGenCall) -> None:
+    def leave(self, call: LlamaGenCall | SpeculativeCall) -> None:
         """As of `PipelineBatch`."""
-        for image in call.under_way():
-            self.running.leave(image)
+        call.leave()
         self._calls.remove(call)
 
-    def advance(self) -> list[LlamaGenCall]:
+    def advance(self) -> list[LlamaGenCall | SpeculativeCall]:
         """As of `PipelineBatch`."""
-        finished = self.running.step()
+        made = vars(self)
+        finished = self.plain.step() if "plain" in made else []
+        if "drafting" in made:
+            self.drafting.step()
         return [call for call in self._calls if call.keep(finished)]

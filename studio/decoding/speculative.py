@@ -18,18 +18,19 @@ Other rules of acceptance, such as LANTERN's, are those of settings derived from
 
 Images of a batch accept different lengths. Each goes on from its own place, leaves the batch when it is complete, and
 uses its own generator alone, so results do not depend on batch size. The unconditional rows leave when no image is
-guided any more.
+guided any more. So several calls may share those of the target too, as in a running batch (`SpeculativeRounds`).
 
 Deviations from LANTERN's code (arXiv:2410.03355), whose loop this is: batches; no guidance, or an interval of it; trees
 end with the image, so that no round is wasted behind it; filters in the target's own order.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from studio import backends
 from studio.checks import shown
@@ -40,6 +41,7 @@ from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import KnownTokens, OnStep, Reporter, Sampling, SpeculativeOutput, sample_rows
 from studio.decoding.trees import Tree
 from studio.errors import StudioError
+from studio.models.kv_cache import TreeCache
 from studio.models.llamagen import LlamaGen
 
 _TINY = 1e-12
@@ -275,6 +277,11 @@ class Speculative:
             raise StudioError(f"Give {', '.join(_SHARED)} to {type(self).__name__}, not to its Jacobi drafts.")
 
     @property
+    def joins(self) -> bool:
+        """Whether requests may join a running batch, which has rounds of drafts, and runs the target one way."""
+        return not isinstance(self.drafts, Jacobi) and self.weights == "auto"
+
+    @property
     def guesses(self) -> Jacobi:
         """The settings of Jacobi decoding that is tested by these settings, where `drafts` is that."""
         shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
@@ -338,38 +345,77 @@ def speculative(
     began = time.perf_counter()
     guidance = Guidance.of(guidance_scale, cfg_interval, settings.guidance_schedule, model)
     total = num_tokens or model.num_tokens
-    run = _Run(model, condition, generators, sampling, guidance, settings, rule, drafter, total, known)
+    network = backends.select(model, settings.weights)
+    run = SpeculativeRun(
+        model, network, network.new_tree_cache, condition, generators=generators, sampling=sampling, guidance=guidance,
+        settings=settings, rule=rule, drafter=drafter, total=total, known=known,
+    )  # fmt: skip
+    rounds = SpeculativeRounds(network, run.cache)
+    rounds.runs.append(run)
     run.sampled.seconds["prefill"] = time.perf_counter() - began
     reporter = Reporter(run, on_step, editable)
-    while not reporter.stopped() and min(run.lengths) < total:
+    while not reporter.stopped() and not run.is_whole:
         if not reporter.editable:
-            run.retire()
-        run.round()
+            rounds.retire(run)
+        rounds.round()
     run.sampled.tokens = run.tokens[:, : reporter.reported] if on_step is not None else run.tokens
     run.sampled.seconds["decode"] = time.perf_counter() - began - run.sampled.seconds["prefill"]
     return run.sampled
 
 
-class _Run:
-    """The images of one call: tokens, `lengths` sampled, caches. `images` are the numbers of those in the batch."""
+class SpeculativeRun:
+    """The images of one call, with their own drafts, rule of acceptance, sampling and guidance.
+
+    A call of a pipeline is a run that is alone in its `SpeculativeRounds`; a running batch has several. What a run does
+    depends on its own tokens, states and random numbers only.
+
+    Args:
+        model, condition, generators, sampling, settings, drafter, known: as of `speculative`.
+        network: the target, or a backend of it.
+        new_cache: called as (rows, nodes of a tree at most), makes the cache that the prefixes are stored in.
+        guidance: of this run alone; its number of streams drops when the unconditional rows leave.
+        rule: of the settings.
+        total: tokens of an image.
+
+    Attributes:
+        images: numbers of those in the batch.
+        rows: their sequences in the target's cache, the conditional ones first.
+        tokens: (B, N), of which the first `lengths` (B) are sampled.
+        cache: the target's.
+        sampled: what the run has cost.
+    """
 
     def __init__(
-        self, model, condition, generators, sampling, guidance, settings, rule, drafter, total, known
-    ) -> None:  # fmt: skip
-        self.model, self.sampling, self.generators = backends.select(model, settings.weights), sampling, generators
+        self,
+        model: LlamaGen,
+        network: Any,
+        new_cache: Callable[[int, int], TreeCache],
+        condition: dict,
+        *,
+        generators: list[torch.Generator],
+        sampling: Sampling,
+        guidance: Guidance,
+        settings: Speculative,
+        rule: AcceptanceRule,
+        drafter: torch.nn.Module | None,
+        total: int,
+        known: KnownTokens | None = None,
+    ) -> None:
+        self.model, self.sampling, self.generators = network, sampling, generators
         self.guidance, self.rule, self.total, self.known = guidance, rule, total, known
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
         batch, self.before = len(generators), prefix.shape[1]
-        self.images, self.lengths = list(range(batch)), [1] * batch
+        self.images, self.lengths, self.rows = list(range(batch)), [1] * batch, list(range(len(prefix)))
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
         context = DraftContext(
             self.model, valid, batch, sampling, guidance, drafter, settings.weights, model.region_conditioning(prefix)
         )  # fmt: skip
+        assert not isinstance(settings.drafts, Jacobi)
         self.candidates = settings.drafts.candidate_generator(context)
-        self.cache = self.model.new_tree_cache(len(prefix), self.candidates.nodes)
+        self.cache = new_cache(len(prefix), self.candidates.nodes)
         states = self.model.prefill_states(prefix, valid, self.cache)
         self.cache.keep_all()
-        self.states = None
+        self.states: torch.Tensor | None = None
         if self.candidates.uses_states:
             self.states = states.new_zeros(len(prefix), self.before + self.total, states.shape[2])
             self.states[:, : self.before] = states
@@ -377,35 +423,53 @@ class _Run:
         self.tokens[:, 0] = sampling.sample(logits[:, 0], generators)
         self.sampled = SpeculativeOutput(self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch)
 
-    def round(self) -> None:
-        """One tree of drafts and one call of the target for each image in the batch."""
-        if self.guidance.is_over(min(self.lengths)):
-            self._drop_unconditional_rows()
-        progress = self._progress()
-        tree = self.candidates.get_candidates(progress)
-        rows, behind = self.guidance.rows, progress.lengths[:, None] + tree.depths
-        ancestors = rows(tree.ancestors)
-        states = self.model.extend_tree(rows(tree.tokens), self.cache, rows(self.before - 1 + behind), ancestors)
-        logits = self._predicted(self.model.logits(states), behind)
-        result, following = self._verify(tree, logits, progress.generators)
+    @property
+    def is_whole(self) -> bool:
+        """Whether all images are complete."""
+        return min(self.lengths) >= self.total
+
+    def draft(self) -> Tree:
+        """A tree for each image in the batch."""
+        self._progress = self._new_progress()
+        return self.candidates.get_candidates(self._progress)
+
+    def fed(self, tree: Tree, nodes: int) -> tuple[torch.Tensor, ...]:
+        """What the target reads of trees, filled up to so many nodes: tokens, positions and ancestors of all rows."""
+        more, rows = nodes - tree.tokens.shape[1], self.guidance.rows
+        positions = self.before - 1 + self._behind(tree)
+        ancestors = F.pad(tree.ancestors, (0, more, 0, more))
+        return rows(F.pad(tree.tokens, (0, more))), rows(F.pad(positions, (0, more))), rows(ancestors)
+
+    def accept(self, tree: Tree, states: torch.Tensor, logits: torch.Tensor) -> list[list[int]]:
+        """Goes on behind what is accepted of trees, by the target's states (rows, n, dim) and logits (rows, n, V).
+
+        Returns:
+            The nodes that each row's cache is to keep.
+        """
+        logits = self._predicted(logits, self._behind(tree))
+        result, following = self._verify(tree, logits, self._progress.generators)
         lengths = [self.lengths[image] for image in self.images]
         kept = [path if length < self.total else [] for path, length in zip(result.paths, lengths)]
         self._write(tree, kept, following.tolist())
         if self.states is not None:
             self._keep_states(states, kept, lengths)
-        self.cache.keep(kept * self.guidance.streams)
         self.candidates.update_candidate_strategy(tree, logits)
         self.sampled.target_calls += 1
         self.sampled.row_calls += len(states)
         self.sampled.image_calls += sum(map(bool, kept))
         self.sampled.image_tokens += sum(map(len, kept))
+        return kept * self.guidance.streams
+
+    def _behind(self, tree: Tree) -> torch.Tensor:
+        """Numbers (b, n) of the tokens behind the nodes."""
+        return self._progress.lengths[:, None] + tree.depths
 
     def _predicted(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Logits (b, n, V) of the tokens `index` (b, n), guided; known tokens are certain."""
         logits = self.guidance.combine(logits, index)
         return logits if self.known is None else self.known.pin(logits, index, self._tensor(self.images))
 
-    def _progress(self) -> Progress:
+    def _new_progress(self) -> Progress:
         lengths = [self.lengths[image] for image in self.images]
         max_depth = [max(0, self.total - length - 1) for length in lengths]
         tokens = self.tokens if len(self.images) == len(self.tokens) else self.tokens[self.images]
@@ -453,26 +517,78 @@ class _Run:
         assert self.states is not None
         self.states[row_index, place] = states[row_index, node]
 
-    def retire(self) -> None:
-        """Goes on without the images that are complete."""
-        stay = [place for place, image in enumerate(self.images) if self.lengths[image] < self.total]
-        count = len(self.images)
-        if len(stay) < count:
-            self.images = [self.images[place] for place in stay]
-            self._select(stay, [stream * count + place for stream in range(self.guidance.streams) for place in stay])
+    def places(self, images: list[int]) -> list[int]:
+        """Places among `rows` of all sequences of some images, by their places among `images`."""
+        return [stream * len(self.images) + place for stream in range(self.guidance.streams) for place in images]
 
-    def _drop_unconditional_rows(self) -> None:
-        self.guidance.streams = 1
-        rows = list(range(len(self.images)))
-        self._select(rows, rows)
-
-    def _select(self, images: list[int], rows: list[int]) -> None:
-        self.cache.select_rows(rows)
-        self.states = None if self.states is None else self.states[rows]
-        self.candidates.select(images, rows)
+    def select(self, images: list[int], places: list[int]) -> None:
+        """Goes on with some images and rows, by their places among those in the batch."""
+        self.images = [self.images[place] for place in images]
+        self.rows = [self.rows[place] for place in places]
+        self.states = None if self.states is None else self.states[places]
+        self.candidates.select(images, places)
 
     def rewind(self, lengths: list[int]) -> None:
         """Goes back to the first `lengths` tokens of each image; all are still in the batch."""
-        self.lengths = lengths
-        self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
+        self.lengths, stored = lengths, list(self.cache.lengths)
+        for row, length in zip(self.rows, lengths * self.guidance.streams):
+            stored[row] = self.before + length - 1
+        self.cache.crop_rows(stored)
         self.candidates.rewind(lengths)
+
+
+class SpeculativeRounds:
+    """Rounds of runs that share the calls of the target, whatever their settings and however far each image is.
+
+    Args:
+        network: the target, or a backend of it.
+        cache: its cache, with the rows of all runs and no others.
+    """
+
+    def __init__(self, network: Any, cache: TreeCache) -> None:
+        self.network, self.cache = network, cache
+        self.runs: list[SpeculativeRun] = []
+
+    def round(self) -> None:
+        """One tree of drafts and one call of the target for each image in the batch."""
+        for run in self.runs:
+            if run.guidance.is_over(min(run.lengths)):
+                run.guidance.streams = 1
+                self._select(run, list(range(len(run.images))), list(range(len(run.images))))
+        trees = [run.draft() for run in self.runs]
+        nodes = max(tree.tokens.shape[1] for tree in trees)
+        fed = [torch.cat(part) for part in zip(*(run.fed(tree, nodes) for run, tree in zip(self.runs, trees)))]
+        rows = [row for run in self.runs for row in run.rows]
+        tokens, positions, ancestors = (_in_order(part, sorted(range(len(rows)), key=rows.__getitem__)) for part in fed)
+        states = self.network.extend_tree(tokens, self.cache, positions, ancestors)
+        logits = self.network.logits(states)
+        kept: list[list[int]] = [[] for _ in rows]
+        for run, tree in zip(self.runs, trees):
+            own, count = (_in_order(part, run.rows) for part in (states, logits)), tree.tokens.shape[1]
+            for row, path in zip(run.rows, run.accept(tree, *(part[:, :count] for part in own))):
+                kept[row] = path
+        self.cache.keep(kept)
+
+    def retire(self, run: SpeculativeRun) -> None:
+        """Goes on without the images of a run that are complete."""
+        stay = [place for place, image in enumerate(run.images) if run.lengths[image] < run.total]
+        if len(stay) < len(run.images):
+            self._select(run, stay, run.places(stay))
+
+    def _select(self, run: SpeculativeRun, images: list[int], places: list[int]) -> None:
+        gone = [row for place, row in enumerate(run.rows) if place not in places]
+        run.select(images, places)
+        self._release(gone)
+
+    def _release(self, gone: list[int]) -> None:
+        """Rows that belong to no run any more leave the cache."""
+        now = {before: row for row, before in enumerate(self.cache.drop_rows(gone))}
+        for run in self.runs:
+            run.rows = [now[row] for row in run.rows]
+
+
+def _in_order(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Rows of a tensor; the tensor itself where those are all, in their order."""
+    if rows == list(range(len(values))):
+        return values
+    return values[torch.tensor(rows, device=values.device)]

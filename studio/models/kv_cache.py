@@ -213,6 +213,12 @@ class TreeCache(KVCache):
             self.region_conditioning = self.region_conditioning[chosen]
         self._set_lengths([self.lengths[row] for row in rows])
 
+    def drop_rows(self, rows: Sequence[int]) -> list[int]:
+        """Continues without some rows; returns which row each of the others was."""
+        stay = [row for row in range(self.rows) if row not in rows]
+        self.select_rows(stay)
+        return stay
+
     def keep_rows(self, rows: int) -> None:
         """As `KVCache.keep_rows`; pending positions are forgotten."""
         super().keep_rows(rows)
@@ -255,6 +261,24 @@ class BatchCache(TreeCache):
         self.bias = _appended(self.bias, bias)
         self.region_conditioning = _appended(self.region_conditioning, other.region_conditioning)
         self._set_lengths([*self.lengths, *[length] * other.rows])
+
+    def reserve(self, pending: int, length: int) -> None:
+        """Makes space for `pending` positions behind `length` kept ones, where there is less."""
+        more = length + pending - self.max_length
+        if more > 0:
+            rows, self.max_length = self.rows, self.max_length + more
+            self._whole = F.pad(self._whole, (0, 0, 0, more))
+            self.store = self._whole[:, :rows]
+            self.bias = None if self.bias is None else F.pad(self.bias, (0, more))
+
+    def drop_rows(self, rows: Sequence[int]) -> list[int]:
+        """As `TreeCache.drop_rows`; last rows take the places of others."""
+        order = list(range(self.rows))
+        for row in sorted(rows, reverse=True):
+            self.leave(row)
+            order[row] = order[-1]
+            order.pop()
+        return order
 
     def leave(self, row: int) -> None:
         """Forgets a row and all pending positions; the last row takes its place."""

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from studio.errors import StudioError
+from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.jobs.generate_job import Call, Progress, RequestProgress, subject_of
 from studio.ui.render.preview import Pace, Sketch
 from studio.ui.server import metrics
@@ -14,15 +15,20 @@ from studio.ui.server.worker import Intake, QueuedRequest
 
 @dataclasses.dataclass
 class _Running:
-    """A request in the batch: what waits for it, what is shown of it, and its call of the pipeline."""
+    """A request in the batch: what waits for it, what is shown of it, what it asks for, and its call in the batch."""
 
     request: QueuedRequest
     progress: RequestProgress
+    asked: Call
     call: Any
 
     def sketch(self) -> Sketch:
         """Its images."""
         return Sketch(self.call.tokens, self.call.known)
+
+    def trace(self) -> DraftTrace | None:
+        """The drafts of its first image."""
+        return self.asked.trace(self.sketch())
 
 
 def sample_continuously(intake: Intake) -> None:
@@ -50,7 +56,8 @@ def sample_continuously(intake: Intake) -> None:
         if not running:
             return
         began = time.perf_counter()
-        metrics.count_call(batch.size)
+        for size in batch.sizes:
+            metrics.count_call(size)
         whole = batch.step()
         metrics.count_seconds({"decode": time.perf_counter() - began})
         for each in [each for each in running if each.call in whole]:
@@ -65,7 +72,7 @@ def _join(pipe: Any, batch: Any, request: QueuedRequest, intake: Intake) -> _Run
     asked = _asked(request)
     request.job.report(Progress())
     try:
-        call = Call(pipe, asked, traces=False)
+        call = Call(pipe, asked, traces=asked.drafts)
         call.check()
         progress = RequestProgress(0, request.job, call)
         generators = [torch.Generator().manual_seed(seed) for seed in asked.seeds]
@@ -74,7 +81,7 @@ def _join(pipe: Any, batch: Any, request: QueuedRequest, intake: Intake) -> _Run
     except Exception as error:
         intake.finish(request, error)
         return None
-    return _Running(request, progress, joined)
+    return _Running(request, progress, call, joined)
 
 
 def _leave(each: _Running, running: list[_Running], intake: Intake) -> None:
@@ -84,7 +91,7 @@ def _leave(each: _Running, running: list[_Running], intake: Intake) -> None:
         output = None if each.request.job.stopped else each.call.output()
         images, stats = (output.images, output.stats) if output else ([], each.call.cost())
         metrics.count_seconds({name: stats.seconds.get(name, 0.0) for name in ("text", "prefill", "pixels")})
-        result: Any = each.progress.finish(images, stats, None, each.call.largest_batch)
+        result: Any = each.progress.finish(images, stats, each.trace() if images else None, each.call.largest_batch)
     except Exception as error:
         result = error
     intake.finish(each.request, result)
@@ -93,7 +100,7 @@ def _leave(each: _Running, running: list[_Running], intake: Intake) -> None:
 def _show(pipe: Any, running: list[_Running], pace: Pace) -> None:
     """Report how far each request is, with previews where they are due."""
     began, paced = time.monotonic(), pace.is_due()
-    shown = [each.progress.show(pipe, each.call.sampled, each.sketch, paced) for each in running]
+    shown = [each.progress.show(pipe, each.call.sampled, each.sketch, paced, each.trace) for each in running]
     if any(shown):
         pace.spent(time.monotonic() - began)
 

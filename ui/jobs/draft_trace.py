@@ -42,7 +42,7 @@ class DraftTrace:
 def traced(decoding: Any, images: Sequence[int]) -> tuple[Any, list[list[Round]] | None]:
     """The same decoding, which also records the drafts of some images of one call.
 
-    The call needs a callback, so that all images stay in the batch until the end.
+    A call with Jacobi decoding needs a callback, so that all images stay in the batch until the end.
 
     Args:
         decoding: settings, as `decoding=` of a pipeline takes them.
@@ -95,8 +95,10 @@ class TracedDrafts:
 
 
 class _TracedCandidates:
+    """`_traced` has the place in the batch of each traced image that is still in it, and its rounds."""
+
     def __init__(self, candidates: Any, images: Sequence[int], rounds: list[list[Round]]) -> None:
-        self._candidates, self._images, self._rounds = candidates, images, rounds
+        self._candidates, self._traced = candidates, list(zip(images, rounds))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._candidates, name)
@@ -104,9 +106,15 @@ class _TracedCandidates:
     def get_candidates(self, progress: Any) -> Any:
         tree = self._candidates.get_candidates(progress)
         seen = (progress.lengths, tree.tokens, tree.parents, tree.depths)
-        for rounds, *nodes in zip(self._rounds, *(part[self._images].tolist() for part in seen)):
+        places = [place for place, _ in self._traced]
+        for (_, rounds), *nodes in zip(self._traced, *(part[places].tolist() for part in seen)):
             rounds.append(Round(*nodes))
         return tree
+
+    def select(self, images: list[int], rows: list[int]) -> None:
+        """Goes on with some images of the batch, which may be traced ones or not."""
+        self._candidates.select(images, rows)
+        self._traced = [(images.index(place), rounds) for place, rounds in self._traced if place in images]
 
 
 def trace_drafts(rounds: Sequence[Round], tokens: Sequence[int], total: int) -> DraftTrace:

@@ -161,6 +161,11 @@ class GenerateRequest:
         return getattr(decoding_named(self.decoding).settings(**self.options), "joins", False)
 
     @property
+    def drafts(self) -> bool:
+        """Whether the decoding takes drafts from somewhere."""
+        return hasattr(decoding_named(self.decoding).settings(**self.options), "drafts")
+
+    @property
     def batch_key(self) -> str:
         """Equal for requests that differ only in prompt, number of images and seeds."""
         return json.dumps([self.model, self.how, self.settings], sort_keys=True, default=str)

@@ -1,0 +1,147 @@
+"""Requests with drafts that join and leave a running batch of the tiny pipeline, next to others without."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from studio import StudioError, decoding_named
+from studio.decoding.lantern import Lantern
+from studio.pipelines.continuous import PipelineBatch
+from studio.ui.jobs.generate_job import Sampled
+from studio.ui.jobs.request import GenerateRequest
+from studio.ui.server import limits, models, worker
+from studio.ui.server.limits import Limits
+from studio.ui.server.models import Device
+from studio.ui.server.scheduler import QueueLimits
+from studio.ui.server.worker import DeviceWorker
+from tests.ui.test_continuous import LIMIT, SETTINGS, WORDS, is_idle, news_of, sampled
+
+DECODINGS = [
+    ("speculative", {}),
+    ("ar", {}),
+    ("lantern", {"k": 20, "delta": 0.2}),
+    ("lantern++", {"k": 9}),
+    ("speculative", {"guidance_schedule": "linear"}),
+]
+
+
+@pytest.fixture
+def pipe(tiny_pipeline, monkeypatch):
+    """The app samples with the tiny pipeline, in running batches of up to eight images."""
+    tiny_pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8, continuous=True))])
+    monkeypatch.setattr(limits, "_limits", Limits())
+    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
+    return tiny_pipeline
+
+
+@pytest.fixture
+def steps(pipe, monkeypatch):
+    """The number of images of each call of a step."""
+    sizes, step = [], PipelineBatch.step
+
+    def counted(self):
+        sizes.append(self.sizes)
+        return step(self)
+
+    monkeypatch.setattr(PipelineBatch, "step", counted)
+    return sizes
+
+
+def mixed(count):
+    """Requests that differ in everything."""
+    return [
+        GenerateRequest("tiny", f"a {WORDS[number % 3]} apple", 1 + number % 3, 10 * number,
+                        **SETTINGS[number % len(SETTINGS)], decoding=decoding, options=options)
+        for number in range(count) for decoding, options in [DECODINGS[number % len(DECODINGS)]]
+    ]  # fmt: skip
+
+
+def check(pipe, request, news):
+    """The result is what a call alone samples."""
+    assert isinstance(news, list), news
+    found, settings = news[-1], decoding_named(request.decoding).settings(**request.options)
+    assert isinstance(found, Sampled) and len(found.images) == request.count
+    assert found.stats.tokens == 16 * request.count and found.prompt_tokens == 3
+    for seed, image in zip(request.seeds, found.images):
+        generator = torch.Generator().manual_seed(seed)
+        expected = pipe(request.prompt, generator=generator, decoding=settings, **request.settings).images[0]
+        assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_requests_that_differ_in_everything_share_steps(pipe, steps):
+    requests = mixed(15)
+    for request, news in zip(requests, sampled(requests)):
+        check(pipe, request, news)
+    assert max(map(sum, steps)) in (7, 8) and is_idle()
+    assert max(map(len, steps)) == 2 and len(steps) < 16 * sum(request.count for request in requests) / 4
+
+
+def test_drafts_are_told_as_those_of_a_call_alone(pipe, monkeypatch):
+    """Though images of a request that are whole leave before the others."""
+    request = GenerateRequest("tiny", "a red apple", 3, 3, temperature=0.5, guidance_scale=1.0, decoding="speculative")
+    [found], others = sampled([request]), [request, *mixed(4)]
+    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8))])
+    [expected] = sampled([request])
+    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8, continuous=True))])
+    shared = sampled(others)[0]
+    trace = expected[-1].trace
+    assert trace is not None and trace.accepted and trace.rejected and trace.sampled == 16
+    assert found[-1].trace == shared[-1].trace == trace
+
+
+def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, steps, monkeypatch):
+    step = PipelineBatch.step
+    monkeypatch.setattr(PipelineBatch, "step", lambda self: time.sleep(0.03) or step(self))
+    requests = [
+        GenerateRequest("tiny", "a red apple", 2, seed, decoding="speculative", **SETTINGS[1]) for seed in (5, 50, 90)
+    ]
+
+    async def scenario():
+        tasks = [asyncio.create_task(news_of(request, number)) for number, request in enumerate(requests)]
+        while len(steps) < 3:
+            await asyncio.sleep(0.005)
+        tasks[1].cancel()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
+
+    first, gone, third = asyncio.run(scenario())
+    assert isinstance(gone, asyncio.CancelledError) and is_idle()
+    check(pipe, requests[0], first)
+    check(pipe, requests[2], third)
+    assert max(steps) == [6] and [4] in steps[:8]
+
+
+def test_a_request_that_fails_fails_alone(pipe, steps, monkeypatch):
+    rule = Lantern.rule
+
+    def broken(self, codebook):
+        if self.k == 13:
+            raise RuntimeError("no neighbours")
+        return rule(self, codebook)
+
+    monkeypatch.setattr(Lantern, "rule", broken)
+    good, empty, many, none, small = (
+        GenerateRequest("tiny", prompt, 1, 3, decoding=decoding, options=options, size=size)
+        for prompt, decoding, options, size in (
+            ("a red apple", "speculative", {}, None),
+            (" ", "speculative", {}, None),
+            ("a red apple", "lantern", {"k": 1000}, None),
+            ("a red apple", "lantern", {"k": 13}, None),
+            ("a red apple", "speculative", {}, "9x9"),
+        )
+    )
+    found = sampled([good, empty, many, none, small])
+    check(pipe, good, found[0])
+    assert isinstance(found[1], StudioError) and "prompt is empty" in str(found[1])
+    assert "k must be below that, not 1000" in str(found[2]) and "no neighbours" in str(found[3])
+    assert "16x16" in str(found[4]) and len(steps) <= 16 and is_idle()
+
+
+def test_partial_images_come_as_often_as_asked(pipe):
+    request = GenerateRequest("tiny", "a red apple", 2, 4, decoding="lantern++", partial_images=3, options={"k": 9})
+    [news] = sampled([request])
+    check(pipe, request, news)
+    assert 1 <= len(news[-1].partials) <= 3 and all(len(images) == 2 for images in news[-1].partials)
