@@ -10,9 +10,9 @@ import torch
 
 from studio.checks import check_integer
 from studio.decoding.continuous import BatchImage, ContinuousBatch
-from studio.decoding.continuous_speculative import SpeculativeBatch
+from studio.decoding.continuous_speculative import SpeculativeBatch, SpeculativeImages
 from studio.decoding.jacobi import Jacobi
-from studio.decoding.speculative import Speculative, SpeculativeRun
+from studio.decoding.speculative import Speculative
 from studio.errors import StudioError
 from studio.pipelines.output import DecodingStats, ImageTokenPipelineOutput
 
@@ -230,33 +230,33 @@ class SpeculativeCall(BatchedCall):
         prompts: list[str] | None,
         seconds: dict,
         running: SpeculativeBatch,
-        run: SpeculativeRun,
+        images: SpeculativeImages,
     ) -> None:
-        super().__init__(pipe, prompts, len(run.lengths), seconds)
-        self._running, self.run = running, run
+        super().__init__(pipe, prompts, len(images.lengths), seconds)
+        self._running, self._images = running, images
 
     @property
     def sampled(self) -> int:
         """As of `BatchedCall`."""
-        return min(self.run.lengths)
+        return min(self._images.lengths)
 
     @property
     def tokens(self) -> torch.Tensor:
         """The first tokens (B, n) of its images, as many as all of them have."""
-        return self.run.tokens[:, : self.sampled].clone()
+        return self._images.tokens[:, : self.sampled]
 
     def keep(self, finished: Sequence[BatchImage]) -> bool:
         """Whether all its images are whole."""
-        return self.run.is_whole
+        return self._images.is_whole
 
     def leave(self) -> None:
         """Its images leave."""
-        self._running.leave(self.run)
+        self._running.leave(self._images)
 
     def cost(self) -> DecodingStats:
         """As of `BatchedCall`."""
-        sampled = self.run.sampled
-        return self._cost(sampled.target_calls, sum(self.run.lengths), sampled.mean_accepted_length)
+        images = self._images
+        return self._cost(max(images.calls), sum(images.lengths), images.mean_accepted_length)
 
 
 class LlamaGenBatch(PipelineBatch):
@@ -272,7 +272,7 @@ class LlamaGenBatch(PipelineBatch):
 
     @cached_property
     def drafting(self) -> SpeculativeBatch:
-        """The runs with drafts."""
+        """The images with drafts."""
         pipe: Any = self.pipe
         codebook = pipe.image_tokenizer.quantize.embedding.weight
         return SpeculativeBatch(pipe.transformer, max_images=self.max_images, codebook=codebook, drafter=pipe.drafter)
@@ -299,9 +299,9 @@ class LlamaGenBatch(PipelineBatch):
         """As of `PipelineBatch`."""
         began = time.perf_counter()
         if isinstance(call["settings"], Speculative):
-            run = self.drafting.join(condition, **call)
+            joined = self.drafting.join(condition, **call)
             seconds["prefill"] = time.perf_counter() - began
-            return SpeculativeCall(self.pipe, prompts, seconds, self.drafting, run)
+            return SpeculativeCall(self.pipe, prompts, seconds, self.drafting, joined)
         settings = call.pop("settings")
         schedule, guesses = settings.guidance_schedule, isinstance(settings, Jacobi)
         images = self.plain.join(condition, **call, guidance_schedule=schedule, guesses=guesses)

@@ -88,6 +88,15 @@ class CandidateGenerator(Protocol):
     def select(self, images: list[int], rows: list[int]) -> None:
         """Goes on with these images, and these rows of the batch, only."""
 
+    def settle(self, progress: Progress) -> None:
+        """Does what new images need before they go on in another batch."""
+
+    def absorb(self, other: Any, count: int, order: list[int]) -> None:
+        """Goes on with the images of another generator with equal settings behind its own `count` images.
+
+        The rows of both, those of the other behind, stand in this order.
+        """
+
 
 class Drafts(Protocol):
     """Settings that make drafts.
@@ -119,6 +128,12 @@ class StatelessCandidates:
         pass
 
     def select(self, images: list[int], rows: list[int]) -> None:
+        pass
+
+    def settle(self, progress: Progress) -> None:
+        pass
+
+    def absorb(self, other: Any, count: int, order: list[int]) -> None:
         pass
 
 
@@ -254,6 +269,9 @@ class _Recycled(StatelessCandidates):
     def select(self, images: list[int], rows: list[int]) -> None:
         self.likeliest = [self.likeliest[image] for image in images]
 
+    def absorb(self, other: Any, count: int, order: list[int]) -> None:
+        self.likeliest = self.likeliest + other.likeliest
+
 
 class _RecycledSamples(StatelessCandidates):
     """Candidates (B, V, kept), -1 where there is none, their probabilities after filters, and trees sampled of them."""
@@ -307,3 +325,7 @@ class _RecycledSamples(StatelessCandidates):
 
     def select(self, images: list[int], rows: list[int]) -> None:
         self.candidates, self.masses = self.candidates[images], self.masses[images]
+
+    def absorb(self, other: Any, count: int, order: list[int]) -> None:
+        self.candidates = torch.cat((self.candidates, other.candidates))
+        self.masses = torch.cat((self.masses, other.masses))

@@ -84,10 +84,19 @@ class DrafterCandidates:
     def select(self, images: list[int], rows: list[int]) -> None:
         self.cache.select_rows(rows)
 
-    def _catch_up(self, progress: Progress) -> torch.Tensor:
-        """Feeds the target's states up to the root; the guesses (rows, 1, dim) behind the roots."""
+    def settle(self, progress: Progress) -> None:
+        """Feeds the states of the prefix, which is longer than what others are behind by."""
+        if self.before:
+            self._catch_up(progress, 1)
+
+    def absorb(self, other: Any, count: int, order: list[int]) -> None:
+        self.cache.absorb_rows(other.cache, order)
+
+    def _catch_up(self, progress: Progress, short: int = 0) -> torch.Tensor:
+        """Feeds the target's states up to the root, or so many short of it; the guesses (rows, 1, dim) behind."""
         batch = len(progress.lengths)
-        starts, ends = self.cache.lengths[:batch], [self.before + length for length in progress.lengths.tolist()]
+        starts = self.cache.lengths[:batch]
+        ends = [self.before + length - short for length in progress.lengths.tolist()]
         counts = [end - start for start, end in zip(starts, ends)]
         new = range(max(counts))
         each = [[min(start + step, end - 1) for step in new] for start, end in zip(starts, ends)]

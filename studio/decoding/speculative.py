@@ -381,6 +381,7 @@ class SpeculativeRun:
         images: numbers of those in the batch.
         rows: their sequences in the target's cache, the conditional ones first.
         tokens: (B, N), of which the first `lengths` (B) are sampled.
+        calls: of the target for each image (B) while it was not complete, the first included.
         cache: the target's.
         sampled: what the run has cost.
     """
@@ -406,6 +407,7 @@ class SpeculativeRun:
         prefix, valid = condition_rows(model, condition, guided=guidance.streams == 2)
         batch, self.before = len(generators), prefix.shape[1]
         self.images, self.lengths, self.rows = list(range(batch)), [1] * batch, list(range(len(prefix)))
+        self.calls, self.settings = [1] * batch, settings
         self.tokens = torch.zeros(batch, self.total, dtype=torch.long, device=prefix.device)
         context = DraftContext(
             self.model, valid, batch, sampling, guidance, drafter, settings.weights, model.region_conditioning(prefix)
@@ -451,6 +453,8 @@ class SpeculativeRun:
         lengths = [self.lengths[image] for image in self.images]
         kept = [path if length < self.total else [] for path, length in zip(result.paths, lengths)]
         self._write(tree, kept, following.tolist())
+        for image, path in zip(self.images, kept):
+            self.calls[image] += bool(path)
         if self.states is not None:
             self._keep_states(states, kept, lengths)
         self.candidates.update_candidate_strategy(tree, logits)
@@ -516,6 +520,45 @@ class SpeculativeRun:
         row_index, node, place = self._tensor([rows, nodes, places])
         assert self.states is not None
         self.states[row_index, place] = states[row_index, node]
+
+    def is_like(self, other: "SpeculativeRun") -> bool:
+        """Whether images of the other run may go on in this one: whether only conditions and seeds differ."""
+        ours, theirs = ((run.settings, run.sampling, run.guidance.scale) for run in (self, other))
+        return ours == theirs
+
+    def settle(self) -> None:
+        """Does what new images need before another run absorbs this one."""
+        self.candidates.settle(self._new_progress())
+
+    def absorb(self, other: "SpeculativeRun") -> None:
+        """Images of another run, which is like this one and settled, go on in this one, behind its own."""
+        counts, streams = (len(self.images), len(other.images)), range(self.guidance.streams)
+        start = counts[0] * len(streams)
+        order = [
+            first + stream * count + image
+            for stream in streams
+            for first, count in ((0, counts[0]), (start, counts[1]))
+            for image in range(count)
+        ]
+        self.candidates.absorb(other.candidates, counts[0], order)
+        rows = self.rows + other.rows
+        self.rows = [rows[place] for place in order]
+        if self.states is not None and other.states is not None:
+            self.states = torch.cat((self.states, other.states))[order]
+        self.images += [len(self.lengths) + image for image in other.images]
+        self.tokens = torch.cat((self.tokens, other.tokens))
+        self.lengths, self.calls = self.lengths + other.lengths, self.calls + other.calls
+        self.generators = self.generators + other.generators
+
+    def forget(self, images: list[int]) -> dict[int, int]:
+        """Forgets images that are not in the batch any more; the new number of each other image."""
+        stay = [image for image in range(len(self.lengths)) if image not in images]
+        now = {before: image for image, before in enumerate(stay)}
+        self.tokens, self.images = self.tokens[stay], [now[image] for image in self.images]
+        self.lengths = [self.lengths[image] for image in stay]
+        self.calls = [self.calls[image] for image in stay]
+        self.generators = [self.generators[image] for image in stay]
+        return now
 
     def places(self, images: list[int]) -> list[int]:
         """Places among `rows` of all sequences of some images, by their places among `images`."""

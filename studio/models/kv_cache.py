@@ -213,6 +213,14 @@ class TreeCache(KVCache):
             self.region_conditioning = self.region_conditioning[chosen]
         self._set_lengths([self.lengths[row] for row in rows])
 
+    def absorb_rows(self, other: "TreeCache", order: Sequence[int]) -> None:
+        """Continues with the rows of this cache and those of another of the same sizes behind them, in this order."""
+        self.store = torch.cat((self.store, other.store), dim=1)
+        self.bias = _appended(self.bias, other.bias)
+        self.region_conditioning = _appended(self.region_conditioning, other.region_conditioning)
+        self.lengths = self.lengths + other.lengths
+        self.select_rows(order)
+
     def drop_rows(self, rows: Sequence[int]) -> list[int]:
         """Continues without some rows; returns which row each of the others was."""
         stay = [row for row in range(self.rows) if row not in rows]

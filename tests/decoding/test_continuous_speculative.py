@@ -15,8 +15,8 @@ from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, SpeculativeRun, speculative
 from studio.decoding.trees import DynamicTree
-from studio.models.kv_cache import BatchCache
-from tests.decoding.test_speculative import sources, streams, tiny
+from studio.models.kv_cache import BatchCache, TreeCache
+from tests.decoding.test_speculative import NAMES, sources, streams, tiny
 
 CODEBOOK = torch.randn(32, 4, generator=torch.Generator().manual_seed(5))
 
@@ -90,7 +90,7 @@ def served(batch, requests, leaving=0.04, seed=1):
     """Serves all requests; those that leave halfway are left out.
 
     Returns:
-        Whole runs by the number of the request, and how many runs shared each round.
+        Whole images by the number of the request, and how many requests shared each round.
     """
     choose = random.Random(seed)
     waiting, under_way, ends, shared = list(enumerate(requests)), {}, {}, []
@@ -105,7 +105,7 @@ def served(batch, requests, leaving=0.04, seed=1):
         shared.append(len(under_way))
         for run in batch.step():
             ends[under_way.pop(run)] = run
-    assert batch.size == 0 and not batch.runs and batch.cache.rows == 0
+    assert batch.size == 0 and not batch.runs and not batch.members and batch.cache.rows == 0
     return ends, shared
 
 
@@ -119,8 +119,46 @@ def test_60_mixed_requests_are_those_of_calls_alone(model, drafts, weights):
     for number, run in ends.items():
         expected = alone(model, requests[number], drafts["dynamic"].drafter)
         assert torch.equal(run.tokens, expected.tokens), number
-        assert run.sampled.target_calls == expected.target_calls
-        assert run.sampled.mean_accepted_length == expected.mean_accepted_length
+        assert max(run.calls) == expected.target_calls
+        assert run.mean_accepted_length == expected.mean_accepted_length
+
+
+@pytest.mark.parametrize("weights", ["auto", "plain"])
+@pytest.mark.parametrize("name", [*NAMES, "auto", "auto-samples"])
+def test_requests_with_equal_settings_draft_together(model, drafts, name, weights, monkeypatch):
+    """And get the same tokens, though they join and leave while others are halfway."""
+    pool = mixed_requests({name: drafts[name]}, 3, weights, seed=4)
+    choose, together, draft = random.Random(2), [], SpeculativeRun.draft
+    requests = []
+    for _ in range(24):
+        images = choose.randint(1, 3)
+        seeds = [choose.randrange(10**6) for _ in range(images)]
+        requests.append({**choose.choice(pool), "condition": condition(choose.randrange(100), images), "seeds": seeds})
+    monkeypatch.setattr(SpeculativeRun, "draft", lambda self: together.append(len(self.images)) or draft(self))
+    batch = new_batch(model, drafts, weights)
+    ends, shared = served(batch, requests)
+    monkeypatch.undo()
+    assert len(together) < 0.8 * sum(shared) and max(together) >= 5 and 12 <= len(ends) < 24
+    for number, images in ends.items():
+        expected = alone(model, requests[number], drafts["dynamic"].drafter)
+        assert torch.equal(images.tokens, expected.tokens), number
+        assert max(images.calls) == expected.target_calls
+        assert images.mean_accepted_length == expected.mean_accepted_length
+
+
+def test_a_wrong_row_of_the_drafter_would_be_noticed(model, drafts, monkeypatch):
+    """The negative control: conditional and unconditional rows of two requests are mixed up in the drafter's cache."""
+    settings = Speculative(drafts=drafts["static"])
+    requests = [
+        {"condition": condition(seed, 2), "seeds": [seed, seed + 50], "guidance_scale": 3.5, "sampling": Sampling(),
+         "settings": settings}
+        for seed in range(4)
+    ]  # fmt: skip
+    absorb = TreeCache.absorb_rows
+    monkeypatch.setattr(TreeCache, "absorb_rows", lambda self, other, order: absorb(self, other, sorted(order)))
+    ends, _ = served(new_batch(model, drafts), requests, leaving=0)
+    monkeypatch.undo()
+    assert any(not torch.equal(found.tokens, alone(model, requests[number]).tokens) for number, found in ends.items())
 
 
 def test_static_shapes_give_the_same_tokens(model, drafts):
@@ -191,7 +229,7 @@ def test_one_call_of_the_target_reads_the_trees_of_all(model, drafts, monkeypatc
         runs.append(batch.join(condition(number, 1), settings=Speculative(drafts=drafts[name]), **call))
     while batch.runs:
         batch.step()
-    calls = [run.sampled.target_calls - 1 for run in runs]
+    calls = [max(run.calls) - 1 for run in runs]
     assert rows[0] == 5 and len(rows) == max(calls) < sum(calls)
 
 

@@ -89,6 +89,12 @@ class TracedDrafts:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TracedDrafts) and self._source == other._source
+
+    def __hash__(self) -> int:
+        return hash(self._source)
+
     def candidate_generator(self, context: Any) -> "_TracedCandidates":
         """Fresh state for the call."""
         return _TracedCandidates(self._source.candidate_generator(context), self._images, self._rounds)
@@ -115,6 +121,11 @@ class _TracedCandidates:
         """Goes on with some images of the batch, which may be traced ones or not."""
         self._candidates.select(images, rows)
         self._traced = [(images.index(place), rounds) for place, rounds in self._traced if place in images]
+
+    def absorb(self, other: "_TracedCandidates", count: int, order: list[int]) -> None:
+        """Goes on with the images of another call too, of which others are traced."""
+        self._candidates.absorb(other._candidates, count, order)
+        self._traced += [(count + place, rounds) for place, rounds in other._traced]
 
 
 def trace_drafts(rounds: Sequence[Round], tokens: Sequence[int], total: int) -> DraftTrace:
