@@ -246,16 +246,19 @@ def test_trees_of_any_size_fit(model, drafts):
     assert len(ends) == 3
 
 
-def test_a_class_conditional_model_joins_too():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_conditional_model_joins_too(name):
+    """Its prefix is one position, so that a drafter has nothing to read before the first round."""
     model = tiny()
-    batch = SpeculativeBatch(model, max_images=2)
+    batch, settings = SpeculativeBatch(model, max_images=3), Speculative(drafts=sources(model)[name])
     requests = [
         {"condition": {"class_labels": torch.tensor([label])}, "seeds": [label], "guidance_scale": 2.0,
-         "sampling": Sampling(), "settings": Speculative()}
-        for label in (3, 7, 1)
+         "sampling": Sampling(), "settings": settings}
+        for label in (3, 7, 1, 5)
     ]  # fmt: skip
     ends, _ = served(batch, requests, leaving=0)
     assert all(torch.equal(run.tokens, alone(model, requests[each]).tokens) for each, run in ends.items())
+    assert len(ends) == 4
 
 
 def test_what_cannot_join_is_refused_and_changes_nothing(model, drafts):
