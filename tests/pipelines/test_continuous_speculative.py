@@ -11,6 +11,7 @@ from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.speculative import Speculative
 from studio.models.drafter import Drafter
+from tests.pipelines.test_continuous_masked import generators, join
 
 PROMPTS = ["a red apple", "a green pear", "blue sky", "apple on flat background", "a"]
 DECODINGS = [
@@ -53,15 +54,6 @@ def mixed_requests(count, seed=0):
         }
         for _ in range(count)
     ]
-
-
-def generators(request):
-    return [torch.Generator().manual_seed(seed) for seed in request["seeds"]]
-
-
-def join(batch, request):
-    call = {"decoding": request["decoding"], **request["settings"]}
-    return batch.join(request["prompt"], generators=generators(request), **call)
 
 
 def alone(pipe, request):

@@ -27,26 +27,36 @@ SETTINGS = [{}, {"guidance_scale": 2.0}, {"temperature": 0.5, "top_k": 9}, {"gui
 DECODINGS = [("ar", {}), ("exact", {}), ("jacobi", {"window": 3})]
 
 
-@pytest.fixture
-def pipe(tiny_pipeline, monkeypatch):
-    """The app samples with the tiny pipeline, in running batches of up to eight images."""
+def in_running_batches(pipe, monkeypatch):
+    """The app samples with a pipeline, called "tiny", in running batches of up to eight images."""
+    pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8, continuous=True))])
     monkeypatch.setattr(limits, "_limits", Limits())
-    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
-    return tiny_pipeline
+    monkeypatch.setitem(models._pipelines, "tiny", pipe)
+    return pipe
+
+
+def sizes_of_steps(monkeypatch, attribute="size"):
+    """A list of what an attribute of the running batch is at each step."""
+    sizes, step = [], PipelineBatch.step
+
+    def counted(self):
+        sizes.append(getattr(self, attribute))
+        return step(self)
+
+    monkeypatch.setattr(PipelineBatch, "step", counted)
+    return sizes
+
+
+@pytest.fixture
+def pipe(tiny_pipeline, monkeypatch):
+    return in_running_batches(tiny_pipeline, monkeypatch)
 
 
 @pytest.fixture
 def steps(pipe, monkeypatch):
     """The number of images of each step."""
-    sizes, step = [], PipelineBatch.step
-
-    def counted(self):
-        sizes.append(self.size)
-        return step(self)
-
-    monkeypatch.setattr(PipelineBatch, "step", counted)
-    return sizes
+    return sizes_of_steps(monkeypatch)
 
 
 def mixed(count):

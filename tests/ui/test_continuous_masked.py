@@ -11,12 +11,7 @@ from studio import StudioError, decoding_named
 from studio.pipelines.continuous import PipelineBatch
 from studio.ui.jobs.generate_job import Sampled
 from studio.ui.jobs.request import GenerateRequest
-from studio.ui.server import limits, models, worker
-from studio.ui.server.limits import Limits
-from studio.ui.server.models import Device
-from studio.ui.server.scheduler import QueueLimits
-from studio.ui.server.worker import DeviceWorker
-from tests.ui.test_continuous import LIMIT, WORDS, is_idle, news_of, sampled
+from tests.ui.test_continuous import LIMIT, WORDS, in_running_batches, is_idle, news_of, sampled, sizes_of_steps
 
 STEPS = (2, 4, 6, 9)
 
@@ -28,26 +23,14 @@ def kind(request):
 
 @pytest.fixture
 def pipe(kind, request, monkeypatch):
-    """The app samples with a tiny masked pipeline, in running batches of up to eight images."""
-    pipe = request.getfixturevalue(f"tiny_{kind}_pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8, continuous=True))])
-    monkeypatch.setattr(limits, "_limits", Limits())
-    monkeypatch.setitem(models._pipelines, "tiny", pipe)
-    return pipe
+    """The app samples with a tiny masked pipeline."""
+    return in_running_batches(request.getfixturevalue(f"tiny_{kind}_pipeline"), monkeypatch)
 
 
 @pytest.fixture
 def steps(pipe, monkeypatch):
     """The number of images of each step."""
-    sizes, step = [], PipelineBatch.step
-
-    def counted(self):
-        sizes.append(self.size)
-        return step(self)
-
-    monkeypatch.setattr(PipelineBatch, "step", counted)
-    return sizes
+    return sizes_of_steps(monkeypatch)
 
 
 def mixed(kind, count):

@@ -12,12 +12,20 @@ from studio.decoding.lantern import Lantern
 from studio.pipelines.continuous import PipelineBatch
 from studio.ui.jobs.generate_job import Sampled
 from studio.ui.jobs.request import GenerateRequest
-from studio.ui.server import limits, models, worker
-from studio.ui.server.limits import Limits
+from studio.ui.server import worker
 from studio.ui.server.models import Device
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker
-from tests.ui.test_continuous import LIMIT, SETTINGS, WORDS, is_idle, news_of, sampled
+from tests.ui.test_continuous import (
+    LIMIT,
+    SETTINGS,
+    WORDS,
+    in_running_batches,
+    is_idle,
+    news_of,
+    sampled,
+    sizes_of_steps,
+)
 
 DECODINGS = [
     ("speculative", {}),
@@ -30,25 +38,13 @@ DECODINGS = [
 
 @pytest.fixture
 def pipe(tiny_pipeline, monkeypatch):
-    """The app samples with the tiny pipeline, in running batches of up to eight images."""
-    tiny_pipeline.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8, continuous=True))])
-    monkeypatch.setattr(limits, "_limits", Limits())
-    monkeypatch.setitem(models._pipelines, "tiny", tiny_pipeline)
-    return tiny_pipeline
+    return in_running_batches(tiny_pipeline, monkeypatch)
 
 
 @pytest.fixture
 def steps(pipe, monkeypatch):
     """The number of images of each call of a step."""
-    sizes, step = [], PipelineBatch.step
-
-    def counted(self):
-        sizes.append(self.sizes)
-        return step(self)
-
-    monkeypatch.setattr(PipelineBatch, "step", counted)
-    return sizes
+    return sizes_of_steps(monkeypatch, "sizes")
 
 
 def mixed(count):
