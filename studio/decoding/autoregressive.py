@@ -13,7 +13,7 @@ follow the prompt. In loops that sample several tokens a call, the share of the 
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -110,12 +110,16 @@ class Autoregressive:
     filter_order: str = "llamagen"
     weights: str = "auto"
     guidance_schedule: str | None = None
-    joins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Sampling(order=self.filter_order)
         check_choice("weights", self.weights, WEIGHTS)
         check_schedule(self.guidance_schedule)
+
+    @property
+    def joins(self) -> bool:
+        """Whether requests may join a running batch, which runs the model one way."""
+        return self.weights == "auto"
 
 
 def is_guided(token: int, guidance_scale: float, cfg_interval: int) -> bool:

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -40,10 +40,14 @@ class FastestExact:
     weights: str = "auto"
     guidance_schedule: str | None = None
     on_round: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, repr=False, compare=False)
-    joins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Autoregressive(self.filter_order, self.weights, self.guidance_schedule)
+
+    @property
+    def joins(self) -> bool:
+        """As of `Autoregressive`."""
+        return self.weights == "auto"
 
 
 @torch.no_grad()

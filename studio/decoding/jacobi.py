@@ -92,8 +92,8 @@ class Jacobi:
 
     @property
     def joins(self) -> bool:
-        """Whether requests may join a running batch: whether tokens are those of plain decoding."""
-        return self.coupling in (None, "seed")
+        """Whether requests may join a running batch: whether tokens are those of plain decoding, and weights "auto"."""
+        return self.coupling in (None, "seed") and self.weights == "auto"
 
     @property
     def sampled(self) -> bool:

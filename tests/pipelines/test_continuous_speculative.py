@@ -7,6 +7,7 @@ import torch
 
 from studio import Autoregressive, LlamaGenPipeline, StudioError
 from studio.decoding.drafts import NGram
+from studio.decoding.fastest_exact import FastestExact
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.speculative import Speculative
@@ -108,7 +109,13 @@ def test_company_and_cost_of_a_call(pipe):
 
 def test_what_cannot_join_is_refused(pipe):
     batch, stream = pipe.new_batch(2), torch.Generator()
-    for decoding in (Speculative(drafts=Jacobi()), Lantern(k=20, weights="plain")):
+    plain = (
+        Autoregressive(weights="plain"),
+        FastestExact(weights="int8"),
+        Jacobi(weights="plain"),
+        Jacobi(coupling="none"),
+    )
+    for decoding in (*plain, Speculative(drafts=Jacobi()), Lantern(k=20, weights="plain")):
         with pytest.raises(StudioError, match="joins no running batch"):
             batch.join("a red apple", generators=[stream], decoding=decoding)
     with pytest.raises(StudioError, match="room for 2 images, not 3"):
