@@ -1,7 +1,7 @@
 """Requests of masked models that join and leave a running batch of a tiny pipeline."""
 
 import asyncio
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -65,8 +65,8 @@ def test_requests_that_differ_in_everything_share_steps(pipe, kind, steps):
 
 
 def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, kind, steps, monkeypatch):
-    step = PipelineBatch.step
-    monkeypatch.setattr(PipelineBatch, "step", lambda self: time.sleep(0.03) or step(self))
+    step, has_left = PipelineBatch.step, threading.Event()
+    monkeypatch.setattr(PipelineBatch, "step", lambda self: (len(steps) < 3 or has_left.wait(LIMIT)) and step(self))
     options = {"steps": 9}
     requests = [GenerateRequest("tiny", "a red apple", 2, seed, decoding=kind, options=options) for seed in (5, 50, 90)]
 
@@ -75,6 +75,8 @@ def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, kind, steps, monkeyp
         while len(steps) < 3:
             await asyncio.sleep(0.005)
         tasks[1].cancel()
+        await asyncio.sleep(0.05)
+        has_left.set()
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
 
     first, gone, third = asyncio.run(scenario())
