@@ -20,7 +20,8 @@ from studio.checkpoints.loading import load, pick_device
 from studio.checks import shown
 from studio.decoding.autoregressive import condition_rows
 from studio.decoding.cspd import ContinuousSpeculative
-from studio.decoding.mar import MaskedAutoregressive, ReverseTransitions, TimedHead, denoise
+from studio.decoding.denoising import ReverseTransitions, TimedHead, denoise
+from studio.decoding.mar import MaskedAutoregressive
 from studio.errors import StudioError
 from studio.models.mar import MAR, PRESETS
 from studio.pipelines.mar import MARPipeline

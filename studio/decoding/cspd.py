@@ -30,16 +30,8 @@ import torch
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.decoding.autoregressive import condition_rows
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.mar import (
-    MaskedAutoregressive,
-    MaskedOutput,
-    ReverseTransitions,
-    Step,
-    TimedHeads,
-    denoise,
-    scatter_tokens,
-    start_masked,
-)
+from studio.decoding.denoising import ReverseTransitions, TimedHeads, denoise
+from studio.decoding.mar import MaskedAutoregressive, MaskedOutput, Step, scatter_tokens, start_masked
 from studio.decoding.sampling import KnownTokens, OnStep
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.errors import StudioError

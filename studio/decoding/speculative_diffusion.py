@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.mar import ReverseTransitions, denoise
+from studio.decoding.denoising import ReverseTransitions, denoise
 from studio.errors import StudioError
 
 _TRIALS_AT_ONCE = 4096

@@ -8,7 +8,7 @@ condition and time, are computed apart from what depends on the state, so decodi
 Diffusion Probabilistic Models", arXiv:2102.09672): the schedule is equation 17, the learned variance equation 15, the
 loss equation 16; reverse steps are those of DDPM (arXiv:2006.11239, equations 6 and 7).
 
-Scope: the network, the schedule and the training loss. `studio.decoding.mar` denoises.
+Scope: the network, the schedule and the training loss. `studio.decoding.denoising` denoises.
 """
 
 import math

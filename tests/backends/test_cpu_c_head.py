@@ -6,7 +6,7 @@ import torch
 from studio import backends
 from studio.backends import cpu_c_head
 from studio.backends.cpu_c_head import NativeHead
-from studio.decoding.mar import ReverseTransitions, TimedHead
+from studio.decoding.denoising import ReverseTransitions, TimedHead
 from studio.models.diffusion_head import DiffusionLoss
 
 SMALL = {"token_dim": 4, "condition_dim": 8, "width": 24, "depth": 1}

@@ -14,7 +14,8 @@ import torch
 
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
 from studio.decoding.cspd import AlignedAcceptance, ContinuousSpeculative, FinalStep, continuous_speculative
-from studio.decoding.mar import MaskedAutoregressive, denoise, masked_autoregressive
+from studio.decoding.denoising import denoise
+from studio.decoding.mar import MaskedAutoregressive, masked_autoregressive
 from studio.decoding.speculative_diffusion import log_density, trace, verify_path
 from studio.reference.cspd import AuthorsAcceptance
 from tests.decoding.distribution_tests import (

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from studio import ContinuousSpeculative, MaskedAutoregressive, StudioError
+from studio.decoding.denoising import TimedHead
 from studio.decoding.disa import LATEST_TIME, annealed_steps
-from studio.decoding.mar import TimedHead, masked_autoregressive
+from studio.decoding.mar import masked_autoregressive
 from tests.decoding.tiny_mar import generators, tiny_mar
 
 MODEL = tiny_mar()

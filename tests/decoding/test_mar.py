@@ -5,7 +5,8 @@ import torch
 
 from studio import MaskedAutoregressive, StudioError
 from studio.decoding.counter_rng import PositionNoise, TokenIndex
-from studio.decoding.mar import ReverseTransitions, TimedHead, masked_autoregressive
+from studio.decoding.denoising import ReverseTransitions, TimedHead
+from studio.decoding.mar import masked_autoregressive
 from studio.reference.mar import textbook_masked
 from tests.decoding.tiny_mar import generators, tiny_mar
 
@@ -68,7 +69,7 @@ def test_a_batch_equals_its_single_calls():
 
 def test_few_prepared_steps_at_a_time_change_nothing(monkeypatch):
     whole = sample(model=PRECISE, guidance_scale=2.0).tokens
-    monkeypatch.setattr("studio.decoding.mar._PREPARED_NUMBERS", 1)
+    monkeypatch.setattr("studio.decoding.denoising._PREPARED_NUMBERS", 1)
     torch.testing.assert_close(sample(model=PRECISE, guidance_scale=2.0).tokens, whole, atol=1e-4, rtol=1e-4)
 
 

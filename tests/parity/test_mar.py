@@ -10,7 +10,8 @@ import torch
 
 from studio.checkpoints.mar import _kl_config, _mar_config, kl_from_state_dict, mar_from_state_dict
 from studio.decoding.counter_rng import TokenIndex
-from studio.decoding.mar import MaskedAutoregressive, ReverseTransitions, TimedHead, denoise, masked_autoregressive
+from studio.decoding.denoising import ReverseTransitions, TimedHead, denoise
+from studio.decoding.mar import MaskedAutoregressive, masked_autoregressive
 from studio.models.diffusion_head import DiffusionLoss, GaussianDiffusion, time_waves
 from studio.models.mar import MAR, patchify, take_rows, unpatchify
 from tests.parity.arrays import Arrays, mar_sizes
