@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from studio.decoding.resgen import hidden_slots, hide, shown
+from studio.decoding.residual_masks import hidden_slots, hide, shown
 from studio.models.gaussian_mixture import GaussianMixture
 from studio.models.region_conditioning import region_conditioning_layers
 from studio.models.resgen import ResGen

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from studio import StudioError
-from studio.decoding.resgen import FirstHitting, ResGenDecoding, hidden_after_calls, resgen_decoding
+from studio.decoding.resgen import FirstHitting, ResGenDecoding, resgen_decoding
+from studio.decoding.residual_masks import hidden_after_calls
 from studio.decoding.sampling import Sampling
 from studio.models.gaussian_mixture import GaussianMixture, Mixture
 from studio.models.resgen import ResGen

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio import StudioError
-from studio.decoding.resgen import SCHEDULES, hidden_after_calls, hidden_slots, hide, reveal, shown
+from studio.decoding.residual_masks import SCHEDULES, hidden_after_calls, hidden_slots, hide, reveal, shown
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(0, 1000))
 

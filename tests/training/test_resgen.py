@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from studio.decoding.resgen import FirstHitting, ResGenDecoding, hidden_slots, hide, resgen_decoding
+from studio.decoding.resgen import FirstHitting, ResGenDecoding, resgen_decoding
+from studio.decoding.residual_masks import hidden_slots, hide
 from studio.decoding.sampling import Sampling
 from studio.models.resgen import ResGen
 from studio.tokenizers.residual_quantizer import ResidualQuantizer
