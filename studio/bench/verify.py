@@ -8,8 +8,8 @@ from studio.bench.models import check_counts, check_fits
 from studio.checks import check_integer
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling
-from studio.decoding.speculative import verify
 from studio.decoding.trees import MAX_NODES, DynamicTree, Tree, grow
+from studio.decoding.verification import verify
 from studio.reference.lantern import AuthorsRelaxation
 from studio.reference.verification import leaf_paths, textbook_verify
 

@@ -38,7 +38,8 @@ from studio.checks import check_integer, check_number, set_fields
 from studio.decoding.drafts import Drafts
 from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi
-from studio.decoding.speculative import Acceptance, Speculative, or_else, ratios_in_turn, residual, take_proposal
+from studio.decoding.speculative import Speculative
+from studio.decoding.verification import Acceptance, or_else, ratios_in_turn, residual, take_proposal
 from studio.errors import StudioError
 
 _TINY = 1e-12

@@ -11,7 +11,7 @@ import torch
 
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, Relaxation, neighbour_table
-from studio.decoding.speculative import Acceptance, take_proposal
+from studio.decoding.verification import Acceptance, take_proposal
 from studio.errors import StudioError
 
 _TINY = 1e-12

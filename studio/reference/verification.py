@@ -2,7 +2,7 @@
 
 Logits are gathered along every path from the root to a leaf; candidates are tried in Python, each with a number fetched
 from the device, and the distribution is renormalised after each failure. Deterministic drafts, the authors' rule or
-lossless; the results are those of `studio.decoding.speculative.verify`.
+lossless; the results are those of `studio.decoding.verification.verify`.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from studio.decoding.sampling import Sampling
-from studio.decoding.speculative import Lossless
 from studio.decoding.trees import Tree
+from studio.decoding.verification import Lossless
 from studio.reference.lantern import AuthorsRelaxation
 
 

@@ -6,7 +6,7 @@ import torch
 
 from studio import StudioError
 from studio.decoding.lantern import Relaxation, neighbour_table
-from studio.decoding.speculative import Acceptance, Lossless
+from studio.decoding.verification import Acceptance, Lossless
 from studio.reference.lantern import AuthorsRelaxation
 from tests.decoding.distributions import distance, distribution_of_node, without_replacement
 

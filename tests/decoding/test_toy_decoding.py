@@ -23,7 +23,8 @@ DECODINGS["threshold"] = DecodingChoice(
 
 
 def __getattr__(name):
-    from studio.decoding.speculative import Acceptance, Lossless, Speculative
+    from studio.decoding.speculative import Speculative
+    from studio.decoding.verification import Acceptance, Lossless
 
     class Rule(Lossless):
         def __init__(self, threshold):

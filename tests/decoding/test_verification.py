@@ -9,8 +9,8 @@ from studio import StudioError
 from studio.bench.verify import bench_verify
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling
-from studio.decoding.speculative import Lossless, verify, verify_greedy
 from studio.decoding.trees import DynamicTree, StaticTree, Tree, grow, trees_of
+from studio.decoding.verification import Lossless, verify, verify_greedy
 from studio.reference.lantern import AuthorsRelaxation
 from studio.reference.verification import leaf_paths, textbook_verify
 from tests.decoding.distributions import distance, without_replacement

@@ -15,8 +15,9 @@ from studio.decoding.drafts import DraftContext, Progress
 from studio.decoding.eagle import DrafterDrafts
 from studio.decoding.lantern import neighbour_table
 from studio.decoding.sampling import Sampling
-from studio.decoding.speculative import Lossless, Speculative, speculative, verify, verify_greedy
+from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree, Tree
+from studio.decoding.verification import Lossless, verify, verify_greedy
 from studio.reference.lantern import AuthorsLantern, AuthorsRelaxation
 from tests.parity.recordings import Recording, find, stem
 
