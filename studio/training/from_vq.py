@@ -47,9 +47,11 @@ def start_rvq(network: torch.nn.Module, folder: Path) -> int:
 def start_kl(network: torch.nn.Module, folder: Path) -> int:
     """The same for diffusers' `AutoencoderKL`, which has attention in its middle only."""
 
+    all_levels = len(network.get_submodule("encoder.down_blocks"))
+
     def of_diffusers(name, weight, levels):
         name = rvq_name(name, levels)
-        return kl_name(name, levels), kl_weight(name, weight)
+        return kl_name(name, all_levels), kl_weight(name, weight)
 
     return _fill(network, folder, of_diffusers)
 

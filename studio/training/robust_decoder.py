@@ -91,6 +91,11 @@ class TunableRecipe(TokenizerRecipe):
         """Whether the decoder alone is trained."""
         return self.model["train"] == "decoder"
 
+    @property
+    def learns_codes(self) -> bool:
+        """Whether codebooks are learned."""
+        return not self.tunes_decoder
+
     def build(self) -> torch.nn.Module:
         if self.model["train"] not in ("all", "decoder"):
             raise StudioError(f'train in [model] is "all" or "decoder", not {shown(self.model["train"])}.')
@@ -121,17 +126,19 @@ class TunableRecipe(TokenizerRecipe):
         return {}
 
     def load(self, module: Any, folder: Path) -> None:
-        if not self.tunes_decoder:  # which has been built from there
+        if self.learns_codes:
             load_with_codebook(module, folder)
+        elif not self.tunes_decoder:  # which has been built from there
+            super().load(module, folder)
 
     def export(self, module: Any, folder: Path) -> None:
-        if self.tunes_decoder:
-            super().export(module, folder)
-        else:
+        if self.learns_codes:
             export_with_codebook(module, folder)
+        else:
+            super().export(module, folder)
 
     def samples(self, module: Any) -> torch.Tensor | None:
-        if not self.tunes_decoder:
+        if self.learns_codes:
             put_codebook(module)
         return super().samples(module)
 

@@ -1,6 +1,7 @@
 """Residual VQ tokenizer (RQ-VAE, arXiv:2203.01941): stacks of codes, of which the first ones are an image too.
 
 Where the options name a trained VQ tokenizer (`--init-from` of the kind vq), encoder and decoder start from its blocks.
+With `same_tokens_as` in [model], codes stay those of a smaller RVQ tokenizer (`studio.training.same_tokens`).
 """
 
 import copy
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 from vector_quantize_pytorch import ResidualVQ
 
+from studio.checkpoints.loading import load_model
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.from_vq import is_vq, start_rvq
 from studio.training.one_d_piece import random_lengths
 from studio.training.recipe import Defaults, downsampling
 from studio.training.robust_decoder import TunableRecipe
+from studio.training.same_tokens import SameTokens, check_reference, start_coarse
 from studio.training.vq import reconstruction_loss
 
 WHOLE, CUT = 2, 2
@@ -65,6 +68,23 @@ class TrainableRVQ(nn.Module):
         return rests, torch.stack(commitments).mean()
 
 
+class SameStacks(SameTokens):
+    """An `RVQTokenizer` that learns another's vectors, and to restore from its codes."""
+
+    def tokens_of(self, images: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors = self.reference.encode_features(images)
+        codes = self.reference.quantizer.encode(vectors)
+        for part, depth in zip(codes.tensor_split(len(depths)), depths.tolist(), strict=True):
+            part[..., depth:] = -1
+        return vectors, self.reference.quantizer.lookup(codes).sum(dim=-2)
+
+    def vectors(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tokenizer.encode_features(images)
+
+    def restoration(self, fed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return reconstruction_loss(self.tokenizer.decode_features(fed).float(), images)
+
+
 class RVQRecipe(TunableRecipe):
     """An image tokenizer of a stack of codes a cell."""
 
@@ -73,16 +93,25 @@ class RVQRecipe(TunableRecipe):
     task = "image-tokenizer"
     defaults = Defaults(steps=4000, batch_size=32, learning_rate=3e-3)
     takes = frozenset({"size", "grid", "codes", "dim", "layers"})
-    model = {**TunableRecipe.model, "depth": 4, "feature_dim": 16, "z_channels": 192}
+    model = {**TunableRecipe.model, "depth": 4, "feature_dim": 16, "z_channels": 192, "same_tokens_as": ""}
     tokenizer_class = RVQTokenizer
     loss = staticmethod(reconstruction_loss)
+
+    @property
+    def learns_codes(self) -> bool:
+        return super().learns_codes and not self.model["same_tokens_as"]
 
     def network(self) -> torch.nn.Module:
         options = self.options
         size = options.size or 128
-        folded, halvings = downsampling(size, options.grid or size // 8)
+        grid = options.grid or size // 8
+        folded, halvings = downsampling(size, grid)
+        reference = None
+        if name := self.model["same_tokens_as"]:
+            reference = load_model(RVQTokenizer, self.find(name), torch.float32)
+            check_reference(reference, size, grid)
         self.open(size)
-        return TrainableRVQ({
+        config = {
             "base_channels": options.dim or 96,
             "channel_multipliers": (1,) * (halvings + 1),
             "res_blocks": options.layers or 2,
@@ -94,7 +123,14 @@ class RVQRecipe(TunableRecipe):
             "shared_codebook": False,
             "pixel_unshuffle": folded,
             "sample_size": size,
-        })  # fmt: skip
+        }  # fmt: skip
+        if reference is None:
+            return TrainableRVQ(config)
+        codes = ("feature_dim", "cell", "depth", "codebook_size", "shared_codebook")
+        tokenizer = RVQTokenizer(**{**config, **{name: reference.config[name] for name in codes}})
+        self.model["depth"] = tokenizer.config.depth
+        start_coarse(tokenizer, reference)
+        return SameStacks(tokenizer, reference)
 
     def choices(self, rng: np.random.Generator, size: int, training: bool) -> dict[str, torch.Tensor]:
         most = self.model["depth"]
@@ -104,11 +140,13 @@ class RVQRecipe(TunableRecipe):
     def load(self, module: Any, folder: Path) -> None:
         if not self.tunes_decoder and is_vq(folder):
             start_rvq(module.tokenizer, folder)
+            if isinstance(module, SameTokens):
+                start_coarse(module.tokenizer, module.reference)
         else:
             super().load(module, folder)
 
     def export(self, module: Any, folder: Path) -> None:
-        if not self.tunes_decoder:
+        if self.learns_codes:
             module = copy.deepcopy(module)
             scale_vectors(module, 1 / self.spread(module.tokenizer))
         super().export(module, folder)
