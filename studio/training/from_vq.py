@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,8 +47,7 @@ def start_rvq(network: torch.nn.Module, folder: Path) -> int:
 @torch.no_grad()
 def start_kl(network: torch.nn.Module, folder: Path) -> int:
     """The same for diffusers' `AutoencoderKL`, which has attention in its middle only."""
-
-    all_levels = len(network.get_submodule("encoder.down_blocks"))
+    all_levels = levels_of(network)
 
     def of_diffusers(name, weight, levels):
         name = rvq_name(name, levels)
@@ -60,6 +60,12 @@ def rvq_name(name: str, levels: int) -> str:
     """The name in `RVQTokenizer`, whose decoder counts its levels from the image, of a tensor of `VQTokenizer`."""
     name = re.sub(r"(?<=^decoder\.conv_blocks\.)\d+", lambda at: str(levels - 1 - int(at[0])), name)
     return renamed(name, _RVQ)
+
+
+def levels_of(network: torch.nn.Module) -> int:
+    """Levels of an encoder."""
+    encoder: Any = network.get_submodule("encoder")
+    return len(encoder.down if hasattr(encoder, "down") else encoder.down_blocks)
 
 
 def _fill(network, folder, converted: Callable[[str, torch.Tensor, int], tuple[str, torch.Tensor]]) -> int:

@@ -46,7 +46,7 @@ class TrainableKL(nn.Module):
 class SameLatents(SameTokens):
     """A `KLTokenizer` that learns the distributions of another's latents, and to restore from samples of them."""
 
-    def tokens_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens_of(self, images: torch.Tensor, choices: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         latents = self.reference.encode_distribution(images)
         return latents.parameters, latents.sample()
 

@@ -71,10 +71,11 @@ class TrainableRVQ(nn.Module):
 class SameStacks(SameTokens):
     """An `RVQTokenizer` that learns another's vectors, and to restore from its codes."""
 
-    def tokens_of(self, images: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens_of(self, images: torch.Tensor, choices: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         vectors = self.reference.encode_features(images)
         codes = self.reference.quantizer.encode(vectors)
-        for part, depth in zip(codes.tensor_split(len(depths)), depths.tolist(), strict=True):
+        depths = choices["depths"].tolist()
+        for part, depth in zip(codes.tensor_split(len(depths)), depths, strict=True):
             part[..., depth:] = -1
         return vectors, self.reference.quantizer.lookup(codes).sum(dim=-2)
 

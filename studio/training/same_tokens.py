@@ -7,7 +7,6 @@ those of the reduced one.
 
 import re
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from studio.checks import shown
 from studio.errors import StudioError
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
+from studio.training.from_vq import levels_of
 
 OF_IMAGE = ("encoder.conv_in.", "decoder.norm_out.", "decoder.conv_norm_out.", "decoder.conv_out.")
 """Parts of a network that stand beside the pixels."""
@@ -38,15 +38,16 @@ class SameTokens(nn.Module):
 
     def forward(self, images: torch.Tensor, **choices: torch.Tensor) -> torch.Tensor:
         """Loss of images (B, 3, H, W) in [-1, 1]: of what is restored from the reference's tokens, and of the encoder's
-        vectors, over their variance."""
+        vectors, over their variance.
+        """
         with torch.no_grad():
-            wanted, fed = self.tokens_of(F.avg_pool2d(images, self.factor), **choices)
+            wanted, fed = self.tokens_of(F.avg_pool2d(images, self.factor), choices)
         distance = F.mse_loss(self.vectors(images).float(), wanted.float()) / wanted.float().var()
         return self.restoration(fed, images) + distance
 
     @abstractmethod
-    def tokens_of(self, images: torch.Tensor, **choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference's vectors of reduced images, and what the decoder is fed."""
+    def tokens_of(self, images: torch.Tensor, choices: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's vectors of reduced images, and what the decoder is fed; `choices` are those of the batch."""
 
     @abstractmethod
     def vectors(self, images: torch.Tensor) -> torch.Tensor:
@@ -62,8 +63,8 @@ def check_reference(reference: KLTokenizer | RVQTokenizer, size: int, grid: int)
     side, own = reference.config.sample_size, grid_of(reference)
     if own != grid or size <= side or size % side:
         raise StudioError(
-            f"same_tokens_as names a tokenizer of {own}x{own} tokens for {side} px: take --grid {own} and a --size that "
-            f"is a multiple of {side}, at least {2 * side}, not --grid {shown(grid)} and --size {shown(size)}."
+            f"same_tokens_as names a tokenizer of {own}x{own} tokens for {side} px: take --grid {own} and a --size "
+            f"that is a multiple of {side}, at least {2 * side}, not --grid {shown(grid)} and --size {shown(size)}."
         )
 
 
@@ -97,9 +98,3 @@ def start_coarse(network: nn.Module, reference: nn.Module) -> int:
             own[shifted].copy_(weight)
             found += 1
     return found
-
-
-def levels_of(network: nn.Module) -> int:
-    """Levels of an encoder."""
-    encoder: Any = network.get_submodule("encoder")
-    return len(encoder.down if hasattr(encoder, "down") else encoder.down_blocks)

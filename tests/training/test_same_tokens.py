@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 from studio.checkpoints.loading import load
 from studio.errors import StudioError
+from studio.training.from_vq import levels_of
 from studio.training.kl import KLRecipe
 from studio.training.rvq import RVQRecipe
-from studio.training.same_tokens import OF_IMAGE, levels_of
+from studio.training.same_tokens import OF_IMAGE
 
 SMALL = {"data": "emoji", "size": 32, "grid": 4, "dim": 32, "layers": 1}
 LARGE = {**SMALL, "size": 64}
@@ -54,7 +55,7 @@ def test_it_learns_the_tokens_and_leaves_the_other_as_it_is(trained, tmp_path):
     def errors():
         with torch.no_grad():
             torch.manual_seed(1)
-            wanted, fed = module.tokens_of(F.avg_pool2d(images, 2), **choices)
+            wanted, fed = module.tokens_of(F.avg_pool2d(images, 2), choices)
             return F.mse_loss(module.vectors(images), wanted), module.restoration(fed, images)
 
     first = errors()
