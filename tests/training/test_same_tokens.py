@@ -9,6 +9,7 @@ from studio.checkpoints.loading import load
 from studio.errors import StudioError
 from studio.training.from_vq import levels_of
 from studio.training.kl import KLRecipe
+from studio.training.one_d_piece import OneDPieceRecipe, larger_patches
 from studio.training.rvq import RVQRecipe
 from studio.training.same_tokens import OF_IMAGE
 
@@ -84,3 +85,48 @@ def test_other_sizes_are_refused(trained, recipe, sizes):
     other = recipe(type(made), model={"same_tokens_as": str(folder)}, **{**LARGE, **sizes})
     with pytest.raises(StudioError, match="4x4 tokens for 32 px"):
         other.build()
+
+
+@pytest.fixture
+def rows(few_images, recipe, tmp_path):
+    """A recipe of rows for 32 px, its module, and a tokenizer of 16 px with random weights."""
+    few_images(8)
+    torch.manual_seed(0)
+    small = {"data": "emoji", "size": 16, "tokens": 8, "codes": 16, "dim": 32, "layers": 1}
+    made = recipe(OneDPieceRecipe, model={"patch_size": 4}, **small)
+    module = made.build()
+    torch.nn.init.normal_(module.tokenizer.pixel_decoder.conv_out.weight, std=0.1)
+    made.export(module, tmp_path / "small")
+    large = recipe(OneDPieceRecipe, model={"same_tokens_as": str(tmp_path / "small")}, **{**small, "size": 32})
+    return large, large.build(), load(tmp_path / "small", device="cpu", dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_rows_start_as_the_other_with_each_pixel_repeated(rows):
+    _, module, small = rows
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    tokens = module.tokenizer.encode(images)
+    assert torch.equal(tokens, small.encode(F.avg_pool2d(images, 2)))
+    expected = F.interpolate(small.decode(tokens, 5), scale_factor=2)
+    torch.testing.assert_close(module.tokenizer.decode(tokens, 5), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_restored_better_and_stay_what_they_are(rows, tmp_path):
+    made, module, small = rows
+    batch = made.batch(np.random.default_rng(0), 8)
+    first = module(**batch).item()
+    optimizers = made.optimizers(module, 3e-3)
+    for _ in range(20):
+        module(**batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert module(**batch).item() < 0.9 * first
+    made.export(module, tmp_path / "large")
+    large = load(tmp_path / "large", device="cpu", dtype=torch.float32)
+    assert torch.equal(large.encode(batch["images"]), small.encode(F.avg_pool2d(batch["images"], 2)))
+
+
+def test_rows_of_another_size_are_refused(rows):
+    with pytest.raises(StudioError, match="images of 16 px"):
+        larger_patches(rows[2], 24)
