@@ -298,4 +298,5 @@ int32_t studio_lanes(void) {
 }
 
 #include "native_pixels.h" /* attends with the functions above */
+#include "native_sampling.h"
 #include "native_sums.h"

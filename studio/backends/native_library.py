@@ -19,7 +19,10 @@ from pathlib import Path
 
 from studio.files import cache_folder
 
-_PARTS = ("native.c", "native_threads.h", "native_vectors.h", "native_denoising.h", "native_pixels.h", "native_sums.h")
+_PARTS = (
+    "native.c", "native_threads.h", "native_vectors.h", "native_denoising.h", "native_pixels.h", "native_sampling.h",
+    "native_sums.h",
+)  # fmt: skip
 SOURCES = [Path(__file__).with_name(name) for name in _PARTS]
 FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 
@@ -158,8 +161,10 @@ def _declared(file: Path) -> ctypes.CDLL:
     loaded.studio_denoise.argtypes = [pointer] * 3
     loaded.studio_decode.argtypes = [pointer, ctypes.c_int64]
     loaded.studio_sums.argtypes = [pointer, pointer, number, number, pointer]
-    for run in (loaded.studio_product, loaded.studio_denoise, loaded.studio_decode, loaded.studio_sums):
-        run.restype = None
+    loaded.studio_winners.argtypes = [pointer]
+    others = ("studio_product", "studio_denoise", "studio_decode", "studio_sums", "studio_winners")
+    for name in others:
+        getattr(loaded, name).restype = None
     loaded.studio_lanes.argtypes, loaded.studio_lanes.restype = [], number
     return loaded
 

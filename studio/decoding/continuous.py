@@ -22,7 +22,7 @@ from studio import backends
 from studio.checks import check_integer
 from studio.decoding.autoregressive import Guidance, check_schedule, condition_rows, guided_logits
 from studio.decoding.jacobi import CPU_ROWS, TOKENS_A_CALL, PositionRaces, leading
-from studio.decoding.sampling import Sampling, filter_logits
+from studio.decoding.sampling import Sampling
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 
@@ -181,9 +181,7 @@ class ContinuousBatch:
 
         ends = [image.length + width for image in self.images]
         self._races.reach([image.place for image in self.images], ends)
-        outcomes = self._races.winners(plan.probabilities(logits), plan.places, index)
-        if plan.greedy is not None:
-            outcomes = torch.where(plan.greedy, logits.argmax(dim=-1), outcomes)
+        outcomes = plan.winners(logits, self._races, index)
         right = leading(fed[:, 1:] == outcomes[:, :-1])
         new = torch.minimum(right + 1, self._total - reached)
         flat.scatter_(0, (starts + index).view(-1), outcomes.view(-1))
@@ -259,7 +257,7 @@ class _Plan:
         image_of: (R,) the image of each sequence in the cache.
         conditional, unconditional: (n,) the sequences of each image; without guidance the same one twice.
         temperatures: (n, 1, 1).
-        filters: images by the filters that they share, those without any left out.
+        filters: images by the filters that they share.
         greedy: (n, 1), which images take the likeliest token; None where none does.
     """
 
@@ -291,7 +289,7 @@ class _Plan:
             numbers([image.rows[0] for image in images]),
             numbers([image.rows[-1] for image in images]),
             numbers([image.sampling.divisor for image in images], torch.float32)[:, None, None],
-            [(shared, numbers(group)) for shared, group in groups.items() if shared.filters],
+            [(shared, numbers(group)) for shared, group in groups.items()],
             numbers(greedy, torch.bool)[:, None] if any(greedy) else None,
         )
 
@@ -301,11 +299,13 @@ class _Plan:
             return logits[self.conditional]
         return guided_logits(logits[torch.cat((self.conditional, self.unconditional))], scales)
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """The distributions (n, w, V) that tokens are sampled from."""
-        logits = logits / self.temperatures
-        for shared, group in self.filters:
-            kept = logits[group]
-            filtered = filter_logits(kept.flatten(0, 1), top_k=shared.top_k, top_p=shared.top_p, order=shared.order)
-            logits[group] = filtered.view_as(kept)
-        return logits.softmax(dim=-1)
+    def winners(self, logits: torch.Tensor, races: PositionRaces, index: torch.Tensor) -> torch.Tensor:
+        """Samples for logits (n, w, V) of the tokens `index` (n, w)."""
+        scaled = logits / self.temperatures
+        if len(self.filters) == 1:
+            outcomes = races.winners(self.filters[0][0], scaled, self.places, index)
+        else:
+            outcomes = torch.empty_like(index)
+            for shared, group in self.filters:
+                outcomes[group] = races.winners(shared, scaled[group], self.places[group], index[group])
+        return outcomes if self.greedy is None else torch.where(self.greedy, logits.argmax(dim=-1), outcomes)

@@ -41,7 +41,6 @@ from studio.decoding.sampling import (
     Sampling,
     SpeculativeOutput,
     fill_exponential,
-    sample_rows,
 )
 from studio.decoding.trees import path_call
 from studio.errors import StudioError
@@ -182,7 +181,8 @@ class _Run:
         self.path = torch.ones(1, window, window, dtype=torch.bool, device=device).tril()
         self.generators, self.races, self.proposals = generators, None, None
         if not sampling.greedy and self.coupling in ("seed", "gumbel"):
-            self.races = PositionRaces(generators, logits.shape[-1], total if editable else window, total, device)
+            slots = total if editable and batch > 1 else window  # an image alone goes back to its last window at most
+            self.races = PositionRaces(generators, logits.shape[-1], slots, total, device)
         if not sampling.greedy and self.coupling != "seed":
             self.proposals = logits.new_empty(batch, window - 1, logits.shape[-1])
             self.proposals[:] = _one_hot(self.tokens[:, :1], self.proposals)
@@ -240,13 +240,13 @@ class _Run:
             right = leading(passed.view_as(guesses))
             outcomes[:, :-1] = torch.where(self.steps[:-1] < right[:, None], guesses, outcomes[:, :-1])
             return outcomes, right
-        distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
         if self.races is not None:
             self.races.reach(self.numbers, [self.lengths[number] + index.shape[1] for number in self.numbers])
         if self.coupling == "seed":
             assert self.races is not None
-            outcomes = self.races.winners(distributions, self.images, index)
+            outcomes = self.races.winners(self.sampling, logits, self.images, index)
             return outcomes, leading(guesses == outcomes[:, :-1])
+        distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
         chance = _Chance.of(
             [self.generators[number] for number in self.numbers], distributions.shape[1], distributions.device
         )
@@ -255,7 +255,7 @@ class _Run:
         if self.coupling == "gumbel":
             assert self.races is not None
             behind = self.steps > right[:, None]
-            outcomes = torch.where(behind, self.races.winners(distributions, self.images, index), outcomes)
+            outcomes = torch.where(behind, self.races.winners(self.sampling, logits, self.images, index), outcomes)
         self.proposals = next_proposals(distributions, outcomes, right)
         return outcomes, right
 
@@ -385,11 +385,12 @@ class PositionRaces:
                 fill_exponential(self.noise[row], self.generators[number])
                 self.taken[number] = position + 1
 
-    def winners(self, distributions: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Samples (b, n) of distributions (b, n, V) of the tokens `index` (b, n) of these images."""
+    def winners(
+        self, sampling: Sampling, logits: torch.Tensor, images: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        """Samples (b, n) for logits (b, n, V) of the tokens `index` (b, n) of these images."""
         rows = images[:, None] * self.slots + index % self.slots
-        noise = self.noise.index_select(0, rows.flatten())
-        return sample_rows(distributions.flatten(0, 1), noise=noise).view(index.shape)
+        return sampling.winners(logits.flatten(0, 1), self.noise, rows.flatten()).view(index.shape)
 
 
 def leading(passed: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import torch
 
+from studio import backends
 from studio.checks import check_choice, check_integer, check_number, set_fields
 from studio.errors import StudioError
 
@@ -65,11 +66,6 @@ class Sampling:
         """What logits are divided by."""
         return max(self.temperature, _SMALLEST_TEMPERATURE)
 
-    @property
-    def filters(self) -> bool:
-        """Whether tokens may be dropped."""
-        return self.top_k > 0 or self.top_p < 1
-
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution (rows, V) a token is sampled from, float32."""
         kept = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, order=self.order)
@@ -79,7 +75,23 @@ class Sampling:
         """Tokens (rows,) for logits (rows, V); row i uses generators[i] only."""
         if self.greedy:
             return logits.argmax(dim=-1)
-        return sample_rows(self.probabilities(logits), generators)
+        return self.winners(logits, exponential_noise(*logits.shape, generators, logits.device))
+
+    def winners(self, logits: torch.Tensor, noise: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (rows,) that win the race of `sample_rows` for logits (rows, V).
+
+        Args:
+            noise: Exp(1) noise (n, V).
+            places: the row of the noise for each row of logits, (rows,); None: the same one.
+        """
+        race = None if self.top_p < 1 else backends.select_race(logits, noise)
+        if race is not None:
+            rows = torch.arange(len(logits)) if places is None else places
+            found = race(logits, noise, rows, self.divisor, self.top_k)
+            if len(found) == 0 or int(found.min()) >= 0:
+                return found
+        noise = noise if places is None else noise.index_select(0, places)
+        return sample_rows(self.probabilities(logits), noise=noise)
 
 
 def filter_logits(
