@@ -128,6 +128,7 @@ for command in (
     bench.pruning,
     bench.verify,
     bench.cost,
+    bench.windows,
     bench.contention,
     bench.mar,
     bench.cspd,

@@ -257,6 +257,22 @@ def cost(
     say_rows(result["rows"])
 
 
+def windows(
+    model: Annotated[
+        str, typer.Option(help="A bundled name or model folder with a LlamaGen that samples from words.")
+    ] = "emoji-ar",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time Jacobi decoding by window, beside a bound: windows chosen by a search that knows the right guesses."""
+    from studio.bench.windows import bench_windows
+
+    quiet_libraries()
+    result = bench_windows(model, device=device)
+    emit(result)
+    say_rows(result["rows"])
+
+
 def contention(
     model: Annotated[str, typer.Option(help="A bundled name or model folder that samples.")] = "emoji-ar",
     as_json: Json = False,

@@ -75,7 +75,8 @@ class Sampling:
         """Tokens (rows,) for logits (rows, V); row i uses generators[i] only."""
         if self.greedy:
             return logits.argmax(dim=-1)
-        return self.winners(logits, exponential_noise(*logits.shape, generators, logits.device))
+        rows, vocab = logits.shape
+        return self.winners(logits, exponential_noise(rows, vocab, generators, logits.device))
 
     def winners(self, logits: torch.Tensor, noise: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (rows,) that win the race of `sample_rows` for logits (rows, V).

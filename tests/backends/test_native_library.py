@@ -35,6 +35,7 @@ void studio_product() {}
 void studio_denoise() {}
 void studio_decode() {}
 void studio_sums() {}
+void studio_winners() {}
 """
 
 
