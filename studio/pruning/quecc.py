@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from studio.checks import check_integer
 from studio.errors import StudioError
+from studio.pruning.attention import TowerTap
 from studio.pruning.shortening import PruneInfo, cut, now, positions_from
 
 FOLDER = "compressor"
@@ -137,10 +138,19 @@ class Compressor(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases d
     def read(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches (B, side * side, width) of images, from LLaVA-NeXT's thumbnails and crops (B, 1 + crops, 3, S, S)."""
         crops = pixel_values[:, 1:]
-        seen = model.model.vision_tower(crops.flatten(0, 1), output_hidden_states=True)
-        patches = seen.hidden_states[model.config.vision_feature_layer][:, 1:]
+        tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+        with TowerTap(tower, (), feature_layer=layer, has_cls=True):
+            seen = tower(crops.flatten(0, 1), output_hidden_states=True)
+        patches = seen.hidden_states[layer][:, 1:]
         sizes = {"i": self.config.tiles, "j": self.config.tiles, "r": self.config.side // self.config.tiles}
         return rearrange(patches, "(b i j) (r c) d -> b (i r j c) d", **sizes)
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises a `StudioError` for a number of tokens that it was not trained for."""
+        trained = tuple(self.config.tokens)
+        if check_integer("tokens", tokens, 1) not in trained:
+            counts = ", ".join(map(str, trained))
+            raise StudioError(f"This reader compresses an image to {counts} tokens, not to {tokens}.")
 
     @property
     def prompt_tokens(self) -> int:
@@ -199,9 +209,7 @@ def compress_inputs(
     Raises:
         StudioError: a number of tokens that the compressor was not trained for.
     """
-    trained = tuple(compressor.config.tokens)
-    if check_integer("tokens", tokens, 1) not in trained:
-        raise StudioError(f"This reader compresses an image to {', '.join(map(str, trained))} tokens, not to {tokens}.")
+    compressor.check_tokens(tokens)
     began = now(question.device)
     patches = compressor.read(model, inputs["pixel_values"])
     encoded = now(patches.device)

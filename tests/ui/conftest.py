@@ -10,6 +10,7 @@ from gradio_client import Client
 from studio import LlamaGen, VisualQuestionPipeline
 from studio.backends.cpu_c import NativeLlamaGen
 from studio.backends.packed import PackedLlamaGen
+from studio.pruning.quecc import Compressor
 from studio.ui.app import build_app, launch_settings
 from studio.ui.server import limits, models, worker
 from studio.ui.server.limits import Limits
@@ -81,7 +82,8 @@ def serve_api(tiny_pipeline, tiny_reader, tmp_path_factory):
             patch.setattr(limits, "_limits", Limits())
             for name, pipe in {"tiny": tiny_pipeline, **pipelines}.items():
                 patch.setitem(models._pipelines, name, pipe)
-            patch.setitem(models._readers, "emoji-vlm", VisualQuestionPipeline(*tiny_reader))
+            compressor = Compressor.for_reader(tiny_reader[0], tokens=(1, 4)).eval()
+            patch.setitem(models._readers, "emoji-vlm", VisualQuestionPipeline(*tiny_reader, compressor))
             how = prepare("tiny", devices_of(None, None), QueueLimits(8, 4, 8), Limits(3, 40, 5000, 64))
             blocks = build_app(how.pop("model"), how.pop("places"))
             settings = {"upload_bytes": 100_000, "folder": tmp_path_factory.mktemp("files"), **how, **launch_settings()}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from studio import VisualQuestionPipeline, decoding_named
 from studio.errors import StudioError
-from studio.ui.server import worker
+from studio.ui.server import models, worker
 from studio.ui.server.keys import Keys, read_keys
 from studio.ui.server.logs import use_json_lines
 from studio.ui.server.rate_limits import RateLimiter, Rates
@@ -154,10 +154,10 @@ def test_models_are_listed(client):
 
 
 def test_a_question_is_answered_whole_and_as_a_stream(client, tiny_reader):
-    pipe = VisualQuestionPipeline(*tiny_reader)
+    pipe = VisualQuestionPipeline(*tiny_reader, models._readers["emoji-vlm"].compressor)
     image = Image.new("RGB", (16, 16), "red")
-    for extra, settings in (({}, {}), ({"prune": "divprune", "keep": 0.5}, {"prune": "divprune", "keep": 0.5})):
-        expected = pipe(image, "what", max_new_tokens=6, **settings)
+    for extra in ({}, {"prune": "divprune", "keep": 0.5}, {"tokens": 4}):
+        expected = pipe(image, "what", max_new_tokens=6, **extra)
         call = {"model": "emoji-vlm", "messages": question(data_url()), "max_tokens": 6, "extra_body": extra}
         found = client.chat.completions.create(**call)
         assert found.choices[0].message.content == expected.answer
@@ -182,6 +182,11 @@ def test_a_question_is_answered_whole_and_as_a_stream(client, tiny_reader):
         ({"temperature": 0.7}, "temperature", "0"),
         ({"extra_body": {"keep": 0.5}}, "keep", "needs a pruning method"),
         ({"extra_body": {"prune": "magic"}}, "prune", "The pruning method is one of"),
+        ({"extra_body": {"tokens": 9}}, "tokens", "to 1, 4 tokens, not to 9"),
+        ({"extra_body": {"tokens": 9}, "stream": True}, "tokens", "to 1, 4 tokens, not to 9"),
+        ({"extra_body": {"tokens": 0}}, "tokens", "at least 1"),
+        ({"extra_body": {"tokens": 4, "prune": "divprune"}}, "tokens", "exclude each other"),
+        ({"extra_body": {"tokens": 4, "keep": 0.5}}, "keep", "not keep"),
         ({"max_tokens": 65}, "max_tokens", "from 1 to 64"),
         ({"stop": ["."]}, "stop", "max_tokens"),
         ({"tools": []}, "tools", "tools"),

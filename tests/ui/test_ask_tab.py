@@ -12,7 +12,9 @@ import torch
 from gradio_client import handle_file
 from PIL import Image
 
+from studio.errors import StudioError
 from studio.pruning.layout import PatchView
+from studio.pruning.quecc import Compressor
 from studio.ui.jobs import ask_job
 from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.render.render_patches import render_patches
@@ -29,7 +31,7 @@ def scene(tmp_path_factory):
 
 def updates(scene, **changes):
     fields = {"model": "tiny-reader", "image": scene, "question": "how many", "method": "divprune", "keep": 0.2}
-    fields |= {"compare": True, **changes}
+    fields |= {"compare": True, "tokens": 16, **changes}
     fields["image"] = fields["image"] and {"path": fields["image"]}
 
     async def collect():
@@ -108,6 +110,49 @@ def test_the_memory_of_an_image_is_kept_between_questions(reader, short, scene, 
     assert made == [{"method": "coverage", "keep": 0.1}]
     updates(scene, method="kv-h2o", keep=0.1)
     assert len(made) == 2
+
+
+@pytest.fixture
+def compressing(reader, monkeypatch):
+    """The reader with a compressor to 1 or 4 tokens."""
+    monkeypatch.setattr(reader, "compressor", Compressor.for_reader(reader.model, tokens=(1, 4)).eval())
+    return reader
+
+
+def test_tokens_are_made_for_the_question(compressing, short, scene):
+    _, cards, status = updates(scene, method="quecc", tokens=4.0, keep=1)[-1]
+    expected = compressing(Image.open(scene), "how many", tokens=4, max_new_tokens=4)
+    assert "quecc (made for the question), 4 tokens" in cards and "the answer is" in status
+    assert cards.count("<section") == 2 and expected.answer in cards
+    assert f"4 of {expected.visual_tokens} visual tokens" in cards
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [(9, "to 1, 4 tokens, not to 9"), (0, "number of tokens"), (1.5, "number of tokens")]
+)
+def test_numbers_of_tokens_that_are_not_made_are_a_toast(compressing, short, toasts, scene, tokens, words):
+    assert "unchanged" in updates(scene, method="quecc", tokens=tokens)[-1][2]
+    assert len(toasts) == 1 and words in toasts[0]
+
+
+def test_a_reader_without_a_compressor_makes_no_tokens(reader, short, toasts, scene):
+    updates(scene, method="quecc")
+    assert len(toasts) == 1 and "no compressor" in toasts[0]
+
+
+def test_the_endpoint_takes_tokens_for_quecc_alone(compressing, scene):
+    async def last(**given):
+        fields = {"image": {"path": scene}, "question": "how many", "model": "tiny-reader", "keep": 0.2}
+        return [each async for each in ask.answer_reading(**fields, max_new_tokens=4, **given)][-1]
+
+    expected = compressing(Image.open(scene), "how many", tokens=4, max_new_tokens=4)
+    answer, details = asyncio.run(last(method="quecc", tokens=4))
+    assert answer == expected.answer
+    assert (details["kept_tokens"], details["place"]) == (4, "made for the question")
+    with pytest.raises(StudioError, match="is for quecc"):
+        asyncio.run(last(method="divprune", tokens=4))
+    with pytest.raises(StudioError, match="to 1, 4 tokens, not to 16"):
+        asyncio.run(last(method="quecc"))
 
 
 def test_few_memories_stay(reader, short, scene, monkeypatch):
@@ -217,7 +262,7 @@ def test_closing_stops_the_model_within_one_token(reader, scene, monkeypatch):
     monkeypatch.setattr(reader.model, "forward", slow)
 
     async def close_after_a_while():
-        asked = ask.show_reading("tiny-reader", {"path": scene}, "how many", "divprune", 0.2, True)
+        asked = ask.show_reading("tiny-reader", {"path": scene}, "how many", "divprune", 0.2, True, 16)
         async for _ in asked:
             if len(calls) >= 4:
                 break

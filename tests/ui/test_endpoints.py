@@ -20,7 +20,7 @@ BASE = {
     "edit": ["FILE", "a red apple", None, [0, 0, 8, 8], {}, 1, 1, 7, "tiny", None, None],
     "tokenize": ["FILE", "tiny", None, False],
     "detokenize": ["FILE", "tiny"],
-    "ask": ["FILE", "what", "tiny", "divprune", 0.2, 4],
+    "ask": ["FILE", "what", "tiny", "divprune", 0.2, 4, None],
     "compare": ["a red apple", ["tiny: ar", "tiny: speculative"], 1, 7],
 }
 UNFIT = UNEXPECTED.split("(")[0]

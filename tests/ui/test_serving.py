@@ -177,7 +177,7 @@ def test_no_path_of_a_request_is_opened(address, tmp_path, tiny_folder, monkeypa
         for name, data in (
             ("tokenize", [{"path": str(secret), **meta}, "tiny", None, False]),
             ("detokenize", [{"path": str(secret), **meta}, "tiny"]),
-            ("ask", [{"path": str(secret), **meta}, "what", "tiny", "divprune", 0.2, 8]),
+            ("ask", [{"path": str(secret), **meta}, "what", "tiny", "divprune", 0.2, 8, None]),
         ):
             assert "error" in _answer(address, name, data)
     assert not opened

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from studio.ui.api.asking import asking, begun, chosen_model, event, last_of, streamed
 from studio.ui.api.errors import ApiError, ApiRoute
 from studio.ui.api.schemas import ChatRequest
-from studio.ui.jobs.ask_job import AskRequest, Reading, read
+from studio.ui.jobs.ask_job import QUECC, AskRequest, Reading, read
 
 if TYPE_CHECKING:
     from studio.pipelines.visual_question import Answer
@@ -48,6 +48,11 @@ def _asked(body: ChatRequest) -> AskRequest:
     """
     if body.stream_options and not body.stream:
         raise ApiError("stream_options are for stream: true.", param="stream_options", code="unsupported_parameter")
+    if body.tokens is not None and body.prune not in (None, QUECC):
+        raise ApiError("tokens and prune exclude each other: leave one out.", param="tokens", code="invalid_value")
+    method = body.prune if body.tokens is None else QUECC
+    if method == QUECC and body.keep is not None:
+        raise ApiError("quecc makes a number of tokens: give tokens, not keep.", param="keep", code="invalid_value")
     if body.keep is not None and body.prune is None:
         raise ApiError("keep needs a pruning method: add prune, or leave it out.", param="keep", code="invalid_value")
     if None not in (body.max_tokens, body.max_completion_tokens):
@@ -62,10 +67,11 @@ def _asked(body: ChatRequest) -> AskRequest:
         chosen_model(body.model, "reader"),
         _image(images[0]),
         "\n".join(texts),
-        method=body.prune,
+        method=method,
         keep=_KEEP if body.keep is None else body.keep,
         compare=False,
         max_new_tokens=_LENGTH if length is None else length,
+        tokens=body.tokens,
     )
 
 

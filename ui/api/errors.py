@@ -25,6 +25,8 @@ _SUBJECTS = {
     "The size": "size",
     "The pruning method": "prune",
     "The fraction of tokens": "keep",
+    "The number of tokens": "tokens",
+    "This reader": "tokens",
     "The longest answer": "max_tokens",
     "The question": "messages",
     "The image": "messages",

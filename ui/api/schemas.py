@@ -128,4 +128,5 @@ class ChatRequest(_Strict):
     n: int | None = Field(None, ge=1, le=1, description="One answer.")
     user: str | None = Field(None, max_length=200, description="Your name for the person who asks; it is logged.")
     prune: str | None = Field(None, description="A pruning method, such as divprune; all tokens where none is given.")
+    tokens: int | None = Field(None, description="Read the image as that many tokens, made for the question (QueCC).")
     keep: float | None = Field(None, description="The fraction of visual tokens to keep, with prune; 0.2 by default.")

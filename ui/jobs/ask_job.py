@@ -22,17 +22,21 @@ if TYPE_CHECKING:
 
 _MOST_TOKENS = 4096  # of an answer, where no limit is set
 
-
 _CACHE = "kv-"
+QUECC, _TOKENS = "quecc", 16
+"""The method that makes tokens for the question, and how many where none are given."""
 
 
 def ask_methods() -> dict[str, str]:
-    """The methods of the tab, with a line of description: of pruning, and with the prefix "kv-" of compression."""
-    return {**pruning_methods(), **{_CACHE + name: line for name, line in compression_methods().items()}}
+    """The methods of the tab, with a line of description: of pruning, "quecc", and with "kv-" before it compression."""
+    made = "A few tokens that are made for the question (QueCC): for a reader with a compressor, such as emoji-vlm."
+    return {**pruning_methods(), QUECC: made, **{_CACHE + name: line for name, line in compression_methods().items()}}
 
 
 def place_of(method: str) -> str:
     """Where a method of the tab takes tokens away."""
+    if method == QUECC:
+        return "made for the question"
     return "KV cache" if method.startswith(_CACHE) else pruning_place(method)
 
 
@@ -45,9 +49,10 @@ class AskRequest:
         image: the path of its file, or its bytes.
         question: the text.
         method: of `ask_methods`; `None` keeps all tokens.
-        keep: the fraction of visual tokens to keep, above 0 and at most 1.
+        keep: the fraction of visual tokens to keep, above 0 and at most 1; not for "quecc".
         compare: whether to ask the same with all tokens afterwards.
         max_new_tokens: of the answer, at least 1.
+        tokens: as many as "quecc" makes of the image, 16 where none are given; for no other method.
 
     Raises:
         StudioError: a value is missing or outside its range.
@@ -60,6 +65,7 @@ class AskRequest:
     keep: float = 0.2
     compare: bool = True
     max_new_tokens: int = 64
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.model in (None, "") or not check_model(self.model).strip():
@@ -73,11 +79,17 @@ class AskRequest:
             raise StudioError("The question is empty: ask something about the image.")
         if self.method is not None:
             check_choice("The pruning method", self.method, ask_methods())
+        tokens = as_integer(self.tokens)
+        if self.method == QUECC:
+            tokens = check_integer("The number of tokens", _TOKENS if tokens is None else tokens, 1)
+        elif tokens is not None:
+            raise StudioError("The number of tokens is for quecc: choose that method, or leave the number out.")
         answer = limits().answer
         most = _MOST_TOKENS if answer is None else answer
         set_fields(
             self,
             model=self.model.strip(),
+            tokens=tokens,
             compare=check_flag("Whether to compare", self.compare),
             max_new_tokens=check_integer("The longest answer, in tokens,", as_integer(self.max_new_tokens), 1, most),
             keep=float(check_number("The fraction of tokens to keep", self.keep, 0, 1, above=True)),
@@ -88,7 +100,13 @@ class AskRequest:
         """The names of the runs: "pruned", and "whole" with all tokens."""
         if self.method is None:
             return ("whole",)
-        return ("pruned", "whole") if self.compare and self.keep != 1 else ("pruned",)
+        is_whole = self.keep == 1 and self.method != QUECC
+        return ("pruned", "whole") if self.compare and not is_whole else ("pruned",)
+
+    @property
+    def share(self) -> str:
+        """What the pruned run reads of the tokens, in words."""
+        return f"{self.keep:.0%} of the tokens" if self.tokens is None else f"{self.tokens} tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +152,8 @@ def _read(request: AskRequest, job: Job) -> Reading:
         image = open_image(request.image, Path(request.image).name, limits().pixels)
     job.report(Reading())
     pipe = get_reader(request.model, job.device)
+    if request.tokens is not None:
+        pipe.compressor_of().check_tokens(request.tokens)
     reading = Reading(image)
     job.report(reading)
     for name in request.runs:
@@ -149,6 +169,8 @@ def _answer(
     longest: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "on_step": on_step}
     if name == "whole" or request.method is None:
         return pipe(image, request.question, **longest)
+    if request.method == QUECC:
+        return pipe(image, request.question, tokens=request.tokens, **longest)
     if not request.method.startswith(_CACHE):
         return pipe(image, request.question, prune=request.method, keep=request.keep, **longest)
     memory, spent = _remembered(pipe, image, request.method.removeprefix(_CACHE), request.keep)

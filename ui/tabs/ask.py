@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio.ui.jobs.ask_job import AskRequest, Reading, ask_methods, place_of, read
+from studio.ui.jobs.ask_job import QUECC, AskRequest, Reading, ask_methods, place_of, read
 from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.render.render_patches import render_patches
 from studio.ui.server.failures import sentence_of, toast
@@ -80,6 +80,15 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
                 elem_id="keep",
                 buttons=[],
             )
+            tokens = gr.Number(
+                16,
+                precision=0,
+                minimum=1,
+                label="Tokens",
+                info="What the image becomes. The compressor of emoji-vlm makes 1, 4 or 16.",
+                elem_id="ask-tokens",
+                visible=False,
+            )
             compare = gr.Checkbox(
                 True, label="Ask with all tokens too", info="The same question, for comparison.", elem_id="compare"
             )
@@ -92,7 +101,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
                 elem_id="reader",
             )
 
-    inputs = [model, image, question, method, keep, compare]
+    inputs = [model, image, question, method, keep, compare, tokens]
     connect_actions(
         [([ask.click, question.submit], show_reading, inputs, [gallery, cards, status])],
         status,
@@ -100,7 +109,15 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
         cancel=cancel,
     )
     examples.click(_example, examples, [image, question], queue=False, **PRIVATE)
-    method.change(lambda chosen: gr.update(info=methods[chosen]), method, method, queue=False, **PRIVATE)
+    method.change(
+        lambda chosen: (
+            gr.update(info=methods[chosen]), gr.update(visible=chosen != QUECC), gr.update(visible=chosen == QUECC)
+        ),
+        method,
+        [method, keep, tokens],
+        queue=False,
+        **PRIVATE,
+    )  # fmt: skip
     _endpoint(image, question, method, keep)
     return image, question
 
@@ -113,29 +130,32 @@ def _example(number: int) -> tuple[str, str]:
 def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: gr.Slider) -> None:
     """The endpoint for programs."""
 
-    async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64):
+    async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64, tokens=None):
         """Answer a question about an image from some of its visual tokens; streams the answer.
 
         Args:
             image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled vision-language model, a Hugging Face id or a folder.
-            method: a pruning method such as divprune, or one of the KV cache such as kv-coverage; the page lists all.
-            keep: the fraction of visual tokens to keep, above 0 and at most 1.
+            method: a pruning method such as divprune, one of the KV cache such as kv-coverage, or quecc, which makes
+                tokens for the question; the page lists all.
+            keep: the fraction of visual tokens to keep, above 0 and at most 1; quecc has tokens instead.
             max_new_tokens: tokens of the answer, at most.
+            tokens: as many as quecc makes of the image, 16 where none are given; for no other method.
 
         Returns:
             The answer, and details: the place where tokens are taken away, visual and kept tokens, seconds by phase and
             bytes of the cache.
         """
-        async for update in answer_reading(image, question, model, method, keep, max_new_tokens):
+        async for update in answer_reading(image, question, model, method, keep, max_new_tokens, tokens):
             yield update
 
     with gr.Group(visible=False):
         model, longest = gr.Textbox(label="Model"), gr.Number(64, label="Longest answer", precision=0)
+        made = gr.Number(None, label="Tokens", precision=0)
         answer, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
         endpoint = gr.Button("Ask")
-    inputs = [image, question, model, method, keep, longest]
+    inputs = [image, question, model, method, keep, longest, made]
     endpoint.click(ask, inputs, [answer, details], api_name="ask", **ON_THE_MODEL)
 
 
@@ -149,8 +169,9 @@ async def show_reading(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
     """
     shown = None
     try:
-        model, image, *rest = values
-        request = AskRequest(model, uploaded(image), *rest)
+        model, image, question, method, keep, compare, tokens = values
+        tokens = tokens if method == QUECC else None  # hidden for the others
+        request = AskRequest(model, uploaded(image), question, method, keep, compare, tokens=tokens)
         async for reading in read(request):
             views, gallery = reading.pruned and reading.pruned.views, gr.skip()
             if views is not shown:
@@ -162,18 +183,19 @@ async def show_reading(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
 
 
 async def answer_reading(
-    image: Any, question: Any, model: Any, method: Any, keep: Any, max_new_tokens: Any
+    image: Any, question: Any, model: Any, method: Any, keep: Any, max_new_tokens: Any, tokens: Any = None
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     """Answer for a program: yields (text, details).
 
     Args:
         image: what an upload answers.
-        question, model, method, keep, max_new_tokens: as of `AskRequest`.
+        question, model, method, keep, max_new_tokens, tokens: as of `AskRequest`.
 
     Raises:
         StudioError: a mistake, with the sentence that the page shows.
     """
-    request = AskRequest(model, uploaded(image), question, method, keep, compare=False, max_new_tokens=max_new_tokens)
+    more = {"max_new_tokens": max_new_tokens, "tokens": tokens}
+    request = AskRequest(model, uploaded(image), question, method, keep, compare=False, **more)
     async for reading in read(request):
         if (answer := reading.pruned) is not None:
             yield answer.answer, {"place": place_of(method), **_details(answer)}
@@ -195,7 +217,7 @@ def _gallery(reading: Reading) -> Any:
 def _cards(reading: Reading, request: AskRequest) -> str:
     titles = {"whole": "All tokens"}
     if request.method is not None:
-        titles["pruned"] = f"{request.method} ({place_of(request.method)}), {request.keep:.0%} of the tokens"
+        titles["pruned"] = f"{request.method} ({place_of(request.method)}), {request.share}"
     names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
     return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
@@ -210,7 +232,7 @@ def _status(reading: Reading, request: AskRequest) -> str:
         return status_line(text, state="done")
     name = names[len(reading.answered)]
     chosen = getattr(reading, name) is not None
-    what = "from all tokens" if name == "whole" else f"from {request.keep:.0%} of the tokens"
+    what = "from all tokens" if name == "whole" else f"from {request.share}"
     text = f"{'Answering' if chosen else 'Looking at the image, to answer'} {what} …"
     return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
 
