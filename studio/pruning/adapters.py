@@ -87,12 +87,14 @@ class Llava(Family):
         return None
 
     def tap(self, names: tuple[str, ...], inputs: dict) -> AbstractContextManager:
-        if not names:
+        tower = self.base.vision_tower
+        if tower.config.model_type not in _TOWERS:
             return nullcontext()
         layer = inputs.get("vision_feature_layer")
         layer = self.model.config.vision_feature_layer if layer is None else layer
-        layer = layer if isinstance(layer, int) else layer[-1]
-        return TowerTap(self.base.vision_tower, names, feature_layer=layer, has_cls=self._strategy(inputs) == "default")
+        layers = [layer] if isinstance(layer, int) else layer
+        has_cls = self._strategy(inputs) == "default"
+        return TowerTap(tower, names, feature_layer=layers[-1], read_layers=layers, has_cls=has_cls)
 
     def scores(self, tap: Any, inputs: dict, images: int) -> list[Attention]:
         return tap.scores([1] * images)

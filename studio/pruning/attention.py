@@ -6,7 +6,7 @@ the calls of the context that entered its tap.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -163,26 +163,59 @@ class _Tap:
 class TowerTap(_Tap):
     """A context in which a CLIP or SigLIP tower records queries and keys of the layers that some scores need.
 
+    Layers behind the features and the scores, which nothing reads, get a single token: published LLaVAs take their
+    features one layer before the last. Hidden states of such layers say nothing.
+
     Args:
-        tower: the vision model; its layers are the modules with `q_proj` and `k_proj`, in order.
+        tower: the vision model; its attentions are the modules with `q_proj` and `k_proj`, in order.
         names: fields of `Attention` to compute.
         feature_layer: index into the tower's hidden states that the features come from; its layer gives `last`.
+        read_layers: all such indices, where features come from several.
         has_cls: whether token 0 is CLS. Without it `logits` are those of the mean query, and the others received
             attention.
     """
 
-    def __init__(self, tower: torch.nn.Module, names: tuple[str, ...], *, feature_layer: int, has_cls: bool):
-        layers = [module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
-        number = {"first": 0, "last": max(feature_layer % (len(layers) + 1) - 1, 0), "logits": len(layers) - 1}
-        number["shallow"] = min(_SHALLOW, len(layers) - 1)
-        self.layers = {name: layers[number[name]] for name in names}
+    def __init__(
+        self,
+        tower: torch.nn.Module,
+        names: tuple[str, ...],
+        *,
+        feature_layer: int,
+        has_cls: bool,
+        read_layers: Sequence[int] = (),
+    ):
+        blocks = [part for part in tower.modules() if hasattr(getattr(part, "self_attn", None), "k_proj")]
+        number = {"first": 0, "last": self._number(feature_layer, len(blocks)), "logits": len(blocks) - 1}
+        number["shallow"] = min(_SHALLOW, len(blocks) - 1)
+        self.layers: dict[str, Any] = {name: blocks[number[name]].self_attn for name in names}
+        read = [self._number(layer, len(blocks)) for layer in (feature_layer, *read_layers)]
+        self.unread = blocks[1 + max([*read, *(number[name] for name in names)]) :]
         self.has_cls = has_cls
         self.seen: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
+
+    @staticmethod
+    def _number(hidden_state: int, layers: int) -> int:
+        """The layer whose output a hidden state is; the first for the states before it."""
+        return max(hidden_state % (layers + 1) - 1, 0)
 
     def hooks(self) -> Iterator[RemovableHandle]:
         for layer in set(self.layers.values()):
             for part in ("q_proj", "k_proj"):
                 yield getattr(layer, part).register_forward_hook(self._record(layer, part))
+        for unread in self.unread:
+            yield unread.register_forward_pre_hook(with_keywords(self._one_token, 2), with_kwargs=True)
+            yield unread.register_forward_hook(self._all_tokens, prepend=True)  # before states are captured
+
+    def _one_token(self, layer, arguments, keywords):
+        if not self.entered():
+            return None
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        self.tokens = hidden.shape[1]
+        others = {name: value for name, value in keywords.items() if name not in ("hidden_states", "attention_mask")}
+        return (hidden[:, :1], None, *arguments[2:]), others
+
+    def _all_tokens(self, layer, arguments, output):
+        return output.expand(-1, self.tokens, -1) if self.entered() else None
 
     def _record(self, layer, part):
         only_first = self.has_cls and part == "q_proj"

@@ -1,6 +1,7 @@
 """What families know: layouts, scores as the tower's own attention has them, and pairs that are refused."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -65,6 +66,33 @@ def test_the_layer_of_the_features(monkeypatch):
         with found.tap(("last",), {**inputs, "vision_feature_layer": layer}) as tap:
             found.base.vision_tower(inputs["pixel_values"])
         torch.testing.assert_close(found.scores(tap, inputs, 1)[0].last, seen[index][:, :, 0].sum(1)[:, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layer", "names", "tokens"), [
+    (-2, (), [37, 37, 1]), (-2, ("first", "last"), [37, 37, 1]), (-2, ("logits",), [37, 37, 37]),
+    (-1, (), [37, 37, 37]), (1, (), [37, 1, 1]), (1, ("shallow",), [37, 37, 37]), ([1, 2], (), [37, 37, 1]),
+])  # fmt: skip
+def test_layers_that_nothing_reads_get_one_token(layer, names, tokens):
+    """The features are those of the whole tower, bit for bit; another thread's call is left alone."""
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    tower, found = model.model.vision_tower, family_of(model, "hired")
+    given = {"pixel_values": inputs["pixel_values"], "vision_feature_layer": layer}
+    whole = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    seen = []
+    with found.tap(names, {**inputs, **given}), ThreadPoolExecutor(1) as other:
+        handles = [
+            block.mlp.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[1]))
+            for block in tower.encoder.layers
+        ]
+        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        assert seen == tokens
+        elsewhere = other.submit(torch.no_grad()(tower), inputs["pixel_values"], output_hidden_states=True).result()
+    for handle in handles:
+        handle.remove()
+    for read in [layer] if isinstance(layer, int) else layer:
+        assert torch.equal(states[read], whole[read])
+    assert all(torch.equal(*pair) for pair in zip(elsewhere.hidden_states, whole))
 
 
 def test_scores_without_cls(monkeypatch):
