@@ -1,8 +1,10 @@
-"""Scenes with questions: emoji and words on a grid, an unlimited supply that a seed determines.
+"""Scenes with questions: emoji and words on a grid, an unlimited supply that a seed determines; and single emoji.
 
 A tile is what a vision tower sees at once (96 px); it has 2 x 2 cells. A scene of 2 x 2 tiles has 16 cells, one of
 4 x 4 tiles 64. An emoji takes about two thirds of its cell, so that on a thumbnail of 2 x 2 tiles it is 17 px wide:
 what it is, and what a word says, has to be read from the crops.
+
+A single emoji is an image as the bundled generators make it: one emoji of the whole set in one style on one background.
 
 Every question has one right answer, which the image alone decides.
 """
@@ -14,9 +16,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from studio.checks import check_integer
-from studio.data.archive import STYLES, Concept, load_concepts, load_images
-from studio.data.backgrounds import BACKGROUNDS, NAMES
+from studio.data.archive import RESOLUTION, STYLES, Concept, load_concepts, load_images
+from studio.data.backgrounds import BACKGROUNDS, NAMES, render
 from studio.data.captions import article
+from studio.data.splits import combinations
 
 TILE = 96
 MAX_TILES = 4
@@ -24,6 +27,7 @@ MAX_QUESTIONS = 1000
 CELL = 48
 MOST_EMOJI = 16
 KINDS = ("place", "count", "background", "word", "presence")
+SINGLE_KINDS = ("name", "style", "background")
 WORDS = tuple(
     "ant arm axe bag bat bay bed bee box bus cap car cat cup day dog ear egg eye fan fig fly fox gem gum hat hen hut "
     "ice ink jar jet key kid leg lid log map mat mud net nut oak oil owl pan peg pen pie pig pin pot rat rug saw sea "
@@ -34,7 +38,10 @@ _SUBJECTS = 160
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one of `KINDS`, its answer in lower case, and the cells that show it; none for what is absent."""
+    """A question of one of `KINDS` or `SINGLE_KINDS`.
+
+    Its answer is in lower case; `cells` are those that show it, none for what is absent.
+    """
 
     kind: str
     text: str
@@ -102,6 +109,37 @@ def draw_scene(
     facts = _Facts((rows, columns), things, written)
     shown = tuple(facts.cell(cell, behind) for cell in range(cells))
     return Scene(image, shown, tuple(facts.ask(rng) for _ in range(questions)))
+
+
+def draw_single(rng: np.random.Generator, side: int = 64, held_out: bool = False) -> Scene:
+    """One emoji that fills the image, with a question of each of `SINGLE_KINDS`.
+
+    Args:
+        rng: a `numpy.random.Generator`.
+        side: of the image in pixels, 8 to 128.
+        held_out: of the combinations of emoji, style and background that generators do not learn, or of the others.
+
+    Returns:
+        A `Scene` of one cell.
+
+    Raises:
+        StudioError: a side out of range.
+    """
+    side = check_integer("The side of the image", side, 8, RESOLUTION)
+    rows = _combinations(held_out)
+    row = rows[rng.integers(len(rows))]
+    concept, style, behind = (int(each) for each in row)
+    pixels = render(load_images(side), row[None])[0].permute(1, 2, 0).numpy()
+    name, colour = load_concepts()[concept].label.lower(), NAMES[behind]
+    texts = {"name": "What is it?", "style": "Which style is it?", "background": "What colour is the background?"}
+    answers = {"name": name, "style": STYLES[style], "background": colour}
+    questions = tuple(Question(kind, texts[kind], answers[kind], (0,)) for kind in SINGLE_KINDS)
+    return Scene((pixels * 255).round().astype(np.uint8), ((name, colour),), questions)
+
+
+@cache
+def _combinations(held_out):
+    return np.array(combinations(held_out))
 
 
 def _own_background(rng, behind):

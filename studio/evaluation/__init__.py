@@ -24,10 +24,10 @@ def evaluate(
     Args:
         model: a bundled name or model folder. A pipeline samples held-out combinations for the judge, the judge
             classifies real images of them, a tokenizer reconstructs held-out concepts, a vision-language model answers
-            questions about scenes.
+            questions about scenes and about single emoji.
         samples, seed: how many combinations (500 for a pipeline, 1,000 for the judge) or scenes (100), and which (0);
             not for a tokenizer, which is always measured on every held-out image.
-        tiles: rows and columns of tiles of the scenes (2, 2); only for vision-language models.
+        tiles: rows and columns of tiles of the scenes (2, 2), without single emoji; only for vision-language models.
         device: where it runs; CUDA where there is one when `None`.
         decoding: the decoding of a pipeline, as in a call of it, or a function of the pipeline that returns one; only
             for pipelines.
@@ -50,7 +50,7 @@ def evaluate(
     from studio.evaluation.folders import evaluate_on_folder, unseen_source
     from studio.evaluation.generators import evaluate_generator
     from studio.evaluation.judge import evaluate_judge, is_judge, load_judge
-    from studio.evaluation.scenes import evaluate_compressed, evaluate_reader
+    from studio.evaluation.scenes import evaluate_compressed, evaluate_reader, evaluate_singles
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.processes import join
@@ -90,6 +90,10 @@ def evaluate(
         measured = evaluate_reader(loaded.model, loaded.processor, **asked)
         if loaded.compressor is not None:
             measured["compressed"] = evaluate_compressed(loaded, **asked)["accuracy"]
+        if tiles is None:
+            asked = {"images": samples, "seed": seed}
+            asked = {name: value for name, value in asked.items() if value is not None}
+            measured["single"] = evaluate_singles(loaded.model, loaded.processor, **asked)
         return measured
     loaded.set_progress_bar_config(disable=True)
     how = decoding(loaded) if callable(decoding) else decoding

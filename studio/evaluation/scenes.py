@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from studio.checks import check_integer
-from studio.data.scenes import draw_scene
+from studio.data.scenes import draw_scene, draw_single
 from studio.evaluation.reading import compressed_logits, exact_answers, pack_questions, packed_logits
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.api import prune, prune_inputs
@@ -79,6 +79,39 @@ def evaluate_reader(
         "questions": 12 * scenes,
         "visual_tokens": tokens,
     }
+
+
+@torch.inference_mode()
+def evaluate_singles(
+    model: PreTrainedModel, processor: ProcessorMixin, images: int = 200, seed: int = 0, side: int = 64
+) -> dict[str, Any]:
+    """Accuracy of exact answers about images of one emoji, as generators make them.
+
+    Args:
+        model, processor: as in `evaluate_reader`.
+        images: how many, with three questions each: what it is, which style, which background.
+        seed: which combinations of emoji, style and background, out of those that training leaves out.
+        side: of the images in pixels.
+
+    Returns:
+        `{"accuracy": fraction, "by_question": {kind: fraction}, "images", "questions"}`.
+    """
+    images = check_integer("The number of images", images, 1, MAX_SCENES)
+    hits: dict[str, list[bool]] = {}
+    for number in tqdm(range(images), desc="images", unit="image"):
+        single = draw_single(np.random.default_rng((_STREAM, seed, number)), side, held_out=True)
+        texts = [(question.text, question.answer) for question in single.questions]
+        packed = pack_questions(processor.tokenizer, [texts])
+        inputs = processor(images=Image.fromarray(single.image), text=f"<image>\n{texts[0][0]}", return_tensors="pt")
+        whole, _ = prune_inputs(model, inputs, "uniform", 1.0)
+        features = whole["mm_encoder_outputs"]["image"].pooler_output[0][None]
+        places = 1 + torch.arange(features.shape[1])
+        right = exact_answers(packed_logits(model, features, places, 1 + features.shape[1], packed), packed)[0].tolist()
+        for question, hit in zip(single.questions, right, strict=True):
+            hits.setdefault(question.kind, []).append(hit)
+    every = [hit for kind in hits.values() for hit in kind]
+    shares = {kind: float(np.mean(right)) for kind, right in hits.items()}
+    return {"accuracy": float(np.mean(every)), "by_question": shares, "images": images, "questions": len(every)}
 
 
 def _hits_by_question(model, tokenizer, texts, image, layout, method: str, keep: float) -> list[bool]:

@@ -1,8 +1,8 @@
-"""A reader: a LLaVA-NeXT that learns to answer questions about scenes.
+"""A reader: a LLaVA-NeXT that learns to answer questions about scenes and about single emoji.
 
-Its vision tower was taught by the kind tower, and stays as it is; projector and words start as they were taught there.
-The tokens of an image are nearly all the cost. So many questions are asked about each, and most batches read a random
-part of its tokens at their places (as of patches: "FLIP", arXiv:2212.00794), which also prepares for pruned images.
+It starts from what a tower has learned, or from a whole reader, and learns as a whole, its tower too. It reads all
+tokens of its images: one that learns from random parts of them cannot count, because how much of its attention an emoji
+gets then says little about how often it is there.
 """
 
 from pathlib import Path
@@ -13,21 +13,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import LlavaNextForConditionalGeneration
 
-from studio.data.scenes import draw_scene
+from studio.data.scenes import TILE, draw_scene, draw_single
 from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
 from studio.training.attention_supervision import AttentionLoss, cells_of_patches, what_shows
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.reader_network import PATCH, build_model, build_processor
+from studio.training.reader_network import PATCH, build_model, build_processor, load_reader
 from studio.training.recipe import Defaults, Recipe
 from studio.training.tower import PROCESSOR_FILE, load_aligned, open_scenes
 
-TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))
+TILES = ((1, 1), (1, 2), (2, 1), *((2, 2),) * 5, *((3, 3),) * 2, *((4, 4),) * 2)
+"""Rows and columns of tiles of a batch's scenes; each entry is equally likely."""
+_USUAL = 4
+"""Tiles of the scenes that a batch's size is about; of larger ones a batch has fewer, of smaller ones more."""
+SINGLES = 0.25
+"""Share of batches that are single emoji."""
+SIDES = (64, 64, 64, 128)
+"""Their sides in pixels; one of 128 px is read as 2 x 2 tiles."""
 QUESTIONS = 24
-KEEPS = (0.15, 0.15, 0.2, 0.2, 0.25, 0.3, 1.0)
-"""Parts of an image's tokens that a batch reads; each is equally likely."""
+MEASURED = ((2, 2), (3, 3), (4, 4))
+"""Tiles of the scenes by which a reader is measured."""
 _LOOK = 0.5
 """Weight of the attention loss."""
 _WORDS_SHARE = 0.05
@@ -41,13 +47,14 @@ class TrainableReader(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
-        model.model.vision_tower.requires_grad_(False)
+        tower = model.model.vision_tower
+        for unseen in (tower.encoder.layers[-1], tower.post_layernorm):  # behind the features that are read
+            unseen.requires_grad_(False)
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor,
-        read: torch.Tensor,
         shown: torch.Tensor,
         on_first: torch.Tensor,
         **packed: torch.Tensor,
@@ -56,8 +63,8 @@ class TrainableReader(nn.Module):
 
         Args:
             pixel_values, image_sizes: as of LLaVA-NeXT; all images have the same size.
-            read: (T,) which of an image's tokens are read, in order.
-            shown, on_first: (B, Q, T) bool, which of those show the answers, and (B, Q), as of `AttentionLoss`.
+            shown, on_first: (B, Q, T) bool, which of an image's tokens show the answers, and (B, Q), as of
+                `AttentionLoss`.
             packed: the tensors of `PackedQuestions`.
         """
         encoded = self.model.model.get_image_features(
@@ -66,9 +73,10 @@ class TrainableReader(nn.Module):
         features = torch.stack(list(encoded.pooler_output))
         questions = PackedQuestions(**packed)
         with AttentionLoss(self.model.model.language_model) as looking:
-            logits = packed_logits(self.model, features[:, read], 1 + read, 1 + features.shape[1], questions)
+            places = 1 + torch.arange(features.shape[1], device=features.device)
+            logits = packed_logits(self.model, features, places, 1 + features.shape[1], questions)
         answers = F.cross_entropy(logits.float().flatten(0, 1), questions.targets.flatten(), ignore_index=IGNORED)
-        last_words = len(read) + questions.ends(shown.shape[1])
+        last_words = features.shape[1] + questions.ends(shown.shape[1])
         return answers + _LOOK * looking(last_words, shown, on_first)
 
 
@@ -76,7 +84,10 @@ class ReaderRecipe(Recipe):
     """A LLaVA-NeXT of a CLIP tower and a Llama decoder, 96 px a tile."""
 
     kind = "reader"
-    purpose = "Reads scenes of emoji and words: a LLaVA-NeXT of a CLIP tower and a Llama decoder, 96 px a tile."
+    purpose = (
+        "Reads scenes of emoji and words, and single emoji: a LLaVA-NeXT of a CLIP tower and a Llama decoder, 96 px a "
+        "tile."
+    )
     library, task = "transformers", "image-text-to-text"
     defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
     compiles = False
@@ -89,20 +100,24 @@ class ReaderRecipe(Recipe):
     def optimizers(self, module: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
         inner = module.model.model
         words = [inner.get_input_embeddings().weight]
-        matrices = hidden_matrices(inner.language_model.layers)
+        matrices = hidden_matrices(inner.language_model.layers, inner.vision_tower.encoder.layers[:-1])
         return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=_WORDS_SHARE)
 
     def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
-        tiles = TILES[rng.integers(len(TILES))]
-        scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(size)]
+        if rng.random() < SINGLES:
+            side = SIDES[rng.integers(len(SIDES))]
+            tiles = (-(-side // TILE),) * 2
+            scenes = [draw_single(rng, side, held_out=not training) for _ in range(_images(size, tiles))]
+            cells = torch.zeros_like(cells_of_patches(tiles, PATCH))  # all of it shows all there is
+        else:
+            tiles = TILES[rng.integers(len(TILES))]
+            scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(_images(size, tiles))]
+            cells = cells_of_patches(tiles, PATCH)
         pixels = self.processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
         texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
         packed = pack_questions(self.processor.tokenizer, texts).tensors()
-        cells = cells_of_patches(tiles, PATCH)
-        read = np.sort(rng.permutation(len(cells))[: round(len(cells) * KEEPS[rng.integers(len(KEEPS))])])
-        shown, on_first = what_shows([scene.questions for scene in scenes], cells[read])
+        shown, on_first = what_shows([scene.questions for scene in scenes], cells)
         return {
-            "read": torch.from_numpy(read),
             "shown": shown,
             "on_first": on_first,
             "pixel_values": pixels["pixel_values"],
@@ -113,8 +128,7 @@ class ReaderRecipe(Recipe):
     def load(self, module: Any, folder: Path) -> None:
         """From a whole reader, or what a tower has learned."""
         if (folder / PROCESSOR_FILE).is_file():
-            whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-            module.model.load_state_dict(whole.state_dict())
+            module.model.load_state_dict(load_reader(folder, self.processor.tokenizer).state_dict())
         else:
             load_aligned(module.model, folder)
 
@@ -124,10 +138,21 @@ class ReaderRecipe(Recipe):
 
     def quality(self, folder: Path) -> dict:
         from studio.checkpoints.loading import load
-        from studio.evaluation.scenes import evaluate_reader
+        from studio.evaluation.scenes import evaluate_reader, evaluate_singles
 
         pipe = load(folder, device=self.device)
-        result = evaluate_reader(pipe.model, pipe.processor, methods=())
-        kinds = result["by_question"]["none"]["1.0"]
-        counts = {name: result[name] for name in ("scenes", "questions", "visual_tokens")}
-        return {"accuracy": result["accuracy"]["none"]["1.0"], **kinds, **counts}
+        measured = {}
+        for tiles in MEASURED:
+            result = evaluate_reader(pipe.model, pipe.processor, methods=(), tiles=tiles)
+            name = "x".join(map(str, tiles))
+            measured[f"accuracy of {name} tiles"] = result["accuracy"]["none"]["1.0"]
+            kinds = result["by_question"]["none"]["1.0"]
+            measured |= {f"{kind} of {name} tiles": share for kind, share in kinds.items()}
+        single = evaluate_singles(pipe.model, pipe.processor)
+        measured |= {f"{kind} of single emoji": share for kind, share in single["by_question"].items()}
+        return {**measured, "scenes": result["scenes"], "questions": result["questions"], "images": single["images"]}
+
+
+def _images(size: int, tiles: tuple[int, int]) -> int:
+    """Images of so many tiles that cost about as much as `size` usual ones."""
+    return max(1, size * _USUAL // (tiles[0] * tiles[1]))

@@ -1,6 +1,7 @@
 """The network of `emoji-vlm` before training, and what makes its inputs."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from studio.data.archive import STYLES, load_concepts
 from studio.data.backgrounds import NAMES
 from studio.data.scenes import TILE, WORDS, subjects
 
@@ -38,6 +40,11 @@ _PERIODS_BEFORE = 2
 ROPE_BASE = (_ROW / (2 * math.pi)) ** (TEXT["hidden_size"] / TEXT["num_attention_heads"] / 2 / _PERIODS_BEFORE)
 """Such that the third period of the rotation is a row, by which attention finds a column."""
 _TEMPLATE = "what is in row , column ? how many times there a an colour behind the which word yes no nothing"
+_OF_SINGLES = "it style background"
+_MARKS = ("?", ",")
+"""What is no part of a word; "t-rex" and "o'clock" are one each."""
+_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+"""The words of a model, which also are its head."""
 
 
 def tower_config() -> CLIPVisionConfig:
@@ -77,12 +84,15 @@ def _attend_to_alike(attention):
 def build_processor() -> LlavaNextProcessor:
     """Its processor: tiles of 96 px, and a tokenizer of the words that questions and answers use."""
     words = [*_TEMPLATE.split(), *map(str, range(17)), *NAMES, *WORDS, *(subject.label for subject in subjects())]
+    labels = [word for concept in load_concepts() for word in concept.label.lower().split()]
+    words += [*_OF_SINGLES.split(), *STYLES, *labels]  # behind all others, whose numbers weights know
     numbers = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "<image>"))}
     for word in words:
         numbers.setdefault(word, len(numbers))
     text = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     text.normalizer = normalizers.Lowercase()
-    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [pre_tokenizers.Split(mark, "isolated") for mark in _MARKS]
+    text.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), *marks])
     text.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=text, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -94,6 +104,19 @@ def build_processor() -> LlavaNextProcessor:
     return LlavaNextProcessor(
         pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
+
+
+def load_reader(folder: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaNextForConditionalGeneration:
+    """A trained reader, in float32, whose words become those of a tokenizer; vectors of new words are random."""
+    theirs = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    known = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    words = tokenizer.get_vocab()
+    shared = [word for word in words if word in known]
+    state, model = theirs.state_dict(), build_model(len(words))
+    table = torch.randn(len(words), model.config.get_text_config().hidden_size) * state[_TABLES[0]].std()
+    table[[words[word] for word in shared]] = state[_TABLES[0]][[known[word] for word in shared]]
+    model.load_state_dict({**state, **dict.fromkeys(_TABLES, table)})
+    return model
 
 
 def _pinpoints():

@@ -23,7 +23,7 @@ from studio.data.scenes import CELL, TILE, WORDS, draw_scene
 from studio.errors import StudioError
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
-from studio.training.reader_network import PATCH, build_model, build_processor
+from studio.training.reader_network import PATCH, build_model, build_processor, load_reader
 from studio.training.recipe import Defaults, Recipe
 
 WORDS_FILE = "words.safetensors"
@@ -131,7 +131,7 @@ class TowerRecipe(Recipe):
             module.projector.load_state_dict(projector)
             module.words.load_state_dict(words)
             return
-        self.reader = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.reader = load_reader(folder, self.processor.tokenizer)
         theirs = TrainableTower(self.reader)
         module.tower.load_state_dict(theirs.tower.state_dict())
         for name in ("projector", "words", "norm"):

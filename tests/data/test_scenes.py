@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from studio.data.backgrounds import BACKGROUNDS, NAMES
-from studio.data.scenes import CELL, KINDS, TILE, WORDS, draw_scene, subjects
+from studio.data.scenes import CELL, KINDS, SINGLE_KINDS, TILE, WORDS, draw_scene, draw_single, subjects
+from studio.data.splits import combination_is_held_out
+from studio.errors import StudioError
 
 
 def test_the_seed_decides_everything():
@@ -78,3 +80,18 @@ def test_cells_say_what_the_answers_say():
                 assert question.answer in ("yes" if question.cells else "no", str(len(question.cells)))
             kinds.add(question.kind)
     assert kinds == {"place", "count", "background", "word", "presence"}
+
+
+@pytest.mark.parametrize(("side", "held_out"), [(64, False), (128, True)])
+def test_a_single_emoji_is_one_of_its_side_of_the_split_and_its_answers_are_true(side, held_out):
+    for seed in range(20):
+        single = draw_single(np.random.default_rng(seed), side, held_out)
+        assert single.image.shape == (side, side, 3) and single.image.dtype == np.uint8
+        answers = {question.kind: question.answer for question in single.questions}
+        assert tuple(answers) == SINGLE_KINDS
+        assert single.cells == ((answers["name"], answers["background"]),)
+        assert combination_is_held_out(answers["name"], answers["style"], answers["background"]) == held_out
+        corners = single.image[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert (corners == BACKGROUNDS[answers["background"]]).all(axis=1).any()
+    with pytest.raises(StudioError, match="side of the image"):
+        draw_single(np.random.default_rng(0), 129)

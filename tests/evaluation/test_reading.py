@@ -7,7 +7,7 @@ from PIL import Image
 
 from studio.data.scenes import draw_scene
 from studio.evaluation.reading import IGNORED, exact_answers, pack_questions, packed_logits
-from studio.evaluation.scenes import evaluate_reader
+from studio.evaluation.scenes import evaluate_reader, evaluate_singles
 from studio.pruning.api import prune_inputs
 
 
@@ -44,3 +44,12 @@ def test_a_random_reader_is_hardly_ever_right(tiny_reader):
     result = evaluate_reader(*tiny_reader, scenes=2, methods=("divprune",), keeps=(0.5,), tiles=(1, 1))
     assert set(result["accuracy"]) == {"none", "divprune"} and set(result["accuracy"]["divprune"]) == {"0.5"}
     assert result["accuracy"]["none"]["1.0"] < 0.3 and result["questions"] == 24
+
+
+def test_a_random_reader_hardly_ever_knows_a_single_emoji(tiny_reader):
+    model, processor = tiny_reader
+    result = evaluate_singles(model, processor, images=3)
+    assert set(result["by_question"]) == {"name", "style", "background"}
+    assert (result["images"], result["questions"]) == (3, 9) and result["accuracy"] < 0.3
+    again = evaluate_singles(model, processor, images=3)
+    assert again == result

@@ -165,6 +165,26 @@ def test_trains_exports_and_goes_on(kind, small, tmp_path):
         assert torch.allclose(before[key], after[key], atol=5e-2), key
 
 
+@pytest.mark.parametrize("kind", ["reader", "tower"])
+def test_a_reader_that_knows_fewer_words_keeps_them_and_learns_the_others(kind, small, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(reader_network, "load_concepts", lambda: ())
+        before = reader_network.build_processor()
+    model = reader_network.build_model(len(before.tokenizer))
+    for part in (before, model):
+        part.save_pretrained(tmp_path / "before")
+    rows = model.get_input_embeddings().weight
+    found = run(kind, tmp_path / "run", steps=1, init_from=str(tmp_path / "before"), learning_rate=1e-12)
+    pipe = load(found["folder"], device="cpu", dtype=torch.float32)
+    words, known = pipe.processor.tokenizer.get_vocab(), before.tokenizer.get_vocab()
+    assert set(known) < set(words)
+    for word, number in words.items():
+        row = pipe.model.get_input_embeddings().weight[number]
+        expected = rows[known[word]] if word in known else row
+        assert torch.allclose(row, expected, atol=1e-3), word
+        assert row.norm() > 0 or word == "<pad>", word
+
+
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_classes_of_a_folder(kind, small, image_folder, tmp_path):
     folder = image_folder(classes=("cat", "dog", "fox"))
