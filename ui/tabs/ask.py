@@ -137,7 +137,7 @@ def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: 
             image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled vision-language model, a Hugging Face id or a folder.
-            method: a pruning method such as divprune, one of the cache such as kv-coverage, or quecc; the page lists all.
+            method: a pruning method such as divprune, one of the cache such as kv-coverage, or quecc; the page has all.
             keep: the fraction of visual tokens to keep, above 0 and at most 1; quecc has tokens instead.
             max_new_tokens: tokens of the answer, at most.
             tokens: as many as quecc makes of the image, 16 where none are given; for no other method.
