@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from studio.checks import check_integer
+from studio.checks import check_integer, check_room
 from studio.decoding.continuous import BatchImage, ContinuousBatch
 from studio.decoding.continuous_speculative import SpeculativeBatch, SpeculativeImages
 from studio.decoding.jacobi import Jacobi
@@ -137,10 +137,7 @@ class PipelineBatch(ABC):
             raise StudioError(
                 f"{type(decoding).__name__} decoding joins no running batch with these settings: call the pipeline."
             )
-        if len(generators) > self.room:
-            raise StudioError(
-                f"The batch has room for {self.room} images, not {len(generators)}: wait until others are done."
-            )
+        check_room(self.room, len(generators))
         began = time.perf_counter()
         streams, condition, prompts = self.pipe.prepare_inputs(prompt, class_labels, len(generators), list(generators))
         seconds = {"text": time.perf_counter() - began}

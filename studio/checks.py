@@ -41,6 +41,16 @@ def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_IN
     return int(value)
 
 
+def check_room(room: int, images: int) -> None:
+    """Check that a running batch has room for some more images.
+
+    Raises:
+        StudioError: it has not.
+    """
+    if images > room:
+        raise StudioError(f"The batch has room for {room} images, not {images}: wait until others are done.")
+
+
 def check_number(name: str, value: Any, minimum: float = 0, maximum: float = MAX_NUMBER, above: bool = False) -> float:
     """Check a finite number.
 

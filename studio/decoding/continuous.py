@@ -19,11 +19,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from studio import backends
-from studio.checks import check_integer
+from studio.checks import check_integer, check_room
 from studio.decoding.autoregressive import Guidance, check_schedule, condition_rows, guided_logits
 from studio.decoding.jacobi import CPU_ROWS, TOKENS_A_CALL, PositionRaces, leading
 from studio.decoding.sampling import Sampling
-from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 
 _LONGEST_WINDOW = 16
@@ -115,8 +114,7 @@ class ContinuousBatch:
             StudioError: there is no room.
         """
         count = len(generators)
-        if count > self.room:
-            raise StudioError(f"The batch has room for {self.room} images, not {count}: wait until others are done.")
+        check_room(self.room, count)
         check_schedule(guidance_schedule)
         guidance = Guidance.of(guidance_scale, -1, guidance_schedule, self._model)
         prefix, valid = condition_rows(self._model, condition, guided=guidance.streams == 2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from studio import backends
-from studio.checks import check_integer
+from studio.checks import check_integer, check_room
 from studio.decoding.autoregressive import Guidance
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.sampling import Sampling
@@ -110,11 +110,7 @@ class SpeculativeBatch(SpeculativeRounds):
         Raises:
             StudioError: there is no room, or the settings have no rounds of drafts, or other weights.
         """
-        room = self.max_images - self.size
-        if len(generators) > room:
-            raise StudioError(
-                f"The batch has room for {room} images, not {len(generators)}: wait until others are done."
-            )
+        check_room(self.max_images - self.size, len(generators))
         if isinstance(settings.drafts, Jacobi) or settings.weights != self._weights:
             raise StudioError(
                 f"This batch is for drafts in trees, with weights {self._weights!r}: sample other settings in a call."

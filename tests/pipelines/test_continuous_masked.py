@@ -105,10 +105,10 @@ def served(pipe, requests, seed=1):
     """Serves all requests in a batch of up to eight images; those that leave halfway are left out.
 
     Returns:
-        Tokens by the number of the request, and how many requests shared each call.
+        Calls by the number of the request, how many requests shared each step, and the sizes of its calls.
     """
     choose, batch = random.Random(seed), pipe.new_batch(8)
-    waiting, under_way, ends, shared = list(enumerate(requests)), {}, {}, []
+    waiting, under_way, ends, shared, sizes = list(enumerate(requests)), {}, {}, [], []
     while waiting or under_way:
         while waiting and batch.room >= len(waiting[0][1]["seeds"]) and choose.random() < 0.7:
             number, request = waiting.pop(0)
@@ -117,28 +117,30 @@ def served(pipe, requests, seed=1):
             call = choose.choice(list(under_way))
             batch.leave(call)
             del under_way[call]
+        assert batch.size == sum(batch.sizes) <= 8
         shared.append(len(under_way))
+        sizes.append(batch.sizes)
         for call in batch.step():
-            ends[under_way.pop(call)] = call.tokens
+            ends[under_way.pop(call)] = call
     assert batch.size == 0 and batch.room == 8
-    return ends, shared
+    return ends, shared, sizes
 
 
 def differences(pipe, requests, ends):
     """How far the tokens of each request are off from those of a call alone."""
-    return [off(tokens, alone(pipe, requests[number])) for number, tokens in ends.items()]
+    return [off(call.tokens, alone(pipe, requests[number])) for number, call in ends.items()]
 
 
 def test_60_mixed_requests_are_those_of_calls_alone(pipe, kind):
     requests = mixed_requests(kind, 60)
-    ends, shared = served(pipe, requests)
+    ends, shared, _ = served(pipe, requests)
     assert max(shared) >= 5 and len({*shared}) >= 5 and 45 <= len(ends) < 60
     assert max(differences(pipe, requests, ends)) < EXACT
 
 
 def test_continuous_tokens_in_float32_are_equal_up_to_rounding(tiny_mar_pipeline):
     requests = mixed_requests("mar", 60)
-    ends, _ = served(tiny_mar_pipeline, requests)
+    ends, _, _ = served(tiny_mar_pipeline, requests)
     found = differences(tiny_mar_pipeline, requests, ends)
     assert statistics.median(found) < EXACT and max(found) < FLOAT32
 
@@ -156,7 +158,7 @@ def test_a_wrong_row_would_be_noticed(pipe, kind, monkeypatch):
 
     monkeypatch.setattr(KINDS[kind], "predict", swapped)
     requests = mixed_requests(kind, 20)
-    ends, _ = served(pipe, requests)
+    ends, _, _ = served(pipe, requests)
     monkeypatch.undo()
     assert max(differences(pipe, requests, ends)) > FLOAT32
 

@@ -12,7 +12,7 @@ from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.speculative import Speculative
 from studio.models.drafter import Drafter
-from tests.pipelines.test_continuous_masked import generators, join
+from tests.pipelines.test_continuous_masked import generators, join, served
 
 PROMPTS = ["a red apple", "a green pear", "blue sky", "apple on flat background", "a"]
 DECODINGS = [
@@ -64,21 +64,9 @@ def alone(pipe, request):
 
 
 def test_60_mixed_requests_are_those_of_calls_alone(pipe):
-    requests, choose, batch = mixed_requests(60), random.Random(1), pipe.new_batch(8)
-    waiting, under_way, ends, both = list(enumerate(requests)), {}, {}, 0
-    while waiting or under_way:
-        while waiting and batch.room >= len(waiting[0][1]["seeds"]) and choose.random() < 0.7:
-            number, request = waiting.pop(0)
-            under_way[join(batch, request)] = number
-        if under_way and choose.random() < 0.04:
-            call = choose.choice(list(under_way))
-            batch.leave(call)
-            del under_way[call]
-        assert batch.size == sum(batch.sizes) <= 8
-        both += len(batch.sizes) == 2
-        for call in batch.step():
-            ends[under_way.pop(call)] = call
-    assert batch.size == 0 and batch.room == 8 and both > 20 and 45 <= len(ends) < 60
+    requests = mixed_requests(60)
+    ends, _, sizes = served(pipe, requests)
+    assert sum(len(each) == 2 for each in sizes) > 20 and 45 <= len(ends) < 60
     for number, call in ends.items():
         found, expected = call.output(), alone(pipe, requests[number])
         assert torch.equal(found.tokens, expected.tokens), number

@@ -92,6 +92,31 @@ def sampled(requests, held=True, pauses=None):
     return asyncio.run(scenario())
 
 
+def news_of_those_who_stay(requests, steps, monkeypatch):
+    """What becomes of the first and the third of three requests when the second leaves after three steps.
+
+    All wait before the first begins, and the fourth step waits until the second has left.
+    """
+    gate, has_left, step = threading.Event(), threading.Event(), PipelineBatch.step
+    monkeypatch.setattr(PipelineBatch, "step", lambda self: (len(steps) < 3 or has_left.wait(LIMIT)) and step(self))
+    worker._workers[0]._thread.submit(gate.wait, LIMIT)
+
+    async def scenario():
+        tasks = [asyncio.create_task(news_of(request, number)) for number, request in enumerate(requests)]
+        await asyncio.sleep(0.05)
+        gate.set()
+        while len(steps) < 3:
+            await asyncio.sleep(0.005)
+        tasks[1].cancel()
+        await asyncio.sleep(0.05)
+        has_left.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, gone, third = asyncio.run(asyncio.wait_for(scenario(), LIMIT))
+    assert isinstance(gone, asyncio.CancelledError) and is_idle()
+    return first, third
+
+
 def check(pipe, request, news):
     """The result is what single calls sample."""
     assert isinstance(news, list), news
@@ -131,21 +156,9 @@ def test_a_request_joins_what_is_under_way(pipe, steps, monkeypatch):
 
 
 def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, steps, monkeypatch):
-    step = PipelineBatch.step
-    monkeypatch.setattr(PipelineBatch, "step", lambda self: time.sleep(0.03) or step(self))
     requests = [GenerateRequest("tiny", "a red apple", 2, seed, decoding="ar", **SETTINGS[1]) for seed in (5, 50, 90)]
-
-    async def scenario():
-        tasks = [asyncio.create_task(news_of(request, number)) for number, request in enumerate(requests)]
-        while len(steps) < 3:
-            await asyncio.sleep(0.005)
-        tasks[1].cancel()
-        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
-
-    first, gone, third = asyncio.run(scenario())
-    assert isinstance(gone, asyncio.CancelledError) and is_idle()
-    check(pipe, requests[0], first)
-    check(pipe, requests[2], third)
+    for request, news in zip(requests[::2], news_of_those_who_stay(requests, steps, monkeypatch)):
+        check(pipe, request, news)
     assert max(steps) == 6 and 4 in steps[:8]
 
 

@@ -1,17 +1,13 @@
 """Requests of masked models that join and leave a running batch of a tiny pipeline."""
 
-import asyncio
-import threading
-
 import numpy as np
 import pytest
 import torch
 
 from studio import StudioError, decoding_named
-from studio.pipelines.continuous import PipelineBatch
 from studio.ui.jobs.generate_job import Sampled
 from studio.ui.jobs.request import GenerateRequest
-from tests.ui.test_continuous import LIMIT, WORDS, in_running_batches, is_idle, news_of, sampled, sizes_of_steps
+from tests.ui.test_continuous import WORDS, in_running_batches, is_idle, news_of_those_who_stay, sampled, sizes_of_steps
 
 STEPS = (2, 4, 6, 9)
 
@@ -65,24 +61,10 @@ def test_requests_that_differ_in_everything_share_steps(pipe, kind, steps):
 
 
 def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, kind, steps, monkeypatch):
-    step, has_left = PipelineBatch.step, threading.Event()
-    monkeypatch.setattr(PipelineBatch, "step", lambda self: (len(steps) < 3 or has_left.wait(LIMIT)) and step(self))
     options = {"steps": 9}
     requests = [GenerateRequest("tiny", "a red apple", 2, seed, decoding=kind, options=options) for seed in (5, 50, 90)]
-
-    async def scenario():
-        tasks = [asyncio.create_task(news_of(request, number)) for number, request in enumerate(requests)]
-        while len(steps) < 3:
-            await asyncio.sleep(0.005)
-        tasks[1].cancel()
-        await asyncio.sleep(0.05)
-        has_left.set()
-        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
-
-    first, gone, third = asyncio.run(scenario())
-    assert isinstance(gone, asyncio.CancelledError) and is_idle()
-    check(pipe, requests[0], first)
-    check(pipe, requests[2], third)
+    for request, news in zip(requests[::2], news_of_those_who_stay(requests, steps, monkeypatch)):
+        check(pipe, request, news)
     assert max(steps) == 6 and 4 in steps[:8]
 
 

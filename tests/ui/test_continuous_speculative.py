@@ -1,15 +1,11 @@
 """Requests with drafts that join and leave a running batch of the tiny pipeline, next to others without."""
 
-import asyncio
-import time
-
 import numpy as np
 import pytest
 import torch
 
 from studio import StudioError, decoding_named
 from studio.decoding.lantern import Lantern
-from studio.pipelines.continuous import PipelineBatch
 from studio.ui.jobs.generate_job import Sampled
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server import worker
@@ -17,12 +13,11 @@ from studio.ui.server.models import Device
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker
 from tests.ui.test_continuous import (
-    LIMIT,
     SETTINGS,
     WORDS,
     in_running_batches,
     is_idle,
-    news_of,
+    news_of_those_who_stay,
     sampled,
     sizes_of_steps,
 )
@@ -89,23 +84,11 @@ def test_drafts_are_told_as_those_of_a_call_alone(pipe, monkeypatch):
 
 
 def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, steps, monkeypatch):
-    step = PipelineBatch.step
-    monkeypatch.setattr(PipelineBatch, "step", lambda self: time.sleep(0.03) or step(self))
     requests = [
         GenerateRequest("tiny", "a red apple", 2, seed, decoding="speculative", **SETTINGS[1]) for seed in (5, 50, 90)
     ]
-
-    async def scenario():
-        tasks = [asyncio.create_task(news_of(request, number)) for number, request in enumerate(requests)]
-        while len(steps) < 3:
-            await asyncio.sleep(0.005)
-        tasks[1].cancel()
-        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
-
-    first, gone, third = asyncio.run(scenario())
-    assert isinstance(gone, asyncio.CancelledError) and is_idle()
-    check(pipe, requests[0], first)
-    check(pipe, requests[2], third)
+    for request, news in zip(requests[::2], news_of_those_who_stay(requests, steps, monkeypatch)):
+        check(pipe, request, news)
     assert max(steps) == [6] and [4] in steps[:8]
 
 
