@@ -79,7 +79,7 @@ def full_disk():
 def together(tmp_path):
     """Start the same Python program as two processes that meet, as a launcher would; returns a list of `Popen`.
 
-    They run in an empty folder, see the pipes of a test (`communicate()`), and are killed when it ends.
+    They run in an empty folder, write to pipes (`tests.two_processes.outputs`), and are killed when the test ends.
     """
     import socket
 
@@ -92,6 +92,7 @@ def together(tmp_path):
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
+                "PYTHONFAULTHANDLER": "1",
                 "OMP_NUM_THREADS": "1",
                 "WORLD_SIZE": "2",
                 "RANK": str(index),

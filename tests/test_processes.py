@@ -3,6 +3,7 @@
 import json
 
 from studio import processes
+from tests.two_processes import outputs
 
 PROGRAM = """
 import json, sys
@@ -26,7 +27,7 @@ except StudioError as error:
 def test_two_processes_collect_and_agree(together, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     first, second = together("program.py")
-    (said, errors), (also_said, _) = first.communicate(timeout=600), second.communicate(timeout=600)
+    (said, errors), (also_said, _) = outputs([first, second])
     assert [json.loads(text.splitlines()[0]) for text in (said, also_said)] == [[0, 0, 1]] * 2, errors
     assert said.splitlines()[1:] == ["5", "The second one cannot."] and also_said.splitlines()[1:] == ["6"]
     assert (first.returncode, second.returncode) == (2, 0)

@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 
 from studio.checks import shown
 from studio.errors import StudioError
-from studio.processes import join
+from studio.processes import agreed, join, process_index
 from studio.training.card import write_card
 from studio.training.export import remove_paths
 from studio.training.options import Options
@@ -175,7 +175,11 @@ def train(
             _export(recipe, module, out / "model")
         result["quality"] = recipe.quality(out / "model")
         write_card(recipe, options, name or f"{options.kind} of {recipe.source.name}", result, command, accelerator)
-    accelerator.end_training()
+    # Not `end_training`, which also destroys the process group: the network, still here, would be its last owner, and
+    # wait with the GIL for a thread of gloo that needs the GIL. `join` leaves the group at exit.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()  # another training may start from what process 0 has just written
     return result
 
 
@@ -297,19 +301,27 @@ def _check_folder(out, options, resume):
 
 @contextmanager
 def _folder_of_run(out, options, fresh):
-    """The folder of a run with its options, which vanish again when the block fails in a fresh one."""
+    """The folder of a run with its options, which vanish again when the block fails in a fresh one.
+
+    Process 0 makes and removes them for all.
+    """
+    is_main = process_index() == 0
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     file, partial = out / "options.json", out / "options.part"
-    try:
+
+    def write():
         try:
             out.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
             partial.replace(file)
         except OSError as error:
             raise StudioError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+
+    try:
+        agreed(write if is_main else lambda: None)
         yield
     except BaseException:
-        if fresh:
+        if fresh and is_main:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
                 file.unlink()

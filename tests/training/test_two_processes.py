@@ -15,6 +15,7 @@ from studio.training import loop
 from studio.training.options import merge
 from studio.training.recipe import Defaults, Recipe
 from studio.training.report import read_metrics
+from tests.two_processes import outputs
 
 STEPS, IMAGES = 4, 6
 
@@ -83,6 +84,7 @@ except test_two_processes.StudioError as error:
     assert "multiple of the 2 processes" in str(error), error
 assert not Path("odd").exists()
 test_two_processes.train(Path("two"))
+test_two_processes.train(Path("next"), init_from="two/model")
 """
 
 
@@ -96,15 +98,18 @@ def in_float32(monkeypatch):
 
 
 def test_two_processes_step_as_one_does(tmp_path, together):
-    """They also write one set of lines, and refuse a batch that cannot be shared before anything is written."""
+    """They also write one set of lines, refuse a batch that cannot be shared before anything is written, and go on
+    with another training, which starts from the first one's weights.
+    """
     processes = together("-c", PROGRAM, Path(__file__).parent)
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
+    for process, (_, errors) in zip(processes, outputs(processes)):
         assert process.returncode == 0, errors
     train(tmp_path / "one")
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    train(tmp_path / "following", init_from=str(tmp_path / "one" / "model"))
+    for alone, shared in (("one", "two"), ("following", "next")):
+        one, two = weights(tmp_path / alone), weights(tmp_path / shared)
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
     assert [row["step"] for row in read_metrics(tmp_path / "two")] == ["2", "4"]
 
 
