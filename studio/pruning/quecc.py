@@ -1,4 +1,4 @@
-"""QueCC: an image as 1, 4, 16 or 36 tokens that are made for one question ("Inference Optimal VLMs Need Fewer Visual
+"""QueCC: an image as 1, 4 or 16 tokens that are made for one question ("Inference Optimal VLMs Need Fewer Visual
 Tokens and More Parameters", arXiv:2411.03312).
 
 The question, read by the language model as text alone, becomes a vector that is added to all patches of a square. Each
@@ -6,8 +6,9 @@ window of the square becomes one token: a convolution whose kernel is its stride
 that window, and a multilayer perceptron in place of the projector. It has to be trained: `studio train quecc`.
 
 Deviations from the paper: the square is made of the crops of a LLaVA-NeXT, without thumbnail and newlines; tokens have
-the positions of the middles of their windows in the whole prompt; one compressor has several numbers of tokens, which
-share everything but the convolution; the language model stays as it is.
+the positions of the middles of their windows in the whole prompt; logits of the attention are divided by the mean
+square of a window's features; one compressor has several numbers of tokens, which share everything but the convolution;
+the language model stays as it is.
 """
 
 import math
