@@ -421,7 +421,8 @@ class SpeculativeRounds:
             self._select(run, stay, run.places(stay))
 
     def _select(self, run: SpeculativeRun, images: list[int], places: list[int]) -> None:
-        gone = [row for place, row in enumerate(run.rows) if place not in places]
+        stay = set(places)
+        gone = [row for place, row in enumerate(run.rows) if place not in stay]
         run.select(images, places)
         self._release(gone)
 

@@ -223,7 +223,8 @@ class TreeCache(KVCache):
 
     def drop_rows(self, rows: Sequence[int]) -> list[int]:
         """Continues without some rows; returns which row each of the others was."""
-        stay = [row for row in range(self.rows) if row not in rows]
+        gone = set(rows)
+        stay = [row for row in range(self.rows) if row not in gone]
         self.select_rows(stay)
         return stay
 
