@@ -65,7 +65,8 @@ def test_nothing_is_lost_or_redone_after_a_kill(tiny_folder, tmp_path, monkeypat
     processes = together("-m", "studio", *command(tiny_folder, "killed"))
     deadline = time.monotonic() + 600
     while min(recorded(out), default=0) < 2 or len(recorded(out)) < 2:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        assert all(process.poll() is None for process in processes), "a process ended before it was killed"
+        assert time.monotonic() < deadline, f"waited for two images of each process: {recorded(out)}"
         time.sleep(0.01)
     for process in processes:
         process.kill()

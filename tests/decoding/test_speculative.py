@@ -361,9 +361,8 @@ def test_the_distribution_of_200000_images(name, monkeypatch):
     """Seed 5, 200,000 images of four tokens, level 0.001; without the residual the same test must reject.
 
     Recycled samples are few here, of three codes on a flat distribution, since the wide tree of six candidates hardly
-    ever needs
-    the residual: with it the test could not reject (p = 0.0003 filtered, 0.8 flat; without a fault 0.0007, and 0.6 for
-    a million images). In this setting it must, by `test_the_distribution_by_enumeration`.
+    ever needs the residual: with it the test could not reject (p = 0.0003 filtered, 0.8 flat; without a fault 0.0007,
+    and 0.6 for a million images). In this setting it must, by `test_the_distribution_by_enumeration`.
     """
     narrow = name == "recycled-samples"
     model, sampling = tiny(vocab_size=3 if narrow else 6, grid_size=2, seed=3), FLAT if narrow else FILTERS
