@@ -44,7 +44,7 @@ def bench_windows(
 
     Returns:
         `{"model", "tokens", "threads", "rows"}`. A row has "window" (1 is plain decoding), and for an image on average
-        "calls", "tokens_a_call", "seconds" (decoding alone) and "speedup". The row "best" is a bound: the fewest
+        "calls", "tokens_a_call", "seconds" (decoding alone) and "speedup". The row "best" is an estimate: the fewest
         seconds that a beam search finds over all choices of windows, with the seconds a call that the other rows had.
 
     Raises:

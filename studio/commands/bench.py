@@ -264,7 +264,7 @@ def windows(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Time Jacobi decoding by window, beside a bound: windows chosen by a search that knows the right guesses."""
+    """Time Jacobi decoding by window, beside windows chosen by a search that knows the right guesses."""
     from studio.bench.windows import bench_windows
 
     quiet_libraries()

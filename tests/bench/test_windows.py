@@ -1,4 +1,4 @@
-"""The bound of windows is that of a full search, and the rows are those of real decoding."""
+"""With a wide beam the best windows are those of a full search, and the rows are those of real decoding."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def full_search(tokens, outcomes, n=1, guesses=()):
     return min(spent)
 
 
-def test_the_bound_is_that_of_a_full_search():
+def test_the_best_windows_are_those_of_a_full_search():
     tokens, outcomes = game()
     seconds, calls = fewest_seconds(outcomes, tokens, SECONDS, beam=1000)
     assert seconds == pytest.approx(full_search(tokens, outcomes))
@@ -50,7 +50,7 @@ def test_the_bound_is_that_of_a_full_search():
     assert fewest_seconds(outcomes, tokens, {1: 1.0}) == (8.0, 8)
 
 
-def test_rows_of_every_window_and_the_bound(tiny_folder):
+def test_rows_of_every_window_and_the_best(tiny_folder):
     result = bench_windows(str(tiny_folder), prompts=["a red circle"], windows=(2, 5), repeats=1, device="cpu")
     plain, two, five, best = rows = result["rows"]
     assert [row["window"] for row in rows] == [1, 2, 5, "best"]
