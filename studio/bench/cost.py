@@ -90,7 +90,7 @@ def bench_cost(
         steps that take as long (a call that yields fewer tokens is slower than plain decoding), "peak_share", its
         products' operations a second over those of a large square product, and on a CPU "threads". Where a step has
         much of the peak already, no call for several positions can be cheaper than its steps. Rows of a window that was
-        measured on `emoji-ar` also have "jacobi_tokens", what Jacobi decoding yields a call there, and
+        measured on a model of 64 tokens also have "jacobi_tokens", what Jacobi decoding yields a call there, and
         "jacobi_speedup", what that would give here.
 
     Raises:

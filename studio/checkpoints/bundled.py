@@ -37,26 +37,23 @@ class Bundled:
 
 BUNDLED = {
     "emoji-ar": Bundled(
-        "pipeline", "text to image: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
+        "pipeline", "text to image at 128 px: a LlamaGen transformer over the tokens of emoji-vq", shares=("emoji-vq",)
     ),
     "emoji-1d-ar": Bundled(
         "pipeline",
         "text to image, coarse to fine: a LlamaGen over the rows of emoji-1d",
-        shares=("emoji-ar", "emoji-1d"),
+        shares=("emoji-mar", "emoji-1d"),
     ),
     "emoji-bridge": Bundled(
         "pipeline",
         "text to image: a TokenBridge over the levels of emoji-kl",
-        shares=("emoji-ar", "emoji-kl"),
+        shares=("emoji-mar", "emoji-kl"),
     ),
-    "emoji-mar": Bundled(
-        "pipeline", "text to image: a MAR over the latents of emoji-kl", shares=("emoji-ar", "emoji-kl")
-    ),
+    "emoji-mar": Bundled("pipeline", "text to image: a MAR over the latents of emoji-kl", shares=("emoji-kl",)),
     "emoji-resgen": Bundled(
-        "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-ar", "emoji-rvq")
+        "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-mar", "emoji-rvq")
     ),
-    "emoji-vq": Bundled("tokenizer", "image to tokens and back: a VQ tokenizer"),
-    "emoji-vq-128": Bundled("tokenizer", "image to tokens and back at 128 px: a VQ tokenizer, for generators to come"),
+    "emoji-vq": Bundled("tokenizer", "image to tokens and back at 128 px: a VQ tokenizer"),
     "emoji-1d": Bundled("tokenizer", "image to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "image to tokens and back, coarse to fine: an RQ-VAE of four levels"),
     "emoji-kl": Bundled("tokenizer", "image to continuous tokens and back: a KL autoencoder"),

@@ -260,10 +260,10 @@ def _load_image_tokenizer(index, tokenizers, folder, dtype):
 
 
 def _folder_of_words(folder):
-    """The folder of a pipeline's text encoder: a bundled pipeline without its own uses that of `emoji-ar`."""
+    """The folder of a pipeline's text encoder: a bundled pipeline without its own uses that of `emoji-mar`."""
     if (folder / "text_encoder").is_dir() or bundled_name_of(folder) is None:
         return folder
-    return bundled_folder("emoji-ar")
+    return bundled_folder("emoji-mar")
 
 
 def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:

@@ -219,7 +219,12 @@ DECODINGS = {
             _drafts(sampled=False),
             _GUIDANCE,
         ),
-        benchmarked=lambda total: [{"delta": delta, "k": 1000} for delta in (0.05, 0.1, 0.2, 0.4)],
+        benchmarked=lambda total: [
+            {"delta": 0.1, "k": 1000},
+            {"delta": 0.4, "k": 1000},
+            {"delta": 0.1, "k": 1000, "drafts": "jacobi"},
+            {"delta": 0.4, "k": 1000, "drafts": "jacobi"},
+        ],
     ),
     "lantern++": DecodingChoice(
         "Lantern++",
@@ -231,7 +236,7 @@ DECODINGS = {
             _drafts(sampled=True),
             _GUIDANCE,
         ),
-        benchmarked=lambda total: [{"ratio": ratio, "k": 10} for ratio in (2.0, 5.0)],
+        benchmarked=lambda total: [{"ratio": 5.0, "k": 10}],
     ),
     "distilled": DecodingChoice(
         "Distilled",
