@@ -31,7 +31,7 @@ def test_it_is_short():
 
 def test_the_first_screen_says_how_to_start():
     head = "\n".join(README.splitlines()[:40])
-    assert "\nmake demo " in head and "\nmake test " in head and "](docs/gallery.png)" in head
+    assert "\nmake demo " in head and "\nmake test " in head and "](docs/gallery.jpg)" in head
 
 
 @pytest.mark.parametrize("snippet", blocks(README, "python"))
@@ -58,5 +58,5 @@ def test_numbers_of_a_reason_are_those_that_its_command_printed(reason):
 
 
 def test_images_of_the_documents_are_small():
-    sizes = {file.name: file.stat().st_size for file in (ROOT / "docs").glob("*.png")}
+    sizes = {file.name: file.stat().st_size for file in (ROOT / "docs").glob("*.[jp][pn]g")}
     assert sizes and max(sizes.values()) < 300_000

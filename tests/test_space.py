@@ -19,6 +19,7 @@ from gradio_client import Client
 from PIL import Image
 
 from studio import StudioError, cli, space
+from studio.checkpoints.bundled import bundled_folder
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60
@@ -197,7 +198,8 @@ def draw_a_image(folder, python, environment, scratch):
             app.send_signal(signal.SIGINT)
             app.kill()
             app.wait()
-    assert Image.open(images[0]["image"]).size == (64, 64)
+    side = json.loads((bundled_folder("emoji-vq") / "config.json").read_text())["sample_size"]
+    assert Image.open(images[0]["image"]).size == (side, side)
     assert details["seeds"] == [7] and details["model"] == "emoji-ar"
 
 
