@@ -1,16 +1,21 @@
 """The Edit tab as a person meets it: a brush stroke redraws what it covers and nothing else."""
 
+import json
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from studio.checkpoints.bundled import bundled_folder
+
 pytestmark = pytest.mark.browser
 
 LIMIT = 90_000  # milliseconds
 TOAST = ".toast-body"
 BRUSH = "#editor button[aria-label='Brush']"
+SIDE = json.loads((bundled_folder("emoji-vq") / "config.json").read_text())["sample_size"]
+"""Of an image of the Generate tab, in pixels."""
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ def test_expanding_and_an_image_of_the_generate_tab(page):
     page.wait_for_timeout(3000)
     page.fill("#expand-left input, #expand-left textarea", "32")
     redraw(page)
-    assert result(page).shape == (64, 96, 3)
+    assert result(page).shape == (SIDE, SIDE + 32, 3)
 
 
 def test_what_is_missing_is_a_toast(tab, tmp_path):
