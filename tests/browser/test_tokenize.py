@@ -56,16 +56,17 @@ def test_a_photo_and_what_is_left_of_it(tab, tmp_path):
     assert tab.is_visible("#download-odp") and tab.is_visible("#scale")
 
 
-def test_a_grid_of_codes_has_no_length(tab, tmp_path):
-    tab.fill("#tokenizer input", "emoji-vq")
+def test_a_grid_of_codes_has_no_length(tab, tiny_vq, tmp_path):
+    tiny_vq.save_pretrained(tmp_path / "grid")
+    tab.fill("#tokenizer input", str(tmp_path / "grid"))
     tab.press("#tokenizer input", "Enter")
     tab.wait_for_selector("#scale", state="hidden")
     give(tab, photo(tmp_path))
     restore(tab)
-    assert tab.locator("#codes svg title").count() == 64
+    assert tab.locator("#codes svg title").count() == 16
     alts = tab.eval_on_selector_all("#codecs img", "all => all.map(image => image.alt)")
-    assert "emoji-vq · 96 bytes" in alts[0]
-    assert "JPEG has no file of 96 bytes" in tab.inner_text("#codes")
+    assert "grid · 12 bytes" in alts[0]
+    assert "JPEG has no file of 12 bytes" in tab.inner_text("#codes")
     assert not tab.is_visible("#download-odp")
 
 
