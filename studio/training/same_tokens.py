@@ -18,6 +18,7 @@ from studio.errors import StudioError
 from studio.tokenizers.kl import KLTokenizer
 from studio.tokenizers.rvq import RVQTokenizer
 from studio.training.from_vq import levels_of
+from studio.training.generator import grid_of
 
 OF_IMAGE = ("encoder.conv_in.", "decoder.norm_out.", "decoder.conv_norm_out.", "decoder.conv_out.")
 """Parts of a network that stand beside the pixels."""
@@ -66,13 +67,6 @@ def check_reference(reference: KLTokenizer | RVQTokenizer, size: int, grid: int)
             f"same_tokens_as names a tokenizer of {own}x{own} tokens for {side} px: take --grid {own} and a --size "
             f"that is a multiple of {side}, at least {2 * side}, not --grid {shown(grid)} and --size {shown(size)}."
         )
-
-
-def grid_of(tokenizer: KLTokenizer | RVQTokenizer) -> int:
-    """Cells a side of the images that a tokenizer was trained for."""
-    kl = isinstance(tokenizer, KLTokenizer)
-    factor = tokenizer.downsample_factor if kl else tokenizer.pixels_per_cell[0]
-    return tokenizer.config.sample_size // factor
 
 
 @torch.no_grad()
