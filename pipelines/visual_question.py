@@ -40,6 +40,9 @@ _CROPS_IN_PLACE = ("llava_next", "llava_onevision")
 _MARKS = ("image_token", "video_token")
 """Attributes of a processor: the texts that stand for an image or a video."""
 
+_KEEP = 0.2
+"""The fraction of tokens that a method keeps by default."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -138,7 +141,7 @@ class VisualQuestionPipeline:
         question: str,
         *,
         prune: str | None = None,
-        keep: float = 0.2,
+        keep: float | None = None,
         after_layer: int | tuple[int, ...] | None = None,
         merge: int | Sequence[int] = 0,
         tokens: int | None = None,
@@ -152,7 +155,7 @@ class VisualQuestionPipeline:
             image: a PIL image of any mode, read as `studio.images.rgb_image` does.
             question: at most 2,000 characters.
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
-            keep: the fraction of the image's tokens to keep, in (0, 1].
+            keep: the fraction of the image's tokens that a method keeps, in (0, 1]; by default 0.2.
             after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
                 known after the first token of the answer.
             merge: tokens that the vision tower merges before its second layer, the third, ... (`studio.merge_tokens`).
@@ -168,16 +171,16 @@ class VisualQuestionPipeline:
                 unknown method, or a method that does not support the model.
         """
         max_new_tokens = self._checked(question, max_new_tokens)
-        share = float(check_number("keep", keep, 0, 1, above=True))
+        share = float(check_number("keep", _KEEP if keep is None else keep, 0, 1, above=True))
+        given = [name for name, value in {"keep": keep, "after_layer": after_layer}.items() if value is not None]
+        if prune is None and (given := [*given, *options]):
+            raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
         image = rgb_image(image)
         if tokens is not None:
             if prune is not None:
                 raise StudioError("tokens and prune exclude each other: leave one of them out.")
             image = self.compressor_of().square(self.model, image)
         inputs = self._inputs(image, question)
-        if prune is None and (after_layer is not None or options):
-            given = [*options, *(["after_layer"] if after_layer is not None else [])]
-            raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
         with merge_tokens(self.model, merge) if merge else nullcontext():
             return self._answer(image, inputs, prune, share, after_layer, tokens, max_new_tokens, on_step, options)
 

@@ -112,7 +112,7 @@ def bench_cost(
             row |= {"positions": number, "seconds": least[number]}
             row |= {"break_even_tokens": least[number] / least[1]}
             row |= {"peak_share": _GUIDED * number * _operations(network) / least[number] / peak}
-            if tokens := TOKENS_A_CALL.get(number):
+            if number > 1 and (tokens := TOKENS_A_CALL.get(number)):
                 row |= {"jacobi_tokens": tokens, "jacobi_speedup": tokens / row["break_even_tokens"]}
             rows.append(row)
     dtype = str(network.dtype).removeprefix("torch.")

@@ -78,9 +78,8 @@ def ask(
     if len(questions) > 1:
         _ask_all(pipe, original, questions, 1.0 if keep is None else keep, max_new_tokens)
         return
-    share = 0.2 if keep is None else keep
     answer = pipe(
-        original, questions[0], prune=prune, keep=share, after_layer=after_layer, merge=merged, tokens=tokens,
+        original, questions[0], prune=prune, keep=keep, after_layer=after_layer, merge=merged, tokens=tokens,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     emit(

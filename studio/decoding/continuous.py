@@ -28,7 +28,6 @@ from studio.models.llamagen import LlamaGen
 _LONGEST_WINDOW = 16
 _OTHER_ROWS = 256  # positions of a call, elsewhere than on a CPU, that take about as long as one
 _RUNS = 3  # times that a window is timed
-_EXPECTED = {1: 1.0, **TOKENS_A_CALL}
 
 
 @dataclass(eq=False)
@@ -83,7 +82,7 @@ class ContinuousBatch:
         self._path = torch.ones(1, slots, slots, dtype=torch.bool, device=device).tril()
         self._free = list(range(max_images))[::-1]
         first = CPU_ROWS if device.type == "cpu" else _OTHER_ROWS
-        self._widths = Widths([width for width in _EXPECTED if width <= slots], first)
+        self._widths = Widths([width for width in TOKENS_A_CALL if width <= slots], first)
         self._plan: _Plan | None = None
         self.images: list[BatchImage] = []
 
@@ -229,7 +228,7 @@ class Widths:
         if not timed:
             fitting = [width for width in self._choices if width * rows <= self._positions]
             return fitting[-1] if fitting else 1
-        best = max(timed, key=lambda width: _EXPECTED[width] / min(seconds[width]))
+        best = max(timed, key=lambda width: TOKENS_A_CALL[width] / min(seconds[width]))
         place = self._choices.index(best)
         neighbours = self._choices[max(place - 1, 0) : place + 2]
         return next((width for width in neighbours if len(seconds[width]) < _RUNS), best)

@@ -12,6 +12,7 @@ from studio import StudioError
 from studio.bench import contention as bench_contention
 from studio.bench import cost as bench_cost
 from studio.bench import models
+from studio.decoding.jacobi import TOKENS_A_CALL
 from studio.models import llamagen
 
 TINY = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "grid_size": 4}
@@ -51,8 +52,8 @@ def test_a_row_says_what_jacobi_decoding_would_give(monkeypatch):
     monkeypatch.setattr(bench_cost, "least_call_seconds", lambda *_: seconds)
     step, two, sixteen = measured(preset="llamagen-b", threads=(1,))["rows"]
     assert "jacobi_speedup" not in step
-    assert (two["jacobi_tokens"], two["jacobi_speedup"]) == (1.4, 1.4)
-    assert (sixteen["jacobi_tokens"], sixteen["jacobi_speedup"]) == (3.45, 3.45 / 3)
+    assert (two["jacobi_tokens"], two["jacobi_speedup"]) == (TOKENS_A_CALL[2], TOKENS_A_CALL[2])
+    assert (sixteen["jacobi_tokens"], sixteen["jacobi_speedup"]) == (TOKENS_A_CALL[16], TOKENS_A_CALL[16] / 3)
 
 
 @pytest.mark.parametrize("name", bench_cost.PRESETS)

@@ -137,6 +137,8 @@ def test_kept_tokens_have_their_places_in_the_image(pipe, image, size):
         ({"prune": "divprune", "keep": 0.0}, "keep must be"),
         ({"prune": "divprune", "keep": 1.5}, "keep must be"),
         ({"prune": "divprune", "keep": 7}, "keep must be"),
+        ({"keep": 0.2}, "keep needs a method"),
+        ({"keep": 0.2, "tokens": 4}, "keep needs a method"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
