@@ -62,10 +62,9 @@ class Jacobi:
 
     Args:
         window: tokens that a call of the model reads for each image, the last token and guesses behind it, at least 1.
-            "auto": with the coupling "seed", what should be fastest by the measured cost of a call (1, plain decoding,
-            where guesses do not pay); with others, whose
-            samples depend on it, 8 tokens over the conditional and unconditional sequences of an image on a CPU, and 16
-            elsewhere.
+            "auto": with the coupling "seed", what should be fastest by the measured cost of a call: 1, no guesses, where
+            they do not pay. With others, whose samples depend on the window, 8 tokens over the conditional and
+            unconditional sequences of an image on a CPU, and 16 elsewhere.
         coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
         filter_order, weights, guidance_schedule: as of `Autoregressive`; as `drafts` of another decoding, those of
             that.
