@@ -19,7 +19,7 @@ from torch import nn
 from studio.backends.cpu_c import NativeDrafter, NativeLlamaGen, can_run, is_available
 from studio.backends.cpu_c_head import NativeHead, can_denoise
 from studio.backends.cpu_c_pixels import NativeDecoder, can_decode
-from studio.backends.cpu_c_sampling import can_race, race_winners
+from studio.backends.cpu_c_sampling import can_race, can_test_guesses, guess_outcomes, race_winners
 from studio.backends.cpu_c_student import NativeStudent, can_distil
 from studio.backends.cpu_c_text import NativeT5, can_encode
 from studio.backends.cuda_graphs import GraphedLlamaGen, GraphedStudent
@@ -149,6 +149,11 @@ def select_pixels(tokenizer: Tokenizer) -> Tokenizer:
 def select_race(logits: torch.Tensor, noise: torch.Tensor) -> Callable[..., torch.Tensor] | None:
     """`race_winners` of `studio.backends.cpu_c_sampling`; None where it does not work for these tensors."""
     return race_winners if _runs_c() and can_race(logits, noise) else None
+
+
+def select_guess_outcomes(logits: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """`guess_outcomes` of `studio.backends.cpu_c_sampling`; None where it does not work for these logits."""
+    return guess_outcomes if _runs_c() and can_test_guesses(logits) else None
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -1,17 +1,21 @@
 """Sampling in C (`native.c`) for CPUs: filter, softmax and exponential race of many rows of logits are one call.
 
-Where another order of roundings could make another token win, a row is left to PyTorch, so tokens are the same.
+Where another order of roundings could make another token win, a row is left to PyTorch, so tokens are the same. Guesses
+that are tested by probability, where rounding decides as rarely as a float's last place, are another call.
 """
 
 import ctypes
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from studio.backends.native_library import library, loaded_library
 
-_LANES = 8
+if TYPE_CHECKING:
+    from studio.decoding.lantern import Relaxation
+
+_LANES, _MOST_TOKENS = 8, 65536
 
 
 class _Race(ctypes.Structure):
@@ -50,3 +54,75 @@ def race_winners(
     )  # fmt: skip
     loaded_library().studio_winners(ctypes.byref(race))
     return winners
+
+
+class _Guesses(ctypes.Structure):
+    """The struct `Guesses` of native.c."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = (  # type: ignore[assignment]  # typeshed lists the simple types
+        [
+            (name, ctypes.c_int32)
+            for name in ("images", "places", "vocab", "top_k", "width", "borrowed", "keeps", "threads")
+        ]
+        + [(name, ctypes.c_float) for name in ("divisor", "tv_budget", "ratio_budget")]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                "logits", "distributions", "proposals", "guesses", "near", "tests", "samples", "outcomes", "right",
+            )
+        ]
+    )  # fmt: skip
+
+
+def can_test_guesses(logits: torch.Tensor) -> bool:
+    """Whether guesses are tested in C for these logits: float32 on a CPU, a multiple of 8 tokens, 65,536 at most."""
+    vocab = logits.shape[-1]
+    fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and not vocab % _LANES
+    return fits and vocab <= _MOST_TOKENS and library() is not None
+
+
+def guess_outcomes(
+    logits: torch.Tensor,
+    guesses: torch.Tensor,
+    proposals: torch.Tensor,
+    tests: torch.Tensor,
+    samples: torch.Tensor,
+    divisor: float,
+    top_k: int,
+    keeps: bool,
+    relaxation: "Relaxation | None" = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decide` of `studio.decoding.jacobi` for the distributions of logits, then `next_proposals`.
+
+    Args:
+        logits: (B, n, V) for which `can_test_guesses` is true.
+        guesses: (B, n - 1) int64.
+        proposals: the distributions (B, n - 1, V) that they were sampled from; those of the next guesses are written to
+            the same place.
+        tests, samples: numbers in [0, 1), float64, (B, n - 1) and (B, n).
+        divisor, top_k: as of `race_winners`.
+        keeps: whether guesses behind the first failure that pass their test stay, as with the coupling "maximal"; else
+            they are sampled anew, as with "none".
+        relaxation: what guesses may borrow.
+
+    Returns:
+        Outcomes (B, n) and how many guesses pass before the first that fails, (B,), both int64.
+    """
+    images, places, vocab = logits.shape
+    logits, guesses, tests, samples = (part.contiguous() for part in (logits, guesses, tests, samples))
+    assert proposals.is_contiguous()
+    distributions = torch.empty_like(logits)
+    outcomes, right = torch.empty(images, places, dtype=torch.long), torch.empty(images, dtype=torch.long)
+    near, width, borrowed = None, 0, 0
+    budgets: tuple[float | None, float | None] = (None, None)
+    if relaxation is not None:
+        near, borrowed = relaxation.neighbours.contiguous(), relaxation.k
+        width, budgets = near.shape[1], (relaxation.tv_budget, relaxation.ratio_budget)
+    call = _Guesses(
+        images, places, vocab, top_k, width, borrowed, keeps, torch.get_num_threads(), divisor,
+        *(-1 if budget is None else budget for budget in budgets), logits.data_ptr(), distributions.data_ptr(),
+        proposals.data_ptr(), guesses.data_ptr(), None if near is None else near.data_ptr(), tests.data_ptr(),
+        samples.data_ptr(), outcomes.data_ptr(), right.data_ptr(),
+    )  # fmt: skip
+    loaded_library().studio_guesses(ctypes.byref(call))
+    return outcomes, right

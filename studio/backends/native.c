@@ -297,6 +297,7 @@ int32_t studio_lanes(void) {
     return WIDE;
 }
 
+#include "native_guesses.h"
 #include "native_pixels.h" /* attends with the functions above */
 #include "native_sampling.h"
 #include "native_sums.h"

@@ -20,8 +20,8 @@ from pathlib import Path
 from studio.files import cache_folder
 
 _PARTS = (
-    "native.c", "native_threads.h", "native_vectors.h", "native_denoising.h", "native_pixels.h", "native_sampling.h",
-    "native_sums.h",
+    "native.c", "native_threads.h", "native_vectors.h", "native_denoising.h", "native_guesses.h", "native_pixels.h",
+    "native_sampling.h", "native_sums.h",
 )  # fmt: skip
 SOURCES = [Path(__file__).with_name(name) for name in _PARTS]
 FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")

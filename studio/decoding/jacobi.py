@@ -62,9 +62,9 @@ class Jacobi:
 
     Args:
         window: tokens that a call of the model reads for each image, the last token and guesses behind it, at least 1.
-            "auto": with the coupling "seed", what should be fastest by the measured cost of a call: 1, no guesses, where
-            they do not pay. With others, whose samples depend on the window, 8 tokens over the conditional and
-            unconditional sequences of an image on a CPU, and 16 elsewhere.
+            "auto": with the coupling "seed", what should be fastest by the measured cost of a call: 1, which is no
+            guesses, where they do not pay. With others, whose samples depend on the window, 8 tokens over the
+            conditional and unconditional sequences of an image on a CPU, and 16 elsewhere.
         coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
         filter_order, weights, guidance_schedule: as of `Autoregressive`; as `drafts` of another decoding, those of
             that.
@@ -248,11 +248,15 @@ class _Run:
             assert self.races is not None
             outcomes = self.races.winners(self.sampling, logits, self.images, index)
             return outcomes, leading(guesses == outcomes[:, :-1])
-        distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
-        chance = _Chance.of(
-            [self.generators[number] for number in self.numbers], distributions.shape[1], distributions.device
-        )
         assert self.proposals is not None
+        chance = _Chance.of([self.generators[number] for number in self.numbers], logits.shape[1], logits.device)
+        compiled = None if self.sampling.top_p < 1 else backends.select_guess_outcomes(logits)
+        if compiled is not None and self.coupling != "gumbel":
+            return compiled(
+                logits, guesses, self.proposals, chance.tests, chance.samples, self.sampling.divisor,
+                self.sampling.top_k, self.coupling == "maximal", self.relaxation,
+            )  # fmt: skip
+        distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
         outcomes, right = decide(distributions, guesses, self.proposals, chance, self.coupling, self.relaxation)
         if self.coupling == "gumbel":
             assert self.races is not None

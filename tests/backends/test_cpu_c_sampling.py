@@ -1,11 +1,13 @@
-"""Races in C have the winners of PyTorch's, or leave them to it."""
+"""Races in C have the winners of PyTorch's, or leave them to it; guesses are tested as by `decide`."""
 
 import pytest
 import torch
 
 from studio import backends
-from studio.backends.cpu_c_sampling import race_winners
+from studio.backends.cpu_c_sampling import guess_outcomes, race_winners
 from studio.backends.native_library import library
+from studio.decoding.jacobi import _Chance, decide, next_proposals
+from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling, sample_rows
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -74,3 +76,64 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+BUDGETS = [None, (0.4, None), (0.1, 3.0), (None, 5.0), (0.0, None)]
+
+
+def windows(images, vocab, budgets, top_k, places=5, seed=5):
+    """Logits, guesses with what they were sampled from, random numbers and a rule, for `decide` and for C."""
+    generator = torch.Generator().manual_seed(seed)
+    proposals = (torch.randn(images, places - 1, vocab, generator=generator) * 3).softmax(dim=-1)
+    proposals[::4, -1] = torch.eye(vocab)[3]  # a guess without a distribution
+    guesses = torch.multinomial(proposals.flatten(0, 1), 1, generator=generator).view(images, places - 1)
+    near = proposals.log().clamp(min=-20) + torch.randn(proposals.shape, generator=generator)
+    logits = torch.cat((near, torch.randn(images, 1, vocab, generator=generator) * 3), dim=1)
+    logits[::5, 1] = proposals[::5, 1].log()  # passes, and nothing is left of p - q
+    logits[::6, 0] = torch.full((vocab,), float("-inf")).scatter(0, guesses[0, :1], 0.0)  # known
+    numbers = torch.rand(images, 2 * places, generator=generator, dtype=torch.float64)
+    rule = None
+    if budgets is not None:
+        rule = Relaxation(neighbour_table(torch.randn(vocab, 6, generator=generator), 20), 10, *budgets)
+    chance = _Chance(numbers[:, 1:places], numbers[:, places:])
+    return logits, guesses, proposals, chance, Sampling(0.7, top_k), rule
+
+
+def both_ways(coupling, logits, guesses, proposals, chance, sampling, rule):
+    distributions = sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
+    outcomes, right = decide(distributions, guesses, proposals, chance, coupling, rule)
+    following, ours = next_proposals(distributions, outcomes, right), proposals.clone()
+    numbers = (chance.tests, chance.samples, sampling.divisor, sampling.top_k)
+    found = guess_outcomes(logits, guesses, ours, *numbers, coupling == "maximal", rule)
+    return (outcomes, right, following), (*found, ours)
+
+
+@pytest.mark.parametrize("coupling", ["none", "maximal"])
+@pytest.mark.parametrize("budgets", BUDGETS, ids=str)
+@pytest.mark.parametrize(("images", "vocab", "top_k"), [(400, 72, 0), (400, 72, 9), (400, 32, 1), (40, 4096, 256)])
+def test_guesses_are_tested_as_in_torch(coupling, budgets, images, vocab, top_k):
+    (outcomes, right, following), found = both_ways(coupling, *windows(images, vocab, budgets, top_k))
+    assert torch.equal(found[0], outcomes) and torch.equal(found[1], right)
+    torch.testing.assert_close(found[2], following, rtol=1e-5, atol=1e-7)
+    assert len(set(right.tolist())) > 2
+
+
+@pytest.mark.parametrize("other", [{"coupling": "none"}, {"budgets": (0.4, None)}, {"top_k": 9}, {"seed": 6}], ids=str)
+def test_every_setting_of_the_tests_is_seen(other):
+    """Negative controls."""
+    given = {"coupling": "maximal", "budgets": None, "top_k": 0, "seed": 5}
+    outcomes = []
+    for each in (given, {**given, **other}):
+        parts = windows(400, 72, each["budgets"], each["top_k"], seed=each["seed"])
+        outcomes.append(both_ways(each["coupling"], *parts)[1][0])
+    assert not torch.equal(*outcomes)
+
+
+def test_which_guesses_are_tested_in_c():
+    logits = torch.zeros(2, 3, 72)
+    assert backends.select_guess_outcomes(logits) is guess_outcomes
+    assert backends.select_guess_outcomes(logits[..., :70]) is None
+    assert backends.select_guess_outcomes(logits.bfloat16()) is None
+    assert backends.select_guess_outcomes(torch.zeros(1, 1, 65544)) is None
+    with backends.using("plain"):
+        assert backends.select_guess_outcomes(logits) is None
