@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from studio.checks import shown
 from studio.errors import StudioError
 from studio.processes import agreed, join, process_index
+from studio.training.attention import PlainAttention
 from studio.training.card import write_card
 from studio.training.export import remove_paths
 from studio.training.options import Options
@@ -133,7 +134,7 @@ def train(
             total = 0.0
             for batch in batches:
                 batch = {key: part.to(accelerator.device, non_blocking=True) for key, part in batch.items()}
-                with accelerator.autocast():
+                with accelerator.autocast(), PlainAttention():
                     loss = wrapped(**batch)
                 accelerator.backward(loss / len(batches))
                 total = total + loss.detach() / len(batches)
