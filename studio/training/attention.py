@@ -30,6 +30,7 @@ def plain_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` of bf16 numbers, by its definition; arguments and result are its own.
 
@@ -37,6 +38,8 @@ def plain_attention(
     """
     with torch.autocast("cpu", enabled=False):
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        if enable_gqa:
+            key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], dim=-3) for part in (key, value))
         scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -49,9 +52,7 @@ def plain_attention(
         return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
 
 
-def _is_faster(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, enable_gqa: bool = False, **further: Any
-) -> bool:
+def _is_faster(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **further: Any) -> bool:
     on_cpu = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    return on_cpu and wanted and not enable_gqa and key.shape[-2] <= LONGEST
+    return on_cpu and wanted and key.shape[-2] <= LONGEST

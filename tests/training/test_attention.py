@@ -40,6 +40,13 @@ def test_plain_products_are_attention(name):
     assert (other[0].float() - expected[0].float()).abs().max() > 0.05  # negative control
 
 
+def test_heads_that_share_keys():
+    query, key, value = parts(24)
+    shared = [query, key[:, :1], value[:, :1]]
+    expected = gradients(F.scaled_dot_product_attention, shared, enable_gqa=True)[0]
+    assert (gradients(plain_attention, shared, enable_gqa=True)[0] - expected).abs().max() < 0.02
+
+
 def test_a_query_that_sees_nothing_stays_finite():
     mask = torch.zeros(24, 24, dtype=torch.bool)
     for given in (mask, torch.zeros(24, 24).masked_fill(~mask, float("-inf"))):
@@ -58,6 +65,6 @@ def test_where_plain_products_are_taken(monkeypatch):
 
     assert takes(parts()) and takes(parts(keys=LONGEST)) and takes(parts(), attn_mask=None)
     assert not takes(parts(keys=LONGEST + 1)) and not takes(parts(), autocast=False)
-    assert not takes([part.detach() for part in parts()]) and not takes(parts(), enable_gqa=True)
+    assert not takes([part.detach() for part in parts()])
     with torch.no_grad():
         assert not takes(parts())
