@@ -46,17 +46,19 @@ BUNDLED = {
     ),
     "emoji-bridge": Bundled(
         "pipeline",
-        "text to image: a TokenBridge over the levels of emoji-kl",
+        "text to image at 128 px: a TokenBridge over the levels of emoji-kl",
         shares=("emoji-mar", "emoji-kl"),
     ),
-    "emoji-mar": Bundled("pipeline", "text to image: a MAR over the latents of emoji-kl", shares=("emoji-kl",)),
+    "emoji-mar": Bundled(
+        "pipeline", "text to image at 128 px: a MAR over the latents of emoji-kl", shares=("emoji-kl",)
+    ),
     "emoji-resgen": Bundled(
         "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-mar", "emoji-rvq")
     ),
     "emoji-vq": Bundled("tokenizer", "image to tokens and back at 128 px: a VQ tokenizer"),
     "emoji-1d": Bundled("tokenizer", "image to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "image to tokens and back, coarse to fine: an RQ-VAE of four levels"),
-    "emoji-kl": Bundled("tokenizer", "image to continuous tokens and back: a KL autoencoder"),
+    "emoji-kl": Bundled("tokenizer", "image to continuous tokens and back at 128 px: a KL autoencoder"),
     "emoji-vlm": Bundled("reader", "image and question to answer: a LLaVA-NeXT that reads scenes of emoji and words"),
     "emoji-judge": Bundled("judge", "names concept, style and background of an image; used by `studio evaluate`"),
 }

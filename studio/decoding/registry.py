@@ -223,7 +223,7 @@ DECODINGS = {
             {"delta": 0.1, "k": 1000},
             {"delta": 0.4, "k": 1000},
             {"delta": 0.1, "k": 1000, "drafts": "jacobi"},
-            {"delta": 0.4, "k": 1000, "drafts": "jacobi"},
+            {"delta": 1.0, "k": 200, "drafts": "jacobi"},
         ],
     ),
     "lantern++": DecodingChoice(
