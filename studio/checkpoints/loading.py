@@ -321,6 +321,14 @@ def _check_class(config, expected, folder):
         raise StudioError(f"{folder} holds a checkpoint {what}, not {expected.__name__}.")
 
 
+def class_of(folder: Path) -> str | None:
+    """The name of the class that a folder of diffusers' is of; None where its config.json says nothing."""
+    try:
+        return _class_of(read_json(folder / "config.json"))
+    except StudioError:
+        return None
+
+
 def _class_of(config):
     """The name of the class that a configuration is of, or None."""
     named = config.get("_class_name") or config.get("architectures")

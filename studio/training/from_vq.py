@@ -4,7 +4,6 @@ They have the same blocks under other names, so that what one bottleneck has tau
 next.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from studio.checkpoints.loading import class_of
 from studio.checkpoints.mar import kl_name, kl_weight
 from studio.checkpoints.official import renamed
 from studio.tokenizers.vq import VQTokenizer
@@ -28,10 +28,7 @@ _RVQ = (
 
 def is_vq(folder: Path) -> bool:
     """Whether a folder holds a `VQTokenizer`."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"] == VQTokenizer.__name__
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return class_of(folder) == VQTokenizer.__name__
 
 
 @torch.no_grad()

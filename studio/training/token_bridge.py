@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from studio.checkpoints.loading import load_model
+from studio.checkpoints.loading import class_of, load_model
 from studio.errors import StudioError
+from studio.models.mar import MAR
 from studio.models.token_bridge import TokenBridge
 from studio.pipelines.token_bridge import TokenBridgePipeline
 from studio.tokenizers.token_bridge import TokenBridgeTokenizer, low_frequency_order
@@ -46,8 +47,18 @@ class TrainableBridge(Conditioned):
         return self.transformer(tokens, values, order, int(masked), asked=ASKED, **self.condition(**given))
 
 
+def start_from_mar(transformer: TokenBridge, mar: MAR) -> None:
+    """Copies all of a MAR but its head; RuntimeError where sizes differ."""
+    found = mar.state_dict()
+    found["output_pos_embed"] = found.pop("diffusion_pos_embed_learned")
+    own = transformer.head.state_dict(prefix="head.")
+    transformer.load_state_dict(
+        {**own, **{key: part for key, part in found.items() if not key.startswith("diffloss.")}}
+    )
+
+
 class TokenBridgeRecipe(MARRecipe):
-    """A TokenBridge from scratch."""
+    """A TokenBridge, from scratch or with all of a MAR but its head."""
 
     kind = "token-bridge"
     purpose = "Samples a few cells of an image at a time and each dimension by dimension, under a caption or a class."
@@ -76,6 +87,10 @@ class TokenBridgeRecipe(MARRecipe):
         )
 
     def load(self, module: Any, folder: Path) -> None:
+        """From a TokenBridge, or from a MAR of the same sizes: it reads and predicts the same cells."""
+        if class_of(folder / "transformer") == MAR.__name__:
+            start_from_mar(module.transformer, load_model(MAR, folder / "transformer", torch.float32))
+            return
         weights = load_model(TokenBridge, folder / "transformer", torch.float32)
         ours = module.transformer.config
         for name in ("levels", "dimension_order"):

@@ -165,6 +165,20 @@ def test_trains_exports_and_goes_on(kind, small, tmp_path):
         assert torch.allclose(before[key], after[key], atol=5e-2), key
 
 
+def test_a_token_bridge_goes_on_from_a_mar(small, tmp_path):
+    mar = network(read("mar", run("mar", tmp_path / "mar")["folder"])).state_dict()
+    found = run("token-bridge", tmp_path / "bridge", steps=1, init_from="mar", learning_rate=1e-12)
+    bridge = network(read("token-bridge", found["folder"])).state_dict()
+    mar["output_pos_embed"] = mar.pop("diffusion_pos_embed_learned")
+    shared = [key for key in mar if not key.startswith("diffloss.")]
+    assert len(shared) > 40 and all(torch.allclose(mar[key], bridge[key], atol=5e-2) for key in shared)
+    fresh = run("token-bridge", tmp_path / "fresh", steps=1, learning_rate=1e-12)
+    other = network(read("token-bridge", fresh["folder"])).state_dict()  # negative control
+    assert not all(torch.allclose(mar[key], other[key], atol=5e-2) for key in shared)
+    with pytest.raises(StudioError, match="of the same sizes"):
+        run("token-bridge", tmp_path / "large", steps=1, init_from="mar", dim=64)
+
+
 @pytest.mark.parametrize("kind", ["reader", "tower"])
 def test_a_reader_that_knows_fewer_words_keeps_them_and_learns_the_others(kind, small, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
