@@ -33,7 +33,7 @@ import torch
 
 from studio import backends
 from studio.checks import check_integer, set_fields, shown
-from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows
+from studio.decoding.autoregressive import Autoregressive, Guidance, autoregressive, condition_rows
 from studio.decoding.sampling import (
     KnownTokens,
     OnStep,
@@ -138,8 +138,14 @@ def jacobi(
     began = time.perf_counter()
     guidance = Guidance.of(guidance_scale, cfg_interval, settings.guidance_schedule, model)
     window = choose_window(model, settings, len(generators), guidance.streams)
-    if known is not None and settings.window == "auto":
-        window = max(window, 2)  # the guesses of known tokens are right
+    if window == 1 and settings.coupling in (None, "seed") and settings.on_round is None:
+        plain = Autoregressive(settings.filter_order, settings.weights, settings.guidance_schedule)
+        sampled = autoregressive(
+            model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
+            cfg_interval=cfg_interval, settings=plain, num_tokens=num_tokens, on_step=on_step, known=known,
+        )  # fmt: skip
+        each = {"image_calls": sampled.target_calls * len(generators), "image_tokens": sampled.tokens.numel()}
+        return JacobiSampled(**vars(sampled), **each, window=1)
     total = num_tokens or model.num_tokens
     run = _Run(
         model, condition, generators, sampling, guidance, settings, relaxation, total, min(window, total),

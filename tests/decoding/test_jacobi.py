@@ -8,7 +8,7 @@ from studio.backends.cpu_c import NativeLlamaGen
 from studio.decoding import jacobi as loop
 from studio.decoding.autoregressive import autoregressive
 from studio.decoding.jacobi import _call_seconds, choose_window, jacobi
-from studio.decoding.sampling import Sampling
+from studio.decoding.sampling import KnownTokens, Sampling
 from studio.decoding.speculative import speculative
 from studio.models.kv_cache import TreeCache
 from studio.reference.lantern import AuthorsLantern
@@ -284,6 +284,22 @@ def test_the_window_follows_measured_costs(monkeypatch):
     assert choose_window(model, Jacobi(), 2, 2) == first and len(asked) == count
     assert choose_window(model, Jacobi(coupling="none"), 5, 2) == 4 and choose_window(model, Jacobi(7), 1, 1) == 7
     assert len(asked) == count
+
+
+@pytest.mark.parametrize(
+    "known", [None, KnownTokens(torch.ones(3, 16, dtype=torch.long), torch.arange(16).expand(3, -1) < 8)]
+)
+def test_without_guesses_it_is_plain_decoding(known, monkeypatch):
+    monkeypatch.setattr(loop, "_call_seconds", lambda model, rows, nodes, weights: nodes)
+    model, seeds = strong(False), (1, 2, 3)
+    plain = autoregressive(model, conditions(False), generators=streams(*seeds), known=known)
+    found = jacobi(model, conditions(False), generators=streams(*seeds), known=known)
+    assert found.window == 1 and torch.equal(found.tokens, plain.tokens)
+    assert found.target_calls == plain.target_calls and found.mean_accepted_length == plain.mean_accepted_length
+    rounds = []
+    settings = Jacobi(on_round=lambda lengths, tokens: rounds.append(tokens.shape))
+    jacobi(model, conditions(False), generators=streams(*seeds), settings=settings)
+    assert set(rounds) == {(3, 1)}  # somebody looks on
 
 
 def test_settings_are_checked():

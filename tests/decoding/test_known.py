@@ -231,13 +231,3 @@ def test_relaxed_tests_keep_no_tokens():
             tiny_llamagen(), conditions(False), generators=streams(0, 1, 2), settings=Lantern(3),
             codebook=torch.randn(32, 4), known=known,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("known", "calls"), [(None, 16), (known_of(torch.zeros(3, 16, dtype=torch.long), range(8), 16), 13)]
-)
-def test_known_tokens_are_read_several_a_call_where_guesses_do_not_pay(known, calls, monkeypatch):
-    monkeypatch.setattr("studio.decoding.jacobi._call_seconds", lambda model, rows, nodes, weights: nodes)
-    model = tiny_llamagen(seed=0)
-    found = jacobi(model, conditions(False), generators=streams(1, 2, 3), known=known)
-    assert found.window == (1 if known is None else 2) and found.target_calls <= calls
