@@ -144,8 +144,8 @@ def jacobi(
             model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
             cfg_interval=cfg_interval, settings=plain, num_tokens=num_tokens, on_step=on_step, known=known,
         )  # fmt: skip
-        each = {"image_calls": sampled.target_calls * len(generators), "image_tokens": sampled.tokens.numel()}
-        return JacobiSampled(**vars(sampled), **each, window=1)
+        calls = sampled.target_calls * len(generators)
+        return JacobiSampled(**vars(sampled), image_calls=calls, image_tokens=sampled.tokens.numel(), window=1)
     total = num_tokens or model.num_tokens
     run = _Run(
         model, condition, generators, sampling, guidance, settings, relaxation, total, min(window, total),
