@@ -27,7 +27,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,7 @@ from studio.decoding.sampling import (
     Reporter,
     Sampling,
     SpeculativeOutput,
+    exponential_noise,
     fill_exponential,
 )
 from studio.decoding.trees import path_call
@@ -418,35 +419,48 @@ def _one_hot(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def choose_window(model: LlamaGen, settings: Jacobi, batch: int, streams: int) -> int:
     """The window of settings, for a batch of images with `streams` sequences each; see `Jacobi`.
 
-    The measurement starts from a window of 8 sequences' tokens on a CPU, and goes on to larger and smaller ones as long
-    as more tokens a second are to be expected. It is made once for a model, device and batch.
+    Rounds are timed with the sampling in them, from a window of 8 sequences' tokens on a CPU on to larger and smaller
+    ones as long as more tokens a second are to be expected, once for a model, device and batch.
     """
     if not isinstance(settings.window, str):
         return settings.window
     on_cpu = model.device.type == "cpu"
     if settings.coupling not in (None, "seed"):
         return CPU_ROWS // streams if on_cpu else _OTHER_WINDOW
-    rows, known = batch * streams, _windows.setdefault(model, {})
-    key = (rows, model.device, model.dtype, settings.weights, torch.get_num_threads())
+    known = _windows.setdefault(model, {})
+    key = (batch, streams, model.device, model.dtype, settings.weights, torch.get_num_threads())
     if key not in known:
-        known[key] = _fastest_window(model, rows, settings.weights, CPU_ROWS / rows if on_cpu else _OTHER_WINDOW)
+        first = CPU_ROWS / (batch * streams) if on_cpu else _OTHER_WINDOW
+        known[key] = _fastest_window(model, batch, streams, settings.weights, first)
     return known[key]
 
 
-def _call_seconds(model: LlamaGen, rows: int, window: int, weights: str) -> float:
-    """Least seconds of four calls behind a first one."""
-    call = path_call(model, rows, window, weights)
-    return min([backends.timed(call, model.device)[0] for _ in range(5)][1:])
+def _round_seconds(model: LlamaGen, batch: int, streams: int, window: int, weights: str) -> float:
+    """Least seconds of a round, or of a plain step where the window is 1: of a call, and of sampling behind it.
+
+    Of sampling, that is noise for each new token, and a race for each place of the window.
+    """
+    device, vocab = model.device, model.config.vocab_size
+    logits, generator = torch.zeros(batch * window, vocab, device=device), torch.Generator(device)
+    noise = exponential_noise(1, vocab, [generator], device).expand(len(logits), -1).contiguous()
+
+    def least(work: Callable[[], Any]) -> float:
+        return min([backends.timed(work, device)[0] for _ in range(5)][1:])
+
+    call = least(path_call(model, batch * streams, window, weights))
+    race = least(lambda: Sampling().winners(logits, noise))
+    return call + race + batch * TOKENS_A_CALL[window] * least(lambda: fill_exponential(noise[0], generator))
 
 
-def _fastest_window(model: LlamaGen, rows: int, weights: str, first: float) -> int:
+def _fastest_window(model: LlamaGen, batch: int, streams: int, weights: str, first: float) -> int:
     windows, speeds = list(TOKENS_A_CALL), {}
 
     def speed(place: int) -> float:
         if not 0 <= place < len(windows):
             return 0.0
         if place not in speeds:
-            speeds[place] = TOKENS_A_CALL[windows[place]] / _call_seconds(model, rows, windows[place], weights)
+            seconds = _round_seconds(model, batch, streams, windows[place], weights)
+            speeds[place] = TOKENS_A_CALL[windows[place]] / seconds
         return speeds[place]
 
     best = min(range(len(windows)), key=lambda place: abs(windows[place] - first))

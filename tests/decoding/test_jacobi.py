@@ -7,7 +7,7 @@ from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
 from studio.backends.cpu_c import NativeLlamaGen
 from studio.decoding import jacobi as loop
 from studio.decoding.autoregressive import autoregressive
-from studio.decoding.jacobi import _call_seconds, choose_window, jacobi
+from studio.decoding.jacobi import _round_seconds, choose_window, jacobi
 from studio.decoding.sampling import KnownTokens, Sampling
 from studio.decoding.speculative import speculative
 from studio.models.kv_cache import TreeCache
@@ -268,14 +268,14 @@ def test_the_window_follows_measured_costs(monkeypatch):
     asked = []
 
     def costs(per_row):
-        def seconds(model, rows, nodes, weights):
-            asked.append((rows, nodes))
-            return 1 + per_row * rows * nodes
+        def seconds(model, batch, streams, nodes, weights):
+            asked.append((batch * streams, nodes))
+            return 1 + per_row * batch * streams * nodes
 
         return seconds
 
     for per_row, least, most in ((0.0, 32, 32), (0.01, 16, 32), (0.1, 6, 6), (1.0, 1, 1)):
-        monkeypatch.setattr(loop, "_call_seconds", costs(per_row))
+        monkeypatch.setattr(loop, "_round_seconds", costs(per_row))
         assert least <= choose_window(tiny(), Jacobi(), 1, 2) <= most
     model, count = tiny(), len(asked)
     first = choose_window(model, Jacobi(), 2, 2)
@@ -290,7 +290,7 @@ def test_the_window_follows_measured_costs(monkeypatch):
     "known", [None, KnownTokens(torch.ones(3, 16, dtype=torch.long), torch.arange(16).expand(3, -1) < 8)]
 )
 def test_without_guesses_it_is_plain_decoding(known, monkeypatch):
-    monkeypatch.setattr(loop, "_call_seconds", lambda model, rows, nodes, weights: nodes)
+    monkeypatch.setattr(loop, "_round_seconds", lambda model, batch, streams, nodes, weights: nodes)
     model, seeds = strong(False), (1, 2, 3)
     plain = autoregressive(model, conditions(False), generators=streams(*seeds), known=known)
     found = jacobi(model, conditions(False), generators=streams(*seeds), known=known)
@@ -322,6 +322,6 @@ def test_settings_are_checked():
 @pytest.mark.parametrize("weights", ["auto", "plain"])
 def test_a_call_is_measured_without_a_trace(weights):
     model = tiny()
-    for nodes in (1, 40):
-        assert 0 < _call_seconds(model, 2, nodes, weights) < 60
+    for nodes in (1, 32):
+        assert 0 < _round_seconds(model, 1, 2, nodes, weights) < 60
     assert choose_window(model, Jacobi(weights=weights), 1, 2) in range(1, 33)
