@@ -29,6 +29,8 @@ from studio.training.report import Report
 from studio.training.state import has_state, load_state, save_state, writing
 
 SAVE_EVERY_SECONDS = 110
+PAUSE = 20
+"""Usual steps, at most, that a step counts as in the time of a run: a process that was paused did not train."""
 REPORT_EVERY = 20
 VALIDATION_BATCHES = 4
 FREE_ON_RESUME = ("steps", "minutes", "sample_every", "tracker")
@@ -191,6 +193,8 @@ class _Progress:
         self.step, self.seconds, self.recent, self.mean = 0, 0.0, 0.0, torch.zeros(())
 
     def advance(self, loss, seconds):
+        if self.recent:
+            seconds = min(seconds, PAUSE * self.recent)
         self.step += 1
         self.seconds += seconds
         self.recent = seconds if self.step == 1 else 0.95 * self.recent + 0.05 * seconds

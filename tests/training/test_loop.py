@@ -438,3 +438,12 @@ def test_what_was_asked_for_is_written_down(tmp_path):
     train(tmp_path / "run", accumulate=2)
     options = json.loads((tmp_path / "run" / "options.json").read_text())
     assert options["accumulate"] == 2 and options["steps"] == 6 and options["seed"] == 3
+
+
+def test_a_pause_of_the_process_is_no_training_time():
+    progress = loop._Progress()
+    for seconds in (2.0, 2.0, 3600.0):
+        progress.advance(torch.zeros(()), seconds)
+    assert progress.seconds == 2 + 2 + loop.PAUSE * 2
+    progress.advance(torch.zeros(()), 3.0)  # slower, and no pause
+    assert progress.seconds == 2 + 2 + loop.PAUSE * 2 + 3
