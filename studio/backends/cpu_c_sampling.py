@@ -92,7 +92,7 @@ def guess_outcomes(
     keeps: bool,
     relaxation: "Relaxation | None" = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`decide` of `studio.decoding.jacobi` for the distributions of logits, then `next_proposals`.
+    """`decide` of `studio.decoding.couplings` for the distributions of logits, then `next_proposals`.
 
     Args:
         logits: (B, n, V) for which `can_test_guesses` is true.

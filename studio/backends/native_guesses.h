@@ -1,4 +1,4 @@
-/* Tests of the guesses of Jacobi decoding, for native.c: what `decide` of studio.decoding.jacobi computes. */
+/* Tests of the guesses of Jacobi decoding, for native.c: what `decide` of studio.decoding.couplings computes. */
 
 #pragma once
 
@@ -35,15 +35,8 @@ static float kth_largest(const float *x, int n, int k) {
 
 /* The probabilities of logits over a divisor, of the `top_k` likeliest (0: all) and of those that are as likely as the last. */
 static void softmax(const float *logits, int vocab, int top_k, float divisor, float *p) {
-    vec largest = all(-INFINITY);
-    for (int i = 0; i < vocab; i += LANES) {
-        const vec x = *(const vec *)(logits + i) / divisor;
-        *(vec *)(p + i) = x;
-        largest = (vec)(((ints)x & (x > largest)) | ((ints)largest & ~(x > largest)));
-    }
-    float most = largest[0];
-    for (int i = 1; i < LANES; i++)
-        if (largest[i] > most) most = largest[i];
+    const float most = largest(logits, vocab) / divisor;
+    for (int i = 0; i < vocab; i += LANES) *(vec *)(p + i) = *(const vec *)(logits + i) / divisor;
     const float least = top_k && top_k < vocab ? kth_largest(p, vocab, top_k) : -INFINITY;
     vec sums = {0};
     for (int i = 0; i < vocab; i += LANES) {

@@ -13,15 +13,7 @@
 /* The winner among `vocab` tokens, each with exp((logit - largest) / divisor) over its noise, of the `top_k` likeliest
    (0: all); -1 where two are too close to be sure that other roundings have the same one. */
 static int64_t winner(const float *logits, const float *noise, int vocab, int top_k, float divisor) {
-    vec largest = all(-INFINITY);
-    for (int i = 0; i < vocab; i += LANES) {
-        const vec x = *(const vec *)(logits + i);
-        largest = (vec)(((ints)x & (x > largest)) | ((ints)largest & ~(x > largest)));
-    }
-    float most = largest[0];
-    for (int i = 1; i < LANES; i++)
-        if (largest[i] > most) most = largest[i];
-    most /= divisor;
+    const float most = largest(logits, vocab) / divisor;
     for (float floor = -INFINITY;;) { /* of logits that may win */
         vec best = {0}, next = {0};
         ints where = {0};

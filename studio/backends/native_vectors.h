@@ -86,6 +86,19 @@ INLINE vec totals(const vec *v) {
            SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
+/* The largest of n numbers, a multiple of 8. */
+INLINE float largest(const float *x, int n) {
+    vec each = all(-INFINITY);
+    for (int i = 0; i < n; i += LANES) {
+        const vec eight = *(const vec *)(x + i);
+        each = (vec)(((ints)eight & (eight > each)) | ((ints)each & ~(eight > each)));
+    }
+    float most = each[0];
+    for (int i = 1; i < LANES; i++)
+        if (each[i] > most) most = each[i];
+    return most;
+}
+
 /* e**x within 2 units in the last place for x <= 0, and 0 below -87. */
 INLINE vec exponential(vec x) {
     const vec lowest = x * 0 - 87.0f;

@@ -15,8 +15,8 @@ from studio import backends
 from studio.bench.models import check_fits
 from studio.checkpoints.loading import load, pick_device
 from studio.checks import check_integer, check_number, shown
-from studio.decoding.jacobi import TOKENS_A_CALL
 from studio.decoding.trees import MAX_NODES, path_call
+from studio.decoding.windows import TOKENS_A_CALL
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline

@@ -13,7 +13,8 @@ from studio import backends
 from studio.bench.models import check_counts, load_generator
 from studio.checks import check_integer
 from studio.decoding.autoregressive import Guidance, autoregressive, condition_rows
-from studio.decoding.jacobi import Jacobi, PositionRaces, jacobi
+from studio.decoding.couplings import PositionRaces
+from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import Sampling, fill_exponential
 from studio.models.llamagen import LlamaGen
 from studio.pipelines.llamagen import LlamaGenPipeline

@@ -21,8 +21,9 @@ import torch
 from studio import backends
 from studio.checks import check_integer, check_room
 from studio.decoding.autoregressive import Guidance, check_schedule, condition_rows, guided_logits
-from studio.decoding.jacobi import CPU_ROWS, TOKENS_A_CALL, PositionRaces, leading
+from studio.decoding.couplings import PositionRaces, leading
 from studio.decoding.sampling import Sampling
+from studio.decoding.windows import CPU_ROWS, TOKENS_A_CALL
 from studio.models.llamagen import LlamaGen
 
 _LONGEST_WINDOW = 16

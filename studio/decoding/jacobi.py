@@ -24,37 +24,23 @@ new places at the end of the window repeat the last guess; filters act once, bef
 """
 
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from studio import backends
 from studio.checks import check_integer, set_fields, shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, autoregressive, condition_rows
-from studio.decoding.sampling import (
-    KnownTokens,
-    OnStep,
-    Reporter,
-    Sampling,
-    SpeculativeOutput,
-    exponential_noise,
-    fill_exponential,
-)
-from studio.decoding.trees import path_call
+from studio.decoding.couplings import COUPLINGS, Chance, PositionRaces, decide, leading, next_proposals, one_hot
+from studio.decoding.sampling import KnownTokens, OnStep, Reporter, Sampling, SpeculativeOutput
+from studio.decoding.windows import choose_window
 from studio.errors import StudioError
 from studio.models.llamagen import LlamaGen
 
 if TYPE_CHECKING:
     from studio.decoding.lantern import Relaxation
-
-COUPLINGS = ("seed", "none", "maximal", "gumbel")
-TOKENS_A_CALL = {1: 1.0, 2: 1.47, 3: 1.87, 4: 2.23, 6: 2.85, 8: 3.36, 12: 4.2, 16: 5.3, 24: 6.6, 32: 7.8}
-"""Tokens of an image for a call by window, as measured on a model of 256 tokens an image."""
-CPU_ROWS, _OTHER_WINDOW = 8, 16
-_windows: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, int]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -194,7 +180,7 @@ class _Run:
             self.races = PositionRaces(generators, logits.shape[-1], slots, total, device)
         if not sampling.greedy and self.coupling != "seed":
             self.proposals = logits.new_empty(batch, window - 1, logits.shape[-1])
-            self.proposals[:] = _one_hot(self.tokens[:, :1], self.proposals)
+            self.proposals[:] = one_hot(self.tokens[:, :1], self.proposals)
         self.sampled = JacobiSampled(
             self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch, window=window
         )  # fmt: skip
@@ -256,7 +242,7 @@ class _Run:
             outcomes = self.races.winners(self.sampling, logits, self.images, index)
             return outcomes, leading(guesses == outcomes[:, :-1])
         assert self.proposals is not None
-        chance = _Chance.of([self.generators[number] for number in self.numbers], logits.shape[1], logits.device)
+        chance = Chance.of([self.generators[number] for number in self.numbers], logits.shape[1], logits.device)
         compiled = None if self.sampling.top_p < 1 else backends.select_guess_outcomes(logits)
         if compiled is not None and self.coupling != "gumbel":
             return compiled(
@@ -295,176 +281,4 @@ class _Run:
         if self.proposals is not None:
             self.guessed = torch.where(changed, self.reached, self.guessed)
             last = self.tokens.gather(1, self.reached[:, None] - 1)
-            self.proposals = torch.where(changed[:, None, None], _one_hot(last, self.proposals), self.proposals)
-
-
-def decide(
-    distributions: torch.Tensor,
-    guesses: torch.Tensor,
-    proposals: torch.Tensor,
-    chance: "_Chance",
-    coupling: str,
-    relaxation: "Relaxation | None" = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tests the guesses of B windows of n places, all places at once.
-
-    Args:
-        distributions: the model's distributions p (B, n, V) of the token at each place, after filters, given all
-            guesses before.
-        guesses: (B, n - 1), one for each place but the last.
-        proposals: the distributions q (B, n - 1, V) that they were sampled from; one-hot for a guess without any.
-        chance: fresh random numbers.
-        coupling: "none", "maximal" or "gumbel".
-        relaxation: what guesses may borrow in the tests that commit a token.
-
-    Returns:
-        Outcomes (B, n) and how many guesses pass before the first that fails, (B,). With r of these, outcomes 0 to r
-        are tokens: the guesses that passed and, behind them, a sample of max(p - q, 0), or of p at the last place. The
-        outcomes behind are the next guesses; with "gumbel", the caller's noise makes those.
-    """
-    p, steps = distributions[:, :-1], torch.arange(distributions.shape[1], device=distributions.device)
-    own, share = (values.gather(2, guesses[:, :, None])[:, :, 0] for values in (p, proposals))
-    held = own
-    if relaxation is not None:
-        flat = (values.flatten(0, 1) for values in (p, guesses, share))
-        held = own + relaxation.borrowed_mass(*flat).view_as(own)
-    passed, relaxed = chance.test(share, own, held)
-    right = leading(relaxed)
-    behind = steps[:-1] > right[:, None]
-    kept, replaced = steps[:-1] < right[:, None], steps[:-1] == right[:, None]
-    if coupling == "maximal":
-        kept, replaced = kept | (behind & passed), replaced | (behind & ~passed)
-    rest = (p - proposals).clamp(min=0)
-    rest = torch.where(rest.sum(dim=2, keepdim=True) > 0, rest, p)
-    weights = torch.cat((torch.where(replaced[:, :, None], rest, p), distributions[:, -1:]), dim=1)
-    outcomes = chance.sample(weights)
-    outcomes[:, :-1] = torch.where(kept, guesses, outcomes[:, :-1])
-    return outcomes, right
-
-
-def next_proposals(distributions: torch.Tensor, outcomes: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The distributions q (B, n - 1, V) of the guesses behind `right` + 1 new tokens, all of them this call's p.
-
-    That is so for guesses that passed a test and for those that replaced others: as an outcome, both have the
-    distribution p. Places beyond this window repeat its last outcome.
-    """
-    places, images = distributions.shape[1], torch.arange(len(distributions), device=distributions.device)[:, None]
-    known = torch.cat((distributions, _one_hot(outcomes[:, -1:], distributions)), dim=1)
-    return known[images, (right[:, None] + 1 + torch.arange(places - 1, device=distributions.device)).clamp(max=places)]
-
-
-class _Chance:
-    """Fresh random numbers of one round, in [0, 1): `tests` (B, n - 1) and `samples` (B, n), float64."""
-
-    def __init__(self, tests: torch.Tensor, samples: torch.Tensor) -> None:
-        self.tests, self.samples = tests, samples
-
-    @classmethod
-    def of(cls, generators: list[torch.Generator], places: int, device: torch.device | str) -> "_Chance":
-        """For windows of n places, of each image's generator alone."""
-        each = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-        numbers = torch.stack(each).to(device)
-        return cls(numbers[:, 1:places], numbers[:, places:])
-
-    def test(self, share: torch.Tensor, *masses: torch.Tensor) -> list[torch.Tensor]:
-        """Which guesses pass, each with probability mass / share, for each of the masses by the same numbers."""
-        return [self.tests * share < mass for mass in masses]
-
-    def sample(self, weights: torch.Tensor) -> torch.Tensor:
-        """Samples (B, n) of distributions (B, n, V), up to their sums: the inverse of the distribution function."""
-        sums = weights.cumsum(dim=2, dtype=torch.float64)
-        return torch.searchsorted(sums, (1 - self.samples[:, :, None]) * sums[:, :, -1:])[:, :, 0]
-
-
-class PositionRaces:
-    """Exp(1) noise (V,) for each position of B images, as plain decoding takes it: in order, a row for a token.
-
-    Args:
-        slots: positions whose noise is kept at a time.
-        total: positions of an image; the first one has had its noise already.
-    """
-
-    def __init__(
-        self, generators: list[torch.Generator], vocab: int, slots: int, total: int, device: torch.device | str
-    ) -> None:
-        self.generators, self.slots, self.total = generators, slots, total
-        self.noise, self.taken = torch.ones(len(generators) * slots, vocab, device=device), [1] * len(generators)
-
-    def reach(self, numbers: list[int], ends: list[int]) -> None:
-        """Takes the noise of all positions before `ends` of these images."""
-        for number, end in zip(numbers, ends):
-            for position in range(self.taken[number], min(end, self.total)):
-                row = number * self.slots + position % self.slots
-                fill_exponential(self.noise[row], self.generators[number])
-                self.taken[number] = position + 1
-
-    def winners(
-        self, sampling: Sampling, logits: torch.Tensor, images: torch.Tensor, index: torch.Tensor
-    ) -> torch.Tensor:
-        """Samples (b, n) for logits (b, n, V) of the tokens `index` (b, n) of these images."""
-        rows = images[:, None] * self.slots + index % self.slots
-        return sampling.winners(logits.flatten(0, 1), self.noise, rows.flatten()).view(index.shape)
-
-
-def leading(passed: torch.Tensor) -> torch.Tensor:
-    """How many numbers (B,) of each row (B, n) are true before the first that is not."""
-    return passed.long().cumprod(dim=1).sum(dim=1)
-
-
-def _one_hot(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Distributions (B, n, V) of tokens (B, n) that are certain."""
-    return like.new_zeros(*tokens.shape, like.shape[2]).scatter_(2, tokens[:, :, None], 1.0)
-
-
-def choose_window(model: LlamaGen, settings: Jacobi, batch: int, streams: int) -> int:
-    """The window of settings, for a batch of images with `streams` sequences each; see `Jacobi`.
-
-    Rounds are timed with the sampling in them, from a window of 8 sequences' tokens on a CPU on to larger and smaller
-    ones as long as more tokens a second are to be expected, once for a model, device and batch.
-    """
-    if not isinstance(settings.window, str):
-        return settings.window
-    on_cpu = model.device.type == "cpu"
-    if settings.coupling not in (None, "seed"):
-        return CPU_ROWS // streams if on_cpu else _OTHER_WINDOW
-    known = _windows.setdefault(model, {})
-    key = (batch, streams, model.device, model.dtype, settings.weights, torch.get_num_threads())
-    if key not in known:
-        first = CPU_ROWS / (batch * streams) if on_cpu else _OTHER_WINDOW
-        known[key] = _fastest_window(model, batch, streams, settings.weights, first)
-    return known[key]
-
-
-def _round_seconds(model: LlamaGen, batch: int, streams: int, window: int, weights: str) -> float:
-    """Least seconds of a round, or of a plain step where the window is 1: of a call, and of sampling behind it.
-
-    Of sampling, that is noise for each new token, and a race for each place of the window.
-    """
-    device, vocab = model.device, model.config.vocab_size
-    logits, generator = torch.zeros(batch * window, vocab, device=device), torch.Generator(device)
-    noise = exponential_noise(1, vocab, [generator], device).expand(len(logits), -1).contiguous()
-
-    def least(work: Callable[[], Any]) -> float:
-        return min([backends.timed(work, device)[0] for _ in range(5)][1:])
-
-    call = least(path_call(model, batch * streams, window, weights))
-    race = least(lambda: Sampling().winners(logits, noise))
-    return call + race + batch * TOKENS_A_CALL[window] * least(lambda: fill_exponential(noise[0], generator))
-
-
-def _fastest_window(model: LlamaGen, batch: int, streams: int, weights: str, first: float) -> int:
-    windows, speeds = list(TOKENS_A_CALL), {}
-
-    def speed(place: int) -> float:
-        if not 0 <= place < len(windows):
-            return 0.0
-        if place not in speeds:
-            seconds = _round_seconds(model, batch, streams, windows[place], weights)
-            speeds[place] = TOKENS_A_CALL[windows[place]] / seconds
-        return speeds[place]
-
-    best = min(range(len(windows)), key=lambda place: abs(windows[place] - first))
-    for step in (1, -1):
-        while speed(best + step) > speed(best):
-            best += step
-    return windows[best]
+            self.proposals = torch.where(changed[:, None, None], one_hot(last, self.proposals), self.proposals)

@@ -138,10 +138,13 @@ class GeneratorRecipe(Recipe):
         return [p for p in module.text_encoder.encoder.block.parameters() if p.ndim == 2 and min(p.shape) > 32]
 
     def load(self, module: Any, folder: Path) -> None:
-        weights = load_model(type(module.transformer), folder / "transformer", torch.float32)
-        module.transformer.load_state_dict(weights.state_dict())
+        self.load_transformer(module.transformer, folder)
         if module.text_encoder is not None and not module.is_frozen and (folder / "text_encoder").is_dir():
             module.text_encoder.load_state_dict(load_text(folder, self.source).encoder.state_dict())
+
+    def load_transformer(self, transformer: Any, folder: Path) -> None:
+        """Gives the network the weights of a trained pipeline's."""
+        transformer.load_state_dict(load_model(type(transformer), folder / "transformer", torch.float32).state_dict())
 
     def pipeline_of(self, module: Any, image_tokenizer: torch.nn.Module | None = None) -> Any:
         """The whole pipeline around the trained parts, with what prompts may leave open."""

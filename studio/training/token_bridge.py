@@ -25,6 +25,8 @@ from studio.training.text import Text
 
 ASKED = 16
 """Masked cells of an image that the head learns from at each step."""
+_ATTENTION_HEADS = ("encoder_heads", "decoder_heads")
+"""Counts that shapes of weights do not show."""
 _OF_THE_HEAD = ("head_width", "head_depth", "head_heads", "head_frequencies")
 MEASURED = 2000
 """Images whose latents say in which order dimensions are sampled."""
@@ -47,14 +49,11 @@ class TrainableBridge(Conditioned):
         return self.transformer(tokens, values, order, int(masked), asked=ASKED, **self.condition(**given))
 
 
-def start_from_mar(transformer: TokenBridge, mar: MAR) -> None:
-    """Copies all of a MAR but its head; RuntimeError where sizes differ."""
-    found = mar.state_dict()
+def shared_with_mar(transformer: TokenBridge, mar: MAR) -> dict[str, torch.Tensor]:
+    """The weights of a TokenBridge with all of a MAR's but its head."""
+    found = {key: part for key, part in mar.state_dict().items() if not key.startswith("diffloss.")}
     found["output_pos_embed"] = found.pop("diffusion_pos_embed_learned")
-    own = transformer.head.state_dict(prefix="head.")
-    transformer.load_state_dict(
-        {**own, **{key: part for key, part in found.items() if not key.startswith("diffloss.")}}
-    )
+    return {**transformer.head.state_dict(prefix="head."), **found}
 
 
 class TokenBridgeRecipe(MARRecipe):
@@ -86,17 +85,15 @@ class TokenBridgeRecipe(MARRecipe):
             **sizes,
         )
 
-    def load(self, module: Any, folder: Path) -> None:
+    def load_transformer(self, transformer: Any, folder: Path) -> None:
         """From a TokenBridge, or from a MAR of the same sizes: it reads and predicts the same cells."""
-        if class_of(folder / "transformer") == MAR.__name__:
-            start_from_mar(module.transformer, load_model(MAR, folder / "transformer", torch.float32))
-            return
-        weights = load_model(TokenBridge, folder / "transformer", torch.float32)
-        ours = module.transformer.config
-        for name in ("levels", "dimension_order"):
+        folder, ours = folder / "transformer", transformer.config
+        is_mar = class_of(folder) == MAR.__name__
+        weights = load_model(MAR if is_mar else TokenBridge, folder, torch.float32)
+        for name in _ATTENTION_HEADS if is_mar else ("levels", "dimension_order", *_ATTENTION_HEADS):
             if weights.config[name] != ours[name]:
-                raise StudioError(f"{folder} was trained with {name} {weights.config[name]}, not {ours[name]}.")
-        module.transformer.load_state_dict(weights.state_dict())
+                raise StudioError(f"{folder.parent} was trained with {name} {weights.config[name]}, not {ours[name]}.")
+        transformer.load_state_dict(shared_with_mar(transformer, weights) if is_mar else weights.state_dict())
 
     def pipeline_of(self, module: Any, image_tokenizer: torch.nn.Module | None = None) -> Any:
         return super().pipeline_of(module, image_tokenizer or self.bridge)

@@ -6,7 +6,7 @@ import torch
 from studio import backends
 from studio.backends.cpu_c_sampling import guess_outcomes, race_winners
 from studio.backends.native_library import library
-from studio.decoding.jacobi import _Chance, decide, next_proposals
+from studio.decoding.couplings import Chance, decide, next_proposals
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling, sample_rows
 
@@ -95,7 +95,7 @@ def windows(images, vocab, budgets, top_k, places=5, seed=5):
     rule = None
     if budgets is not None:
         rule = Relaxation(neighbour_table(torch.randn(vocab, 6, generator=generator), 20), 10, *budgets)
-    chance = _Chance(numbers[:, 1:places], numbers[:, places:])
+    chance = Chance(numbers[:, 1:places], numbers[:, places:])
     return logits, guesses, proposals, chance, Sampling(0.7, top_k), rule
 
 

@@ -12,7 +12,7 @@ from studio import StudioError
 from studio.bench import contention as bench_contention
 from studio.bench import cost as bench_cost
 from studio.bench import models
-from studio.decoding.jacobi import TOKENS_A_CALL
+from studio.decoding.windows import TOKENS_A_CALL
 from studio.models import llamagen
 
 TINY = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "grid_size": 4}

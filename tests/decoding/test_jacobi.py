@@ -6,10 +6,12 @@ import torch
 from studio import Jacobi, Lantern, LanternPlusPlus, Speculative, StudioError
 from studio.backends.cpu_c import NativeLlamaGen
 from studio.decoding import jacobi as loop
+from studio.decoding import windows
 from studio.decoding.autoregressive import autoregressive
-from studio.decoding.jacobi import _round_seconds, choose_window, jacobi
+from studio.decoding.jacobi import jacobi
 from studio.decoding.sampling import KnownTokens, Sampling
 from studio.decoding.speculative import speculative
+from studio.decoding.windows import _round_seconds, choose_window
 from studio.models.kv_cache import TreeCache
 from studio.reference.lantern import AuthorsLantern
 from tests.decoding.test_speculative import FLAT, GUIDANCE, conditions, exact_distribution, p_value, streams, tiny
@@ -275,7 +277,7 @@ def test_the_window_follows_measured_costs(monkeypatch):
         return seconds
 
     for per_row, least, most in ((0.0, 32, 32), (0.01, 16, 32), (0.1, 6, 6), (1.0, 1, 1)):
-        monkeypatch.setattr(loop, "_round_seconds", costs(per_row))
+        monkeypatch.setattr(windows, "_round_seconds", costs(per_row))
         assert least <= choose_window(tiny(), Jacobi(), 1, 2) <= most
     model, count = tiny(), len(asked)
     first = choose_window(model, Jacobi(), 2, 2)
@@ -290,7 +292,7 @@ def test_the_window_follows_measured_costs(monkeypatch):
     "known", [None, KnownTokens(torch.ones(3, 16, dtype=torch.long), torch.arange(16).expand(3, -1) < 8)]
 )
 def test_without_guesses_it_is_plain_decoding(known, monkeypatch):
-    monkeypatch.setattr(loop, "_round_seconds", lambda model, batch, streams, nodes, weights: nodes)
+    monkeypatch.setattr(windows, "_round_seconds", lambda model, batch, streams, nodes, weights: nodes)
     model, seeds = strong(False), (1, 2, 3)
     plain = autoregressive(model, conditions(False), generators=streams(*seeds), known=known)
     found = jacobi(model, conditions(False), generators=streams(*seeds), known=known)

@@ -10,8 +10,7 @@ from itertools import product
 import pytest
 import torch
 
-from studio.decoding import jacobi as loop
-from studio.decoding.jacobi import decide, next_proposals
+from studio.decoding.couplings import Chance, decide, next_proposals
 from studio.decoding.lantern import Relaxation
 from studio.decoding.sampling import sample_rows
 from tests.decoding.distributions import distance
@@ -246,7 +245,7 @@ def windows_of(*distributions):
 def fresh(places, generator):
     """Random numbers for windows of some places."""
     tests, samples = (torch.rand(SAMPLES, n, generator=generator, dtype=torch.float64) for n in (places - 1, places))
-    return loop._Chance(tests, samples)
+    return Chance(tests, samples)
 
 
 P, Q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.3, 0.4])

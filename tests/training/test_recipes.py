@@ -176,7 +176,12 @@ def test_a_token_bridge_goes_on_from_a_mar(small, tmp_path):
     other = network(read("token-bridge", fresh["folder"])).state_dict()  # negative control
     assert not all(torch.allclose(mar[key], other[key], atol=5e-2) for key in shared)
     with pytest.raises(StudioError, match="of the same sizes"):
-        run("token-bridge", tmp_path / "large", steps=1, init_from="mar", dim=64)
+        run("token-bridge", tmp_path / "large", steps=1, init_from="mar", dim=64, model={"heads": 1})
+    with pytest.raises(StudioError, match="encoder_heads 1, not 2"):
+        run("token-bridge", tmp_path / "heads", steps=1, init_from="mar", model={"heads": 2})
+    text, own = (f"{tmp_path / name}/model/text_encoder" for name in ("mar", "bridge"))
+    before, after = (T5EncoderModel.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in (text, own))
+    assert all(torch.allclose(before[key], after[key], atol=5e-2) for key in before)  # it was trained along
 
 
 @pytest.mark.parametrize("kind", ["reader", "tower"])
