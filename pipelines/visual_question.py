@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from studio.pruning.api import merge_tokens, prune_inputs
 from studio.pruning.api import prune as pruning
 from studio.pruning.kv_cache import compress
 from studio.pruning.layout import PatchView, patch_views
+from studio.pruning.merging import Counts, merging_from
 from studio.pruning.quecc import Compressor, compress_inputs
 from studio.pruning.registry import INSIDE
 from studio.pruning.shortening import PruneInfo, PruneRecord
@@ -143,7 +144,7 @@ class VisualQuestionPipeline:
         prune: str | None = None,
         keep: float | None = None,
         after_layer: int | tuple[int, ...] | None = None,
-        merge: int | Sequence[int] = 0,
+        merge: Counts | str = 0,
         tokens: int | None = None,
         max_new_tokens: int = 64,
         on_step: OnStep | None = None,
@@ -158,7 +159,8 @@ class VisualQuestionPipeline:
             keep: the fraction of the image's tokens that a method keeps, in (0, 1]; by default 0.2.
             after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
                 known after the first token of the answer.
-            merge: tokens that the vision tower merges before its second layer, the third, ... (`studio.merge_tokens`).
+            merge: tokens that the vision tower merges before its second layer, the third, ...; or "diffrate", what was
+                learned for the model, or "diffrate:36+10,28+8", merged and pruned (`studio.merge_tokens`).
             tokens: read the image as that many tokens, made for the question (`studio.pruning.quecc`); without a
                 method, on a reader with a compressor. It is scaled to a square.
             max_new_tokens: maximum length of the answer, 1 to 100,000.
@@ -181,7 +183,7 @@ class VisualQuestionPipeline:
                 raise StudioError("tokens and prune exclude each other: leave one of them out.")
             image = self.compressor_of().square(self.model, image)
         inputs = self._inputs(image, question)
-        with merge_tokens(self.model, merge) if merge else nullcontext():
+        with nullcontext() if merge == 0 else merge_tokens(self.model, **merging_from(merge)):
             return self._answer(image, inputs, prune, share, after_layer, tokens, max_new_tokens, on_step, options)
 
     def _answer(

@@ -29,6 +29,7 @@ from studio.evaluation.scenes import (
 )
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.api import merge_tokens
+from studio.pruning.merging import Counts, merging_from
 from studio.pruning.registry import IN_CACHE, INSIDE, METHODS, method_named
 
 
@@ -69,7 +70,7 @@ def _note(row):
 
 PHASES = ("encode", "select", "prefill", "decode")
 CACHE = "kv-"
-_MERGED, _MADE = "tome ", "quecc"
+_MADE = "quecc"
 _STREAM = 1_000_000_009
 """First number of the seeds of the images that are timed."""
 
@@ -80,7 +81,7 @@ def bench_reading(
     methods: tuple[str, ...] | None = None,
     keeps: tuple[float, ...] = KEEPS,
     after_layer: int | None = None,
-    merges: tuple[int | tuple[int, ...], ...] = (),
+    merges: tuple[Counts | str, ...] = (),
     scenes: int = 100,
     images: int = 8,
     repeats: int = 3,
@@ -98,7 +99,8 @@ def bench_reading(
         keeps: shares of the image's tokens, newlines included.
         after_layer: prune behind this layer of the language model (see `studio.prune`) instead of before it. Every
             question is then read on its own, twelve times the work. Methods of the cache do not heed it.
-        merges: tokens that the vision tower merges (`studio.merge_tokens`), without pruning: a row "tome ..." for each.
+        merges: tokens that the vision tower merges, without pruning, as of `studio.pruning.merging.merging_from`: a
+            row "tome ..." or "diffrate ..." for each.
         scenes: how many scenes, twelve questions each, the accuracy is counted over, as `studio evaluate` does.
         images: scenes that are timed, one question each; all settings get the same.
         repeats: runs of each image and setting, in turn with the others.
@@ -124,12 +126,10 @@ def bench_reading(
             check_choice("The method of the cache", name, [CACHE + method for method in IN_CACHE])
         elif name not in INSIDE:
             method_named(name)
+    own: dict[tuple[str, float], dict] = {(_name_of(each), 1.0): {"merge": each} for each in merges}
     pipe = load(model, device=device)
     if not isinstance(pipe, VisualQuestionPipeline) or pipe.model.config.model_type != "llava_next":
         raise StudioError(f"{model} is no LLaVA-NeXT that reads scenes: name emoji-vlm, or a folder of its training.")
-    own: dict[tuple[str, float], dict] = {
-        (_MERGED + ",".join(map(str, np.atleast_1d(each))), 1.0): {"merge": each} for each in merges
-    }
     if (compressor := pipe.compressor) is not None:
         own |= {(_MADE, count / compressor.prompt_tokens): {"tokens": count} for count in compressor.config.tokens}
     settings = [("none", 1.0), *own]
@@ -146,7 +146,7 @@ def bench_reading(
         if "tokens" in call:
             shares[setting] = made[str(call["tokens"])]
             continue
-        with merge_tokens(pipe.model, call["merge"]):
+        with merge_tokens(pipe.model, **merging_from(call["merge"])):
             whole = evaluate_reader(pipe.model, pipe.processor, methods=(), keeps=(), **where)
         shares[setting] = whole["accuracy"]["none"]["1.0"]
     if inside:
@@ -170,6 +170,13 @@ def bench_reading(
         row["better_than_random"] = row["accuracy"] > by_chance if comparable else None
     counts = {name: measured[name] for name in ("scenes", "questions")}
     return {"model": model, "device": pipe.device.type, **counts, "rows": rows}
+
+
+def _name_of(merge: Counts | str) -> str:
+    """The row of a merging tower; raises a `StudioError` for a text of another form."""
+    method = merging_from(merge).get("method", "tome")
+    numbers = merge.removeprefix(method) if isinstance(merge, str) else ",".join(map(str, np.atleast_1d(merge)))
+    return f"{method} {numbers.removeprefix(':')}".rstrip()
 
 
 def _answers(pipe, settings, cut, own, images, repeats, tiles):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from studio.commands.options import Device, Dtype, Json, number, parsed_counts
+from studio.commands.options import Device, Dtype, Json, number
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
 
@@ -35,7 +35,8 @@ def ask(
     merge: Annotated[
         str | None,
         typer.Option(
-            help="Tokens that the vision tower merges before its second layer, the third, ..., such as 56,28,14.",
+            help="Tokens that the vision tower merges before its second layer, the third, ..., such as 56,28,14; "
+            "diffrate, as learned for the model, or diffrate:36+10,28+8, merged and pruned.",
             show_default="none",
         ),
     ] = None,
@@ -69,7 +70,6 @@ def ask(
         raise StudioError("Several questions share one cache: leave --merge out, or ask them one by one.")
     if tokens is not None and len(questions) > 1:
         raise StudioError("--tokens makes them for one question: ask one by one, or leave it out.")
-    merged = 0 if merge is None else parsed_counts(merge)
     original = open_image(image)
     quiet_libraries()
     pipe = load(model, device=device, dtype=dtype)
@@ -79,8 +79,8 @@ def ask(
         _ask_all(pipe, original, questions, 1.0 if keep is None else keep, max_new_tokens)
         return
     answer = pipe(
-        original, questions[0], prune=prune, keep=keep, after_layer=after_layer, merge=merged, tokens=tokens,
-        max_new_tokens=max_new_tokens,
+        original, questions[0], prune=prune, keep=keep, after_layer=after_layer, tokens=tokens,
+        merge=0 if merge is None else merge, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     emit(
         {

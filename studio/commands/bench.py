@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from studio.commands.options import Device, Json, number, parsed_counts
+from studio.commands.options import Device, Json, number
 from studio.commands.outputs import check_figure, save_figure
 from studio.console import emit, quiet_libraries, say
 from studio.errors import StudioError
@@ -126,7 +126,7 @@ def pruning(
         list[str] | None,
         typer.Option(
             help="With --model: tokens that the vision tower merges before its second layer, the third, ..., such as "
-            "56,28,14; repeat for more.",
+            "56,28,14, or diffrate, or diffrate:36+10,28+8 (merged and pruned); repeat for more.",
             show_default=False,
         ),
     ] = None,
@@ -211,7 +211,7 @@ def pruning(
     if after_layer is not None:
         asked["after_layer"] = after_layer
     if merge:
-        asked["merges"] = tuple(parsed_counts(text) for text in merge)
+        asked["merges"] = tuple(merge)
     result = bench_reading(model, device=device, **chosen, **asked)
     save_figure(figure, lambda: reading_chart(result["rows"]))
     emit(result)

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from studio.checks import shown
 from studio.errors import StudioError
 
 
@@ -34,18 +33,6 @@ def check_condition(prompt: str | None, class_label: str | None) -> None:
         raise StudioError(
             'Say what to sample: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
-
-
-def parsed_counts(text: str) -> int | tuple[int, ...]:
-    """One number of tokens, or several, from "56,28,14".
-
-    Raises:
-        StudioError: another form.
-    """
-    numbers = text.split(",")
-    if not all(number.strip().isdecimal() and len(number) < 9 for number in numbers):
-        raise StudioError(f"--merge is numbers of tokens, such as 56,28,14, not {shown(text)}.")
-    return int(text) if len(numbers) == 1 else tuple(map(int, numbers))
 
 
 def parsed_tiles(text: str) -> tuple[int, int]:

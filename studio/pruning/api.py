@@ -8,21 +8,27 @@ static caches work.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from studio.checks import check_choice
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, Llava, family_of
 from studio.pruning.blocks import block
+from studio.pruning.diffrate import DiffRate, with_learned
 from studio.pruning.inside_model import Inside
 from studio.pruning.layout import count, is_fraction
+from studio.pruning.merging import Counts
 from studio.pruning.registry import INSIDE, method_named
 from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_images, shorten
-from studio.pruning.tome import Merging
+from studio.pruning.tome import ToMe
+
+MERGING: dict[str, type] = {"tome": ToMe, "diffrate": DiffRate}
+"""The methods of `merge_tokens`."""
 
 
 def prune_inputs(
@@ -153,26 +159,47 @@ def prune(
 
 
 @contextmanager
-def merge_tokens(model: PreTrainedModel, merged: int | Sequence[int]) -> Iterator[None]:
-    """Within the block, the vision tower merges tokens that resemble one another (ToMe, arXiv:2210.09461).
+def merge_tokens(
+    model: PreTrainedModel,
+    merged: Counts | None = None,
+    *,
+    pruned: Counts | None = None,
+    rank: str | None = None,
+    method: str = "tome",
+) -> Iterator[None]:
+    """Within the block, tokens go while the vision tower reads an image, so that it is faster.
 
     The language model gets as many tokens as before: combine it with a block of `prune` for fewer. A block affects
     only the thread or task that opened it.
 
     Args:
         model: of the LLaVA families, with a CLIP or SigLIP tower.
-        merged: tokens of an image or crop that are merged away before the second layer of the tower, the third, and so
-            on; one number is that of each of these layers.
+        merged: tokens of an image or crop that are merged into others before the second layer of the tower, the third,
+            and so on; one number is that of each of these layers.
+        pruned: tokens that are left out there, likewise.
+        rank: which tokens go first, those that get little "attention", or those whose "likeness" to another one is
+            great; by default as learned for the model, else "attention".
+        method: "tome" (arXiv:2210.09461) merges tokens that resemble one another, and takes neither `pruned` nor
+            `rank`; "diffrate" (arXiv:2305.17997) takes all three, and without numbers those learned for the model.
 
     Raises:
-        StudioError: a model of another family, more tokens than there are, or flash attention.
+        StudioError: a model of another family, more tokens than there are, flash attention, an unknown method, or no
+            numbers where none were learned.
     """
-    family = family_of(model, "tome")
-    if not isinstance(family, Llava) or (reason := family.refusal("tome")):
+    check_choice("The method that merges tokens", method, MERGING)
+    family = family_of(model, method)
+    if not isinstance(family, Llava) or (reason := family.refusal(method)):
         reason = reason if isinstance(family, Llava) else "its tower is not one of CLIP or SigLIP as LLaVA has it"
         raise StudioError(f"Tokens inside the tower of this {model.config.model_type} model stay: {reason}.")
+    given = {"merged": merged, "pruned": pruned, "rank": rank}
+    given = {name: value for name, value in given.items() if value is not None}
+    if method == "tome" and given.keys() != {"merged"}:
+        raise StudioError("tome takes the numbers of merged tokens and nothing else: add method='diffrate' for more.")
+    if method == "diffrate":
+        given = with_learned(family.model, given)
     tower = family.base.vision_tower
-    with Merging(tower, merged, has_cls=tower.config.model_type == "clip_vision_model").hooks():
+    merging: Any = MERGING[method]
+    with merging(tower, **given, has_cls=tower.config.model_type == "clip_vision_model").hooks():
         yield
 
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from studio.errors import StudioError
 from studio.pruning.blocks import with_keywords
 from studio.pruning.layout import Layout
-from studio.pruning.tome import expanded
+from studio.pruning.merging import expanded
 
 _BLOCK = 256
 _SHALLOW = 5
@@ -62,17 +62,28 @@ def cls_logits(queries: torch.Tensor, keys: torch.Tensor, heads: int, scale: flo
 
 
 def cls_probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, heads: int, scale: float | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    heads: int,
+    scale: float | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the CLS token to every other, summed over heads; arguments and result as in `cls_logits`.
 
-    The softmax runs over all keys, CLS included; its column is dropped afterwards.
+    The softmax runs over all keys, CLS included; its column is dropped afterwards. A key counts as often as `sizes`
+    (P, 1 + N) says.
     """
-    return _first_rows(queries, keys, heads, scale).softmax(dim=-1).sum(dim=1)[:, 1:]
+    rows = _first_rows(queries, keys, heads, scale)
+    rows = rows if sizes is None else rows + sizes.float().log()[:, None]
+    return rows.softmax(dim=-1).sum(dim=1)[:, 1:]
 
 
 def received_attention(
-    queries: torch.Tensor, keys: torch.Tensor, heads: int, scale: float | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    heads: int,
+    scale: float | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention each token receives, mean over all queries and heads: a stand-in for CLS where a tower has none.
 
@@ -82,6 +93,7 @@ def received_attention(
         queries, keys: (P, N, D) projections, rotated where the tower does so.
         heads: attention heads.
         scale: factor of the queries; 1 / sqrt(D / heads) when `None`.
+        sizes: how often each token counts, as key and as query, (P, N); once when `None`.
 
     Returns:
         (P, N) float32; each row adds up to 1.
@@ -92,9 +104,11 @@ def received_attention(
     queries, keys = _by_head(queries, heads), _by_head(keys, heads)
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     received = keys.new_zeros(keys.shape[0], keys.shape[2])
-    for block in queries.split(_BLOCK, dim=2):
-        received += (block * scale @ keys.transpose(-1, -2)).softmax(dim=-1).sum(dim=(1, 2))
-    return received / (heads * queries.shape[2])
+    sizes = torch.ones_like(received) if sizes is None else sizes.float()
+    for block, often in zip(queries.split(_BLOCK, dim=2), sizes.split(_BLOCK, dim=1)):
+        rows = (block * scale @ keys.transpose(-1, -2) + sizes.log()[:, None, None]).softmax(dim=-1)
+        received += torch.einsum("phqk,pq->pk", rows, often)
+    return received / (heads * sizes.sum(dim=1, keepdim=True))
 
 
 def mean_query_logits(

@@ -52,12 +52,12 @@ def test_rows_of_a_merging_tower(tiny_reader, tmp_path):
     for part in tiny_reader:
         part.save_pretrained(tmp_path)
     result = bench_reading(
-        str(tmp_path), methods=("divprune",), keeps=(0.5,), merges=(1, (2,)), scenes=1, images=1, repeats=1,
-        tiles=(1, 1),
+        str(tmp_path), methods=("divprune",), keeps=(0.5,), merges=(1, (2,), "2", "diffrate:2+1"), scenes=1, images=1,
+        repeats=1, tiles=(1, 1),
     )  # fmt: skip
     rows = {(row["method"], row["keep"]): row for row in result["rows"]}
-    assert list(rows) == [("none", 1.0), ("tome 1", 1.0), ("tome 2", 1.0), ("divprune", 0.5)]
-    for name in ("tome 1", "tome 2"):
+    assert list(rows) == [("none", 1.0), ("tome 1", 1.0), ("tome 2", 1.0), ("diffrate 2+1", 1.0), ("divprune", 0.5)]
+    for name in ("tome 1", "tome 2", "diffrate 2+1"):
         assert rows[name, 1.0]["kept_tokens"] == rows["none", 1.0]["visual_tokens"]
         assert rows[name, 1.0]["better_than_random"] is None
 
@@ -108,5 +108,7 @@ def test_refusals(tiny_folder):
         bench_reading(str(tiny_folder))
     with pytest.raises(StudioError, match="divprune"):
         bench_reading(methods=("other",))
+    with pytest.raises(StudioError, match="diffrate:36"):
+        bench_reading("no folder", merges=("half",))
     with pytest.raises(StudioError, match="kv-coverage"):
         bench_reading(methods=("kv-divprune",))

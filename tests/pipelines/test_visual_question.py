@@ -140,6 +140,9 @@ def test_kept_tokens_have_their_places_in_the_image(pipe, image, size):
         ({"keep": 0.2}, "keep needs a method"),
         ({"keep": 0.2, "tokens": 4}, "keep needs a method"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"merge": "diffrate"}, "No rates were learned"),
+        ({"merge": "half"}, "diffrate:36"),
+        ({"merge": 145}, "can lose"),
     ],
 )
 def test_wrong_calls_are_refused(pipe, image, call, word):
@@ -166,8 +169,9 @@ def test_ask_prints_answer_and_counts(folder, image, tmp_path, capfd):
     document = json.loads(out)
     assert set(document) == {"answer", "visual_tokens", "kept_tokens", "seconds", "cache_bytes"}
     assert document["kept_tokens"] < document["visual_tokens"]
-    code, out, err = run(capfd, *call)
-    assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out
+    for merge in ((), ("--merge", "diffrate:40+9"), ("--merge", 9)):
+        code, out, err = run(capfd, *call, *merge)
+        assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out, err
 
 
 def test_ask_reads_the_image_once_for_several_questions(folder, image, tmp_path, capfd):
@@ -191,6 +195,9 @@ def test_ask_refuses_what_changes_nothing_and_what_cannot_read(folder, tiny_fold
     for model, extra, word in (
         (folder, ("--keep", 0.2), "--prune"),
         (folder, ("--after-layer", 1), "--prune"),
+        (folder, ("--merge", "half"), "diffrate:36+10,28+8, not 'half'"),
+        (folder, ("--merge", "diffrate"), "studio train diffrate"),
+        (folder, ("--merge", "diffrate:100+50"), "can lose 143"),
         (tiny_folder, (), "reads no images"),
         (tiny_folder / "text_encoder", (), "reads no images"),
     ):

@@ -135,9 +135,9 @@ def test_refusals():
     for merged, message in (
         (10_000, "can lose"),
         ([1] * layers, f"of {layers} layers"),
-        ([-1], "number of merged tokens"),
-        ([0.5], "number of merged tokens"),
-        (0.5, "number of merged tokens"),
+        ([-1], "number of tokens that go"),
+        ([0.5], "number of tokens that go"),
+        (0.5, "number of tokens that go"),
     ):
         with pytest.raises(StudioError, match=message), merge_tokens(model, merged):
             pass
