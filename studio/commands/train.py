@@ -58,7 +58,8 @@ def train(
     target: Annotated[
         str | None,
         typer.Option(
-            help="The pipeline that a drafter or student is for, or the reader of a quecc.", show_default=False
+            help="The pipeline that a drafter or student is for, or the reader of a quecc or diffrate.",
+            show_default=False,
         ),
     ] = None,
     sample_every: Annotated[int | None, _count("Steps between validations with samples.")] = None,

@@ -40,7 +40,8 @@ def evaluate(
 
     Returns:
         What `evaluate_generator`, `evaluate_judge`, `evaluate_tokenizer` or `evaluate_reader` returns; for a
-        reader with a compressor also "compressed", the accuracy by number of tokens.
+        reader with a compressor also "compressed", the accuracy by number of tokens, and for one with learned rates
+        "diffrate", the accuracy with these.
 
     Raises:
         StudioError: an option that would have no effect, or a pipeline without text conditioning.
@@ -50,7 +51,7 @@ def evaluate(
     from studio.evaluation.folders import evaluate_on_folder, unseen_source
     from studio.evaluation.generators import evaluate_generator
     from studio.evaluation.judge import evaluate_judge, is_judge, load_judge
-    from studio.evaluation.scenes import evaluate_compressed, evaluate_reader, evaluate_singles
+    from studio.evaluation.scenes import evaluate_compressed, evaluate_reader, evaluate_singles, evaluate_thinned
     from studio.evaluation.tokenizers import evaluate_tokenizer
     from studio.pipelines.visual_question import VisualQuestionPipeline
     from studio.processes import join
@@ -90,6 +91,8 @@ def evaluate(
         measured = evaluate_reader(loaded.model, loaded.processor, **asked)
         if loaded.compressor is not None:
             measured["compressed"] = evaluate_compressed(loaded, **asked)["accuracy"]
+        if "diffrate" in (getattr(loaded.model.config, "pruning", None) or {}):
+            measured["diffrate"] = evaluate_thinned(loaded, **asked)
         if tiles is None:
             asked = {"images": samples, "seed": seed}
             asked = {name: value for name, value in asked.items() if value is not None}

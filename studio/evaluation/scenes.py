@@ -13,7 +13,7 @@ from studio.checks import check_integer
 from studio.data.scenes import draw_scene, draw_single
 from studio.evaluation.reading import compressed_logits, exact_answers, pack_questions, packed_logits
 from studio.pipelines.visual_question import VisualQuestionPipeline
-from studio.pruning.api import prune, prune_inputs
+from studio.pruning.api import merge_tokens, prune, prune_inputs
 from studio.pruning.registry import METHODS, READS_TEXT
 
 MAX_SCENES = 100_000
@@ -185,6 +185,20 @@ def evaluate_compressed(
             right += torch.cat(exact_answers(logits, packed)).tolist()
     accuracy = {tokens: float(np.mean(right)) for tokens, right in hits.items()}
     return {"accuracy": accuracy, "scenes": scenes, "questions": 12 * scenes}
+
+
+def evaluate_thinned(
+    pipe: VisualQuestionPipeline, scenes: int = 100, seed: int = 0, tiles: tuple[int, int] = (2, 2)
+) -> float:
+    """Accuracy of exact answers with as many tokens inside the vision tower as were learned (DiffRate).
+
+    Args:
+        pipe: a pipeline whose model has learned rates.
+        scenes, seed, tiles: as in `evaluate_reader`; the scenes are the same.
+    """
+    with merge_tokens(pipe.model, method="diffrate"):
+        found = evaluate_reader(pipe.model, pipe.processor, scenes, seed, methods=(), keeps=(), tiles=tiles)
+    return found["accuracy"]["none"]["1.0"]
 
 
 def interval(share: float, number: int) -> tuple[float, float]:

@@ -25,6 +25,7 @@ KINDS = {
     "reader": "studio.training.reader:ReaderRecipe",
     "tower": "studio.training.tower:TowerRecipe",
     "quecc": "studio.training.quecc:QueCCRecipe",
+    "diffrate": "studio.training.diffrate:DiffRateRecipe",
     "judge": "studio.training.judge:JudgeRecipe",
 }
 """The recipe of every kind."""

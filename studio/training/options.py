@@ -40,7 +40,7 @@ class Options:
         seed: decides everything random.
         init_from: weights to start from: a bundled name, a folder, or a run beside this one.
         tokenizer, text_encoder: what a generator is built on, named in the same way.
-        target: the pipeline that a drafter or a student, or the reader that a quecc is made for.
+        target: the pipeline that a drafter or a student, or the reader that a quecc or a diffrate is made for.
         sample_every: steps between validations, each with a sheet of samples.
         tracker: a tracker of accelerate, such as `"tensorboard"`, beside `metrics.csv`.
         model: further settings of the network, by the names of its configuration.

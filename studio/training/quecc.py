@@ -14,16 +14,13 @@ from PIL import Image
 from torch import nn
 
 from studio.checkpoints.loading import load
-from studio.checks import shown
 from studio.data.scenes import draw_scene
-from studio.errors import StudioError
 from studio.evaluation.reading import IGNORED, PackedQuestions, compressed_logits, pack_questions, packed_logits
-from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.pruning.quecc import FOLDER, TOKENS, Compressor
 from studio.training.export import load_component, save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
-from studio.training.tower import open_scenes
+from studio.training.tower import open_scenes, target_reader
 
 TILES = 2
 QUESTIONS = 12
@@ -91,12 +88,7 @@ class QueCCRecipe(Recipe):
     compiles = False
 
     def build(self) -> torch.nn.Module:
-        if self.options.target is None:
-            raise StudioError("A quecc is trained for a reader: name it with --target, such as emoji-vlm.")
-        folder = self.find(self.options.target)
-        pipe = load(folder, device=self.device, dtype=torch.float32)
-        if not isinstance(pipe, VisualQuestionPipeline) or getattr(pipe.processor, "chat_template", None):
-            raise StudioError(f"A quecc is for a reader such as emoji-vlm; {shown(self.options.target)} is none.")
+        pipe = target_reader(self)
         self.processor = pipe.processor
         self.tokens = TOKENS if self.options.tokens is None else (self.options.tokens,)
         open_scenes(self)

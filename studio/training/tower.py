@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration
 
+from studio.checkpoints.loading import load
+from studio.checks import shown
 from studio.data.emoji import EmojiSource
 from studio.data.scenes import CELL, TILE, WORDS, draw_scene
 from studio.errors import StudioError
+from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.reader_network import PATCH, build_model, build_processor, load_reader
@@ -187,6 +190,17 @@ def open_scenes(recipe: Recipe) -> None:
     """Opens the emoji set, from which scenes are made; errors: `StudioError` for other data."""
     if not isinstance(recipe.open(TILE), EmojiSource):
         raise StudioError(f"A {recipe.kind} learns from scenes made of the emoji set: leave out --data.")
+
+
+def target_reader(recipe: Recipe) -> VisualQuestionPipeline:
+    """The reader that a recipe's `target` names, in float32; errors: `StudioError` where that is none of scenes."""
+    target = recipe.options.target
+    if target is None:
+        raise StudioError(f"A {recipe.kind} is trained for a reader: name it with --target, such as emoji-vlm.")
+    pipe = load(recipe.find(target), device=recipe.device, dtype=torch.float32)
+    if not isinstance(pipe, VisualQuestionPipeline) or getattr(pipe.processor, "chat_template", None):
+        raise StudioError(f"A {recipe.kind} is for a reader such as emoji-vlm; {shown(target)} is none.")
+    return pipe
 
 
 def load_aligned(reader: LlavaNextForConditionalGeneration, folder: Path) -> None:

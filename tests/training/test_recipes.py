@@ -22,6 +22,7 @@ from studio.tokenizers.rvq import RVQTokenizer
 from studio.tokenizers.vq import VQTokenizer
 from studio.training import (
     KINDS,
+    diffrate,
     generator,
     kl,
     llamagen,
@@ -56,6 +57,7 @@ TINY = {
     "reader": {},
     "tower": {},
     "quecc": {},
+    "diffrate": {"model": {"flops": 0.75}},
     "judge": {"size": 32, "dim": 8},
 }
 RECIPES = {"vq": vq.VQRecipe, "rvq": rvq.RVQRecipe}
@@ -77,9 +79,10 @@ LOADED = {
     "reader": VisualQuestionPipeline,
     "tower": CLIPVisionModel,
     "quecc": VisualQuestionPipeline,
+    "diffrate": VisualQuestionPipeline,
     "judge": Judge,
 }
-NEEDS = {"drafter": "llamagen", "mar-drafter": "mar", "student": "llamagen", "quecc": "reader"}
+NEEDS = {"drafter": "llamagen", "mar-drafter": "mar", "student": "llamagen", "quecc": "reader", "diffrate": "reader"}
 TOKENIZER = {"mar": "kl", "token-bridge": "kl", "xar": "kl", "resgen": "rvq", "rq-transformer": "rvq"}
 GENERATORS = ("llamagen", "mar", "token-bridge", "xar", "resgen", "rq-transformer")
 BUILT = {}
@@ -91,13 +94,14 @@ def small(monkeypatch, few_images):
     """Tiny readers, forty images, and no measuring."""
     few_images(40)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    monkeypatch.setattr(reader_network, "TOWER", sizes)
+    monkeypatch.setattr(reader_network, "TOWER", {**sizes, "num_hidden_layers": 3})
     monkeypatch.setattr(reader_network, "TEXT", sizes)
     text = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     monkeypatch.setattr("studio.training.text.TEXT", text)
     monkeypatch.setattr(reader, "TILES", ((1, 1),))
     monkeypatch.setattr(reader, "QUESTIONS", 4)
     monkeypatch.setattr(quecc, "QUESTIONS", 4)
+    monkeypatch.setattr(diffrate, "QUESTIONS", 4)
     monkeypatch.setattr(loop, "VALIDATION_BATCHES", 1)
     monkeypatch.setattr("studio.training.pair_cache.CHUNK", 4)
     monkeypatch.setattr("studio.training.student.HELD_OUT_PAIRS", 4)
@@ -157,7 +161,7 @@ def test_trains_exports_and_goes_on(kind, small, tmp_path):
     if kind in GENERATORS:
         assert model.config.prompt_completion == prompt_completion() and "red apple" in model.vocabulary[1]
     sheet = tmp_path / kind / "samples" / "000002.png"
-    assert sheet.is_file() == (kind not in ("drafter", "mar-drafter", "judge", "tower", "reader", "quecc"))
+    assert sheet.is_file() == (kind not in ("drafter", "mar-drafter", "judge", "tower", "reader", "quecc", "diffrate"))
     start = {"init_from": kind, "learning_rate": 1e-12}
     further = run(kind, tmp_path / "further", steps=1, **start)
     before, after = (network(part).state_dict() for part in (model, read(kind, further["folder"])))
@@ -299,6 +303,12 @@ def test_a_generator_over_rows_samples_any_length(small, tmp_path):
         ("student", {"target": "vq"}, "is for a LlamaGenPipeline"),
         ("quecc", {"target": None}, "name it with --target"),
         ("quecc", {"target": "vq"}, "for a reader such as emoji-vlm"),
+        ("diffrate", {"target": None}, "A diffrate is trained for a reader"),
+        ("diffrate", {"target": "vq"}, "for a reader such as emoji-vlm"),
+        ("diffrate", {"target": "reader", "tokens": 4}, "does not take --tokens"),
+        ("diffrate", {"target": "reader", "model": {"flops": 0.5}}, "flops must be a finite number above 0.5"),
+        ("diffrate", {"target": "reader", "model": {"flops": 1.5}}, "flops must be a finite number above 0.5"),
+        ("diffrate", {"target": "reader", "model": {"rank": "size"}}, "rank is one of attention, likeness"),
         ("quecc", {"target": "reader", "tokens": 25}, "become 1, 4, 9, 16, 36, 64, 144, 576 tokens, not 25"),
     ],
 )
