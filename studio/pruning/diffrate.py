@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from studio.checks import check_choice
 from studio.errors import StudioError
 from studio.pruning.attention import cls_probabilities, received_attention
-from studio.pruning.merging import Counts, Merging, Stepped, added, rows_at
+from studio.pruning.merging import Counts, Merging, Stepped, rows_at, without
 
 RANKS = ("attention", "likeness")
 _LEARNED = ("merged", "pruned", "rank")
@@ -83,12 +83,7 @@ def shrink(
     order = scores.argsort(dim=1, descending=True, stable=True)
     gone = order[:, stay:]
     nearest = rows_at(alike, gone).scatter(2, gone[:, None].expand(-1, gone.shape[1], -1), -2).argmax(dim=2)
-    source, target = gone + cls, nearest + cls
-    x, sizes = added(x, sizes, source[:, :merged], target[:, :merged])
-    stays = torch.ones_like(sizes, dtype=torch.long).scatter(1, source, 0)
-    kept = stays.argsort(dim=1, descending=True, stable=True)[:, : cls + stay]
-    places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1).scatter(1, source, target)
-    return rows_at(x, kept), sizes.gather(1, kept), (stays.cumsum(dim=1) - 1).gather(1, places)
+    return without(x, sizes, gone + cls, nearest + cls, merged)
 
 
 class DiffRate(Merging):

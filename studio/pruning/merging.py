@@ -90,21 +90,31 @@ def rows_at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1).index_select(0, among_all.flatten()).view(*places.shape, x.shape[2])
 
 
-def added(
-    x: torch.Tensor, sizes: torch.Tensor, source: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and sizes where those at `source` (B, k) also count in those at `target`, means weighted by size.
+def without(
+    x: torch.Tensor, sizes: torch.Tensor, source: torch.Tensor, target: torch.Tensor, merged: int | None = None
+) -> Stepped:
+    """The tokens without some, of which all or the first `merged` count in others: means weighted by size.
 
     Args:
         x: tokens (B, n, C).
         sizes: patches in each, (B, n), floating-point.
-        source, target: places (B, k); no place is both.
+        source: places (B, k) of the tokens that go.
+        target: places (B, k) of tokens that stay, which stand for them.
+
+    Returns:
+        Tokens (B, n - k, C) in their order, their sizes, and the new place (B, n) of each token that there was.
     """
-    weighted = x * sizes[..., None]
-    into = target[..., None].expand(-1, -1, x.shape[2])
-    weighted = weighted.scatter_add(1, into, rows_at(weighted, source))
-    sizes = sizes.scatter_add(1, target, sizes.gather(1, source))
-    return weighted / sizes[..., None], sizes
+    stays = torch.ones_like(sizes, dtype=torch.long).scatter(1, source, 0)
+    kept = stays.argsort(dim=1, descending=True, stable=True)[:, : x.shape[1] - source.shape[1]]
+    slots = stays.cumsum(dim=1) - 1
+    target = slots.gather(1, target)
+    places = slots.scatter(1, source, target)
+    source, target = source[:, :merged], target[:, :merged]
+    added, counts = sizes.gather(1, source), sizes.gather(1, kept)
+    rows, more = rows_at(x, kept) * counts[..., None], rows_at(x, source) * added[..., None]
+    rows = rows.scatter_add(1, target[..., None].expand_as(more), more)
+    counts = counts.scatter_add(1, target, added)
+    return rows / counts[..., None], counts, places
 
 
 def _for_patches(rows: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from studio.pruning.merging import Counts, Merging, Stepped, added, rows_at
+from studio.pruning.merging import Counts, Merging, Stepped, without
 
 
 def merge(x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor, count: int, first: int) -> Stepped:
@@ -29,16 +29,10 @@ def merge(x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor, count: int, 
     Returns:
         Tokens (B, n - count, C) in their order, their sizes, and the new place (B, n) of each token that there was.
     """
-    rows, n, _ = x.shape
     directions = F.normalize(keys.float(), dim=-1)
     alike, nearest = (directions[:, first::2] @ directions[:, 1::2].transpose(1, 2)).max(dim=2)
     chosen = alike.topk(count, dim=1).indices
-    source, target = first + 2 * chosen, 1 + 2 * nearest.gather(1, chosen)
-    x, sizes = added(x, sizes, source, target)
-    stays = torch.ones_like(sizes, dtype=torch.long).scatter_(1, source, 0)
-    kept = stays.argsort(dim=1, descending=True, stable=True)[:, : n - count]
-    places = torch.arange(n, device=x.device).expand(rows, -1).scatter(1, source, target)
-    return rows_at(x, kept), sizes.gather(1, kept), (stays.cumsum(dim=1) - 1).gather(1, places)
+    return without(x, sizes, first + 2 * chosen, 1 + 2 * nearest.gather(1, chosen))
 
 
 class ToMe(Merging):
