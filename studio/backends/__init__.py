@@ -151,7 +151,7 @@ def select_race(logits: torch.Tensor, noise: torch.Tensor) -> Callable[..., torc
     return race_winners if _runs_c() and can_race(logits, noise) else None
 
 
-def select_guess_outcomes(logits: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+def select_guess_outcomes(logits: torch.Tensor) -> Callable[..., torch.Tensor] | None:
     """`guess_outcomes` of `studio.backends.cpu_c_sampling`; None where it does not work for these logits."""
     return guess_outcomes if _runs_c() and can_test_guesses(logits) else None
 

@@ -68,7 +68,7 @@ class _Guesses(ctypes.Structure):
         + [
             (name, ctypes.c_void_p)
             for name in (
-                "logits", "distributions", "proposals", "guesses", "near", "tests", "samples", "outcomes", "right",
+                "logits", "scales", "distributions", "proposals", "guesses", "near", "numbers", "found",
             )
         ]
     )  # fmt: skip
@@ -83,36 +83,38 @@ def can_test_guesses(logits: torch.Tensor) -> bool:
 
 def guess_outcomes(
     logits: torch.Tensor,
+    scales: torch.Tensor | None,
     guesses: torch.Tensor,
     proposals: torch.Tensor,
-    tests: torch.Tensor,
-    samples: torch.Tensor,
+    numbers: torch.Tensor,
     divisor: float,
     top_k: int,
     keeps: bool,
     relaxation: "Relaxation | None" = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """`decide` of `studio.decoding.couplings` for the distributions of logits, then `next_proposals`.
 
     Args:
-        logits: (B, n, V) for which `can_test_guesses` is true.
+        logits: (B, n, V) for which `can_test_guesses` is true; with scales (2B, n, V), the conditional ones first.
+        scales: of guidance (B, n), float32.
         guesses: (B, n - 1) int64.
         proposals: the distributions (B, n - 1, V) that they were sampled from; those of the next guesses are written to
             the same place.
-        tests, samples: numbers in [0, 1), float64, (B, n - 1) and (B, n).
+        numbers: as of `Chance`.
         divisor, top_k: as of `race_winners`.
         keeps: whether guesses behind the first failure that pass their test stay, as with the coupling "maximal"; else
             they are sampled anew, as with "none".
         relaxation: what guesses may borrow.
 
     Returns:
-        Outcomes (B, n) and how many guesses pass before the first that fails, (B,), both int64.
+        Outcomes and, behind them, how many guesses pass before the first that fails: (B, n + 1), int64.
     """
-    images, places, vocab = logits.shape
-    logits, guesses, tests, samples = (part.contiguous() for part in (logits, guesses, tests, samples))
-    assert proposals.is_contiguous()
-    distributions = torch.empty_like(logits)
-    outcomes, right = torch.empty(images, places, dtype=torch.long), torch.empty(images, dtype=torch.long)
+    places, vocab = logits.shape[1:]
+    images, logits, guesses = len(guesses), logits.contiguous(), guesses.contiguous()
+    assert proposals.is_contiguous() and numbers.is_contiguous()
+    scales = None if scales is None else scales.contiguous()
+    distributions = torch.empty(images, places, vocab)
+    found = torch.empty(images, places + 1, dtype=torch.long)
     near, width, borrowed = None, 0, 0
     budgets: tuple[float | None, float | None] = (None, None)
     if relaxation is not None:
@@ -120,9 +122,9 @@ def guess_outcomes(
         width, budgets = near.shape[1], (relaxation.tv_budget, relaxation.ratio_budget)
     call = _Guesses(
         images, places, vocab, top_k, width, borrowed, keeps, torch.get_num_threads(), divisor,
-        *(-1 if budget is None else budget for budget in budgets), logits.data_ptr(), distributions.data_ptr(),
-        proposals.data_ptr(), guesses.data_ptr(), None if near is None else near.data_ptr(), tests.data_ptr(),
-        samples.data_ptr(), outcomes.data_ptr(), right.data_ptr(),
+        *(-1 if budget is None else budget for budget in budgets), logits.data_ptr(),
+        None if scales is None else scales.data_ptr(), distributions.data_ptr(), proposals.data_ptr(),
+        guesses.data_ptr(), None if near is None else near.data_ptr(), numbers.data_ptr(), found.data_ptr(),
     )  # fmt: skip
     loaded_library().studio_guesses(ctypes.byref(call))
-    return outcomes, right
+    return found

@@ -77,16 +77,19 @@ INLINE void score_eight(const float *queries, int64_t stride, int n, const float
     }
 }
 
-/* Scores of up to QUERIES queries against `kept` stored keys; room for 7 more is needed. */
-INLINE void score_kept(const float *queries, int64_t stride, int n, const float *keys, int kept, const float *bias,
-                       int head_dim, float *scores, int64_t width) {
+/* Scores of up to QUERIES queries against `kept` stored keys, of which there is room for `most`; room for 7 more scores
+   is needed. */
+INLINE void score_kept(const float *queries, int64_t stride, int n, const float *keys, int kept, int most,
+                       const float *bias, int head_dim, float *scores, int64_t width) {
     for (int t = 0; t < kept; t += LANES) {
         const float *key[LANES];
         for (int j = 0; j < LANES; j++) key[j] = keys + (int64_t)(t + j < kept ? t + j : kept - 1) * head_dim;
         score_eight(queries, stride, n, key, head_dim, scores + t, width);
-        if (bias)
-            for (int q = 0; q < n; q++)
-                for (int j = 0; j < LANES && t + j < kept; j++) scores[q * width + t + j] += bias[t + j];
+        if (!bias) continue;
+        vec eight = {0};
+        if (t + LANES <= most) eight = *(const vec *)(bias + t);
+        else memcpy(&eight, bias + t, sizeof(float) * (most - t));
+        for (int q = 0; q < n; q++) *(vec *)(scores + q * width + t) += eight;
     }
 }
 
@@ -102,13 +105,11 @@ INLINE void score_listed(const float *query, const float *keys, const int *place
 
 /* Scores to weights, short of the factor that is returned. */
 INLINE float soften(float *scores, int length) {
-    float largest = -INFINITY;
-    for (int t = 0; t < length; t++)
-        if (scores[t] > largest) largest = scores[t];
-    for (int t = length; t % LANES; t++) scores[t] = -INFINITY;
+    for (; length % LANES; length++) scores[length] = -INFINITY;
+    const float most = largest(scores, length);
     vec sums = {0};
     for (int t = 0; t < length; t += LANES) {
-        vec score = *(vec *)(scores + t), e = exponential(score - largest);
+        vec score = *(vec *)(scores + t), e = exponential(score - most);
         e = (vec)((ints)e & (score > -INFINITY));
         *(vec *)(scores + t) = e;
         sums += e;
@@ -165,7 +166,7 @@ static void attend(const Call *call, int row, int first, int n, const float *que
     const float *bias = call->bias ? call->bias + row * call->bias_row : 0;
     int counts[QUERIES];
     float factors[QUERIES];
-    score_kept(queries, stride, n, keys, kept, bias, head_dim, scores, width);
+    score_kept(queries, stride, n, keys, kept, call->max_length, bias, head_dim, scores, width);
     for (int q = 0; q < n; q++) {
         const uint8_t *visible = call->visible ? call->visible + ((int64_t)row * call->nodes + first + q) * all : 0;
         const int self = call->pending + first + q;

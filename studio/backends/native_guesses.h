@@ -33,7 +33,16 @@ static float kth_largest(const float *x, int n, int k) {
     return number;
 }
 
-/* The probabilities of logits over a divisor, of the `top_k` likeliest (0: all) and of those that are as likely as the last. */
+/* Guided logits: u + scale * (c - u). */
+static void guide(const float *c, const float *u, float scale, int vocab, float *out) {
+    for (int i = 0; i < vocab; i += LANES) {
+        const vec without = *(const vec *)(u + i);
+        *(vec *)(out + i) = (*(const vec *)(c + i) - without) * scale + without;
+    }
+}
+
+/* The probabilities of logits over a divisor, of the `top_k` likeliest (0: all) and of those that are as likely as the last;
+   they may take the logits' place. */
 static void softmax(const float *logits, int vocab, int top_k, float divisor, float *p) {
     const float most = largest(logits, vocab) / divisor;
     for (int i = 0; i < vocab; i += LANES) *(vec *)(p + i) = *(const vec *)(logits + i) / divisor;
@@ -80,18 +89,19 @@ static int64_t sample(const float *p, const float *q, int vocab, double share) {
 }
 
 /* Of `images` windows of `places` tokens: logits (images, places, vocab), guesses for each place but the last, and the
-   distributions that they were sampled from, which become those of the next guesses. Numbers from [0, 1): one for each
-   guess to test, one for each place to sample. `near` (vocab, width) are each token's nearest ones, of which `borrowed`
+   distributions that they were sampled from, which become those of the next guesses. With scales (images, places) there
+   are as many unconditional logits behind the others. Numbers (images, 2 places) from [0, 1): an unused one and one for
+   each guess to test, then one for each place to sample. `near` (vocab, width) are each token's nearest ones, of which `borrowed`
    count; with 0 of them nothing is relaxed. A budget below 0 is none. */
 typedef struct {
     int32_t images, places, vocab, top_k, width, borrowed, keeps, threads;
     float divisor, tv_budget, ratio_budget;
-    const float *logits;
+    const float *logits, *scales;
     float *distributions, *proposals;
     const int64_t *guesses;
     const int32_t *near;
-    const double *tests, *samples;
-    int64_t *outcomes, *right;
+    const double *numbers;
+    int64_t *found;
 } Guesses;
 
 /* The mass that a guess holds in a test: its own, and what the budgets let it borrow of the nearest tokens. */
@@ -112,17 +122,18 @@ static float held_mass(const Guesses *all, const float *p, int64_t guess, float 
 static void test_window(const Guesses *all, int image) {
     const int places = all->places, vocab = all->vocab;
     const int64_t size = vocab, tested = (int64_t)image * (places - 1), first = (int64_t)image * places;
+    const double *tests = all->numbers + 2 * first + 1, *samples = all->numbers + 2 * first + places;
     const float *p = all->distributions + first * size;
     float *q = all->proposals + tested * size;
-    int64_t *outcomes = all->outcomes + first;
+    int64_t *outcomes = all->found + first + image;
     int right = places - 1;
     for (int place = 0; place < places; place++) {
         const float *here = p + place * size, *proposal = 0;
-        const double share = 1 - all->samples[first + place];
+        const double share = 1 - samples[place];
         if (place < places - 1) {
             const int64_t guess = all->guesses[tested + place];
             const float chance = q[place * size + guess];
-            const double number = all->tests[tested + place] * chance;
+            const double number = tests[place] * chance;
             if (place < right && !(number < held_mass(all, here, guess, chance))) right = place;
             outcomes[place] = guess;
             if (place < right || (place > right && all->keeps && number < here[guess])) continue;
@@ -130,7 +141,7 @@ static void test_window(const Guesses *all, int image) {
         }
         outcomes[place] = sample(here, proposal, vocab, share);
     }
-    all->right[image] = right;
+    outcomes[places] = right;
     for (int next = 0; next < places - 1; next++, q += size)
         if (right + 1 + next < places) {
             memcpy(q, p + (right + 1 + next) * size, size * sizeof *q);
@@ -142,15 +153,19 @@ static void test_window(const Guesses *all, int image) {
 
 static void run_tests(Worker *me, const void *arguments) {
     const Guesses *all = arguments;
-    const int64_t size = all->vocab;
-    for (Range part; take(me, all->images * all->places, &part);)
-        for (int r = part.begin; r < part.end; r++)
-            softmax(all->logits + r * size, all->vocab, all->top_k, all->divisor, all->distributions + r * size);
+    const int64_t size = all->vocab, rows = all->images * all->places;
+    for (Range part; take(me, rows, &part);)
+        for (int r = part.begin; r < part.end; r++) {
+            const float *logits = all->logits + r * size;
+            float *p = all->distributions + r * size;
+            if (all->scales) guide(logits, logits + rows * size, all->scales[r], all->vocab, p);
+            softmax(all->scales ? p : logits, all->vocab, all->top_k, all->divisor, p);
+        }
     for (Range part; take(me, all->images, &part);)
         for (int image = part.begin; image < part.end; image++) test_window(all, image);
 }
 
-/* Outcomes (images, places), and how many guesses pass before the first that fails (images); vocab is a multiple of 8. */
+/* Into `found` (images, places + 1): outcomes, and how many guesses pass before the first that fails; vocab is a multiple of 8. */
 void studio_guesses(const Guesses *all) {
     together(run_tests, all, sizeof *all, all->threads, (int64_t)all->images * all->places * all->vocab * 32);
 }

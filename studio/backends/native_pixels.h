@@ -176,7 +176,8 @@ static void attend_pixels(const Layer *layer, const Image *image, int pixels, in
     const int64_t width = pixels + LANES;
     const int none[QUERIES] = {0};
     float factors[QUERIES], *out = image->buffers[layer->to] + (int64_t)first * dim;
-    score_kept(image->buffers[QUERY] + (int64_t)first * dim, dim, n, image->buffers[KEY], pixels, 0, dim, scores, width);
+    score_kept(image->buffers[QUERY] + (int64_t)first * dim, dim, n, image->buffers[KEY], pixels, pixels, 0, dim, scores,
+               width);
     for (int q = 0; q < n; q++) factors[q] = soften(scores + q * width, pixels);
     const float *values = image->buffers[VALUE];
     if (n == 4) mix_all(scores, width, 4, values, pixels, 0, none, dim, factors, out, dim);

@@ -72,6 +72,13 @@ class Guidance:
             return self.by_token[index]
         return self.by_token[index.clamp(max=len(self.by_token) - 1)][:, :, None]
 
+    def scales(self, index: torch.Tensor) -> torch.Tensor | None:
+        """Scales (B, n), float32, for the tokens of these numbers; None where they are not guided, or not all of them."""
+        if self.streams == 1 or self.interval >= 0:
+            return None
+        scale = self.scale_at(index)
+        return scale[:, :, 0] if isinstance(scale, torch.Tensor) else torch.full(index.shape, scale)
+
     def combine(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Logits (B, n, V) out of those of all rows (B or 2B, n, V); `index` (B, n) is of the token they predict."""
         if self.streams == 1:

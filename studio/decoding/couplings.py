@@ -13,17 +13,30 @@ COUPLINGS = ("seed", "none", "maximal", "gumbel")
 
 
 class Chance:
-    """Fresh random numbers of one round, in [0, 1): `tests` (B, n - 1) and `samples` (B, n), float64."""
+    """Fresh random numbers of one round in [0, 1), float64.
 
-    def __init__(self, tests: torch.Tensor, samples: torch.Tensor) -> None:
-        self.tests, self.samples = tests, samples
+    Args:
+        numbers: (B, 2n): an unused one, those of tests, then those of samples.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers, self._places = numbers, numbers.shape[1] // 2
+
+    @property
+    def tests(self) -> torch.Tensor:
+        """(B, n - 1)."""
+        return self.numbers[:, 1 : self._places]
+
+    @property
+    def samples(self) -> torch.Tensor:
+        """(B, n)."""
+        return self.numbers[:, self._places :]
 
     @classmethod
     def of(cls, generators: list[torch.Generator], places: int, device: torch.device | str) -> "Chance":
         """For windows of n places, of each image's generator alone."""
-        each = [torch.rand(2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-        numbers = torch.stack(each).to(device)
-        return cls(numbers[:, 1:places], numbers[:, places:])
+        each = [torch.rand(1, 2 * places, generator=g, device=g.device, dtype=torch.float64) for g in generators]
+        return cls((each[0] if len(each) == 1 else torch.cat(each)).to(device))
 
     def test(self, share: torch.Tensor, *masses: torch.Tensor) -> list[torch.Tensor]:
         """Which guesses pass, each with probability mass / share, for each of the masses by the same numbers."""

@@ -152,9 +152,9 @@ def jacobi(
 class _Run:
     """The images of one call. `numbers`, and `images` (b,) on the device, are those that are still in the batch.
 
-    `tokens` (B, N + window) holds the first `lengths` tokens of each image, which are final, and guesses behind them,
-    up to `guessed` (b,) positions. `proposals` (b, window - 1, V) are the distributions q that the guesses of the
-    window were sampled from, where the coupling tests them.
+    `rows` holds the tokens of each image: the first `lengths`, which are final, and the guesses behind them; `tokens`
+    (B, N + window) has the final ones on the device. `proposals` (b, window - 1, V) are the distributions q that the
+    guesses of the window were sampled from, where the coupling tests them.
     """
 
     def __init__(
@@ -171,9 +171,8 @@ class _Run:
         self.tokens = torch.zeros(batch, total + window, dtype=torch.long, device=device)
         self.lengths, self.numbers, self.images = [1] * batch, list(range(batch)), torch.arange(batch, device=device)
         self.tokens[:, 0] = sampling.sample(self._predicted(logits, self.tokens[:, :1])[:, 0], generators)
-        self.reached, self.guessed = torch.ones_like(self.images), torch.ones_like(self.images)
-        self.steps = torch.arange(window, device=device)
-        self.path = torch.ones(1, window, window, dtype=torch.bool, device=device).tril()
+        self.rows: list[list[int]] = self.tokens[:, :1].tolist()
+        self.path = torch.empty(0, 0, 0, dtype=torch.bool, device=device)
         self.generators, self.races, self.proposals = generators, None, None
         if not sampling.greedy and self.coupling in ("seed", "gumbel"):
             slots = total if editable and batch > 1 else window  # an image alone goes back to its last window at most
@@ -181,6 +180,9 @@ class _Run:
         if not sampling.greedy and self.coupling != "seed":
             self.proposals = logits.new_empty(batch, window - 1, logits.shape[-1])
             self.proposals[:] = one_hot(self.tokens[:, :1], self.proposals)
+        self._compiled = None
+        if self.proposals is not None and self.coupling != "gumbel" and sampling.top_p == 1:
+            self._compiled = backends.select_guess_outcomes(logits)
         self.sampled = JacobiSampled(
             self.tokens, 1, len(prefix), image_calls=batch, image_tokens=batch, window=window
         )  # fmt: skip
@@ -192,71 +194,112 @@ class _Run:
             self.cache.select_rows(range(len(self.numbers)))
         keeps_plain_tokens = self.proposals is None and self.relaxation is None
         width = min(self.window, self.total - min(self.lengths)) if keeps_plain_tokens else self.window
-        index = self.reached[:, None] + self.steps[:width]  # of the tokens to predict
-        flat, starts = self.tokens.view(-1), self.images[:, None] * self.tokens.shape[1]
-        fed = flat.take(starts - 1 + torch.minimum(index, self.guessed[:, None]))  # the last guess is repeated
+        lengths = [self.lengths[number] for number in self.numbers]
+        windows = [self._window(number, width) for number in self.numbers]
+        following = [list(range(length, length + width)) for length in lengths]  # the tokens to predict
+        fed, index = torch.tensor((windows, following), device=self.tokens.device).unbind()
         if self.known is not None:
             fed = self.known.fill(fed, index - 1, self.images)
         if self.on_round is not None:
-            self.on_round(self.reached, fed)
+            self.on_round(index[:, 0], fed)
+        positions = index + (self.before - 1)
+        if max(lengths) + width > self.total:
+            positions = positions.clamp(max=self.before + self.total - 1)
         rows = self.guidance.rows
-        positions = (self.before - 1 + index).clamp(max=self.before + self.total - 1)
-        visible = self.path[:, :width, :width].expand(len(fed) * self.guidance.streams, -1, -1)
-        states = self.model.extend_tree(rows(fed), self.cache, rows(positions), visible)
-        logits = self._predicted(self.model.logits(states), index)
+        states = self.model.extend_tree(rows(fed), self.cache, rows(positions), self._visible(width))
+        found = self._decide(self.model.logits(states), fed[:, 1:], index)
 
-        outcomes, right = self._decide(logits, fed[:, 1:], index)
-        new = torch.minimum(right + 1, self.total - self.reached)
-        flat.scatter_(0, (starts + index).view(-1), outcomes.view(-1))
-        self.reached, self.guessed = self.reached + new, self.reached + width
-        counts = new.tolist()  # the only wait for the device
-        for number, count in zip(self.numbers, counts):
-            self.lengths[number] += count
+        self._write(index, found[:, :-1])
+        counts = []
+        for number, length, (*outcomes, right) in zip(self.numbers, lengths, found.tolist()):  # waits for the device
+            self.rows[number][length:] = outcomes
+            self.lengths[number] = min(length + right + 1, self.total)
+            counts.append(self.lengths[number] - length)
         self.cache.keep([range(count) for count in counts] * self.guidance.streams)
         self.sampled.target_calls += 1
         self.sampled.row_calls += len(states)
         self.sampled.image_calls += sum(map(bool, counts))
         self.sampled.image_tokens += sum(counts)
 
+    def _window(self, number: int, width: int) -> list[int]:
+        """The last final token of an image and guesses behind it; the last guess is repeated."""
+        last = self.lengths[number] - 1
+        window = self.rows[number][last : last + width]
+        return window + window[-1:] * (width - len(window))
+
+    def _visible(self, width: int) -> torch.Tensor:
+        """Which tokens of windows of this width each of them sees, for all rows."""
+        rows = len(self.numbers) * self.guidance.streams
+        if self.path.shape[:2] != (rows, width):
+            path = torch.ones(width, width, dtype=torch.bool, device=self.tokens.device).tril()
+            self.path = path.expand(rows, -1, -1).contiguous()
+        return self.path
+
+    def _write(self, index: torch.Tensor, outcomes: torch.Tensor) -> None:
+        """Puts outcomes (b, n) into their places (b, n) of `tokens`."""
+        if len(self.images) == len(self.tokens):
+            self.tokens.scatter_(1, index, outcomes)
+        else:
+            self.tokens[self.images[:, None], index] = outcomes
+
     def _predicted(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Logits (b, n, V) of the tokens `index` (b, n), guided; known tokens are certain."""
         logits = self.guidance.combine(logits, index)
         return logits if self.known is None else self.known.pin(logits, index, self.images)
 
-    def _decide(
+    def _decide(self, logits: torch.Tensor, guesses: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """What comes out at each of n places and, behind that, how many guesses of an image are right: (b, n + 1).
+
+        Args:
+            logits: of all rows (b or 2b, n, V), as the model gives them.
+            guesses: (b, n - 1).
+            index: (b, n), of the tokens that they predict.
+        """
+        if self._compiled is not None:
+            scales = self.guidance.scales(index) if self.known is None else None
+            return self._compiled(
+                self._predicted(logits, index) if scales is None else logits, scales, guesses, self.proposals,
+                self._chance(index).numbers, self.sampling.divisor, self.sampling.top_k, self.coupling == "maximal",
+                self.relaxation,
+            )  # fmt: skip
+        logits = self._predicted(logits, index)
+        outcomes, right = (
+            self._likeliest(logits, guesses) if self.sampling.greedy else self._sampled(logits, guesses, index)
+        )
+        return torch.cat((outcomes, right[:, None]), dim=1)
+
+    def _likeliest(self, logits: torch.Tensor, guesses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        outcomes = logits.argmax(dim=-1)
+        if self.relaxation is None:
+            return outcomes, leading(guesses == outcomes[:, :-1])
+        passed = self.relaxation.is_likeliest(logits[:, :-1].flatten(0, 1), guesses.reshape(-1, 1))
+        right = leading(passed.view_as(guesses))
+        kept = torch.arange(guesses.shape[1], device=guesses.device) < right[:, None]
+        outcomes[:, :-1] = torch.where(kept, guesses, outcomes[:, :-1])
+        return outcomes, right
+
+    def _sampled(
         self, logits: torch.Tensor, guesses: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What comes out at each place (b, n), and how many guesses of each image are right."""
-        if self.sampling.greedy:
-            outcomes = logits.argmax(dim=-1)
-            if self.relaxation is None:
-                return outcomes, leading(guesses == outcomes[:, :-1])
-            passed = self.relaxation.is_likeliest(logits[:, :-1].flatten(0, 1), guesses.reshape(-1, 1))
-            right = leading(passed.view_as(guesses))
-            outcomes[:, :-1] = torch.where(self.steps[:-1] < right[:, None], guesses, outcomes[:, :-1])
-            return outcomes, right
+        won = None
         if self.races is not None:
             self.races.reach(self.numbers, [self.lengths[number] + index.shape[1] for number in self.numbers])
-        if self.coupling == "seed":
-            assert self.races is not None
-            outcomes = self.races.winners(self.sampling, logits, self.images, index)
-            return outcomes, leading(guesses == outcomes[:, :-1])
+            won = self.races.winners(self.sampling, logits, self.images, index)
+            if self.coupling == "seed":
+                return won, leading(guesses == won[:, :-1])
         assert self.proposals is not None
-        chance = Chance.of([self.generators[number] for number in self.numbers], logits.shape[1], logits.device)
-        compiled = None if self.sampling.top_p < 1 else backends.select_guess_outcomes(logits)
-        if compiled is not None and self.coupling != "gumbel":
-            return compiled(
-                logits, guesses, self.proposals, chance.tests, chance.samples, self.sampling.divisor,
-                self.sampling.top_k, self.coupling == "maximal", self.relaxation,
-            )  # fmt: skip
         distributions = self.sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
-        outcomes, right = decide(distributions, guesses, self.proposals, chance, self.coupling, self.relaxation)
-        if self.coupling == "gumbel":
-            assert self.races is not None
-            behind = self.steps > right[:, None]
-            outcomes = torch.where(behind, self.races.winners(self.sampling, logits, self.images, index), outcomes)
+        outcomes, right = decide(
+            distributions, guesses, self.proposals, self._chance(index), self.coupling, self.relaxation
+        )
+        if won is not None:
+            behind = torch.arange(index.shape[1], device=index.device) > right[:, None]
+            outcomes = torch.where(behind, won, outcomes)
         self.proposals = next_proposals(distributions, outcomes, right)
         return outcomes, right
+
+    def _chance(self, index: torch.Tensor) -> Chance:
+        return Chance.of([self.generators[number] for number in self.numbers], index.shape[1], index.device)
 
     def retire(self) -> None:
         """Goes on without the images that are complete."""
@@ -266,7 +309,7 @@ class _Run:
             return
         self.numbers = [self.numbers[place] for place in stay]
         self.cache.select_rows([stream * count + place for stream in range(self.guidance.streams) for place in stay])
-        self.images, self.reached, self.guessed = self.images[stay], self.reached[stay], self.guessed[stay]
+        self.images = self.images[stay]
         self.proposals = None if self.proposals is None else self.proposals[stay]
 
     def rewind(self, lengths: list[int]) -> None:
@@ -275,10 +318,11 @@ class _Run:
         The tokens behind stay as guesses where any guess will do. Else they would need the distribution that they were
         sampled from, which their tests have changed.
         """
-        changed = self.images.new_tensor([new != old for new, old in zip(lengths, self.lengths)]).bool()
-        self.lengths, self.reached = lengths, self.images.new_tensor(lengths)
+        for number, length in enumerate(lengths):
+            row, last = self.rows[number], self.tokens[number, length - 1]
+            row[length - 1] = int(last)
+            if length < self.lengths[number] and self.proposals is not None:
+                del row[length:]
+                self.proposals[number] = one_hot(last.view(1, 1), self.proposals)
+        self.lengths = lengths
         self.cache.crop_rows([self.before + length - 1 for length in lengths] * self.guidance.streams)
-        if self.proposals is not None:
-            self.guessed = torch.where(changed, self.reached, self.guessed)
-            last = self.tokens.gather(1, self.reached[:, None] - 1)
-            self.proposals = torch.where(changed[:, None, None], one_hot(last, self.proposals), self.proposals)

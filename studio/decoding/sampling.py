@@ -256,9 +256,8 @@ class Reporter:
                 return True
             if before is not None:
                 changed = run.tokens[:, index].ne(before).tolist()
-                lengths = [index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)]
-                if lengths != run.lengths:
-                    run.rewind(lengths)
+                if any(changed):
+                    run.rewind([index + 1 if is_new else length for is_new, length in zip(changed, run.lengths)])
         return False
 
 

@@ -6,6 +6,7 @@ import torch
 from studio import backends
 from studio.backends.cpu_c_sampling import guess_outcomes, race_winners
 from studio.backends.native_library import library
+from studio.decoding.autoregressive import guided_logits
 from studio.decoding.couplings import Chance, decide, next_proposals
 from studio.decoding.lantern import Relaxation, neighbour_table
 from studio.decoding.sampling import Sampling, sample_rows
@@ -95,17 +96,20 @@ def windows(images, vocab, budgets, top_k, places=5, seed=5):
     rule = None
     if budgets is not None:
         rule = Relaxation(neighbour_table(torch.randn(vocab, 6, generator=generator), 20), 10, *budgets)
-    chance = Chance(numbers[:, 1:places], numbers[:, places:])
-    return logits, guesses, proposals, chance, Sampling(0.7, top_k), rule
+    return logits, guesses, proposals, Chance(numbers), Sampling(0.7, top_k), rule
 
 
-def both_ways(coupling, logits, guesses, proposals, chance, sampling, rule):
+def both_ways(coupling, logits, guesses, proposals, chance, sampling, rule, scales=None):
+    given = logits
+    if scales is not None:
+        given = torch.cat((logits, logits.roll(1, dims=0)))
+        logits = guided_logits(given, scales[:, :, None])
     distributions = sampling.probabilities(logits.flatten(0, 1)).view_as(logits)
     outcomes, right = decide(distributions, guesses, proposals, chance, coupling, rule)
     following, ours = next_proposals(distributions, outcomes, right), proposals.clone()
-    numbers = (chance.tests, chance.samples, sampling.divisor, sampling.top_k)
-    found = guess_outcomes(logits, guesses, ours, *numbers, coupling == "maximal", rule)
-    return (outcomes, right, following), (*found, ours)
+    filters = (sampling.divisor, sampling.top_k)
+    found = guess_outcomes(given, scales, guesses, ours, chance.numbers, *filters, coupling == "maximal", rule)
+    return (outcomes, right, following), (found[:, :-1], found[:, -1], ours)
 
 
 @pytest.mark.parametrize("coupling", ["none", "maximal"])
@@ -116,6 +120,16 @@ def test_guesses_are_tested_as_in_torch(coupling, budgets, images, vocab, top_k)
     assert torch.equal(found[0], outcomes) and torch.equal(found[1], right)
     torch.testing.assert_close(found[2], following, rtol=1e-5, atol=1e-7)
     assert len(set(right.tolist())) > 2
+
+
+def test_guided_guesses_are_tested_as_in_torch():
+    logits, *others = windows(400, 72, None, 9)
+    scales = torch.linspace(1, 5, logits[:, :, 0].numel()).view(logits.shape[:2])
+    (outcomes, right, following), found = both_ways("maximal", logits.clamp(min=-20), *others, scales)
+    assert torch.equal(found[0], outcomes) and torch.equal(found[1], right)
+    torch.testing.assert_close(found[2], following, rtol=1e-4, atol=1e-6)
+    control = both_ways("maximal", logits.clamp(min=-20), *others, scales.flip(1))[1][0]
+    assert not torch.equal(control, outcomes)
 
 
 @pytest.mark.parametrize("other", [{"coupling": "none"}, {"budgets": (0.4, None)}, {"top_k": 9}, {"seed": 6}], ids=str)
