@@ -162,16 +162,17 @@ class NativeBlocks:
         """
         rows, nodes, dim = x.shape
         cache.check_capacity(nodes)
-        base, kept = cache.kept()
+        base, lengths = cache.kept()
+        kept = (ctypes.c_int64 * rows)(*lengths)
         store, bias = cache.store, cache.bias
-        positions, states = positions.contiguous(), torch.empty(x.shape).copy_(x)
+        positions, states = positions.contiguous(), x.clone(memory_format=torch.contiguous_format)
         visible = None if visible is None else visible.contiguous()
         threads = torch.get_num_threads()
         own = rows * nodes * dim + 2 * _QUERIES * (cache.max_length + _LANES)
         scratch = torch.empty(rows * nodes * self._numbers + threads * own)
         call = _Call(
             rows, nodes, base, cache.length - base, cache.max_length, threads, store.stride(0), store.stride(1),
-            0 if bias is None else bias.stride(0), store.data_ptr(), kept.data_ptr(), positions.data_ptr(),
+            0 if bias is None else bias.stride(0), store.data_ptr(), ctypes.addressof(kept), positions.data_ptr(),
             None if visible is None else visible.data_ptr(), None if bias is None else bias.data_ptr(),
         )  # fmt: skip
         self._run(ctypes.byref(self.network), ctypes.byref(call), states.data_ptr(), scratch.data_ptr())

@@ -89,7 +89,7 @@ def _setting(row):
     settings = {short[name]: value for name, value in row["settings"].items() if name in short and value}
     parts = [f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items()]
     if drafts := row["settings"].get("drafts"):
-        parts.append(f"over {drafts}")
+        parts.append(f"over {'the drafter' if drafts == 'own' else drafts}")
     if mode := row["settings"].get("mode"):
         parts.append(mode)
     if row.get("approximate"):

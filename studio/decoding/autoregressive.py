@@ -73,7 +73,7 @@ class Guidance:
         return self.by_token[index.clamp(max=len(self.by_token) - 1)][:, :, None]
 
     def scales(self, index: torch.Tensor) -> torch.Tensor | None:
-        """Scales (B, n), float32, for the tokens of these numbers; None where they are not guided, or not all of them."""
+        """Scales (B, n), float32, of the tokens `index` (B, n); None where not every one is guided."""
         if self.streams == 1 or self.interval >= 0:
             return None
         scale = self.scale_at(index)

@@ -50,7 +50,7 @@ class Jacobi:
     Args:
         window: tokens that a call of the model reads for each image, the last token and guesses behind it, at least 1.
             "auto": with the coupling "seed", what should be fastest by the measured cost of a call: 1, which is no
-            guesses, where they do not pay. With others, whose samples depend on the window, 8 tokens over the
+            guesses, where they do not pay. With others, whose samples depend on the window, 6 tokens over the
             conditional and unconditional sequences of an image on a CPU, and 16 elsewhere.
         coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
         filter_order, weights, guidance_schedule: as of `Autoregressive`; as `drafts` of another decoding, those of
@@ -195,9 +195,10 @@ class _Run:
         keeps_plain_tokens = self.proposals is None and self.relaxation is None
         width = min(self.window, self.total - min(self.lengths)) if keeps_plain_tokens else self.window
         lengths = [self.lengths[number] for number in self.numbers]
-        windows = [self._window(number, width) for number in self.numbers]
-        following = [list(range(length, length + width)) for length in lengths]  # the tokens to predict
-        fed, index = torch.tensor((windows, following), device=self.tokens.device).unbind()
+        windows = [token for number in self.numbers for token in self._window(number, width)]
+        following = [length + place for length in lengths for place in range(width)]  # the tokens to predict
+        numbers = torch.tensor(windows + following, device=self.tokens.device)
+        fed, index = numbers.view(2, len(lengths), width).unbind()
         if self.known is not None:
             fed = self.known.fill(fed, index - 1, self.images)
         if self.on_round is not None:

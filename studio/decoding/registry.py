@@ -99,11 +99,11 @@ def _teacher_steps(first: int) -> tuple[int, int] | None:
     return (1, first + 1) if first else None
 
 
-_DRAFTS = {"own": "the model's own drafter, or recycled", "jacobi": "guesses of Jacobi decoding"}
+_DRAFTS = {"jacobi": "guesses of Jacobi decoding", "own": "the model's own drafter, or recycled"}
 
 
 def _drafts(sampled: bool) -> Option:
-    """Where the drafts of LANTERN come from."""
+    """Where drafts come from."""
 
     def convert(name: str) -> Any:
         check_choice("drafts", name, _DRAFTS)
@@ -112,7 +112,7 @@ def _drafts(sampled: bool) -> Option:
 
         return Jacobi() if name == "jacobi" else AutoDrafts(sampled)
 
-    return Option("drafts", str, "own", "Where drafts come from.", choices=_DRAFTS, convert=convert)
+    return Option("drafts", str, "jacobi", "Where drafts come from.", choices=_DRAFTS, convert=convert)
 
 
 _COUPLINGS = {
@@ -207,7 +207,8 @@ DECODINGS = {
         "Speculative",
         "Several drafted tokens are tested in one call; images follow the same distribution.",
         "studio.decoding.speculative:Speculative",
-        (_GUIDANCE,),
+        (_drafts(sampled=False), _GUIDANCE),
+        benchmarked=lambda total: [{"drafts": "jacobi"}, {"drafts": "own"}],
     ),
     "lantern": DecodingChoice(
         "Lantern",
@@ -220,10 +221,10 @@ DECODINGS = {
             _GUIDANCE,
         ),
         benchmarked=lambda total: [
-            {"delta": 0.1, "k": 1000},
-            {"delta": 0.4, "k": 1000},
             {"delta": 0.1, "k": 1000, "drafts": "jacobi"},
             {"delta": 1.0, "k": 200, "drafts": "jacobi"},
+            {"delta": 0.1, "k": 1000, "drafts": "own"},
+            {"delta": 0.4, "k": 1000, "drafts": "own"},
         ],
     ),
     "lantern++": DecodingChoice(
@@ -236,7 +237,10 @@ DECODINGS = {
             _drafts(sampled=True),
             _GUIDANCE,
         ),
-        benchmarked=lambda total: [{"ratio": 5.0, "k": 10}],
+        benchmarked=lambda total: [
+            {"ratio": 5.0, "k": 10, "drafts": "jacobi"},
+            {"ratio": 5.0, "k": 10, "drafts": "own"},
+        ],
     ),
     "distilled": DecodingChoice(
         "Distilled",

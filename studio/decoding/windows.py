@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOKENS_A_CALL = {1: 1.0, 2: 1.47, 3: 1.87, 4: 2.23, 6: 2.85, 8: 3.36, 12: 4.2, 16: 5.3, 24: 6.6, 32: 7.8}
 """Tokens of an image for a call by window, as measured on a model of 256 tokens an image."""
-CPU_ROWS, _OTHER_WINDOW = 8, 16
+CPU_ROWS, _OTHER_WINDOW = 6, 16
 _windows: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, int]]" = weakref.WeakKeyDictionary()
 
 

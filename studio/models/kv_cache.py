@@ -101,9 +101,9 @@ class KVCache:
                 f"The key/value cache holds {self.max_length} positions; {self.length + new} were asked for."
             )
 
-    def kept(self) -> tuple[int, torch.Tensor]:
-        """Number of positions that later queries see: of the longest row, and of each row (rows,) int64."""
-        return self.length, torch.full((self.rows,), self.length, device=self.store.device)
+    def kept(self) -> tuple[int, list[int]]:
+        """Number of positions that later queries see: of the longest row, and of each row."""
+        return self.length, [self.length] * self.rows
 
     def advance(self, positions: int) -> None:
         """Counts `positions` new positions as stored."""
@@ -144,9 +144,9 @@ class TreeCache(KVCache):
         """`lengths` (rows,) int64, on the cache's device."""
         return torch.tensor(self.lengths, device=self.store.device)
 
-    def kept(self) -> tuple[int, torch.Tensor]:
+    def kept(self) -> tuple[int, list[int]]:
         """As `KVCache.kept`; pending positions do not count."""
-        return self.base, self.row_lengths
+        return self.base, self.lengths
 
     def tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """Additive mask (rows, 1, n, length + n) for n positions about to be stored.

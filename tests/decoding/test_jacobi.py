@@ -284,7 +284,7 @@ def test_the_window_follows_measured_costs(monkeypatch):
     assert len(asked) > count and {rows for rows, _ in asked[count:]} == {4}
     count = len(asked)
     assert choose_window(model, Jacobi(), 2, 2) == first and len(asked) == count
-    assert choose_window(model, Jacobi(coupling="none"), 5, 2) == 4 and choose_window(model, Jacobi(7), 1, 1) == 7
+    assert choose_window(model, Jacobi(coupling="none"), 5, 2) == 3 and choose_window(model, Jacobi(7), 1, 1) == 7
     assert len(asked) == count
 
 
