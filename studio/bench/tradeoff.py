@@ -85,7 +85,7 @@ def _setting(row):
     short = {"delta": "δ", "ratio": "ratio", "steps": "steps", "teacher_steps": "teacher", "prefill": "prefill"}
     short |= {"draft_steps": "drafts", "inner_temperature": "inner T", "diffusion_steps": "T", "order": "order"}
     short |= {"annealing": "annealing", "last_diffusion_steps": "to", "cache": "cache", "refresh_every": "every"}
-    short |= {"warm_steps": "warm"}
+    short |= {"warm_steps": "warm", "coupling": "coupling"}
     settings = {short[name]: value for name, value in row["settings"].items() if name in short and value}
     parts = [f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items()]
     if drafts := row["settings"].get("drafts"):

@@ -202,13 +202,14 @@ DECODINGS = {
             ),
             _GUIDANCE,
         ),
+        benchmarked=lambda total: [{}, {"coupling": "maximal"}],
     ),  # fmt: skip
     "speculative": DecodingChoice(
         "Speculative",
         "Several drafted tokens are tested in one call; images follow the same distribution.",
         "studio.decoding.speculative:Speculative",
         (_drafts(sampled=False), _GUIDANCE),
-        benchmarked=lambda total: [{"drafts": "jacobi"}, {"drafts": "own"}],
+        benchmarked=lambda total: [{"drafts": "own"}],
     ),
     "lantern": DecodingChoice(
         "Lantern",

@@ -51,7 +51,7 @@ def test_options_arrive():
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(StudioError, match="speculative"):
         decoding_named("fast")
-    with pytest.raises(StudioError, match=r"takes guidance_schedule, not delta; delta belongs to lantern\."):
+    with pytest.raises(StudioError, match=r"takes drafts, guidance_schedule, not delta; delta belongs to lantern\."):
         decoding_named("speculative").settings(delta=0.1)
     with pytest.raises(StudioError, match="delta, k"):
         decoding_named("lantern").settings(colour=1)

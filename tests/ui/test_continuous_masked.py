@@ -113,9 +113,11 @@ def test_partial_images_come_as_often_as_asked(pipe, kind):
         ("rq", {}, False),
         ("exact", {}, True),
         ("jacobi", {"coupling": "gumbel"}, False),
-        ("speculative", {}, True),
-        ("lantern", {"k": 9}, True),
-        ("lantern++", {}, True),
+        ("speculative", {"drafts": "own"}, True),
+        ("speculative", {}, False),
+        ("lantern", {"k": 9, "drafts": "own"}, True),
+        ("lantern", {"k": 9}, False),
+        ("lantern++", {"drafts": "own"}, True),
     ],
 )
 def test_which_requests_may_join(decoding, options, joins):

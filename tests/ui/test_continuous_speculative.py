@@ -23,11 +23,11 @@ from tests.ui.test_continuous import (
 )
 
 DECODINGS = [
-    ("speculative", {}),
+    ("speculative", {"drafts": "own"}),
     ("ar", {}),
-    ("lantern", {"k": 20, "delta": 0.2}),
-    ("lantern++", {"k": 9}),
-    ("speculative", {"guidance_schedule": "linear"}),
+    ("lantern", {"k": 20, "delta": 0.2, "drafts": "own"}),
+    ("lantern++", {"k": 9, "drafts": "own"}),
+    ("speculative", {"guidance_schedule": "linear", "drafts": "own"}),
 ]
 
 
@@ -73,7 +73,7 @@ def test_requests_that_differ_in_everything_share_steps(pipe, steps):
 
 def test_drafts_are_told_as_those_of_a_call_alone(pipe, monkeypatch):
     """Though images that are whole leave before the others, and requests with equal settings draft together."""
-    settings = {"temperature": 0.2, "guidance_scale": 1.0, "decoding": "speculative"}
+    settings = {"temperature": 0.2, "guidance_scale": 1.0, "decoding": "speculative", "options": {"drafts": "own"}}
     alike = [GenerateRequest("tiny", "a red apple", 2 + seed % 2, seed, **settings) for seed in (3, 30, 61)]
     found = [news[-1].trace for news in sampled([*alike, *mixed(4)])[:3]]
     monkeypatch.setattr(worker, "_workers", [DeviceWorker(Device(), QueueLimits(max_batch=8))])
@@ -85,7 +85,10 @@ def test_drafts_are_told_as_those_of_a_call_alone(pipe, monkeypatch):
 
 def test_who_leaves_frees_its_rows_and_changes_nobody(pipe, steps, monkeypatch):
     requests = [
-        GenerateRequest("tiny", "a red apple", 2, seed, decoding="speculative", **SETTINGS[1]) for seed in (5, 50, 90)
+        GenerateRequest(
+            "tiny", "a red apple", 2, seed, decoding="speculative", options={"drafts": "own"}, **SETTINGS[1]
+        )
+        for seed in (5, 50, 90)
     ]
     for request, news in zip(requests[::2], news_of_those_who_stay(requests, steps, monkeypatch)):
         check(pipe, request, news)
@@ -119,7 +122,9 @@ def test_a_request_that_fails_fails_alone(pipe, steps, monkeypatch):
 
 
 def test_partial_images_come_as_often_as_asked(pipe):
-    request = GenerateRequest("tiny", "a red apple", 2, 4, decoding="lantern++", partial_images=3, options={"k": 9})
+    request = GenerateRequest(
+        "tiny", "a red apple", 2, 4, decoding="lantern++", partial_images=3, options={"k": 9, "drafts": "own"}
+    )
     [news] = sampled([request])
     check(pipe, request, news)
     assert 1 <= len(news[-1].partials) <= 3 and all(len(images) == 2 for images in news[-1].partials)

@@ -92,7 +92,7 @@ def test_options_of_a_decoding_are_numbers(steps, toasts):
     updates(*FIELDS, "lantern", {"delta": "", "k": "1.5"})
     assert "whole number" in toasts[-1]
     updates(*FIELDS, "speculative", {"delta": "0.1"})
-    assert toasts[-1] == "Speculative decoding takes guidance_schedule, not delta; delta belongs to lantern."
+    assert toasts[-1] == "Speculative decoding takes drafts, guidance_schedule, not delta; delta belongs to lantern."
     updates(*FIELDS, "fast", {})
     assert "speculative" in toasts[-1] and not steps
 
