@@ -91,8 +91,8 @@ static int64_t sample(const float *p, const float *q, int vocab, double share) {
 /* Of `images` windows of `places` tokens: logits (images, places, vocab), guesses for each place but the last, and the
    distributions that they were sampled from, which become those of the next guesses. With scales (images, places) there
    are as many unconditional logits behind the others. Numbers (images, 2 places) from [0, 1): an unused one and one for
-   each guess to test, then one for each place to sample. `near` (vocab, width) are each token's nearest ones, of which `borrowed`
-   count; with 0 of them nothing is relaxed. A budget below 0 is none. */
+   each guess to test, then one for each place to sample. `near` (vocab, width) are each token's nearest ones, of which
+   `borrowed` count; with 0 of them nothing is relaxed. A budget below 0 is none. */
 typedef struct {
     int32_t images, places, vocab, top_k, width, borrowed, keeps, threads;
     float divisor, tv_budget, ratio_budget;
@@ -165,7 +165,8 @@ static void run_tests(Worker *me, const void *arguments) {
         for (int image = part.begin; image < part.end; image++) test_window(all, image);
 }
 
-/* Into `found` (images, places + 1): outcomes, and how many guesses pass before the first that fails; vocab is a multiple of 8. */
+/* Into `found` (images, places + 1): outcomes, and how many guesses pass before the first that fails; vocab is a multiple
+   of 8. */
 void studio_guesses(const Guesses *all) {
     together(run_tests, all, sizeof *all, all->threads, (int64_t)all->images * all->places * all->vocab * 32);
 }
