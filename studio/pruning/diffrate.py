@@ -59,8 +59,11 @@ def cosines(keys: torch.Tensor) -> torch.Tensor:
 
 
 def novelty(alike: torch.Tensor) -> torch.Tensor:
-    """How little each token resembles any in front of it, (B, n): minus the largest of its cosines (B, n, n) there."""
-    return -alike.masked_fill(torch.ones_like(alike, dtype=torch.bool).triu(), -2).amax(dim=2)
+    """How little each token resembles any in front of it, (B, n): minus the largest of its cosines (B, n, n) there.
+
+    Cosines below 0 count as 0.
+    """
+    return -alike.tril(-1).amax(dim=2)
 
 
 def shrink(

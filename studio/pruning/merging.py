@@ -118,7 +118,11 @@ def without(
 
 
 def _for_patches(rows: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-    return rows if slots is None else rows_at(rows, slots)
+    if slots is None:
+        return rows
+    if rows.stride(1) == 0:  # one row for all, as of layers that are not computed
+        return rows[:, :1].expand(-1, slots.shape[1], -1)
+    return rows_at(rows, slots)
 
 
 class Merging(ABC):

@@ -254,7 +254,7 @@ class DiffRateRecipe(Recipe):
     library, task = "transformers", "image-text-to-text"
     defaults = Defaults(steps=300, batch_size=2, learning_rate=0.05, warmup=0)
     takes = frozenset({"target"})
-    model = {"flops": 0.5, "weight": 5.0, "rank": "likeness"}
+    model = {"flops": 0.545, "weight": 5.0, "rank": "likeness"}
     compiles = False
 
     def build(self) -> torch.nn.Module:
