@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studio import StudioError, merge_tokens
+from studio import StudioError, load, merge_tokens
 from studio.pruning import diffrate
 from studio.pruning.attention import cls_probabilities, received_attention
 from studio.pruning.merging import merging_from
@@ -97,18 +97,33 @@ def test_equal_patches_give_the_same_answer_when_merged_and_another_when_pruned(
             assert (logits(model, inputs) - plain).abs().max() > 1e-3
 
 
+def lengths_of(tower):
+    """Tokens of each layer, in a list that the next call fills, and what takes the hooks away."""
+    lengths = []
+    hooks = [
+        part.register_forward_hook(lambda *call: lengths.append(call[2].shape[1])) for part in tower.encoder.layers
+    ]
+    return lengths, lambda: [hook.remove() for hook in hooks]
+
+
+def test_the_bundled_reader_has_learned_numbers():
+    model = load("emoji-vlm", device="cpu").model
+    lengths, done = lengths_of(model.model.vision_tower)
+    with merge_tokens(model, method="diffrate"):
+        model.model.vision_tower(torch.zeros(1, 3, 96, 96))
+    done()
+    assert 145 == lengths[0] > lengths[1] > lengths[2] > lengths[3] > 1
+    assert diffrate.with_learned(model, {})["rank"] == "likeness"
+
+
 @RANKS
 def test_counts_are_exact_and_every_patch_reads_a_token_that_is_there(rank):
     model, inputs = tiny("llava").model, tiny("llava").prompt()
-    tower, lengths = model.base_model.vision_tower, []
-    handles = [
-        layer.register_forward_hook(lambda part, given, out: lengths.append(out.shape[1]))
-        for layer in tower.encoder.layers
-    ]
+    tower = model.base_model.vision_tower
+    lengths, done = lengths_of(tower)
     with merge_tokens(model, [5, 4], pruned=[3, 2], rank=rank, method="diffrate"):
         seen = tower(inputs["pixel_values"], output_hidden_states=True)
-    for handle in handles:
-        handle.remove()
+    done()
     assert lengths == [37, 29, 23]
     patches = [states[0, 1:].unique(dim=0).shape[0] for states in seen.hidden_states]
     assert patches == [36, 36, 28, 22] and seen.last_hidden_state.shape[1] == 37
