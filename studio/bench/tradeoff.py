@@ -233,17 +233,23 @@ def _timed(pipe, field, batch, repeats, images) -> list[_Run]:
     _sample(pipe, field[-1].make(), prompts[:batch], 0)
     runs: list[list[tuple[list, int]]] = [[] for _ in field]
     for _ in tqdm(range(repeats), desc=f"timing, {batch} at a time", unit="round"):
-        for number, contender in enumerate(field):
-            settings, counted = contender.make(), None
-            if hasattr(settings, "drafts") and not isinstance(settings.drafts, Jacobi):
-                counted = _CountedDrafts(settings.drafts)
-                settings = dataclasses.replace(settings, drafts=counted)
-            stats = [
-                _sample(pipe, settings, prompts[start : start + batch], start) for start in range(0, images, batch)
-            ]
-            runs[number].append((stats, counted.nodes if counted else stats[0].window or 1))
+        taken = [_counting(contender.make()) for contender in field]
+        stats: list[list] = [[] for _ in field]
+        for start in range(0, images, batch):  # all decodings in turn, so that a slow second is everybody's
+            for (settings, _), own in zip(taken, stats):
+                own.append(_sample(pipe, settings, prompts[start : start + batch], start))
+        for (_, counted), own, each in zip(taken, stats, runs):
+            each.append((own, counted.nodes if counted else own[0].window or 1))
     streams = 1 if pipe.config.default_guidance_scale in (0, 1) else 2
     return [_median(each, images, batch, streams) for each in runs]
+
+
+def _counting(settings):
+    """Settings whose drafts are counted, and the count; None for those without a tree of drafts."""
+    if not hasattr(settings, "drafts") or isinstance(settings.drafts, Jacobi):
+        return settings, None
+    counted = _CountedDrafts(settings.drafts)
+    return dataclasses.replace(settings, drafts=counted), counted
 
 
 def _sample(pipe, settings, prompts, seed):

@@ -167,10 +167,9 @@ def _mar_rows(total: int) -> list[Settings]:
     return [{}, {"steps": total}, *({**few, **options} for options in added)]
 
 
-def _relaxed_rows(total: int) -> list[Settings]:
-    changes: list[Settings] = [{}, {"inner_temperature": 1.0}, {"prefill": 0.25}, {"draft_steps": 2}, {"steps": total}]
-    changes.append({"diffusion_steps": _FEW_DIFFUSION_STEPS, "draft_steps": 8})
-    return [{"mode": "exact"}, *({"mode": "relaxed", **change} for change in changes)]
+def _cspd_rows(total: int) -> list[Settings]:
+    few: Settings = {"diffusion_steps": _FEW_DIFFUSION_STEPS, "draft_steps": 8}
+    return [{"mode": "exact"}, {"mode": "relaxed"}, {"mode": "relaxed", **few}]
 
 
 DECODINGS = {
@@ -300,7 +299,7 @@ DECODINGS = {
         ),
         pipeline="MARPipeline",
         needs="drafter",
-        benchmarked=_relaxed_rows,
+        benchmarked=_cspd_rows,
     ),  # fmt: skip
     "bridge": DecodingChoice(
         "Dimension-wise",
