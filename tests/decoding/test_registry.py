@@ -3,6 +3,8 @@
 import pytest
 
 from studio import DECODINGS, StudioError, decoding_named, decoding_options, decodings_with, default_decoding
+from studio.decoding.eagle import AutoDrafts
+from studio.decoding.jacobi import Jacobi
 
 
 @pytest.mark.parametrize("name", DECODINGS)
