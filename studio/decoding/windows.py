@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 TOKENS_A_CALL = {1: 1.0, 2: 1.47, 3: 1.87, 4: 2.23, 6: 2.85, 8: 3.36, 12: 4.2, 16: 5.3, 24: 6.6, 32: 7.8}
 """Tokens of an image for a call by window, as measured on a model of 256 tokens an image."""
 CPU_ROWS, _OTHER_WINDOW = 6, 16
+_WORTH = 1.1
+"""Of plain steps, the speed that guesses must be expected to have: what is measured leaves out what is around it."""
 _windows: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, int]]" = weakref.WeakKeyDictionary()
 
 
@@ -71,4 +73,4 @@ def _fastest_window(model: LlamaGen, batch: int, streams: int, weights: str, fir
     for step in (1, -1):
         while speed(best + step) > speed(best):
             best += step
-    return windows[best]
+    return windows[best] if speed(best) > _WORTH * speed(0) else 1
