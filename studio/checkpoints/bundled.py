@@ -42,18 +42,18 @@ BUNDLED = {
     "emoji-1d-ar": Bundled(
         "pipeline",
         "text to image, coarse to fine: a LlamaGen over the rows of emoji-1d",
-        shares=("emoji-mar", "emoji-1d"),
+        shares=("emoji-bridge", "emoji-1d"),
     ),
     "emoji-bridge": Bundled(
         "pipeline",
         "text to image at 128 px: a TokenBridge over the levels of emoji-kl",
-        shares=("emoji-mar", "emoji-kl"),
+        shares=("emoji-kl",),
     ),
     "emoji-mar": Bundled(
-        "pipeline", "text to image at 128 px: a MAR over the latents of emoji-kl", shares=("emoji-kl",)
+        "pipeline", "text to image at 128 px: a MAR over the latents of emoji-kl", shares=("emoji-ar", "emoji-kl")
     ),
     "emoji-resgen": Bundled(
-        "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-mar", "emoji-rvq")
+        "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-bridge", "emoji-rvq")
     ),
     "emoji-vq": Bundled("tokenizer", "image to tokens and back at 128 px: a VQ tokenizer"),
     "emoji-1d": Bundled("tokenizer", "image to a row of tokens and back, from any first few: a One-D-Piece"),
@@ -97,6 +97,15 @@ def bundled_name_of(folder: str | Path) -> str | None:
     """Return the name of the bundled model whose own folder this is, or `None`."""
     folder = Path(folder).resolve()
     return folder.name if folder.parent == ROOT.resolve() and folder.name in BUNDLED else None
+
+
+def owner_of_words(folder: Path) -> Path:
+    """The folder that has the text encoder, tokenizer and vocabulary of a pipeline: its own, or that of a bundled model
+    which a bundled pipeline shares parts of.
+    """
+    name = bundled_name_of(folder)
+    shares = () if name is None or (folder / "text_encoder").is_dir() else BUNDLED[name].shares
+    return next((ROOT / other for other in shares if (ROOT / other / "text_encoder").is_dir()), folder)
 
 
 def unknown_name(name: str) -> str:

@@ -19,7 +19,14 @@ from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from studio.backends import native_library
-from studio.checkpoints.bundled import BUNDLED, bundled_folder, bundled_name_of, folder_of_model, unknown_name
+from studio.checkpoints.bundled import (
+    BUNDLED,
+    bundled_folder,
+    bundled_name_of,
+    folder_of_model,
+    owner_of_words,
+    unknown_name,
+)
 from studio.checkpoints.foreign import check_folder, check_sizes, check_weights, read_json
 from studio.checkpoints.published import PUBLISHED, pull
 from studio.checkpoints.vocabulary import read_vocabulary
@@ -260,10 +267,9 @@ def _load_image_tokenizer(index, tokenizers, folder, dtype):
 
 
 def _folder_of_words(folder):
-    """The folder of a pipeline's text encoder: a bundled pipeline without its own uses that of `emoji-mar`."""
-    if (folder / "text_encoder").is_dir() or bundled_name_of(folder) is None:
-        return folder
-    return bundled_folder("emoji-mar")
+    """The folder of a pipeline's text encoder, tokenizer and vocabulary; a bundled one is checked."""
+    words = owner_of_words(folder)
+    return words if words == folder else bundled_folder(words.name)
 
 
 def load_model(model_class: type, folder: Path, dtype: torch.dtype) -> Any:

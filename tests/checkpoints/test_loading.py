@@ -185,7 +185,7 @@ def test_the_known_words_come_with_the_pipeline(release, tmp_path):
     assert studio.load(tmp_path / "saved").vocabulary == pipe.vocabulary
 
 
-def test_a_bundled_pipeline_without_a_text_encoder_has_that_of_emoji_mar(release, monkeypatch):
+def test_a_bundled_pipeline_without_a_text_encoder_has_that_of_a_model_it_shares(release, monkeypatch):
     release, other = release.rename(release.with_name("emoji-mar")), release.with_name("emoji-other")
     shutil.copytree(release, other, ignore=shutil.ignore_patterns("text_encoder", "tokenizer", "concepts.json"))
     (release / "concepts.json").write_text(json.dumps({"words": ["red"], "concepts": ["red apple"]}))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from studio import StudioError
 from studio.checkpoints import published
+from studio.checkpoints.bundled import bundled_names
 from studio.ui.app import build_app
 from studio.ui.jobs.generate_job import Sampled, sample
 from studio.ui.jobs.request import GenerateRequest
@@ -77,6 +78,11 @@ def test_decodings_settings_examples_and_help_follow_the_model(form):
     assert ["a red apple"] in found["examples"]["samples"]
     again = named(form.choose("emoji-1d-ar", "jacobi"))
     assert again["decoding"]["value"] == "jacobi"  # it fits there, too
+
+
+@pytest.mark.parametrize("name", bundled_names("pipeline"))
+def test_examples_of_every_bundled_pipeline_are_what_it_knows(name):
+    assert models.known_concepts(name) == models.known_concepts("emoji-ar") and "red apple" in models.known_concepts(name)
 
 
 def test_a_class_conditional_model_shows_its_classes(form, tiny_class_folder):

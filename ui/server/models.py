@@ -4,11 +4,12 @@ import json
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studio.checkpoints.bundled import BUNDLED, ROOT, folder_of_model, read_checksums
+from studio.checkpoints.bundled import BUNDLED, ROOT, folder_of_model, owner_of_words, read_checksums
 from studio.checkpoints.class_names import class_names_of, read_class_names
 from studio.checkpoints.published import PUBLISHED, is_pulled, pulled_folder
 from studio.checks import shown
@@ -265,7 +266,7 @@ def class_names(name: str) -> dict[int, str] | None:
 
 def known_concepts(name: str) -> list[str]:
     """The names of all that a pipeline can show, read without loading it; empty where that may be anything."""
-    concepts = _read_json(name, "concepts.json").get("concepts")
+    concepts = _read_json(name, "concepts.json", owner_of_words).get("concepts")
     return [concept for concept in concepts if isinstance(concept, str)] if isinstance(concepts, list) else []
 
 
@@ -325,11 +326,12 @@ def _read_index(name: str) -> dict[str, Any]:
     return _read_json(name, "model_index.json")
 
 
-def _read_json(name: str, file: str) -> dict[str, Any]:
+def _read_json(name: str, file: str, owner: Callable[[Path], Path] = Path) -> dict[str, Any]:
+    """A file in what `owner` makes of a model's folder; empty where there is none that can be read."""
     if not is_offered(name):
         return {}
     try:
-        found = json.loads((folder_of(name) / file).read_text(encoding="utf-8"))
+        found = json.loads((owner(folder_of(name)) / file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
