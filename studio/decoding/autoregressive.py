@@ -77,7 +77,9 @@ class Guidance:
         if self.streams == 1 or self.interval >= 0:
             return None
         scale = self.scale_at(index)
-        return scale[:, :, 0] if isinstance(scale, torch.Tensor) else torch.full(index.shape, scale)
+        if isinstance(scale, torch.Tensor):
+            return scale[:, :, 0]
+        return torch.full(index.shape, scale, device=index.device)
 
     def combine(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Logits (B, n, V) out of those of all rows (B or 2B, n, V); `index` (B, n) is of the token they predict."""

@@ -50,8 +50,8 @@ class Jacobi:
     Args:
         window: tokens that a call of the model reads for each image, the last token and guesses behind it, at least 1.
             "auto": with the coupling "seed", what should be fastest by the measured cost of a call: 1, which is no
-            guesses, where they do not pay. With others, whose samples depend on the window, 6 tokens over the
-            conditional and unconditional sequences of an image on a CPU, and 16 elsewhere.
+            guesses, where they should gain less than a tenth. With others, whose samples depend on the window, 6
+            tokens over the conditional and unconditional sequences of an image on a CPU, and 16 elsewhere.
         coupling: "seed", "none", "maximal" or "gumbel". None: "seed"; as `drafts` of another decoding "maximal".
         filter_order, weights, guidance_schedule: as of `Autoregressive`; as `drafts` of another decoding, those of
             that.
@@ -152,9 +152,9 @@ def jacobi(
 class _Run:
     """The images of one call. `numbers`, and `images` (b,) on the device, are those that are still in the batch.
 
-    `rows` holds the tokens of each image: the first `lengths`, which are final, and the guesses behind them; `tokens`
-    (B, N + window) has the final ones on the device. `proposals` (b, window - 1, V) are the distributions q that the
-    guesses of the window were sampled from, where the coupling tests them.
+    `sequences` holds the tokens of each image: the first `lengths`, which are final, and the guesses behind them;
+    `tokens` (B, N + window) has the final ones on the device. `proposals` (b, window - 1, V) are the distributions q
+    that the guesses of the window were sampled from, where the coupling tests them.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Run:
         self.tokens = torch.zeros(batch, total + window, dtype=torch.long, device=device)
         self.lengths, self.numbers, self.images = [1] * batch, list(range(batch)), torch.arange(batch, device=device)
         self.tokens[:, 0] = sampling.sample(self._predicted(logits, self.tokens[:, :1])[:, 0], generators)
-        self.rows: list[list[int]] = self.tokens[:, :1].tolist()
+        self.sequences: list[list[int]] = self.tokens[:, :1].tolist()
         self.path = torch.empty(0, 0, 0, dtype=torch.bool, device=device)
         self.generators, self.races, self.proposals = generators, None, None
         if not sampling.greedy and self.coupling in ("seed", "gumbel"):
@@ -213,7 +213,7 @@ class _Run:
         self._write(index, found[:, :-1])
         counts = []
         for number, length, (*outcomes, right) in zip(self.numbers, lengths, found.tolist()):  # waits for the device
-            self.rows[number][length:] = outcomes
+            self.sequences[number][length:] = outcomes
             self.lengths[number] = min(length + right + 1, self.total)
             counts.append(self.lengths[number] - length)
         self.cache.keep([range(count) for count in counts] * self.guidance.streams)
@@ -225,7 +225,7 @@ class _Run:
     def _window(self, number: int, width: int) -> list[int]:
         """The last final token of an image and guesses behind it; the last guess is repeated."""
         last = self.lengths[number] - 1
-        window = self.rows[number][last : last + width]
+        window = self.sequences[number][last : last + width]
         return window + window[-1:] * (width - len(window))
 
     def _visible(self, width: int) -> torch.Tensor:
@@ -320,7 +320,7 @@ class _Run:
         sampled from, which their tests have changed.
         """
         for number, length in enumerate(lengths):
-            row, last = self.rows[number], self.tokens[number, length - 1]
+            row, last = self.sequences[number], self.tokens[number, length - 1]
             row[length - 1] = int(last)
             if length < self.lengths[number] and self.proposals is not None:
                 del row[length:]

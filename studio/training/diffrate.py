@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -34,7 +33,7 @@ from studio.pruning.diffrate import RANKS, cosines, novelty, with_learned
 from studio.pruning.quecc import FOLDER
 from studio.training.export import save_bf16
 from studio.training.recipe import Defaults, Recipe
-from studio.training.tower import open_scenes, target_reader
+from studio.training.tower import open_scenes, read_scenes, target_reader
 
 TILES = (2, 2)
 QUESTIONS = 12
@@ -268,14 +267,8 @@ class DiffRateRecipe(Recipe):
 
     def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         scenes = [draw_scene(rng, TILES, QUESTIONS) for _ in range(size)]
-        processor = self.pipe.processor
-        pixels = processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
-        texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
-        return {
-            "pixel_values": pixels["pixel_values"],
-            "image_sizes": torch.as_tensor(pixels["image_sizes"]),
-            **pack_questions(processor.tokenizer, texts).tensors(),
-        }
+        pixels, texts = read_scenes(self.pipe.processor, scenes)
+        return {**pixels, **pack_questions(self.pipe.processor.tokenizer, texts).tensors()}
 
     def load(self, module: Any, folder: Path) -> None:
         """Distributions around the numbers of an earlier run."""

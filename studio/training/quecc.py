@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from studio.checkpoints.loading import load
@@ -20,7 +19,7 @@ from studio.pruning.quecc import FOLDER, TOKENS, Compressor
 from studio.training.export import load_component, save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.recipe import Defaults, Recipe
-from studio.training.tower import open_scenes, target_reader
+from studio.training.tower import open_scenes, read_scenes, target_reader
 
 TILES = 2
 QUESTIONS = 12
@@ -101,15 +100,13 @@ class QueCCRecipe(Recipe):
 
     def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
         scenes = [draw_scene(rng, (TILES, TILES), QUESTIONS) for _ in range(size)]
-        pixels = self.processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
-        texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
+        pixels, texts = read_scenes(self.processor, scenes)
         packed = pack_questions(self.processor.tokenizer, [[text] for row in texts for text in row]).tensors()
         if training and self.share < _DISTILLED:
             whole = pack_questions(self.processor.tokenizer, texts).tensors()
             packed |= {f"whole_{name}": part for name, part in whole.items()}
         return {
-            "pixel_values": pixels["pixel_values"],
-            "image_sizes": torch.as_tensor(pixels["image_sizes"]),
+            **pixels,
             "tokens": torch.zeros(self.tokens[rng.integers(len(self.tokens))]),
             **packed,
         }

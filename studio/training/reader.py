@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from studio.data.scenes import TILE, draw_scene, draw_single
@@ -21,7 +20,7 @@ from studio.training.export import save_bf16
 from studio.training.muon import hidden_matrices, muon_and_adamw
 from studio.training.reader_network import PATCH, build_model, build_processor, load_reader
 from studio.training.recipe import Defaults, Recipe
-from studio.training.tower import PROCESSOR_FILE, load_aligned, open_scenes
+from studio.training.tower import PROCESSOR_FILE, load_aligned, open_scenes, read_scenes
 
 TILES = ((1, 1), (1, 2), (2, 1), *((2, 2),) * 5, *((3, 3),) * 2, *((4, 4),) * 2)
 """Rows and columns of tiles of a batch's scenes; each entry is equally likely."""
@@ -113,15 +112,13 @@ class ReaderRecipe(Recipe):
             tiles = TILES[rng.integers(len(TILES))]
             scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(_images(size, tiles))]
             cells = cells_of_patches(tiles, PATCH)
-        pixels = self.processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
-        texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
+        pixels, texts = read_scenes(self.processor, scenes)
         packed = pack_questions(self.processor.tokenizer, texts).tensors()
         shown, on_first = what_shows([scene.questions for scene in scenes], cells)
         return {
             "shown": shown,
             "on_first": on_first,
-            "pixel_values": pixels["pixel_values"],
-            "image_sizes": torch.as_tensor(pixels["image_sizes"]),
+            **pixels,
             **packed,
         }
 

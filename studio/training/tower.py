@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration
@@ -21,7 +22,7 @@ from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration
 from studio.checkpoints.loading import load
 from studio.checks import shown
 from studio.data.emoji import EmojiSource
-from studio.data.scenes import CELL, TILE, WORDS, draw_scene
+from studio.data.scenes import CELL, TILE, WORDS, Scene, draw_scene
 from studio.errors import StudioError
 from studio.pipelines.visual_question import VisualQuestionPipeline
 from studio.training.export import save_bf16
@@ -201,6 +202,16 @@ def target_reader(recipe: Recipe) -> VisualQuestionPipeline:
     if not isinstance(pipe, VisualQuestionPipeline) or getattr(pipe.processor, "chat_template", None):
         raise StudioError(f"A {recipe.kind} is for a reader such as emoji-vlm; {shown(target)} is none.")
     return pipe
+
+
+def read_scenes(processor: Any, scenes: list[Scene]) -> tuple[dict[str, torch.Tensor], list[list[tuple[str, str]]]]:
+    """What a reader is given of scenes of one size: `pixel_values` and `image_sizes`, and each one's questions with
+    their answers.
+    """
+    pixels = processor.image_processor([Image.fromarray(scene.image) for scene in scenes], return_tensors="pt")
+    texts = [[(question.text, question.answer) for question in scene.questions] for scene in scenes]
+    sizes = torch.as_tensor(pixels["image_sizes"])
+    return {"pixel_values": pixels["pixel_values"], "image_sizes": sizes}, texts
 
 
 def load_aligned(reader: LlavaNextForConditionalGeneration, folder: Path) -> None:

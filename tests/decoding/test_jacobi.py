@@ -279,6 +279,10 @@ def test_the_window_follows_measured_costs(monkeypatch):
     for per_row, least, most in ((0.0, 32, 32), (0.01, 16, 32), (0.1, 6, 6), (1.0, 1, 1)):
         monkeypatch.setattr(windows, "_round_seconds", costs(per_row))
         assert least <= choose_window(tiny(), Jacobi(), 1, 2) <= most
+    monkeypatch.setattr(windows, "_round_seconds", costs(0.3))  # guesses would gain 7 %
+    assert choose_window(tiny(), Jacobi(), 1, 2) == 1
+    monkeypatch.setattr(windows, "_WORTH", 1.0)
+    assert choose_window(tiny(), Jacobi(), 1, 2) > 1
     model, count = tiny(), len(asked)
     first = choose_window(model, Jacobi(), 2, 2)
     assert len(asked) > count and {rows for rows, _ in asked[count:]} == {4}
