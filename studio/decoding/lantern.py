@@ -35,9 +35,6 @@ import torch
 import torch.nn.functional as F
 
 from studio.checks import check_integer, check_number, set_fields
-from studio.decoding.drafts import Drafts
-from studio.decoding.eagle import AutoDrafts
-from studio.decoding.jacobi import Jacobi
 from studio.decoding.speculative import Speculative
 from studio.decoding.verification import Acceptance, or_else, ratios_in_turn, residual, take_proposal
 from studio.errors import StudioError
@@ -258,8 +255,8 @@ class LanternPlusPlus(Lantern):
 
     Args:
         k, ratio: as of `Lantern`; the defaults are a setting of the authors.
-        drafts: `AutoDrafts(sampled=True)`, `TokenRecycling(sampled=True)`, which needs no training, or
-            `DrafterDrafts(drafter, StaticTree(...))`, or `Jacobi()`.
+        drafts: `Jacobi()`, `AutoDrafts(sampled=True)`, `TokenRecycling(sampled=True)` or
+            `DrafterDrafts(drafter, StaticTree(...))`.
         delta, filter_order, weights, guidance_schedule: as of `Lantern`.
 
     Raises:
@@ -269,7 +266,6 @@ class LanternPlusPlus(Lantern):
     k: int = 10
     delta: float | None = None
     ratio: float | None = 5.0
-    drafts: Drafts | Jacobi = AutoDrafts(sampled=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,6 +273,7 @@ class LanternPlusPlus(Lantern):
             raise StudioError("LANTERN++ bounds the ratio to the target's distribution: give ratio, or use Lantern.")
         if not self.drafts.sampled:
             raise StudioError(
-                "LANTERN++ tests drafts that are sampled in a tree of fixed shape: use AutoDrafts(sampled=True) or "
-                f"DrafterDrafts(drafter, StaticTree(...)), not likeliest drafts of {type(self.drafts).__name__}."
+                "LANTERN++ tests drafts that are sampled, in a tree of fixed shape: use Jacobi(), "
+                "AutoDrafts(sampled=True) or DrafterDrafts(drafter, StaticTree(...)), not likeliest drafts of "
+                f"{type(self.drafts).__name__}."
             )

@@ -26,7 +26,6 @@ from studio import backends
 from studio.checks import shown
 from studio.decoding.autoregressive import Autoregressive, Guidance, condition_rows
 from studio.decoding.drafts import DraftContext, Drafts, Progress
-from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import KnownTokens, OnStep, Reporter, Sampling, SpeculativeOutput, sample_rows
 from studio.decoding.trees import Tree
@@ -44,9 +43,9 @@ class Speculative:
     """Settings of lossless speculative decoding.
 
     Args:
-        drafts: where drafts come from: `TokenRecycling()` and `NGram()` need no training, `DrafterDrafts(drafter)`
-            does; `AutoDrafts()` takes the drafter that belongs to the model, or recycles. `Jacobi()` takes the guesses
-            of Jacobi decoding, whose loop it then is, with the tests of these settings.
+        drafts: where drafts come from. `Jacobi()` takes the guesses of Jacobi decoding, whose loop it then is, with the
+            tests of these settings. `AutoDrafts()` takes the drafter that belongs to the model, or recycles;
+            `DrafterDrafts(drafter)` takes another; `TokenRecycling()` and `NGram()` need no training.
         filter_order: as of `Autoregressive`; of target and drafter alike.
         weights, guidance_schedule: of the target, as of `Autoregressive`.
 
@@ -54,7 +53,7 @@ class Speculative:
         StudioError: for what makes no drafts.
     """
 
-    drafts: Drafts | Jacobi = AutoDrafts()
+    drafts: Drafts | Jacobi = Jacobi()
     filter_order: str = "llamagen"
     weights: str = "auto"
     guidance_schedule: str | None = None
@@ -136,7 +135,9 @@ def speculative(
             "A relaxed test may replace tokens that are to be kept: edit with Speculative, Jacobi or plain."
         )
     if isinstance(settings.drafts, Jacobi):
-        relaxation: Any = None if isinstance(rule, Lossless) else rule  # a Relaxation, which knows what is likeliest
+        relaxation: Any = None if type(rule) is Lossless else rule
+        if relaxation is not None and not hasattr(rule, "borrowed_mass"):
+            raise StudioError(f"{type(settings).__name__} tests trees of drafts: use drafts=AutoDrafts(), for example.")
         return jacobi(
             model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale,
             cfg_interval=cfg_interval, settings=settings.guesses, num_tokens=num_tokens,

@@ -5,10 +5,12 @@ only what was borrowed; each sibling has the budget for itself; an emptied distr
 neighbours are sought among the stored vectors, not the unit vectors that are decoded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from studio.decoding.drafts import Drafts
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, Relaxation, neighbour_table
 from studio.decoding.verification import Acceptance, take_proposal
@@ -71,7 +73,9 @@ class AuthorsRelaxation(Relaxation):
 
 @dataclass(frozen=True)
 class AuthorsLantern(Lantern):
-    """`Lantern` with the authors' rule; of `delta` and `ratio` it takes one."""
+    """`Lantern` with the authors' rule, which tests trees of drafts; of `delta` and `ratio` it takes one."""
+
+    drafts: Drafts | Jacobi = field(default=AutoDrafts(), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

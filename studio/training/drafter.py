@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from studio.checkpoints.loading import load
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.speculative import Speculative
 from studio.models.drafter import Drafter
 from studio.models.llamagen import LlamaGen
@@ -100,5 +101,5 @@ class DrafterRecipe(CompanionRecipe):
         """How many tokens a call of the target brings, over validation captions sampled with their own seeds."""
         pipe = load(folder, device=self.device)
         pipe.set_progress_bar_config(disable=True)
-        out = self.measured(pipe, decoding=Speculative(), output_type="tokens")
+        out = self.measured(pipe, decoding=Speculative(drafts=AutoDrafts()), output_type="tokens")
         return {"mean_accepted_length": out.stats.mean_accepted_length, "images": len(out.tokens)}

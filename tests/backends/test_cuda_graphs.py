@@ -13,6 +13,7 @@ from studio import LlamaGen, backends
 from studio.backends.cuda_graphs import GraphedLlamaGen, GraphedStudent, Replay
 from studio.decoding.autoregressive import autoregressive
 from studio.decoding.distilled import Distilled, distilled
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.jacobi import Jacobi, jacobi
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
@@ -73,7 +74,7 @@ def test_windows_and_trees_sample_the_same_tokens(given):
         with backends.using(backend):
             call = {"guidance_scale": 3.0, "sampling": Sampling()}
             guessed = jacobi(model, condition(), generators=generators(), settings=Jacobi(4), **call).tokens
-            call |= {"settings": Speculative(), "codebook": codebook, "drafter": None}
+            call |= {"settings": Speculative(drafts=AutoDrafts()), "codebook": codebook, "drafter": None}
             drafted = speculative(model, condition(), generators=generators(), **call).tokens
             found[backend] = guessed, drafted
     assert all(torch.equal(one, other) for one, other in zip(found["graphs"], found["plain"], strict=True))

@@ -10,7 +10,6 @@ from studio.backends import using
 from studio.backends.cpu_c import NativeLlamaGen, is_available
 from studio.decoding.continuous_speculative import SpeculativeBatch
 from studio.decoding.eagle import AutoDrafts, DrafterDrafts
-from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, SpeculativeRun, speculative
@@ -267,12 +266,12 @@ def test_what_cannot_join_is_refused_and_changes_nothing(model, drafts):
     one = condition(1, 1)
     with pytest.raises(StudioError, match="room for 1 images, not 2"):
         batch.join(condition(1, 2), **{**call, "generators": streams(1, 2)})
-    for settings in (Speculative(drafts=Jacobi()), Speculative(weights="plain")):
+    for settings in (Speculative(), Speculative(weights="plain")):
         assert not settings.joins
         with pytest.raises(StudioError, match="drafts in trees, with weights 'auto'"):
             batch.join(one, **{**call, "settings": settings})
     with pytest.raises(StudioError, match="k must be below that"):
-        batch.join(one, **{**call, "settings": Lantern(k=99)})
+        batch.join(one, **{**call, "settings": Lantern(k=99, drafts=AutoDrafts())})
     with pytest.raises(StudioError, match="max_images"):
         SpeculativeBatch(model, max_images=0)
     assert not batch.runs and batch.cache.rows == 0 and batch.step() == []

@@ -5,7 +5,7 @@ import torch
 
 from studio import LanternPlusPlus, LlamaGen, StudioError
 from studio.decoding.drafts import NGram, TokenRecycling
-from studio.decoding.eagle import DrafterDrafts
+from studio.decoding.eagle import AutoDrafts, DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
@@ -83,8 +83,8 @@ def sample(settings, **sampling):
 
 def test_a_larger_ratio_accepts_more_and_one_accepts_what_is_lossless():
     lossless = sample(Speculative(drafts=TokenRecycling(sampled=True)))
-    assert torch.equal(sample(LanternPlusPlus(ratio=1.0)).tokens, lossless.tokens)
-    relaxed = sample(LanternPlusPlus(k=31, ratio=20.0))
+    assert torch.equal(sample(LanternPlusPlus(ratio=1.0, drafts=AutoDrafts(sampled=True))).tokens, lossless.tokens)
+    relaxed = sample(LanternPlusPlus(k=31, ratio=20.0, drafts=AutoDrafts(sampled=True)))
     assert relaxed.mean_accepted_length > lossless.mean_accepted_length > 1
 
 

@@ -11,11 +11,12 @@ from studio.decoding import drafts as recycling
 from studio.decoding import speculative as loop
 from studio.decoding.autoregressive import Autoregressive, autoregressive
 from studio.decoding.drafts import NGram, TokenRecycling, continuations
-from studio.decoding.eagle import DrafterDrafts
+from studio.decoding.eagle import AutoDrafts, DrafterDrafts
 from studio.decoding.lantern import Lantern
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import Speculative, speculative
 from studio.decoding.trees import DynamicTree, StaticTree
+from studio.decoding.verification import Lossless
 from studio.models.drafter import Drafter
 from studio.reference.lantern import AuthorsLantern
 from tests.decoding.distributions import distance
@@ -97,7 +98,8 @@ def test_a_wrong_test_is_seen(monkeypatch):
     monkeypatch.setattr(loop, "verify_greedy", credulous)
     call = {"sampling": GREEDY, "generators": streams(1, 2, 3)}
     plain = autoregressive(model, conditions(False), **call).tokens
-    assert not torch.equal(speculative(model, conditions(False), **call).tokens, plain)
+    settings = Speculative(drafts=AutoDrafts())
+    assert not torch.equal(speculative(model, conditions(False), settings=settings, **call).tokens, plain)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +129,12 @@ def test_relaxed_tests_accept_more():
     codebook = model.tok_embeddings.weight.detach()
     accepted = [
         speculative(model, condition, generators=streams(1, 2, 3), codebook=codebook, settings=settings)
-        for settings in (Speculative(), Lantern(31, 0.0), Lantern(31, 0.9), Lantern(31, None, ratio=1.0))
+        for settings in (
+            Speculative(drafts=AutoDrafts()),
+            Lantern(31, 0.0, drafts=AutoDrafts()),
+            Lantern(31, 0.9, drafts=AutoDrafts()),
+            Lantern(31, None, ratio=1.0, drafts=AutoDrafts()),
+        )
     ]
     exact, nothing, much, ratio = accepted
     assert torch.equal(exact.tokens, nothing.tokens) and torch.equal(exact.tokens, ratio.tokens)
@@ -173,6 +180,13 @@ def test_continuations():
     assert continuations([7, 7, 7], settings, 0) == []
 
 
+class Strict(Speculative):
+    """Another test of drafts, which guesses are not put to."""
+
+    def rule(self, codebook):
+        return type("Rule", (Lossless,), {})()
+
+
 def test_settings_are_checked():
     for wrong in (
         lambda: Speculative(drafts="eagle"), lambda: Speculative(filter_order="other"), lambda: Lantern(0),
@@ -187,6 +201,8 @@ def test_settings_are_checked():
         speculative(tiny(), conditions(False), settings=Lantern(10), **call)
     with pytest.raises(StudioError, match="32 codes"):
         speculative(tiny(), conditions(False), settings=Lantern(32), codebook=torch.randn(32, 3), **call)
+    with pytest.raises(StudioError, match="Strict tests trees of drafts"):
+        speculative(tiny(), conditions(False), settings=Strict(), **call)
     other = DrafterDrafts(Drafter.for_target(tiny(captions=True)))
     with pytest.raises(StudioError, match="prefixes of 5"):
         speculative(tiny(), conditions(False), settings=Speculative(drafts=other), **call)

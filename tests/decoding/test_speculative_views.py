@@ -49,7 +49,7 @@ def drafter(model):
 def test_greedy_tokens_are_those_of_plain_decoding(model, drafter, weights, drafted):
     plain = autoregressive(model, CONDITION, generators=streams(), settings=Autoregressive(weights="plain"), **GREEDY)
     sampled = speculative(
-        model, CONDITION, generators=streams(), settings=Speculative(weights=weights),
+        model, CONDITION, generators=streams(), settings=Speculative(drafts=AutoDrafts(), weights=weights),
         drafter=drafter if drafted else None, **GREEDY,
     )  # fmt: skip
     assert torch.equal(sampled.tokens, plain.tokens)

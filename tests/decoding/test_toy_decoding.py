@@ -23,6 +23,7 @@ DECODINGS["threshold"] = DecodingChoice(
 
 
 def __getattr__(name):
+    from studio.decoding.eagle import AutoDrafts
     from studio.decoding.speculative import Speculative
     from studio.decoding.verification import Acceptance, Lossless
 
@@ -38,6 +39,7 @@ def __getattr__(name):
     @dataclass(frozen=True, kw_only=True)
     class Threshold(Speculative):
         threshold: float = 0.25
+        drafts: AutoDrafts = AutoDrafts()
 
         def rule(self, codebook):
             return Rule(self.threshold)

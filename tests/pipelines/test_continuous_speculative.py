@@ -7,6 +7,7 @@ import torch
 
 from studio import Autoregressive, LlamaGenPipeline, StudioError
 from studio.decoding.drafts import NGram
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.fastest_exact import FastestExact
 from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
@@ -16,11 +17,11 @@ from tests.pipelines.test_continuous_masked import generators, join, served
 
 PROMPTS = ["a red apple", "a green pear", "blue sky", "apple on flat background", "a"]
 DECODINGS = [
-    Speculative(),
+    Speculative(drafts=AutoDrafts()),
     Speculative(drafts=NGram()),
-    Lantern(k=20, delta=0.2),
-    LanternPlusPlus(k=10, ratio=2.0),
-    Speculative(filter_order="lantern"),
+    Lantern(k=20, delta=0.2, drafts=AutoDrafts()),
+    LanternPlusPlus(k=10, ratio=2.0, drafts=AutoDrafts(sampled=True)),
+    Speculative(filter_order="lantern", drafts=AutoDrafts()),
     Autoregressive(),
     Jacobi(window=3),
 ]
@@ -103,11 +104,11 @@ def test_what_cannot_join_is_refused(pipe):
         Jacobi(weights="plain"),
         Jacobi(coupling="none"),
     )
-    for decoding in (*plain, Speculative(drafts=Jacobi()), Lantern(k=20, weights="plain")):
+    for decoding in (*plain, Speculative(), Lantern(k=20, weights="plain", drafts=AutoDrafts())):
         with pytest.raises(StudioError, match="joins no running batch"):
             batch.join("a red apple", generators=[stream], decoding=decoding)
     with pytest.raises(StudioError, match="room for 2 images, not 3"):
-        batch.join("a red apple", generators=[stream] * 3, decoding=Speculative())
+        batch.join("a red apple", generators=[stream] * 3, decoding=Speculative(drafts=AutoDrafts()))
     with pytest.raises(StudioError, match="k must be below that"):
-        batch.join("a red apple", generators=[stream], decoding=Lantern(k=1000))
+        batch.join("a red apple", generators=[stream], decoding=Lantern(k=1000, drafts=AutoDrafts()))
     assert batch.size == 0 and batch.step() == []

@@ -16,6 +16,7 @@ from studio import (
     StudioError,
 )
 from studio.decoding.drafts import NGram
+from studio.decoding.eagle import AutoDrafts
 from studio.models.drafter import Drafter
 from studio.reference.autoregressive import textbook
 from studio.ui.jobs.draft_trace import DraftTrace
@@ -23,7 +24,13 @@ from studio.ui.render.preview import Sketch, partial_images
 from studio.ui.render.token_grid import token_grid
 
 PROMPTS = ["a red apple", "blue sky"]
-DRAFTED = [Speculative(), Speculative(drafts=NGram()), Lantern(20, 0.2), LanternPlusPlus(k=20)]
+DRAFTED = [
+    Speculative(),
+    Speculative(drafts=AutoDrafts()),
+    Speculative(drafts=NGram()),
+    Lantern(20, 0.2, drafts=AutoDrafts()),
+    LanternPlusPlus(k=20, drafts=AutoDrafts(sampled=True)),
+]
 STUDENT = [Distilled(), Distilled(steps=2), Distilled(snap="nearest"), Distilled(teacher_steps=(1, 3))]
 
 
@@ -201,4 +208,4 @@ def test_a_drafter_of_a_grid_is_refused(pipe):
     sizes = {name: config[name] for name in ("vocab_size", "dim", "num_heads")}
     pipe.register_modules(drafter=Drafter(grid_size=4, prefix_length=8, **sizes))
     with pytest.raises(StudioError, match="grid_size 4, the model None"):
-        pipe("a red apple", decoding=Speculative())
+        pipe("a red apple", decoding=Speculative(drafts=AutoDrafts()))

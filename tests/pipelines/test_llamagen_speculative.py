@@ -5,10 +5,17 @@ import torch
 
 from studio import StudioError
 from studio.decoding.drafts import NGram
+from studio.decoding.eagle import AutoDrafts
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.speculative import Speculative
 
-DECODINGS = [Speculative(), Speculative(drafts=NGram()), Lantern(40, 0.2), LanternPlusPlus(k=40)]
+DECODINGS = [
+    Speculative(),
+    Speculative(drafts=AutoDrafts()),
+    Speculative(drafts=NGram()),
+    Lantern(40, 0.2, drafts=AutoDrafts()),
+    LanternPlusPlus(k=40, drafts=AutoDrafts(sampled=True)),
+]
 
 
 def streams(*seeds):

@@ -6,7 +6,7 @@ import torch
 import studio
 from studio import LlamaGen, Speculative, StudioError
 from studio.decoding.drafts import TokenRecycling
-from studio.decoding.eagle import DrafterDrafts
+from studio.decoding.eagle import AutoDrafts, DrafterDrafts
 from studio.decoding.sampling import Sampling
 from studio.decoding.speculative import speculative
 from studio.decoding.trees import StaticTree
@@ -36,7 +36,7 @@ def test_what_is_exported_drafts_and_is_measured(small, tiny_folder, tmp_path):
     call = {"temperature": 0.0, "guidance_scale": 2.0, "output_type": "tokens"}
     drafted, called = pipe.drafter.extend_tree, []
     pipe.drafter.extend_tree = lambda *args: called.append(1) or drafted(*args)
-    sampled = pipe("a red apple", decoding=Speculative(weights="plain"), **call)
+    sampled = pipe("a red apple", decoding=Speculative(drafts=AutoDrafts(), weights="plain"), **call)
     assert called and torch.equal(sampled.tokens, target("a red apple", **call).tokens)
     called.clear()
     assert torch.equal(
