@@ -28,7 +28,7 @@ from studio.pruning.api import merge_tokens, prune_inputs
 from studio.pruning.api import prune as pruning
 from studio.pruning.kv_cache import compress
 from studio.pruning.layout import PatchView, patch_views
-from studio.pruning.merging import Counts, merging_from
+from studio.pruning.merging import Counts, MergeRecord, TowerTokens, merging_from
 from studio.pruning.quecc import Compressor, compress_inputs
 from studio.pruning.registry import INSIDE
 from studio.pruning.shortening import PruneInfo, PruneRecord
@@ -57,6 +57,7 @@ class Answer:
         info: the kept tokens.
         views: their positions in the image: of the whole image, and of crops where their positions are known.
         prompt_tokens, answer_tokens: tokens of the prompt, those kept of the image included, and of the answer.
+        tower: the patches of the image and what merging left of them in the vision tower; `None` without merging.
     """
 
     answer: str
@@ -68,6 +69,7 @@ class Answer:
     views: tuple[PatchView, ...]
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    tower: TowerTokens | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,7 @@ class ImageMemory:
         cache_bytes: size of the cache.
         views: positions of the kept tokens in the image, with "coverage" only.
         rope_deltas: of models with positions on three axes (Qwen, GLM): how far those of text are behind its places.
+        tower: as of an `Answer`.
     """
 
     cache: Cache
@@ -95,6 +98,7 @@ class ImageMemory:
     cache_bytes: int
     views: tuple[PatchView, ...] = ()
     rope_deltas: torch.Tensor | None = None
+    tower: TowerTokens | None = None
 
 
 OnStep = Callable[[Answer], bool | None]
@@ -183,8 +187,21 @@ class VisualQuestionPipeline:
                 raise StudioError("tokens and prune exclude each other: leave one of them out.")
             image = self.compressor_of().square(self.model, image)
         inputs = self._inputs(image, question)
-        with nullcontext() if merge == 0 else merge_tokens(self.model, **merging_from(merge)):
-            return self._answer(image, inputs, prune, share, after_layer, tokens, max_new_tokens, on_step, options)
+        with self.merging(merge) as merged:
+            return self._answer(
+                image, inputs, prune, share, after_layer, tokens, max_new_tokens, on_step, merged, options
+            )
+
+    def merging(self, merge: Counts | str) -> AbstractContextManager[MergeRecord]:
+        """A block in which the vision tower merges tokens.
+
+        Args:
+            merge: as of a call; 0 merges none.
+
+        Raises:
+            StudioError: as `studio.merge_tokens`, when the block begins.
+        """
+        return nullcontext(MergeRecord()) if merge == 0 else merge_tokens(self.model, **merging_from(merge))
 
     def _answer(
         self,
@@ -196,6 +213,7 @@ class VisualQuestionPipeline:
         tokens: int | None,
         max_new_tokens: int,
         on_step: OnStep | None,
+        merged: MergeRecord,
         options: dict[str, Any],
     ) -> Answer:
         """A call, its arguments checked."""
@@ -212,7 +230,7 @@ class VisualQuestionPipeline:
         block: AbstractContextManager[PruneRecord] = nullcontext(PruneRecord())
         if inside:
             block = pruning(self.model, prune or "", share, after_layer=after_layer, **options)
-        chosen = self._without_text(info, image.size)
+        chosen = self._without_text(info, image.size, merged.latest)
         if on_step is not None and on_step(chosen):
             return chosen
         steps = _Steps(self, chosen, pruned["input_ids"].shape[1], on_step)
@@ -226,7 +244,8 @@ class VisualQuestionPipeline:
             )
         if inside:
             later = record.latest
-            chosen = self._without_text(replace(later, layouts=later.layouts or info.layouts), image.size)
+            layouts = later.layouts or info.layouts
+            chosen = self._without_text(replace(later, layouts=layouts), image.size, merged.latest)
             encode = chosen.seconds["encode"] or info.seconds["encode"]
             steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": encode})
             steps.began += sum(later.seconds.values()) if prune == "vscan" else 0.0
@@ -240,7 +259,9 @@ class VisualQuestionPipeline:
         )
 
     @torch.no_grad()
-    def remember(self, image: Image.Image, *, method: str = "coverage", keep: float = 0.05) -> ImageMemory:
+    def remember(
+        self, image: Image.Image, *, method: str = "coverage", keep: float = 0.05, merge: Counts | str = 0
+    ) -> ImageMemory:
         """Encodes an image once, for any number of questions.
 
         The cache is compressed before any question is known, so methods that score by attention see the image only.
@@ -249,6 +270,7 @@ class VisualQuestionPipeline:
             image: a PIL image in RGB.
             method: "coverage" or another of `studio.compress`.
             keep: the fraction of the image's tokens that each layer keeps, in (0, 1].
+            merge: as of a call.
 
         Returns:
             The memory, for `ask`.
@@ -272,7 +294,8 @@ class VisualQuestionPipeline:
             name: value[:, :end] if value.shape[:2] == (1, len(ids)) and value.dim() == 2 else value
             for name, value in inputs.items()
         }
-        prompt, whole = prune_inputs(self.model, prompt, "uniform", 1.0)
+        with self.merging(merge) as merged:
+            prompt, whole = prune_inputs(self.model, prompt, "uniform", 1.0)
         with compress(self.model, method, keep) as record:
             cache = self.model(**prompt, use_cache=True).past_key_values
         kept = replace(record.latest, layouts=whole.layouts)
@@ -287,6 +310,7 @@ class VisualQuestionPipeline:
             cache_bytes=_cache_bytes(cache),
             views=self._without_text(kept, image.size).views,
             rope_deltas=family.base.rope_deltas if family.mrope else None,
+            tower=merged.latest,
         )
 
     @torch.no_grad()
@@ -307,7 +331,7 @@ class VisualQuestionPipeline:
         ids = torch.cat((memory.ids, torch.tensor([self._tail(question.strip())], device=self.device)), dim=1)
         info = PruneInfo(memory.method, memory.keep, [memory.visual_tokens], [memory.kept_tokens])
         counts = memory.visual_tokens, memory.kept_tokens
-        empty = Answer("", *counts, dict(info.seconds), memory.cache_bytes, info, memory.views)
+        empty = Answer("", *counts, dict(info.seconds), memory.cache_bytes, info, memory.views, tower=memory.tower)
         steps = _Steps(self, empty, ids.shape[1], on_step)
         if memory.rope_deltas is not None:
             family_of(self.model, "uniform").base.rope_deltas = memory.rope_deltas
@@ -347,7 +371,7 @@ class VisualQuestionPipeline:
         ids = self.processor.tokenizer(self._prompt(question))["input_ids"]
         return ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
 
-    def _without_text(self, info: PruneInfo, image_size: tuple[int, int]) -> Answer:
+    def _without_text(self, info: PruneInfo, image_size: tuple[int, int], tower: TowerTokens | None = None) -> Answer:
         family = self.model.config.model_type
         centred = family == "llava" and getattr(self.processor.image_processor, "do_center_crop", False)
         crops = family in _CROPS_IN_PLACE
@@ -361,6 +385,7 @@ class VisualQuestionPipeline:
             views=patch_views(info.layouts[0], info.kept[0], image_size, centred=centred, crops=crops)
             if info.kept
             else (),
+            tower=tower,
         )
 
     def _prompt(self, question: str) -> str:

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from studio.pipelines.xar import XARPipeline
     from studio.pruning.api import merge_tokens, prune, prune_inputs
     from studio.pruning.kv_cache import compress
-    from studio.pruning.registry import compression_methods, pruning_methods, pruning_place
+    from studio.pruning.registry import compression_methods, merging_methods, pruning_methods, pruning_place
     from studio.tokenizers.kl import KLTokenizer
     from studio.tokenizers.one_d_piece import OneDPieceTokenizer
     from studio.tokenizers.rvq import RVQTokenizer
@@ -119,6 +119,7 @@ _EXPORTS: dict[str, str] = {
     "isolated_items": "studio.pipelines.item_states",
     "load": "studio.checkpoints.loading",
     "merge_tokens": "studio.pruning.api",
+    "merging_methods": "studio.pruning.registry",
     "prune": "studio.pruning.api",
     "prune_inputs": "studio.pruning.api",
     "pruning_methods": "studio.pruning.registry",
@@ -176,6 +177,7 @@ __all__ = [
     "isolated_items",
     "load",
     "merge_tokens",
+    "merging_methods",
     "prune",
     "prune_inputs",
     "pruning_methods",

@@ -1,5 +1,6 @@
 """`studio ask`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -66,8 +67,6 @@ def ask(
         raise StudioError("Several questions share one cache: leave --prune out, or ask them one by one.")
     if after_layer is not None and prune is None:
         raise StudioError("--after-layer needs a method: add --prune fastv, or leave it out.")
-    if merge is not None and len(questions) > 1:
-        raise StudioError("Several questions share one cache: leave --merge out, or ask them one by one.")
     if tokens is not None and len(questions) > 1:
         raise StudioError("--tokens makes them for one question: ask one by one, or leave it out.")
     original = open_image(image)
@@ -75,12 +74,13 @@ def ask(
     pipe = load(model, device=device, dtype=dtype)
     if not hasattr(pipe, "processor"):
         raise StudioError(f"{model} reads no images: name a vision-language model of transformers.")
+    merging = 0 if merge is None else merge
     if len(questions) > 1:
-        _ask_all(pipe, original, questions, 1.0 if keep is None else keep, max_new_tokens)
+        _ask_all(pipe, original, questions, 1.0 if keep is None else keep, merging, max_new_tokens)
         return
     answer = pipe(
         original, questions[0], prune=prune, keep=keep, after_layer=after_layer, tokens=tokens,
-        merge=0 if merge is None else merge, max_new_tokens=max_new_tokens,
+        merge=merging, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     emit(
         {
@@ -89,16 +89,22 @@ def ask(
             "kept_tokens": answer.kept_tokens,
             "seconds": answer.seconds,
             "cache_bytes": answer.cache_bytes,
+            "tower": answer.tower and asdict(answer.tower),
         }
     )
     say(answer.answer)
     spent = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in answer.seconds.items())
-    say(f"{answer.kept_tokens} of {answer.visual_tokens} visual tokens; seconds: {spent}")
+    say(f"{answer.kept_tokens} of {answer.visual_tokens} visual tokens{_merged(answer.tower)}; seconds: {spent}")
 
 
-def _ask_all(pipe, image, questions: list[str], keep: float, max_new_tokens: int) -> None:
+def _merged(tower) -> str:
+    """What the vision tower merged, in words."""
+    return f", {tower.patches} patches became {tower.tokens} tokens in the tower" if tower else ""
+
+
+def _ask_all(pipe, image, questions: list[str], keep: float, merge: int | str, max_new_tokens: int) -> None:
     """Encode the image once and answer all questions from a cache that keeps a fraction of its tokens."""
-    memory = pipe.remember(image, keep=keep)
+    memory = pipe.remember(image, keep=keep, merge=merge)
     answers = [pipe.ask(memory, question, max_new_tokens=max_new_tokens) for question in questions]
     emit(
         {
@@ -110,11 +116,12 @@ def _ask_all(pipe, image, questions: list[str], keep: float, max_new_tokens: int
             "kept_tokens": memory.kept_tokens,
             "seconds": memory.seconds,
             "cache_bytes": memory.cache_bytes,
+            "tower": memory.tower and asdict(memory.tower),
         }
     )
     for answer in answers:
         say(f"{answer.answer}  ({answer.seconds['prefill'] + answer.seconds['decode']:.2f} s)")
     say(
-        f"{memory.kept_tokens} of {memory.visual_tokens} visual tokens, {memory.cache_bytes:,} bytes; "
-        f"seconds to read the image: {memory.seconds['remember']:.2f}"
+        f"{memory.kept_tokens} of {memory.visual_tokens} visual tokens{_merged(memory.tower)}, "
+        f"{memory.cache_bytes:,} bytes; seconds to read the image: {memory.seconds['remember']:.2f}"
     )

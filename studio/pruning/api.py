@@ -22,7 +22,7 @@ from studio.pruning.blocks import block
 from studio.pruning.diffrate import DiffRate, with_learned
 from studio.pruning.inside_model import Inside
 from studio.pruning.layout import count, is_fraction
-from studio.pruning.merging import Counts
+from studio.pruning.merging import Counts, MergeRecord
 from studio.pruning.registry import INSIDE, method_named
 from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_images, shorten
 from studio.pruning.tome import ToMe
@@ -166,7 +166,7 @@ def merge_tokens(
     pruned: Counts | None = None,
     rank: str | None = None,
     method: str = "tome",
-) -> Iterator[None]:
+) -> Iterator[MergeRecord]:
     """Within the block, tokens go while the vision tower reads an image, so that it is faster.
 
     The language model gets as many tokens as before: combine it with a block of `prune` for fewer. A block affects
@@ -181,6 +181,9 @@ def merge_tokens(
             great; by default as learned for the model, else "attention".
         method: "tome" (arXiv:2210.09461) merges tokens that resemble one another, and takes neither `pruned` nor
             `rank`; "diffrate" (arXiv:2305.17997) takes all three, and without numbers those learned for the model.
+
+    Yields:
+        A `MergeRecord`: how many tokens were left of the latest image.
 
     Raises:
         StudioError: a model of another family, more tokens than there are, flash attention, an unknown method, or no
@@ -199,8 +202,11 @@ def merge_tokens(
         given = with_learned(family.model, given)
     tower = family.base.vision_tower
     merging: Any = MERGING[method]
-    with merging(tower, **given, has_cls=tower.config.model_type == "clip_vision_model").hooks():
-        yield
+    layers = family.model.config.vision_feature_layer
+    feature_layer = layers if isinstance(layers, int) else layers[-1]
+    has_cls = tower.config.model_type == "clip_vision_model"
+    with merging(tower, **given, has_cls=has_cls).hooks(feature_layer) as record:
+        yield record
 
 
 def _first_share(keep: float) -> float:

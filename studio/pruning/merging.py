@@ -52,6 +52,26 @@ def merging_from(asked: Counts | str) -> dict[str, Any]:
     return {"method": "diffrate", **both} if asked.startswith("diffrate:") else {"merged": both["merged"]}
 
 
+@dataclass(frozen=True)
+class TowerTokens:
+    """The tokens of one call of a tower, those of all crops together and CLS not counted.
+
+    Args:
+        patches: as many as there were before any step.
+        tokens: those that the features come from, before each patch gets the state of its token.
+    """
+
+    patches: int
+    tokens: int
+
+
+@dataclass
+class MergeRecord:
+    """What `studio.merge_tokens` yields: `latest` of the latest call of the tower, `None` before the first."""
+
+    latest: TowerTokens | None = None
+
+
 @dataclass(eq=False)
 class _Run:
     """One call of the tower.
@@ -141,13 +161,15 @@ class Merging(ABC):
     """The projections that a step gets."""
 
     def __init__(self, tower: Any, *numbers: Counts, has_cls: bool):
-        self.tower, self.has_cls = tower, has_cls
+        self.tower, self.has_cls, self.record = tower, has_cls, MergeRecord()
         self.layers = [part for part in tower.modules() if hasattr(getattr(part, "self_attn", None), "k_proj")]
         self.counts = list(zip(*map(self._of_each_layer, numbers)))
         tokens = (tower.config.image_size // tower.config.patch_size) ** 2 + has_cls
         for counts in self.counts:
             if sum(counts) > (most := self.most(tokens)):
-                raise StudioError(f"{tokens} tokens of the tower can lose {most} before this layer, not {sum(counts)}.")
+                raise StudioError(
+                    f"Tokens of the tower: {tokens} can lose {most} before this layer, not {sum(counts)}."
+                )
             tokens -= sum(counts)
         if "flash" in (tower.config._attn_implementation or ""):
             raise StudioError("Merged tokens need sdpa or eager attention: flash attention takes no sizes of tokens.")
@@ -182,7 +204,14 @@ class Merging(ABC):
         """
 
     @contextmanager
-    def hooks(self) -> Iterator[None]:
+    def hooks(self, feature_layer: int = -1) -> Iterator[MergeRecord]:
+        """The hooks, in a block.
+
+        Args:
+            feature_layer: index into the tower's hidden states that the features come from.
+        """
+        read = max(feature_layer % (len(self.layers) + 1) - 1, 0)  # the layer whose output they are
+        self.gone = sum(map(sum, self.counts[:read]))
         with ExitStack() as handles:
             for number, layer in enumerate(self.layers):
                 for name in self.reads:
@@ -194,7 +223,7 @@ class Merging(ABC):
             handles.callback(self.tower.register_forward_hook(self._end).remove)
             _OPEN.set((*_OPEN.get(), self))
             handles.callback(lambda: _OPEN.set(tuple(other for other in _OPEN.get() if other is not self)))
-            yield
+            yield self.record
 
     def _begin(self, tower, arguments):
         if self in _OPEN.get():
@@ -212,6 +241,8 @@ class Merging(ABC):
                 for states, of_layer in zip(output.hidden_states, slots, strict=True)
             )
         output.last_hidden_state = _for_patches(output.last_hidden_state, run.slots)
+        crops, patches = output.last_hidden_state.shape[0], output.last_hidden_state.shape[1] - self.has_cls
+        self.record.latest = TowerTokens(crops * patches, crops * (patches - self.gone))
         return output
 
     def _current(self) -> _Run | None:

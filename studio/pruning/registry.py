@@ -62,6 +62,12 @@ IN_CACHE = {
 }
 """Methods that shorten the KV cache when the prompt has been read (see `studio.pruning.kv_cache`)."""
 
+IN_TOWER = {
+    "tome": "ToMe: tokens that resemble one another are merged.",
+    "diffrate": "DiffRate: tokens are ranked, the lowest merged or pruned; without numbers, as learned for the model.",
+}
+"""Methods that merge tokens inside the vision tower (see `studio.pruning.merging`)."""
+
 WITH_REFERENCE = ("divprune", "hired", "globalcom2")
 """Methods with authors' code, whose numbers `reference=True` reproduces."""
 
@@ -84,6 +90,11 @@ def pruning_methods(kind: str = "image") -> dict[str, str]:
 def compression_methods() -> dict[str, str]:
     """The methods of `studio.compress` by name, each with a line of description."""
     return dict(IN_CACHE)
+
+
+def merging_methods() -> dict[str, str]:
+    """The methods of `studio.merge_tokens` by name, each with a line of description."""
+    return dict(IN_TOWER)
 
 
 def pruning_place(method: str) -> str:

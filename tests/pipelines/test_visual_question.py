@@ -167,11 +167,12 @@ def test_ask_prints_answer_and_counts(folder, image, tmp_path, capfd):
     code, out, err = run(capfd, *call, "--prune", "divprune", "--keep", 0.2, "--json")
     assert code == 0, err
     document = json.loads(out)
-    assert set(document) == {"answer", "visual_tokens", "kept_tokens", "seconds", "cache_bytes"}
-    assert document["kept_tokens"] < document["visual_tokens"]
+    assert set(document) == {"answer", "visual_tokens", "kept_tokens", "seconds", "cache_bytes", "tower"}
+    assert document["tower"] is None and document["kept_tokens"] < document["visual_tokens"]
     for merge in ((), ("--merge", "diffrate:40+9"), ("--merge", 9)):
         code, out, err = run(capfd, *call, *merge)
         assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out, err
+        assert ("tokens in the tower" in out) == bool(merge)
 
 
 def test_ask_reads_the_image_once_for_several_questions(folder, image, tmp_path, capfd):
@@ -185,7 +186,13 @@ def test_ask_reads_the_image_once_for_several_questions(folder, image, tmp_path,
         code, out, err = run(capfd, "ask", call[1], said["question"], *call[4:], "--json")
         assert json.loads(out)["answer"] == said["answer"]
     code, out, err = run(capfd, *call, "--keep", 0.1, "--json")
-    assert json.loads(out)["kept_tokens"] == round(0.1 * document["visual_tokens"])
+    assert json.loads(out)["kept_tokens"] == round(0.1 * document["visual_tokens"]) and document["tower"] is None
+    code, out, err = run(capfd, *call, "--merge", "diffrate:40+9", "--json")
+    merged = json.loads(out)
+    assert merged["tower"]["tokens"] <= merged["tower"]["patches"]
+    for said in merged["answers"]:
+        code, out, err = run(capfd, "ask", call[1], said["question"], *call[4:], "--merge", "diffrate:40+9", "--json")
+        assert json.loads(out)["answer"] == said["answer"] and json.loads(out)["tower"] == merged["tower"]
     code, out, err = run(capfd, *call, "--prune", "divprune")
     assert code == 2 and "one by one" in err
 

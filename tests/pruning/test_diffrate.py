@@ -150,8 +150,8 @@ def test_learned_numbers_stand_in_the_configuration():
 def test_refusals():
     model = tiny("llava").model
     for given, message in (
-        ({"merged": [30], "pruned": [6]}, "37 tokens of the tower can lose 35"),
-        ({"merged": [10, 13], "pruned": [10, 3]}, "17 tokens of the tower can lose 15"),
+        ({"merged": [30], "pruned": [6]}, "Tokens of the tower: 37 can lose 35"),
+        ({"merged": [10, 13], "pruned": [10, 3]}, "Tokens of the tower: 17 can lose 15"),
         ({"merged": [1, 1, 1]}, "give 2 numbers"),
         ({"merged": 1, "pruned": [-1]}, "number of tokens that go"),
         ({"merged": 1, "rank": "size"}, "rank is one of attention, likeness"),

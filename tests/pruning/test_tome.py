@@ -147,3 +147,22 @@ def test_refusals():
     flash.base_model.vision_tower.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(StudioError, match="sdpa or eager"), merge_tokens(flash, 1):
         pass
+
+
+@FAMILIES
+@pytest.mark.parametrize("feature_layer", [-1, -2, [-1]])
+def test_the_record_counts_the_tokens_of_the_features(family, feature_layer, monkeypatch):
+    model, inputs = tiny(family).model, tiny(family).prompt(ROWS)
+    tower = model.base_model.vision_tower
+    monkeypatch.setattr(model.config, "vision_feature_layer", feature_layer)
+    has_cls = tower.config.model_type == "clip_vision_model"
+    read = tower.encoder.layers[-1 if feature_layer != -2 else -2]
+    seen = []
+    with merge_tokens(model, [2, 1]) as record:
+        assert record.latest is None
+        hook = read.register_forward_hook(lambda layer, arguments, output: seen.append(output.shape[:2]))
+        model(**inputs)
+        hook.remove()
+    crops, tokens = seen[-1]
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    assert record.latest.patches == crops * patches and record.latest.tokens == crops * (tokens - has_cls)

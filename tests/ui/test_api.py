@@ -156,7 +156,7 @@ def test_models_are_listed(client):
 def test_a_question_is_answered_whole_and_as_a_stream(client, tiny_reader):
     pipe = VisualQuestionPipeline(*tiny_reader, models._readers["emoji-vlm"].compressor)
     image = Image.new("RGB", (16, 16), "red")
-    for extra in ({}, {"prune": "divprune", "keep": 0.5}, {"tokens": 4}):
+    for extra in ({}, {"prune": "divprune", "keep": 0.5}, {"tokens": 4}, {"merge": "diffrate:40+9"}):
         expected = pipe(image, "what", max_new_tokens=6, **extra)
         call = {"model": "emoji-vlm", "messages": question(data_url()), "max_tokens": 6, "extra_body": extra}
         found = client.chat.completions.create(**call)
@@ -164,6 +164,8 @@ def test_a_question_is_answered_whole_and_as_a_stream(client, tiny_reader):
         assert found.usage.completion_tokens == expected.answer_tokens > 0
         assert found.choices[0].finish_reason == ("length" if expected.answer_tokens == 6 else "stop")
         assert found.studio["kept_tokens"] == expected.kept_tokens
+        tower = expected.tower and {"patches": expected.tower.patches, "tokens": expected.tower.tokens}
+        assert found.studio["tower"] == tower and (tower is None) == ("merge" not in extra)
         chunks = list(client.chat.completions.create(**call, stream=True, stream_options={"include_usage": True}))
         text = "".join(each.choices[0].delta.content or "" for each in chunks if each.choices)
         assert text == expected.answer and chunks[-1].usage.completion_tokens == expected.answer_tokens
@@ -187,6 +189,13 @@ def test_a_question_is_answered_whole_and_as_a_stream(client, tiny_reader):
         ({"extra_body": {"tokens": 0}}, "tokens", "at least 1"),
         ({"extra_body": {"tokens": 4, "prune": "divprune"}}, "tokens", "exclude each other"),
         ({"extra_body": {"tokens": 4, "keep": 0.5}}, "keep", "not keep"),
+        ({"extra_body": {"merge": "half"}}, "merge", "not 'half'"),
+        ({"extra_body": {"merge": ""}}, "merge", "not ''"),
+        ({"extra_body": {"merge": 9}}, "merge", "valid string"),
+        ({"extra_body": {"merge": "145"}}, "merge", "can lose 72"),
+        ({"extra_body": {"merge": "1,1,1"}}, "merge", "give 1 numbers"),
+        ({"extra_body": {"merge": "diffrate"}, "stream": True}, "merge", "studio train diffrate"),
+        ({"extra_body": {"merge": "1," * 1000}}, "merge", "2000 characters"),
         ({"max_tokens": 65}, "max_tokens", "from 1 to 64"),
         ({"stop": ["."]}, "stop", "max_tokens"),
         ({"tools": []}, "tools", "tools"),
@@ -222,6 +231,7 @@ def test_operators_see_numbers_and_a_description(server, client):
     assert re.search(r'studio_phase_seconds_total\{phase="decode"\} \d', text) and "studio_batch_images_count" in text
     described = httpx.get(f"{server}openapi.json", headers=headers).json()
     fields = described["components"]["schemas"]["ImageRequest"]["properties"]
+    assert {"prune", "keep", "tokens", "merge"} <= set(described["components"]["schemas"]["ChatRequest"]["properties"])
     assert {"prompt", "guidance_scale", "delta", "window"} <= set(fields) and "/v1/images/generations" in described[
         "paths"
     ]

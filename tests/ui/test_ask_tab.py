@@ -12,7 +12,9 @@ import torch
 from gradio_client import handle_file
 from PIL import Image
 
+from studio import merging_methods
 from studio.errors import StudioError
+from studio.pruning.api import MERGING
 from studio.pruning.layout import PatchView
 from studio.pruning.quecc import Compressor
 from studio.ui.jobs import ask_job
@@ -20,6 +22,7 @@ from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.render.render_patches import render_patches
 from studio.ui.server import models
 from studio.ui.tabs import ask
+from tests.pruning.tiny_families import tiny
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def scene(tmp_path_factory):
 
 def updates(scene, **changes):
     fields = {"model": "tiny-reader", "image": scene, "question": "how many", "method": "divprune", "keep": 0.2}
-    fields |= {"compare": True, "tokens": 16, **changes}
+    fields |= {"compare": True, "tokens": 16, "merge": "", "numbers": "9", **changes}
     fields["image"] = fields["image"] and {"path": fields["image"]}
 
     async def collect():
@@ -107,9 +110,82 @@ def test_the_memory_of_an_image_is_kept_between_questions(reader, short, scene, 
         )
     memory = remember(Image.open(scene), method="coverage", keep=0.1)
     assert reader.ask(memory, "how many", max_new_tokens=4).answer in cards[-1]
-    assert made == [{"method": "coverage", "keep": 0.1}]
+    assert made == [{"method": "coverage", "keep": 0.1, "merge": 0}]
     updates(scene, method="kv-h2o", keep=0.1)
     assert len(made) == 2
+    merged = {"method": "kv-coverage", "keep": 0.1, "compare": False, "merge": "tome", "numbers": "50"}
+    for changes in ({}, {"question": "what is at the left"}, {"numbers": "40"}, {"merge": "diffrate"}):
+        cards = updates(scene, **(merged | changes))[-1][1]
+        assert "tokens in the tower" in cards
+    assert [each["merge"] for each in made[2:]] == ["50", "40", "diffrate:50"]
+
+
+# The tiny tower has two layers, so all that goes does so before the last; its features are those of the first.
+@pytest.mark.parametrize(
+    ("merge", "numbers", "call"),
+    [("tome", " 50 ", "50"), ("diffrate", "40+9", "diffrate:40+9"), ("diffrate", "", "diffrate")],
+)
+@pytest.mark.parametrize("method", ["divprune", "vscan", "kv-coverage", "quecc"])
+def test_tokens_are_merged_in_the_tower(compressing, short, scene, monkeypatch, merge, numbers, call, method):
+    learned = {"diffrate": {"merged": [30], "pruned": [9], "rank": "likeness"}}
+    monkeypatch.setattr(compressing.model.config, "pruning", learned, raising=False)
+    monkeypatch.setattr(compressing.model.config, "vision_feature_layer", -1)
+    _, cards, status = updates(scene, method=method, merge=merge, numbers=numbers, tokens=4)[-1]
+    more = {"max_new_tokens": 4, "merge": call}
+    if method == "kv-coverage":
+        memory = compressing.remember(Image.open(scene), keep=0.2, merge=call)
+        expected = compressing.ask(memory, "how many", max_new_tokens=4)
+    else:
+        how = {"tokens": 4} if method == "quecc" else {"prune": method}
+        expected = compressing(Image.open(scene), "how many", **how, **more)
+    gone = {"50": 50, "diffrate:40+9": 49, "diffrate": 39}[call]
+    crops = expected.tower.patches // 144
+    assert (expected.tower.patches, expected.tower.tokens) == (144 * crops, (144 - gone) * crops)
+    first, second = cards.split("</section>")[:2]
+    assert f", merge {call}</h3>" in first and expected.answer in first
+    assert f"{expected.tower.patches} patches became {expected.tower.tokens} tokens in the tower" in first
+    assert f"{expected.kept_tokens} of {expected.visual_tokens} visual tokens" in first
+    assert "All tokens</h3>" in second and "in the tower" not in second and "the answer is" in status
+
+
+def test_what_is_merged_alone_is_compared_too(reader, short, scene):
+    cards = updates(scene, keep=1, merge="tome")[-1][1]
+    whole = reader(Image.open(scene), "how many", max_new_tokens=1)
+    assert cards.count("<section") == 2 and "<h3>All tokens, merge 9</h3>" in cards
+    assert cards.count(f"{whole.visual_tokens} of {whole.visual_tokens} visual tokens") == 2
+
+
+@pytest.mark.parametrize(
+    ("merge", "numbers", "words"),
+    [
+        ("tome", "", "Tokens are merged as by 56,28,14"),
+        ("tome", "half", "not 'half'"),
+        ("tome", "145", "can lose 72"),
+        ("tome", "1,1,1", "give 1 numbers"),
+        ("tome", "diffrate", "tome takes numbers"),
+        ("diffrate", "100+50", "can lose 143"),
+        ("diffrate", None, "studio train diffrate"),
+        ("average", "9", "tome, diffrate"),
+        ("tome", "1," * 1000, "2000 characters"),
+    ],
+)
+def test_what_cannot_be_merged_is_one_toast(reader, short, toasts, scene, merge, numbers, words):
+    found = updates(scene, merge=merge, numbers=numbers)
+    assert len(toasts) == 1 and words in toasts[0], toasts
+    assert found[-1][0] == gr.skip() and "unchanged" in found[-1][2]
+
+
+def test_a_family_whose_tower_merges_nothing_is_refused_before_it_answers(reader, short, toasts, scene, monkeypatch):
+    monkeypatch.setattr(reader, "model", tiny("qwen2_5_vl").model)
+    assert all(cards == gr.skip() for _, cards, _ in updates(scene, merge="tome"))
+    assert len(toasts) == 1 and "Tokens inside the tower of this qwen2_5_vl model stay" in toasts[0]
+
+
+def test_the_fields_of_merging_follow_the_method():
+    assert list(merging_methods()) == list(MERGING)
+    for method, value, is_shown in (("", "36,28,20", False), ("tome", "36,28,20", True), ("diffrate", "", True)):
+        _, numbers = ask._merging(method)
+        assert (numbers["value"], numbers["visible"]) == (value, is_shown)
 
 
 @pytest.fixture
@@ -262,7 +338,7 @@ def test_closing_stops_the_model_within_one_token(reader, scene, monkeypatch):
     monkeypatch.setattr(reader.model, "forward", slow)
 
     async def close_after_a_while():
-        asked = ask.show_reading("tiny-reader", {"path": scene}, "how many", "divprune", 0.2, True, 16)
+        asked = ask.show_reading("tiny-reader", {"path": scene}, "how many", "divprune", 0.2, True, 16, "", "")
         async for _ in asked:
             if len(calls) >= 4:
                 break
@@ -286,11 +362,16 @@ def test_without_a_reader_the_tab_says_what_to_do(monkeypatch):
     assert "studio train" not in fields["ask-status"]["value"] and fields["reader"]["value"] == "emoji-vlm"
 
 
-def test_programs_ask_too(client, scene):
+def test_programs_ask_too(client, reader, scene):
     text, details = client.predict(handle_file(scene), "how many", "tiny-reader", "uniform", 0.1, 3, api_name="/ask")
     assert text and details["kept_tokens"] == round(0.1 * details["visual_tokens"])
     assert set(details["seconds"]) == {"encode", "select", "prefill", "decode"}
-    assert details["place"] == "before the model" and details["cache_bytes"] > 0
+    assert details["place"] == "before the model" and details["cache_bytes"] > 0 and details["tower"] is None
+    call = {"model": "tiny-reader", "method": None, "max_new_tokens": 3, "merge": "diffrate:40+9", "api_name": "/ask"}
+    merged, details = client.predict(handle_file(scene), "how many", **call)
+    expected = reader(Image.open(scene), "how many", merge="diffrate:40+9", max_new_tokens=3)
+    assert (merged, details["place"]) == (expected.answer, "nowhere")
+    assert details["tower"] == {"patches": expected.tower.patches, "tokens": expected.tower.tokens}
     with pytest.raises(Exception, match="above 0 and at most 1"):
         client.predict(handle_file(scene), "how many", "tiny-reader", "uniform", 7, 3, api_name="/ask")
 

@@ -5,6 +5,7 @@ import binascii
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -27,7 +28,7 @@ router = APIRouter(route_class=ApiRoute, tags=["chat"])
 async def complete(body: ChatRequest, request: Request) -> Any:
     """Answer a question, whole or as a stream."""
     asked = _asked(body)
-    left = await asking(request, model=asked.model, prune=asked.method, user=body.user)
+    left = await asking(request, model=asked.model, prune=asked.method, merge=asked.merge, user=body.user)
     items = read(asked)
     name = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
     if body.stream:
@@ -72,6 +73,7 @@ def _asked(body: ChatRequest) -> AskRequest:
         compare=False,
         max_new_tokens=_LENGTH if length is None else length,
         tokens=body.tokens,
+        merge=body.merge,
     )
 
 
@@ -134,4 +136,5 @@ def _usage(answer: "Answer") -> dict[str, int]:
 
 def _own(answer: "Answer") -> dict[str, Any]:
     """What the answer cost."""
-    return {"visual_tokens": answer.visual_tokens, "kept_tokens": answer.kept_tokens, "seconds": answer.seconds}
+    counts = {"visual_tokens": answer.visual_tokens, "kept_tokens": answer.kept_tokens}
+    return {**counts, "seconds": answer.seconds, "tower": answer.tower and asdict(answer.tower)}

@@ -130,3 +130,8 @@ class ChatRequest(_Strict):
     prune: str | None = Field(None, description="A pruning method, such as divprune; all tokens where none is given.")
     tokens: int | None = Field(None, description="Read the image as that many tokens, made for the question (QueCC).")
     keep: float | None = Field(None, description="The fraction of visual tokens to keep, with prune; 0.2 by default.")
+    merge: str | None = Field(
+        None,
+        description="Tokens that the vision tower merges before its second layer, the third, ..., such as 56,28,14; "
+        "diffrate, as learned for the model, or diffrate:36+10,28+8, merged and pruned.",
+    )

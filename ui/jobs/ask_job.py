@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from studio import compression_methods, pruning_methods, pruning_place
-from studio.checks import as_integer, check_choice, check_flag, check_integer, check_number, set_fields
+from studio import compression_methods, merging_methods, pruning_methods, pruning_place
+from studio.checks import (
+    as_integer,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_text,
+    set_fields,
+    shown,
+)
 from studio.errors import StudioError
 from studio.ui.server.limits import check_model, check_user_text, limits
 from studio.ui.server.models import get_reader
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
     from studio.pipelines.visual_question import Answer, ImageMemory, VisualQuestionPipeline
 
 _MOST_TOKENS = 4096  # of an answer, where no limit is set
+_NUMBERS, _LONGEST_MERGE = "The numbers of merging", 1000  # characters
 
 _CACHE = "kv-"
 QUECC, _TOKENS = "quecc", 16
@@ -33,11 +43,30 @@ def ask_methods() -> dict[str, str]:
     return {**pruning_methods(), QUECC: made, **{_CACHE + name: line for name, line in compression_methods().items()}}
 
 
-def place_of(method: str) -> str:
-    """Where a method of the tab takes tokens away."""
+def place_of(method: str | None) -> str:
+    """Where a method of the tab takes tokens away; "nowhere" for `None`."""
+    if method is None:
+        return "nowhere"
     if method == QUECC:
         return "made for the question"
     return "KV cache" if method.startswith(_CACHE) else pruning_place(method)
+
+
+def merge_of(method: str | None, numbers: str | None) -> str | None:
+    """What `AskRequest.merge` takes, from a method of `studio.merge_tokens` and its numbers; `None` without one.
+
+    Raises:
+        StudioError: another method, or tome with the numbers of another one.
+    """
+    if not method:
+        return None
+    check_choice("The method that merges tokens", method, merging_methods())
+    numbers = check_text(_NUMBERS, numbers or "", _LONGEST_MERGE).strip()
+    if method != "tome":
+        return f"{method}:{numbers}" if numbers else method
+    if numbers.startswith("diffrate"):
+        raise StudioError(f"tome takes numbers of tokens, such as 36,28,20, not {shown(numbers)}.")
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +82,7 @@ class AskRequest:
         compare: whether to ask the same with all tokens afterwards.
         max_new_tokens: of the answer, at least 1.
         tokens: as many as "quecc" makes of the image, 16 where none are given; for no other method.
+        merge: tokens that the vision tower merges, as text, as a call of the pipeline takes it; `None` merges none.
 
     Raises:
         StudioError: a value is missing or outside its range.
@@ -66,6 +96,7 @@ class AskRequest:
     compare: bool = True
     max_new_tokens: int = 64
     tokens: int | None = None
+    merge: str | None = None
 
     def __post_init__(self) -> None:
         if self.model in (None, "") or not check_model(self.model).strip():
@@ -84,6 +115,8 @@ class AskRequest:
             tokens = check_integer("The number of tokens", _TOKENS if tokens is None else tokens, 1)
         elif tokens is not None:
             raise StudioError("The number of tokens is for quecc: choose that method, or leave the number out.")
+        if self.merge is not None:
+            check_text(_NUMBERS, self.merge, _LONGEST_MERGE)  # its form is checked beside the model
         answer = limits().answer
         most = _MOST_TOKENS if answer is None else answer
         set_fields(
@@ -97,15 +130,22 @@ class AskRequest:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The names of the runs: "pruned", and "whole" with all tokens."""
-        if self.method is None:
+        """The names of the runs: "pruned" or merged, and "whole" with all tokens."""
+        if self.method is None and self.merge is None:
             return ("whole",)
-        is_whole = self.keep == 1 and self.method != QUECC
-        return ("pruned", "whole") if self.compare and not is_whole else ("pruned",)
+        is_other = self.is_pruned or self.merge is not None
+        return ("pruned", "whole") if self.compare and is_other else ("pruned",)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the language model gets fewer tokens than the image has."""
+        return self.method is not None and (self.keep < 1 or self.method == QUECC)
 
     @property
     def share(self) -> str:
         """What the pruned run reads of the tokens, in words."""
+        if not self.is_pruned:
+            return "all tokens"
         return f"{self.keep:.0%} of the tokens" if self.tokens is None else f"{self.tokens} tokens"
 
 
@@ -152,6 +192,9 @@ def _read(request: AskRequest, job: Job) -> Reading:
         image = open_image(request.image, Path(request.image).name, limits().pixels)
     job.report(Reading())
     pipe = get_reader(request.model, job.device)
+    if request.merge is not None:
+        with pipe.merging(request.merge):  # refused before anything is answered
+            pass
     if request.tokens is not None:
         pipe.compressor_of().check_tokens(request.tokens)
     reading = Reading(image)
@@ -167,13 +210,14 @@ def _answer(
     pipe: "VisualQuestionPipeline", image: "Image", request: AskRequest, name: str, on_step: "Callable[[Answer], bool]"
 ) -> "Answer":
     longest: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "on_step": on_step}
-    if name == "whole" or request.method is None:
+    if name == "whole":
         return pipe(image, request.question, **longest)
-    if request.method == QUECC:
-        return pipe(image, request.question, tokens=request.tokens, **longest)
-    if not request.method.startswith(_CACHE):
-        return pipe(image, request.question, prune=request.method, keep=request.keep, **longest)
-    memory, spent = _remembered(pipe, image, request.method.removeprefix(_CACHE), request.keep)
+    merge = 0 if request.merge is None else request.merge
+    if request.method is None or not request.method.startswith(_CACHE):
+        how: dict[str, Any] = {} if request.method is None else {"prune": request.method, "keep": request.keep}
+        how = how if request.tokens is None else {"tokens": request.tokens}
+        return pipe(image, request.question, **how, merge=merge, **longest)
+    memory, spent = _remembered(pipe, image, request.method.removeprefix(_CACHE), request.keep, merge)
     answer = pipe.ask(memory, request.question, **longest)
     return dataclasses.replace(answer, seconds={**answer.seconds, "encode": spent})
 
@@ -183,7 +227,7 @@ _MOST_MEMORIES, _MOST_BYTES = 8, 2**30
 
 
 def _remembered(
-    pipe: "VisualQuestionPipeline", image: "Image", method: str, keep: float
+    pipe: "VisualQuestionPipeline", image: "Image", method: str, keep: float, merge: int | str
 ) -> "tuple[ImageMemory, float]":
     """The compressed cache of an image, and the seconds that it took now: 0 where an earlier question made it.
 
@@ -191,10 +235,10 @@ def _remembered(
     """
     memories = _memories.setdefault(pipe, {})
     pixels = blake2b(image.tobytes(), digest_size=16).hexdigest()
-    key = (pixels, image.mode, image.size, method, keep)
+    key = (pixels, image.mode, image.size, merge, method, keep)
     spent = 0.0
     if key not in memories:
-        memories[key] = pipe.remember(image, method=method, keep=keep)
+        memories[key] = pipe.remember(image, method=method, keep=keep, merge=merge)
         spent = memories[key].seconds["remember"]
     memory = memories[key] = memories.pop(key)
     while len(memories) > 1 and (

@@ -49,9 +49,15 @@ def _cost(answer: "Answer", longest: float) -> str:
     )
     return (
         f"<p class='cost'><b>{duration(sum(seconds.values()))}</b> "
-        f"<span>{answer.kept_tokens} of {answer.visual_tokens} visual tokens{_cache(answer)}</span></p>"
+        f"<span>{answer.kept_tokens} of {answer.visual_tokens} visual tokens{_tower(answer)}{_cache(answer)}</span></p>"
         f'<div class="studio-phases" aria-hidden="true">{bars}</div><dl>{facts}</dl>'
     )
+
+
+def _tower(answer: "Answer") -> str:
+    """What merging left in the vision tower."""
+    tower = answer.tower
+    return f" · {tower.patches} patches became {tower.tokens} tokens in the tower" if tower else ""
 
 
 def _cache(answer: "Answer") -> str:

@@ -1,11 +1,13 @@
 """The Ask tab: a question about an image, answered from few of its tokens and from all of them."""
 
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 
-from studio.ui.jobs.ask_job import QUECC, AskRequest, Reading, ask_methods, place_of, read
+from studio import merging_methods
+from studio.ui.jobs.ask_job import QUECC, AskRequest, Reading, ask_methods, merge_of, place_of, read
 from studio.ui.render.render_answers import render_answers, verdict
 from studio.ui.render.render_patches import render_patches
 from studio.ui.server.failures import sentence_of, toast
@@ -25,6 +27,10 @@ NO_READER = status_line(
     "your own: studio train --preset emoji-vlm."
 )
 LOADING = status_line("Loading the model …", state="running", fraction=0)
+_NUMBERS = "36,28,20"
+_MERGE_INFO = (
+    "Tokens that resemble one another become one while the image is read. For LLaVA with a CLIP or SigLIP tower."
+)
 _VIEWS = {"whole": "Whole image", "crops": "Crops"}
 
 
@@ -35,7 +41,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
         The fields of the image and of the question.
     """
     readers = bundled_models("reader")
-    methods = ask_methods()
+    methods, mergers = ask_methods(), merging_methods()
     with gr.Row(elem_id="studio-ask", elem_classes="studio-stage"):
         with gr.Column(elem_classes="area-ask"):
             image = gr.Image(label="Image", sources=["upload", "clipboard"], height=240, elem_id="image")
@@ -89,6 +95,19 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
                 elem_id="ask-tokens",
                 visible=False,
             )
+            merge = gr.Dropdown(
+                [("none", ""), *((name, name) for name in mergers)],
+                value="",
+                label="Merge in the tower",
+                info=_MERGE_INFO,
+                elem_id="merge",
+            )
+            numbers = gr.Textbox(
+                label="Tokens that go",
+                info="Of the image or each crop, before the tower's second layer, the third, ...",
+                elem_id="merge-numbers",
+                visible=False,
+            )
             compare = gr.Checkbox(
                 True, label="Ask with all tokens too", info="The same question, for comparison.", elem_id="compare"
             )
@@ -101,7 +120,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
                 elem_id="reader",
             )
 
-    inputs = [model, image, question, method, keep, compare, tokens]
+    inputs = [model, image, question, method, keep, compare, tokens, merge, numbers]
     connect_actions(
         [([ask.click, question.submit], show_reading, inputs, [gallery, cards, status])],
         status,
@@ -118,6 +137,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
         queue=False,
         **PRIVATE,
     )  # fmt: skip
+    merge.change(_merging, merge, [merge, numbers], queue=False, **PRIVATE)
     _endpoint(image, question, method, keep)
     return image, question
 
@@ -127,34 +147,46 @@ def _example(number: int) -> tuple[str, str]:
     return example(file), text
 
 
+def _merging(method: str) -> tuple[Any, Any]:
+    """Updates of the method of merging and of its numbers."""
+    is_learned = method == "diffrate"
+    number = gr.update(
+        value="" if is_learned else _NUMBERS,
+        placeholder="as learned for the model; or 36+10,28+8: merged and pruned" if is_learned else _NUMBERS,
+        visible=bool(method),
+    )
+    return gr.update(info=merging_methods().get(method, _MERGE_INFO)), number
+
+
 def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: gr.Slider) -> None:
     """The endpoint for programs."""
 
-    async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64, tokens=None):
+    async def ask(image, question, model, method="divprune", keep=0.2, max_new_tokens=64, tokens=None, merge=None):
         """Answer a question about an image from some of its visual tokens; streams the answer.
 
         Args:
             image: an image file; a tool is given its data (data:image/png;base64,... text), no link.
             question: what to ask, up to 2,000 characters.
             model: a bundled vision-language model, a Hugging Face id or a folder.
-            method: a pruning method such as divprune, one of the cache such as kv-coverage, or quecc; the page has all.
+            method: of pruning such as divprune, of the cache such as kv-coverage, or quecc; null keeps all tokens.
             keep: the fraction of visual tokens to keep, above 0 and at most 1; quecc has tokens instead.
             max_new_tokens: tokens of the answer, at most.
             tokens: as many as quecc makes of the image, 16 where none are given; for no other method.
+            merge: tokens that go before the tower's second layer, the third, ...: 36,28,20, diffrate or diffrate:36+10.
 
         Returns:
-            The answer, and details: the place where tokens are taken away, visual and kept tokens, seconds by phase and
-            bytes of the cache.
+            The answer, and details: the place where tokens are taken away, visual and kept tokens, seconds by phase,
+            bytes of the cache, and with merge the patches of the image and the tokens left of them in the tower.
         """
-        async for update in answer_reading(image, question, model, method, keep, max_new_tokens, tokens):
+        async for update in answer_reading(image, question, model, method, keep, max_new_tokens, tokens, merge):
             yield update
 
     with gr.Group(visible=False):
         model, longest = gr.Textbox(label="Model"), gr.Number(64, label="Longest answer", precision=0)
-        made = gr.Number(None, label="Tokens", precision=0)
+        made, merge = gr.Number(None, label="Tokens", precision=0), gr.Textbox(None, label="Merge in the tower")
         answer, details = gr.Textbox(label="Answer"), gr.JSON(label="Details")
         endpoint = gr.Button("Ask")
-    inputs = [image, question, model, method, keep, longest, made]
+    inputs = [image, question, model, method, keep, longest, made, merge]
     endpoint.click(ask, inputs, [answer, details], api_name="ask", **ON_THE_MODEL)
 
 
@@ -168,9 +200,10 @@ async def show_reading(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
     """
     shown = None
     try:
-        model, image, question, method, keep, compare, tokens = values
+        model, image, question, method, keep, compare, tokens, merge, numbers = values
         tokens = tokens if method == QUECC else None  # hidden for the others
-        request = AskRequest(model, uploaded(image), question, method, keep, compare, tokens=tokens)
+        how: dict[str, Any] = {"tokens": tokens, "merge": merge_of(merge, numbers)}
+        request = AskRequest(model, uploaded(image), question, method, keep, compare, **how)
         async for reading in read(request):
             views, gallery = reading.pruned and reading.pruned.views, gr.skip()
             if views is not shown:
@@ -182,21 +215,28 @@ async def show_reading(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
 
 
 async def answer_reading(
-    image: Any, question: Any, model: Any, method: Any, keep: Any, max_new_tokens: Any, tokens: Any = None
+    image: Any,
+    question: Any,
+    model: Any,
+    method: Any,
+    keep: Any,
+    max_new_tokens: Any,
+    tokens: Any = None,
+    merge: Any = None,
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     """Answer for a program: yields (text, details).
 
     Args:
         image: what an upload answers.
-        question, model, method, keep, max_new_tokens, tokens: as of `AskRequest`.
+        question, model, method, keep, max_new_tokens, tokens, merge: as of `AskRequest`; a blank `merge` is none.
 
     Raises:
         StudioError: a mistake, with the sentence that the page shows.
     """
-    more = {"max_new_tokens": max_new_tokens, "tokens": tokens}
+    more = {"max_new_tokens": max_new_tokens, "tokens": tokens, "merge": merge or None}
     request = AskRequest(model, uploaded(image), question, method, keep, compare=False, **more)
     async for reading in read(request):
-        if (answer := reading.pruned) is not None:
+        if (answer := reading.pruned or reading.whole) is not None:
             yield answer.answer, {"place": place_of(method), **_details(answer)}
 
 
@@ -214,9 +254,8 @@ def _gallery(reading: Reading) -> Any:
 
 
 def _cards(reading: Reading, request: AskRequest) -> str:
-    titles = {"whole": "All tokens"}
-    if request.method is not None:
-        titles["pruned"] = f"{request.method} ({place_of(request.method)}), {request.share}"
+    how = f"{request.method} ({place_of(request.method)}), {request.share}" if request.is_pruned else "All tokens"
+    titles = {"whole": "All tokens", "pruned": how + _merge(request)}
     names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
     return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
@@ -231,7 +270,7 @@ def _status(reading: Reading, request: AskRequest) -> str:
         return status_line(text, state="done")
     name = names[len(reading.answered)]
     chosen = getattr(reading, name) is not None
-    what = "from all tokens" if name == "whole" else f"from {request.share}"
+    what = "from all tokens" if name == "whole" else f"from {request.share}{_merge(request)}"
     text = f"{'Answering' if chosen else 'Looking at the image, to answer'} {what} …"
     return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
 
@@ -242,4 +281,9 @@ def _details(answer: Any) -> dict[str, Any]:
         "kept_tokens": answer.kept_tokens,
         "seconds": answer.seconds,
         "cache_bytes": answer.cache_bytes,
+        "tower": answer.tower and asdict(answer.tower),
     }
+
+
+def _merge(request: AskRequest) -> str:
+    return "" if request.merge is None else f", merge {request.merge}"
