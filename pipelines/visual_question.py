@@ -230,7 +230,7 @@ class VisualQuestionPipeline:
         block: AbstractContextManager[PruneRecord] = nullcontext(PruneRecord())
         if inside:
             block = pruning(self.model, prune or "", share, after_layer=after_layer, **options)
-        chosen = self._without_text(info, image.size, merged.latest)
+        chosen = self._without_text(info, image.size, merged)
         if on_step is not None and on_step(chosen):
             return chosen
         steps = _Steps(self, chosen, pruned["input_ids"].shape[1], on_step)
@@ -245,7 +245,7 @@ class VisualQuestionPipeline:
         if inside:
             later = record.latest
             layouts = later.layouts or info.layouts
-            chosen = self._without_text(replace(later, layouts=layouts), image.size, merged.latest)
+            chosen = self._without_text(replace(later, layouts=layouts), image.size, merged)
             encode = chosen.seconds["encode"] or info.seconds["encode"]
             steps.chosen = replace(chosen, seconds={**chosen.seconds, "encode": encode})
             steps.began += sum(later.seconds.values()) if prune == "vscan" else 0.0
@@ -308,7 +308,7 @@ class VisualQuestionPipeline:
             kept_tokens=sum(kept.tokens_after),
             seconds={"remember": _now(self.device) - began},
             cache_bytes=_cache_bytes(cache),
-            views=self._without_text(kept, image.size).views,
+            views=self._without_text(kept, image.size, merged).views,
             rope_deltas=family.base.rope_deltas if family.mrope else None,
             tower=merged.latest,
         )
@@ -371,7 +371,7 @@ class VisualQuestionPipeline:
         ids = self.processor.tokenizer(self._prompt(question))["input_ids"]
         return ids[len(ids) - ids[::-1].index(self.model.config.image_token_id) :]
 
-    def _without_text(self, info: PruneInfo, image_size: tuple[int, int], tower: TowerTokens | None = None) -> Answer:
+    def _without_text(self, info: PruneInfo, image_size: tuple[int, int], merged: MergeRecord) -> Answer:
         family = self.model.config.model_type
         centred = family == "llava" and getattr(self.processor.image_processor, "do_center_crop", False)
         crops = family in _CROPS_IN_PLACE
@@ -382,10 +382,12 @@ class VisualQuestionPipeline:
             seconds={**info.seconds, "prefill": 0.0, "decode": 0.0},
             cache_bytes=0,
             info=info,
-            views=patch_views(info.layouts[0], info.kept[0], image_size, centred=centred, crops=crops)
+            views=patch_views(
+                info.layouts[0], info.kept[0], image_size, centred=centred, crops=crops, merged=merged.places
+            )
             if info.kept
             else (),
-            tower=tower,
+            tower=merged.latest,
         )
 
     def _prompt(self, question: str) -> str:

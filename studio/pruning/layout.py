@@ -376,16 +376,25 @@ class PatchView:
             the canvas is padded, within them where the tower did not see the image's margins.
         read: (rows, columns) bool, the patches that have a token (padding has none).
         kept: (rows, columns) bool, those whose token the language model receives.
+        merged: (rows, columns) int64, equal for patches that were one token in the vision tower, -1 where `read` is
+            false; `None` where none were.
     """
 
     name: str
     box: tuple[float, float, float, float]
     read: torch.Tensor
     kept: torch.Tensor
+    merged: torch.Tensor | None = None
 
 
 def patch_views(
-    layout: Layout, kept: torch.Tensor, image_size: tuple[int, int], *, centred: bool, crops: bool
+    layout: Layout,
+    kept: torch.Tensor,
+    image_size: tuple[int, int],
+    *,
+    centred: bool,
+    crops: bool,
+    merged: torch.Tensor | None = None,
 ) -> tuple[PatchView, ...]:
     """The looks at one image; none where the layout is a row of tokens that tells no places.
 
@@ -395,26 +404,36 @@ def patch_views(
         image_size: width and height of the image.
         centred: whether the tower saw only the largest square in the middle.
         crops: whether the layout tells where the crops lie.
+        merged: the token of each patch in the tower, (P, N); `None` where none were merged.
     """
     if layout.size[0] == 1 and 2 * image_size[0] < layout.size[1] * image_size[1]:
         return ()
     box = _middle_square(image_size) if centred else _WHOLE
-    views = [_view("whole", box, layout.size, layout, layout.partition == 0, kept)]
+    views = [_view("whole", box, layout.size, layout, layout.partition == 0, kept, merged)]
     on_canvas = layout.partition > 0
     if crops and on_canvas.any():
         box, size = _canvas(layout, on_canvas, image_size)
-        views.append(_view("crops", box, size, layout, on_canvas, kept))
+        merged = None if layout.grid is None else merged  # a canvas that the model has shrunk has other patches
+        views.append(_view("crops", box, size, layout, on_canvas, kept, merged))
     return tuple(views)
 
 
-def _view(name, box, size, layout: Layout, tokens: torch.Tensor, kept: torch.Tensor) -> PatchView:
+def _view(
+    name, box, size, layout: Layout, tokens: torch.Tensor, kept: torch.Tensor, merged: torch.Tensor | None
+) -> PatchView:
     chosen = torch.zeros_like(tokens)
     chosen[kept] = True
     places = layout.row[tokens], layout.column[tokens]
     read, stays = torch.zeros(2, *size, dtype=torch.bool)
     read[places] = True
     stays[places] = chosen[tokens]
-    return PatchView(name, box, read, stays)
+    if merged is None:
+        return PatchView(name, box, read, stays)
+    (height, width), partition = layout.size, layout.partition[tokens]
+    inside = places[0] % height * width + places[1] % width
+    groups = torch.full(size, -1)
+    groups[places] = partition * height * width + merged.cpu()[partition, inside]
+    return PatchView(name, box, read, stays, groups)
 
 
 def _canvas(

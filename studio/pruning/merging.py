@@ -67,9 +67,15 @@ class TowerTokens:
 
 @dataclass
 class MergeRecord:
-    """What `studio.merge_tokens` yields: `latest` of the latest call of the tower, `None` before the first."""
+    """What `studio.merge_tokens` yields, of the latest call of the tower; `None` before the first.
+
+    Args:
+        latest: how many tokens.
+        places: the token of each patch, from 0 up in each crop, (crops, patches) int64; `None` where none went.
+    """
 
     latest: TowerTokens | None = None
+    places: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -210,8 +216,7 @@ class Merging(ABC):
         Args:
             feature_layer: index into the tower's hidden states that the features come from.
         """
-        read = max(feature_layer % (len(self.layers) + 1) - 1, 0)  # the layer whose output they are
-        self.gone = sum(map(sum, self.counts[:read]))
+        self.read = max(feature_layer % (len(self.layers) + 1) - 1, 0)  # the layer whose output they are
         with ExitStack() as handles:
             for number, layer in enumerate(self.layers):
                 for name in self.reads:
@@ -241,8 +246,12 @@ class Merging(ABC):
                 for states, of_layer in zip(output.hidden_states, slots, strict=True)
             )
         output.last_hidden_state = _for_patches(output.last_hidden_state, run.slots)
-        crops, patches = output.last_hidden_state.shape[0], output.last_hidden_state.shape[1] - self.has_cls
-        self.record.latest = TowerTokens(crops * patches, crops * (patches - self.gone))
+        cls = int(self.has_cls)
+        crops, patches = output.last_hidden_state.shape[0], output.last_hidden_state.shape[1] - cls
+        tokens = patches - sum(map(sum, self.counts[: self.read]))
+        places = run.passed[self.read]
+        self.record.latest = TowerTokens(crops * patches, crops * tokens)
+        self.record.places = None if places is None else places[:, cls:] - cls
         return output
 
     def _current(self) -> _Run | None:

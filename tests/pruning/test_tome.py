@@ -166,3 +166,5 @@ def test_the_record_counts_the_tokens_of_the_features(family, feature_layer, mon
     crops, tokens = seen[-1]
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
     assert record.latest.patches == crops * patches and record.latest.tokens == crops * (tokens - has_cls)
+    assert record.places.shape == (crops, patches)
+    assert all(len(row.unique()) == tokens - has_cls == row.max() + 1 and row.min() == 0 for row in record.places)

@@ -130,7 +130,8 @@ def test_tokens_are_merged_in_the_tower(compressing, short, scene, monkeypatch, 
     learned = {"diffrate": {"merged": [30], "pruned": [9], "rank": "likeness"}}
     monkeypatch.setattr(compressing.model.config, "pruning", learned, raising=False)
     monkeypatch.setattr(compressing.model.config, "vision_feature_layer", -1)
-    _, cards, status = updates(scene, method=method, merge=merge, numbers=numbers, tokens=4)[-1]
+    galleries, cards, status = zip(*updates(scene, method=method, merge=merge, numbers=numbers, tokens=4))
+    cards, status = cards[-1], status[-1]
     more = {"max_new_tokens": 4, "merge": call}
     if method == "kv-coverage":
         memory = compressing.remember(Image.open(scene), keep=0.2, merge=call)
@@ -145,6 +146,10 @@ def test_tokens_are_merged_in_the_tower(compressing, short, scene, monkeypatch, 
     assert f", merge {call}</h3>" in first and expected.answer in first
     assert f"{expected.tower.patches} patches became {expected.tower.tokens} tokens in the tower" in first
     assert f"{expected.kept_tokens} of {expected.visual_tokens} visual tokens" in first
+    shown = [gallery["value"] for gallery in galleries if "value" in gallery][-1]
+    captions = [caption for _, caption in shown]
+    assert method == "quecc" or captions[0].endswith(f"of 144 patches, {144 - gone} tokens in the tower")
+    assert len(captions) == (0 if method == "quecc" else 2)
     assert "All tokens</h3>" in second and "in the tower" not in second and "the answer is" in status
 
 
@@ -384,6 +389,15 @@ def test_kept_patches_are_full_and_others_faint():
     assert alpha[0, 119] == alpha[0, 240] == alpha[120, 120] == alpha[0, 479] == 44
     padded = render_patches(image, PatchView("crops", (0, -0.5, 1, 1.5), torch.ones(4, 4) > 0, torch.ones(4, 4) > 0))
     assert padded.getchannel("A").getextrema() == (255, 255)
+
+
+def test_lines_are_between_patches_of_different_tokens():
+    image, kept = Image.new("RGB", (480, 240), "teal"), torch.ones(2, 2) > 0
+    plain = np.asarray(render_patches(image, PatchView("whole", (0, 0, 1, 1), kept, kept)))
+    merged = torch.tensor([[3, 3], [3, 5]])
+    lined = np.asarray(render_patches(image, PatchView("whole", (0, 0, 1, 1), kept, kept, merged)))
+    changed = (lined != plain).any(axis=2)
+    assert changed[120, 240:].all() and changed[120:, 240].all() and changed.sum() == 240 + 120 - 1
 
 
 def test_bars_share_a_scale_and_the_verdict_is_honest(reader, scene):

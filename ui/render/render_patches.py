@@ -1,4 +1,4 @@
-"""The image as a pruned model reads it: kept patches in full, the others faint."""
+"""The image as a pruned model reads it: kept patches in full, the others faint, lines around merged ones."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from PIL import Image
 from studio.ui.render.sizes import readable
 
 _FAINT = 44  # of 255
+_LINE = (120, 113, 108, 255)  # red, green, blue, alpha
 
 
 def render_patches(image: Image.Image, view: Any) -> Image.Image:
@@ -18,7 +19,8 @@ def render_patches(image: Image.Image, view: Any) -> Image.Image:
         view: one of `Answer.views`.
 
     Returns:
-        An RGBA image of the same aspect ratio, faint where the language model receives no token.
+        An RGBA image of the same aspect ratio, faint where the language model receives no token. Where patches were
+        merged, lines are between those of different tokens of the vision tower.
     """
     shown = readable(image)
     left, top, right, bottom = view.box
@@ -26,7 +28,17 @@ def render_patches(image: Image.Image, view: Any) -> Image.Image:
     rows, on_grid_y = _cells(shown.height, top, bottom, view.kept.shape[0])
     kept = view.kept.numpy()[rows][:, columns] & on_grid_y[:, None] & on_grid_x
     shown.putalpha(Image.fromarray(np.where(kept, 255, _FAINT).astype(np.uint8)))
+    if view.merged is not None:
+        shown.paste(_LINE, mask=Image.fromarray(_edges(view.merged.numpy()[rows][:, columns])))
     return shown
+
+
+def _edges(groups: np.ndarray) -> np.ndarray:
+    """Where a pixel (H, W) has another group than the one to the left or above."""
+    edges = np.zeros(groups.shape, bool)
+    edges[:, 1:] = groups[:, 1:] != groups[:, :-1]
+    edges[1:] |= groups[1:] != groups[:-1]
+    return edges
 
 
 def _cells(pixels: int, start: float, end: float, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -246,11 +246,16 @@ def _gallery(reading: Reading) -> Any:
     rendered = [
         (
             render_patches(image, view),
-            f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches",
+            f"{_VIEWS[view.name]} · {int(view.kept.sum())} of {int(view.read.sum())} patches{_groups(view)}",
         )
         for view in (answer.views if answer else ())
     ]
     return gr.update(value=rendered, columns=len(rendered) or 1, selected_index=None)
+
+
+def _groups(view: Any) -> str:
+    """How many tokens the patches of a view were in the tower, where they were merged."""
+    return "" if view.merged is None else f", {len(view.merged[view.read].unique())} tokens in the tower"
 
 
 def _cards(reading: Reading, request: AskRequest) -> str:
