@@ -83,7 +83,7 @@ class ImageMemory:
         visual_tokens, kept_tokens: tokens of the image, and how many of them each layer keeps.
         seconds: "remember", the time to encode the image.
         cache_bytes: size of the cache.
-        views: positions of the kept tokens in the image, with "coverage" only.
+        views: positions of the kept tokens in the image, with "coverage" and "coverage-merge" only.
         rope_deltas: of models with positions on three axes (Qwen, GLM): how far those of text are behind its places.
         tower: as of an `Answer`.
     """
@@ -260,7 +260,7 @@ class VisualQuestionPipeline:
 
     @torch.no_grad()
     def remember(
-        self, image: Image.Image, *, method: str = "coverage", keep: float = 0.05, merge: Counts | str = 0
+        self, image: Image.Image, *, method: str = "coverage-merge", keep: float = 0.05, merge: Counts | str = 0
     ) -> ImageMemory:
         """Encodes an image once, for any number of questions.
 
@@ -268,7 +268,7 @@ class VisualQuestionPipeline:
 
         Args:
             image: a PIL image in RGB.
-            method: "coverage" or another of `studio.compress`.
+            method: "coverage-merge" or another of `studio.compress`.
             keep: the fraction of the image's tokens that each layer keeps, in (0, 1].
             merge: as of a call.
 

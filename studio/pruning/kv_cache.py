@@ -5,6 +5,8 @@ materialised and any attention backend works. Text always stays; of the image to
 (for `prefixkv` on average over layers), and the memory of the others is freed.
 
 - `coverage`: the tokens that cover the others best, the same in all layers (`studio.pruning.scope`); needs no scores.
+- `coverage-merge`, our combination: as `coverage`, by what the third layer reads, where a token knows its surroundings;
+  all others are merged as in `lookm`.
 - `snapkv` (arXiv:2404.14469): attention of the prompt's last 32 tokens, smoothed over 5 positions, for each head.
 - `h2o` (arXiv:2306.14048): half the latest, half those with the most attention received from all queries, for each
   head. Decoding evicts nothing more, unlike in the paper.
@@ -37,8 +39,10 @@ from studio.pruning.registry import IN_CACHE
 from studio.pruning.scope import coverage_order
 from studio.pruning.shortening import PruneInfo, PruneRecord
 
-MERGING: dict[str, Callable[..., Merged]] = {"ems": ems, "lookm": lookm}
+MERGING: dict[str, Callable[..., Merged]] = {"ems": ems, "lookm": lookm, "coverage-merge": lookm}
 _WINDOW, _POOL, _BLOCK = 32, 5, 256
+_COVERED_AT = {"coverage": 0, "coverage-merge": 2}
+"""The layer whose input is covered."""
 _OWN = {"keys", "values", "scores", "wanted"}
 
 
@@ -54,12 +58,14 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05, **options:
 
     Args:
         model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
-        method: "coverage", "snapkv", "h2o", "prefixkv", "kvcrush", "ems" or "lookm".
+        method: "coverage", "coverage-merge", "snapkv", "h2o", "prefixkv", "kvcrush", "ems" or "lookm".
         keep: the fraction in (0, 1] of each prompt's image tokens that each layer keeps, or a whole number of them.
-        options: settings of "ems" and "lookm", such as `merge` (see `studio.pruning.cache_merging`).
+        options: settings of "ems", "lookm" and "coverage-merge" (those of "lookm"), such as `merge` (see
+            `studio.pruning.cache_merging`).
 
     Yields:
-        A `PruneRecord`; the info of a prompt has `kept` for "coverage" only: elsewhere heads keep different tokens.
+        A `PruneRecord`; the info of a prompt has `kept` for "coverage" and "coverage-merge" only: elsewhere heads keep
+        different tokens.
 
     Raises:
         StudioError: an unknown method or option, a model that is not supported (with the reason), and calls whose
@@ -84,7 +90,8 @@ class Compressing(Inside):
     def __init__(self, family: Family, method: str, keep: float, record: PruneRecord, options: dict):
         self.family, self.method, self.keep, self.record, self.options = family, method, keep, record, options
         windowless(family)
-        self.check_queries(method != "coverage")
+        self.check_queries(method not in _COVERED_AT)
+        self.covered_at = min(_COVERED_AT.get(method, 0), len(layers_of(family)) - 1)
         text = family.model.config.get_text_config()
         if method in MERGING and "flash" in (getattr(text, "_attn_implementation", None) or ""):
             raise StudioError(f"{method} adds to the logits of attention: load the model with sdpa or eager attention.")
@@ -117,7 +124,7 @@ class CompressingCall(Call):
             self.places: list[torch.Tensor] = []
 
     def cut(self, number: int, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
-        if number == 0 and self.inside.method == "coverage":
+        if self.inside.method in _COVERED_AT and number == self.inside.covered_at:
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             self.places = [
                 places[coverage_order(hidden[row, places], self.wanted[row])] if len(places) else places
@@ -132,6 +139,10 @@ class CompressingCall(Call):
         method, keys = self.inside.method, self.cache.layers[number].keys
         if method == "coverage":
             self._hold(number, [[places] * keys.shape[1] for places in self.places])
+            return
+        if method == "coverage-merge":
+            if number >= self.inside.covered_at:
+                self._merge_into_covering(number)
             return
         window = _WINDOW if method in ("snapkv", "kvcrush") else hidden.shape[1]
         received = self._received(number, hidden, keywords["position_embeddings"], keys, window)
@@ -176,6 +187,15 @@ class CompressingCall(Call):
         average, image = received / readers[:, None], (self.image & self.valid)[:, None]
         totals = [(scores * image).sum(dim=2, keepdim=True) for scores in (average, latest)]
         return torch.maximum(average * totals[1] / totals[0].clamp(min=1e-12), latest)
+
+    def _merge_into_covering(self, number: int) -> None:
+        """Merges into the tokens that cover the others: a layer, and those before the one where these are chosen."""
+        for earlier in range(0 if number == self.inside.covered_at else number, number + 1):
+            keys = self.cache.layers[earlier].keys
+            covering = torch.zeros(keys.shape[:3], device=keys.device)
+            for row, places in enumerate(self.places):
+                covering[row, :, places] = 1
+            self._merge(earlier, covering)
 
     def _merge(self, number: int, scores: torch.Tensor) -> None:
         """Cuts a layer whose tokens that go are merged into those that stay."""

@@ -53,6 +53,7 @@ INSIDE = {
 
 IN_CACHE = {
     "coverage": "Coverage: tokens to which the others are nearest, the same in all layers.",
+    "coverage-merge": "Coverage with merging: all other tokens are merged into those to which they are nearest.",
     "snapkv": "SnapKV: what the last tokens of the prompt attend to.",
     "h2o": "H2O: half the latest tokens, half those with the most attention.",
     "prefixkv": "PrefixKV: the same share of attention in every layer.",

@@ -161,6 +161,20 @@ def test_coverage_is_near_the_best_set_and_picks_no_copy():
     assert sorted(coverage_order(twice, 4).tolist()) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("method, layer", [("coverage", 0), ("coverage-merge", 1)])
+def test_what_a_layer_reads_is_covered(method, layer):
+    """The model has two layers: the third is taken to be the last."""
+    made = tiny("llava")
+    inputs = made.prompt()
+    image = inputs["input_ids"][0] == made.model.config.image_token_id
+    states = made.model(**inputs, output_hidden_states=True).hidden_states
+    with compress(made.model, method, keep=10) as record:
+        answer(made.model, inputs, tokens=1)
+    [kept] = record.info.kept
+    orders = [sorted(coverage_order(state[0, image], 10).tolist()) for state in states]
+    assert orders[layer] == kept.tolist() and orders[0] != orders[1]
+
+
 @pytest.mark.parametrize("family", WINDOWED)
 def test_windows_are_refused(family):
     assert family in FAMILIES
@@ -170,7 +184,7 @@ def test_windows_are_refused(family):
 
 def test_refusals():
     made = tiny("llava")
-    with pytest.raises(StudioError, match="coverage, snapkv"), compress(made.model, "divprune"):
+    with pytest.raises(StudioError, match="coverage, coverage-merge, snapkv"), compress(made.model, "divprune"):
         pass
     with pytest.raises(StudioError, match="fraction"), compress(made.model, "snapkv", keep=3.5):
         pass
