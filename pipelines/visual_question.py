@@ -27,8 +27,8 @@ from studio.pruning.adapters import family_of
 from studio.pruning.api import merge_tokens, prune_inputs
 from studio.pruning.api import prune as pruning
 from studio.pruning.kv_cache import compress
-from studio.pruning.layout import PatchView, patch_views
 from studio.pruning.merging import Counts, MergeRecord, TowerTokens, merging_from
+from studio.pruning.patch_views import PatchView, patch_views
 from studio.pruning.quecc import Compressor, compress_inputs
 from studio.pruning.registry import INSIDE
 from studio.pruning.shortening import PruneInfo, PruneRecord

@@ -19,9 +19,9 @@ from studio.checks import check_choice
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, Llava, family_of
 from studio.pruning.blocks import block
+from studio.pruning.budget import count, is_fraction
 from studio.pruning.diffrate import DiffRate, with_learned
 from studio.pruning.inside_model import Inside
-from studio.pruning.layout import count, is_fraction
 from studio.pruning.merging import Counts, MergeRecord
 from studio.pruning.registry import INSIDE, method_named
 from studio.pruning.shortening import PruneInfo, PruneRecord, Settings, checked, has_images, shorten
@@ -59,7 +59,7 @@ def prune_inputs(
         positions: "original", the tokens that stay keep their positions (as if the others were masked), or "compact",
             positions are counted anew; on three-axis models compact positions are those of text. `None` is "compact"
             for `reference` and "original" otherwise.
-        newline: "row", "keep", "drop" or "compete"; see `studio.pruning.layout`.
+        newline: "row", "keep", "drop" or "compete"; see `studio.pruning.newlines`.
         reference: the authors' selection, with its own count.
         generator: for "random"; when `None`, one of seed 0 that a block of `prune` samples on from call to call.
         options: settings of the method, such as `alpha` of hired or `tau` of globalcom2; those not given are of

@@ -9,7 +9,9 @@ import torch
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
-from studio.pruning.layout import Layout, apportion, check_newline, count, layout_for, with_newlines
+from studio.pruning.budget import apportion, count
+from studio.pruning.layout import Layout, layout_for
+from studio.pruning.newlines import check_newline, with_newlines
 
 
 def uniform(

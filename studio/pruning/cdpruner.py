@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from studio.checks import check_number
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
-from studio.pruning.layout import Layout, in_order
+from studio.pruning.layout import Layout
+from studio.pruning.newlines import in_order
 
 
 def cdpruner(

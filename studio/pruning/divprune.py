@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from studio.checks import check_flag
 from studio.pruning.attention import Attention
-from studio.pruning.layout import Layout, check_newline, in_order
+from studio.pruning.layout import Layout
+from studio.pruning.newlines import check_newline, in_order
 
 _BLOCK = 256
 _LARGEST_MATRIX = 16384

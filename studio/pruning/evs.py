@@ -14,7 +14,8 @@ pixels, so that any vision tower and patch order will do.
 import torch
 import torch.nn.functional as F
 
-from studio.pruning.layout import count, frames_of
+from studio.pruning.budget import count
+from studio.pruning.layout import frames_of
 
 
 def evs(features: torch.Tensor, budget: int | float, *, frames: int) -> torch.Tensor:

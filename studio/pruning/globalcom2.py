@@ -22,8 +22,10 @@ import torch.nn.functional as F
 
 from studio.checks import check_choice, check_number
 from studio.pruning.attention import Attention, scores_for
+from studio.pruning.budget import apportion, count, fraction
 from studio.pruning.hired import cell_of
-from studio.pruning.layout import Layout, apportion, check_newline, count, fraction, layout_for, with_newlines
+from studio.pruning.layout import Layout, layout_for
+from studio.pruning.newlines import check_newline, with_newlines
 
 POOLS = ("sum", "mean")
 FIELDS = {"logits": "logits", "feature": "last"}

@@ -32,8 +32,8 @@ from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, visual_tokens
 from studio.pruning.blocks import with_keywords
+from studio.pruning.budget import count, is_fraction
 from studio.pruning.columns import Columns, ShortLayer
-from studio.pruning.layout import count, is_fraction
 from studio.pruning.registry import INSIDE, METHODS, READS_TEXT, SCORES, VIDEO
 from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
 

@@ -31,10 +31,10 @@ from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, family_of
 from studio.pruning.blocks import block, with_keywords
+from studio.pruning.budget import count
 from studio.pruning.cache_merging import Merged, ems, lookm
 from studio.pruning.columns import ShortLayer
 from studio.pruning.inside_model import Call, Inside, layers_of, rotated, windowless
-from studio.pruning.layout import count
 from studio.pruning.registry import IN_CACHE
 from studio.pruning.scope import coverage_order
 from studio.pruning.shortening import PruneInfo, PruneRecord

@@ -216,7 +216,7 @@ class Merging(ABC):
         Args:
             feature_layer: index into the tower's hidden states that the features come from.
         """
-        self.read = max(feature_layer % (len(self.layers) + 1) - 1, 0)  # the layer whose output they are
+        self.last_read = max(feature_layer % (len(self.layers) + 1) - 1, 0)  # the layer whose output they are
         with ExitStack() as handles:
             for number, layer in enumerate(self.layers):
                 for name in self.reads:
@@ -248,8 +248,8 @@ class Merging(ABC):
         output.last_hidden_state = _for_patches(output.last_hidden_state, run.slots)
         cls = int(self.has_cls)
         crops, patches = output.last_hidden_state.shape[0], output.last_hidden_state.shape[1] - cls
-        tokens = patches - sum(map(sum, self.counts[: self.read]))
-        places = run.passed[self.read]
+        tokens = patches - sum(map(sum, self.counts[: self.last_read]))
+        places = run.passed[self.last_read]
         self.record.latest = TowerTokens(crops * patches, crops * tokens)
         self.record.places = None if places is None else places[:, cls:] - cls
         return output

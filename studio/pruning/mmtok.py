@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from studio.pruning.attention import Attention
 from studio.pruning.cdpruner import text_of
-from studio.pruning.layout import Layout, in_order
+from studio.pruning.layout import Layout
+from studio.pruning.newlines import in_order
 from studio.pruning.scope import greedy_coverage
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from studio.pruning.attention import Attention, scores_for
-from studio.pruning.layout import Layout, in_order, layout_for
+from studio.pruning.layout import Layout, layout_for
+from studio.pruning.newlines import in_order
 
 
 def coverage(

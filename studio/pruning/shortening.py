@@ -15,7 +15,9 @@ import torch
 from studio.checks import shown
 from studio.errors import StudioError
 from studio.pruning.adapters import Family, mismatch, visual_tokens
-from studio.pruning.layout import Layout, check_newline, count, is_fraction
+from studio.pruning.budget import count, is_fraction
+from studio.pruning.layout import Layout
+from studio.pruning.newlines import check_newline
 from studio.pruning.registry import READS_TEXT, SCORES, SELECTORS, VIDEO, WITH_REFERENCE, method_named
 from studio.pruning.vscan import merged
 

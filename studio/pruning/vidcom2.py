@@ -18,7 +18,8 @@ Deviation: rounded by largest remainder, so that the budget is met exactly; thei
 import torch
 import torch.nn.functional as F
 
-from studio.pruning.layout import apportion, count, frames_of
+from studio.pruning.budget import apportion, count
+from studio.pruning.layout import frames_of
 
 _WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 _TEMPERATURE = 0.01

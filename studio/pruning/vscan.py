@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from studio.pruning.attention import Attention, scores_for
-from studio.pruning.layout import Layout, apportion, check_newline, count, layout_for, with_newlines
+from studio.pruning.budget import apportion, count
+from studio.pruning.layout import Layout, layout_for
+from studio.pruning.newlines import check_newline, with_newlines
 
 WINDOW = 6
 

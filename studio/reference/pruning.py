@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from studio.pruning.attention import Attention, scores_for
+from studio.pruning.budget import apportion
 from studio.pruning.globalcom2 import crop_ratios
-from studio.pruning.layout import Layout, apportion
+from studio.pruning.layout import Layout
 
 
 def diverse_order(features: torch.Tensor, picks: int) -> torch.Tensor:

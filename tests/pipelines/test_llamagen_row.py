@@ -9,28 +9,21 @@ from studio import (
     Distilled,
     DistilledStudent,
     Lantern,
-    LanternPlusPlus,
     LlamaGen,
     LlamaGenPipeline,
     Speculative,
     StudioError,
 )
-from studio.decoding.drafts import NGram
 from studio.decoding.eagle import AutoDrafts
 from studio.models.drafter import Drafter
 from studio.reference.autoregressive import textbook
 from studio.ui.jobs.draft_trace import DraftTrace
 from studio.ui.render.preview import Sketch, partial_images
 from studio.ui.render.token_grid import token_grid
+from tests.pipelines.test_llamagen_speculative import drafted
 
 PROMPTS = ["a red apple", "blue sky"]
-DRAFTED = [
-    Speculative(),
-    Speculative(drafts=AutoDrafts()),
-    Speculative(drafts=NGram()),
-    Lantern(20, 0.2, drafts=AutoDrafts()),
-    LanternPlusPlus(k=20, drafts=AutoDrafts(sampled=True)),
-]
+DRAFTED = drafted(20)
 STUDENT = [Distilled(), Distilled(steps=2), Distilled(snap="nearest"), Distilled(teacher_steps=(1, 3))]
 
 

@@ -5,7 +5,8 @@ import torch
 
 from studio.errors import StudioError
 from studio.pruning.attention import Attention
-from studio.pruning.layout import Layout, apportion, count
+from studio.pruning.budget import apportion, count
+from studio.pruning.layout import Layout
 from studio.pruning.registry import METHODS, READS_TEXT, WITH_REFERENCE, method_named
 
 LAYOUTS = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from studio.pruning.layout import NEWLINE, Layout, patch_views
+from studio.pruning.layout import NEWLINE, Layout
+from studio.pruning.patch_views import patch_views
 
 
 def test_a_plain_grid_covers_the_image():

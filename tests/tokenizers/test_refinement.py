@@ -63,13 +63,13 @@ def test_it_works_where_gradients_are_off(tokenizer, off):
         assert found.sum() < refined_tokens(tokenizer, random_images(2), [6, 6], 0)[1].sum()
 
 
-def test_twenty_steps_of_emoji_1d_gain_a_third_of_a_decibel():
-    """On four images of concepts that it has not seen (seed 0), from all tokens; a floor below the 0.8 dB of 136."""
+def test_twenty_steps_of_emoji_1d_gain_half_a_decibel():
+    """On sixteen images of concepts that it has not seen (seed 0), from all tokens."""
     tokenizer = studio.load("emoji-1d", device="cpu", dtype="float32")
-    images = torch.stack([pil_to_tensor(image) for image in held_out_images(tokenizer.config.sample_size, 4, 0)])
-    found = [refined_tokens(tokenizer, images, [128] * 4, steps)[1] for steps in (0, 20)]
+    images = torch.stack([pil_to_tensor(image) for image in held_out_images(tokenizer.config.sample_size, 16, 0)])
+    found = [refined_tokens(tokenizer, images, [128] * 16, steps)[1] for steps in (0, 20)]
     gained = -10 * (found[1].log10() - found[0].log10()).mean()
-    assert gained > 1 / 3
+    assert gained > 0.5
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True, None])

@@ -15,7 +15,7 @@ from PIL import Image
 from studio import merging_methods
 from studio.errors import StudioError
 from studio.pruning.api import MERGING
-from studio.pruning.layout import PatchView
+from studio.pruning.patch_views import PatchView
 from studio.pruning.quecc import Compressor
 from studio.ui.jobs import ask_job
 from studio.ui.render.render_answers import render_answers, verdict
@@ -189,7 +189,7 @@ def test_a_family_whose_tower_merges_nothing_is_refused_before_it_answers(reader
 def test_the_fields_of_merging_follow_the_method():
     assert list(merging_methods()) == list(MERGING)
     for method, value, is_shown in (("", "36,28,20", False), ("tome", "36,28,20", True), ("diffrate", "", True)):
-        _, numbers = ask._merging(method)
+        _, numbers = ask._show_numbers(method)
         assert (numbers["value"], numbers["visible"]) == (value, is_shown)
 
 

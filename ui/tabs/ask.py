@@ -137,7 +137,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
         queue=False,
         **PRIVATE,
     )  # fmt: skip
-    merge.change(_merging, merge, [merge, numbers], queue=False, **PRIVATE)
+    merge.change(_show_numbers, merge, [merge, numbers], queue=False, **PRIVATE)
     _endpoint(image, question, method, keep)
     return image, question
 
@@ -147,7 +147,7 @@ def _example(number: int) -> tuple[str, str]:
     return example(file), text
 
 
-def _merging(method: str) -> tuple[Any, Any]:
+def _show_numbers(method: str) -> tuple[Any, Any]:
     """Updates of the method of merging and of its numbers."""
     is_learned = method == "diffrate"
     number = gr.update(
@@ -260,7 +260,7 @@ def _groups(view: Any) -> str:
 
 def _cards(reading: Reading, request: AskRequest) -> str:
     how = f"{request.method} ({place_of(request.method)}), {request.share}" if request.is_pruned else "All tokens"
-    titles = {"whole": "All tokens", "pruned": how + _merge(request)}
+    titles = {"whole": "All tokens", "pruned": how + _merged_by(request)}
     names = list(request.runs)
     running = next((number for number, name in enumerate(names) if name not in reading.answered), None)
     return render_answers([(titles[name], getattr(reading, name)) for name in names], running)
@@ -275,7 +275,7 @@ def _status(reading: Reading, request: AskRequest) -> str:
         return status_line(text, state="done")
     name = names[len(reading.answered)]
     chosen = getattr(reading, name) is not None
-    what = "from all tokens" if name == "whole" else f"from {request.share}{_merge(request)}"
+    what = "from all tokens" if name == "whole" else f"from {request.share}{_merged_by(request)}"
     text = f"{'Answering' if chosen else 'Looking at the image, to answer'} {what} …"
     return status_line(text, state="running", fraction=(len(reading.answered) + chosen / 2) / len(names))
 
@@ -290,5 +290,6 @@ def _details(answer: Any) -> dict[str, Any]:
     }
 
 
-def _merge(request: AskRequest) -> str:
+def _merged_by(request: AskRequest) -> str:
+    """The merging of a run, behind its title."""
     return "" if request.merge is None else f", merge {request.merge}"
