@@ -163,7 +163,7 @@ class VisualQuestionPipeline:
             keep: the fraction of the image's tokens that a method keeps, in (0, 1]; by default 0.2.
             after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
                 known after the first token of the answer.
-            merge: tokens that the vision tower merges before its second layer, the third, ...; or "diffrate", what was
+            merge: tokens that the vision tower merges in its first layer, the second, ...; or "diffrate", what was
                 learned for the model, or "diffrate:36+10,28+8", merged and pruned (`studio.merge_tokens`).
             tokens: read the image as that many tokens, made for the question (`studio.pruning.quecc`); without a
                 method, on a reader with a compressor. It is scaled to a square.

@@ -36,7 +36,7 @@ def ask(
     merge: Annotated[
         str | None,
         typer.Option(
-            help="Tokens that the vision tower merges before its second layer, the third, ..., such as 56,28,14; "
+            help="Tokens that the vision tower merges in its first layer, the second, ..., such as 56,28,14; "
             "diffrate, as learned for the model, or diffrate:36+10,28+8, merged and pruned.",
             show_default="none",
         ),

@@ -125,7 +125,7 @@ def pruning(
     merge: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --model: tokens that the vision tower merges before its second layer, the third, ..., such as "
+            help="With --model: tokens that the vision tower merges in its first layer, the second, ..., such as "
             "56,28,14, or diffrate, or diffrate:36+10,28+8 (merged and pruned); repeat for more.",
             show_default=False,
         ),

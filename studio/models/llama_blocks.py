@@ -39,6 +39,10 @@ class CaptionProjection(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+NULL_CAPTION = "uncond_embedding"
+"""The name of the null caption among the weights of a `CaptionEmbedder`."""
+
+
 class CaptionEmbedder(nn.Module):
     """Projects caption vectors; the null caption of dropped rows is fixed, never trained."""
 

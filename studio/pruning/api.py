@@ -174,8 +174,8 @@ def merge_tokens(
 
     Args:
         model: of the LLaVA families, with a CLIP or SigLIP tower.
-        merged: tokens of an image or crop that are merged into others before the second layer of the tower, the third,
-            and so on; one number is that of each of these layers.
+        merged: tokens of an image or crop that are merged into others in the first layer of the tower, the second, and
+            so on, behind attention; one number is that of each layer up to the one that features come from.
         pruned: tokens that are left out there, likewise.
         rank: which tokens go first, those that get little "attention", or those whose "likeness" to another one is
             great; by default as learned for the model, else "attention".
@@ -205,7 +205,8 @@ def merge_tokens(
     layers = family.model.config.vision_feature_layer
     feature_layer = layers if isinstance(layers, int) else layers[-1]
     has_cls = tower.config.model_type == "clip_vision_model"
-    with merging(tower, **given, has_cls=has_cls).hooks(feature_layer) as record:
+    in_tower = merging(tower, **given, has_cls=has_cls, feature_layer=feature_layer)
+    with in_tower.hooks(family.base.multi_modal_projector) as record:
         yield record
 
 

@@ -1,20 +1,19 @@
 """Pruning and merging inside the vision tower: "DiffRate: Differentiable Compression Rate for Efficient Vision
 Transformers" (arXiv:2305.17997).
 
-Before a layer, tokens are ranked. The lowest are pruned; the lowest of the others are merged into those of the rest
-that they resemble most, a mean weighted by size. How many before each layer is learned once, by `studio train
-diffrate`, and then fixed.
+Behind the attention of a layer, tokens are ranked. The lowest are pruned; the lowest of the others are merged into
+those of the rest that they resemble most, a mean weighted by size. How many in each layer is learned once, by `studio
+train diffrate`, and then fixed.
 
-The paper ranks by the attention that a token gets from CLS, which here is that of the layer before (from all tokens in
-a tower without CLS). That serves classes, which are read off CLS. A language model reads the patches instead, plain
-ones too, and `rank="likeness"` lets go what is there already: a token is the lower, the more it resembles any token in
-front of it, so that of several equal ones the first stays.
+The paper ranks by the attention that a token gets from CLS (here from all tokens in a tower without CLS). That serves
+classes, which are read off CLS. A language model reads the patches instead, plain ones too, and `rank="likeness"` lets
+go what is there already: a token is the lower, the more it resembles any token in front of it, so that of several equal
+ones the first stays.
 
 A pruned patch is not lost behind the tower: it has the state of the token that stays and resembles it most, in which it
 does not count. `studio.pruning.merging` has what is around all that.
 
-Deviations from the paper: `rank`; tokens go before a layer, not in its middle; cosines of keys, all heads together, say
-what resembles; attention counts a merged token by its size.
+Deviations from the paper: `rank`; attention counts a merged token by its size.
 """
 
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from studio.checks import check_choice
 from studio.errors import StudioError
 from studio.pruning.attention import cls_probabilities, received_attention
-from studio.pruning.merging import Counts, Merging, Stepped, rows_at, without
+from studio.pruning.merging import Counts, Merging, Stepped, mean_of_heads, rows_at, without
 
 RANKS = ("attention", "likeness")
 _LEARNED = ("merged", "pruned", "rank")
@@ -52,9 +51,9 @@ def with_learned(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {**learned, **given}
 
 
-def cosines(keys: torch.Tensor) -> torch.Tensor:
-    """How alike tokens are, (B, n, n), by their keys (B, n, D)."""
-    directions = F.normalize(keys.float(), dim=-1)
+def cosines(keys: torch.Tensor, heads: int) -> torch.Tensor:
+    """How alike tokens are, (B, n, n), by the means over heads of their keys (B, n, D)."""
+    directions = F.normalize(mean_of_heads(keys, heads).float(), dim=-1)
     return directions @ directions.transpose(1, 2)
 
 
@@ -85,7 +84,8 @@ def shrink(
     cls, stay = x.shape[1] - scores.shape[1], scores.shape[1] - merged - pruned
     order = scores.argsort(dim=1, descending=True, stable=True)
     gone = order[:, stay:]
-    nearest = rows_at(alike, gone).scatter(2, gone[:, None].expand(-1, gone.shape[1], -1), -2).argmax(dim=2)
+    far = torch.zeros_like(alike[:, 0]).scatter(1, gone, -3)
+    nearest = (rows_at(alike, gone) + far[:, None]).argmax(dim=2)
     return without(x, sizes, gone + cls, nearest + cls, merged)
 
 
@@ -96,10 +96,10 @@ class DiffRate(Merging):
         rank: "attention" or "likeness".
     """
 
-    def __init__(self, tower: Any, merged: Counts = 0, pruned: Counts = 0, rank: str = "attention", *, has_cls: bool):
+    def __init__(self, tower: Any, merged: Counts = 0, pruned: Counts = 0, rank: str = "attention", **of_tower: Any):
         check_choice("rank", rank, RANKS)
         self.rank, self.reads = rank, ("k_proj",) if rank == "likeness" else ("q_proj", "k_proj")
-        super().__init__(tower, merged, pruned, has_cls=has_cls)
+        super().__init__(tower, merged, pruned, **of_tower)
 
     def most(self, tokens: int) -> int:
         return tokens - self.has_cls - 1
@@ -109,7 +109,7 @@ class DiffRate(Merging):
     ) -> Stepped:
         merged, pruned = counts
         k_proj = seen["k_proj"]
-        alike = cosines(k_proj[:, int(self.has_cls) :])
+        alike = cosines(k_proj[:, int(self.has_cls) :], attention.num_heads)
         if self.rank == "likeness":
             scores = novelty(alike)
         else:

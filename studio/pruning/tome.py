@@ -1,11 +1,10 @@
 """Merging of tokens inside the vision tower: "Token Merging: Your ViT But Faster" (ToMe, arXiv:2210.09461).
 
-Before a layer, the tokens at even places look for the token at an odd place whose key, of the layer before, resembles
+Behind the attention of a layer, the tokens at even places look for the token at an odd place whose key there resembles
 theirs most; the pairs that are most alike become one token, their mean weighted by size. No training is needed.
 `studio.pruning.merging` has what is around that.
 
-Deviations from the paper: tokens are merged before a layer, not in its middle (each merge costs one feed-forward layer
-more); the number of merged tokens may differ from layer to layer; order is kept.
+Deviations from the paper: the number of merged tokens may differ from layer to layer; order is kept.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from studio.pruning.merging import Counts, Merging, Stepped, without
+from studio.pruning.merging import Counts, Merging, Stepped, mean_of_heads, without
 
 
 def merge(x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor, count: int, first: int) -> Stepped:
@@ -38,9 +37,13 @@ def merge(x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor, count: int, 
 class ToMe(Merging):
     """ToMe in a tower; the numbers are those of merged tokens."""
 
-    def __init__(self, tower: Any, merged: Counts, *, has_cls: bool):
-        self.first = 2 if has_cls else 0
-        super().__init__(tower, merged, has_cls=has_cls)
+    def __init__(self, tower: Any, merged: Counts, **of_tower: Any):
+        super().__init__(tower, merged, **of_tower)
+
+    @property
+    def first(self) -> int:
+        """The first even place that may move: CLS never does."""
+        return 2 if self.has_cls else 0
 
     def most(self, tokens: int) -> int:
         return len(range(self.first, tokens, 2))
@@ -48,5 +51,4 @@ class ToMe(Merging):
     def step(
         self, x: torch.Tensor, sizes: torch.Tensor, counts: tuple[int, ...], attention: Any, **seen: torch.Tensor
     ) -> Stepped:
-        heads = seen["k_proj"].unflatten(-1, (attention.num_heads, -1)).mean(dim=2)
-        return merge(x, heads, sizes, counts[0], self.first)
+        return merge(x, mean_of_heads(seen["k_proj"], attention.num_heads), sizes, counts[0], self.first)

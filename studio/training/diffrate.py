@@ -1,4 +1,4 @@
-"""Learning how many tokens go before each layer of a vision tower (DiffRate, arXiv:2305.17997; the steps themselves are
+"""Learning how many tokens go in each layer of a vision tower (DiffRate, arXiv:2305.17997; the steps themselves are
 `studio.pruning.diffrate`).
 
 For each layer and each way to go, pruning and merging, there is a distribution over the candidates "so many of all N
@@ -42,10 +42,10 @@ _SPREAD = 0.1
 
 
 class Rates(nn.Module):
-    """How many of N patches are gone before each of L layers.
+    """How many of N patches are gone in the middle of each of L layers, all but the last that are read.
 
     Args:
-        gone: at first, of all patches, the shares that are gone before each layer, (L,); half of them pruned.
+        gone: at first, of all patches, the shares that are gone there, (L,); half of them pruned.
         patches: N.
     """
 
@@ -76,7 +76,7 @@ class Rates(nn.Module):
 
     @torch.no_grad()
     def counts(self) -> tuple[list[int], list[int]]:
-        """The numbers of merged and of pruned tokens before each layer."""
+        """The numbers of merged and of pruned tokens in each layer."""
         merged, pruned, gone = [], [], 0
         for out, all_gone in (self.shares() * self.patches).round().long().T.tolist():
             pruned.append(max(out - gone, 0))
@@ -92,9 +92,13 @@ class Rates(nn.Module):
 
 
 def operations(tokens: torch.Tensor, width: int) -> torch.Tensor:
-    """The share of operations of layers with n tokens (L,), CLS too, of which the first has all: 12 n C^2 + 2 n^2 C."""
-    each = 12 * tokens * width**2 + 2 * tokens**2 * width
-    return each.sum() / (each[0] * len(each))
+    """The share of operations of layers that begin with n tokens (L,), CLS too; the first begins with all.
+
+    Attention takes 4 n C^2 + 2 n^2 C of its n tokens, feed-forward 8 n C^2 of those that the next layer begins with.
+    """
+    attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+    feed_forward = 8 * torch.cat((tokens[1:], tokens[-1:])) * width**2
+    return (attention + feed_forward).sum() / ((attention[0] + 8 * tokens[0] * width**2) * len(tokens))
 
 
 class MaskedTower:
@@ -113,12 +117,13 @@ class MaskedTower:
         """The states (B, 1 + N, C) behind the last layer that CLS and each patch read."""
         x = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values))
         mask, sizes = torch.ones_like(x[..., 0]), torch.ones_like(x[..., 0])
-        steps, before, went = self._steps(rates), None, []
-        for layer in self.layers:
-            if before is not None:
-                x, sizes, mask, stays, nearest = self._thin(x, sizes, mask, before, *next(steps))
+        went = []
+        for layer, step in zip(self.layers, (*self._steps(rates), None), strict=True):
+            x, projections = _masked_attention(layer, x, sizes, mask)
+            if step is not None:
+                x, sizes, mask, stays, nearest = self._thin(x, sizes, mask, projections, *step)
                 went.append((stays, nearest))
-            x, before = _masked_layer(layer, x, sizes, mask)
+            x = x + layer.mlp(layer.layer_norm2(x))
         read = x[:, 1:]
         for stays, nearest in reversed(went):
             read = torch.lerp(_at(read, nearest), read, stays[..., None])
@@ -130,10 +135,10 @@ class MaskedTower:
             yield gone + pruned, gone + pruned + merged, rates.goes()[:, number]
             gone += merged + pruned
 
-    def _thin(self, x, sizes, mask, before, out, all_gone, goes):
+    def _thin(self, x, sizes, mask, projections, out, all_gone, goes):
         """Tokens, sizes and masks (B, 1 + N) with more gone; whether each patch (B, N) stays, else its neighbour."""
         with torch.no_grad():
-            ranks, alike = self._ranks(sizes, mask, *before)
+            ranks, alike = self._ranks(sizes, mask, *projections)
         out_at, gone_at = (ranks.shape[1] - number for number in (out, all_gone))
         not_pruned = _hard(ranks < out_at, 1 - goes[0][ranks])
         stays = _hard(ranks < gone_at, 1 - goes[1][ranks])
@@ -147,7 +152,7 @@ class MaskedTower:
 
     def _ranks(self, sizes, mask, attention, queries, keys):
         """The rank (B, N) of each patch, 0 the highest, those that are gone last; and how alike they are (B, N, N)."""
-        there, alike = mask[:, 1:] > 0, cosines(keys[:, 1:])
+        there, alike = mask[:, 1:] > 0, cosines(keys[:, 1:], attention.num_heads)
         if self.rank == "likeness":
             scores = novelty(alike.masked_fill(~there[:, None], -2))
         else:
@@ -165,8 +170,8 @@ def _hard(hard, soft):
     return hard.float() + soft - soft.detach()
 
 
-def _masked_layer(layer, x, sizes, mask):
-    """A layer of CLIP in which tokens attend to those with a mask of 1 and to themselves; what it attends by."""
+def _masked_attention(layer, x, sizes, mask):
+    """Half a layer of CLIP, in which tokens attend to those with a mask of 1 and to themselves; what it attends by."""
     attention, h = layer.self_attn, layer.layer_norm1(x)
     projections = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projections)
@@ -176,8 +181,7 @@ def _masked_layer(layer, x, sizes, mask):
     top = logits.masked_fill(seen == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
     weights = (logits - top).clamp(max=20).exp() * seen
     mixed = (weights / weights.sum(dim=-1, keepdim=True)) @ v
-    x = x + attention.out_proj(mixed.transpose(1, 2).flatten(-2))
-    return x + layer.mlp(layer.layer_norm2(x)), (attention, *projections[:2])
+    return x + attention.out_proj(mixed.transpose(1, 2).flatten(-2)), (attention, *projections[:2])
 
 
 class TrainableRates(nn.Module):
@@ -185,7 +189,7 @@ class TrainableRates(nn.Module):
 
     Args:
         reader: a LLaVA-NeXT with a CLIP tower.
-        target: the share of the operations of the layers that are read, of which the first is whole.
+        target: the share of the operations of the layers that are read.
         weight: of the constraint.
         rank: as of `studio.pruning.diffrate.DiffRate`.
 
@@ -203,7 +207,7 @@ class TrainableRates(nn.Module):
                 f"Rates are learned for a LLaVA-NeXT with a CLIP tower, not for this {config.model_type}."
             )
         if (layers := layer % (vision.num_hidden_layers + 1)) < 2:
-            raise StudioError("Rates are learned between layers, and this reader reads fewer than two of its tower.")
+            raise StudioError("Rates are learned for all layers but the last, and this reader reads fewer than two.")
         check_number("flops", target, 1 / layers, 1, above=True)
         self.reader, self.target, self.weight, self.rank = reader.requires_grad_(False), target, weight, rank
         self.tower = MaskedTower(reader.model.vision_tower, layers, rank)
@@ -297,8 +301,8 @@ class DiffRateRecipe(Recipe):
         tokens = 1 + (vision.image_size // vision.patch_size) ** 2 - F.pad(gone, (1, 0))
         whole = evaluate_reader(pipe.model, pipe.processor, methods=(), keeps=())
         return {
-            "merged before the layers": ", ".join(map(str, found["merged"])),
-            "pruned before the layers": ", ".join(map(str, found["pruned"])),
+            "merged in the layers": ", ".join(map(str, found["merged"])),
+            "pruned in the layers": ", ".join(map(str, found["pruned"])),
             "share of the operations": float(operations(tokens.double(), vision.hidden_size)),
             "accuracy": evaluate_thinned(pipe),
             "accuracy of the whole tower": whole["accuracy"]["none"]["1.0"],

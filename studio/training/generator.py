@@ -10,6 +10,7 @@ from torch import nn
 
 from studio.checkpoints.loading import load, load_model
 from studio.errors import StudioError
+from studio.models.llama_blocks import NULL_CAPTION
 from studio.training.recipe import Recipe
 from studio.training.text import PLAN_SIZE, Text, load_text, new_text
 
@@ -143,8 +144,14 @@ class GeneratorRecipe(Recipe):
             module.text_encoder.load_state_dict(load_text(folder, self.source).encoder.state_dict())
 
     def load_transformer(self, transformer: Any, folder: Path) -> None:
-        """Gives the network the weights of a trained pipeline's."""
-        transformer.load_state_dict(load_model(type(transformer), folder / "transformer", torch.float32).state_dict())
+        """Gives the network the weights of a trained pipeline's.
+
+        Where captions have another length, the null caption stays the run's own: it is fixed, not learned.
+        """
+        weights = load_model(type(transformer), folder / "transformer", torch.float32).state_dict()
+        ours = transformer.state_dict()
+        other = [key for key in weights if key.endswith(NULL_CAPTION) and weights[key].shape != ours[key].shape]
+        transformer.load_state_dict(weights | {key: ours[key] for key in other})
 
     def pipeline_of(self, module: Any, image_tokenizer: torch.nn.Module | None = None) -> Any:
         """The whole pipeline around the trained parts, with what prompts may leave open."""

@@ -37,7 +37,7 @@ def test_a_step_is_that_of_the_textbook(cls, merged, pruned):
     sample = torch.Generator().manual_seed(0)
     x, keys = torch.randn(3, 12 + cls, 4, generator=sample), torch.randn(3, 12, 5, generator=sample)
     sizes = torch.randint(1, 4, (3, 12 + cls), generator=sample).float()
-    scores, alike = torch.rand(3, 12, generator=sample), diffrate.cosines(keys)
+    scores, alike = torch.rand(3, 12, generator=sample), diffrate.cosines(keys, 1)
     tokens, counts, places = diffrate.shrink(x, sizes, scores, alike, merged, pruned)
     assert tokens.shape == (3, 12 + cls - merged - pruned, 4)
     for row in range(3):
@@ -48,9 +48,9 @@ def test_a_step_is_that_of_the_textbook(cls, merged, pruned):
 
 def test_of_equal_tokens_the_first_stays():
     keys = torch.eye(4)[torch.tensor([0, 1, 0, 2, 1, 0])][None]
-    scores = diffrate.novelty(diffrate.cosines(keys))
+    scores = diffrate.novelty(diffrate.cosines(keys, 1))
     assert (scores[0] > -0.5).tolist() == [True, True, False, True, False, False]
-    tokens, sizes, places = diffrate.shrink(keys, torch.ones(1, 6), scores, diffrate.cosines(keys), 3, 0)
+    tokens, sizes, places = diffrate.shrink(keys, torch.ones(1, 6), scores, diffrate.cosines(keys, 1), 3, 0)
     torch.testing.assert_close(tokens[0], torch.eye(4)[:3])
     assert sizes.tolist() == [[3, 2, 1]] and places.tolist() == [[0, 1, 0, 2, 1, 0]]
 
@@ -112,7 +112,7 @@ def test_the_bundled_reader_has_learned_numbers():
     with merge_tokens(model, method="diffrate"):
         model.model.vision_tower(torch.zeros(1, 3, 96, 96))
     done()
-    assert 145 == lengths[0] > lengths[1] > lengths[2] > lengths[3] > 1
+    assert 145 > lengths[0] >= lengths[1] >= lengths[2] == lengths[3] > 1
     assert diffrate.with_learned(model, {})["rank"] == "likeness"
 
 
@@ -124,9 +124,9 @@ def test_counts_are_exact_and_every_patch_reads_a_token_that_is_there(rank):
     with merge_tokens(model, [5, 4], pruned=[3, 2], rank=rank, method="diffrate"):
         seen = tower(inputs["pixel_values"], output_hidden_states=True)
     done()
-    assert lengths == [37, 29, 23]
+    assert lengths == [29, 23, 23]
     patches = [states[0, 1:].unique(dim=0).shape[0] for states in seen.hidden_states]
-    assert patches == [36, 36, 28, 22] and seen.last_hidden_state.shape[1] == 37
+    assert patches == [36, 28, 22, 22] and seen.last_hidden_state.shape[1] == 37
 
 
 def test_learned_numbers_stand_in_the_configuration():

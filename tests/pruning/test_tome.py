@@ -131,10 +131,10 @@ def test_scores_of_merged_patches_are_those_of_their_token():
 def test_refusals():
     model = tiny("llava").model
     tower = model.base_model.vision_tower
-    layers = tower.config.num_hidden_layers
+    read = tower.config.num_hidden_layers - 1
     for merged, message in (
         (10_000, "can lose"),
-        ([1] * layers, f"of {layers} layers"),
+        ([1] * (read + 1), f"from layer {read} of the tower"),
         ([-1], "number of tokens that go"),
         ([0.5], "number of tokens that go"),
         (0.5, "number of tokens that go"),
@@ -168,3 +168,28 @@ def test_the_record_counts_the_tokens_of_the_features(family, feature_layer, mon
     assert record.latest.patches == crops * patches and record.latest.tokens == crops * (tokens - has_cls)
     assert record.places.shape == (crops, patches)
     assert all(len(row.unique()) == tokens - has_cls == row.max() + 1 and row.min() == 0 for row in record.places)
+
+
+@FAMILIES
+def test_the_projector_maps_each_token_once(family):
+    """It maps what the tower has just left, and a row of anything else for itself."""
+    model, inputs = tiny(family).model, tiny(family).prompt()
+    tower, projector = model.base_model.vision_tower, model.base_model.multi_modal_projector
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    rows = []
+    with merge_tokens(model, [2, 1]) as record:
+        hook = projector.register_forward_pre_hook(lambda module, given: rows.append(given[0]))
+        merged = logits(model, inputs)
+        states = rows[0].new_empty(*rows[0].shape[:1], patches, rows[0].shape[2]).normal_()
+        assert projector(states).shape[1] == rows[1].shape[1] == patches
+        hook.remove()
+    crops = record.latest.patches // patches
+    assert rows[0].shape[:2] == (crops, patches - 3) and record.latest.tokens == crops * (patches - 3)
+    one_by_one = [projector(rows[0][crop, record.places[crop]]) for crop in range(crops)]
+    features = []
+    with merge_tokens(model, [2, 1]):
+        hook = projector.register_forward_hook(lambda module, given, output: features.append(output))
+        logits(model, inputs)
+        hook.remove()
+    torch.testing.assert_close(features[0], torch.stack(one_by_one), atol=1e-6, rtol=1e-6)
+    assert merged.isfinite().all()

@@ -9,6 +9,7 @@ from studio.checkpoints.loading import load
 from studio.data.captions import prompt_completion
 from studio.errors import StudioError
 from studio.evaluation.judge import Judge, load_judge
+from studio.models.llama_blocks import NULL_CAPTION
 from studio.pipelines.llamagen import LlamaGenPipeline
 from studio.pipelines.mar import MARPipeline
 from studio.pipelines.resgen import ResGenPipeline
@@ -186,6 +187,22 @@ def test_a_token_bridge_goes_on_from_a_mar(small, tmp_path):
     text, own = (f"{tmp_path / name}/model/text_encoder" for name in ("mar", "bridge"))
     before, after = (T5EncoderModel.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in (text, own))
     assert all(torch.allclose(before[key], after[key], atol=5e-2) for key in before)  # it was trained along
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "resgen"])
+def test_goes_on_over_another_text_encoder(kind, small, tmp_path):
+    """Its captions may have another length: the null caption is then the run's own, all else goes on."""
+    before = network(read(kind, run(kind, tmp_path / "before")["folder"]))
+    length = before.config.caption_length + 3
+    longer = type(before).from_config({**before.config, "caption_length": length})
+    weights = before.state_dict()
+    [name] = [key for key in weights if key.endswith(NULL_CAPTION)]
+    longer.load_state_dict(weights | {name: torch.ones(length, weights[name].shape[1])})
+    longer.save_pretrained(tmp_path / "before" / "model" / "transformer")
+    found = run(kind, tmp_path / "on", steps=1, init_from="before", learning_rate=1e-12)
+    after = network(read(kind, found["folder"])).state_dict()
+    assert after[name].shape == weights.pop(name).shape and not (after[name] == 1).all()
+    assert all(torch.allclose(value, after[key], atol=5e-2) for key, value in weights.items())
 
 
 @pytest.mark.parametrize("kind", ["reader", "tower"])

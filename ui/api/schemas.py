@@ -132,6 +132,6 @@ class ChatRequest(_Strict):
     keep: float | None = Field(None, description="The fraction of visual tokens to keep, with prune; 0.2 by default.")
     merge: str | None = Field(
         None,
-        description="Tokens that the vision tower merges before its second layer, the third, ..., such as 56,28,14; "
+        description="Tokens that the vision tower merges in its first layer, the second, ..., such as 56,28,14; "
         "diffrate, as learned for the model, or diffrate:36+10,28+8, merged and pruned.",
     )

@@ -104,7 +104,7 @@ def build_tab() -> tuple[gr.Image, gr.Textbox]:
             )
             numbers = gr.Textbox(
                 label="Tokens that go",
-                info="Of the image or each crop, before the tower's second layer, the third, ...",
+                info="Of the image or each crop, in the tower's first layer, the second, ...",
                 elem_id="merge-numbers",
                 visible=False,
             )
@@ -172,7 +172,7 @@ def _endpoint(image: gr.Image, question: gr.Textbox, method: gr.Dropdown, keep: 
             keep: the fraction of visual tokens to keep, above 0 and at most 1; quecc has tokens instead.
             max_new_tokens: tokens of the answer, at most.
             tokens: as many as quecc makes of the image, 16 where none are given; for no other method.
-            merge: tokens that go before the tower's second layer, the third, ...: 36,28,20, diffrate or diffrate:36+10.
+            merge: tokens that go in the tower's first layer, the second, ...: 36,28,20, diffrate or diffrate:36+10.
 
         Returns:
             The answer, and details: the place where tokens are taken away, visual and kept tokens, seconds by phase,
