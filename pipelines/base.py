@@ -28,6 +28,7 @@ from studio.pipelines.output import DecodingStats, Images, ImageTokenPipelineOut
 from studio.pipelines.prompt_completion import check_prompt_completion, fill_unspecified
 from studio.pipelines.streams import image_generators, listed, of_each_image
 from studio.pipelines.text_states import text_states
+from studio.pipelines.whole_words import with_whole_words
 
 logger = logging.get_logger(__name__)
 
@@ -214,7 +215,8 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
         return len(checked_tokenize(lambda: self.tokenizer(self._normalized(prompt), truncation=False))["input_ids"])
 
     def _normalized(self, text: str) -> str:
-        return text.strip().lower() if self.config.lowercase_prompts else text.strip()
+        text = text.strip().lower() if self.config.lowercase_prompts else text.strip()
+        return with_whole_words(self.tokenizer, text)
 
     @torch.no_grad()
     def encode_prompt(

@@ -1,0 +1,74 @@
+"""Words that a tokenizer of phrases knows are read whole beside words that training never put there."""
+
+import re
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import studio
+from studio.data.captions import full_caption
+from studio.data.splits import combinations
+from studio.pipelines.whole_words import with_whole_words
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return studio.load("emoji-ar", device="cpu")
+
+
+def tokens(pipe, text):
+    return pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("a red fox", "fox"), ("a small fox", "fox"), ("a face with tears of joy on blue", "joy"),
+     ("a happy melting face", "melting face")],
+)  # fmt: skip
+def test_known_words_are_whole(pipe, text, word):
+    """Control: without the commas they are not."""
+    assert word not in [token.strip() for token in tokens(pipe, text)]
+    assert word in [token.strip() for token in tokens(pipe, with_whole_words(pipe.tokenizer, text))]
+
+
+def test_the_pipeline_reads_a_prompt_so(pipe):
+    plain, others = (pipe.encode_prompt(text)[0] for text in ("A red fox", "a red, fox"))
+    assert plain.equal(others) and not plain.equal(pipe.encode_prompt("a red ox")[0])
+    assert pipe.count_prompt_tokens("a red fox") == pipe.count_prompt_tokens("a red, fox")
+
+
+def test_captions_stay_as_they_are(pipe):
+    captions = {full_caption(*row) for row in combinations(held_out=True)}
+    assert len(captions) > 1000
+    assert all(with_whole_words(pipe.tokenizer, text) == text for text in captions)
+
+
+def test_few_of_all_concepts_are_broken_by_an_adjective(pipe):
+    """Concepts that are a token alone; control: without the commas hundreds of them are not behind "small"."""
+
+    def broken(text, concept):
+        spans = pipe.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ends = {place for span in spans for place in span}
+        return text.rindex(concept) not in ends and concept in tokens(pipe, concept)
+
+    concepts = [concept.lower() for concept in pipe.vocabulary[1]]
+    before = sum(broken(f"a small {concept}", concept) for concept in concepts)
+    after = sum(broken(with_whole_words(pipe.tokenizer, f"a small {concept}"), concept) for concept in concepts)
+    assert before > 100 and after == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "ox", ",", "fox, fox", "日本 fox", "x" * 500, "a red-fox's den", "fox\u0301"]
+)
+def test_any_text_keeps_its_words(pipe, text):
+    found = with_whole_words(pipe.tokenizer, text)
+    assert re.findall(r"\w+", found) == re.findall(r"\w+", text)
+    assert with_whole_words(pipe.tokenizer, found) == found
+
+
+def test_a_tokenizer_that_reads_commas_gets_none():
+    words = Tokenizer(models.BPE({"<unk>": 0, ",": 1, "o": 2, "x": 3, "f": 4, "ox": 5, "fox": 6}, [("o", "x")]))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert with_whole_words(tokenizer, "ox fox") == "ox fox"
