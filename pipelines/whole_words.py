@@ -6,6 +6,7 @@ of these tokenizers, but tokens end there. So one is put beside such a word.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _WORD = re.compile(r"\w+")
@@ -15,20 +16,36 @@ _COMMA = ", "
 def with_whole_words(tokenizer: Any, text: str) -> str:
     """The text, with commas beside words that are a token alone and would be read in pieces.
 
-    Tokenizers that read commas, as those of published models do, leave a text as it is.
+    Of the places for a comma that keep such a word whole, the one that leaves the fewest tokens is taken: it is in
+    front of a phrase that is a token. Tokenizers that read commas, as those of published models do, leave a text as it
+    is.
     """
     if _ids(tokenizer, _COMMA):
         return text
     place = 0
     while (word := _broken(tokenizer, text, place)) is not None:
         start, end = word
-        before, within, behind = text[:start].rstrip() + _COMMA, text[start:end], _COMMA + text[end:].lstrip()
-        for left, right in ((before, text[end:]), (text[:start], behind), (before, behind)):
-            if _broken(tokenizer, left + within + right, len(left), len(left) + len(within)) is None:
-                text, end = left + within + right, len(left) + len(within)
-                break
-        place = end
+        whole = [
+            (len(_ids(tokenizer, changed)), changed, begin)
+            for changed, begin in _with_a_comma(text, start, end)
+            if _broken(tokenizer, changed, begin, begin + end - start) is None
+        ]
+        if whole:
+            _, text, start = min(whole, key=lambda found: found[0])
+        place = start + word[1] - word[0]
     return text
+
+
+def _with_a_comma(text: str, start: int, end: int) -> Iterator[tuple[str, int]]:
+    """The text with a comma before a word, behind it, on both sides, or further before it; and where the word is."""
+    earlier = [found.start() for found in _WORD.finditer(text, text.rfind(",", 0, start) + 1, start)]
+    behind = _COMMA + text[end:].lstrip()
+    for place in (start, *reversed(earlier[1:])):
+        before = text[:place].rstrip() + _COMMA
+        yield before + text[place:], len(before) + start - place
+    yield text[:end] + behind, start
+    before = text[:start].rstrip() + _COMMA
+    yield before + text[start:end] + behind, len(before)
 
 
 def _broken(tokenizer: Any, text: str, begin: int, end: int | None = None) -> tuple[int, int] | None:

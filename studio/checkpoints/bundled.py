@@ -42,7 +42,7 @@ BUNDLED = {
     "emoji-1d-ar": Bundled(
         "pipeline",
         "text to image, coarse to fine: a LlamaGen over the rows of emoji-1d",
-        shares=("emoji-resgen", "emoji-1d"),
+        shares=("emoji-ar", "emoji-1d"),
     ),
     "emoji-bridge": Bundled(
         "pipeline",
@@ -52,7 +52,9 @@ BUNDLED = {
     "emoji-mar": Bundled(
         "pipeline", "text to image at 128 px: a MAR over the latents of emoji-kl", shares=("emoji-ar", "emoji-kl")
     ),
-    "emoji-resgen": Bundled("pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-rvq",)),
+    "emoji-resgen": Bundled(
+        "pipeline", "text to image: a ResGen over the codes of emoji-rvq", shares=("emoji-ar", "emoji-rvq")
+    ),
     "emoji-vq": Bundled("tokenizer", "image to tokens and back at 128 px: a VQ tokenizer"),
     "emoji-1d": Bundled("tokenizer", "image to a row of tokens and back, from any first few: a One-D-Piece"),
     "emoji-rvq": Bundled("tokenizer", "image to tokens and back, coarse to fine: an RQ-VAE of four levels"),

@@ -24,7 +24,7 @@ def tokens(pipe, text):
 @pytest.mark.parametrize(
     ("text", "word"),
     [("a red fox", "fox"), ("a small fox", "fox"), ("a face with tears of joy on blue", "joy"),
-     ("a happy melting face", "melting face")],
+     ("a happy melting face", "melting face"), ("a small water buffalo", "water buffalo")],
 )  # fmt: skip
 def test_known_words_are_whole(pipe, text, word):
     """Control: without the commas they are not."""
