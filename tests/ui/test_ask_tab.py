@@ -120,7 +120,7 @@ def test_the_memory_of_an_image_is_kept_between_questions(reader, short, scene, 
     assert [each["merge"] for each in made[2:]] == ["50", "40", "diffrate:50"]
 
 
-# The tiny tower has two layers, so all that goes does so before the last; its features are those of the first.
+# The tiny tower has two layers; its features are those of the first, in which all that goes does so.
 @pytest.mark.parametrize(
     ("merge", "numbers", "call"),
     [("tome", " 50 ", "50"), ("diffrate", "40+9", "diffrate:40+9"), ("diffrate", "", "diffrate")],
@@ -129,7 +129,6 @@ def test_the_memory_of_an_image_is_kept_between_questions(reader, short, scene, 
 def test_tokens_are_merged_in_the_tower(compressing, short, scene, monkeypatch, merge, numbers, call, method):
     learned = {"diffrate": {"merged": [30], "pruned": [9], "rank": "likeness"}}
     monkeypatch.setattr(compressing.model.config, "pruning", learned, raising=False)
-    monkeypatch.setattr(compressing.model.config, "vision_feature_layer", -1)
     galleries, cards, status = zip(*updates(scene, method=method, merge=merge, numbers=numbers, tokens=4))
     cards, status = cards[-1], status[-1]
     more = {"max_new_tokens": 4, "merge": call}
