@@ -216,7 +216,7 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
 
     def _normalized(self, text: str) -> str:
         text = text.strip().lower() if self.config.lowercase_prompts else text.strip()
-        return with_whole_words(self.tokenizer, text)
+        return checked_tokenize(lambda: with_whole_words(self.tokenizer, text))
 
     @torch.no_grad()
     def encode_prompt(

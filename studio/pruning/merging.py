@@ -219,7 +219,9 @@ class Merging(ABC):
         layers = len(self.layers)
         counts = list(numbers) if isinstance(numbers, Sequence) else [numbers] * layers
         if len(counts) > layers:
-            raise StudioError(f"The features come from layer {layers} of the tower: give {layers} numbers of tokens.")
+            raise StudioError(
+                f"Tokens go in the first {layers} layers of the tower, which are read: give {layers} numbers."
+            )
         counts = [check_integer("The number of tokens that go", count, 0) for count in counts]
         return counts + [0] * (layers - len(counts))
 

@@ -134,7 +134,7 @@ def test_refusals():
     read = tower.config.num_hidden_layers - 1
     for merged, message in (
         (10_000, "can lose"),
-        ([1] * (read + 1), f"from layer {read} of the tower"),
+        ([1] * (read + 1), f"the first {read} layers of the tower"),
         ([-1], "number of tokens that go"),
         ([0.5], "number of tokens that go"),
         (0.5, "number of tokens that go"),
