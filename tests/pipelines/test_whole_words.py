@@ -1,10 +1,10 @@
 """Words that a tokenizer of phrases knows are read whole beside words that training never put there."""
 
+import copy
 import re
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
 
 import studio
 from studio.data.captions import full_caption
@@ -44,18 +44,18 @@ def test_captions_stay_as_they_are(pipe):
     assert all(with_whole_words(pipe.tokenizer, text) == text for text in captions)
 
 
-def test_few_of_all_concepts_are_broken_by_an_adjective(pipe):
-    """Concepts that are a token alone; control: without the commas hundreds of them are not behind "small"."""
+def test_no_concept_is_broken_by_an_adjective(pipe):
+    """Of 1,391 concepts behind "small"; control: without the commas hundreds have a word that is read in pieces."""
 
-    def broken(text, concept):
+    def broken(text):
         spans = pipe.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = {place for span in spans for place in span}
-        return text.rindex(concept) not in ends and concept in tokens(pipe, concept)
+        cuts = {place for span in spans for place in span}
+        words = [word for word in re.finditer(r"\w+", text) if len(tokens(pipe, word.group())) == 1]
+        return any(word.start() < cut < word.end() for word in words for cut in cuts)
 
-    concepts = [concept.lower() for concept in pipe.vocabulary[1]]
-    before = sum(broken(f"a small {concept}", concept) for concept in concepts)
-    after = sum(broken(with_whole_words(pipe.tokenizer, f"a small {concept}"), concept) for concept in concepts)
-    assert before > 100 and after == 0
+    texts = [f"a small {concept.lower()}" for concept in pipe.vocabulary[1]]
+    assert sum(map(broken, texts)) > 300
+    assert not any(broken(with_whole_words(pipe.tokenizer, text)) for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,9 @@ def test_any_text_keeps_its_words(pipe, text):
     assert with_whole_words(pipe.tokenizer, found) == found
 
 
-def test_a_tokenizer_that_reads_commas_gets_none():
-    words = Tokenizer(models.BPE({"<unk>": 0, ",": 1, "o": 2, "x": 3, "f": 4, "ox": 5, "fox": 6}, [("o", "x")]))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    assert with_whole_words(tokenizer, "ox fox") == "ox fox"
+def test_a_tokenizer_that_reads_commas_gets_none(pipe):
+    """Control: the same tokens where commas are none."""
+    reads_commas = copy.deepcopy(pipe.tokenizer)
+    reads_commas.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("a ", "isolated")
+    assert with_whole_words(reads_commas, "a red fox") == "a red fox"
+    assert with_whole_words(pipe.tokenizer, "a red fox") == "a red, fox"

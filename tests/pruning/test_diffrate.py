@@ -112,7 +112,7 @@ def test_the_bundled_reader_has_learned_numbers():
     with merge_tokens(model, method="diffrate"):
         model.model.vision_tower(torch.zeros(1, 3, 96, 96))
     done()
-    assert 145 > lengths[0] >= lengths[1] >= lengths[2] == lengths[3] > 1
+    assert 145 > lengths[0] > lengths[1] > lengths[2] == lengths[3] > 1
     assert diffrate.with_learned(model, {})["rank"] == "likeness"
 
 

