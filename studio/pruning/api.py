@@ -170,7 +170,7 @@ def merge_tokens(
     """Within the block, tokens go while the vision tower reads an image, so that it is faster.
 
     The language model gets as many tokens as before: combine it with a block of `prune` for fewer. A block affects
-    only the thread or task that opened it.
+    only the thread or task that opened it. Of nested blocks on one model the innermost counts.
 
     Args:
         model: of the LLaVA families, with a CLIP or SigLIP tower.
@@ -187,7 +187,8 @@ def merge_tokens(
 
     Raises:
         StudioError: a model of another family, more tokens than there are, flash attention, an unknown method, or no
-            numbers where none were learned.
+            numbers where none were learned; in the block, calls with a `vision_feature_layer` of their own, and
+            training with gradient checkpointing.
     """
     check_choice("The method that merges tokens", method, MERGING)
     family = family_of(model, method)

@@ -133,7 +133,7 @@ _OPEN: ContextVar[tuple["Merging", ...]] = ContextVar("merging", default=())
 def expanded(rows: torch.Tensor, attention: torch.nn.Module) -> torch.Tensor:
     """A row for each patch, from the rows (B, n, C) of a projection in an attention whose tokens may be merged."""
     run = _RUN.get()
-    merged = run is not None and attention in run.merging.attentions
+    merged = run is not None and run.merging.acts() and attention in run.merging.attentions
     return _for_patches(rows, run.slots) if run is not None and merged else rows
 
 
@@ -201,7 +201,7 @@ class Merging(ABC):
     """The projections that a step gets."""
 
     def __init__(self, tower: Any, *numbers: Counts, has_cls: bool, feature_layer: int = -1):
-        self.tower, self.has_cls, self.record = tower, has_cls, MergeRecord()
+        self.tower, self.has_cls, self.record, self.is_open = tower, has_cls, MergeRecord(), False
         layers = [part for part in tower.modules() if hasattr(getattr(part, "self_attn", None), "k_proj")]
         self.read = feature_layer % (len(layers) + 1)
         self.layers, self.behind = layers[: self.read], layers[self.read :]
@@ -248,7 +248,7 @@ class Merging(ABC):
 
     @contextmanager
     def hooks(self, projector: torch.nn.Module | None = None) -> Iterator[MergeRecord]:
-        """The hooks, in a block.
+        """The hooks, in a block. Of nested blocks on one tower the innermost counts.
 
         Args:
             projector: what maps each state of the features by itself; without it, whatever does so maps a row for each
@@ -275,14 +275,29 @@ class Merging(ABC):
             hook(self.tower, self._begin, self._end)
             if projector is not None:
                 hook(projector, self._tokens_alone, self._projected)
-            handles.callback(lambda: _FEATURES.set(None))
             _OPEN.set((*_OPEN.get(), self))
-            handles.callback(lambda: _OPEN.set(tuple(other for other in _OPEN.get() if other is not self)))
+            self.is_open = True
+            handles.callback(self._close)
             yield self.record
 
+    def _close(self) -> None:
+        """Leaves nothing behind, also of a run that an exception ended."""
+        self.is_open = False
+        _OPEN.set(tuple(other for other in _OPEN.get() if other is not self))
+        for left in (_RUN, _FEATURES, _PROJECTED):
+            left.set(None)
+
+    def acts(self) -> bool:
+        """Whether this is the innermost open block on its tower in this context."""
+        return next((one for one in reversed(_OPEN.get()) if one.is_open and one.tower is self.tower), None) is self
+
     def _begin(self, tower, arguments):
-        if self in _OPEN.get():
-            _RUN.set(_Run(self))
+        if not self.acts():
+            return
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in (*self.layers, *self.behind))
+        if checkpointing and tower.training and torch.is_grad_enabled():
+            raise StudioError("Tokens merge once in each layer: turn gradient checkpointing of the vision tower off.")
+        _RUN.set(_Run(self))
 
     def _end(self, tower, arguments, output):
         run = self._current()
@@ -292,6 +307,11 @@ class Merging(ABC):
         if output.hidden_states is not None:
             slots = (None, *run.passed, *[run.slots] * len(self.behind))  # the first states are before any layer
             tokens = output.hidden_states[self.read]
+            if tokens is None and run.slots is not None:
+                raise StudioError(
+                    "Tokens merge up to the layer that the configuration takes features from: leave out "
+                    "vision_feature_layer, or set it in the configuration."
+                )
             output.hidden_states = tuple(
                 None if states is None else _for_patches(states, of_layer)
                 for states, of_layer in zip(output.hidden_states, slots, strict=True)
@@ -309,7 +329,7 @@ class Merging(ABC):
 
     def _tokens_alone(self, projector, arguments):
         """The projector reads tokens in place of patches, where it reads what the tower has just left."""
-        if self not in _OPEN.get():
+        if not self.acts():
             return None
         features, cls = _FEATURES.get(), int(self.has_cls)
         _FEATURES.set(None)
@@ -321,14 +341,14 @@ class Merging(ABC):
 
     def _projected(self, projector, arguments, output):
         slots = _PROJECTED.get()
-        if self not in _OPEN.get() or slots is None:
+        if not self.acts() or slots is None:
             return None
         _PROJECTED.set(None)
         return rows_at(output, slots)
 
     def _current(self) -> _Run | None:
         run = _RUN.get()
-        return run if run is not None and run.merging is self else None
+        return run if run is not None and run.merging is self and self.acts() else None
 
     def _keep(self, name):
         only_first = self.has_cls and name == "q_proj"

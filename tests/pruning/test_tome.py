@@ -1,5 +1,6 @@
 """Merging of tokens inside the tower: exact where tokens are equal, and a mean where they are not."""
 
+import contextvars
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from studio import StudioError, merge_tokens
 from studio.pruning import tome
-from studio.pruning.api import prune
+from studio.pruning.api import prune, prune_inputs
 from tests.pruning import tiny_models
 from tests.pruning.tiny_families import ROWS, answer, tiny
 
@@ -192,3 +193,82 @@ def test_the_projector_maps_each_token_once(family):
         logits(model, inputs)
         hook.remove()
     torch.testing.assert_close(features[0], torch.stack(one_by_one), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fails", ["the tower", "the projector"])
+def test_a_run_that_an_exception_ended_leaves_nothing(fails):
+    """Scores of later calls are those of calls without it, in the block and behind it."""
+    model, inputs = tiny_models.LlavaNext().model, tiny("llava_next").prompt()
+    plain = prune_inputs(model, inputs, "hired", 0.3)[1].kept[0]
+    with merge_tokens(model, [6, 4]):
+        merged = prune_inputs(model, inputs, "hired", 0.3)[1].kept[0]
+    tower, projector = model.base_model.vision_tower, model.base_model.multi_modal_projector
+
+    def stop(module, arguments):
+        raise KeyboardInterrupt
+
+    part = tower.encoder.layers[1] if fails == "the tower" else projector.linear_2
+    for expected in (merged, plain):
+        with merge_tokens(model, [6, 4]):
+            hook = part.register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(**inputs)
+            hook.remove()
+            if expected is merged:
+                assert torch.equal(prune_inputs(model, inputs, "hired", 0.3)[1].kept[0], merged)
+        assert torch.equal(prune_inputs(model, inputs, "hired", 0.3)[1].kept[0], plain)
+    assert not torch.equal(plain, merged)
+
+
+def test_a_copied_context_forgets_a_run_when_its_block_closes():
+    model, inputs = tiny_models.LlavaNext().model, tiny("llava_next").prompt()
+    plain = prune_inputs(model, inputs, "hired", 0.3)[1].kept[0]
+
+    def stop(module, arguments):
+        raise KeyboardInterrupt
+
+    with merge_tokens(model, [6, 4]):
+        context = contextvars.copy_context()
+        hook = model.base_model.vision_tower.encoder.layers[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            context.run(model, **inputs)
+        hook.remove()
+    assert torch.equal(context.run(prune_inputs, model, inputs, "hired", 0.3)[1].kept[0], plain)
+
+
+@FAMILIES
+def test_of_nested_blocks_the_innermost_counts(family):
+    model, inputs = tiny(family).model, tiny(family).prompt()
+    with merge_tokens(model, [6, 4]) as alone:
+        inner = logits(model, inputs)
+    with merge_tokens(model, [4, 4]) as outer:
+        before = logits(model, inputs)
+        of_outer = outer.latest
+        with merge_tokens(model, [6, 4]) as record:
+            assert torch.equal(logits(model, inputs), inner)
+        assert record.latest == alone.latest and outer.latest is of_outer
+        assert torch.equal(logits(model, inputs), before)
+    assert not torch.equal(before, inner)
+
+
+def test_a_layer_of_features_of_a_single_call_is_refused():
+    """One that the configuration names is not."""
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt()
+    with merge_tokens(model, [6, 4]):
+        expected = logits(model, inputs)
+        assert torch.equal(model(**inputs, vision_feature_layer=-2).logits, expected)
+        with pytest.raises(StudioError, match="leave out vision_feature_layer"):
+            model(**inputs, vision_feature_layer=-1)
+        assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused_in_training(reentrant):
+    made = tiny_models.LlavaNext()
+    model, inputs = made.model, made.prompt(labels=True)
+    with merge_tokens(model, [6, 4]):
+        loss = model(**inputs).loss
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert torch.equal(model(**inputs).loss, loss), "nothing is computed again without gradients"
+        with torch.enable_grad(), pytest.raises(StudioError, match="gradient checkpointing"):
+            model(**inputs)
