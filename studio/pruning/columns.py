@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
+from studio.errors import StudioError
+
 
 @dataclass(frozen=True, eq=False)
 class Columns:
@@ -134,5 +136,9 @@ class ShortLayer(DynamicLayer):
             self.bias = change(self.bias)
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self.seen - abs(tokens_to_remove) < self.prompt:
+            raise StudioError(
+                f"A cache that was cut cannot lose tokens of its prompt: remove at most {self.seen - self.prompt}."
+            )
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from studio.checks import shown
 from studio.errors import StudioError
@@ -37,6 +38,19 @@ from studio.pruning.columns import Columns, ShortLayer
 from studio.pruning.registry import INSIDE, METHODS, READS_TEXT, SCORES, VIDEO
 from studio.pruning.shortening import PruneInfo, PruneRecord, attention_mask_of
 
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""The layers of a cache that can be cut: within their window the second are like the first."""
+_GROWS = "This block needs a cache that grows"
+_REFUSED = {
+    _GROWS: ("cache_implementation", "prefill_chunk_size"),
+    "A cache that was cut cannot take back the drafts of assisted generation": (
+        "assistant_model",
+        "prompt_lookup_num_tokens",
+        "assistant_early_exit",
+        "use_mtp",
+    ),
+}
+"""Arguments of `generate`, by the reason why they do not fit a cache that is cut."""
 _CALL: ContextVar["Call | None"] = ContextVar("call", default=None)
 
 
@@ -161,10 +175,13 @@ class Inside:
         *arguments: Any,
         **keywords: Any,
     ) -> Any:
+        given = keywords | dict(zip(inspect.signature(original).parameters, (inputs, generation_config, *arguments)))
         configs = [config for config in (generation_config, self.family.model.generation_config) if config is not None]
-        for name in ("cache_implementation", "prefill_chunk_size"):
-            if any(value is not None for value in (keywords.get(name), *(getattr(c, name, None) for c in configs))):
-                raise StudioError(f"Pruning after a layer needs a cache that grows: leave out {name}.")
+        for reason, names in _REFUSED.items():
+            for name in names:
+                values = [given.get(name), *(getattr(config, name, None) for config in configs)]
+                if any(value is not None and value is not False for value in values):
+                    raise StudioError(f"{reason}: leave out {name}.")
         return original(inputs, generation_config, *arguments, **keywords)
 
     def forward(self, original: Callable, *arguments: Any, **keywords: Any) -> Any:
@@ -201,8 +218,8 @@ class Call(ABC):
             return
         if keywords.get("labels") is not None:
             raise StudioError("Labels do not fit the shorter logits: prune before the model, without after_layer.")
-        if keywords.get("use_cache") is False:
-            raise StudioError("Pruning after a layer needs a cache: leave out use_cache=False.")
+        if any(type(layer) not in _GROWING for layer in getattr(self.cache, "layers", ())):
+            raise StudioError(f"{_GROWS}: leave out past_key_values, or give an empty DynamicCache.")
         self.valid = attention_mask_of(keywords).bool()
         self.total = [int(row.sum()) for row in image]
         self.last = torch.where(self.valid, torch.arange(ids.shape[1], device=ids.device), -1).argmax(dim=1)
@@ -212,6 +229,10 @@ class Call(ABC):
         if self.image is None:
             return arguments, with_short_mask(number, arguments, keywords)
         self.cache = keywords.get("past_key_values")
+        if self.cache is None:
+            raise StudioError(
+                "This block needs a cache: leave out use_cache=False, and gradient checkpointing in training."
+            )
         return self.cut(number, arguments, keywords)
 
     @abstractmethod

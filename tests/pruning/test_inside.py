@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from studio.errors import StudioError
 from studio.pruning.adapters import family_of
 from studio.pruning.api import prune, prune_inputs
 from studio.pruning.columns import ShortLayer
+from studio.pruning.kv_cache import compress
 from studio.pruning.shortening import Settings, shorten
 from tests.pruning.tiny_families import FAMILIES, ROWS, answer, layers, tiny
-from tests.pruning.tiny_models import LlavaNext
+from tests.pruning.tiny_models import TEXT, LlavaNext
 
 WINDOWED = ("aya_vision", "cohere2_vision", "gemma3", "gemma4")
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
@@ -251,14 +253,98 @@ def test_numpy_numbers_and_lists_are_layers(layer):
         (dict(use_cache=False), "needs a cache"),
         (dict(cache_implementation="static"), "cache_implementation"),
         (dict(prefill_chunk_size=8), "prefill_chunk_size"),
+        (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
+        (dict(assistant_early_exit=1), "assistant_early_exit"),
+        (dict(assistant_model=LlamaForCausalLM(LlamaConfig(**TEXT))), "assistant_model"),
+        (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refused_calls(more, message):
+@pytest.mark.parametrize("method", ["fastv", "vscan", "snapkv"])
+def test_refused_calls(method, more, message):
     made = tiny("llava")
-    with prune(made.model, "fastv", keep=0.3, after_layer=1), pytest.raises(StudioError, match=message):
+    block = compress(made.model, method) if method == "snapkv" else prune(made.model, method, keep=0.3, after_layer=1)
+    with block, pytest.raises(StudioError, match=message):
         made.model.generate(**made.prompt(), max_new_tokens=2, **more)
     with pytest.raises(StudioError, match="studio.prune"):
         prune_inputs(made.model, made.prompt(), "fastv")
+
+
+def test_drafts_in_the_configuration_of_the_model_are_refused(monkeypatch):
+    made = tiny("llava")
+    monkeypatch.setattr(made.model.generation_config, "prompt_lookup_num_tokens", 3)
+    with prune(made.model, "fastv", keep=0.3, after_layer=1), pytest.raises(StudioError, match="assisted generation"):
+        made.model.generate(**made.prompt(), max_new_tokens=2)
+    monkeypatch.setattr(made.model.generation_config, "prompt_lookup_num_tokens", None)
+    monkeypatch.setattr(made.model.generation_config, "use_mtp", False)
+    with prune(made.model, "fastv", keep=0.3, after_layer=1) as record:
+        made.model.generate(**made.prompt(), max_new_tokens=2)
+    assert record.info.tokens_after == [11]
+
+
+def test_a_cut_layer_keeps_its_prompt():
+    """Tokens behind it may go."""
+    made = tiny("llava")
+    inputs, token = made.prompt(), torch.tensor([[7]])
+    length = inputs["input_ids"].shape[1]
+    with prune(made.model, "fastv", keep=0.3, after_layer=1):
+        cache = made.model(**inputs).past_key_values
+        expected = made.model(input_ids=token, past_key_values=cache).logits
+        cache.crop(-1)
+        assert torch.equal(made.model(input_ids=token, past_key_values=cache).logits, expected)
+        with pytest.raises(StudioError, match="remove at most 1"):
+            cache.layers[1].crop(-2)
+        assert cache.layers[1].get_seq_length() == length + 1
+
+
+@pytest.mark.parametrize("method", ["fastv", "snapkv"])
+def test_what_leaves_no_cache_to_cut_is_refused(method, monkeypatch):
+    made = LlavaNext()
+    inputs = made.prompt()
+    block = compress(made.model, method) if method == "snapkv" else prune(made.model, method, after_layer=1)
+    with block as record:
+        monkeypatch.setattr(made.model.config.get_text_config(), "use_cache", False)
+        with pytest.raises(StudioError, match="needs a cache: leave out use_cache=False"):
+            made.model(**inputs)
+        monkeypatch.setattr(made.model.config.get_text_config(), "use_cache", True)
+        made.model.train().gradient_checkpointing_enable()
+        with torch.enable_grad(), pytest.raises(StudioError, match="and gradient checkpointing"):
+            made.model(**inputs)
+        assert record.info is None
+
+
+@pytest.mark.parametrize("method", ["fastv", "vscan", "snapkv"])
+def test_a_cache_that_cannot_grow_is_refused(method):
+    """One that can is filled."""
+    made = tiny("llava")
+    inputs, text = made.prompt(), made.model.config.get_text_config()
+    block = compress(made.model, method) if method == "snapkv" else prune(made.model, method, after_layer=1)
+    with block:
+        expected = answer(made.model, inputs)
+        for cache in (DynamicCache(), DynamicCache(config=text)):
+            found = answer(made.model, inputs, past_key_values=cache)
+            assert torch.equal(found.sequences, expected.sequences)
+            assert found.past_key_values is cache and isinstance(cache.layers[1], ShortLayer)
+        with pytest.raises(StudioError, match="needs a cache that grows: leave out past_key_values"):
+            answer(made.model, inputs, past_key_values=StaticCache(text, max_cache_len=200))
+
+
+@pytest.mark.parametrize("method", ["fastv", "snapkv"])
+def test_the_base_model_alone(method):
+    """States are those of the whole model in the block, also when this one generates."""
+    made = tiny("llava_next")
+    inputs, base = made.prompt(), made.model.model
+
+    def block(model):
+        return compress(model, method, 0.3) if method == "snapkv" else prune(model, method, 0.3, after_layer=1)
+
+    with block(made.model) as whole:
+        expected, said = made.model(**inputs).logits, answer(made.model, inputs)
+    with block(base) as record:
+        assert torch.equal(made.model.lm_head(base(**inputs).last_hidden_state), expected)
+        assert record.info.tokens_after == whole.info.tokens_after
+        assert torch.equal(answer(made.model, inputs).sequences, said.sequences)
+    assert not {"forward", "generate"} & {*base.__dict__, *made.model.__dict__}
 
 
 def test_labels_are_refused():
