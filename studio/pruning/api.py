@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from studio.checks import check_choice
 from studio.errors import StudioError
-from studio.pruning.adapters import Family, Llava, family_of
+from studio.pruning.adapters import Family, Llava, family_of, visual_tokens
 from studio.pruning.blocks import block
 from studio.pruning.budget import count, is_fraction
 from studio.pruning.diffrate import DiffRate, with_learned
@@ -102,6 +102,9 @@ def prune(
     Logits and loss of `model(...)` are those of the shorter prompt. `max_length` and `min_length` of `generate` still
     count the whole prompt. Afterwards the model is as it was, also after an exception.
 
+    Of nested blocks that prune on one model the innermost counts; those before and those inside the language model do
+    not nest, nor do `prune` and `studio.compress`: give such a block what `prune_inputs` returns.
+
     A block holds for the thread or asyncio task that opened it, as `torch.no_grad` does: others use the same model at
     the same time, with blocks of their own or none. Start a thread of the block with
     `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`. A deep copy made inside is
@@ -117,14 +120,16 @@ def prune(
             language model and after half of its layers. `None` prunes before the language model. Sequences and
             positions are then those of the whole prompt; go on with its cache inside the block.
         restore_prompt: whether the sequences that `generate` returns begin with the whole prompt, so that
-            `out[:, inputs.input_ids.shape[1]:]` is the answer. `False` returns the short prompt, which fits the cache
-            when a conversation goes on with it (use positions="compact" then).
+            `out[:, inputs.input_ids.shape[1]:]` is the answer. `False` returns the short prompt, which fits the cache:
+            with it and positions="compact" a conversation goes on from there, and is refused otherwise.
 
     Yields:
         A `PruneRecord`.
 
     Raises:
-        StudioError: as in `prune_inputs`, or `use_cache=False` in `generate` with original positions.
+        StudioError: as in `prune_inputs`, or `use_cache=False` in `generate` with original positions; in `generate`,
+            features in place of pixels; with `after_layer`, calls whose cache cannot be cut, such as static caches and
+            assisted generation.
     """
     record = PruneRecord()
     if after_layer is not None or method in INSIDE:
@@ -146,15 +151,16 @@ def prune(
                 "generate": _generate(inside.family, settings, inside.first, restore_prompt),
             }
             methods = {name: _both(first[name], second) for name, second in methods.items()}
-        with inside.hooks(), block(inside.family.model, methods):
+        with inside.hooks(), block(inside.family.model, methods, "studio.prune inside the language model"):
             yield record
         return
     family = family_of(model, method)
     settings = checked(method, keep, positions, newline, reference, generator, options).on(family)
-    methods = {"forward": _forward(family, settings, record)}
-    if hasattr(family.model, "generate"):
-        methods["generate"] = _generate(family, settings, record, restore_prompt)
-    with block(family.model, methods):
+    methods = {
+        "forward": _forward(family, settings, record),
+        "generate": _generate(family, settings, record, restore_prompt),
+    }
+    with block(family.model, methods, "studio.prune before the language model"):
         yield record
 
 
@@ -240,6 +246,8 @@ def _forward(family: Family, settings: Settings, record: PruneRecord):
         keywords |= zip(inspect.signature(original).parameters, arguments)
         if has_images(keywords):
             keywords, record.info = shorten(family, keywords, settings)
+        elif keywords.get("mm_encoder_outputs") and not hasattr(family.model, "generate"):
+            raise StudioError("Features in place of pixels are not pruned: open the block on the model that generates.")
         return original(**keywords)
 
     return forward
@@ -248,13 +256,18 @@ def _forward(family: Family, settings: Settings, record: PruneRecord):
 def _generate(family: Family, settings: Settings, record: PruneRecord, restore_prompt: bool):
     def generate(original, inputs=None, generation_config=None, *arguments, **keywords):
         if not has_images(keywords):
+            ids = keywords.get("input_ids") if inputs is None else inputs
+            if ids is not None:
+                _check_unpruned(family, ids, keywords, settings, restore_prompt)
             return original(inputs, generation_config, *arguments, **keywords)
         if inputs is not None:
             keywords["input_ids"] = inputs
+        configs = [config for config in (generation_config, family.model.generation_config) if config is not None]
+        if keywords.get("attention_mask") is None and keywords.get("input_ids") is not None:
+            keywords["attention_mask"] = _inferred_mask(keywords["input_ids"], keywords, configs)
         with torch.no_grad():
             pruned, info = shorten(family, keywords, settings)
         record.info = info
-        configs = [config for config in (generation_config, family.model.generation_config) if config is not None]
         _check_cache(pruned, configs, settings, family)
         out = original(None, generation_config, *arguments, **_lengths(pruned, configs, info.removed))
         if not restore_prompt:
@@ -264,6 +277,34 @@ def _generate(family: Family, settings: Settings, record: PruneRecord, restore_p
     return generate
 
 
+def _check_unpruned(family: Family, ids: torch.Tensor, given: dict, settings: Settings, restore_prompt: bool) -> None:
+    """Refuse a call without pixels in whose image tokens the model would read something else.
+
+    Raises:
+        StudioError: features in place of pixels, or a conversation that goes on at other places than its cache.
+    """
+    image = visual_tokens(family.model, ids)
+    if given.get("mm_encoder_outputs") and image.any():
+        raise StudioError("Features in place of pixels are not pruned: give pixels, or generate outside the block.")
+    cache = given.get("past_key_values")
+    held = 0 if cache is None else cache.get_seq_length()
+    whole = is_fraction(settings.keep) and settings.keep == 1
+    moved = not whole and (restore_prompt or (settings.positions == "original" and not family.mrope))
+    if held and (image[:, held:].any() or (moved and image.any())):
+        raise StudioError(
+            "A conversation goes on from the cache of a pruned prompt with restore_prompt=False and "
+            "positions='compact' only: give prune both, or give the whole prompt with its pixels and without a cache."
+        )
+
+
+def _inferred_mask(ids: torch.Tensor, given: dict, configs: list) -> torch.Tensor:
+    """(B, L) long: the attention mask as `generate` of transformers makes it where none is given."""
+    pad, ends = (_wanted(f"{name}_token_id", given, configs) for name in ("pad", "eos"))
+    if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+        return torch.ones_like(ids)
+    return ids.ne(pad).long()
+
+
 def _wanted(name: str, given: dict, configs: list):
     """A setting as transformers finds it: an argument, or the first configuration that has one."""
     values = (given.get(name), *(getattr(config, name, None) for config in configs))
@@ -271,8 +312,8 @@ def _wanted(name: str, given: dict, configs: list):
 
 
 def _check_cache(pruned: dict, configs: list, settings: Settings, family: Family) -> None:
-    uses = _wanted("use_cache", pruned, configs)
-    if uses is False and settings.positions == "original" and not family.mrope and "position_ids" in pruned:
+    gaps = settings.positions == "original" and not family.mrope and "position_ids" in pruned
+    if gaps and settings.method != "vscan" and _wanted("use_cache", pruned, configs) is False:
         raise StudioError("generate without a cache needs positions='compact': transformers would split at the gaps.")
 
 

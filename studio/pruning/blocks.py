@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
+from studio.errors import StudioError
+
 _LOCK = threading.Lock()
 _OPEN: ContextVar[tuple["_Block", ...]] = ContextVar("blocks", default=())
 
 
 class _Block:
-    def __init__(self, model, methods: dict[str, Callable]):
-        self.model, self.methods, self.is_open = model, methods, True
+    def __init__(self, model, methods: dict[str, Callable], kind: str):
+        self.model, self.methods, self.kind, self.is_open = model, methods, kind, True
 
 
 class _Dispatcher:
@@ -54,17 +56,29 @@ class _Dispatcher:
 
 
 @contextmanager
-def block(model: torch.nn.Module, methods: dict[str, Callable]) -> Iterator[None]:
+def block(model: torch.nn.Module, methods: dict[str, Callable], kind: str = "studio") -> Iterator[None]:
     """Within the block, in its context, `model.name(...)` is `methods[name](original, ...)`.
 
-    Of nested blocks on one model the innermost counts. Threads and tasks that inherit the context (`copy_context`,
+    Of nested blocks of one kind on one model the innermost counts. Threads and tasks that inherit the context (`copy_context`,
     `asyncio.create_task`) are inside until the block closes; all others call the model as it is.
 
     Args:
         model: the module itself, not a wrapper (see `studio.pruning.adapters.unwrapped`).
-        methods: for each name of a method, a function of the original method and its arguments.
+        methods: for each name of a method, a function of the original method and its arguments; those that the model
+            does not have are left out.
+        kind: what a message calls the block.
+
+    Raises:
+        StudioError: a block of another kind is open on the model in this context.
     """
-    mine = _Block(model, methods)
+    for other in _OPEN.get():
+        if other.is_open and other.model is model and other.kind != kind:
+            raise StudioError(
+                f"{kind} cannot open inside a block of {other.kind} on the same model: close that block first, or "
+                "shorten the prompt with studio.prune_inputs instead."
+            )
+    methods = {name: method for name, method in methods.items() if hasattr(model, name)}
+    mine = _Block(model, methods, kind)
     with _LOCK:
         dispatchers = []
         for name in methods:

@@ -59,7 +59,8 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05, **options:
     Args:
         model: a vision-language model of transformers (see `studio.pruning.adapters.FAMILIES`).
         method: "coverage", "coverage-merge", "snapkv", "h2o", "prefixkv", "kvcrush", "ems" or "lookm".
-        keep: the fraction in (0, 1] of each prompt's image tokens that each layer keeps, or a whole number of them.
+        keep: the fraction in (0, 1] of each prompt's image tokens that each layer keeps, or a whole number of them;
+            tokens that the attention mask hides go and do not count.
         options: settings of "ems", "lookm" and "coverage-merge" (those of "lookm"), such as `merge` (see
             `studio.pruning.cache_merging`).
 
@@ -68,8 +69,8 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05, **options:
         different tokens.
 
     Raises:
-        StudioError: an unknown method or option, a model that is not supported (with the reason), and calls whose
-            cache cannot shrink.
+        StudioError: an unknown method or option, a model that is not supported (with the reason), a block of `prune`
+            around it, and calls whose cache cannot shrink.
     """
     if method not in IN_CACHE:
         raise StudioError(f"The method of the cache is one of {', '.join(IN_CACHE)}, not {shown(method)}.")
@@ -80,7 +81,8 @@ def compress(model: PreTrainedModel, method: str, keep: float = 0.05, **options:
     count(keep, 1)
     record = PruneRecord()
     inside = Compressing(family_of(model, "uniform"), method, keep, record, options)
-    with inside.hooks(), block(inside.family.model, {"forward": inside.forward, "generate": inside.generate}):
+    methods: dict[str, Callable] = {"forward": inside.forward, "generate": inside.generate}
+    with inside.hooks(), block(inside.family.model, methods, "studio.compress"):
         yield record
 
 
@@ -119,7 +121,8 @@ class CompressingCall(Call):
     def __init__(self, inside: Inside, keywords: dict):
         super().__init__(inside, keywords)
         if self.image is not None:
-            self.wanted = [count(inside.keep, total) if total else 0 for total in self.total]
+            seen = (self.image & self.valid).sum(dim=1).tolist()
+            self.wanted = [count(inside.keep, tokens) if tokens else 0 for tokens in seen]
             self.scores: dict[int, torch.Tensor] = {}
             self.places: list[torch.Tensor] = []
 
@@ -304,6 +307,8 @@ def _heavy_and_recent(received: torch.Tensor, places: torch.Tensor, wanted: int)
 
 
 def _crushed(received: torch.Tensor, places: torch.Tensor, wanted: int) -> list[torch.Tensor]:
+    if not wanted:
+        return [places] * len(received)
     scores = received[:, places]
     rank = scores.mean(dim=0).argsort(descending=True, stable=True)
     heavy = wanted - wanted // 4

@@ -29,11 +29,13 @@ def attention_mask_of(inputs: dict) -> torch.Tensor:
     """(B, L) long: the attention mask, all ones when none is given.
 
     Raises:
-        StudioError: another shape.
+        StudioError: no tensor, or another shape.
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids)
+    if not isinstance(mask, torch.Tensor):
+        raise StudioError(f"attention_mask must be a tensor of the shape of input_ids, not a {type(mask).__name__}.")
     if mask.shape != ids.shape:
         raise StudioError(
             f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, not {tuple(mask.shape)}."
@@ -354,7 +356,8 @@ def _positions(family: Family, inputs: dict) -> torch.Tensor:
     """Positions of the whole prompt: (B, L), or (3, B, L) with three axes."""
     given, mask = inputs.get("position_ids"), attention_mask_of(inputs)
     if given is not None:
-        return given[-3:] if family.mrope else given.expand(mask.shape)
+        given = given if given.dim() == 3 else given.expand(mask.shape)
+        return _on_three_axes(given) if family.mrope else given
     if not family.mrope:
         return positions_from(mask)
     ids = inputs["input_ids"]
@@ -376,11 +379,16 @@ def _shorter(family: Family, inputs: dict, keep, positions, kind: str) -> dict:
     out = cut({**inputs, "attention_mask": mask, "position_ids": positions}, keep, 0 if pad is None or pad < 0 else pad)
     text = positions_from(out["attention_mask"])
     if kind == "compact":
-        out["position_ids"] = text.expand(3, *text.shape) if family.mrope else text
+        out["position_ids"] = _on_three_axes(text) if family.mrope else text
     if family.mrope:
         _set_rope_deltas(family, out)
         out["position_ids"] = torch.cat((text[None], out["position_ids"]))
     return out
+
+
+def _on_three_axes(positions: torch.Tensor) -> torch.Tensor:
+    """(3, B, L) positions, of those of text (B, L), or without the positions of text that may lie before the three."""
+    return positions.expand(3, -1, -1) if positions.dim() == 2 else positions[-3:]
 
 
 def _set_rope_deltas(family: Family, out: dict) -> None:

@@ -109,6 +109,41 @@ def test_a_batch_equals_its_rows(beams):
             assert torch.equal(answer(made.model, alone, **options).sequences[:, int(real.sum()) :], together)
 
 
+@methods
+def test_a_prompt_without_images_among_others(method):
+    """Each row says what it says alone."""
+    rows, made = ((0,), (), (1, 2)), tiny("llava_next")
+    whole = made.prompt(rows)
+    with compress(made.model, method, keep=0.1) as record:
+        batch = answer(made.model, whole)
+        assert record.info.tokens_before[1] == record.info.tokens_after[1] == 0
+        for row in range(len(rows)):
+            real = whole["attention_mask"][row].bool()
+            alone = made.prompt((rows[row],)) if rows[row] else {}
+            alone |= {name: whole[name][row, real][None] for name in ("input_ids", "attention_mask")}
+            for ours, theirs in zip(answer(made.model, alone).logits, batch.logits):
+                torch.testing.assert_close(ours[0], theirs[row], atol=2e-5, rtol=1e-4)
+
+
+@methods
+@pytest.mark.parametrize("keep", [0.2, 1.0, 30])
+def test_hidden_image_tokens_do_not_count(method, keep):
+    model, inputs = tiny("llava").model, tiny("llava").prompt(ROWS)
+    image = inputs["input_ids"] == model.config.image_token_id
+    hidden = image.nonzero()[:20]
+    inputs["attention_mask"][hidden[:, 0], hidden[:, 1]] = 0
+    seen = (image & inputs["attention_mask"].bool()).sum(1).tolist()
+    plain = answer(model, inputs, tokens=1)
+    with compress(model, method, keep=keep) as record:
+        out = answer(model, inputs, tokens=1)
+    wanted = [min(keep, tokens) if isinstance(keep, int) else round(keep * tokens) for tokens in seen]
+    assert seen == [16, 72] and record.info.tokens_before == [36, 72] and record.info.tokens_after == wanted
+    assert torch.equal(out.logits[0], plain.logits[0])
+    text = inputs["attention_mask"].sum(1) - torch.tensor(seen)
+    held = torch.stack([layer.real.sum(1) for layer in out.past_key_values.layers])
+    assert torch.equal(held.sum(0), (text + torch.tensor(wanted)) * len(held))
+
+
 def kept_images(method, keep):
     """For each layer and head, the places among the image tokens that are kept, and the eager model's attention."""
     made = tiny("llava", "eager")

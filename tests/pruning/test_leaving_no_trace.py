@@ -2,11 +2,15 @@
 
 import functools
 import inspect
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 
 import pytest
 import torch
 
+from studio.errors import StudioError
 from studio.pruning.api import prune, prune_inputs
+from studio.pruning.kv_cache import compress
 from tests.pruning.tiny_families import FAMILIES, ROWS, answer, rare, reads_attention, tiny
 
 
@@ -68,6 +72,47 @@ def test_blocks_may_be_nested():
     assert "forward" not in model.__dict__
 
 
+BLOCKS = {
+    "studio.prune before the language model": lambda model: prune(model, "divprune", keep=0.5),
+    "studio.prune inside the language model": lambda model: prune(model, "fastv", keep=0.5, after_layer=1),
+    "studio.compress": lambda model: compress(model, "coverage", keep=0.5),
+}
+
+
+@pytest.mark.parametrize("outer, inner", [*permutations(BLOCKS, 2)])
+def test_blocks_of_two_kinds_are_not_nested(outer, inner):
+    """One of another model is, and one in a thread of its own."""
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    model(**inputs)
+    hooks = hooks_of(model)
+    with BLOCKS[outer](model) as record:
+        with pytest.raises(StudioError, match=f"^{inner} cannot open inside a block of {outer} on the same model"):
+            BLOCKS[inner](model).__enter__()
+        model(**inputs)
+        assert record.info.tokens_after == [18]
+        with BLOCKS[inner](tiny("llava_next").model) as other:
+            tiny("llava_next").model(**tiny("llava_next").prompt())
+        assert other.info is not None
+
+        def elsewhere():
+            with torch.no_grad(), BLOCKS[inner](model) as own:
+                model(**inputs)
+            return own.info.tokens_after
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(elsewhere).result() == [18]
+    assert hooks_of(model) == hooks and not {"forward", "generate"} & set(model.__dict__)
+
+
+def test_a_compressed_cache_of_a_pruned_prompt():
+    """What the refusal of nested blocks advises."""
+    model, inputs = tiny("llava").model, tiny("llava").prompt()
+    pruned, info = prune_inputs(model, inputs, "divprune", keep=0.5)
+    with compress(model, "coverage", keep=0.5) as record:
+        model(**pruned)
+    assert info.tokens_after == record.info.tokens_before == [18] and record.info.tokens_after == [9]
+
+
 def test_positional_arguments():
     model, inputs = tiny("llava").model, tiny("llava").prompt()
     ids, rest = inputs["input_ids"], {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -80,3 +125,14 @@ def test_the_base_model_alone():
     model, inputs = tiny("llava_next").model.model, tiny("llava_next").prompt()
     with prune(model, "divprune", keep=0.5) as record:
         assert model(**inputs).last_hidden_state.shape[1] == inputs["input_ids"].shape[1] - record.info.removed
+
+
+def test_generating_in_a_block_of_the_base_model_is_refused():
+    """`generate` encodes the image first, and the base model never sees pixels."""
+    model, inputs = tiny("llava_next").model, tiny("llava_next").prompt()
+    with prune(model.model, "divprune", keep=0.5), pytest.raises(StudioError, match="on the model that generates"):
+        model.generate(**inputs, max_new_tokens=1)
+    with prune(model, "divprune", keep=0.5):
+        expected = model(**inputs).logits
+    with prune(model.model, "divprune", keep=0.5):
+        assert torch.equal(model(**inputs).logits, expected)
