@@ -19,13 +19,14 @@ from transformers import (
 )
 
 from studio import backends
-from studio.checks import check_integer, check_number, check_text, first_line
+from studio.checks import check_integer, check_text, first_line
 from studio.errors import StudioError
 from studio.images import rgb_image
 from studio.pipelines.chat_template import check_template, checked_tokenize, render_template
 from studio.pruning.adapters import family_of
 from studio.pruning.api import merge_tokens, prune_inputs
 from studio.pruning.api import prune as pruning
+from studio.pruning.budget import count
 from studio.pruning.kv_cache import compress
 from studio.pruning.merging import Counts, MergeRecord, TowerTokens, merging_from
 from studio.pruning.patch_views import PatchView, patch_views
@@ -160,7 +161,8 @@ class VisualQuestionPipeline:
             image: a PIL image of any mode, read as `studio.images.rgb_image` does.
             question: at most 2,000 characters.
             prune: a pruning method (`studio.prune`), or `None` to keep every token.
-            keep: the fraction of the image's tokens that a method keeps, in (0, 1]; by default 0.2.
+            keep: the fraction of the image's tokens that a method keeps, in (0, 1], by default 0.2; or a whole number
+                of tokens: 1.0 is all of them and 1 is one.
             after_layer: prune inside the language model, after this layer (`studio.prune`); the kept tokens are then
                 known after the first token of the answer.
             merge: tokens that the vision tower merges in its first layer, the second, ...; or "diffrate", what was
@@ -177,7 +179,8 @@ class VisualQuestionPipeline:
                 unknown method, or a method that does not support the model.
         """
         max_new_tokens = self._checked(question, max_new_tokens)
-        share = float(check_number("keep", _KEEP if keep is None else keep, 0, 1, above=True))
+        budget = _KEEP if keep is None else keep
+        count(budget, 1)
         given = [name for name, value in {"keep": keep, "after_layer": after_layer}.items() if value is not None]
         if prune is None and (given := [*given, *options]):
             raise StudioError(f"{', '.join(given)} needs a method: add prune=, or leave it out.")
@@ -189,7 +192,7 @@ class VisualQuestionPipeline:
         inputs = self._inputs(image, question)
         with self.merging(merge) as merged:
             return self._answer(
-                image, inputs, prune, share, after_layer, tokens, max_new_tokens, on_step, merged, options
+                image, inputs, prune, budget, after_layer, tokens, max_new_tokens, on_step, merged, options
             )
 
     def merging(self, merge: Counts | str) -> AbstractContextManager[MergeRecord]:
@@ -208,7 +211,7 @@ class VisualQuestionPipeline:
         image: Image.Image,
         inputs: BatchFeature,
         prune: str | None,
-        share: float,
+        budget: float,
         after_layer: int | tuple[int, ...] | None,
         tokens: int | None,
         max_new_tokens: int,
@@ -222,14 +225,14 @@ class VisualQuestionPipeline:
         if tokens is not None:
             pruned, info = self._compressed(inputs, tokens)
         elif prune == "vscan":
-            pruned, info = inputs, PruneInfo(prune, share)
+            pruned, info = inputs, PruneInfo(prune, budget)
         elif prune is None or inside:
             pruned, info = prune_inputs(self.model, inputs, "uniform", 1.0)
         else:
-            pruned, info = prune_inputs(self.model, inputs, prune, share, **options)
+            pruned, info = prune_inputs(self.model, inputs, prune, budget, **options)
         block: AbstractContextManager[PruneRecord] = nullcontext(PruneRecord())
         if inside:
-            block = pruning(self.model, prune or "", share, after_layer=after_layer, **options)
+            block = pruning(self.model, prune or "", budget, after_layer=after_layer, **options)
         chosen = self._without_text(info, image.size, merged)
         if on_step is not None and on_step(chosen):
             return chosen
@@ -269,7 +272,7 @@ class VisualQuestionPipeline:
         Args:
             image: a PIL image in RGB.
             method: "coverage-merge" or another of `studio.compress`.
-            keep: the fraction of the image's tokens that each layer keeps, in (0, 1].
+            keep: what each layer keeps of the image's tokens, a fraction or a number as of a call.
             merge: as of a call.
 
         Returns:

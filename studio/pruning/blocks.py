@@ -59,8 +59,8 @@ class _Dispatcher:
 def block(model: torch.nn.Module, methods: dict[str, Callable], kind: str = "studio") -> Iterator[None]:
     """Within the block, in its context, `model.name(...)` is `methods[name](original, ...)`.
 
-    Of nested blocks of one kind on one model the innermost counts. Threads and tasks that inherit the context (`copy_context`,
-    `asyncio.create_task`) are inside until the block closes; all others call the model as it is.
+    Of nested blocks of one kind on one model the innermost counts. Threads and tasks that inherit the context
+    (`copy_context`, `asyncio.create_task`) are inside until the block closes; all others call the model as it is.
 
     Args:
         model: the module itself, not a wrapper (see `studio.pruning.adapters.unwrapped`).

@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -134,9 +135,11 @@ def test_kept_tokens_have_their_places_in_the_image(pipe, image, size):
         ({"question": "an <image> or two"}, "contains <image>"),
         ({"prune": "nonsense"}, "divprune"),
         ({"prune": ""}, "divprune"),
-        ({"prune": "divprune", "keep": 0.0}, "keep must be"),
-        ({"prune": "divprune", "keep": 1.5}, "keep must be"),
-        ({"prune": "divprune", "keep": 7}, "keep must be"),
+        ({"prune": "divprune", "keep": 0.0}, "above 0 and at most 1, not 0.0"),
+        ({"prune": "divprune", "keep": 1.5}, "above 0 and at most 1, not 1.5"),
+        ({"prune": "divprune", "keep": 0}, "at least 1 token"),
+        ({"prune": "divprune", "keep": "much"}, "number of tokens or a fraction"),
+        ({"prune": "vscan", "keep": 7}, "vscan .* needs a fraction"),
         ({"keep": 0.2}, "keep needs a method"),
         ({"keep": 0.2, "tokens": 4}, "keep needs a method"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -150,9 +153,14 @@ def test_wrong_calls_are_refused(pipe, image, call, word):
         pipe(image, **{"question": "what", **call})
 
 
-def test_a_share_of_one_is_everything_in_every_spelling(pipe, image):
-    answer = pipe(image, "how many", prune="divprune", keep=1, max_new_tokens=1)
-    assert answer.kept_tokens == answer.visual_tokens
+def test_a_whole_number_is_one_of_tokens_and_another_number_a_share(pipe, image):
+    whole = pipe(image, "how many", max_new_tokens=1).visual_tokens
+    for keep, kept in ((1, 1), (7, 7), (np.int64(7), 7), (1.0, whole), (np.float32(1), whole), (10_000, whole)):
+        for method, more in (("divprune", {}), ("divprune", {"after_layer": 1})):
+            answer = pipe(image, "how many", prune=method, keep=keep, max_new_tokens=1, **more)
+            assert (answer.kept_tokens, answer.visual_tokens) == (kept, whole)
+        memory = pipe.remember(image, keep=keep)
+        assert (memory.kept_tokens, memory.visual_tokens) == (kept, whole)
 
 
 def run(capfd, *arguments):
@@ -169,6 +177,8 @@ def test_ask_prints_answer_and_counts(folder, image, tmp_path, capfd):
     document = json.loads(out)
     assert set(document) == {"answer", "visual_tokens", "kept_tokens", "seconds", "cache_bytes", "tower"}
     assert document["tower"] is None and document["kept_tokens"] < document["visual_tokens"]
+    code, out, err = run(capfd, *call, "--prune", "divprune", "--keep", 1, "--json")
+    assert json.loads(out)["kept_tokens"] == document["visual_tokens"], err
     for merge in ((), ("--merge", "diffrate:40+9"), ("--merge", 9)):
         code, out, err = run(capfd, *call, *merge)
         assert code == 0 and f"{document['visual_tokens']} of {document['visual_tokens']}" in out, err
@@ -185,6 +195,8 @@ def test_ask_reads_the_image_once_for_several_questions(folder, image, tmp_path,
     for said in document["answers"]:
         code, out, err = run(capfd, "ask", call[1], said["question"], *call[4:], "--json")
         assert json.loads(out)["answer"] == said["answer"]
+    code, out, err = run(capfd, *call, "--keep", 1, "--json")
+    assert json.loads(out)["kept_tokens"] == document["visual_tokens"], err
     code, out, err = run(capfd, *call, "--keep", 0.1, "--json")
     assert json.loads(out)["kept_tokens"] == round(0.1 * document["visual_tokens"]) and document["tower"] is None
     code, out, err = run(capfd, *call, "--merge", "diffrate:40+9", "--json")
