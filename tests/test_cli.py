@@ -64,14 +64,14 @@ def test_convert_refuses_what_is_no_checkpoint(run, tmp_path, kind):
     assert files(tmp_path) == ["model.pt"]
 
 
-@pytest.mark.parametrize("out", ["/proc/nowhere/emoji.zip", "/dev/null/emoji.zip", "folder"])
+@pytest.mark.parametrize("out", ["/proc/nowhere/emoji.zip", "/dev/null/emoji.zip", "folder.zip", "photo.png"])
 def test_an_archive_that_cannot_be_written_is_refused_before_it_is_made(run, tmp_path, monkeypatch, out):
     from studio.data import build
 
     monkeypatch.setattr(build, "build_archive", lambda *_: pytest.fail("it was made"))
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.zip").mkdir()
     refused(run("data", "build", out), out)
-    assert files(tmp_path) == ["folder"]
+    assert files(tmp_path) == ["folder.zip"]
 
 
 def test_no_command_shows_the_help(run):

@@ -21,6 +21,8 @@ def build(
     from studio.data.build import build_archive
     from studio.saving import check_writable
 
+    if out.suffix.lower() != ".zip":
+        raise StudioError(f"The archive is a .zip file: give a path that ends in .zip, not {out}.")
     check_writable(out)
     concepts = build_archive(out, source)
     emit({"path": str(out), "concepts": concepts})

@@ -1,6 +1,7 @@
 """`studio edit`."""
 
 import secrets
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +105,8 @@ def edit(
     settings = {name: value for name, value in {**request, **sampling}.items() if value is not None}
     call = {"model": model, "prompt": prompt, "class_label": class_label, "image": image.name, **settings}
     call["mask_image"] = str(mask) if mask else box
-    _edit(original, prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, call)
+    read = [image, mask]
+    _edit(original, prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, call, read)
 
 
 def parsed_expand(text: str) -> dict[str, int]:
@@ -158,13 +160,16 @@ def _mask(file, box, size):
     return white
 
 
-def _edit(original, prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, call):
-    from studio.commands.outputs import save
+def _edit(original, prompt, class_label, model, num_images, seed, settings, chosen, device, dtype, out, call, read):
+    from studio.commands.outputs import check_apart, save
     from studio.saving import plan_paths, png_writer, save_new
 
     out = user_path(out)
     seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
     paths, _ = plan_paths(out, prompt or f"class {class_label}", seeds)
+    if out.suffix.lower() == ".png":
+        for path, file in product(paths, read):
+            check_apart(path, file)
 
     import torch
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from studio.checks import json_text, shown
 from studio.commands.decodings import decoding_of, named
+from studio.commands.outputs import check_apart
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -183,6 +184,7 @@ def _prepare(file, out, model, seed, options, device, dtype, sheet):
         if packed and request.decoding["name"] not in (None, "ar"):
             raise StudioError(f"{file}, line {request.line}: --dtype int8 goes with decoding ar only.")
     for name in (MANIFEST, SHEET)[: 1 + sheet]:
+        check_apart(out / name, file)
         check_writable(out / name)
 
     from studio import load

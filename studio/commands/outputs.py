@@ -1,10 +1,12 @@
 """Files that commands write."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from studio.console import warn
 from studio.errors import StudioError
+from studio.files import user_path
 
 
 def save(writers: dict[Path, Callable[[Path], object]]) -> None:
@@ -13,6 +15,16 @@ def save(writers: dict[Path, Callable[[Path], object]]) -> None:
 
     for path in save_all(writers):
         warn(f"{path} was there before and is replaced.")
+
+
+def check_apart(out: Path, read: Path | None) -> None:
+    """Check that a command does not write its result over a file that it reads.
+
+    Raises:
+        StudioError: both paths lead to the same file.
+    """
+    if read is not None and os.path.exists(out) and os.path.exists(user_path(read)) and out.samefile(user_path(read)):
+        raise StudioError(f"{out} would be written over the file that is read: choose another --out.")
 
 
 def check_figure(figure: Path | None) -> None:

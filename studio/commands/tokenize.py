@@ -46,12 +46,15 @@ def tokenize(
     """Compress an image to a file of tokens."""
     if sum(given is not None for given in (length, psnr, size)) > 1:
         raise StudioError("Give one of --length, --psnr and --bytes: each decides the number of tokens alone.")
+    if out.suffix.lower() != ".odp":
+        raise StudioError(f"{out} does not end in .odp: that is the ending of files of tokens.")
 
-    from studio.commands.outputs import save
+    from studio.commands.outputs import check_apart, save
     from studio.images import open_image
     from studio.saving import check_writable
 
     original = open_image(image)
+    check_apart(out, image)
     check_writable(out)
     model, name = _load(tokenizer, device)
 
@@ -91,12 +94,13 @@ def detokenize(
     as_json: Json = False,
 ) -> None:
     """Decode a file of tokens to an image."""
-    from studio.commands.outputs import save
+    from studio.commands.outputs import check_apart, save
     from studio.saving import check_writable, png_writer
 
     if out.suffix.lower() != ".png":
         raise StudioError(f"{out} does not end in .png: images are written as PNG.")
     data = _read(file)
+    check_apart(out, file)
     check_writable(out)
 
     from studio import OdpFile, decode_image

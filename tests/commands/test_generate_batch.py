@@ -194,6 +194,14 @@ def test_out_is_a_folder(run, tmp_path):
     assert code == 2 and "/proc/nowhere" in document["error"]
 
 
+def test_the_file_of_prompts_is_not_written_over(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.jsonl").symlink_to("../prompts.jsonl")
+    code, document, _ = run(LINES[:1], "out")
+    assert code == 2 and "over the file that is read" in document["error"]
+    assert json.loads((tmp_path / "prompts.jsonl").read_text()) == LINES[0]
+
+
 def test_class_models_draw_class_labels(run, tmp_path, tiny_class_folder):
     code, _, err = run([{"class_label": 3, "seed": 1}, {"class_label": 4}], "out", model=tiny_class_folder)
     assert code == 0, err

@@ -77,4 +77,19 @@ def test_refusals_leave_no_file(run, folder, tmp_path):
     refused(run("detokenize", "none.odp", "-o", "q.png", *options), "no file")
     refused(run("detokenize", "p.odp", "-o", "q.jpg", *options), ".png")
     refused(run("detokenize", "p.odp", "-o", "q.png"), "--tokenizer")
+    refused(run("tokenize", "image.jpg", "-o", "image.jpg", *options), "image.jpg does not end in .odp")
+    refused(run("tokenize", "image.jpg", "-o", "q.png", *options), "q.png does not end in .odp")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_read_is_not_written_over(run, folder, tmp_path):
+    options = ("--tokenizer", folder)
+    run("tokenize", "image.jpg", "-o", "p.odp", *options)
+    (tmp_path / "image.jpg").rename(tmp_path / "image.odp")
+    (tmp_path / "p.odp").rename(tmp_path / "p.png")
+    (tmp_path / "link.odp").symlink_to("image.odp")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused(run("tokenize", "image.odp", "-o", "image.odp", *options), "over the file that is read")
+    refused(run("tokenize", "image.odp", "-o", "link.odp", *options), "over the file that is read")
+    refused(run("detokenize", "p.png", "-o", "p.png", *options), "over the file that is read")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
