@@ -1,7 +1,6 @@
 """A Hugging Face Space: a folder that holds the app, the package and the weights, and needs only its requirements."""
 
 import json
-import os
 import re
 import shutil
 import tomllib
@@ -10,6 +9,7 @@ from pathlib import Path
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model, read_checksums, unknown_name
 from studio.errors import StudioError
 from studio.files import user_path
+from studio.saving import new_folder
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
@@ -59,21 +59,11 @@ def build_space(folder: str | Path, *, model: str = "emoji-ar", title: str = "St
         StudioError: the folder holds something or cannot be written, there is no such model, or this is no checkout.
     """
     folder = user_path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudioError(f"{folder} is not empty: name a new folder.")
     model = str(folder_of_model(model)) if Path(model).expanduser().is_dir() else model
     kind = _kind(model)
     pins = requirements()
-    part = folder.with_name(f"{folder.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write(part, model, kind, title, pins)
-        os.replace(part, folder)
-    except OSError as error:
-        raise StudioError(f"{folder} cannot be written ({error.strerror or error}): choose another.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        _write(temporary, model, kind, title, pins)
     return files_of(folder)
 
 

@@ -103,6 +103,18 @@ def test_an_empty_folder_is_filled_and_another_is_left_alone(run, tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
+def test_a_neighbour_of_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "space.part").mkdir()
+    (tmp_path / "space.part/notes.txt").write_text("mine")
+    space.build_space(tmp_path / "space")
+    assert (tmp_path / "space.part/notes.txt").read_text() == "mine"
+
+
+def test_the_current_folder_is_refused(run, tmp_path):
+    code, document = run("space", "build", ".")
+    assert code == 2 and "current folder" in document["error"] and not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

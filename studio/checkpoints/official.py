@@ -6,10 +6,6 @@ Files are read with `weights_only`; an unknown or missing weight is an error, ne
 import argparse
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from studio.errors import StudioError
 from studio.files import user_path
 from studio.models.llama_blocks import default_ffn_dim
 from studio.models.llamagen import PRESETS
+from studio.saving import new_folder
 
 State = dict[str, torch.Tensor]
 ANY_PLACE = (("model",), ("module",), ("state_dict",), ())
@@ -159,28 +156,3 @@ def save_new(model: ModelMixin | AutoencoderKL | DiffusionPipeline, out: str | P
     with new_folder(out) as folder:
         model.save_pretrained(folder)
     return Path(out)
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that is renamed to `out` at the end, or removed on an error.
-
-    Raises:
-        StudioError: `out` exists and is not empty, or cannot be written.
-    """
-    out = user_path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StudioError(f"{out} exists already: choose another folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise StudioError(f"{out} cannot be written ({error.strerror}): choose another folder.") from error
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

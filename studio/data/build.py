@@ -20,6 +20,7 @@ from PIL import Image
 
 from studio.data.archive import RESOLUTION, STYLES
 from studio.errors import StudioError
+from studio.saving import save_all
 
 PACKAGES = {
     "3d": ("@lobehub/fluent-emoji-3d", "1.1.0"),
@@ -77,7 +78,8 @@ def build_archive(out: str | Path, source: str | Path | None = None) -> int:
             )
             images.append(both)
         kept = _without_duplicates(images)
-        _write(Path(out), [concepts[i] for i in kept], [images[i] for i in kept], folders)
+        found = [concepts[i] for i in kept], [images[i] for i in kept]
+        save_all({Path(out): lambda path: _write(path, *found, folders)})
     return len(kept)
 
 
@@ -161,10 +163,8 @@ def _without_duplicates(images):
 
 
 def _write(out, concepts, images, folders):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".part")
     stamp = (2020, 1, 1, 0, 0, 0)
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name, content):
             archive.writestr(zipfile.ZipInfo(name, stamp), content)
@@ -178,4 +178,3 @@ def _write(out, concepts, images, folders):
                 buffer = io.BytesIO()
                 both[style].save(buffer, "WEBP", quality=WEBP_QUALITY, alpha_quality=100, method=6)
                 add(f"{style}/{index:04d}.webp", buffer.getvalue())
-    partial.replace(out)
