@@ -81,6 +81,10 @@ class EditRequest:
             mask = read_mask(self.mask_image, (pixels.shape[1], pixels.shape[2]))
         else:
             mask = torch.full(pixels.shape[1:], not expand)
+            if not expand and (self.padding_mask_crop, self.soft_edge) != (None, None):
+                raise StudioError(
+                    "padding_mask_crop and soft_edge belong to a mask: give mask_image, or leave them out."
+                )
         if expand and self.strength < 1:
             raise StudioError("strength is for what is in the image: leave it out where you expand.")
         if bool(mask.all()) and self.strength == 1:

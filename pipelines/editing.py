@@ -99,13 +99,13 @@ class EditingMixin:
             output_type=output_type,
             **{name: value for name, value in options.items() if not name.startswith("callback")},
         )
-        canvas, mask = request.canvas()
         placed = [request.mask_image, request.expand or None, request.padding_mask_crop, request.soft_edge]
         if grid is None and any(value is not None for value in placed):
             raise StudioError(
                 "The tokens of this model are a row and have no places: leave out mask_image, expand, "
                 "padding_mask_crop and soft_edge, and give a strength below 1, which keeps the first tokens."
             )
+        canvas, mask = request.canvas()
         prompts, labels = (
             None if subjects is None else of_each_image(subjects, num_images_per_prompt)
             for subjects in (prompt, class_labels)

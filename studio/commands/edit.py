@@ -89,6 +89,8 @@ def edit(
     check_condition(prompt, class_label)
     if mask is not None and box is not None:
         raise StudioError("Give --mask or --box, not both.")
+    if mask is None and box is None and expand is None and (padding is not None or soft_edge is not None):
+        raise StudioError("--padding and --soft-edge belong to a mask: give --mask or --box, or leave them out.")
     chosen = given(decoding, **(options or {}))
     check_given(**chosen)
     from studio.images import open_image

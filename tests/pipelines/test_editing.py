@@ -217,6 +217,8 @@ BAD = {
     "expand names": {"expand": 3},
     "padding_mask_crop must be": {"mask_image": MASK, "padding_mask_crop": -1},
     "soft_edge must be": {"mask_image": MASK, "soft_edge": 1.5},
+    "and soft_edge belong to a mask": {"strength": 0.5, "soft_edge": 4},
+    "padding_mask_crop and soft_edge belong": {"strength": 0.5, "padding_mask_crop": 4},
     "The image is a PIL image": {"image": "photo.png", "mask_image": MASK},
     "The image has the shape": {"image": photo(16, 16)[..., 0], "mask_image": MASK},
     r"numbers outside \[0, 1\]": {"image": IMAGE * 1.0, "mask_image": MASK},

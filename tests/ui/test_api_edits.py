@@ -130,6 +130,11 @@ def test_answers_are_addresses_or_events(client, server):
         ({"extra_body": {"strength": "half"}}, "strength", "number"),
         ({"extra_body": {"seed": 1.5}}, "seed", "integer"),
         ({"extra_body": {"padding_mask_crop": -1}}, "padding_mask_crop", "0"),
+        (
+            {"mask": openai.omit, "extra_body": {"strength": 0.5, "padding_mask_crop": 4}},
+            "padding_mask_crop",
+            "belongs to a mask",
+        ),
         ({"extra_body": {"num_inference_steps": 4}}, "num_inference_steps", "the option steps"),
         ({"extra_body": {"decoding": "distilled"}}, None, "needs a student"),
         ({"extra_body": {"decoding": "lantern", "k": 8}}, None, "relaxed test"),

@@ -64,6 +64,8 @@ class RedrawRequest:
             set_fields(self, padding=check_integer("The padding", as_integer(self.padding), 0, most))
         if self.mask is None and not self.expand and self.strength == 1:
             raise StudioError(_NOTHING)
+        if self.mask is None and not self.expand and self.padding is not None:
+            raise StudioError("The padding belongs to a mask: mark where to redraw, or leave the padding out.")
 
     @property
     def settings(self) -> dict[str, Any]:
