@@ -249,28 +249,36 @@ def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def blended(sampled: torch.Tensor, original: torch.Tensor, hidden: torch.Tensor, soft_edge: int) -> torch.Tensor:
     """Sampled pixels (B, 3, H, W) under the mask `hidden` (H, W), the original ones elsewhere; see `soft_edge`."""
     if soft_edge and not bool(hidden.all()):
-        around = _continued(original, ~hidden[None, None], soft_edge)
-        sampled = torch.lerp(sampled, around, _nearness(~hidden, soft_edge))
+        around, distance = _continued(original, ~hidden, soft_edge)
+        sampled = torch.lerp(sampled, around, (soft_edge + 1 - distance).clamp(max=soft_edge) / soft_edge)
     return torch.where(hidden, sampled, original)
 
 
 def _continued(values, known, reach):
-    """Values (B, C, H, W) continued from where they are known, pixel by pixel: each is the mean of those before it."""
-    filled, share = values * known, known.float()
-    for _ in range(reach):
-        weight = F.avg_pool2d(share, 3, stride=1, padding=1)
-        means = F.avg_pool2d(filled * share, 3, stride=1, padding=1) / weight.clamp(min=0.01)
-        filled, share = torch.where(share > 0, filled, means), (weight > 0).float()
-    return filled
+    """Values (B, C, H, W) continued from where they are known (H, W): each pixel is the mean of those nearer to them.
 
+    Only the pixels at one distance are worked on at a time, so the time does not grow with `reach`.
 
-def _nearness(known, reach):
-    """How near each hidden pixel (H, W) is to a known one, from 1 beside it to 0 beyond `reach` pixels, in squares."""
-    near, grown = torch.zeros(known.shape), known.float()[None, None]
-    for _ in range(reach):
-        grown = F.max_pool2d(grown, 3, stride=1, padding=1)
-        near = near + grown[0, 0]
-    return near / reach
+    Returns:
+        The values, 0 beyond `reach`, and the distance (H, W) from a known pixel, in squares; `reach` + 1 beyond.
+    """
+    width = known.shape[1] + 2  # with a border of pixels that are not there
+    beside = [-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1]
+    distance = F.pad(torch.where(known, 0, reach + 1), (1, 1, 1, 1), value=-1).flatten()
+    filled = F.pad(values * known, (1, 1, 1, 1)).flatten(2)
+    rim = F.max_pool2d(known[None].float(), 3, stride=1, padding=1)[0] > 0
+    places = torch.nonzero(F.pad(rim & ~known, (1, 1, 1, 1)).flatten())[:, 0]
+    for step in range(1, reach + 1):
+        near = [places + offset for offset in beside]
+        count = sum((distance[each] >= 0) & (distance[each] < step) for each in near)
+        filled[..., places] = sum(filled[..., each] for each in near) / count
+        distance[places] = step
+        places = torch.cat([each[distance[each] > step] for each in near]).unique()
+        if not len(places):
+            break
+    inner = (slice(1, -1), slice(1, -1))
+    shape = (known.shape[0] + 2, width)
+    return filled.unflatten(2, shape)[:, :, *inner], distance.view(shape)[inner]
 
 
 def hidden_cells(

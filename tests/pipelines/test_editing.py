@@ -1,11 +1,13 @@
 """Editing with tiny pipelines: kept pixels, windows, seams, variations, sizes, and bad input in one sentence."""
 
 import inspect
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from studio import ContinuousSpeculative, Distilled, Jacobi, LlamaGenPipeline, StudioError
@@ -193,6 +195,35 @@ def test_filling_and_soft_edges():
     flat = blended(torch.full_like(original, 0.3), original, hidden, 4)[0, 0, 5]
     torch.testing.assert_close(flat[:8], torch.tensor([0.5, 0.5, 0.5, 0.45, 0.4, 0.35, 0.3, 0.3]))
     assert torch.equal(blended(original * 0, original, hidden, 0)[..., 2:], original[..., 2:] * 0)
+
+
+def slowly_blended(sampled, original, hidden, reach):
+    """As of `blended`, by averages over all pixels, again for each pixel of `reach`."""
+    known = (~hidden).float()
+    filled, near = original * known, torch.zeros(hidden.shape)
+    for _ in range(reach):
+        weight = F.avg_pool2d(known[None, None], 3, stride=1, padding=1)
+        means = F.avg_pool2d(filled, 3, stride=1, padding=1) / weight.clamp(min=0.01)
+        filled, known = torch.where(known > 0, filled, means), (weight[0, 0] > 0).float()
+        near += known
+    return torch.where(hidden, torch.lerp(sampled, filled, near / reach), original)
+
+
+def test_a_soft_edge_is_the_mean_of_what_is_nearer():
+    generator = torch.Generator().manual_seed(0)
+    sampled, original = torch.rand(2, 2, 3, 21, 33, generator=generator)
+    for share, reach in ((0.5, 3), (0.97, 6), (0.998, 40)):
+        hidden = torch.rand(21, 33, generator=generator) < share
+        expected = slowly_blended(sampled, original, hidden, reach)
+        torch.testing.assert_close(blended(sampled, original, hidden, reach), expected)
+
+
+def test_a_wide_soft_edge_takes_no_longer_than_a_narrow_one():
+    pixels, hidden = torch.zeros(1, 3, 384, 384), torch.ones(384, 384, dtype=torch.bool)
+    hidden[0, 0] = False
+    began = time.process_time()
+    blended(pixels, pixels, hidden, 383)
+    assert time.process_time() - began < 3
 
 
 def test_a_mask_of_another_size_is_resized_with_a_warning():

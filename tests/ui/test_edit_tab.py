@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from PIL import Image
 
 from studio import StudioError
 from studio.checkpoints import published
+from studio.errors import Stopped
+from studio.ui.jobs import edit_job
 from studio.ui.jobs.edit_job import box_mask
 from studio.ui.server import limits, models, worker
+from studio.ui.server.models import Device
 from studio.ui.server.rate_limits import RateLimiter, Rates
 from studio.ui.tabs import edit
 
@@ -52,6 +56,16 @@ def test_paint_is_redrawn_and_the_rest_stays(steps, files, toasts):
         record = json.loads(image.text["studio"])
         assert record["seed"] == seed and record["call"]["edit"] == {"strength": 1.0, "mask": True}
     assert pair[0].size == pair[1].size
+
+
+def test_an_edit_that_nobody_waits_for_ends_at_its_next_step_without_an_image(steps, files, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(models._pipelines["tiny"], "decode_tokens", lambda *given: decoded.append(given))
+    request = edit_job.redraw_request(Image.fromarray(PIXELS), None, "tiny", "a pear", strength=0.5)
+    job = SimpleNamespace(device=Device(), stopped=True, report=lambda item: None)
+    with pytest.raises(Stopped):
+        edit_job._redraw(request, job)
+    assert len(steps) == 1 and not decoded
 
 
 def test_sides_and_variations(steps, files):

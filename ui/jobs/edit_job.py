@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio import decoding_named
 from studio.checks import as_integer, check_integer, check_number, set_fields, shown
-from studio.errors import StudioError
+from studio.errors import StudioError, check_stopped
 from studio.ui.jobs.generate_job import as_files, subject_of
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server import metrics
@@ -139,8 +139,7 @@ def _redraw(request: RedrawRequest, job: Job) -> Redrawn:
         if time.monotonic() - reported > _PAUSE:
             reported = time.monotonic()
             job.report(Redrawing(steps))
-        if job.stopped:
-            pipe._interrupt = True
+        check_stopped(lambda: job.stopped)
         return {}
 
     name, subject = subject_of(pipe, sampling)
