@@ -23,7 +23,16 @@ from studio.commands.push import push
 from studio.commands.serve import bench_serve, serve
 from studio.commands.tokenize import detokenize, rate_distortion, tokenize
 from studio.commands.train import evaluate, train
-from studio.console import complain, emit_error, only_json_on_stdout, say, warn
+from studio.console import (
+    OutputError,
+    complain,
+    emit_error,
+    only_json_on_stdout,
+    open_streams,
+    say,
+    warn,
+    writing_stdout,
+)
 from studio.errors import StudioError
 from studio.processes import launch_problem
 
@@ -45,16 +54,27 @@ space_app = typer.Typer(help="Build or push the app as a Hugging Face Space.", r
 app.add_typer(space_app, name="space")
 
 
+_BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; exit with 0, or with 2 and one sentence on stderr for a mistake of the user."""
+    open_streams()
     # PyTorch then takes large blocks of memory in huge pages: on Linux a training step on a CPU is faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--json" in arguments and not {"-h", "--help"} & set(arguments):
-        with only_json_on_stdout():
+    try:
+        if not arguments or {"-h", "--help"} & set(arguments):
+            with writing_stdout():
+                code = _run(arguments)
+        elif "--json" in arguments:
+            with only_json_on_stdout():
+                code = _run(arguments)
+        else:
             code = _run(arguments)
-    else:
-        code = _run(arguments)
+    except OutputError as error:
+        is_gone = isinstance(error.__cause__, BrokenPipeError)
+        code = _BROKEN_PIPE if is_gone else _fail(str(error), 2)
     sys.exit(code)
 
 
@@ -63,6 +83,8 @@ def _run(arguments):
         warn(problem)
     try:
         return app(arguments or ["--help"], prog_name="studio", standalone_mode=False) or 0
+    except OutputError:
+        raise
     except StudioError as error:
         return _fail(str(error), 2)
     except typer.Abort:

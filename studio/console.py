@@ -10,13 +10,40 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import getLogger
 
 from studio.checks import json_text
+from studio.errors import StudioError
 from studio.processes import process_index
 
 _document = None
+
+
+class OutputError(StudioError):
+    """Stdout cannot be written; the cause is the `OSError`, a `BrokenPipeError` where its reader has gone away."""
+
+
+def open_streams() -> None:
+    """Put the null device in place of standard streams that are closed, so that no other file gets their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+@contextmanager
+def writing_stdout() -> Iterator[None]:
+    """What is written to stdout within the block, and nothing else that can fail.
+
+    Raises:
+        OutputError: it cannot be written; stdout is the null device from then on.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"The output cannot be written ({error.strerror or error}).") from error
 
 
 def emit(document: object) -> None:
@@ -32,8 +59,14 @@ def emit_error(sentence: str) -> None:
 
 def say(text: str) -> None:
     """Print one line of a result: on stdout, or on stderr under `--json`."""
-    if process_index() == 0:
-        print(_on_terminal(text, sys.stdout), flush=True)
+    if process_index() != 0:
+        return
+    line = _on_terminal(text, sys.stdout)
+    if sys.stdout is sys.stderr:
+        _tell(line)
+        return
+    with writing_stdout():
+        print(line)
 
 
 def _on_terminal(text, stream):
@@ -45,12 +78,18 @@ def _on_terminal(text, stream):
 def warn(text: str) -> None:
     """Print one line on stderr."""
     if process_index() == 0:
-        print(f"Warning: {text}", file=sys.stderr, flush=True)
+        _tell(f"Warning: {text}")
 
 
 def complain(sentence: str) -> None:
     """Print the error of a command on stderr, as one line."""
-    print(f"Error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
+    _tell(f"Error: {' '.join(str(sentence).split())}")
+
+
+def _tell(line):
+    """Print a line on stderr, if that can be written."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
@@ -69,7 +108,11 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def only_json_on_stdout() -> Iterator[None]:
-    """Send what is written to stdout to stderr, and the document of `emit` to stdout at the end."""
+    """Send what is written to stdout to stderr, and the document of `emit` to stdout at the end.
+
+    Raises:
+        OutputError: stdout cannot be written.
+    """
     global _document
     _document = None
     sys.stdout.flush()
@@ -84,7 +127,10 @@ def only_json_on_stdout() -> Iterator[None]:
         os.dup2(real, 1)
         os.close(real)
         if process_index() == 0:
-            os.write(1, (json_text(_finite(_document)) + "\n").encode())
+            data = (json_text(_finite(_document)) + "\n").encode()
+            with writing_stdout():
+                while data:
+                    data = data[os.write(1, data) :]  # which may take a part only
 
 
 def _finite(value):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +93,34 @@ def test_library_output_does_not_reach_stdout_under_json(run, monkeypatch):
     _, out, err = run("models", "--json")
     assert json.loads(out) == {"models": []}
     assert "printed" in err and "compiled" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ("models > /dev/full", 2, "No space left on device"),
+        ("models --json > /dev/full", 2, "No space left on device"),
+        ("--help > /dev/full", 2, "No space left on device"),
+        ("models | true", 141, ""),
+        ("models --json | true", 141, ""),
+        ("models >&-", 0, ""),
+        ("models --json >&-", 0, ""),
+        ("models --json 2> /dev/full | cat > document.json", 0, ""),
+        ("nonsense 2>&-", 2, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_told_in_one_sentence(tmp_path, arguments, code, told):
+    command = f"{sys.executable} -m studio {arguments}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.returncode == code and "Traceback" not in done.stderr and done.stdout == "", done.stderr
+    assert errors == ([f"Error: The output cannot be written ({told})."] if told else [])
+    if (tmp_path / "document.json").exists():
+        assert json.loads((tmp_path / "document.json").read_text())["models"]
+
+
+def test_a_document_is_written_whole_where_stdout_takes_a_part_at_a_time(run, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
+    code, out, _ = run("models", "--json")
+    assert code == 0 and json.loads(out)["models"]
