@@ -1,9 +1,19 @@
 """Paths: the cache folder of files that Studio can make again, and paths given by the user."""
 
+import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from studio.errors import StudioError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def cache_folder() -> Path:
@@ -33,3 +43,28 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+@contextmanager
+def only_one_run(out: Path) -> Iterator[None]:
+    """Within the block no other process of this machine and cache folder enters one for the same folder.
+
+    The lock is kept in the cache folder, so `out` need not exist; where that cannot be written there is none.
+
+    Raises:
+        StudioError: another process is in such a block.
+    """
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:32]
+    try:
+        (cache_folder() / "locks").mkdir(parents=True, exist_ok=True)
+        file = open(cache_folder() / "locks" / name, "a")
+    except OSError:
+        yield
+        return
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudioError(f"Another run writes to {out}: wait for it, stop it, or give another --out.") from error
+        yield

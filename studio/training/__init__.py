@@ -1,11 +1,14 @@
 """Training: one recipe for every kind of model, for the emoji set and for any folder of images."""
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from studio.checks import shown
 from studio.errors import StudioError
+from studio.files import only_one_run
+from studio.processes import process_index
 
 KINDS = {
     "vq": "studio.training.vq:VQRecipe",
@@ -49,11 +52,15 @@ def train(
         What `studio.training.loop.train` returns.
 
     Raises:
-        StudioError: what was asked for cannot be done.
+        StudioError: what was asked for cannot be done, or another run writes to `out`.
     """
     from studio.training.options import merge, read_preset, read_toml
 
-    asked = merge(read_preset(preset) if preset else {}, read_toml(config) if config else {}, options)
+    defaults = read_preset(preset) if preset else {}
+    kind = options.get("kind")
+    if preset and kind is not None and kind != defaults["kind"]:
+        raise StudioError(f"--preset {preset} trains a {defaults['kind']}: leave the kind {kind} out.")
+    asked = merge(defaults, read_toml(config) if config else {}, options)
     if asked.kind not in KINDS:
         raise StudioError(f"There is no kind {shown(asked.kind)}; choose one of {', '.join(KINDS)}.")
     from studio.training.loop import train as run
@@ -67,7 +74,8 @@ def train(
         if error.name != "vector_quantize_pytorch":
             raise
         raise StudioError('Training needs more packages: pip install "token-studio[train]".') from error
-    return run(make_recipe, asked, out, find=Finder(out), resume=resume, name=name, command=command)
+    with only_one_run(out) if process_index() == 0 else nullcontext():
+        return run(make_recipe, asked, out, find=Finder(out), resume=resume, name=name, command=command)
 
 
 def train_family(

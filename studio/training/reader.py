@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from studio.checks import check_integer, check_number
 from studio.data.scenes import TILE, draw_scene, draw_single
 from studio.evaluation.reading import IGNORED, PackedQuestions, pack_questions, packed_logits
 from studio.training.attention_supervision import AttentionLoss, cells_of_patches, what_shows
@@ -26,8 +27,6 @@ TILES = ((1, 1), (1, 2), (2, 1), *((2, 2),) * 5, *((3, 3),) * 2, *((4, 4),) * 2)
 """Rows and columns of tiles of a batch's scenes; each entry is equally likely."""
 _USUAL = 4
 """Tiles of the scenes that a batch's size is about; of larger ones a batch has fewer, of smaller ones more."""
-SINGLES = 0.25
-"""Share of batches that are single emoji."""
 SIDES = (64, 64, 64, 128)
 """Their sides in pixels; one of 128 px is read as 2 x 2 tiles."""
 QUESTIONS = 24
@@ -35,9 +34,6 @@ MEASURED = ((2, 2), (3, 3), (4, 4))
 """Tiles of the scenes by which a reader is measured."""
 _LOOK = 0.5
 """Weight of the attention loss."""
-_WORDS_SHARE = 0.05
-"""Learning rate of the words over the others': answers need words that the tower's images have not, but what these
-have taught is to stay."""
 
 
 class TrainableReader(nn.Module):
@@ -89,9 +85,16 @@ class ReaderRecipe(Recipe):
     )
     library, task = "transformers", "image-text-to-text"
     defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
+    model = {
+        "largest": 4,  # rows and columns of tiles of the largest scenes
+        "singles": 0.25,  # the share of batches that are single emoji
+        "words_rate": 0.05,  # learning rate of the words over the others': what a tower's images have taught is to stay
+    }
     compiles = False
 
     def build(self) -> torch.nn.Module:
+        check_integer("largest", self.model["largest"], 1, 4)
+        check_number("singles", self.model["singles"], 0, 1)
         open_scenes(self)
         self.processor = build_processor()
         return TrainableReader(build_model(len(self.processor.tokenizer))).to(self.device)
@@ -100,16 +103,17 @@ class ReaderRecipe(Recipe):
         inner = module.model.model
         words = [inner.get_input_embeddings().weight]
         matrices = hidden_matrices(inner.language_model.layers, inner.vision_tower.encoder.layers[:-1])
-        return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=_WORDS_SHARE)
+        return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=self.model["words_rate"])
 
     def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
-        if rng.random() < SINGLES:
+        if rng.random() < self.model["singles"]:
             side = SIDES[rng.integers(len(SIDES))]
             tiles = (-(-side // TILE),) * 2
             scenes = [draw_single(rng, side, held_out=not training) for _ in range(_images(size, tiles))]
             cells = torch.zeros_like(cells_of_patches(tiles, PATCH))  # all of it shows all there is
         else:
-            tiles = TILES[rng.integers(len(TILES))]
+            allowed = [tiles for tiles in TILES if max(tiles) <= self.model["largest"]]
+            tiles = allowed[rng.integers(len(allowed))]
             scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(_images(size, tiles))]
             cells = cells_of_patches(tiles, PATCH)
         pixels, texts = read_scenes(self.processor, scenes)

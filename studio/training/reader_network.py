@@ -107,13 +107,17 @@ def build_processor() -> LlavaNextProcessor:
 
 
 def load_reader(folder: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaNextForConditionalGeneration:
-    """A trained reader, in float32, whose words become those of a tokenizer; vectors of new words are random."""
+    """A trained reader, in float32, whose words become those of a tokenizer.
+
+    Vectors of new words are random and short. The table is that of the output too, and long ones would be among the
+    likely answers.
+    """
     theirs = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     known = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
     words = tokenizer.get_vocab()
     shared = [word for word in words if word in known]
     state, model = theirs.state_dict(), build_model(len(words))
-    table = torch.randn(len(words), model.config.get_text_config().hidden_size) * state[_TABLES[0]].std()
+    table = torch.randn(len(words), model.config.get_text_config().hidden_size) * (0.05 * state[_TABLES[0]].std())
     table[[words[word] for word in shared]] = state[_TABLES[0]][[known[word] for word in shared]]
     model.load_state_dict({**state, **dict.fromkeys(_TABLES, table)})
     return model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from studio.files import only_one_run
 from studio.training import loop
 from studio.training.state import load_state
 
@@ -121,6 +122,15 @@ def test_bad_captions_are_one_sentence_and_leave_nothing(run, photos, tmp_path, 
     (photos / "metadata.jsonl").write_text(metadata)
     refused(run("train", "vq", "--data", photos, *TINY, "--steps", "1", "--out", "vq"), str(photos))
     assert not (tmp_path / "vq").exists()
+
+
+def test_two_runs_do_not_write_to_one_folder(run, photos, tmp_path):
+    arguments = ["train", "vq", "--data", photos, *TINY, "--steps", "1", "--out"]
+    with only_one_run(tmp_path / "vq"):
+        refused(run(*arguments, "vq"), "Another run writes to vq: wait for it, stop it, or give another --out.")
+        assert not (tmp_path / "vq").exists()
+        assert run(*arguments, "other")[0] == 0
+    assert run(*arguments, "vq")[0] == 0
 
 
 def test_in_a_process_of_its_own(photos, tmp_path):

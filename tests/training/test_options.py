@@ -124,6 +124,8 @@ def test_unknown_options_and_kinds_are_refused():
         train(steps=3)
     with pytest.raises(StudioError, match="There is no preset 'emoji'; choose one of emoji-1d, .*, family"):
         train(preset="emoji")
+    with pytest.raises(StudioError, match="--preset emoji-ar trains a llamagen: leave the kind vq out"):
+        train(preset="emoji-ar", kind="vq")
 
 
 def test_a_name_is_a_run_beside_this_one_then_a_bundled_model_then_a_folder(tmp_path):

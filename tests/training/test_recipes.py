@@ -1,5 +1,7 @@
 """Every kind at a tiny size: it trains, its weights load as the product loads them, and training goes on from them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -223,6 +225,32 @@ def test_a_reader_that_knows_fewer_words_keeps_them_and_learns_the_others(kind, 
         expected = rows[known[word]] if word in known else row
         assert torch.allclose(row, expected, atol=1e-3), word
         assert row.norm() > 0 or word == "<pad>", word
+        assert word in known or row.norm() < 0.1 * rows.norm(dim=1).mean(), word  # not among the likely answers
+
+
+@pytest.mark.parametrize(
+    "settings, tiles",
+    [
+        ({"largest": 1, "singles": 0.0}, {(1, 1)}),
+        ({"largest": 2, "singles": 0.0}, {(1, 1), (1, 2), (2, 1), (2, 2)}),
+        ({"singles": 1.0}, {(1, 1), (2, 2)}),
+    ],
+)
+def test_images_that_a_reader_learns_from(settings, tiles, small, monkeypatch):
+    monkeypatch.setattr(reader, "TILES", ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3)))
+    recipe = reader.ReaderRecipe(merge({"kind": "reader", "model": settings}), torch.device("cpu"), Path)
+    recipe.build()
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(20):
+        sizes = recipe.batch(rng, 1)["image_sizes"]
+        seen |= {tuple(-(-side // reader.TILE) for side in size) for size in sizes.tolist()}
+    assert seen == tiles
+
+
+@pytest.mark.parametrize("settings", [{"largest": 5}, {"largest": 0}, {"singles": 1.5}, {"singles": -0.1}])
+def test_images_that_a_reader_cannot_learn_from(settings, small, tmp_path):
+    with pytest.raises(StudioError, match=f"{next(iter(settings))} must be .* (to|at most|at least) "):
+        run("reader", tmp_path / "run", steps=1, model=settings)
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
