@@ -1,7 +1,8 @@
-"""Paths: the cache folder of files that Studio can make again, and paths given by the user."""
+"""Paths: the cache folder of files that Studio can make again, paths given by the user, and folders made whole."""
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,3 +69,33 @@ def only_one_run(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise StudioError(f"Another run writes to {out}: wait for it, stop it, or give another --out.") from error
         yield
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that is renamed to `out` at the end, or removed on an error.
+
+    Raises:
+        StudioError: `out` exists and is not empty, is the current folder, or cannot be written.
+    """
+    given, out = user_path(out), Path(os.path.realpath(user_path(out)))
+    if out.exists() and not out.is_dir():
+        raise StudioError(f"{given} exists already and is a file: choose another folder.")
+    temporary = None
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise StudioError(f"{given} exists already and is not empty: choose another folder.")
+        if out.is_dir() and out.samefile("."):
+            raise StudioError(f"{given} is the current folder, which cannot be replaced: name a new folder in it.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+    except OSError as error:
+        raise StudioError(f"{given} cannot be written ({error.strerror or error}): choose another folder.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

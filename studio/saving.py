@@ -6,20 +6,18 @@ import math
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from studio import __version__
 from studio.errors import StudioError
-from studio.files import user_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -200,36 +198,6 @@ def make_folders(folder: Path) -> list[Path]:
     for each in missing:
         each.mkdir(exist_ok=True)
     return missing
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that is renamed to `out` at the end, or removed on an error.
-
-    Raises:
-        StudioError: `out` exists and is not empty, is the current folder, or cannot be written.
-    """
-    given, out = user_path(out), Path(os.path.realpath(user_path(out)))
-    if out.exists() and not out.is_dir():
-        raise StudioError(f"{given} exists already and is a file: choose another folder.")
-    temporary = None
-    try:
-        if out.is_dir() and any(out.iterdir()):
-            raise StudioError(f"{given} exists already and is not empty: choose another folder.")
-        if out.is_dir() and out.samefile("."):
-            raise StudioError(f"{given} is the current folder, which cannot be replaced: name a new folder in it.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-    except OSError as error:
-        raise StudioError(f"{given} cannot be written ({error.strerror or error}): choose another folder.") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def png_writer(image: "Image.Image", call: dict, seed: int | None) -> Callable[[Path | IO[bytes]], None]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from studio.checkpoints.bundled import BUNDLED, bundled_folder, folder_of_model, read_checksums, unknown_name
 from studio.errors import StudioError
-from studio.files import user_path
-from studio.saving import new_folder
+from studio.files import new_folder, user_path
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent

@@ -16,10 +16,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from studio.checkpoints.foreign import check_weights
 from studio.errors import StudioError
-from studio.files import user_path
+from studio.files import new_folder, user_path
 from studio.models.llama_blocks import default_ffn_dim
 from studio.models.llamagen import PRESETS
-from studio.saving import new_folder
 
 State = dict[str, torch.Tensor]
 ANY_PLACE = (("model",), ("module",), ("state_dict",), ())

@@ -7,6 +7,7 @@ library does, because the archive is shipped.
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,6 @@ from PIL import Image
 
 from studio.data.archive import RESOLUTION, STYLES
 from studio.errors import StudioError
-from studio.saving import save_all
 
 PACKAGES = {
     "3d": ("@lobehub/fluent-emoji-3d", "1.1.0"),
@@ -78,8 +78,7 @@ def build_archive(out: str | Path, source: str | Path | None = None) -> int:
             )
             images.append(both)
         kept = _without_duplicates(images)
-        found = [concepts[i] for i in kept], [images[i] for i in kept]
-        save_all({Path(out): lambda path: _write(path, *found, folders)})
+        _write(Path(out), [concepts[i] for i in kept], [images[i] for i in kept], folders)
     return len(kept)
 
 
@@ -163,8 +162,10 @@ def _without_duplicates(images):
 
 
 def _write(out, concepts, images, folders):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     stamp = (2020, 1, 1, 0, 0, 0)
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name, content):
             archive.writestr(zipfile.ZipInfo(name, stamp), content)
@@ -178,3 +179,4 @@ def _write(out, concepts, images, folders):
                 buffer = io.BytesIO()
                 both[style].save(buffer, "WEBP", quality=WEBP_QUALITY, alpha_quality=100, method=6)
                 add(f"{style}/{index:04d}.webp", buffer.getvalue())
+    partial.replace(out)
