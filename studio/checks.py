@@ -35,10 +35,27 @@ def check_integer(name: str, value: Any, minimum: int = 0, maximum: int = MAX_IN
         StudioError: no integer, or one outside the range.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
-        limits = f" of at least {minimum}" if maximum == MAX_INTEGER else f" from {minimum} to {maximum}"
+        is_huge = isinstance(value, Integral) and int(value) > maximum
+        limits = (
+            f" of at least {minimum}" if maximum == MAX_INTEGER and not is_huge else f" from {minimum} to {maximum}"
+        )
         limits = "" if (minimum, maximum) == (-MAX_INTEGER, MAX_INTEGER) else limits
         raise StudioError(f"{name} must be a whole number{limits}, not {shown(value)}.")
     return int(value)
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a JSON object, as an `object_pairs_hook`.
+
+    Raises:
+        StudioError: a name is there twice.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise StudioError(f"{shown(twice)} is given twice: leave one out.")
+    return fields
 
 
 def check_room(room: int, images: int) -> None:

@@ -6,7 +6,16 @@ import os
 from dataclasses import dataclass
 
 from studio import decoding_options
-from studio.checks import MAX_INTEGER, MAX_NUMBER, check_integer, check_number, first_line, is_unicode, shown
+from studio.checks import (
+    MAX_INTEGER,
+    MAX_NUMBER,
+    check_integer,
+    check_number,
+    first_line,
+    is_unicode,
+    shown,
+    unrepeated,
+)
 from studio.commands.decodings import check_given, flag, given
 from studio.errors import StudioError
 from studio.files import user_path
@@ -124,7 +133,9 @@ def line_seed(base_seed: int, line: int) -> int:
 
 def _fields(line):
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=unrepeated)
+    except StudioError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise StudioError(f"this is no JSON ({reason}).") from error

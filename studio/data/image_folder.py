@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from studio.checks import shown
+from studio.checks import first_line, shown, unrepeated
 from studio.data.source import Examples, Source
 from studio.errors import StudioError
 from studio.files import cache_folder
@@ -270,16 +270,30 @@ def _rows(file):
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             if file.suffix == ".csv":
-                rows = list(csv.DictReader(stream))
+                reader = csv.DictReader(stream)
+                rows = [(reader.line_num, row) for row in reader]
             else:
-                rows = [json.loads(line) for line in stream if line.strip()]
+                rows = [(number, _entry(line, number, file)) for number, line in enumerate(stream, 1) if line.strip()]
+    except StudioError:
+        raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise StudioError(f"{file} cannot be read ({str(error).splitlines()[0]}): mend or remove it.") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows:
         pair = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not all(isinstance(value, str) and value.strip() for value in pair):
-            raise StudioError(f"Entry {number} of {file} needs file_name and text, both non-empty texts.")
+            raise StudioError(f"Line {number} of {file} needs file_name and text, both non-empty texts.")
         yield pair
+
+
+def _entry(line, number, file):
+    """The JSON value of a line of a metadata file."""
+    try:
+        return json.loads(line, object_pairs_hook=unrepeated)
+    except StudioError as error:
+        raise StudioError(f"Line {number} of {file}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or first_line(error)
+        raise StudioError(f"Line {number} of {file} cannot be read ({reason}): mend or remove it.") from error
 
 
 def _classes(folder, files):

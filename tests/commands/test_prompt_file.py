@@ -95,6 +95,7 @@ def test_unset_seeds_follow_from_base_seed_and_line(tmp_path):
         ({"prompt": 3}, "prompt"),
         ({"prompt": "a", "class_label": 1}, "prompt"),
         ({"prompt": "a", "colour": "red"}, "colour"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "'seed' is given twice"),
         ({"prompt": "a", "guidance-scale": 2}, "guidance"),
         ({"prompt": "a", "out": "x.png"}, "out"),
         ({"prompt": "a", "seed": -1}, "seed"),

@@ -293,9 +293,12 @@ def test_too_few_images(folder, tmp_path):
         ([{"file_name": "gone.png", "text": "a"}], "name 1 images that are not in .*, first gone.png"),
         ([{"file_name": "/etc/passwd.png", "text": "a"}], "first /etc/passwd.png"),
         ([{"file_name": "000.png", "text": "a"}], "7 images in .* have no caption, first 001.png"),
-        ([{"file_name": "000.png"}], r"Entry 1 of .*metadata.jsonl needs file_name and text"),
+        ([{"file_name": "000.png"}], r"Line 1 of .*metadata.jsonl needs file_name and text"),
         ([{"file_name": "000.png", "text": " "}], "both non-empty texts"),
-        (["text"], "Entry 1 of"),
+        (["text"], "Line 1 of"),
+        ('{"file_name": "000.png", "text": "a"}\n\n{"file_name": "001.png"}', r"Line 3 of .*metadata.jsonl needs"),
+        ('{"file_name": "000.png", "text": "a"}\n\n{', r"Line 3 of .*metadata.jsonl cannot be read \(Expect[^:]*\)"),
+        ('{"file_name": "000.png", "text": "a", "text": "b"}', r"Line 1 of .*metadata.jsonl: 'text' is given twice"),
         ("{", "metadata.jsonl cannot be read"),
         ("[" * 100_000, "metadata.jsonl cannot be read"),
         (b"\xff\xfe", "metadata.jsonl cannot be read"),
@@ -314,7 +317,7 @@ def test_captions_that_do_not_fit_are_one_sentence(folder, metadata, words):
 def test_a_csv_without_the_columns_is_one_sentence(folder):
     write(folder, numbered(8))
     (folder / "metadata.csv").write_text("name,caption\n000.png,a\n")
-    with pytest.raises(StudioError, match="Entry 1 of .*metadata.csv needs file_name and text"):
+    with pytest.raises(StudioError, match="Line 2 of .*metadata.csv needs file_name and text"):
         ImageFolder(folder, 8)
 
 
