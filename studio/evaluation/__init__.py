@@ -67,7 +67,7 @@ def evaluate(
     seed = None if seed is None else check_integer("seed", seed)
     given = {"samples": samples, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if features is not None and data is None:
+    if features is not None and data in (None, EMOJI):
         raise StudioError("Images of the emoji set are compared in the judge's features: leave out --features.")
     if is_judge(model):
         _refuse(decoding)

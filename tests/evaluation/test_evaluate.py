@@ -128,6 +128,12 @@ def test_options_that_change_nothing_are_refused(option):
         evaluate("emoji-vq", **option)
 
 
+@pytest.mark.parametrize("data", [None, "emoji"])
+def test_features_are_for_folders(data):
+    with pytest.raises(StudioError, match="compared in the judge's features: leave out --features"):
+        evaluate("emoji-vq", data=data, features="owner/name")
+
+
 def test_a_judge_and_a_pipeline_read_no_scenes(tiny_folder):
     for model in ("emoji-judge", tiny_folder):
         with pytest.raises(StudioError, match="leave out --tiles"):
