@@ -180,8 +180,9 @@ class LlamaGenPipeline(ConditionalPipeline):
             settings.rule(self.image_tokenizer.quantize.embedding.weight)
         elif not isinstance(settings, (Autoregressive, Jacobi, FastestExact)):
             raise StudioError(
-                "LlamaGen samples with Autoregressive, Jacobi, FastestExact, Speculative, Lantern, LanternPlusPlus or "
-                f"Distilled decoding, not {type(settings).__name__}."
+                "LlamaGen samples with Autoregressive (ar), FastestExact (exact), Jacobi (jacobi), Speculative "
+                "(speculative), Lantern (lantern), LanternPlusPlus (lantern++) or Distilled (distilled) decoding, "
+                f"not {type(settings).__name__}."
             )
         if not isinstance(settings, Distilled) or settings.teacher_steps is not None:
             settings = self.scheduled(settings, guidance_scale)

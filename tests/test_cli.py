@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from tests.command_results import files, refused
 
@@ -74,6 +75,11 @@ def test_an_archive_that_cannot_be_written_is_refused_before_it_is_made(run, tmp
     (tmp_path / "folder.zip").mkdir()
     refused(run("data", "build", out), out)
     assert files(tmp_path) == ["folder.zip"]
+
+
+def test_a_pipeline_that_reads_no_images_is_not_asked(run, tiny_folder, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "scene.png")
+    refused(run("ask", "scene.png", "What is there?", "--model", tiny_folder), "reads no images: use emoji-vlm")
 
 
 def test_no_command_shows_the_help(run):

@@ -73,7 +73,7 @@ def ask(
     quiet_libraries()
     pipe = load(model, device=device, dtype=dtype)
     if not hasattr(pipe, "processor"):
-        raise StudioError(f"{model} reads no images: name a vision-language model of transformers.")
+        raise StudioError(f"{model} reads no images: use emoji-vlm, or a vision-language model of transformers.")
     merging = 0 if merge is None else merge
     if len(questions) > 1:
         _ask_all(pipe, original, questions, 1.0 if keep is None else keep, merging, max_new_tokens)

@@ -163,6 +163,12 @@ def check_auto(name: str | None, tolerance: float | None, options: list[str]) ->
         raise StudioError(f"--decoding auto chooses its own settings: leave {' and '.join(map(flag, options))} out.")
 
 
+def check_packed(dtype: str | None, model: str, pipe: Any) -> None:
+    """Raises a `StudioError` for packed weights of a model that has none."""
+    if dtype == "int8" and DECODINGS["ar"].pipeline != type(pipe).__name__:
+        raise StudioError(f"--dtype int8 is for LlamaGen models: leave it out for {model}.")
+
+
 def picked(model: str, pipe: Any, images: int, tolerance: float | None) -> dict[str, Any]:
     """What `auto` stands for here, in the form of `given`: the fastest measured decoding within the tolerance."""
     from studio.checkpoints.measured import fastest, read_measured

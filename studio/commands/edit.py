@@ -1,6 +1,5 @@
 """`studio edit`."""
 
-import secrets
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from studio.commands.options import (
     Temperature,
     check_condition,
     number,
+    seeds_of,
 )
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -167,7 +167,7 @@ def _edit(original, prompt, class_label, model, num_images, seed, settings, chos
     from studio.saving import plan_paths, png_writer, save_new
 
     out = user_path(out)
-    seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
+    seeds = seeds_of(seed, num_images)
     paths, _ = plan_paths(out, prompt or f"class {class_label}", seeds)
     if out.suffix.lower() == ".png":
         for path, file in product(paths, read):

@@ -1,6 +1,5 @@
 """`studio generate`."""
 
-import secrets
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from studio.commands.decodings import (
     Tolerance,
     check_auto,
     check_given,
+    check_packed,
     decoding_of,
     given,
     named,
@@ -27,6 +27,7 @@ from studio.commands.options import (
     Temperature,
     check_condition,
     number,
+    seeds_of,
 )
 from studio.console import emit, quiet_libraries, say, warn
 from studio.errors import StudioError
@@ -145,7 +146,7 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     from studio.commands.outputs import save
     from studio.saving import make_sheet, plan_paths, png_writer, save_new
 
-    seeds = [(secrets.randbelow(2**31) if seed is None else seed) + index for index in range(num_images)]
+    seeds = seeds_of(seed, num_images)
     paths, sheet_path = plan_paths(out, prompt or f"class {class_label}", seeds, sheet)
 
     import torch
@@ -156,8 +157,11 @@ def _generate(prompt, class_label, model, num_images, seed, settings, decoding, 
     packed = dtype == "int8"
     quiet_libraries()
     pipe = load(model, device=device, dtype=None if packed else dtype)
+    if hasattr(pipe, "processor"):
+        raise StudioError(f"{model} answers questions about images: use studio ask, or a pipeline such as emoji-ar.")
     if not callable(pipe) or not hasattr(pipe, "image_tokenizer"):
         raise StudioError(f"{model} turns images into tokens and cannot sample: use a pipeline such as emoji-ar.")
+    check_packed(dtype, model, pipe)
     is_auto = decoding["name"] == "auto"
     decoding = picked(model, pipe, num_images, tolerance) if is_auto else named(pipe=pipe, **decoding)
     how = Autoregressive(weights="int8") if packed else decoding_of(**decoding)

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 from studio.checks import json_text, shown
-from studio.commands.decodings import decoding_of, named
+from studio.commands.decodings import check_packed, decoding_of, named
 from studio.commands.outputs import check_apart
 from studio.commands.prompt_file import Request, read_prompts
 from studio.console import emit, quiet_libraries, say, warn
@@ -193,6 +193,7 @@ def _prepare(file, out, model, seed, options, device, dtype, sheet):
     pipe = load(model, device=device or join(), dtype=None if packed else dtype)
     if not hasattr(pipe, "check_call"):
         raise StudioError(f"{model} samples no file of prompts: use a pipeline such as emoji-ar.")
+    check_packed(dtype, model, pipe)
     pipe.set_progress_bar_config(disable=True)
     cautions = set()
     for number, request in enumerate(requests):

@@ -2,10 +2,12 @@
 
 import math
 import re
+import secrets
 from typing import Annotated, Any
 
 import typer
 
+from studio.checks import MAX_INTEGER
 from studio.errors import StudioError
 
 
@@ -33,6 +35,18 @@ def check_condition(prompt: str | None, class_label: str | None) -> None:
         raise StudioError(
             'Say what to sample: a prompt such as "a red apple", or --class-label for a class-conditional model.'
         )
+
+
+def seeds_of(seed: int | None, count: int) -> list[int]:
+    """The seeds of images: the given one or a random one, and those that follow it.
+
+    Raises:
+        StudioError: they go beyond the largest seed.
+    """
+    first = secrets.randbelow(2**31) if seed is None else seed
+    if first + count - 1 > MAX_INTEGER:
+        raise StudioError(f"--seed {first} is too large for {count} images: give at most {MAX_INTEGER - count + 1}.")
+    return [first + index for index in range(count)]
 
 
 def parsed_tiles(text: str) -> tuple[int, int]:

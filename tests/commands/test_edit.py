@@ -67,6 +67,7 @@ def test_masks_sides_and_variations(run, tiny_folder, tiny_row_folder, photo, tm
         (["black.png", "a red apple", "--mask", "black.png"], "no white"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--model", "emoji-vq"], "cannot edit"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "--padding", "-1"], "--padding"),
+        (["photo.png", "a", "--box", "0,0,9,9", "--seed", str(2**63 - 1), "--num-images", "2"], "give at most"),
         (["photo.png", "a red apple", "--strength", "0.5", "--soft-edge", "4"], "--soft-edge belong to a mask"),
         (["photo.png", "a red apple", "--strength", "0.5", "--padding", "4"], "--soft-edge belong to a mask"),
         (["photo.png", "a red apple", "--box", "0,0,9,9", "-o", "photo.png"], "over the file that is read"),

@@ -158,6 +158,11 @@ def test_options_of_no_decoding_of_the_model_are_refused_in_int8_too(run):
         assert code == 2 and told in document["error"]
 
 
+def test_int8_is_refused_for_other_models(run, tiny_mar_folder):
+    code, document, _ = run([{"prompt": "a pear"}], "out", "--dtype", "int8", model=tiny_mar_folder)
+    assert code == 2 and document["error"].startswith("--dtype int8 is for LlamaGen models: leave it out for")
+
+
 def test_a_folder_that_another_run_writes_to_is_refused(run, tmp_path):
     records = many.Records(tmp_path / "out" / "records", 0)
     code, document, _ = run(LINES, "out")

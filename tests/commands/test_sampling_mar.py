@@ -55,6 +55,7 @@ def test_decodings(run, tiny_mar_folder, tmp_path, options, shown):
         ("mar", ["--order", "gtr", "--steps", "2"], "at least 3 steps"),
         ("ar", ["--order", "gtr"], "--order belongs to --decoding mar or cspd, not exact"),
         ("mar", ["--steps", "4", "--dtype", "int8"], "not ar: leave --steps out"),
+        ("mar", ["--dtype", "int8"], "--dtype int8 is for LlamaGen models: leave it out for"),
         ("mar", ["--schedule", "circle"], "--schedule belongs to --decoding resgen or first-hitting, not mar"),
         ("ar", ["--steps", "2"], "--steps belongs to --decoding distilled: say which"),
         ("ar", ["--delta", "0.1"], "--delta belongs to --decoding lantern: say which"),
