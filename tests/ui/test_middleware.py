@@ -67,6 +67,21 @@ def test_a_body_that_is_counted_is_read_no_further():
     assert len(read) == MIB // 65536 + 1
 
 
+@pytest.mark.parametrize("body", [b"x" * 30 * MIB, chunks(30 * MIB)])
+def test_who_sends_too_much_reads_why(address, body):
+    refused = httpx.post(f"{address}gradio_api/call/generate", content=body)
+    assert refused.status_code == 413 and "shorten your text" in refused.json()["detail"]
+
+
+def test_who_asks_for_leave_to_send_too_much_is_refused_at_once(address):
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MIB}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"give a smaller image, of at most 0.1 MB" in answer
+
+
 @pytest.mark.parametrize("path", ["run/upload", "call/ask", "queue/join", "call/ask/upload", "x/upload"])
 @pytest.mark.parametrize("web", ["http://127.0.0.1:1/a.png", "https://example.org/a.png", "HTTP://example.org/a.png"])
 def test_no_route_takes_an_address_for_a_file(address, path, web):
@@ -160,6 +175,17 @@ def test_one_client_has_so_many_requests_open():
     gate = GuardMiddleware(None, Listeners(), 1, 2)
     gate._asking["1.2.3.4"] = 2
     assert asked(gate)[0] == 429 and asked(gate, ("1.2.3.5", 1))[0] == 200
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "client": ("1.2.3.4", 5)}
+    asyncio.run(gate(scope, receive, send))
+    assert sent[0]["status"] == 429 and (b"retry-after", b"2") in sent[0]["headers"]
 
 
 def test_listeners_are_those_of_the_answer_routes():

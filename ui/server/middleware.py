@@ -5,6 +5,7 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 from urllib.parse import parse_qs
 
@@ -29,13 +30,15 @@ _PROBES = ("/healthz", "/readyz")
 _MOST_BYTES = 1 << 20  # of a message
 _MOST_FILES = 8  # of an upload
 _LONGEST_PAUSE = 30  # seconds between two parts of a message
+_MOST_DISCARDED = 1 << 26  # bytes that a refused request may still send, so that its client reads the answer
+_LONGEST_DISCARD = 10  # seconds
+_RETRY = b"2"  # seconds after which one of many open requests may be closed
 _READS = ("GET", "HEAD", "OPTIONS")
 _A_FILE = {"_type": "gradio.FileData"}
 _FORWARDED = b"x-studio-client"
 _CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
 _PREFLIGHT = (
     (b"access-control-allow-methods", b"GET, POST"),
-    (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-ID"),
     (b"access-control-max-age", b"600"),
 )
 _CALL = "studio.call"  # the key of a scope: names the request
@@ -79,6 +82,9 @@ class GuardMiddleware:
         most = upload_bytes + (1 << 16)  # with the names of the files and the boundaries between them
         base64 = most * 4 // 3
         self._most = {UPLOAD: most, _EDITS: most, TOOLS: base64, _CHAT: base64}
+        size = f"of at most {upload_bytes / 1e6:.3g} MB"
+        self._advice = dict.fromkeys((_EDITS, TOOLS, _CHAT), f"give a smaller image, {size}")
+        self._advice[UPLOAD] = f"give a smaller file, {size}"
         self._secret = secrets.token_hex(16)
         self._asking: Counter[str | None] = Counter()
 
@@ -91,14 +97,17 @@ class GuardMiddleware:
             await self.app(scope, receive, send)
             return
         if self._may_share(path, scope):
-            send = _shared(send, dict(scope["headers"])[b"origin"])
+            headers = dict(scope["headers"])
+            send = _shared(send, headers[b"origin"])
             if scope["method"] == "OPTIONS":
-                await _answer(send, 204, b"", _PREFLIGHT)
+                asked = headers.get(b"access-control-request-headers", b"Authorization, Content-Type")
+                await _answer(send, 204, b"", [*_PREFLIGHT, (b"access-control-allow-headers", asked)])
                 return
+        counted = _Counted(receive, self._most.get(path, _MOST_BYTES), self._advice.get(path, "shorten your text"))
         try:
             scope = self._checked(path, scope)
         except _Refusal as refusal:
-            await _refuse(send, path, refusal)
+            await _refuse(send, path, scope, refusal, counted)
             return
         client = scope[CLIENT]
         scope.get(FIELDS, {})["client"] = client
@@ -107,9 +116,9 @@ class GuardMiddleware:
         if key:
             self._listeners.arrive(key)
         try:
-            await self._pass(path, scope, receive, send)
+            await self._pass(path, scope, counted, send)
         except _Refusal as refusal:
-            await _refuse(send, path, refusal)
+            await _refuse(send, path, scope, refusal, counted)
         finally:
             self._asking[client] -= 1
             if not self._asking[client]:
@@ -140,11 +149,11 @@ class GuardMiddleware:
             raise _Refusal(429, f"{self._open_requests} requests of yours are open already: close some first.")
         return scope
 
-    async def _pass(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
+    async def _pass(self, path: str, scope: Message, counted: "_Counted", send: Send) -> None:
         if scope["method"] in _READS:
-            await self.app(scope, receive, send)
+            await self.app(scope, counted.receive, send)
             return
-        counted = _Counted(receive, self._most.get(path, _MOST_BYTES))
+        counted.check_length(scope)
         if path == UPLOAD:
             counted.boundary = _boundary(scope)
             await self.app(scope, counted, _guarded(send, counted))
@@ -157,7 +166,7 @@ class GuardMiddleware:
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            return waiting.pop() if waiting else await receive()
+            return waiting.pop() if waiting else await counted.receive()
 
         await self.app(scope, replay, send)
 
@@ -193,10 +202,13 @@ class _Refusal(Exception):
 
 
 class _Counted:
-    """`receive` of a request with limits: bytes, files, and seconds between two parts."""
+    """`receive` of a request with limits: bytes, files, and seconds between two parts.
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._most = receive, most
+    `advice` says what to do where there are more than `most` bytes.
+    """
+
+    def __init__(self, receive: Receive, most: int, advice: str = "shorten your text") -> None:
+        self.receive, self._most, self._advice = receive, most, advice
         self._bytes, self._parts, self._tail, self._ended = 0, 0, b"", False
         self.boundary: bytes | None = None
         self.refusal: _Refusal | None = None
@@ -205,16 +217,15 @@ class _Counted:
         if self.refusal:
             raise self.refusal
         if self._ended:
-            return await self._receive()
+            return await self.receive()
         try:
-            message = await asyncio.wait_for(self._receive(), _LONGEST_PAUSE)
+            message = await asyncio.wait_for(self.receive(), _LONGEST_PAUSE)
         except TimeoutError:
             self._refuse(408, f"Nothing came for {_LONGEST_PAUSE} seconds: send the request again.")
         chunk, self._ended = message.get("body", b""), not message.get("more_body", False)
         self._bytes += len(chunk)
         if self._bytes > self._most:
-            what = "shorten your text" if self.boundary is None else "give a smaller file"
-            self._refuse(413, f"A request has at most {self._most} bytes here: {what}.")
+            self._refuse_size()
         if self.boundary:
             seen = self._tail + chunk
             self._parts += seen.count(self.boundary)
@@ -232,6 +243,29 @@ class _Counted:
                 return None
             body += message.get("body", b"")
         return bytes(body)
+
+    def check_length(self, scope: Message) -> None:
+        """Check the length that a request names, before anything of its body is asked for.
+
+        Raises:
+            _Refusal: it is larger than allowed.
+        """
+        if int(dict(scope["headers"]).get(b"content-length", 0)) > self._most:
+            self._refuse_size()
+
+    async def discard(self, scope: Message) -> None:
+        """Read on for a while: what a client still sends to a closed connection would cost it the answer."""
+        if not self._bytes and b"expect" in dict(scope["headers"]):
+            return  # it waits for leave to send
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_DISCARD):
+                while not self._ended and self._bytes < self._most + _MOST_DISCARDED:
+                    message = await self.receive()
+                    self._bytes += len(message.get("body", b""))
+                    self._ended = not message.get("more_body", False)
+
+    def _refuse_size(self) -> NoReturn:
+        self._refuse(413, f"A request has at most {self._most} bytes here: {self._advice}.")
 
     def _refuse(self, status: int, sentence: str) -> NoReturn:
         self.refusal = _Refusal(status, sentence)
@@ -304,7 +338,7 @@ def _names_other_file(body: bytes) -> bool:
     return False
 
 
-async def _refuse(send: Send, path: str, refusal: _Refusal) -> None:
+async def _refuse(send: Send, path: str, scope: Message, refusal: _Refusal, counted: _Counted) -> None:
     """Answer with an error, in the form of the API where it is asked."""
     content: dict[str, Any] = {"detail": refusal.sentence}
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
@@ -312,13 +346,24 @@ async def _refuse(send: Send, path: str, refusal: _Refusal) -> None:
         content = error_content(refusal.sentence, refusal.status, code=_CODES.get(refusal.status))
     elif refusal.status == 401:
         headers.append((b"www-authenticate", b'Basic realm="Studio"'))
-    await _answer(send, refusal.status, json.dumps(content).encode(), headers)
+    if refusal.status == 429:
+        headers.append((b"retry-after", _RETRY))
+    body = json.dumps(content).encode()
+    await _start(send, refusal.status, body, headers)
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if refusal.status != 408:
+        await counted.discard(scope)
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    await _start(send, status, body, headers)
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _start(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _shared(send: Send, origin: bytes) -> Send:
@@ -327,6 +372,7 @@ def _shared(send: Send, origin: bytes) -> Send:
     async def shared(message: Message) -> None:
         if message["type"] == "http.response.start":
             own = [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+            own += [(b"access-control-expose-headers", b"X-Request-ID, Retry-After")]
             message = {**message, "headers": [*message["headers"], *own]}
         await send(message)
 
