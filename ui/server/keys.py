@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def read_keys(keys: Iterable[str], file: Path | None) -> Keys | None:
     """The keys of the command line and of a file with a name and a key in each line; `None` where there are none.
 
     Raises:
-        StudioError: the file cannot be read or has none, a line has another form, or a key cannot be used.
+        StudioError: the file cannot be read or has none, a line has another form, a key cannot be used, or the variable
+            `STUDIO_API_KEY` is set without a key, which would open the server.
     """
     named = [(f"key-{number}", key) for number, key in enumerate(keys, 1)]
     if file is not None:
@@ -66,6 +68,8 @@ def read_keys(keys: Iterable[str], file: Path | None) -> Keys | None:
         if not found or any(len(words) != 2 for words in found):
             raise StudioError(f"{file} has a name and a key in each line, with a space between: see docs/serving.md.")
         named += [(name, key) for name, key in found]
+    if not named and not os.environ.get("STUDIO_API_KEY", "unset").strip():
+        raise StudioError("STUDIO_API_KEY is empty: give a key or unset it.")
     return Keys(named) if named else None
 
 

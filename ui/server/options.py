@@ -12,6 +12,7 @@ from studio.ui.app import launch
 from studio.ui.server.limits import Limits, set_limits
 from studio.ui.server.models import Device, bundled_models, get_pipeline, get_reader, pulled_pipelines
 from studio.ui.server.rate_limits import RateLimiter, Rates
+from studio.ui.server.run import open_socket
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker, use_workers
 from studio.ui.tabs.components import short_name
@@ -32,6 +33,8 @@ def serve(
 ) -> None:
     """Load the model onto every device, and serve the app until it is interrupted.
 
+    It listens before it loads: an address that is taken is noticed at once, and requests wait until the model is there.
+
     Args:
         host, port: where to listen.
         model, devices, queue_limits, limits, rates: as of `prepare`.
@@ -40,7 +43,9 @@ def serve(
     Raises:
         StudioError: as of `prepare`, or nothing can listen there.
     """
-    launch(host, port, **prepare(model, devices, queue_limits, limits, rates), **settings)
+    with open_socket(host, port) as listening:
+        how = prepare(model, devices, queue_limits, limits, rates)
+        launch(host, port, listening=listening, **how, **settings)
 
 
 def prepare(

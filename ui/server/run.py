@@ -66,6 +66,7 @@ def running(
     folder: Path | None = None,
     keys: Keys | None = None,
     origins: Collection[str] = (),
+    listening: socket.socket | None = None,
     **settings: Any,
 ) -> Iterator[str]:
     """Serve an app and the API from a thread.
@@ -77,6 +78,7 @@ def running(
         open_requests: of one client at a time, at most.
         folder: where the files of sessions are, which is then kept small; `None` for no folder of this process.
         keys, origins: as of `GuardMiddleware`.
+        listening: what listens there already, as of `open_socket`.
         settings: passed on to `gr.mount_gradio_app`.
 
     Yields:
@@ -86,7 +88,7 @@ def running(
         StudioError: nothing can listen there.
     """
     listeners = Listeners()
-    listening = open_socket(host, port)
+    listening = listening or open_socket(host, port)
     app = new_application(folder, lifespan=lambda _: kept_clean(folder, blocks, listeners) if folder else nullcontext())
     blocks.state_session_capacity, blocks.has_launched = _SESSIONS, True
     port = listening.getsockname()[1]
