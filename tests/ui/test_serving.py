@@ -21,10 +21,11 @@ from studio.ui.jobs import generate_job as sampling
 from studio.ui.jobs.generate_job import Sampled, sample
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.render.preview import Sketch
-from studio.ui.server import limits, models, worker
+from studio.ui.server import limits, models, options, worker
 from studio.ui.server.limits import Limits
 from studio.ui.server.models import Device
 from studio.ui.server.options import devices_of, prepare
+from studio.ui.server.run import open_socket
 from studio.ui.server.scheduler import QueueLimits
 from studio.ui.server.worker import DeviceWorker
 from studio.ui.tabs.components import uploaded
@@ -129,9 +130,21 @@ def test_other_settings_are_sampled_in_another_call(pipe, calls):
 
 
 def test_what_the_pipeline_refuses_keeps_nobody_else_from_sampling(pipe, calls):
-    good, bad = sampled([GenerateRequest("tiny", "a pear", 1, 2), GenerateRequest("tiny", " ", 1, 3)])
+    good, bad = sampled([GenerateRequest("tiny", "a pear", 1, 2), GenerateRequest("tiny", "a plum", 1, 3, size="9x9")])
     assert calls == [2] and len(good[-1].images) == 1
-    assert isinstance(bad, StudioError) and "prompt is empty" in str(bad)
+    assert isinstance(bad, StudioError) and "16x16" in str(bad)
+
+
+def test_an_empty_prompt_waits_for_no_device(pipe):
+    with pytest.raises(StudioError, match="prompt is empty"):
+        sample(GenerateRequest("tiny", " ", 1, 3))
+
+
+def test_a_port_that_is_taken_is_noticed_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(options, "prepare", lambda *given: pytest.fail("loaded"))
+    with open_socket("127.0.0.1", 0) as taken, pytest.raises(StudioError, match="cannot listen on"):
+        port = taken.getsockname()[1]
+        options.serve("127.0.0.1", port, model="tiny", devices=[], queue_limits=QueueLimits(), limits=Limits())
 
 
 def test_a_call_that_fails_is_done_again_for_each_alone(pipe, calls, monkeypatch):

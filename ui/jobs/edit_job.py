@@ -118,6 +118,7 @@ def redraw(request: RedrawRequest) -> AsyncIterator[Redrawing | Redrawn]:
     Raises:
         StudioError: the model cannot be loaded or refuses the request, or the queue is full.
     """
+    request.sampling.check_subject()
     return follow(lambda job: _redraw(request, job), images=request.sampling.count)
 
 

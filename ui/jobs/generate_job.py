@@ -199,6 +199,7 @@ def sample(request: GenerateRequest) -> AsyncIterator[Progress | Sampled]:
     Raises:
         StudioError: the model cannot be loaded or refuses the request, or the queue is full.
     """
+    request.check_subject()
     key, continuous = request.batch_key, None
     if is_continuous() and request.joins:
         from studio.ui.jobs.continuous_job import sample_continuously

@@ -75,7 +75,9 @@ class GenerateRequest:
             check_user_text("The class", self.class_label)
         else:
             set_fields(self, class_label=check_integer("The class", as_integer(self.class_label)))
-        for name in _SAMPLING:
+        if self.top_k is not None:
+            set_fields(self, top_k=check_integer("top_k", as_integer(self.top_k), 0, int(MAX_NUMBER)))
+        for name in ("guidance_scale", "temperature", "top_p"):
             if (value := getattr(self, name)) is not None:
                 set_fields(self, **{name: check_number(name, as_integer(value), -MAX_NUMBER)})
         choice.settings(**self.options)
@@ -116,6 +118,15 @@ class GenerateRequest:
         has_classes = class_label is not None and class_names(model) is not None
         subject = {"prompt": "", "class_label": class_label} if has_classes else {"prompt": prompt}
         return cls(model, **subject, count=count, **numbers, decoding=decoding, options=chosen)
+
+    def check_subject(self) -> None:
+        """Check that it says what the images show, before it waits for a device.
+
+        Raises:
+            StudioError: it has neither a prompt nor a class.
+        """
+        if self.class_label is None and not self.prompt.strip() and class_names(self.model) is None:
+            raise StudioError("The prompt is empty: describe the image in a few words.")
 
     @property
     def title(self) -> str:

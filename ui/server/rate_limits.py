@@ -63,6 +63,12 @@ class RateLimiter:
         if not math.isinf(min(self.rates.requests, self.rates.images)):
             self._asked.setdefault(client, deque()).append((time.monotonic(), images))
 
+    def forget(self, client: Hashable, images: int) -> None:
+        """Take back the newest count of such a request, which was refused after all."""
+        asked = self._asked.get(client, deque())
+        if entry := next((entry for entry in reversed(asked) if entry[1] == images), None):
+            asked.remove(entry)
+
     def _recent(self, client: Hashable, now: float) -> "deque[tuple[float, int]]":
         """What a client asked for in the last minute; clients that have not asked since then are forgotten."""
         for name, asked in list(self._asked.items()):

@@ -384,6 +384,8 @@ async def follow(work: Callable[[Job], Any], batch: BatchSpec | None = None, *, 
                 await asyncio.sleep(_SHORTEST_PAUSE)
             if not is_heard():
                 raise StudioError("Nobody listened for the answer: this request was dropped.")
+        if isinstance(future.exception(), StudioError):
+            _rates.forget(request.client, request.size)
         yield future.result()
     finally:
         job.stop()
