@@ -1,6 +1,7 @@
 """The API as the real `openai` client sees it, against a running server with tiny random models."""
 
 import base64
+import gzip
 import json
 import logging
 import re
@@ -60,6 +61,10 @@ def question(url, text="what"):
     ]
 
 
+def image_part(given):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": given}]}]
+
+
 def test_images_are_those_of_a_single_call(client, tiny_pipeline):
     found = client.images.generate(prompt="a red apple", n=2, user="u1", extra_body={"seed": 7, "guidance_scale": 2.0})
     assert [each.seed for each in found.data] == [7, 8] and found.size == "16x16" and found.output_format == "png"
@@ -114,6 +119,8 @@ def test_options_of_a_decoding_stand_beside_the_rest(client, tiny_pipeline):
         ({"extra_body": {"delta": 0.1}}, None, "delta belongs to lantern"),
         ({"extra_body": {"num_inference_steps": 4}}, "num_inference_steps", "the option steps"),
         ({"extra_body": {"decoding": "magic"}}, "decoding", "The decoding is one of"),
+        ({"extra_body": {"decoding": ""}}, "decoding", "The decoding is one of"),
+        ({"extra_body": {"top_k": 10**30}}, "top_k", "a whole number from 0 to 1000000"),
         ({"extra_body": {"temperature": -1}}, "temperature", "temperature"),
         ({"extra_body": {"seed": "7"}}, "seed", "integer"),
         ({"n": 9}, "n", "from 1 to 3, not 9"),
@@ -134,6 +141,53 @@ def test_what_cannot_be_served_is_refused_by_name(client, given, param, word):
     assert error.status_code == 400 and error.type == "invalid_request_error" and error.code
     assert (error.param, word in str(error)) == (param, True), str(error)
     assert error.request_id
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "word"),
+    [
+        (b"", "application/json", "Send the parameters as a JSON object"),
+        (b"[]", "application/json", "Send the parameters as a JSON object"),
+        (b'{"prompt": "a pear"}', "text/plain", "with Content-Type: application/json"),
+        (b'{"prompt": ', "application/json", "not valid JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "application/json", "too many digits"),
+        (b"[" * 100_000, "application/json", "nested too deeply"),
+        (b'{"prompt": "\xff"}', "application/json", "not UTF-8"),
+        (gzip.compress(b'{"prompt": "a pear"}'), "application/json", "without compression"),
+    ],
+)
+def test_a_body_that_has_no_parameters_is_refused(server, body, kind, word):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": kind}
+    answer = httpx.post(f"{server}v1/images/generations", headers=headers, content=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_json", None), error
+    assert word in error["message"], error
+
+
+def test_a_parameter_called_body_is_named(server):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{server}v1/images/generations", headers=headers, json={"prompt": "a pear", "body": 1})
+    assert answer.json()["error"]["param"] == "body"
+
+
+def test_other_methods_and_paths_are_named(server):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for method, path, allowed in (
+        ("GET", "images/generations", "POST"),
+        ("PUT", "images/edits", "POST"),
+        ("GET", "chat/completions", "POST"),
+        ("POST", "models", "GET, HEAD"),
+        ("DELETE", "models/tiny", "GET, HEAD"),
+    ):
+        answer = httpx.request(method, f"{server}v1/{path}", headers=headers)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed), path
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+    for path in ("v1", "v1/", "v1/files", "v1/images/a.png"):
+        answer = httpx.get(f"{server}{path}", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url"), path
+    for path in ("healthz", "readyz", "metrics", "v1/models", "v1/models/tiny"):
+        answer = httpx.head(f"{server}{path}", headers=headers)
+        assert (answer.status_code, answer.content) == (200, b""), path
 
 
 def test_a_model_that_is_not_here_is_not_found(client, server):
@@ -180,8 +234,15 @@ def test_a_question_is_answered_whole_and_as_a_stream(client, tiny_reader):
         ({"messages": question("data:image/png;base64,aaaa")}, "messages", "not an image"),
         ({"messages": question(data_url((100, 51)))}, "messages", "at most 5000"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "what"}]}]}, "messages", "one image_url"),
-        ({"messages": [*question(data_url()), *question(data_url())]}, "messages", "at most 1"),
-        ({"temperature": 0.7}, "temperature", "0"),
+        ({"messages": [*question(data_url()), *question(data_url())]}, "messages", "one user message"),
+        ({"messages": [{"role": "system", "content": "x"}, *question(data_url())]}, "messages", "one user message"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages", "a list of one text and one image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "[0].content[0]", "text or image_url"),
+        ({"messages": question("data:image/png;base64,")}, "messages", "The image is empty"),
+        ({"messages": image_part("data:")}, "messages[0].content[0].image_url", "give an object"),
+        ({"messages": image_part({"url": "data:", "detail": "low"})}, ".content[0].image_url.detail", "'auto'"),
+        ({"messages": image_part({"link": "data:"})}, "messages[0].content[0].image_url.link", "Unknown parameter"),
+        ({"temperature": 0.7}, "temperature", "answers are greedy: give 0"),
         ({"extra_body": {"keep": 0.5}}, "keep", "needs a pruning method"),
         ({"extra_body": {"prune": "magic"}}, "prune", "The pruning method is one of"),
         ({"extra_body": {"tokens": 9}}, "tokens", "to 1, 4 tokens, not to 9"),
@@ -240,11 +301,14 @@ def test_operators_see_numbers_and_a_description(server, client):
 def test_only_sites_that_were_named_may_ask(server):
     key = {"Authorization": f"Bearer {KEY}"}
     for origin, is_open in ((SITE, True), ("https://evil.example", False)):
-        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        named = "authorization,x-stainless-lang"
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": named}
         before = httpx.options(f"{server}v1/images/generations", headers=headers)
         asked = httpx.post(f"{server}v1/images/generations", headers={**headers, **key}, json={"prompt": "a pear"})
         assert ("access-control-allow-origin" in before.headers) == is_open == (asked.status_code == 200)
         assert (asked.headers.get("access-control-allow-origin") == origin) == is_open
+        assert (before.headers.get("access-control-allow-headers") == named) == is_open
+        assert (asked.headers.get("access-control-expose-headers") == "X-Request-ID, Retry-After") == is_open
     foreign = httpx.post(f"{server}gradio_api/call/generate", headers={"Origin": SITE, **key}, json={"data": []})
     assert foreign.status_code == 403 and "access-control-allow-origin" not in foreign.headers
 
@@ -259,6 +323,9 @@ def test_bodies_are_bounded_and_must_be_json(server):
 
 def test_the_rate_of_a_client_is_bounded(client, monkeypatch):
     monkeypatch.setattr(worker, "_rates", RateLimiter(Rates(requests=3, images=4)))
+    for wrong in ({"prompt": " "}, {"prompt": "a pear", "size": "9x9"}, {"prompt": "a pear", "decoding": "mar"}):
+        with pytest.raises(openai.BadRequestError):
+            client.post("/images/generations", body=wrong, cast_to=object)
     client.images.generate(prompt="a pear", n=3)
     with pytest.raises(openai.RateLimitError, match="4 images a minute") as found:
         client.images.generate(prompt="a pear", n=2)
@@ -325,7 +392,16 @@ def test_minutes_pass(monkeypatch):
     assert not isinstance(refused.value, Overloaded), "no pause would help"
 
 
-def test_keys_are_read_from_options_and_a_file(tmp_path):
+def test_an_empty_variable_does_not_open_the_server(monkeypatch, tmp_path):
+    monkeypatch.setenv("STUDIO_API_KEY", " ")
+    with pytest.raises(StudioError, match="STUDIO_API_KEY is empty: give a key or unset it"):
+        read_keys([], None)
+    (tmp_path / "keys").write_text(f"anna {KEY}")
+    assert read_keys([], tmp_path / "keys").client_of(f"Bearer {KEY}") == "anna"
+
+
+def test_keys_are_read_from_options_and_a_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("STUDIO_API_KEY", raising=False)
     file = tmp_path / "keys"
     file.write_text(f"# who may\nanna {KEY}\n\n")
     keys = read_keys([OTHER], file)

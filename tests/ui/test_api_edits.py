@@ -159,15 +159,18 @@ def test_forms_that_no_client_sends(server):
     assert refused(files=image)["param"] == "prompt"
     assert refused(data={"prompt": "a pear"}, files={"mask": mask()})["param"] == "image"
     assert refused(data={"prompt": "a pear", "image": "text"}, files={"mask": mask()})["param"] == "image"
-    assert refused(json={"prompt": "a pear"})["code"] == "missing_required_parameter"
+    assert refused(data={"prompt": "a pear", "image": "text"}, files={"mask": mask()})["message"].endswith("not text.")
+    for form in ({"json": {"prompt": "a pear"}}, {"data": {"prompt": "a pear"}}, {}):
+        assert refused(**form)["message"] == "This endpoint takes a form: send multipart/form-data."
     broken = {"content-type": "multipart/form-data; boundary=x"}
     assert "multipart" in refused(content=b"garbage", headers=broken)["message"]
 
 
 def test_bodies_and_rates_are_bounded(client, monkeypatch):
     with pytest.raises(openai.APIStatusError) as found:
-        client.images.edit(image=("large.png", b"a" * 200_000), prompt="a pear")
+        client.images.edit(image=("large.png", b"a" * 30_000_000), prompt="a pear")
     assert (found.value.status_code, found.value.code) == (413, "request_too_large")
+    assert "give a smaller image, of at most 0.1 MB" in str(found.value)
     monkeypatch.setattr(worker, "_rates", RateLimiter(Rates(images=3)))
     client.images.edit(image=png(PIXELS), mask=mask(), prompt="a pear", n=2)
     with pytest.raises(openai.RateLimitError, match="3 images a minute"):

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from studio import decoding_options, decodings_with
 from studio.saving import METADATA_KEY
 from studio.ui.api.asking import chosen_model, event
-from studio.ui.api.errors import ApiError, ApiRoute
+from studio.ui.api.errors import ApiError, ApiRoute, not_here
 from studio.ui.jobs.request import GenerateRequest
 from studio.ui.server.models import fitting_decodings
 
@@ -37,7 +37,7 @@ def sampling_of(body: Any, **more: Any) -> GenerateRequest:
         StudioError: a parameter that cannot be served.
     """
     model = chosen_model(body.model, "pipeline")
-    decoding = body.decoding or fitting_decodings(model)[0]
+    decoding = fitting_decodings(model)[0] if body.decoding is None else body.decoding
     options = {name: value for name in decoding_options() if (value := getattr(body, name)) is not None}
     if body.num_inference_steps is not None:
         owners = decodings_with("steps")
@@ -123,8 +123,10 @@ def files_router(folder: Path | None) -> APIRouter:
     router = APIRouter(route_class=ApiRoute)
 
     @router.get("/v1/images/{name}", include_in_schema=False)
-    async def file(name: str) -> FileResponse:
-        if folder is None or not _FILE.fullmatch(name) or not (path := folder / "api" / name).is_file():
+    async def file(name: str, request: Request) -> FileResponse:
+        if not _FILE.fullmatch(name):
+            raise not_here(request)
+        if folder is None or not (path := folder / "api" / name).is_file():
             raise ApiError("There is no such image: images are kept for an hour at most.", 404)
         return FileResponse(path)
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 
 from studio.ui.api.asking import asking, begun, chosen_model, event, last_of, streamed
 from studio.ui.api.errors import ApiError, ApiRoute
-from studio.ui.api.schemas import ChatRequest
+from studio.ui.api.schemas import ONE_MESSAGE, ChatRequest
 from studio.ui.jobs.ask_job import QUECC, AskRequest, Reading, read
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def _asked(body: ChatRequest) -> AskRequest:
     images = [part.image_url.url for part in parts if part.type == "image_url"]
     texts = [part.text for part in parts if part.type == "text"]
     if len(images) != 1:
-        raise ApiError(f"Give one image_url, not {len(images)}.", param="messages", code="invalid_value")
+        wrong = f"There are {len(images)} images: {ONE_MESSAGE}."
+        raise ApiError(wrong, param="messages", code="invalid_value")
     length = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return AskRequest(
         chosen_model(body.model, "reader"),
@@ -87,10 +88,14 @@ def _image(url: str) -> bytes:
     if not head.startswith(_DATA) or not head.endswith(";base64"):
         reason = "this server fetches nothing: send the image itself, as data:image/png;base64,..."
         raise ApiError(f"Invalid value for 'image_url': {reason}.", param="messages", code="invalid_image_url")
+    if not data:
+        wrong = "The image is empty: give its bytes in base64 behind the comma."
+        raise ApiError(wrong, param="messages", code="invalid_image_url")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError("The image is not valid base64.", param="messages", code="invalid_image_url") from error
+        wrong = "The image is not valid base64: encode its bytes again."
+        raise ApiError(wrong, param="messages", code="invalid_image_url") from error
 
 
 async def _chunks(

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, Form, Request, UploadFile
 from PIL.Image import Image
 
 from studio.errors import StudioError
@@ -31,7 +31,7 @@ def edits_router(folder: Path | None) -> APIRouter:
     """
     router = APIRouter(route_class=ApiRoute, tags=["images"])
 
-    @router.post("/v1/images/edits", summary="Redraw a part of an image")
+    @router.post("/v1/images/edits", summary="Redraw a part of an image", dependencies=[Depends(_check_form)])
     async def edit(
         body: Annotated[EditForm, Form(media_type="multipart/form-data")],  # type: ignore[valid-type]  # made at run time
         request: Request,
@@ -41,8 +41,8 @@ def edits_router(folder: Path | None) -> APIRouter:
         asked = await _asked(body)
         sampling = asked.sampling
         noted = {"model": sampling.model, "images": sampling.count, "decoding": sampling.decoding}
-        left = await asking(request, **noted, user=body.user)
         items = redraw(asked)
+        left = await asking(request, **noted, user=body.user)
         if body.stream:
             first = await begun(items, lambda item: isinstance(item, Redrawn) or item.steps, left)
             return streamed(_events(answers, sampling.seeds, first, items), items, left)
@@ -51,6 +51,12 @@ def edits_router(folder: Path | None) -> APIRouter:
         return {**await answers.whole(result.images, sampling.seeds, request), "studio": _own(result)}
 
     return router
+
+
+async def _check_form(request: Request) -> None:
+    """Check that a form was sent: nothing would be found in any other body."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise ApiError("This endpoint takes a form: send multipart/form-data.", code="invalid_form")
 
 
 async def _check_once(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ _SUBJECTS = {
     **{name: name for name in ("guidance_scale", "temperature", "top_k", "top_p")},
 }
 """The parameter that a message is about, by how it begins."""
+_REASONS = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "give an object"),
+    **dict.fromkeys(("union_tag_invalid", "union_tag_not_found"), "give it the type text or image_url"),
+}
+"""What to do, by the type of an error of pydantic."""
 
 
 class ApiError(StudioError):
@@ -47,11 +53,19 @@ class ApiError(StudioError):
         status: of HTTP.
         param: the parameter that it is about.
         code: a word for programs.
+        headers: of the answer.
     """
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers
 
 
 class ApiRoute(APIRoute):
@@ -73,7 +87,9 @@ class ApiRoute(APIRoute):
 def error_response(error: Exception) -> JSONResponse:
     """The answer to a request that failed."""
     status, content = described(error)
-    headers = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, Overloaded) else None
+    headers = error.headers if isinstance(error, ApiError) else None
+    if isinstance(error, Overloaded):
+        headers = {"Retry-After": str(math.ceil(error.retry_after))}
     return JSONResponse(content, status, headers)
 
 
@@ -82,7 +98,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestValidationError):
         error = _of_validation(error.errors())
     elif isinstance(error, HTTPException):
-        error = ApiError(f"{error.detail.rstrip('.')}: see /docs.", error.status_code, code="invalid_request")
+        error = _of_http(error)
     metrics.count_error("refused" if isinstance(error, StudioError) else type(error).__name__)
     message = sentence_of(error)
     status, param, code = 500, None, None
@@ -101,13 +117,44 @@ def error_event(error: Exception) -> str:
     return f"event: error\ndata: {json.dumps(described(error)[1])}\n\n"
 
 
+def not_here(request: Request) -> ApiError:
+    """The error for a path that does not exist, or that other methods have."""
+    path, method = request.url.path, request.method
+    found = {
+        name.upper()
+        for template, methods in request.app.openapi()["paths"].items()
+        if re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(template)), path)
+        for name in methods
+    }
+    if not found:
+        return ApiError(f"There is no {method} {path} here: /docs describes what there is.", 404, code="unknown_url")
+    allow = {"Allow": ", ".join(sorted(found | ({"HEAD"} if "GET" in found else set())))}
+    sentence = f"{path} is not for {method}: send {' or '.join(sorted(found))}."
+    return ApiError(sentence, 405, code="method_not_allowed", headers=allow)
+
+
+def _of_http(error: HTTPException) -> ApiError:
+    """The error of a body that cannot be read, and whatever else FastAPI refuses by itself."""
+    cause = error.__cause__
+    if isinstance(cause, RecursionError):
+        return ApiError("The body is nested too deeply: send an object of parameters.", code="invalid_json")
+    if isinstance(cause, UnicodeDecodeError):
+        return ApiError("The body is not UTF-8: send it so, without compression.", code="invalid_json")
+    if isinstance(cause, ValueError) and "digits" in str(cause):
+        return ApiError("The body has a number with too many digits: give a smaller one.", code="invalid_json")
+    return ApiError(f"{error.detail.rstrip('.')}: see /docs.", error.status_code, code="invalid_request")
+
+
 def _of_validation(errors: Sequence[Any]) -> ApiError:
     """The first of the errors that pydantic found."""
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    place = [part for part in first["loc"] if part != "body"]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    param = _name_of(first["loc"])
     if first["type"] == "json_invalid":
         return ApiError("The body is not valid JSON: send an object of parameters.", code="invalid_json")
+    if not param:
+        return ApiError(
+            "Send the parameters as a JSON object, with Content-Type: application/json.", code="invalid_json"
+        )
     if first["type"] == "extra_forbidden":
         if reason := unservable(param):
             sentence = f"Unsupported parameter: '{param}'. Leave it out: {reason}."
@@ -115,5 +162,18 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(f"Unknown parameter: '{param}'. Leave it out.", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    return ApiError(f"Invalid value for '{param}': {reason}.", param=param or None, code="invalid_value")
+    reason = _REASONS.get(first["type"]) or str(first["msg"]).removeprefix("Value error, ")
+    if "Expected UploadFile" in reason:
+        reason = "send a file, not text"
+    return ApiError(f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
+
+
+def _name_of(place: Sequence[Any]) -> str:
+    """A parameter, as in "messages[0].content[1].image_url.detail", of where pydantic found an error."""
+    name, before = "", None
+    for part in place[tuple(place[:1]) == ("body",) :]:
+        is_type = isinstance(before, int) and name.rpartition(".")[2].startswith("content[")
+        if not is_type:  # pydantic also names the type of a part
+            name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        before = part
+    return name.removeprefix(".")

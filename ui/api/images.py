@@ -30,8 +30,8 @@ def images_router(folder: Path | None) -> APIRouter:
             refuse("partial_images", "partial images are for stream: true")
         size = None if body.size == "auto" else body.size
         asked = sampling_of(body, partial_images=body.partial_images or 0, size=size)
-        left = await asking(request, model=asked.model, images=asked.count, decoding=asked.decoding, user=body.user)
         items = sample(asked)
+        left = await asking(request, model=asked.model, images=asked.count, decoding=asked.decoding, user=body.user)
         if body.stream:
             first = await begun(items, lambda item: isinstance(item, Sampled) or item.total, left)
             return streamed(_events(answers, asked.seeds, first, items), items, left)

@@ -13,11 +13,11 @@ from studio.ui.api import chat
 from studio.ui.api.answers import files_router
 from studio.ui.api.asking import chosen_model, offered_models
 from studio.ui.api.edits import edits_router
-from studio.ui.api.errors import ApiError, ApiRoute, error_response
+from studio.ui.api.errors import ApiError, ApiRoute, error_response, not_here
 from studio.ui.api.images import images_router
 from studio.ui.server import metrics, worker
 
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _DESCRIPTION = (
     "OpenAI's API for images and for questions about them, with the settings of token-based models. A parameter that "
     "cannot be served is refused by name. The app of the same server is at /."
@@ -36,7 +36,8 @@ def new_application(folder: Path | None, **settings: Any) -> FastAPI:
     for router in (images_router, edits_router, files_router):
         app.include_router(router(folder))
     app.include_router(chat.router)
-    app.add_api_route("/v1/{path:path}", _unknown, methods=_METHODS, include_in_schema=False)
+    for path in ("/v1", "/v1/{path:path}"):
+        app.add_api_route(path, _unknown, methods=_METHODS, include_in_schema=False)
     app.add_exception_handler(RequestValidationError, _failed)
     app.add_exception_handler(ApiError, _failed)
     return app
@@ -71,12 +72,14 @@ def _router() -> APIRouter:
     async def numbers() -> Response:
         return Response(metrics.exposed(), media_type=metrics.CONTENT_TYPE)
 
+    for route in [*router.routes]:
+        if isinstance(route, ApiRoute):
+            router.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     return router
 
 
-async def _unknown(path: str, request: Request) -> Any:
-    sentence = f"There is no {request.method} /v1/{path} here: /docs describes what there is."
-    raise ApiError(sentence, 404, code="unknown_url")
+async def _unknown(request: Request) -> Any:
+    raise not_here(request)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

@@ -1,9 +1,9 @@
 """The parameters of the API, as pydantic models: what is not in them is refused by name."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from studio import decoding_options
 
@@ -98,7 +98,7 @@ class _Text(_Strict):
 
 class _Address(_Strict):
     url: str = Field(description="data:image/png;base64,...")
-    detail: Literal["auto"] | None = None
+    detail: Literal["auto"] | None = Field(None, description="auto only: the reader has one resolution.")
 
 
 class _ImageUrl(_Strict):
@@ -106,9 +106,29 @@ class _ImageUrl(_Strict):
     image_url: _Address
 
 
+def _parts(content: Any) -> Any:
+    """The parts of a content, which may be a text alone."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class _Message(_Strict):
     role: Literal["user"]
-    content: list[_Text | _ImageUrl]
+    content: Annotated[list[Annotated[_Text | _ImageUrl, Field(discriminator="type")]], BeforeValidator(_parts)]
+
+
+ONE_MESSAGE = "send one user message whose content is a list of one text and one image_url"
+
+
+def _one_message(messages: Any) -> Any:
+    if isinstance(messages, list) and len(messages) != 1:
+        raise ValueError(ONE_MESSAGE)
+    return messages
+
+
+def _greedy(temperature: float | None) -> float | None:
+    if temperature:
+        raise ValueError("answers are greedy: give 0, or leave it out")
+    return temperature
 
 
 class _StreamOptions(_Strict):
@@ -119,12 +139,16 @@ class ChatRequest(_Strict):
     """A question about one image: OpenAI's parameters and ours."""
 
     model: str | None = Field(None, description="A reader of GET /v1/models; the first one where none is given.")
-    messages: list[_Message] = Field(min_length=1, max_length=1, description="One message with one image and a text.")
+    messages: Annotated[list[_Message], BeforeValidator(_one_message)] = Field(
+        min_length=1, max_length=1, description="One message with one image and a text."
+    )
     max_tokens: int | None = Field(None, description="Of the answer.")
     max_completion_tokens: int | None = Field(None, description="The same under its newer name.")
     stream: bool | None = Field(None, description="Server-sent events.")
     stream_options: _StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=0, description="Answers are greedy: 0 only.")
+    temperature: Annotated[float | None, AfterValidator(_greedy)] = Field(
+        None, description="Answers are greedy: 0 only."
+    )
     n: int | None = Field(None, ge=1, le=1, description="One answer.")
     user: str | None = Field(None, max_length=200, description="Your name for the person who asks; it is logged.")
     prune: str | None = Field(None, description="A pruning method, such as divprune; all tokens where none is given.")
