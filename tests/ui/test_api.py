@@ -120,6 +120,7 @@ def test_options_of_a_decoding_stand_beside_the_rest(client, tiny_pipeline):
         ({"extra_body": {"num_inference_steps": 4}}, "num_inference_steps", "the option steps"),
         ({"extra_body": {"decoding": "magic"}}, "decoding", "The decoding is one of"),
         ({"extra_body": {"decoding": ""}}, "decoding", "The decoding is one of"),
+        ({"extra_body": {"decoding": "mar"}}, "decoding", "LlamaGen samples with"),
         ({"extra_body": {"top_k": 10**30}}, "top_k", "a whole number from 0 to 1000000"),
         ({"extra_body": {"temperature": -1}}, "temperature", "temperature"),
         ({"extra_body": {"seed": "7"}}, "seed", "integer"),

@@ -23,6 +23,10 @@ _SUBJECTS = {
     "The number of images": "n",
     "The seed": "seed",
     "The decoding": "decoding",
+    **{
+        f"{kind} samples with": "decoding"
+        for kind in ("LlamaGen", "MAR", "TokenBridge", "ResGen", "RQ-Transformer", "xAR")
+    },
     "The size": "size",
     "The pruning method": "prune",
     "The fraction of tokens": "keep",
