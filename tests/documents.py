@@ -15,6 +15,8 @@ DOCUMENTS = [
     *sorted((ROOT / "examples").glob("*.md")),
 ]
 """All documents but the model cards."""
+CARD_FILES = sorted((ROOT / "studio" / "checkpoints" / "bundled").rglob("README.md"))
+"""The cards of bundled models and of their parts."""
 
 
 def blocks(text, language):
@@ -33,6 +35,11 @@ def named_commands(text):
     """The command of every `studio ...` in backticks, without its options."""
     found = re.findall(r"`studio((?: [a-z][a-z-]*)+)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     return sorted({"studio" + words for words in found})
+
+
+def training_commands(text):
+    """Every whole `studio train ...` in backticks, as model cards have them, a line break as a space."""
+    return sorted({" ".join(found.split()) for found in re.findall(r"`(studio train\s[^`]+)`", text)})
 
 
 def help_parses(line):

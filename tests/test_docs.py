@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from studio.bench.report import printed_by
+from studio.checkpoints.bundled import BUNDLED
 from tests.documents import (
+    CARD_FILES,
     DOCUMENTS,
     ROOT,
     blocks,
@@ -17,11 +19,14 @@ from tests.documents import (
     named_commands,
     parse,
     tables,
+    training_commands,
 )
 
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in DOCUMENTS}
 PAGES = {Path(name).name: text for name, text in TEXTS.items() if name.startswith("docs/")}
 LINES = sorted({line for text in TEXTS.values() for line in commands(text)})
+CARDS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in CARD_FILES}
+CARD_LINES = sorted({line for text in CARDS.values() for line in training_commands(text)})
 BENCHMARKS = "docs/benchmarks.md"
 
 
@@ -41,7 +46,7 @@ def test_python_that_needs_more_than_the_package_compiles(name):
         assert compile(block, name, "exec").co_names
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", [*LINES, *CARD_LINES])
 def test_command_parses(line):
     """Its command and options exist; what a decoding, a kind or a preset is called, and what goes with it, is right."""
     from studio.commands.decodings import decoding_of, given
@@ -71,6 +76,16 @@ def test_a_command_that_does_not_exist_is_noticed():
     ]
     assert help_parses("studio bench decoding") and not help_parses("studio paint x")
     assert not help_parses("studio bench painting")
+
+
+def test_every_card_says_what_made_the_model():
+    """In commands that `test_command_parses` reads, whole ones with their options."""
+    assert len(CARDS) == len(BUNDLED) + 3  # a student and two drafters have cards of their own
+    assert not [name for name, text in CARDS.items() if not re.search(r"^\| Made by \| .*`studio train ", text, re.M)]
+    assert training_commands("`studio train vq --out a`, by `studio train`\n`studio train\n--preset emoji-vq`") == [
+        "studio train --preset emoji-vq",
+        "studio train vq --out a",
+    ]
 
 
 @pytest.mark.parametrize("name", TEXTS)

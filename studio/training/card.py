@@ -73,4 +73,9 @@ def write_card(recipe: Any, options: Any, name: str, result: dict, command: str,
 def _hardware(accelerator):
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
-    return f"{accelerator.num_processes} process(es), {torch.get_num_threads()} {platform.machine()} CPU threads"
+    processes, threads = accelerator.num_processes, torch.get_num_threads()
+    return f"{_counted(processes, 'process', 'processes')}, {_counted(threads, f'{platform.machine()} CPU thread')}"
+
+
+def _counted(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
