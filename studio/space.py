@@ -28,12 +28,12 @@ sdk_version: {gradio}
 python_version: "{python}"
 app_file: app.py
 license: apache-2.0
-short_description: Images from words, token by token
+short_description: Text to image, token by token
 models: [{models}]
 ---
 # {title}
 
-Samples images from words with token-based image models, before your eyes.
+Generates images from prompts with token-based image models and shows each step.
 Everything that `{model}` needs is in this Space{origin}. Run it anywhere:
 
 ```sh

@@ -20,7 +20,7 @@ def bench_contention(model: str = "emoji-ar", *, rounds: int = 5, images: int = 
     """Times one image on the CPU, in turns on the machine as it is and beside one busy process for each core.
 
     Args:
-        model: a bundled name or folder of a pipeline that samples from words.
+        model: a bundled name or folder of a text-conditional pipeline.
         rounds: how often both are measured.
         images: images of a round, one after the other.
 

@@ -53,7 +53,7 @@ def bench_editing(
     for model in models:
         pipe = load(model, device=device)
         if not hasattr(pipe, "edit") or not pipe.takes_text:
-            raise StudioError(f"{model} does not edit from words: name a bundled pipeline or a folder of one.")
+            raise StudioError(f"{model} does not edit from a prompt: name a bundled pipeline or a folder of one.")
         pipe.set_progress_bar_config(disable=True)
         edited = torch.stack([_edited(pipe, tiles[case], case, wanted[case], seed) for case in _progress(cases, model)])
         named = judge_scores(judge, edited.flatten(0, 1)).concepts.argmax(1).view(cases, 4)

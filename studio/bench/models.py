@@ -29,7 +29,7 @@ def load_generator(
     pipe = load(name, device=device, **more)
     if not isinstance(pipe, kind) or not pipe.takes_text:
         label = kind.__name__.removesuffix("Pipeline").removeprefix("Conditional")
-        sort = f"is no {label} that samples from words" if label else "does not sample from words"
+        sort = f"is no text-conditional {label}" if label else "is not text-conditional"
         raise StudioError(f"{name} {sort}: name {example} or a folder of that kind.")
     pipe.set_progress_bar_config(disable=True)
     return pipe

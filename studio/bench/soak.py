@@ -39,7 +39,7 @@ from studio.bench.load import (
 from studio.checkpoints.loading import load
 from studio.checks import check_integer, check_number
 
-_READER, _QUESTION, _LENGTH = "emoji-vlm", "what is this", 16
+_READER, _QUESTION, _LENGTH = "emoji-vlm", "Is there a red apple?", 16
 _GENERATIONS, _OTHERS = 32, 8  # different requests
 _SAMPLES = 2  # seconds between two looks at the memory
 _LONGEST_QUIET = 10  # seconds after which nothing may wait or run any more

@@ -1,4 +1,4 @@
-"""What each decoding of a pipeline buys: seconds for an image beside quality, same prompts and seeds for all.
+"""What each decoding of a pipeline costs and gains: seconds for an image and quality, same prompts and seeds for all.
 
 The rows of `bench_tradeoff` for people: a chart and a table.
 """

@@ -48,9 +48,10 @@ def analyze(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Statistics of image tokens as of a language, beside shuffled and uniform ones.
+    """Linguistic statistics of image tokens (frequency, entropy, mutual information), beside controls.
 
-    A pipeline has the tokens of images that it samples, as many as asked for, beside those of its tokenizer.
+    The controls are shuffled and uniform tokens. A pipeline has the tokens of images that it samples, as many as asked
+    for, beside those of its tokenizer.
     """
     from studio.bench.chart import Series, chart
     from studio.bench.report import records_table

@@ -45,7 +45,8 @@ def ask(
         int | None,
         number(
             min=1,
-            help="Read the image as this many tokens, made for the question; for a folder of `studio train quecc`.",
+            help="Read the image as this many tokens, made for the question: 1, 4 or 16 with emoji-vlm, or those of a "
+            "folder from `studio train quecc`.",
             show_default="off",
         ),
     ] = None,

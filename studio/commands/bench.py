@@ -259,7 +259,7 @@ def cost(
 
 def windows(
     model: Annotated[
-        str, typer.Option(help="A bundled name or model folder with a LlamaGen that samples from words.")
+        str, typer.Option(help="A bundled name or model folder with a text-conditional LlamaGen.")
     ] = "emoji-ar",
     device: Device = None,
     as_json: Json = False,

@@ -41,8 +41,7 @@ def _flag_parameter(name: str, by_decoding: dict[str, Any]) -> inspect.Parameter
     for decoding, option in by_decoding.items():
         choices = f" ({', '.join(option.choices)})" if option.choices else ""
         owners.setdefault(option.summary.removesuffix(".") + choices, []).append(decoding)
-    defaults = dict.fromkeys(option.default for option in by_decoding.values())
-    shown = [f"{default:g}" if isinstance(default, (int, float)) else default or "its own" for default in defaults]
+    shown = dict.fromkeys(option.shown_default for option in by_decoding.values())
     option = next(iter(by_decoding.values()))
     declared = typer.Option(
         flag(name),

@@ -62,7 +62,7 @@ def edit(
     class_label: Annotated[
         str | None,
         typer.Option(
-            help='The class to draw, for class-conditional models: its number, or a name such as "golden retriever".',
+            help='Class to generate, for class-conditional models: its number, or a name such as "golden retriever".',
             show_default=False,
         ),
     ] = None,

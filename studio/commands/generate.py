@@ -66,7 +66,10 @@ def generate(
         ),
     ] = None,
     guidance: Guidance = None,
-    cfg_interval: Annotated[int, typer.Option(min=-1, help="Last token that guidance steers (-1: all of them).")] = -1,
+    cfg_interval: Annotated[
+        int,
+        typer.Option(min=-1, help="Index of the last token but one that is guided, as in LlamaGen's code (-1: all)."),
+    ] = -1,
     temperature: Temperature = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="Sample from the k likeliest tokens (0: all).", show_default=False)
@@ -95,7 +98,7 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample images from words."""
+    """Generate images from a prompt."""
     options = options or {}
     sampling: dict[str, Any] = {
         "cfg_interval": cfg_interval,

@@ -18,7 +18,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def number(*names: str, help: str, show_default: bool = False, **limits: Any) -> Any:
+def number(*names: str, help: str, show_default: bool | str = False, **limits: Any) -> Any:
     """A typer option that takes a finite number."""
     return typer.Option(*names, help=help, callback=finite, show_default=show_default, **limits)
 
@@ -72,7 +72,8 @@ SamplingDtype = _dtype("float32, bfloat16, float16, or int8 weights on a CPU.")
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder or a Hub id (owner/name).")]
 ImageCount = Annotated[int, typer.Option("--num-images", min=1, max=10_000, help="How many images.")]
 Guidance = Annotated[
-    float | None, number("--guidance", help="How closely to follow the prompt (1 = off; the model's own default).")
+    float | None,
+    number("--guidance", help="Classifier-free guidance scale; 1 turns it off.", show_default="the model's"),
 ]
 Temperature = Annotated[
     float | None, number("--temperature", help="Randomness of each token (1 = as the model predicts).")

@@ -44,7 +44,7 @@ class MaskedRun(ABC):
 
     @property
     def reported(self) -> tuple[torch.Tensor, ...]:
-        """What is told of a step after its number."""
+        """What is reported of a step after its number."""
         return (self.tokens,)
 
     @property
@@ -97,7 +97,7 @@ class MaskedSampler(ABC, Generic[Run]):
 
     @abstractmethod
     def predict(self, runs: Sequence[Run]) -> list[Any]:
-        """What the transformer says of the next step of each run, in one call."""
+        """Outputs of the transformer for the next step of each run, in one call."""
 
     @abstractmethod
     def sample(self, runs: Sequence[Run], predicted: list[Any]) -> None:

@@ -25,6 +25,7 @@ class Option:
         summary: one line.
         least: the smallest number.
         choices: what a `str` may be, with what a person reads.
+        usual: the number that the settings take where none is given; shown only, for options without a `default`.
         convert: from a given value to that of the field; None: it is the value.
     """
 
@@ -34,7 +35,14 @@ class Option:
     summary: str
     least: int | None = None
     choices: dict[str, str] = field(default_factory=dict)
+    usual: float | None = None
     convert: Callable[[Any], Any] | None = None
+
+    @property
+    def shown_default(self) -> str:
+        """What is taken where none is given, for a person."""
+        default = self.usual if self.default is None else self.default
+        return f"{default:g}" if isinstance(default, (int, float)) else default or "its own"
 
 
 Settings = Mapping[str, float | str]
@@ -140,10 +148,10 @@ _MAR_OPTIONS = (
     *_STEPS,
     _ORDER,
     Option("annealing", str, "none", "How denoising steps fall from token to token (DiSA).", choices=_ANNEALINGS),
-    Option("last_diffusion_steps", int, None, "Annealing: steps of the last tokens; 5 where none are given.", least=1),
+    Option("last_diffusion_steps", int, None, "Denoising steps of the last tokens, with annealing.", least=1, usual=5),
     Option("cache", str, "none", "What calls of the model reuse of earlier ones.", choices=_CACHES),
-    Option("refresh_every", int, None, "Cache: from one full call to the next; 9 where none is given.", least=1),
-    Option("warm_steps", int, None, "Cache: first calls that are all full; 5 where none are given.", least=0),
+    Option("refresh_every", int, None, "Calls from one full call to the next, with a cache.", least=1, usual=9),
+    Option("warm_steps", int, None, "First calls that are all full, with a cache.", least=0, usual=5),
 )
 _SCHEDULES = {name: name for name in ("cosine", "circle", "arccos")}
 _CODE_STEPS = (
@@ -291,10 +299,11 @@ DECODINGS = {
                 "draft_steps",
                 int,
                 None,
-                "Relaxed: steps that are drafted before a test; 4 where none are given.",
+                "Steps that are drafted before a test, in relaxed mode.",
                 least=1,
+                usual=4,
             ),
-            Option("inner_temperature", float, None, "Relaxed: how forgiving the test is; 42 where none is given."),
+            Option("inner_temperature", float, None, "How forgiving the test is, in relaxed mode.", usual=42),
             _GUIDANCE,
         ),
         pipeline="MARPipeline",
@@ -319,7 +328,7 @@ DECODINGS = {
                 "confidence",
                 str,
                 "cell",
-                "What counts: all levels of a cell together, or what each adds.",
+                "Confidence of a whole cell, or of each level.",
                 choices=_CONFIDENCES,
             ),
             Option("confidence_temperature", float, 1.0, "Noise on the order at the start, 0 or more."),

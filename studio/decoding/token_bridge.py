@@ -110,7 +110,7 @@ class Cells(NamedTuple):
     """Cells of B images, k of each, that are sampled alike.
 
     Args:
-        states: what the transformer says about them (B, k, C).
+        states: outputs of the transformer for them (B, k, C).
         sampling: of every dimension.
         generators: one per image.
     """

@@ -1,8 +1,8 @@
 """Teaches a reader where to look: attention from a question's last word to the patches that show its answer.
 
 Answers alone teach a small language model slowly which of a thousand patches "row 3, column 2" is. Scenes know it, so
-some heads of one layer are told ("Supervising Neural Attention Models", arXiv:1609.04186; for vision and language,
-arXiv:1702.05624). Only training does this; the trained model is a plain one.
+some heads of one layer are supervised ("Supervising Neural Attention Models", arXiv:1609.04186; for vision and
+language, arXiv:1702.05624). Only training does this; the trained model is a plain one.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from studio.data.scenes import CELL, TILE
 
 _LAYER = 2
 _SHARE = 0.5
-"""Of the heads, those that are told."""
+"""Share of the heads that are supervised."""
 
 
 def cells_of_patches(tiles: tuple[int, int], patch: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """QueCC: a compressor of images for a reader, which stays as it is (arXiv:2411.03312; `studio.pruning.quecc`).
 
 Every question about a scene is read with tokens of its own, and the compressor learns the answers. In the first part of
-a run it also learns what the reader says of the whole image, for all words (distillation, arXiv:1503.02531).
+a run it also learns what the reader predicts from the whole image, for all tokens (distillation, arXiv:1503.02531).
 """
 
 from pathlib import Path

@@ -47,7 +47,7 @@ def test_a_model_that_redraws_more_is_seen(judge, tiny_mar_folder, monkeypatch):
 
 
 def test_what_cannot_be_measured(judge, tiny_class_folder, tiny_vq, tmp_path):
-    with pytest.raises(StudioError, match="does not edit from words"):
+    with pytest.raises(StudioError, match="does not edit from a prompt"):
         bench.bench_editing((str(tiny_class_folder),), cases=2, seams=1)
 
 

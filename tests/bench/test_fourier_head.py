@@ -50,9 +50,9 @@ def test_both_heads_learn_from_the_same_states(tiny_bridge_pipeline):
 
 
 def test_other_models_and_scales_are_refused():
-    with pytest.raises(StudioError, match="no TokenBridge"):
+    with pytest.raises(StudioError, match="no text-conditional TokenBridge"):
         bench.bench_fourier_head("emoji-vq", device="cpu")
-    with pytest.raises(StudioError, match="does not sample from words"):
+    with pytest.raises(StudioError, match="is not text-conditional"):
         bench_guidance(["emoji-vq"], device="cpu")
     with pytest.raises(StudioError, match="above 1"):
         bench_guidance(["emoji-vq"], scales=[1.0])

@@ -50,5 +50,5 @@ def test_shares_are_those_that_the_judge_was_told(monkeypatch):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(StudioError, match="does not sample from words"):
+    with pytest.raises(StudioError, match="is not text-conditional"):
         bench.bench_leakage(["emoji-vq"], device="cpu")

@@ -27,7 +27,7 @@ def test_every_depth_of_every_number_of_calls(judge, tiny_resgen_folder):
 
 
 def test_refuses_what_it_cannot_measure(judge, tiny_folder, tiny_resgen_folder):
-    with pytest.raises(StudioError, match="no ResGen"):
+    with pytest.raises(StudioError, match="no text-conditional ResGen"):
         bench.bench_residual(str(tiny_folder))
     with pytest.raises(StudioError, match="48 codes"):
         bench.bench_residual(str(tiny_resgen_folder), steps=(49,), samples=12)

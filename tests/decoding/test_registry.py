@@ -31,6 +31,25 @@ def test_options_are_fields_of_the_settings_and_have_their_defaults(name):
                 choice.settings(**{option.name: option.least - 1})
 
 
+def test_numbers_that_are_shown_as_usual_are_those_that_the_settings_take():
+    usual = {option.name: option.usual for name in ("mar", "cspd") for option in decoding_named(name).options}
+    mar = decoding_named("mar").settings(steps=4, diffusion_steps=50, annealing="linear", cache="lazy")
+    cspd = decoding_named("cspd").settings(mode="relaxed")
+    assert {name: number for name, number in usual.items() if number is not None} == {
+        "last_diffusion_steps": mar.denoising_plan()[-1],
+        "refresh_every": mar.refresh_every,
+        "warm_steps": mar.warm_steps,
+        "draft_steps": cspd.draft_steps,
+        "inner_temperature": cspd.inner_temperature,
+    }
+
+
+def test_the_default_that_is_shown():
+    options = {option.name: option for option in decoding_named("mar").options}
+    shown = [options[name].shown_default for name in ("steps", "cache", "refresh_every")]
+    assert shown == ["its own", "none", "9"]
+
+
 def test_benchmark_rows_can_be_made():
     rows = [(name, row) for name, choice in DECODINGS.items() for row in choice.benchmarked(64)]
     made = [decoding_named(name).settings(**row) for name, row in rows]

@@ -82,8 +82,8 @@ def _option_fields() -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, owners in decoding_options().items():
         kind = next(iter(owners.values())).kind
-        summary = " ".join(f"{decoding}: {option.summary}" for decoding, option in owners.items())
-        fields[name] = (kind | None, Field(None, description=summary))
+        described = (f"{name}: {option.summary} [default: {option.shown_default}]" for name, option in owners.items())
+        fields[name] = (kind | None, Field(None, description=" ".join(described)))
     return fields
 
 

@@ -104,7 +104,7 @@ def captioned(sampled: Sequence[Any], request: GenerateRequest) -> list[tuple[An
 
 
 def details(sampled: Sampled, request: GenerateRequest) -> dict[str, Any]:
-    """What a program is told of a finished request: settings, tokens, calls and seconds."""
+    """What the endpoint returns of a finished request: settings, tokens, calls and seconds."""
     stats = sampled.stats
     return {
         "model": str(request.model),

@@ -34,7 +34,7 @@ from studio.ui.tabs.history import History
 from studio.ui.tabs.model_fields import class_field, model_field, subject_updates
 
 DEFAULT_MODEL = "emoji-mar"
-IDLE = status_line("Give an image, paint over what should change, and say what to draw there.")
+IDLE = status_line("Give an image, paint over what should change, and say what to generate there.")
 _CANVAS, _BRUSH = (512, 512), 12  # pixels
 _MOST_LAYERS = 8
 _HINT = "What the redrawn part shows."

@@ -241,8 +241,7 @@ def _option_field(option: Any, elem_id: str) -> gr.Component:
         own = [("its own", "")] if option.default is None else []
         named = [*own, *((text, value) for value, text in option.choices.items())]
         return gr.Radio(named, value=option.default or "", label=title, info=option.summary, elem_id=elem_id)
-    default = "its own" if option.default is None else f"{option.default:g}"
-    return number_field(title, option.summary, elem_id, default)
+    return number_field(title, option.summary, elem_id, option.shown_default)
 
 
 def _with_options(values: Sequence[Any], fields: Mapping[tuple[str, str], Any]) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def class_field(model: str, elem_id: str) -> gr.Dropdown:
 
 
 def subject_updates(model: str, prompt: gr.Textbox, class_label: gr.Dropdown, hint: str) -> dict[gr.Component, Any]:
-    """Updates of the fields that say what to draw, of which a model reads one; `hint` says how to write a prompt."""
+    """Updates of the fields that say what to generate: a model reads one; `hint` says how to write a prompt."""
     return {
         prompt: gr.update(visible=class_names(model) is None, info=hint),
         class_label: gr.update(**_classes(model)),
