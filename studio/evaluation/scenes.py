@@ -241,11 +241,14 @@ def evaluate_inside(
         ends = model.generation_config.eos_token_id
         for method, keep, after_layer in settings:
             again = type(encoded)(pooler_output=[*encoded.pooler_output] * len(prompts))
+            seen: dict[str, Any] = {"mm_encoder_outputs": {"image": again}}
+            if method == "vscan":  # it cuts before the language model too, by scores of the tower
+                seen = {name: inputs[name] for name in one}
             with prune(model, method, keep, after_layer=after_layer):
                 out = generation.generate(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
-                    mm_encoder_outputs={"image": again},
+                    **seen,
                     max_new_tokens=8,
                     do_sample=False,
                     eos_token_id=ends,

@@ -284,11 +284,11 @@ def _check_unpruned(family: Family, ids: torch.Tensor, given: dict, settings: Se
         StudioError: features in place of pixels, or a conversation that goes on at other places than its cache.
     """
     image = visual_tokens(family.model, ids)
-    if given.get("mm_encoder_outputs") and image.any():
+    whole = is_fraction(settings.keep) and settings.keep == 1
+    if given.get("mm_encoder_outputs") and image.any() and not whole:
         raise StudioError("Features in place of pixels are not pruned: give pixels, or generate outside the block.")
     cache = given.get("past_key_values")
     held = 0 if cache is None else cache.get_seq_length()
-    whole = is_fraction(settings.keep) and settings.keep == 1
     moved = not whole and (restore_prompt or (settings.positions == "original" and not family.mrope))
     if held and (image[:, held:].any() or (moved and image.any())):
         raise StudioError(

@@ -202,3 +202,26 @@ def test_nothing_is_lost_or_mixed_up_under_load(house):
     assert [items[-1].split(" on ")[0] for items in found] == requests
     assert sorted(request for call in house.calls for request in call) == sorted(requests)
     assert 1 < max(map(len, house.calls)) <= 5
+
+
+@pytest.mark.parametrize("pauses", range(4))
+def test_who_is_cancelled_when_news_come_does_not_go_on(pauses):
+    """`asyncio.wait_for` of Python 3.11 returns the news and swallows the cancellation."""
+
+    async def scenario():
+        job = worker.Job(asyncio.get_running_loop())
+
+        async def follower():
+            await job._next()
+            await asyncio.sleep(60)
+
+        task = asyncio.create_task(follower())
+        await asyncio.sleep(0.01)
+        job._news.set()
+        for _ in range(pauses):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=2)
+        return task.cancelled()
+
+    assert asyncio.run(scenario())

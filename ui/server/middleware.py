@@ -219,7 +219,8 @@ class _Counted:
         if self._ended:
             return await self.receive()
         try:
-            message = await asyncio.wait_for(self.receive(), _LONGEST_PAUSE)
+            async with asyncio.timeout(_LONGEST_PAUSE):
+                message = await self.receive()
         except TimeoutError:
             self._refuse(408, f"Nothing came for {_LONGEST_PAUSE} seconds: send the request again.")
         chunk, self._ended = message.get("body", b""), not message.get("more_body", False)

@@ -69,7 +69,8 @@ class Job:
     async def _next(self) -> Any:
         """The next item, or `None` where none came for a while."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), _POLL)
+            async with asyncio.timeout(_POLL):  # `wait_for` of Python 3.11 may swallow that the caller was cancelled
+                await self._news.wait()
         self._news.clear()
         item, self._latest = self._latest, None
         return item
