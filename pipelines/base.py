@@ -186,10 +186,18 @@ class ConditionalPipeline(EditingMixin, DiffusionPipeline):
     def sampling(
         self, temperature: float | None, top_k: int | None, top_p: float | None, order: str = "llamagen"
     ) -> Sampling:
-        """The sampling of a call, with this pipeline's defaults for None."""
+        """The sampling of a call, with this pipeline's defaults for None.
+
+        Raises:
+            StudioError: a number out of range, or tokens to sample from where the likeliest one is taken.
+        """
         config = self.config
+        temperature = config.default_temperature if temperature is None else temperature
+        given = {"top_k": top_k not in (None, 0), "top_p": top_p not in (None, 1)}
+        if temperature == 0 and (unused := [name for name, is_given in given.items() if is_given]):
+            raise StudioError(f"At temperature 0 the likeliest token is taken: leave out {' and '.join(unused)}.")
         return Sampling(
-            config.default_temperature if temperature is None else temperature,
+            temperature,
             config.default_top_k if top_k is None else top_k,
             config.default_top_p if top_p is None else top_p,
             order,

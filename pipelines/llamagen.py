@@ -172,6 +172,11 @@ class LlamaGenPipeline(ConditionalPipeline):
         )
         self.check_fit(incompatibility(self.image_tokenizer, self.transformer.config))
         self.check_num_tokens(num_tokens)
+        if cfg_interval != -1 and guidance_scale in (0, 1):
+            raise StudioError(
+                f"The guidance scale is {guidance_scale:g}, which is no guidance: give another one, or leave "
+                "cfg_interval out."
+            )
         settings = Autoregressive() if decoding is None else decoding
         if isinstance(settings, Distilled):
             self.check_distilled(settings, [name for name, value in steering.items() if value is not None])

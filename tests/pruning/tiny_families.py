@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 
 from tests.pruning.more_tiny_models import MORE_FAMILIES
 from tests.pruning.tiny_models import InternVL, Llava15, LlavaNext, LlavaOnevision, Qwen3, Qwen25, SmolVLM
@@ -65,3 +66,18 @@ def answer(model, inputs, tokens=4, **options):
         output_logits=True,
         **options,
     )
+
+
+def dropped_mask(model, inputs, info):
+    """The attention mask of the whole prompt with a 0 on every token that was pruned."""
+    mask, image = inputs["attention_mask"].clone(), inputs["input_ids"] == model.config.image_token_id
+    stays = [torch.isin(torch.arange(before), kept).long() for before, kept in zip(info.tokens_before, info.kept)]
+    mask[image] = torch.cat(stays)
+    return mask
+
+
+def whole_positions(model, inputs):
+    if "image_grid_thw" in inputs:
+        return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    mask = inputs["attention_mask"]
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)

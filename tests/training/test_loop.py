@@ -21,7 +21,7 @@ from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from studio.errors import StudioError
-from studio.training import card, loop
+from studio.training import loop
 from studio.training.loop import learning_rate_factor
 from studio.training.options import merge
 from studio.training.recipe import Defaults, Recipe
@@ -350,16 +350,6 @@ def test_card_tells_command_data_and_quality(tmp_path):
     train(tmp_path / "run", command="studio train regression")
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "`studio train regression`" in card and "random numbers" in card and "| finite | True |" in card
-
-
-@pytest.mark.parametrize(
-    ("processes", "threads", "words"),
-    [(1, 1, "1 process, 1 m CPU thread"), (1, 2, "1 process, 2 m CPU threads"), (2, 1, "2 processes, 1 m CPU thread")],
-)
-def test_card_counts_processes_and_threads(monkeypatch, processes, threads, words):
-    monkeypatch.setattr(card.platform, "machine", lambda: "m")
-    monkeypatch.setattr(card.torch, "get_num_threads", lambda: threads)
-    assert card._hardware(SimpleNamespace(device=torch.device("cpu"), num_processes=processes)) == words
 
 
 def test_earlier_runs_are_not_overwritten_and_resume_needs_the_same_options(tmp_path):
