@@ -10,7 +10,20 @@ import torch
 from PIL import Image
 
 from studio.data import emoji, splits
-from studio.training import text
+from studio.training import (
+    KINDS,
+    diffrate,
+    generator,
+    kl,
+    loop,
+    one_d_piece,
+    quecc,
+    reader,
+    reader_network,
+    resgen,
+    rvq,
+    text,
+)
 from studio.training.options import merge
 from studio.training.text_tokenizer import train_text_tokenizer
 
@@ -66,3 +79,34 @@ def image_folder(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture
+def small(monkeypatch, few_images):
+    """Tiny readers, forty images, and no measuring."""
+    few_images(40)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(reader_network, "TOWER", {**sizes, "num_hidden_layers": 3})
+    monkeypatch.setattr(reader_network, "TEXT", sizes)
+    text = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    monkeypatch.setattr("studio.training.text.TEXT", text)
+    monkeypatch.setattr(reader, "TILES", ((1, 1),))
+    monkeypatch.setattr(reader, "QUESTIONS", 4)
+    monkeypatch.setattr(quecc, "QUESTIONS", 4)
+    monkeypatch.setattr(diffrate, "QUESTIONS", 4)
+    monkeypatch.setattr(loop, "VALIDATION_BATCHES", 1)
+    monkeypatch.setattr("studio.training.pair_cache.CHUNK", 4)
+    monkeypatch.setattr("studio.training.student.HELD_OUT_PAIRS", 4)
+    for module in (kl, rvq, resgen):
+        monkeypatch.setattr(module, "MEASURED", 8)
+    monkeypatch.setattr(one_d_piece, "FITTED_TO", 16)
+    monkeypatch.setattr(generator, "SHOWN", 2)
+    for name in KINDS:
+        module, recipe = KINDS[name].split(":")
+        monkeypatch.setattr(f"{module}.{recipe}.quality", lambda self, folder: {"measured": False})
+
+
+@pytest.fixture
+def saved_often(monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1)
+    monkeypatch.setattr(loop, "REPORT_EVERY", 1)
