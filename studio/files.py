@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from studio.errors import StudioError
 
@@ -63,12 +64,19 @@ def only_one_run(out: Path) -> Iterator[None]:
         yield
         return
     with file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudioError(f"Another run writes to {out}: wait for it, stop it, or give another --out.") from error
+        if not locked(file):
+            raise StudioError(f"Another run writes to {out}: wait for it, stop it, or give another --out.")
         yield
+
+
+def locked(file: IO) -> bool:
+    """Lock a file until it is closed; whether no other process has locked it. Windows has no such locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

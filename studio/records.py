@@ -1,6 +1,5 @@
 """A log of finished work that survives a kill: one file of JSON lines per process."""
 
-import fcntl
 import json
 import os
 import zlib
@@ -9,6 +8,7 @@ from typing import IO
 
 from studio.checks import json_text
 from studio.errors import StudioError
+from studio.files import locked
 from studio.saving import make_folders
 
 _CHECKSUM = "crc32"
@@ -29,11 +29,11 @@ class Records:
         try:
             make_folders(folder)
             self._file = open(folder / f"process-{index:05d}.jsonl", "a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudioError(f"Another run is writing to {folder.parent}: wait for it, or stop it first.") from error
         except OSError as error:
             raise StudioError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from error
+        if not locked(self._file):
+            self._file.close()
+            raise StudioError(f"Another run is writing to {folder.parent}: wait for it, or stop it first.")
         self._cut_torn_line()
 
     def append(self, record: dict) -> None:

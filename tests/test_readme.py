@@ -1,9 +1,12 @@
 """The README is short, its Python runs, its make targets exist, and its numbers are those of the benchmarks."""
 
+import math
 import re
 
 import pytest
+from safetensors import safe_open
 
+from studio.checkpoints.bundled import BUNDLED, bundled_folder
 from tests.documents import ROOT, blocks, is_number, tables
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,3 +63,25 @@ def test_numbers_of_a_reason_are_those_that_its_command_printed(reason):
 def test_images_of_the_documents_are_small():
     sizes = {file.name: file.stat().st_size for file in (ROOT / "docs").glob("*.[jp][pn]g")}
     assert sizes and max(sizes.values()) < 300_000
+
+
+def _millions(folder):
+    """Parameters of the weight files of a folder itself, in millions."""
+    counted = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            counted += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    return f"{counted / 1e6:.1f} M"
+
+
+def test_the_table_of_bundled_models_counts_their_parameters():
+    lines = (ROOT / "docs" / "README.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| [`emoji-")]
+    assert {row[0].split("`")[1] for row in rows} == set(BUNDLED)
+    for name, *_, said in rows:
+        folder = bundled_folder(name.split("`")[1])
+        main = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        parts = {part: folder / part for part in ("student", "drafter", "compressor") if (folder / part).is_dir()}
+        more = ", ".join(f"{part} {_millions(path)}" for part, path in parts.items())
+        assert said == _millions(main) + (f" ({more})" if more else "")

@@ -86,15 +86,15 @@ class ReaderRecipe(Recipe):
     library, task = "transformers", "image-text-to-text"
     defaults = Defaults(steps=4000, batch_size=8, learning_rate=4e-3)
     model = {
-        "largest": 4,  # rows and columns of tiles of the largest scenes
-        "singles": 0.25,  # the share of batches that are single emoji
-        "words_rate": 0.05,  # learning rate of the words over the others': what a tower's images have taught is to stay
+        "max_tiles": 4,  # rows and columns of tiles of the largest scenes
+        "single_share": 0.25,  # of the batches, those of single emoji
+        "embedding_lr": 0.05,  # learning rate of token embeddings over the others': what a tower taught them is to stay
     }
     compiles = False
 
     def build(self) -> torch.nn.Module:
-        check_integer("largest", self.model["largest"], 1, 4)
-        check_number("singles", self.model["singles"], 0, 1)
+        check_integer("max_tiles", self.model["max_tiles"], 1, 4)
+        check_number("single_share", self.model["single_share"], 0, 1)
         open_scenes(self)
         self.processor = build_processor()
         return TrainableReader(build_model(len(self.processor.tokenizer))).to(self.device)
@@ -103,16 +103,16 @@ class ReaderRecipe(Recipe):
         inner = module.model.model
         words = [inner.get_input_embeddings().weight]
         matrices = hidden_matrices(inner.language_model.layers, inner.vision_tower.encoder.layers[:-1])
-        return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=self.model["words_rate"])
+        return muon_and_adamw(module, matrices, learning_rate, tables=words, tables_share=self.model["embedding_lr"])
 
     def batch(self, rng: np.random.Generator, size: int, training: bool = True) -> dict[str, torch.Tensor]:
-        if rng.random() < self.model["singles"]:
+        if rng.random() < self.model["single_share"]:
             side = SIDES[rng.integers(len(SIDES))]
             tiles = (-(-side // TILE),) * 2
             scenes = [draw_single(rng, side, held_out=not training) for _ in range(_images(size, tiles))]
             cells = torch.zeros_like(cells_of_patches(tiles, PATCH))  # all of it shows all there is
         else:
-            allowed = [tiles for tiles in TILES if max(tiles) <= self.model["largest"]]
+            allowed = [tiles for tiles in TILES if max(tiles) <= self.model["max_tiles"]]
             tiles = allowed[rng.integers(len(allowed))]
             scenes = [draw_scene(rng, tiles, QUESTIONS) for _ in range(_images(size, tiles))]
             cells = cells_of_patches(tiles, PATCH)

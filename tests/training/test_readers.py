@@ -40,9 +40,9 @@ def test_a_reader_that_knows_fewer_words_keeps_them_and_learns_the_others(kind, 
 @pytest.mark.parametrize(
     "settings, tiles",
     [
-        ({"largest": 1, "singles": 0.0}, {(1, 1)}),
-        ({"largest": 2, "singles": 0.0}, {(1, 1), (1, 2), (2, 1), (2, 2)}),
-        ({"singles": 1.0}, {(1, 1), (2, 2)}),
+        ({"max_tiles": 1, "single_share": 0.0}, {(1, 1)}),
+        ({"max_tiles": 2, "single_share": 0.0}, {(1, 1), (1, 2), (2, 1), (2, 2)}),
+        ({"single_share": 1.0}, {(1, 1), (2, 2)}),
     ],
 )
 def test_images_that_a_reader_learns_from(settings, tiles, small, monkeypatch):
@@ -56,7 +56,9 @@ def test_images_that_a_reader_learns_from(settings, tiles, small, monkeypatch):
     assert seen == tiles
 
 
-@pytest.mark.parametrize("settings", [{"largest": 5}, {"largest": 0}, {"singles": 1.5}, {"singles": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"max_tiles": 5}, {"max_tiles": 0}, {"single_share": 1.5}, {"single_share": -0.1}]
+)
 def test_images_that_a_reader_cannot_learn_from(settings, small, tmp_path):
     with pytest.raises(StudioError, match=f"{next(iter(settings))} must be .* (to|at most|at least) "):
         run("reader", tmp_path / "run", steps=1, model=settings)
