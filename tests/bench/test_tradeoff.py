@@ -101,7 +101,7 @@ def test_quality_of_other_weights_or_settings_is_an_error(recorded):
 
 
 def test_only_pipelines_that_draw_tokens_from_words():
-    with pytest.raises(StudioError, match="emoji-vq does not sample"):
+    with pytest.raises(StudioError, match="emoji-vq is not text-conditional"):
         bench.bench_tradeoff("emoji-vq", device="cpu")
 
 

@@ -52,6 +52,11 @@ def pipe(kind, request):
     return pipe
 
 
+def filters(temperature, top_k, top_p):
+    """These, or none at temperature 0, where they are refused."""
+    return {"top_k": top_k, "top_p": top_p} if temperature else {}
+
+
 def mixed_requests(kind, count, seed=0):
     """Requests of any kind: prompts, seeds, guidance, temperatures, filters, steps, one to three images."""
     choose, requests = random.Random(seed), []
@@ -64,7 +69,7 @@ def mixed_requests(kind, count, seed=0):
         if kind == "mar" and options["order"] == "gtr":
             options["steps"] = max(options["steps"], FEWEST["gtr"])
         if kind != "mar":
-            settings |= {"top_k": choose.choice([0, 0, 3]), "top_p": choose.choice([1.0, 1.0, 0.8])}
+            settings |= filters(settings["temperature"], choose.choice([0, 0, 3]), choose.choice([1.0, 1.0, 0.8]))
         if settings["guidance_scale"] == 1:
             options["guidance_schedule"] = None
         name = choose.choice(["resgen", "first-hitting"]) if kind == "resgen" else kind

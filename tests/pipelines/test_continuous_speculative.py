@@ -13,7 +13,7 @@ from studio.decoding.jacobi import Jacobi
 from studio.decoding.lantern import Lantern, LanternPlusPlus
 from studio.decoding.speculative import Speculative
 from studio.models.drafter import Drafter
-from tests.pipelines.test_continuous_masked import generators, join, served
+from tests.pipelines.test_continuous_masked import filters, generators, join, served
 
 PROMPTS = ["a red apple", "a green pear", "blue sky", "apple on flat background", "a"]
 DECODINGS = [
@@ -49,9 +49,8 @@ def mixed_requests(count, seed=0):
             "decoding": choose.choice(DECODINGS),
             "settings": {
                 "guidance_scale": choose.choice([1.0, 2.0, 3.5, 7.5]),
-                "temperature": choose.choice([0.0, 0.7, 1.0]),
-                "top_k": choose.choice([0, 0, 9]),
-                "top_p": choose.choice([1.0, 1.0, 0.8]),
+                "temperature": (temperature := choose.choice([0.0, 0.7, 1.0])),
+                **filters(temperature, choose.choice([0, 0, 9]), choose.choice([1.0, 1.0, 0.8])),
             },
         }
         for _ in range(count)
